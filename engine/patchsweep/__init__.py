@@ -1,0 +1,1 @@
+"""patchsweep: exact activation-patching sweeps in a few packed forward passes."""

@@ -1,0 +1,232 @@
+"""Capture: run prompts once through the plain model and keep what the waves need.
+
+What is kept of the base run: the input of every block, post-rotary keys and values, and the
+very arguments each block was called with. Of any run: the activations of the swept sites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from einops import rearrange
+from patchsweep_kernels.attention import Rows, prefix_attention
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from patchsweep.replica import Attend, Point, Replica, Unsupported, attention_settings
+from patchsweep.sites import Site
+
+# sites whose value is the input of a block, or the final residual
+STREAM_SITES = ("resid_pre", "resid_post", "embed")
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments that one block was called with, its hidden states left out."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def at(self, token_pair: Tensor, token_pos: Tensor, n_pairs: int, length: int) -> Call:
+        """The same arguments for packed tokens: every position axis gathered."""
+
+        def gather(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            if value.ndim == 1 and value.shape[0] == length:
+                return value[token_pos]
+            if value.ndim >= 2 and value.shape[1] == length:
+                if value.shape[0] == 1:
+                    return value[:, token_pos]
+                if value.shape[0] >= n_pairs:
+                    return value[token_pair, token_pos].unsqueeze(0)
+            return value
+
+        return Call(tree_map(gather, self.args), tree_map(gather, self.kwargs))
+
+
+@dataclass
+class Run:
+    """What was kept of one batch of prompts of equal length."""
+
+    resid: list[Tensor] = field(default_factory=list)  # per block [pair, pos, d_model]; + final
+    keys: list[Tensor] = field(default_factory=list)  # per block [pair, kv_head, pos, d_head]
+    values: list[Tensor] = field(default_factory=list)  # per block [pair, kv_head, pos, d_head]
+    calls: list[Call] = field(default_factory=list)  # per block
+    sites: dict[str, list[Tensor]] = field(default_factory=dict)  # per block [pair, pos, width]
+
+    def site(self, name: str) -> list[Tensor]:
+        """Per layer at which it is written, the value of a site `[pair, pos, width]`."""
+        return self.resid if name in STREAM_SITES else self.sites[name]
+
+    def half(self, which: slice) -> Run:
+        """The prompts `which` of the batch."""
+        return Run(
+            resid=[x[which] for x in self.resid],
+            keys=[x[which] for x in self.keys],
+            values=[x[which] for x in self.values],
+            calls=self.calls,
+            sites={name: [x[which] for x in xs] for name, xs in self.sites.items()},
+        )
+
+
+@dataclass(frozen=True)
+class SitePoint:
+    """Where the plain modules hold a site, layer by layer; no points: inside attention."""
+
+    site: Site
+    points: tuple[Point, ...]
+
+    @property
+    def in_attention(self) -> bool:
+        return not self.points and self.site.name not in STREAM_SITES
+
+
+def locate(replica: Replica, site: Site) -> SitePoint:
+    """Where `site` is found in `replica`.
+
+    Raises:
+        Unsupported: this architecture has no such place, or only the bridge has it.
+    """
+    if site.name in STREAM_SITES:
+        return SitePoint(site, ())
+    points: list[Point] = []
+    for layer in range(replica.n_layers):
+        hook = site.hook_name(layer)
+        if hook not in replica.bridge.hook_dict:
+            if site.in_attention:  # without rotary tables rot_q is q
+                return SitePoint(site, ())
+            raise Unsupported(f"this architecture has no {hook}")
+        point = None if site.in_attention else replica.point(hook)
+        if point is None:
+            if site.name in ("q", "k", "v", "rot_q", "rot_k", "pattern"):
+                return SitePoint(site, ())
+            raise Unsupported(f"{hook} is at no border of the model's own modules")
+        points.append(point)
+    return SitePoint(site, tuple(points))
+
+
+@torch.no_grad()
+def capture(replica: Replica, tokens: Tensor, sites: Sequence[SitePoint] = ()) -> Run:
+    """One forward pass over `tokens` `[pair, pos]`, keeping every block's input, K, V and sites."""
+    run = Run()
+    for site in sites:
+        if site.site.name not in STREAM_SITES:
+            run.sites[site.site.name] = []
+    inside = {s.site.name for s in sites if s.in_attention}
+
+    def attention(layer: int) -> Attend:
+        return lambda module, q, k, v, **kw: _causal(run, inside, module, q, k, v, kw)
+
+    def keep_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden, rest_args, rest_kwargs = split_hidden(args, kwargs)
+        run.resid.append(hidden.clone())
+        run.calls.append(Call(rest_args, rest_kwargs))
+
+    def keep_final(module: nn.Module, args: Any, output: Any) -> None:
+        run.resid.append((output[0] if isinstance(output, tuple) else output).clone())
+
+    with ExitStack() as stack:
+        for block in replica.blocks:
+            handle = block.register_forward_pre_hook(keep_input, with_kwargs=True)
+            stack.callback(handle.remove)
+        handle = replica.blocks[-1].register_forward_hook(keep_final)
+        stack.callback(handle.remove)
+        for site in sites:
+            kept = run.sites.get(site.site.name)
+            for point in site.points:
+
+                def keep(x: Tensor, kept: list[Tensor] | None = kept) -> None:
+                    assert kept is not None
+                    kept.append(x.reshape(*tokens.shape, -1).clone())
+
+                stack.enter_context(watch(point, keep))
+        replica.attend_with(attention)
+        stack.callback(replica.attend_with, None)
+        replica.model(tokens, use_cache=False, logits_to_keep=1)
+    if len(run.resid) != replica.n_layers + 1 or len(run.keys) != replica.n_layers:
+        raise Unsupported("the model does not call every block's attention once")
+    return run
+
+
+def _causal(
+    run: Run, inside: set[str], module: nn.Module, q: Tensor, k: Tensor, v: Tensor, kw: Any
+) -> Tensor:
+    """Plain causal attention over whole prompts; keeps K, V and the sites that live here."""
+    settings = attention_settings(module, q.shape[-1], kw)
+    run.keys.append(k)
+    run.values.append(v)
+    for name, x in (("q", q), ("rot_q", q), ("k", k), ("rot_k", k), ("v", v)):
+        if name in inside:
+            run.sites[name].append(rearrange(x, "pair head pos d -> pair pos (head d)").clone())
+    if "pattern" in inside:
+        run.sites["pattern"].append(attention_pattern(q, k, **settings))
+    n_pairs, _, length, _ = q.shape
+    rows = Rows(
+        offsets=torch.arange(n_pairs + 1) * length,
+        pair=torch.arange(n_pairs),
+        start=torch.zeros(n_pairs, dtype=torch.int64),
+    )
+    packed = [rearrange(x, "pair head pos d -> (pair pos) head d") for x in (q, k, v)]
+    z = prefix_attention(*packed, k, v, rows, **settings)
+    return rearrange(z, "(pair pos) head d -> pair pos head d", pair=n_pairs)
+
+
+def attention_pattern(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention probabilities `[pair, head, dest, src]` of whole prompts, fp32."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = (q.float() @ k.float().transpose(-1, -2)) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    dest = torch.arange(q.shape[2], device=q.device)[:, None]
+    src = torch.arange(k.shape[2], device=q.device)[None, :]
+    hidden = src > dest
+    if window is not None:
+        hidden |= src <= dest - window
+    scores = scores.masked_fill(hidden, float("-inf"))
+    if sinks is None:
+        return scores.softmax(dim=-1)
+    sink = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+    return torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1]
+
+
+def split_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """The hidden states of a block's call, and the arguments without them."""
+    if args:
+        return args[0], args[1:], kwargs
+    rest = dict(kwargs)
+    return rest.pop("hidden_states"), args, rest
+
+
+@contextmanager
+def watch(point: Point, visit: Callable[[Tensor], None]) -> Iterator[None]:
+    """Call `visit` with the tensor that passes `point`; it may change it in place."""
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        visit(split_hidden(args, kwargs)[0])
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        visit(output[0] if isinstance(output, tuple) else output)
+
+    if point.side == "in":
+        handle = point.module.register_forward_pre_hook(before, with_kwargs=True)
+    else:
+        handle = point.module.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        handle.remove()

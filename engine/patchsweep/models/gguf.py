@@ -1,0 +1,74 @@
+"""GGUF files, dequantised once and kept as safetensors beside other caches."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from patchsweep.errors import ModelError
+
+
+def cache_folder() -> Path:
+    """Where dequantised weights are kept: `PATCHSWEEP_CACHE`, else `~/.cache/patchsweep`."""
+    return Path(os.environ.get("PATCHSWEEP_CACHE", "~/.cache/patchsweep")).expanduser()
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def dequantised_folder(path: Path) -> Path:
+    """A model folder with the weights of the GGUF file `path` in fp32 safetensors.
+
+    The first call for a file takes about 20 s per 135M parameters; later ones find the
+    folder by the file's SHA-256.
+
+    Raises:
+        ModelError: the file is missing or cannot be read as GGUF.
+    """
+    path = path.expanduser()
+    if not path.is_file():
+        raise ModelError(f"GGUF file {path} does not exist; give the path of a .gguf file")
+    return dequantise(path, sha256(path))
+
+
+def dequantise(path: Path, digest: str) -> Path:
+    """`dequantised_folder` for a file whose SHA-256 is already known."""
+    folder = cache_folder() / f"{path.stem}-{digest[:16]}"
+    if (folder / "config.json").is_file():
+        return folder
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path.parent), gguf_file=path.name, dtype=torch.float32
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"GGUF file {path} could not be read: {error}; "
+            "check that it is a GGUF of a causal language model that transformers supports"
+        ) from error
+    # a model loaded from GGUF still claims to be quantised and refuses to be saved
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    fresh = type(model)(model.config)
+    fresh.load_state_dict(model.state_dict())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # written aside and renamed, so that two processes or a kill leave no half folder
+    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    fresh.save_pretrained(draft)
+    tokenizer.save_pretrained(draft)
+    try:
+        draft.rename(folder)
+    except OSError:
+        shutil.rmtree(draft)
+        if not (folder / "config.json").is_file():
+            raise
+    return folder

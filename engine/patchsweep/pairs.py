@@ -1,0 +1,400 @@
+"""Prompt pairs: what a sweep is about, as text and as tokens.
+
+Everything that can be wrong with a prompt, an answer or a label is found here, with the
+tokenizer alone, before the model runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, overload
+
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.errors import PromptError
+from patchsweep.records import REQUIRED, CharSpan, Label, PromptRecord, read_jsonl
+from patchsweep.tokens import char_ranges, token_ids, token_strings
+
+__all__ = [
+    "CharSpan",
+    "Label",
+    "PromptPair",
+    "PromptPairs",
+    "PromptRecord",
+    "UnfitPair",
+    "tokenise_pair",
+]
+
+
+class UnfitPair(PromptError):
+    """A pair that this model's tokenizer or context does not allow."""
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason  # the rule alone, the same words for every pair that breaks it
+
+
+@dataclass(frozen=True)
+class PromptPair:
+    """A clean and a corrupted prompt of the same number of tokens."""
+
+    clean: tuple[int, ...]  # token ids, by the model's own rule for the start token
+    corrupted: tuple[int, ...]  # same length as `clean`
+    answer: tuple[int, ...]  # ids of the right answer after `clean`; one unless multi-token
+    wrong_answer: tuple[int, ...]  # ids of the right answer after `corrupted`
+    clean_tokens: tuple[str, ...]  # token strings of `clean`
+    corrupted_tokens: tuple[str, ...]  # token strings of `corrupted`
+    answer_text: str  # `answer` as it was written
+    wrong_answer_text: str  # `wrong_answer` as it was written
+    labels: Mapping[str, tuple[int, int]] = field(hash=False)  # name -> [first, past last) token
+
+    def __len__(self) -> int:
+        """Tokens in each of the two prompts."""
+        return len(self.clean)
+
+
+@dataclass(frozen=True)
+class PromptPairs(Sequence[PromptPair]):
+    """The pairs of one sweep; lengths may differ from pair to pair.
+
+    Raises:
+        PromptError: there is no pair.
+    """
+
+    pairs: tuple[PromptPair, ...]  # in the order given, at least one
+
+    def __post_init__(self) -> None:
+        if not self.pairs:
+            raise PromptError("a sweep needs at least one prompt pair, got 0; give a pair")
+
+    @classmethod
+    def from_strings(
+        cls,
+        model: TransformerBridge,
+        clean: Sequence[str],
+        corrupted: Sequence[str],
+        answers: Sequence[tuple[str, str]],
+        labels: Sequence[Mapping[str, Label]] | None = None,
+        *,
+        multi_token: bool = False,
+    ) -> PromptPairs:
+        """Pairs from parallel lists, one entry per pair.
+
+        `answers` holds (right for clean, right for corrupted). `labels` names places in the
+        clean prompt: a substring that occurs once, a `CharSpan`, or token positions
+        `(first, past_last)`. `multi_token=True` allows answers of several tokens.
+
+        Raises:
+            PromptError: the lists differ in size or are empty, or `from_records` refuses.
+        """
+        columns: dict[str, Sequence[Any]] = {
+            "clean": clean,
+            "corrupted": corrupted,
+            "answers": answers,
+        }
+        if labels is not None:
+            columns["labels"] = labels
+        for name, column in columns.items():
+            if isinstance(column, str | Mapping) or not isinstance(column, Sequence):
+                raise PromptError(
+                    f"{name} must be a list with one entry per pair, got {column!r}; "
+                    f"for a single pair write {name}=[...]"
+                )
+        sizes = {name: len(column) for name, column in columns.items()}
+        if len(set(sizes.values())) > 1:
+            counted = ", ".join(f"{name} has {size}" for name, size in sizes.items())
+            raise PromptError(
+                f"the lists must have one entry per pair each, but {counted}; "
+                "give lists of the same size"
+            )
+        for index, pair in enumerate(answers):
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise PromptError(
+                    f"pair {index}: answers must be (right for clean, right for corrupted), "
+                    f"got {pair!r}; write for example (' Mary', ' John')"
+                )
+        for index, names in enumerate(labels or ()):
+            if not isinstance(names, Mapping):
+                raise PromptError(
+                    f"pair {index}: labels must map names to places, got {names!r}; "
+                    "write for example {'subject': 'John'}, or {} for none"
+                )
+        records = [
+            PromptRecord(
+                clean=clean[index],
+                corrupted=corrupted[index],
+                answer=answers[index][0],
+                wrong_answer=answers[index][1],
+                labels={} if labels is None else labels[index],
+            )
+            for index in range(len(clean))
+        ]
+        return cls.from_records(model, records, multi_token=multi_token)
+
+    @classmethod
+    def from_records(
+        cls,
+        model: TransformerBridge,
+        records: Iterable[PromptRecord],
+        *,
+        multi_token: bool = False,
+    ) -> PromptPairs:
+        """Pairs from text records, tokenised one prompt at a time.
+
+        Raises:
+            PromptError: there is no record; a prompt is empty or longer than the context; the
+                prompts of a pair are equal or differ in length; an answer is not one token,
+                or equals the other; a label cannot be placed.
+        """
+        return cls(
+            tuple(
+                tokenise_pair(model, record, where=f"pair {index}", multi_token=multi_token)
+                for index, record in enumerate(records)
+            )
+        )
+
+    @classmethod
+    def from_jsonl(
+        cls, model: TransformerBridge, path: str | Path, *, multi_token: bool = False
+    ) -> PromptPairs:
+        """Pairs from a file with one JSON object per line; blank lines are skipped.
+
+        Keys: `clean`, `corrupted`, `answer`, `wrong_answer`, and optionally `labels`, whose
+        values are substrings of the clean prompt or `[first, past_last]` token positions.
+
+        Raises:
+            PromptError: as `from_records`, or the file cannot be read, or a line is no such
+                object; file and line number come first.
+        """
+        return cls(
+            tuple(
+                tokenise_pair(model, record, where=where, multi_token=multi_token)
+                for where, record in read_jsonl(Path(path))
+            )
+        )
+
+    @property
+    def n_pos(self) -> int:
+        """Tokens in the longest pair."""
+        return max(len(pair) for pair in self.pairs)
+
+    def by_length(self) -> dict[int, tuple[int, ...]]:
+        """Indices of the pairs of each length, shortest length first."""
+        groups: dict[int, list[int]] = {}
+        for index, pair in enumerate(self.pairs):
+            groups.setdefault(len(pair), []).append(index)
+        return {length: tuple(groups[length]) for length in sorted(groups)}
+
+    def content_hash(self) -> str:
+        """SHA-256 (hex) of what a sweep reads of the pairs: ids, answers and labels."""
+        content = [
+            [
+                pair.clean,
+                pair.corrupted,
+                pair.answer,
+                pair.wrong_answer,
+                sorted(pair.labels.items()),
+            ]
+            for pair in self.pairs
+        ]
+        return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @overload
+    def __getitem__(self, index: int) -> PromptPair: ...
+    @overload
+    def __getitem__(self, index: slice) -> PromptPairs: ...
+    def __getitem__(self, index: int | slice) -> PromptPair | PromptPairs:
+        return PromptPairs(self.pairs[index]) if isinstance(index, slice) else self.pairs[index]
+
+    def __iter__(self) -> Iterator[PromptPair]:
+        return iter(self.pairs)
+
+
+def tokenise_pair(
+    model: TransformerBridge, record: PromptRecord, *, where: str, multi_token: bool = False
+) -> PromptPair:
+    """`record` in tokens of `model`; `where` opens each error message.
+
+    Raises:
+        PromptError: see `PromptPairs.from_records`; `UnfitPair` where another model's
+            tokenizer or context might take the same record.
+    """
+    for name in REQUIRED:
+        text = getattr(record, name)
+        if not isinstance(text, str) or not text:
+            raise PromptError(f"{where}: {name} must be a text, got {text!r}; write it out")
+    if record.clean == record.corrupted:
+        raise PromptError(
+            f"{where}: the clean and the corrupted prompt must differ, both are "
+            f"{record.clean!r}; change the words that the answer depends on"
+        )
+    if record.answer == record.wrong_answer:
+        raise PromptError(
+            f"{where}: answer and wrong_answer must differ, both are {record.answer!r}; "
+            "give the right answer of each prompt"
+        )
+    clean = _prompt_ids(model, record.clean, where)
+    corrupted = _prompt_ids(model, record.corrupted, where)
+    clean_tokens = token_strings(model, clean)
+    corrupted_tokens = token_strings(model, corrupted)
+    if len(clean) != len(corrupted):
+        raise UnfitPair(
+            f"{where}: both prompts must have the same number of tokens, but clean has "
+            f"{len(clean)}: {list(clean_tokens)}, corrupted has {len(corrupted)}: "
+            f"{list(corrupted_tokens)}; change words for others of as many tokens",
+            reason="the prompts differ in tokens",
+        )
+    if clean == corrupted:
+        raise UnfitPair(
+            f"{where}: the clean and the corrupted prompt must differ in tokens, both are "
+            f"{list(clean_tokens)}; change the words that the answer depends on",
+            reason="the prompts are the same tokens",
+        )
+    answer = _answer_ids(model, record.clean, clean, "answer", record.answer, where, multi_token)
+    wrong_answer = _answer_ids(
+        model,
+        record.corrupted,
+        corrupted,
+        "wrong_answer",
+        record.wrong_answer,
+        where,
+        multi_token,
+    )
+    if answer == wrong_answer:
+        raise UnfitPair(
+            f"{where}: answer {record.answer!r} and wrong_answer {record.wrong_answer!r} must "
+            f"differ in tokens, both are {list(token_strings(model, answer))}; "
+            "give the right answer of each prompt",
+            reason="the answers are the same tokens",
+        )
+    return PromptPair(
+        clean=clean,
+        corrupted=corrupted,
+        answer=answer,
+        wrong_answer=wrong_answer,
+        clean_tokens=clean_tokens,
+        corrupted_tokens=corrupted_tokens,
+        answer_text=record.answer,
+        wrong_answer_text=record.wrong_answer,
+        labels=_place_labels(model, record, clean, where),
+    )
+
+
+def _prompt_ids(model: TransformerBridge, text: str, where: str) -> tuple[int, ...]:
+    ids = token_ids(model, text)
+    n_ctx = model.cfg.n_ctx
+    if len(ids) > n_ctx:
+        raise UnfitPair(
+            f"{where}: a prompt may have {n_ctx} tokens with this model, this one has "
+            f"{len(ids)}: {text[:60]!r}...; shorten it",
+            reason="a prompt is longer than the context",
+        )
+    return ids
+
+
+def _answer_ids(
+    model: TransformerBridge,
+    prompt: str,
+    prompt_ids: tuple[int, ...],
+    name: str,
+    answer: str,
+    where: str,
+    multi_token: bool,
+) -> tuple[int, ...]:
+    alone = token_ids(model, answer, alone=True)
+    if len(alone) == 1:
+        return alone
+    # some tokenizers put a space of their own before a text that stands alone; what follows
+    # the prompt is what the model has to say
+    joined = token_ids(model, prompt + answer)
+    n_prompt = len(prompt_ids)
+    in_place = joined[n_prompt:] if joined[:n_prompt] == prompt_ids else ()
+    if multi_token:
+        return in_place or alone
+    if len(in_place) == 1:
+        return in_place
+    remedy = "choose an answer of one token, or allow more with multi_token=True"
+    if not answer[0].isspace() and len(token_ids(model, f" {answer}", alone=True)) == 1:
+        remedy = f"{' ' + answer!r}, with a leading space, is one token: write that"
+    raise UnfitPair(
+        f"{where}: {name} must be one token, {answer!r} is "
+        f"{len(alone)}: {list(token_strings(model, alone))}; {remedy}",
+        reason="an answer is not one token",
+    )
+
+
+def _place_labels(
+    model: TransformerBridge, record: PromptRecord, ids: tuple[int, ...], where: str
+) -> dict[str, tuple[int, int]]:
+    placed: dict[str, tuple[int, int]] = {}
+    ranges: list[tuple[int, int]] | None = None
+    for name, label in record.labels.items():
+        here = f"{where}: label {name!r}"
+        if isinstance(label, str | CharSpan):
+            if ranges is None:
+                ranges = char_ranges(model, record.clean, ids)
+            placed[name] = _tokens_of(_char_span(record.clean, label, here), ranges, here)
+            continue
+        if not (isinstance(label, tuple | list) and len(label) == 2 and all(map(_is_int, label))):
+            raise PromptError(
+                f"{here} must be a substring of the clean prompt or [first, past_last] token "
+                f"positions, got {label!r}; write one of these"
+            )
+        first, past_last = label
+        if not 0 <= first < past_last <= len(ids):
+            raise PromptError(
+                f"{here} must satisfy 0 <= first < past_last <= {len(ids)}, the number of "
+                f"tokens, got {[first, past_last]}; the tokens are "
+                f"{list(token_strings(model, ids))}"
+            )
+        placed[name] = (first, past_last)
+    return placed
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _char_span(text: str, label: str | CharSpan, here: str) -> CharSpan:
+    if isinstance(label, CharSpan):
+        if not 0 <= label.start < label.stop <= len(text):
+            raise PromptError(
+                f"{here} must satisfy 0 <= start < stop <= {len(text)}, the number of "
+                f"characters, got {label}; count in the clean prompt"
+            )
+        return label
+    start = text.find(label) if label else -1
+    if start < 0:
+        raise PromptError(
+            f"{here} must be a substring of the clean prompt, {label!r} is not in {text!r}; "
+            "copy it from the prompt"
+        )
+    again = text.find(label, start + 1)
+    if again >= 0:
+        raise PromptError(
+            f"{here} must occur once in the clean prompt, {label!r} is at characters {start} "
+            f"and {again} of {text!r}; give more of the text, or [first, past_last] positions"
+        )
+    # the space after a word belongs to the next token
+    return CharSpan(start, start + len(label.rstrip() or label))
+
+
+def _tokens_of(span: CharSpan, ranges: list[tuple[int, int]], here: str) -> tuple[int, int]:
+    hit = [
+        position
+        for position, (start, stop) in enumerate(ranges)
+        if start < span.stop and span.start < stop
+    ]
+    if not hit:
+        raise PromptError(
+            f"{here} covers no token, {span} holds only characters that the tokenizer drops; "
+            "choose other characters"
+        )
+    return hit[0], hit[-1] + 1

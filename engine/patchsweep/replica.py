@@ -1,0 +1,169 @@
+"""The Hugging Face modules behind a bridge, once more: no hooks, the same tensors.
+
+`TransformerBridge` wraps the modules of a model in place. The wave runner needs them plain,
+with an attention function of its own. A `Replica` copies the module objects (not one weight)
+and leaves the bridge as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+from transformers import AttentionInterface, AttentionMaskInterface
+
+ATTENTION = "patchsweep"
+Attend = Callable[..., Tensor]
+
+
+class Unsupported(Exception):
+    """The wave runner cannot run this model or site; the text says why."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place at the border of a module, where an activation can be read and replaced."""
+
+    module: nn.Module
+    side: Literal["in", "out"]
+
+
+class Replica:
+    """Plain modules that share every parameter and buffer with `bridge`.
+
+    Raises:
+        Unsupported: the model has no list of blocks with attention that takes
+            a registered attention function.
+    """
+
+    model: nn.Module
+    blocks: tuple[nn.Module, ...]
+
+    def __init__(self, bridge: TransformerBridge) -> None:
+        self.bridge = bridge
+        self._copies: dict[int, nn.Module] = {}
+        self._configs: dict[int, Any] = {}
+        self.model = self._copy(bridge.original_model)
+        self.model.eval()
+        if not hasattr(bridge, "blocks"):
+            raise Unsupported("the model has no single list of decoder blocks")
+        self.blocks = tuple(self._copies[id(b.original_component)] for b in bridge.blocks)
+        self._attentions = tuple(self._attention_of(i) for i in range(len(self.blocks)))
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.blocks)
+
+    def attend_with(self, layer_fns: Callable[[int], Attend] | None) -> None:
+        """Let layer i's attention call `layer_fns(i)`; None takes the functions away."""
+        for layer, module in enumerate(self._attentions):
+            if layer_fns is None:
+                module.__dict__.pop("patchsweep_attend", None)
+            else:
+                module.__dict__["patchsweep_attend"] = layer_fns(layer)
+
+    def point(self, hook_name: str) -> Point | None:
+        """Where the bridge's hook `hook_name` sits among the plain modules.
+
+        None if the hook exists but lies inside a function rather than at a module's
+        border, or on a module that only the bridge has.
+
+        Raises:
+            KeyError: the bridge has no such hook.
+        """
+        canonical = self.bridge.hook_dict[hook_name].name
+        path, _, leaf = canonical.rpartition(".")
+        sides: dict[str, Literal["in", "out"]] = {"hook_in": "in", "hook_out": "out"}
+        if leaf not in sides:
+            return None
+        component: Any = self.bridge
+        for part in path.split("."):
+            component = component[int(part)] if part.isdigit() else getattr(component, part)
+        module = self._copies.get(id(getattr(component, "original_component", None)))
+        return None if module is None else Point(module, sides[leaf])
+
+    def module_of(self, component: Any) -> nn.Module | None:
+        """The plain module behind a bridge component, if it wraps one of the model's own."""
+        return self._copies.get(id(getattr(component, "original_component", None)))
+
+    def _copy(self, module: nn.Module) -> nn.Module:
+        while isinstance(module, GeneralizedComponent):
+            module = module.original_component  # type: ignore[assignment]
+        known = self._copies.get(id(module))
+        if known is not None:
+            return known
+        new = type(module).__new__(type(module))
+        self._copies[id(module)] = new
+        state = dict(module.__dict__)
+        for name, value in state.items():
+            if name in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
+                state[name] = value.copy()
+            elif "_hooks" in name and isinstance(value, dict):
+                state[name] = type(value)()
+        state["_modules"] = {
+            name: None if child is None else self._copy(child)
+            for name, child in module._modules.items()
+        }
+        if "config" in state:
+            state["config"] = self._config(state["config"])
+        new.__dict__.update(state)
+        return new
+
+    def _config(self, config: Any) -> Any:
+        """One copy per config object, so that modules which shared it still do."""
+        if id(config) not in self._configs:
+            new = copy.deepcopy(config)
+            if hasattr(new, "_attn_implementation"):
+                new._attn_implementation = ATTENTION
+            self._configs[id(config)] = new
+        return self._configs[id(config)]
+
+    def _attention_of(self, layer: int) -> nn.Module:
+        component = getattr(self.bridge.blocks[layer], "attn", None)
+        module = None if component is None else self.module_of(component)
+        if module is None:
+            raise Unsupported(f"block {layer} has no attention module of its own")
+        return module
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """What Hugging Face attention layers call; q, k, v are `[1, head, token, d_head]`."""
+    return module.__dict__["patchsweep_attend"](module, query, key, value, **kwargs), None
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """Causality and windows are the attention function's own business."""
+
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, _no_mask)
+
+
+def attention_settings(module: nn.Module, d_head: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`scale`, `window`, `softcap` and `sinks` from what a layer passed to its attention.
+
+    Raises:
+        Unsupported: the layer asks for something that is not honoured.
+    """
+    if kwargs.get("position_bias") is not None:
+        raise Unsupported("attention takes a position bias")
+    if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        raise Unsupported("attention is not causal")
+    scale = kwargs.get("scaling")
+    if scale is None:
+        scale = getattr(module, "scaling", None)
+    sinks = kwargs.get("s_aux")
+    return {
+        "scale": float(d_head**-0.5 if scale is None else scale),
+        "window": kwargs.get("sliding_window"),
+        "softcap": kwargs.get("softcap"),
+        "sinks": sinks.detach() if isinstance(sinks, torch.Tensor) else None,
+    }

@@ -1,0 +1,72 @@
+"""Text made safe and readable: HTML, JSON inside a page, tokens, numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+from html import escape
+
+_MARKS = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥"}
+
+
+def esc(text: object) -> str:
+    """`text` for HTML, inside an element or a quoted attribute."""
+    return escape(str(text), quote=True)
+
+
+def embed_json(value: object) -> str:
+    """`value` as JSON for a <script type="application/json">, with no way out of the element."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    # U+2028 and U+2029 end a line for some parsers; "<" could end the element
+    escapes = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
+    escapes |= {"\u2028": "\\u2028", "\u2029": "\\u2029"}
+    return text.translate(str.maketrans(escapes))
+
+
+def visible(token: str) -> str:
+    """`token` with spaces, line ends and unprintable characters made visible; not escaped."""
+    return "".join(
+        _MARKS.get(c) or (c if c.isprintable() else f"\\u{{{ord(c):x}}}") for c in token
+    )
+
+
+def token_html(token: str) -> str:
+    """`token` for HTML: visible, escaped, its marks for white space dimmed.
+
+    <bdi> keeps right-to-left text from reordering what stands around it.
+    """
+    marks = set(_MARKS.values())
+    inner = "".join(f'<i class="ws">{c}</i>' if c in marks else esc(c) for c in visible(token))
+    return f'<bdi class="token">{inner}</bdi>'
+
+
+def number(x: float, *, sign: bool = False) -> str:
+    """`x` with three decimals, fewer when large, in powers of ten when tiny; a dash for NaN."""
+    if not math.isfinite(x):
+        return "–"
+    size = abs(x)
+    if 0 < size < 5e-4:
+        text = f"{x:+.1e}" if sign else f"{x:.1e}"
+    else:
+        decimals = 0 if size >= 1000 else 1 if size >= 100 else 3
+        text = f"{x:+,.{decimals}f}" if sign else f"{x:,.{decimals}f}"
+    return text.replace("-", "\u2212")
+
+
+def count(n: float) -> str:
+    """A whole number with thin spaces between thousands."""
+    return f"{round(n):,}".replace(",", "\u202f")
+
+
+def plural(n: int, noun: str) -> str:
+    """"1 pair", "3 pairs"."""
+    return f"{count(n)} {noun}{'' if n == 1 else 's'}"
+
+
+def percent(fraction: float) -> str:
+    """A share in per cent that never rounds a rest away: "0.3 %", "under 0.1 %", "over 99.9 %"."""
+    if 0 < fraction < 0.001:
+        return "under 0.1 %"
+    if 0.999 < fraction < 1:
+        return "over 99.9 %"
+    return f"{100 * fraction:.1f} %".replace(".0 %", " %")

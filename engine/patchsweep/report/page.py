@@ -1,0 +1,197 @@
+"""The page put together: one HTML text with its style, its scripts and its numbers inside."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from importlib import resources
+
+import xarray as xr
+from plotly.offline import get_plotlyjs
+
+from patchsweep import summary
+from patchsweep.errors import StoreError
+from patchsweep.report import comparison, question
+from patchsweep.report.heatmap import Figure, draw_site
+from patchsweep.report.html import embed_json, esc, plural
+from patchsweep.report.tables import (
+    Journal,
+    cost_table,
+    largest_table,
+    provenance_table,
+    totals,
+)
+from patchsweep.report.views import View, choose_views
+
+_WIDE = 30  # columns from which a map takes the page's whole width
+
+
+def build_page(ds: xr.Dataset, journal: Journal) -> str:
+    """The report on `ds` as HTML that needs nothing from outside itself.
+
+    Raises:
+        StoreError: `ds` holds no site, or no unpatched metrics.
+    """
+    names = shown_sites(ds)
+    if not names:
+        raise StoreError("the store holds no site yet; run a sweep into it first")
+    views = choose_views(ds, names)
+    metrics = [str(m) for m in ds["metric"].values]
+    figures = [draw_site(ds, name, views) for name in names]
+    panels = comparison.compare_panels(ds)
+    fragments = _fragments(ds, names, metrics, views, figures)
+    first = fragments[f"{metrics[0]}|{views[0].key}"]
+
+    data = {
+        "metrics": metrics,
+        "views": [
+            {"key": v.key, "n_pos": v.n_pos, "base": v.base_tokens, "source": v.source_tokens}
+            for v in views
+        ],
+        "sites": [
+            {**f.payload, "frames": {f"{r.metric}|{r.view.key}": r.cells for r in f.frames}}
+            for f in figures
+        ],
+        "panels": [p.payload for p in panels],
+    }
+    script, style = _resource("report.js"), _resource("style.css")
+    plotly = get_plotlyjs()
+    title = question.title(ds)
+    sections = [
+        f"<header><h1>{esc(title)}</h1>{question.lead(ds)}"
+        f"{question.facts(ds, totals(ds), journal.total)}{question.banner(ds, names)}</header>",
+        _controls(ds, metrics, views),
+        _slot("prompts", first["prompts"], "section"),
+        _maps(figures, first),
+        f"<section><h2>The largest effects</h2>{_slot('table', first['table'])}</section>",
+        _comparison(panels, metrics[0]),
+        f"<section><h2>What the run cost</h2>{cost_table(ds, journal)}</section>",
+        f"<section><h2>Where the numbers come from</h2>{provenance_table(ds)}</section>",
+        f"<section><h2>Words</h2>{question.words()}</section>",
+    ]
+    templates = "".join(
+        f'<template data-key="{esc(key)}">'
+        + "".join(_slot(name, html) for name, html in parts.items())
+        + "</template>"
+        for key, parts in fragments.items()
+    )
+    return (
+        "<!DOCTYPE html>\n"
+        '<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_policy(plotly, script)}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{esc(title)}</title><style>{style}</style></head>\n<body><main>\n"
+        + "\n".join(s for s in sections if s)
+        + f"\n</main>{templates}\n"
+        f'<script type="application/json" id="report-data">{embed_json(data)}</script>\n'
+        f"<script>{plotly}</script>\n<script>{script}</script>\n</body></html>\n"
+    )
+
+
+def shown_sites(ds: xr.Dataset) -> tuple[str, ...]:
+    """Sites with a map: the exact ones, and estimates that have no exact site beside them."""
+    exact = summary.sites(ds)
+    alone = [n for n, (site, _) in summary.estimates(ds).items() if site not in exact]
+    return (*exact, *alone)
+
+
+def _fragments(
+    ds: xr.Dataset,
+    names: tuple[str, ...],
+    metrics: Sequence[str],
+    views: Sequence[View],
+    figures: Sequence[Figure],
+) -> dict[str, dict[str, str]]:
+    """What changes with the selectors: "metric|view" -> slot -> HTML."""
+    small = ds[[n for n, a in ds.data_vars.items() if n in names or set(a.dims) <= {"metric", "pair"}]]
+    captions = {
+        (f"{r.metric}|{r.view.key}", i): r.caption for i, f in enumerate(figures) for r in f.frames
+    }
+    found = {}
+    for metric in metrics:
+        for view in views:
+            key = f"{metric}|{view.key}"
+            found[key] = {
+                "prompts": question.prompts(ds, metric, view),
+                "table": largest_table(small, names, metric, view),
+                **{f"caption-{i}": captions[key, i] for i in range(len(figures))},
+            }
+    return found
+
+
+def _controls(ds: xr.Dataset, metrics: Sequence[str], views: Sequence[View]) -> str:
+    """The selectors; empty when there is nothing to choose."""
+    parts = []
+    if len(metrics) > 1:
+        options = "".join(f'<option value="{esc(m)}">{esc(m)}</option>' for m in metrics)
+        parts.append(f'<label>Metric <select id="metric">{options}</select></label>')
+    if len(views) > 1:
+        options = "".join(f'<option value="{esc(v.key)}">{esc(v.label)}</option>' for v in views)
+        parts.append(f'<label>Pairs <select id="view">{options}</select></label>')
+    n_single, n_pairs = sum(v.pair is not None for v in views), ds.sizes["pair"]
+    if n_single < n_pairs:
+        parts.append(
+            f"<span>{plural(n_pairs, 'pair')} in the store; here the mean and the first "
+            f"{n_single}.</span>"
+        )
+    return f'<nav class="controls" aria-label="What is shown">{"".join(parts)}</nav>' if parts else ""
+
+
+def _maps(figures: Sequence[Figure], first: dict[str, str]) -> str:
+    drawn = []
+    for index, figure in enumerate(figures):
+        labels = figure.payload["labels"]
+        columns = figure.payload["columns"]
+        assert isinstance(labels, dict)
+        wide = " wide" if len(labels.get(columns, ())) >= _WIDE or len(figures) == 1 else ""
+        choose = (
+            f'<label class="choose">position <select data-pick="{index}"></select></label>'
+            if figure.payload["full"]
+            else ""
+        )
+        note = f'<p class="note">{figure.note}</p>' if figure.note else ""
+        drawn.append(
+            f'<figure class="map{wide}"><h3>{esc(figure.title)} <code>{esc(figure.site)}</code>'
+            f"{choose}</h3>{note}"
+            f'<div class="plot" id="map-{index}" role="img" aria-label="{esc(figure.title)}"></div>'
+            f"{_slot(f'caption-{index}', first[f'caption-{index}'], 'figcaption')}</figure>"
+        )
+    return (
+        "<section><h2>What each patch recovers</h2>"
+        '<p>Each cell is one patch. <b class="blue">Blue</b>: the patch moves the metric towards '
+        'the source run, and at 1 all the way. White: no change. <b class="red">Red</b>: it moves '
+        "it the other way. Point at a cell for its numbers; a bold token differs between the two "
+        f'prompts.</p><div class="grid">{"".join(drawn)}</div></section>'
+    )
+
+
+def _comparison(panels: Sequence[comparison.Panel], metric: str) -> str:
+    if not panels:
+        return ""
+    drawn = "".join(p.html for p in panels)
+    return (
+        "<section><h2>How far the estimates can be trusted</h2><p>Each point is one patch: its "
+        "exact effect across, its estimate up. On the diagonal the estimate is right. "
+        f'{comparison.thresholds()}</p><div class="grid">{drawn}</div></section>'
+    )
+
+
+def _slot(name: str, html: str, tag: str = "div") -> str:
+    return f'<{tag} data-slot="{name}">{html}</{tag}>'
+
+
+def _policy(*scripts: str) -> str:
+    """A policy under which only these inline scripts run and nothing is fetched."""
+    hashes = " ".join(
+        f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts
+    )
+    # plotly writes its own style element, and draws maps as images in data: addresses
+    return (
+        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; "
+        "img-src data: blob:; base-uri 'none'; form-action 'none'"
+    )
+
+
+def _resource(name: str) -> str:
+    return resources.files("patchsweep.report").joinpath(name).read_text(encoding="utf-8")

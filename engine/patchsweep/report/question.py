@@ -1,0 +1,212 @@
+"""The question of a run in words: what was patched into what, over which prompts."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import xarray as xr
+
+from patchsweep import summary
+from patchsweep.report.html import count, esc, number, percent, plural, token_html
+from patchsweep.report.views import View
+
+N_SHOWN = 3
+"""Pairs whose prompts are printed beside the mean."""
+
+_UNITS = {
+    "logit_diff": "log-odds, in nats",
+    "logit": "logit",
+    "prob": "probability",
+    "log_prob": "log-probability, in nats",
+}
+
+_METHODS = {"resample": "resampling", "zero": "zero ablation", "mean": "mean ablation"}
+
+_WORDS = {
+    "patch": "One intervention: one activation (site, layer, position, head) of the base run is "
+    "replaced, the rest of the model runs on, and the metric is read.",
+    "base": "The run that is patched into.",
+    "source": "The run that the patched-in values come from.",
+    "site": "A kind of activation, under its TransformerLens name.",
+    "effect": "Patched metric minus base metric, in the metric's unit. Positive: the patch raises "
+    "the metric.",
+    "gap": "Source metric minus base metric: what there is to recover.",
+    "recovered": "Effect over gap. 0: as the base run. 1: as the source run. Below 0: further "
+    "away than the base run. Above 1: past the source run. Over several pairs it is the sum of "
+    "effects over the sum of gaps.",
+    "live, dead": "A dead patch provably cannot change the metric (before the first differing "
+    "token, say), so its value is known without running; the live ones are run.",
+    "token-layer": "One token through one block: the unit of cost. A loop runs every token "
+    "through every block for every patch.",
+}
+
+
+def title(ds: xr.Dataset) -> str:
+    """The report's headline, as plain text."""
+    model = _model(ds)
+    if _intervention(ds) != "resample":
+        return f"Which parts of {model} does the answer depend on?"
+    if _noising(ds):
+        return f"Which parts of {model} take the answer away?"
+    return f"Which parts of {model} bring the answer back?"
+
+
+def lead(ds: xr.Dataset) -> str:
+    """What was done to what, as an HTML paragraph."""
+    base, source = _roles(ds)
+    intervention = _intervention(ds)
+    if intervention == "resample":
+        how = f"replaced by its value from the <b>source</b> run, on the {source} prompt"
+    elif intervention == "zero":
+        how = "set to zero"
+    else:
+        how = f"replaced by its {esc(intervention)} value"
+    direction = "noising" if _noising(ds) else "denoising"
+    metrics = ", ".join(
+        f"<code>{esc(m)}</code>" + (f" ({_UNITS[m]})" if m in _UNITS else "")
+        for m in (str(m) for m in ds["metric"].values)
+    )
+    return (
+        f'<p class="lead">The <b>base</b> run reads the {base} prompt. One activation at a time is '
+        f"{how}, and {metrics} is read again. That is <i>{direction}</i>, by {_METHODS.get(intervention, esc(intervention))}, "
+        f"over {plural(ds.sizes['pair'], 'prompt pair')}.</p>"
+    )
+
+
+def prompts(ds: xr.Dataset, metric: str, view: View) -> str:
+    """The prompts of `view` with differing tokens marked, and both unpatched metrics."""
+    pairs = [int(p) for p in ds["pair"].values]
+    shown = pairs[:N_SHOWN] if view.pair is None else [view.pair]
+    blocks = [_prompt(ds, pair) for pair in shown]
+    rest = len(pairs) - len(shown)
+    if view.pair is None and rest:
+        blocks.append(f'<p class="more">… and {plural(rest, "more pair")}.</p>')
+    return "".join(blocks) + _ends(ds, metric, view)
+
+
+def banner(ds: xr.Dataset, names: tuple[str, ...]) -> str:
+    """What share of the cells is missing; empty when all have run."""
+    parts = {site: summary.missing(ds, site) for site in names}
+    absent = sum(a for a, _ in parts.values())
+    total = sum(n for _, n in parts.values())
+    if not absent:
+        return ""
+    by_site = ", ".join(f"{esc(s)} {percent(a / n)}" for s, (a, n) in parts.items() if a)
+    if ds.attrs.get("method") == "screen":
+        return (
+            f'<p class="notice" role="status">Screened: {percent(1 - absent / total)} of the cells '
+            "were run exactly, those that the estimates rank highest; the rest are left grey.</p>"
+        )
+    return (
+        f'<p class="notice warn" role="status"><b>This run is unfinished:</b> {percent(absent / total)} '
+        f"of its cells have not run ({by_site}). They are grey below and in no average. Start the "
+        "same command again to complete it.</p>"
+    )
+
+
+def words() -> str:
+    """The legend of words, as an HTML definition list."""
+    items = "".join(f"<div><dt>{esc(k)}</dt><dd>{esc(v)}</dd></div>" for k, v in _WORDS.items())
+    return f'<dl class="words">{items}</dl>'
+
+
+def _prompt(ds: xr.Dataset, pair: int) -> str:
+    """Both prompts of one pair, source above base."""
+    if not {"base_token", "source_token"} <= set(ds.variables):
+        return ""
+    base, source = (
+        [str(t) for t in ds[name].sel(pair=pair).values] for name in ("base_token", "source_token")
+    )
+    base_role, source_role = _roles(ds)
+    positions = ds["pos"].values.tolist() if "pos" in ds.coords else list(range(len(base)))
+    rows = []
+    resampled = _intervention(ds) == "resample"
+    for name, role, tokens, others in (
+        ("source", source_role, source, base),
+        ("base", base_role, base, source),
+    ):
+        if name == "source" and not resampled:
+            continue
+        answer = "answer" if role == "clean" else "wrong_answer"
+        expects = ""
+        if answer in ds.variables:
+            expects = f' <span class="arrow">→</span> {token_html(str(ds[answer].sel(pair=pair).item()))}'
+        rows.append(
+            f'<tr><th scope="row">{name}<small>{role}</small></th>'
+            f"<td>{_marked(tokens, others, positions)}{expects}</td></tr>"
+        )
+    return f'<table class="prompt"><tbody>{"".join(rows)}</tbody></table>'
+
+
+def _marked(tokens: list[str], others: list[str], positions: list[int]) -> str:
+    parts = []
+    before = -1
+    for token, other, pos in itertools.zip_longest(tokens, others, positions, fillvalue=""):
+        if not token:
+            continue
+        if int(pos) != before + 1:
+            parts.append('<span class="skip">…</span>')  # positions that were not swept
+        before = int(pos)
+        html = token_html(token)
+        parts.append(html if token == other else f"<mark>{html}</mark>")
+    return "<wbr>".join(parts)
+
+
+def _ends(ds: xr.Dataset, metric: str, view: View) -> str:
+    """Both unpatched metrics, and a warning where they hardly differ."""
+    base, source = (ds[n].sel(metric=metric) for n in ("base_metric", "source_metric"))
+    flags = summary.small_gaps(ds).sel(metric=metric)
+    if view.pair is not None:
+        base, source, flags = (a.sel(pair=view.pair) for a in (base, source, flags))
+    a, b = float(base.mean()), float(source.mean())
+    mean = "mean " if view.pair is None else ""
+    text = f"Unpatched {mean}<code>{esc(metric)}</code>: base <b>{number(a)}</b>"
+    if np.isfinite(b):
+        text += f", source <b>{number(b)}</b>, gap <b>{number(b - a, sign=True)}</b>"
+    html = f'<p class="ends">{text}.</p>'
+    flagged = [int(p) for p in np.atleast_1d(flags["pair"].values)[np.atleast_1d(flags.values)]]
+    if flagged and np.isfinite(b):
+        listed = ", ".join(str(p) for p in flagged[:10]) + (", …" if len(flagged) > 10 else "")
+        html += (
+            f'<p class="notice">Small gap in {plural(len(flagged), "pair")} ({listed}): under '
+            f"{percent(summary.SMALL_GAP)} of the metric's median gap, so a recovered fraction says "
+            "little there. They stay in the mean, with the small weight they have.</p>"
+        )
+    return html
+
+
+def facts(ds: xr.Dataset, planned: dict[str, float], seconds: float) -> str:
+    """The run in a line of figures."""
+    shown = [("model", esc(_model(ds)))]
+    if planned.get("n_patches"):
+        live = f"{count(planned['n_patches'])} <small>{count(planned['n_live'])} live</small>"
+        shown.append(("patches", live))
+    if planned.get("token_layers"):
+        times = planned["loop_token_layers"] / planned["token_layers"]
+        loop = f"<small>a loop needs {count(planned['loop_token_layers'])}, {times:,.0f} ×</small>"
+        shown.append(("token-layers", f"{count(planned['token_layers'])} {loop}"))
+    if seconds:
+        shown.append(("running time", f"{seconds:,.1f} s"))
+    return (
+        '<dl class="facts">'
+        + "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in shown)
+        + "</dl>"
+    )
+
+
+def _roles(ds: xr.Dataset) -> tuple[str, str]:
+    return ("clean", "corrupted") if _noising(ds) else ("corrupted", "clean")
+
+
+def _noising(ds: xr.Dataset) -> bool:
+    return str(ds.attrs.get("direction", "denoising")) == "noising"
+
+
+def _intervention(ds: xr.Dataset) -> str:
+    return str(ds.attrs.get("intervention", "resample"))
+
+
+def _model(ds: xr.Dataset) -> str:
+    known = ds.attrs.get("provenance")
+    return str(known.get("model", "the model")) if isinstance(known, dict) else "the model"

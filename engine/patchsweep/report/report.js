@@ -1,0 +1,344 @@
+(() => {
+  "use strict";
+
+  const data = JSON.parse(document.getElementById("report-data").textContent);
+  const chosen = { metric: data.metrics[0], view: data.views[0].key };
+
+  // ColorBrewer RdBu, as in TransformerLens plots: blue towards the source run, red away from it
+  const RED_BLUE = [
+    "#67001f", "#b2182b", "#d6604d", "#f4a582", "#fddbc7", "#f7f7f7",
+    "#d1e5f0", "#92c5de", "#4393c3", "#2166ac", "#053061",
+  ].map((colour, i) => [i / 10, colour]);
+  const GREY = "#b9bec4"; // not run
+  const SANS = getComputedStyle(document.body).fontFamily;
+  const MONO = getComputedStyle(document.documentElement).getPropertyValue("--mono").trim();
+  const TICK_CHARACTERS = 14;
+  const CONFIG = {
+    responsive: true,
+    displaylogo: false,
+    modeBarButtons: [["toImage"]],
+  };
+
+  const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer;
+  // plotly reads labels as a small HTML of its own: token text must not
+  const plain = (text) =>
+    String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+  const short = (text) => {
+    const letters = [...text];
+    return letters.length <= TICK_CHARACTERS
+      ? text : letters.slice(0, TICK_CHARACTERS - 1).join("") + "…";
+  };
+  const range = (n) => Array.from({ length: n }, (_, i) => i);
+  const signed = (x) => (x > 0 ? "+" : "") + number(x);
+
+  function number(x) {
+    if (x === null || !Number.isFinite(x)) return "–";
+    const size = Math.abs(x);
+    const text = size > 0 && size < 5e-4 ? x.toExponential(1)
+      : x.toFixed(size >= 1000 ? 0 : size >= 100 ? 1 : 3);
+    return text.replace(/-/g, "\u2212");
+  }
+
+  /** The numbers of one site for the chosen metric and view, unpacked once. */
+  const unpacked = new Map();
+  function frameOf(index) {
+    const key = `${chosen.metric}|${chosen.view}`;
+    const id = `${index}|${key}`;
+    if (!unpacked.has(id)) {
+      const packed = data.sites[index].frames[key];
+      const frame = { ...packed, value: new Float32Array(bytes(packed.value)) };
+      if (packed.effect) {
+        frame.effect = new Float32Array(bytes(packed.effect));
+        frame.recovered = new Float32Array(bytes(packed.recovered));
+      } else {
+        const gap = packed.base === null || packed.source === null
+          ? NaN : packed.source - packed.base;
+        frame.effect = frame.value.map((v) => v - packed.base);
+        frame.recovered = frame.effect.map((e) => (gap === 0 ? NaN : e / gap));
+      }
+      if (packed.at) frame.at = new Uint16Array(bytes(packed.at));
+      unpacked.set(id, frame);
+    }
+    return unpacked.get(id);
+  }
+
+  const viewOf = () => data.views.find((v) => v.key === chosen.view);
+
+  function tokenLines(view, index) {
+    const base = view.base[index], source = view.source[index];
+    if (!base && !source) return view.key === "mean" ? ["tokens differ between pairs"] : [];
+    if (base === source || !source) return [`token ${plain(base)}`];
+    return [`token ${plain(base || "(differs between pairs)")}`, `in source ${plain(source)}`];
+  }
+
+  /** Axis labels: real tokens, one tick per position, so that repeated tokens stay apart. */
+  function columnTicks(site, view, n, width) {
+    const labels = site.columns ? site.labels[site.columns] : ["all"];
+    const step = Math.max(1, Math.ceil((n * 13) / Math.max(width - 110, 100)));
+    const at = range(n).filter((i) => i % step === 0);
+    const text = at.map((i) => {
+      if (site.columns !== "pos") return String(labels[i]);
+      const base = view.base[i];
+      if (!base) return String(labels[i]);
+      const shown = plain(short(base));
+      const name = base !== view.source[i] ? `<b>${shown}</b>` : shown;
+      return `${name} <span style="color:#6b747d">${labels[i]}</span>`;
+    });
+    const lengths = at.map((i) => [...short(view.base[i] || "")].length + String(labels[i]).length);
+    return { at, text, longest: Math.max(1, ...lengths) + 1 };
+  }
+
+  const AXIS = { showgrid: false, zeroline: false, fixedrange: true, ticks: "", linecolor: "#d9dee3" };
+  const NAMES = { pos: "position", head: "head", kv_head: "key head", neuron: "neuron", layer: "layer" };
+  const base_layout = (height, more) => ({
+    height,
+    margin: { l: 46, r: 8, t: 12, b: 40 },
+    paper_bgcolor: "#fff",
+    plot_bgcolor: "#fff",
+    font: { family: SANS, size: 12, color: "#1c2126" },
+    hoverlabel: {
+      bgcolor: "#fff", bordercolor: "#545d66", align: "left",
+      font: { family: SANS, size: 13, color: "#1c2126" },
+    },
+    showlegend: false,
+    ...more,
+  });
+
+  function hover(site, view, frame, row, column, hidden, cell) {
+    const lines = [];
+    const put = (dim, index) => {
+      if (!dim) return;
+      lines.push(`${NAMES[dim]} ${site.labels[dim][index]}`);
+      if (dim === "pos") lines.push(...tokenLines(view, index));
+    };
+    put(site.rows, row);
+    put(site.columns, column);
+    put(site.hidden, hidden);
+    if (Number.isNaN(frame.value[cell])) return [...lines, "<b>not run</b>"].join("<br>");
+    lines.push(
+      `<b>recovered ${number(frame.recovered[cell])}</b>`,
+      `effect ${signed(frame.effect[cell])}`,
+      `${plain(chosen.metric)} ${number(frame.value[cell])}`,
+      `base ${number(frame.base)} · source ${number(frame.source)}`,
+    );
+    return lines.join("<br>");
+  }
+
+  /** Cells of a map as rows: what to colour, and what to say on pointing. */
+  function cells(index) {
+    const site = data.sites[index], frame = frameOf(index), view = viewOf();
+    const nRows = site.rows ? site.labels[site.rows].length : 1;
+    const nAll = site.columns ? site.labels[site.columns].length : 1;
+    const nColumns = site.columns === "pos" ? Math.min(view.n_pos, nAll) : nAll;
+    const nHidden = site.full ? site.labels[site.hidden].length : 1;
+    const pick = document.querySelector(`select[data-pick="${index}"]`);
+    const fixed = pick && pick.value !== "all" ? Number(pick.value) : null;
+    const shown = { z: [], text: [], nRows, nColumns, site, frame, view };
+    for (let row = 0; row < nRows; row++) {
+      const z = [], text = [];
+      for (let column = 0; column < nColumns; column++) {
+        const flat = row * nAll + column;
+        const hidden = fixed !== null ? fixed : frame.at ? frame.at[flat] : 0;
+        const cell = flat * nHidden + (site.full ? hidden : 0);
+        const x = frame[frame.quantity][cell];
+        z.push(Number.isFinite(x) ? x : null);
+        text.push(hover(site, view, frame, row, column, hidden, cell));
+      }
+      shown.z.push(z);
+      shown.text.push(text);
+    }
+    return shown;
+  }
+
+  function draw(index) {
+    const target = document.getElementById(`map-${index}`);
+    const shown = cells(index);
+    const { site, frame } = shown;
+    const oneLine = !site.rows || !site.columns;
+    const [traces, layout] = oneLine ? bars(shown, target) : heat(shown, target);
+    target.dataset.quantity = frame.quantity;
+    target.dataset.limit = frame.limit;
+    return Plotly.react(target, traces, layout, {
+      ...CONFIG, toImageButtonOptions: { filename: site.site, scale: 2 },
+    });
+  }
+
+  function heat(shown, target) {
+    const { site, frame, view, z, text, nRows, nColumns } = shown;
+    const width = target.clientWidth || 560;
+    const gap = nColumns > 60 || nRows > 60 ? 0 : 1;
+    const common = {
+      type: "heatmap", x: range(nColumns), y: range(nRows), xgap: gap, ygap: gap,
+      hovertext: text, hoverinfo: "text",
+    };
+    const traces = [{
+      ...common, z, zmin: -frame.limit, zmax: frame.limit, colorscale: RED_BLUE,
+      hoverongaps: false,
+      colorbar: {
+        thickness: 11, outlinewidth: 0, len: 1, y: 0.5, ypad: 0, xpad: 8, nticks: 7,
+        title: { text: frame.quantity, side: "right" },
+      },
+    }];
+    const unrun = z.map((row) => row.map((x) => (x === null ? 1 : null)));
+    if (unrun.some((row) => row.some((x) => x !== null))) {
+      traces.push({
+        ...common, z: unrun, zmin: 0, zmax: 1, colorscale: [[0, GREY], [1, GREY]],
+        showscale: false, hoverongaps: false,
+      });
+    }
+    const ticks = columnTicks(site, view, nColumns, width);
+    const tokens = site.columns === "pos";
+    const rowHeight = Math.max(5, Math.min(22, 400 / nRows));
+    const step = Math.max(1, Math.ceil(nRows / 16));
+    const rows = range(nRows).filter((i) => i % step === 0);
+    const bottom = tokens ? 14 + 6.7 * ticks.longest : 44;
+    return [traces, base_layout(Math.round(nRows * rowHeight + bottom + 14), {
+      margin: { l: 46, r: 8, t: 12, b: bottom },
+      xaxis: {
+        ...AXIS, tickmode: "array", tickvals: ticks.at, ticktext: ticks.text,
+        tickangle: tokens ? -90 : 0, range: [-0.5, nColumns - 0.5],
+        tickfont: { family: tokens ? MONO : SANS, size: 11 },
+        title: tokens ? undefined : { text: NAMES[site.columns], standoff: 6 },
+      },
+      yaxis: {
+        ...AXIS, tickmode: "array", tickvals: rows, range: [-0.5, nRows - 0.5],
+        ticktext: rows.map((i) => String(site.labels[site.rows][i])),
+        tickfont: { size: 11 }, title: { text: NAMES[site.rows], standoff: 4 },
+      },
+    })];
+  }
+
+  /** A site with one axis: bars, coloured on the same scale as the maps. */
+  function bars(shown, target) {
+    const { site, frame, view, z, text, nColumns } = shown;
+    const flat = z.flat(), labels = text.flat(), n = flat.length;
+    const dim = site.rows || site.columns;
+    const ticks = site.rows || !site.columns
+      ? { at: range(n).filter((i) => i % Math.max(1, Math.ceil(n / 20)) === 0), text: null }
+      : columnTicks(site, view, nColumns, target.clientWidth || 560);
+    ticks.text ||= ticks.at.map((i) => (dim ? String(site.labels[dim][i]) : "all"));
+    const tokens = dim === "pos";
+    const traces = [{
+      type: "bar", x: range(n), y: flat, hovertext: labels, hoverinfo: "text",
+      marker: {
+        color: flat, colorscale: RED_BLUE, cmin: -frame.limit, cmax: frame.limit,
+        line: { color: "#545d66", width: 0.5 },
+      },
+    }];
+    return [traces, base_layout(tokens ? 340 : 280, {
+      margin: { l: 56, r: 8, t: 12, b: tokens ? 14 + 6.7 * ticks.longest : 44 },
+      bargap: 0.15,
+      xaxis: {
+        ...AXIS, tickmode: "array", tickvals: ticks.at, ticktext: ticks.text,
+        tickangle: tokens ? -90 : 0, range: [-0.5, n - 0.5],
+        tickfont: { family: tokens ? MONO : SANS, size: 11 },
+        title: tokens || !dim ? undefined : { text: NAMES[dim], standoff: 6 },
+      },
+      yaxis: {
+        ...AXIS, showgrid: true, gridcolor: "#e6eaee", zeroline: true, zerolinecolor: "#545d66",
+        range: [-1.05 * frame.limit, 1.05 * frame.limit], title: { text: frame.quantity },
+      },
+    })];
+  }
+
+  function compare(panel) {
+    const figure = [...document.querySelectorAll("[data-compare]")]
+      .find((f) => f.dataset.compare === panel.key);
+    figure.hidden = panel.metric !== chosen.metric;
+    if (figure.hidden) return null;
+    const target = figure.querySelector(".plot");
+    const both = [...panel.exact, ...panel.estimate, 0];
+    const low = Math.min(...both), high = Math.max(...both), pad = 0.06 * (high - low || 1);
+    const span = [low - pad, high + pad];
+    const missed = new Set(panel.misses);
+    const tell = (i) => `${plain(panel.labels[i])}<br>exact ${signed(panel.exact[i])}`
+      + `<br>${plain(panel.method)} ${signed(panel.estimate[i])}`;
+    const points = (keep, more) => {
+      const at = range(panel.exact.length).filter(keep);
+      return {
+        type: "scatter", x: at.map((i) => panel.exact[i]), y: at.map((i) => panel.estimate[i]),
+        hovertext: at.map(tell), hoverinfo: "text", ...more(at),
+      };
+    };
+    const middle = (low + high) / 2;
+    return Plotly.react(target, [
+      points((i) => !missed.has(i), () => ({
+        mode: "markers", marker: { size: 6, color: "#2166ac", opacity: 0.45 },
+      })),
+      points((i) => missed.has(i), (at) => ({
+        mode: "markers+text",
+        text: at.map((i) => plain(panel.labels[i])),
+        // towards the middle of the plot, where there is room
+        textposition: at.map((i) => (panel.exact[i] > middle ? "middle left" : "middle right")),
+        textfont: { family: MONO, size: 11, color: "#8a3b00" },
+        marker: { size: 8, color: "#b35c00", symbol: "diamond" },
+      })),
+    ], base_layout(420, {
+      margin: { l: 60, r: 12, t: 12, b: 48 },
+      shapes: [{
+        type: "line", x0: span[0], y0: span[0], x1: span[1], y1: span[1], layer: "below",
+        line: { color: "#545d66", width: 1, dash: "dot" },
+      }],
+      xaxis: {
+        ...AXIS, showgrid: true, gridcolor: "#e6eaee", zeroline: true, zerolinecolor: "#b9bec4",
+        range: span, title: { text: `exact effect, ${plain(panel.site)}`, standoff: 8 },
+      },
+      yaxis: {
+        ...AXIS, showgrid: true, gridcolor: "#e6eaee", zeroline: true, zerolinecolor: "#b9bec4",
+        range: span, title: { text: `${plain(panel.method)} estimate`, standoff: 6 },
+      },
+    }), { ...CONFIG, toImageButtonOptions: { filename: panel.key, scale: 2 } });
+  }
+
+  /** The positions a reader can choose in a map of heads, named by the chosen pair's tokens. */
+  function fillPicks() {
+    const view = viewOf();
+    for (const select of document.querySelectorAll("select[data-pick]")) {
+      const site = data.sites[Number(select.dataset.pick)];
+      const kept = select.value || "all";
+      const options = [new Option("largest of all", "all")];
+      site.labels.pos.slice(0, view.n_pos).forEach((label, i) => {
+        options.push(new Option(view.base[i] ? `${label} ${view.base[i]}` : `${label}`, String(i)));
+      });
+      select.replaceChildren(...options);
+      select.value = options.some((o) => o.value === kept) ? kept : "all";
+    }
+  }
+
+  /** Puts the prepared text of the chosen metric and view into its places. */
+  function fillSlots() {
+    const key = `${chosen.metric}|${chosen.view}`;
+    const template = [...document.querySelectorAll("template")].find((t) => t.dataset.key === key);
+    for (const part of template.content.cloneNode(true).children) {
+      const slot = document.querySelector(`main [data-slot="${part.dataset.slot}"]`);
+      slot.replaceChildren(...part.childNodes);
+    }
+  }
+
+  function show() {
+    fillSlots();
+    fillPicks();
+    data.sites.forEach((_, index) => draw(index));
+    data.panels.forEach(compare);
+    document.body.dataset.shown = `${chosen.metric}|${chosen.view}`;
+  }
+
+  for (const name of ["metric", "view"]) {
+    const select = document.getElementById(name);
+    if (!select) continue;
+    select.value = chosen[name]; // a browser may bring back what was chosen before a reload
+    select.addEventListener("change", () => {
+      chosen[name] = select.value;
+      show();
+    });
+  }
+  for (const select of document.querySelectorAll("select[data-pick]")) {
+    select.addEventListener("change", () => draw(Number(select.dataset.pick)));
+  }
+  for (const moment of ["beforeprint", "afterprint"]) {
+    window.addEventListener(moment, () => {
+      document.querySelectorAll(".js-plotly-plot").forEach((plot) => Plotly.Plots.resize(plot));
+    });
+  }
+  show();
+})();

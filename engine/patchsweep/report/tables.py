@@ -1,0 +1,208 @@
+"""The report's tables: the largest effects, what the run cost, where its numbers come from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+
+from patchsweep import summary
+from patchsweep.report.html import count, esc, number, plural, token_html
+from patchsweep.report.views import View
+
+N_LARGEST = 8
+"""Rows per site in the table of largest effects."""
+
+_PLAN = ("n_patches", "n_live", "n_dead", "token_layers", "loop_token_layers")
+
+
+@dataclass(frozen=True)
+class Journal:
+    """What a run's journal says about time."""
+
+    seconds: Mapping[str, float] = field(default_factory=dict)  # per site; "" where none is named
+
+    @property
+    def total(self) -> float:
+        """Seconds of all units together, over all processes."""
+        return sum(self.seconds.values())
+
+
+def read_journal(store: str) -> Journal:
+    """The journal beside a local store; an empty one when there is none.
+
+    A killed process may have left half a line: what is not a finished unit is passed over.
+    """
+    seconds: dict[str, float] = {}
+    for path in sorted(Path(f"{store}.journal").glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                event = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(event, dict) and event.get("event") == "unit":
+                took = event.get("seconds")
+                if isinstance(took, int | float):
+                    site = str(event.get("site", ""))
+                    seconds[site] = seconds.get(site, 0.0) + took
+    return Journal(seconds)
+
+
+def largest_table(
+    ds: xr.Dataset, names: tuple[str, ...], metric: str, view: View
+) -> str:
+    """The largest effects of each site of `names`, grouped, as an HTML table."""
+    n_pairs = ds.sizes["pair"]
+    spread = view.pair is None and n_pairs > 1
+    groups = []
+    heads = positions = False
+    for site in names:
+        found = summary.largest(ds, site, metric, N_LARGEST, pair=view.pair)
+        heads |= any(e.head is not None for e in found)
+        positions |= any(e.pos is not None for e in found)
+        groups.append((site, found, _spread(ds, site, metric, found) if spread else []))
+    if not any(found for _, found, _ in groups):
+        return '<p class="empty">No patch that has run changes this metric.</p>'
+    columns = [("site", ""), ("layer", "n")]
+    columns += [("position", "n"), ("token", "")] if positions else []
+    columns += [("head", "n")] if heads else []
+    columns += [("value", "n"), ("effect", "n"), ("recovered", "n")]
+    columns += [("95 % interval", "n"), ("p", "n"), ("pairs", "n")] if spread else []
+    top = "".join(f'<th scope="col" class="{kind}">{name}</th>' for name, kind in columns)
+    bodies = []
+    for site, found, extra in groups:
+        rows = []
+        for index, e in enumerate(found):
+            first = (
+                f'<th scope="rowgroup" rowspan="{len(found)}">{esc(site)}</th>' if not index else ""
+            )
+            cells = [_cell(e.layer)]
+            if positions:
+                cells += [_cell(e.pos), f"<td>{token_html(e.token) if e.token else ''}</td>"]
+            if heads:
+                cells.append(_cell(e.head))
+            cells += [
+                f'<td class="n">{number(e.value)}</td>',
+                f'<td class="n {_side(e.effect)}">{number(e.effect, sign=True)}</td>',
+                f'<td class="n">{number(e.recovered)}</td>',
+            ]
+            if spread:
+                low, high, p, ran = extra[index]
+                cells += [
+                    f'<td class="n">{number(low, sign=True)} … {number(high, sign=True)}</td>',
+                    f'<td class="n">{number(p)}</td>',
+                    f'<td class="n">{ran}</td>',
+                ]
+            rows.append(f"<tr>{first}{''.join(cells)}</tr>")
+        bodies.append(f"<tbody>{''.join(rows)}</tbody>")
+    table = f"<table><thead><tr>{top}</tr></thead>{''.join(bodies)}</table>"
+    return f'<div class="scroll">{table}</div>{_explain(spread, n_pairs)}'
+
+
+def cost_table(ds: xr.Dataset, journal: Journal) -> str:
+    """Patches and token-layers per site, beside what a loop of full forwards needs."""
+    plan = ds.attrs.get("plan")
+    if not isinstance(plan, Mapping) or not plan:
+        return '<p class="empty">The store does not say what the run planned.</p>'
+    timed = bool(journal.seconds)
+    rows = []
+    total = dict.fromkeys(_PLAN, 0.0)
+    for site, entry in plan.items():
+        numbers = {key: float(entry.get(key, 0)) for key in _PLAN}
+        total = {key: total[key] + numbers[key] for key in _PLAN}
+        rows.append(_cost_row(esc(site), numbers, journal.seconds.get(site) if timed else None))
+    if len(rows) > 1:
+        rows.append(_cost_row("all", total, journal.total if timed else None, "total"))
+    heads = ["patches", "live", "dead", "token-layers", "a loop needs", "ratio"]
+    heads += ["seconds"] if timed else []
+    top = "".join(f'<th scope="col" class="n">{h}</th>' for h in heads)
+    return (
+        f'<div class="scroll"><table><thead><tr><th scope="col">site</th>{top}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def totals(ds: xr.Dataset) -> dict[str, float]:
+    """Sums of the plan over sites; empty when the store has no plan."""
+    plan = ds.attrs.get("plan")
+    if not isinstance(plan, Mapping):
+        return {}
+    return {key: sum(float(entry.get(key, 0)) for entry in plan.values()) for key in _PLAN}
+
+
+def provenance_table(ds: xr.Dataset) -> str:
+    """What the run was made of; nested parts as indented JSON behind a fold."""
+    known = ds.attrs.get("provenance")
+    parts: dict[str, object] = {"patchsweep": ds.attrs.get("patchsweep_version", "unknown")}
+    parts |= known if isinstance(known, Mapping) else {}
+    rows = []
+    for key, value in parts.items():
+        if value is None or value == "":
+            continue
+        if isinstance(value, Mapping) and all(isinstance(v, str) for v in value.values()):
+            shown = "<br>".join(f"{esc(k)} {esc(v)}" for k, v in value.items())
+        elif isinstance(value, Mapping | list):
+            text = json.dumps(value, indent=2, ensure_ascii=False, default=str)
+            shown = f"<details><summary>show</summary><pre>{esc(text)}</pre></details>"
+        else:
+            shown = f"<span>{esc(value)}</span>"
+        rows.append(f'<tr><th scope="row">{esc(key.replace("_", " "))}</th><td>{shown}</td></tr>')
+    return f'<table class="facts"><tbody>{"".join(rows)}</tbody></table>'
+
+
+def _spread(
+    ds: xr.Dataset, site: str, metric: str, found: list[summary.Effect]
+) -> list[tuple[float, float, float, int]]:
+    """(low, high, p, pairs in which it ran) of each effect, over pairs."""
+    if not found:
+        return []
+    effects = summary.effect(ds, site).sel(metric=metric)
+    unit = summary.unit_dim(effects)
+    columns = []
+    for e in found:
+        at = {"layer": e.layer, "pos": e.pos} | ({unit: e.head} if unit else {})
+        cell = effects.sel({k: v for k, v in at.items() if v is not None})
+        columns.append(cell.values.astype(np.float64))
+    stacked = np.stack(columns, axis=1)
+    low, high = summary.bootstrap(stacked)
+    p = summary.sign_flip(stacked)
+    ran = np.isfinite(stacked).sum(axis=0)
+    return [(float(a), float(b), float(c), int(n)) for a, b, c, n in zip(low, high, p, ran, strict=True)]
+
+
+def _explain(spread: bool, n_pairs: int) -> str:
+    text = f"The {N_LARGEST} largest effects of each site by absolute size"
+    if not spread:
+        return f'<p class="caption">{text}.</p>'
+    text += (
+        f", averaged over {plural(n_pairs, 'pair')}; recovered is the sum of effects over the sum "
+        "of gaps. Interval: bootstrap of the mean effect over pairs. p: sign-flip test that the "
+        "mean is zero, not corrected for having picked the largest cells"
+    )
+    if n_pairs < 10:
+        text += f". With {plural(n_pairs, 'pair')}, read both as rough"
+    return f'<p class="caption">{text}.</p>'
+
+
+def _cell(value: int | None) -> str:
+    return f'<td class="n">{"" if value is None else value}</td>'
+
+
+def _side(effect: float) -> str:
+    return "up" if effect > 0 else "down"
+
+
+def _cost_row(
+    name: str, numbers: Mapping[str, float], seconds: float | None, kind: str = ""
+) -> str:
+    ratio = numbers["loop_token_layers"] / numbers["token_layers"] if numbers["token_layers"] else 0
+    cells = [count(numbers[key]) for key in _PLAN]
+    cells.append(f"{ratio:,.1f} ×" if ratio else "–")
+    if seconds is not None:
+        cells.append(f"{seconds:,.2f}")
+    inner = "".join(f'<td class="n">{c}</td>' for c in cells)
+    return f'<tr class="{kind}"><th scope="row">{name}</th>{inner}</tr>'

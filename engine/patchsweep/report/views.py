@@ -1,0 +1,65 @@
+"""What a reader can choose to look at: the mean over pairs, or one pair."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import xarray as xr
+
+from patchsweep import summary
+from patchsweep.report.html import visible
+
+MAX_PAIRS = 64
+"""Up to this many pairs, each can be chosen in the page."""
+
+FEW_PAIRS = 8
+"""Beyond that, only the mean and this many."""
+
+MAX_BYTES = 4_000_000
+"""All single pairs together add at most this much to the page."""
+
+_BASE64 = 4 / 3
+_FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class View:
+    """The mean over pairs, or one pair, with the tokens that label its positions."""
+
+    key: str  # unique in the page: "mean", or the pair's number
+    pair: int | None  # pair coordinate; None for the mean over pairs
+    label: str  # how the selector calls it
+    n_pos: int  # positions of its prompt that the store has
+    base_tokens: tuple[str, ...]  # visible text per position; "" where the pairs differ
+    source_tokens: tuple[str, ...]  # likewise
+
+
+def choose_views(ds: xr.Dataset, names: tuple[str, ...]) -> tuple[View, ...]:
+    """The mean first when there are several pairs, then the pairs that fit into the page."""
+    pairs = [int(p) for p in ds["pair"].values]
+    cells = sum(ds[name].size for name in names) // max(1, len(pairs))
+    fit = int(MAX_BYTES // max(1.0, cells * _FLOAT32 * _BASE64))
+    n = len(pairs) if len(pairs) <= MAX_PAIRS else FEW_PAIRS
+    single = [_one(ds, pair) for pair in pairs[: max(1, min(n, fit))]]
+    return tuple(single) if len(pairs) == 1 else (_mean(ds, len(pairs)), *single)
+
+
+def _mean(ds: xr.Dataset, n_pairs: int) -> View:
+    base, source = _tokens(ds, "base_token", None), _tokens(ds, "source_token", None)
+    return View("mean", None, f"mean over {n_pairs} pairs", ds.sizes.get("pos", 0), base, source)
+
+
+def _one(ds: xr.Dataset, pair: int) -> View:
+    base, source = _tokens(ds, "base_token", pair), _tokens(ds, "source_token", pair)
+    n_pos = sum(1 for t in base if t) or ds.sizes.get("pos", 0)
+    label = f"pair {pair}"
+    if {"answer", "wrong_answer"} <= set(ds.variables):
+        right, wrong = (
+            visible(str(ds[name].sel(pair=pair).item())) for name in ("answer", "wrong_answer")
+        )
+        label += f": {right} / {wrong}"
+    return View(str(pair), pair, label, n_pos, base, source)
+
+
+def _tokens(ds: xr.Dataset, name: str, pair: int | None) -> tuple[str, ...]:
+    return tuple(visible(t or "") for t in summary.shared_tokens(ds, pair, name))

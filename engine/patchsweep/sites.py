@@ -1,0 +1,82 @@
+"""Sites: the kinds of activation that a patch can replace."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from patchsweep.errors import SiteError
+
+Unit = Literal["head", "kv_head", "neuron"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One kind of activation, found in every block unless `layered` is false."""
+
+    name: str
+    hook: str  # TransformerLens hook name inside the block (or whole, if not layered)
+    unit: Unit | None  # what a patch can be narrowed to besides a position
+    reach: Literal["token", "suffix"]  # what patching token p changes inside its own block
+    in_attention: bool  # lives inside the attention function, at no module's border
+    layered: bool = True
+    from_token: bool = False  # at layer 0 it depends on the token and its position alone
+
+    def hook_name(self, layer: int) -> str:
+        """The full TransformerLens hook name at `layer`."""
+        return f"blocks.{layer}.{self.hook}" if self.layered else self.hook
+
+
+def _site(
+    name: str,
+    hook: str,
+    unit: Unit | None = None,
+    reach: Literal["token", "suffix"] = "token",
+    *,
+    in_attention: bool = False,
+    layered: bool = True,
+    from_token: bool = False,
+) -> Site:
+    return Site(name, hook, unit, reach, in_attention, layered, from_token)
+
+
+SITES: dict[str, Site] = {
+    site.name: site
+    for site in (
+        _site("resid_pre", "hook_resid_pre", reach="suffix", from_token=True),
+        _site("resid_mid", "hook_resid_mid"),
+        _site("resid_post", "hook_resid_post"),
+        _site("attn_out", "hook_attn_out"),
+        _site("mlp_out", "hook_mlp_out"),
+        _site("z", "attn.hook_z", "head"),
+        _site("q", "attn.hook_q", "head", from_token=True),
+        _site("k", "attn.hook_k", "kv_head", "suffix", from_token=True),
+        _site("v", "attn.hook_v", "kv_head", "suffix", from_token=True),
+        _site("rot_q", "attn.hook_rot_q", "head", in_attention=True, from_token=True),
+        _site(
+            "rot_k", "attn.hook_rot_k", "kv_head", "suffix", in_attention=True, from_token=True
+        ),
+        _site("pattern", "attn.hook_pattern", "head", in_attention=True),
+        _site("mlp_post", "mlp.hook_post", "neuron"),
+        _site("embed", "hook_embed", reach="suffix", layered=False, from_token=True),
+    )
+}
+
+
+def get_sites(names: Sequence[str]) -> tuple[Site, ...]:
+    """The sites called `names`, in order.
+
+    Raises:
+        SiteError: a name is unknown or given twice, or there is none.
+    """
+    if isinstance(names, str):
+        names = [names]
+    if not names:
+        raise SiteError("sites is empty; name at least one, such as resid_pre or z")
+    unknown = [name for name in names if name not in SITES]
+    if unknown:
+        raise SiteError(f"site {unknown[0]!r} is not known; use one of {', '.join(SITES)}")
+    if len(set(names)) < len(names):
+        raise SiteError(f"sites={list(names)} names a site twice; name each once")
+    return tuple(SITES[name] for name in names)

@@ -1,0 +1,90 @@
+"""Built-in tasks: prompt pairs for behaviours that circuits have been found for.
+
+`TASKS` maps names to tasks; `load_task` draws pairs for one model; `check_task` says how well
+that model does without any patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.errors import PromptError
+from patchsweep.pairs import PromptPairs
+from patchsweep.tasks.addition import ADDITION
+from patchsweep.tasks.base import Task, load_pairs
+from patchsweep.tasks.check import TaskCheck, check_pairs
+from patchsweep.tasks.docstring import DOCSTRING
+from patchsweep.tasks.facts import FACTS
+from patchsweep.tasks.greater_than import GREATER_THAN
+from patchsweep.tasks.induction import INDUCTION
+from patchsweep.tasks.ioi import DEMO_PAIR, IOI, IOI_DEMO
+from patchsweep.tasks.pronouns import PRONOUNS
+from patchsweep.tasks.sva import SVA
+
+__all__ = ["DEMO_PAIR", "TASKS", "Task", "TaskCheck", "check_task", "find_task", "load_task"]
+
+TASKS: Mapping[str, Task] = MappingProxyType(
+    {
+        task.name: task
+        for task in (
+            IOI_DEMO,
+            IOI,
+            FACTS,
+            GREATER_THAN,
+            DOCSTRING,
+            PRONOUNS,
+            SVA,
+            ADDITION,
+            INDUCTION,
+        )
+    }
+)
+
+
+def find_task(name: str) -> Task:
+    """The task of that name.
+
+    Raises:
+        PromptError: there is none.
+    """
+    if name not in TASKS:
+        raise PromptError(f"task {name!r} is not known; use one of {', '.join(sorted(TASKS))}")
+    return TASKS[name]
+
+
+def load_task(
+    model: TransformerBridge,
+    name: str,
+    n_pairs: int | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> PromptPairs:
+    """The first `n_pairs` pairs of a task that fit the tokenizer of `model`.
+
+    Records whose prompts differ in tokens, or whose answers are not one token, are passed over.
+    The result is the same for a seed, and fewer pairs are a prefix of more. Without `n_pairs`
+    the task's own number is taken.
+
+    Raises:
+        PromptError: the task or an option is unknown, or too few records fit.
+    """
+    return load_pairs(model, find_task(name), n_pairs, seed, **options)
+
+
+def check_task(
+    model: TransformerBridge,
+    name: str,
+    n_pairs: int | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> TaskCheck:
+    """How well `model` does a task: accuracies, mean logit differences, top-1 rates.
+
+    Raises:
+        PromptError: as `load_task`.
+    """
+    return check_pairs(model, find_task(name), n_pairs, seed, **options)

@@ -1,0 +1,71 @@
+"""Greater-than: a year range must end after it began."""
+
+from __future__ import annotations
+
+import random
+
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.records import PromptRecord
+from patchsweep.tasks.base import Draw, Task, compose, end_of, number_digits
+
+TEMPLATE = "The {noun} lasted from the year {century}{start} to the year {prefix}"
+NOUNS = tuple(
+    """
+    war campaign conflict siege reign rebellion revolution dynasty empire expedition famine
+    drought plague dispute rivalry alliance truce treaty blockade occupation crusade voyage
+    mission project construction trial strike boycott feud journey partnership marriage
+    friendship tradition festival epidemic career dictatorship monarchy regime
+    """.split()
+)
+
+
+def prepare(model: TransformerBridge) -> Draw:
+    """How to draw one pair.
+
+    One prompt starts early in its century, the other late. The answer of each is a nearby
+    later year, and that of the early start comes before the late start. Where the tokenizer
+    splits years into digits, the prompt's answer is the decade.
+    """
+    digits = number_digits(model)
+
+    def draw(rng: random.Random) -> PromptRecord:
+        noun, century = rng.choice(NOUNS), rng.randint(11, 17)
+        early, late = rng.randint(2, 39), rng.randint(55, 88)
+        # at least a decade on, so that its digit decides
+        early_end, late_end = early + rng.randint(10, 14), late + 10
+        if digits == 1:
+            ends = {early: str(early_end // 10), late: str(late_end // 10)}
+        else:
+            ends = {early: f"{early_end:02}", late: f"{late_end:02}"}
+        start, other = (early, late) if rng.random() < 0.5 else (late, early)
+        fields = {"noun": noun, "century": str(century), "prefix": str(century)}
+        clean, spans = compose(TEMPLATE, {**fields, "start": f"{start:02}"})
+        corrupted, _ = compose(TEMPLATE, {**fields, "start": f"{other:02}"})
+        labels = {
+            "noun": spans["noun"],
+            "start": spans["start"],
+            "prefix": spans["prefix"],
+            "end": end_of(clean),
+        }
+        return PromptRecord(clean, corrupted, ends[start], ends[other], labels)
+
+    return draw
+
+
+GREATER_THAN = Task(
+    name="greater_than",
+    description=(
+        "A range of years whose end must come after its start; one prompt starts late in its "
+        "century, the other early, and the early one's answer would come too soon for the late one"
+    ),
+    source=(
+        "Hanna, Liu & Variengien 2023, How does GPT-2 compute greater-than?: Interpreting "
+        "mathematical abilities in a pre-trained language model, arXiv:2305.00586. That work "
+        "compares the summed probability of later and earlier years against a start in year 01; "
+        "a pair here compares two years, or two decades where years are split into digits"
+    ),
+    labels=("noun", "start", "prefix", "end"),
+    prepare=prepare,
+    needs_model=True,
+)

@@ -1,0 +1,78 @@
+"""Subject-verb agreement across a relative clause."""
+
+from __future__ import annotations
+
+import random
+
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.records import PromptRecord
+from patchsweep.tasks.base import Draw, Task, compose, end_of
+
+# clauses that do not give the subject's number away
+CLAUSES = (
+    "that the {attractor} liked",
+    "that the {attractor} followed",
+    "that the {attractor} helped",
+    "that the {attractor} saw",
+    "that the {attractor} knew",
+    "that visited the {attractor}",
+    "that helped the {attractor}",
+    "that met the {attractor}",
+    "who called the {attractor}",
+    "who loved the {attractor}",
+)
+SUBJECTS = tuple(
+    """
+    farmer author pilot teacher doctor lawyer manager officer student actor singer player
+    dancer friend worker soldier artist writer driver scientist
+    """.split()
+)
+ATTRACTORS = tuple(
+    """
+    parent guard chef customer minister senator architect consultant neighbor judge king
+    guest visitor child nurse director
+    """.split()
+)
+VERBS = ((" is", " are"), (" was", " were"), (" has", " have"))
+_PLURALS = {"child": "children"}
+
+
+def _plural(noun: str) -> str:
+    return _PLURALS.get(noun, f"{noun}s")
+
+
+def prepare(model: TransformerBridge | None) -> Draw:
+    """How to draw one pair."""
+
+    def draw(rng: random.Random) -> PromptRecord:
+        template = f"The {{subject}} {rng.choice(CLAUSES)}"
+        subject, attractor = rng.choice(SUBJECTS), rng.choice(ATTRACTORS)
+        if rng.random() < 0.5:
+            attractor = _plural(attractor)
+        singular, plural = rng.choice(VERBS)
+        forms = [(subject, singular), (_plural(subject), plural)]
+        rng.shuffle(forms)
+        (noun, answer), (other, wrong_answer) = forms
+        clean, spans = compose(template, {"subject": noun, "attractor": attractor})
+        corrupted, _ = compose(template, {"subject": other, "attractor": attractor})
+        labels = {**spans, "end": end_of(clean)}
+        return PromptRecord(clean, corrupted, answer, wrong_answer, labels)
+
+    return draw
+
+
+SVA = Task(
+    name="sva",
+    description=(
+        "The verb after a relative clause agrees with the subject before it, not with the noun "
+        "inside it; the corrupted prompt has the subject in the other number"
+    ),
+    source=(
+        "Marvin & Linzen 2018, Targeted Syntactic Evaluation of Language Models, "
+        "arXiv:1808.09031. Its kinds of clause with our own words; the verbs of the clauses are "
+        "in the past tense, which does not show number, and the answers are auxiliaries"
+    ),
+    labels=("subject", "attractor", "end"),
+    prepare=prepare,
+)

@@ -1,0 +1,220 @@
+"""The wave runner: replay the model's own blocks on the packed rows of many patches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from patchsweep_kernels.attention import Rows, prefix_attention
+from patchsweep_kernels.scatter import scatter_patch
+from torch import Tensor, nn
+
+from patchsweep.capture import STREAM_SITES, Run, SitePoint, split_hidden, watch
+from patchsweep.packing import Packing, pack
+from patchsweep.plan import Wave
+from patchsweep.replica import Attend, Replica, attention_settings
+
+
+@dataclass(frozen=True)
+class WaveInput:
+    """What one wave needs besides the model: prompts of one length, indexed by pair."""
+
+    base: Run
+    donors: list[Tensor]  # per layer of writing [pair, pos, width]: the values patched in
+    local: dict[int, int]  # pair of the plan -> row of `base` and `donors`
+
+
+@torch.no_grad()
+def run_wave(replica: Replica, point: SitePoint, wave: Wave, given: WaveInput) -> Tensor:
+    """The final residual of every row of `wave`, from its start to its last read position.
+
+    Returns `[token, d_model]`, packed like the last packing: row i's tokens, then row i+1's;
+    the readout knows them by `wave.length - wave.start`.
+    """
+    state = _State(replica, point, wave, given)
+    hidden: Tensor | None = None
+    with ExitStack() as stack:
+        stack.enter_context(state.hooks())
+        for packing in pack(wave):
+            hidden = state.enter(packing, hidden)
+            if packing.layer < replica.n_layers:
+                hidden = state.replay(hidden)
+    assert hidden is not None
+    return hidden
+
+
+class _State:
+    """The wave at its present layer; hooks and attention functions read it."""
+
+    def __init__(self, replica: Replica, point: SitePoint, wave: Wave, given: WaveInput) -> None:
+        self.replica, self.point, self.wave, self.given = replica, point, wave, given
+        self.device = given.base.resid[0].device
+        self.local = np.array([given.local.get(p, -1) for p in range(wave.plan.shape[0])])
+        self.packing: Packing
+        self.rows: Rows
+        self.token_pair: Tensor
+        self.token_pos: Tensor
+
+    def enter(self, packing: Packing, carried: Tensor | None) -> Tensor:
+        """The wave's tokens `[token, d_model]` at the input of the packing's block."""
+        if carried is None or not packing.same:
+            self.token_pair = self._index(self.local[packing.token_pair])
+            self.token_pos = self._index(packing.token_pos)
+            self.rows = Rows(
+                offsets=torch.from_numpy(packing.offsets),
+                pair=torch.from_numpy(self.local[packing.pair]),
+                start=torch.from_numpy(packing.start),
+            )
+        self.packing = packing
+        base = self.given.base.resid[packing.layer]
+        if carried is None:
+            hidden = base[self.token_pair, self.token_pos]
+        elif packing.same:
+            hidden = carried
+        else:
+            hidden = base[self.token_pair, self.token_pos]
+            hidden[self._index(packing.carried_to)] = carried[self._index(packing.carried_from)]
+        if self.point.site.name in STREAM_SITES:
+            self.write(hidden)
+        return hidden
+
+    def replay(self, hidden: Tensor) -> Tensor:
+        """The packing's block on `hidden` `[token, d_model]`."""
+        layer = self.packing.layer
+        call = self.given.base.calls[layer].at(
+            self.token_pair,
+            self.token_pos,
+            n_pairs=len(self.given.base.resid[0]),
+            length=self.given.base.resid[0].shape[1],
+        )
+        output = self.replica.blocks[layer](hidden.unsqueeze(0), *call.args, **call.kwargs)
+        return (output[0] if isinstance(output, tuple) else output).squeeze(0)
+
+    def write(self, x: Tensor) -> None:
+        """Replace the patched vectors of `x` `[.., token, width]` in place, in one launch."""
+        packing, wave = self.packing, self.wave
+        if not len(packing.write_token):
+            return
+        donor = self.given.donors[packing.layer]
+        n_pairs, length, width = donor.shape
+        pair = self.local[wave.pair[packing.write_row]]
+        pos = packing.token_pos[packing.write_token]
+        source = pair * length + pos
+        units = wave.plan.axes.units
+        flat = x.view(-1, width)
+        values = donor.reshape(n_pairs * length, width)
+        if units is None:
+            scatter_patch(
+                flat, values, self._index(packing.write_token), source=self._index(source)
+            )
+            return
+        n_units = self.n_units(width)
+        which = wave.plan.unit_set[wave.patches[packing.write_row]]
+        sizes = np.array([len(unit) for unit in units])
+        flat_units = np.concatenate([np.array(unit) for unit in units])
+        first = np.concatenate([[0], np.cumsum(sizes)])
+        repeat = np.repeat(np.arange(len(which)), sizes[which])
+        within = np.arange(len(repeat)) - np.repeat(
+            np.cumsum(sizes[which]) - sizes[which], sizes[which]
+        )
+        unit = flat_units[first[which[repeat]] + within]
+        scatter_patch(
+            flat.view(len(flat), n_units, -1),
+            values.view(len(values) * n_units, -1),
+            self._index(packing.write_token[repeat]),
+            source=self._index(source[repeat] * n_units + unit),
+            head=self._index(unit),
+        )
+
+    def n_units(self, width: int) -> int:
+        """Heads (or neurons) in one vector of the swept site."""
+        base = self.given.base
+        site = self.point.site
+        if site.unit == "head":
+            return width // base.values[0].shape[-1]
+        if site.unit == "kv_head":
+            return base.keys[0].shape[1]
+        return width
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        """Attention on packed rows, and the writes at the swept site, while the wave runs."""
+        with ExitStack() as stack:
+            self._drop_unread_tokens(stack)
+            for layer, point in enumerate(self.point.points):
+                stack.enter_context(watch(point, self._write_at(layer)))
+            self.replica.attend_with(self._attention)
+            stack.callback(self.replica.attend_with, None)
+            yield
+
+    def _write_at(self, layer: int) -> Any:
+        return lambda x: self.write(x) if self.packing.layer == layer else None
+
+    def _attention(self, layer: int) -> Attend:
+        name = self.point.site.name if self.point.in_attention else None
+
+        def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
+            settings = attention_settings(module, q.shape[-1], kwargs)
+            q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+            if name in ("q", "rot_q"):
+                q = self._written(q)
+            elif name in ("k", "rot_k"):
+                k = self._written(k)
+            elif name == "v":
+                v = self._written(v)
+            base = self.given.base
+            z = prefix_attention(
+                q, k, v, base.keys[layer], base.values[layer], self.rows, **settings
+            )
+            if name == "pattern":
+                z = self._written(z)
+            return z.unsqueeze(0)
+
+        return attend
+
+    def _written(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        self.write(x.view(len(x), -1))
+        return x
+
+    def _drop_unread_tokens(self, stack: ExitStack) -> None:
+        """In the last block only tokens that are read need the MLP: gather them, put them back.
+
+        The others were needed for their keys and values alone.
+        """
+        last = self.replica.n_layers - 1
+        mlp = self.replica.module_of(getattr(self.replica.bridge.blocks[last], "mlp", None))
+        if mlp in (None, self.replica.blocks[last]) or self.point.site.name == "mlp_post":
+            return
+        assert mlp is not None
+        reads = self.wave.plan.reads
+
+        def gather(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if self.packing.layer != last:
+                return None
+            hidden, args, kwargs = split_hidden(args, kwargs)
+            packing = self.packing
+            token = self._index(
+                np.flatnonzero(reads[packing.token_pair, packing.token_pos])
+            )
+            self._kept = (hidden.shape, token)
+            return (hidden[:, token], *args), kwargs
+
+        def put_back(module: nn.Module, args: Any, output: Any) -> Any:
+            if self.packing.layer != last:
+                return None
+            shape, token = self._kept
+            kept = output[0] if isinstance(output, tuple) else output
+            full = kept.new_zeros(shape)
+            full[:, token] = kept.view(1, len(token), -1)
+            return (full, *output[1:]) if isinstance(output, tuple) else full
+
+        stack.callback(mlp.register_forward_pre_hook(gather, with_kwargs=True).remove)
+        stack.callback(mlp.register_forward_hook(put_back).remove)
+
+    def _index(self, array: Any) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
