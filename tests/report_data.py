@@ -70,9 +70,10 @@ def synthetic(
         for p, length in enumerate(lengths):
             made = _fractions(site, n_layers, length, fractions.shape[-1], rng)
             fractions[:, p, :, :length] = made
-        values = base_metric[..., None, None, None] + fractions * (
-            source_metric - base_metric
-        )[..., None, None, None]
+        values = (
+            base_metric[..., None, None, None]
+            + fractions * (source_metric - base_metric)[..., None, None, None]
+        )
         for p, length in enumerate(lengths):
             values[:, p, :, length:] = np.nan
         dims = ["metric", "pair", "layer", "pos", heads.get(site, ("one", 1))[0]]
@@ -84,7 +85,9 @@ def synthetic(
         for method in methods:
             effects = values - base_metric.reshape(base_metric.shape + (1,) * (values.ndim - 2))
             rough = effects * (0.25 if site == "resid_pre" else 0.97)
-            noise = 0.02 * effects.std(where=np.isfinite(effects)) * rng.standard_normal(rough.shape)
+            noise = (
+                0.02 * effects.std(where=np.isfinite(effects)) * rng.standard_normal(rough.shape)
+            )
             variables[f"{site}_{method}"] = (dims, (rough + noise).astype(np.float32))
 
     ds = xr.Dataset(

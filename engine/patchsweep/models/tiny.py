@@ -111,5 +111,5 @@ def _draw_weights(model: nn.Module, seed: int) -> None:
                 # norm scales and biases: near what they were, so that (1 + w) norms stay norms
                 parameter.add_(0.1 * normal(parameter))
             else:
-                fan_in = parameter.numel() // parameter.shape[0]
+                fan_in = parameter.shape[-1]
                 parameter.copy_(2.5 * normal(parameter) / math.sqrt(fan_in))

@@ -23,7 +23,7 @@ SLOPES = (0.8, 1.25)
 MIN_CELLS = 20
 """Below this many cells there is no verdict."""
 
-MAX_POINTS = 1500
+MAX_POINTS = 1000
 """Points drawn: half of them the largest, the rest a fixed random sample."""
 
 _N_MISSES = 5
@@ -109,7 +109,7 @@ def _panel(ds: xr.Dataset, name: str, site: str, method: str, metric: str) -> Pa
         f"<strong>{esc(method)} on {esc(site)}: {words}</strong> "
         f"Pearson {number(found.pearson)}, Spearman {number(found.spearman)}, slope "
         f"{number(found.slope)} ({over}{plural(found.n_cells, 'cell')} where either effect is not "
-        f"zero{drawn}); the largest misses are named."
+        f"zero{drawn}); the largest misses are marked."
     )
     key = f"{metric}|{name}"
     payload: dict[str, object] = {
@@ -117,8 +117,8 @@ def _panel(ds: xr.Dataset, name: str, site: str, method: str, metric: str) -> Pa
         "metric": metric,
         "site": site,
         "method": method,
-        "exact": [round(float(v), 6) for v in x[shown]],
-        "estimate": [round(float(v), 6) for v in y[shown]],
+        "exact": [float(f"{v:.5g}") for v in x[shown]],
+        "estimate": [float(f"{v:.5g}") for v in y[shown]],
         "labels": labels,
         "misses": [int(np.searchsorted(shown, i)) for i in misses],
     }
@@ -149,7 +149,7 @@ def _sample(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _label(array: xr.DataArray, cell: int, tokens: list[str | None]) -> str:
-    """"L12 H3 16 ␣to": the cell's layer, head, position and token."""
+    """ "L12 H3 16 ␣to": the cell's layer, head, position and token."""
     at = dict(zip(array.dims, np.unravel_index(cell, array.shape), strict=True))
     letters = {"layer": "L", "head": "H", "kv_head": "KV", "neuron": "N", "pos": "@"}
     order = [d for d in letters if d in at]

@@ -163,7 +163,11 @@ def _frame(
         "limit": limit,
         "base": ends[0] if math.isfinite(ends[0]) else None,
         "source": ends[1] if math.isfinite(ends[1]) else None,
-        **{name: _pack(grid, "<f4") for name, grid in zip(names, source, strict=True) if name in kept},
+        **{
+            name: _pack(grid, "<f4")
+            for name, grid in zip(names, source, strict=True)
+            if name in kept
+        },
     }
     if axes.hidden:
         cells["at"] = _pack(at, "<u2")
@@ -204,7 +208,9 @@ def _seen(
     rest = np.argwhere(size >= size.max() / 2)
     rest = rest[np.argsort(-size[tuple(rest.T)], kind="stable")]
     others = [cell for cell in rest.tolist() if tuple(cell) != tuple(int(i) for i in top)]
-    text = f"Strongest: {_name(top, at, axes, labels, view)}, where the patch moves the metric {moved}"
+    text = (
+        f"Strongest: {_name(top, at, axes, labels, view)}, where the patch moves the metric {moved}"
+    )
     if not others:
         text += "; no other cell is half as strong"
     elif len(others) <= _NAMED:

@@ -25,9 +25,7 @@ def embed_json(value: object) -> str:
 
 def visible(token: str) -> str:
     """`token` with spaces, line ends and unprintable characters made visible; not escaped."""
-    return "".join(
-        _MARKS.get(c) or (c if c.isprintable() else f"\\u{{{ord(c):x}}}") for c in token
-    )
+    return "".join(_MARKS.get(c) or (c if c.isprintable() else f"\\u{{{ord(c):x}}}") for c in token)
 
 
 def token_html(token: str) -> str:
@@ -59,7 +57,7 @@ def count(n: float) -> str:
 
 
 def plural(n: int, noun: str) -> str:
-    """"1 pair", "3 pairs"."""
+    """ "1 pair", "3 pairs"."""
     return f"{count(n)} {noun}{'' if n == 1 else 's'}"
 
 

@@ -46,7 +46,13 @@ def build_page(ds: xr.Dataset, journal: Journal) -> str:
     data = {
         "metrics": metrics,
         "views": [
-            {"key": v.key, "n_pos": v.n_pos, "base": v.base_tokens, "source": v.source_tokens}
+            {
+                "key": v.key,
+                "n_pos": v.n_pos,
+                "base": v.base_tokens,
+                "source": v.source_tokens,
+                "differs": v.differs,
+            }
             for v in views
         ],
         "sites": [
@@ -59,7 +65,7 @@ def build_page(ds: xr.Dataset, journal: Journal) -> str:
     plotly = get_plotlyjs()
     title = question.title(ds)
     sections = [
-        f"<header><h1>{esc(title)}</h1>{question.lead(ds)}"
+        f"<header><h1>{question.headline(ds)}</h1>{question.lead(ds)}"
         f"{question.facts(ds, totals(ds), journal.total)}{question.banner(ds, names)}</header>",
         _controls(ds, metrics, views),
         _slot("prompts", first["prompts"], "section"),
@@ -104,7 +110,9 @@ def _fragments(
     figures: Sequence[Figure],
 ) -> dict[str, dict[str, str]]:
     """What changes with the selectors: "metric|view" -> slot -> HTML."""
-    small = ds[[n for n, a in ds.data_vars.items() if n in names or set(a.dims) <= {"metric", "pair"}]]
+    small = ds[
+        [n for n, a in ds.data_vars.items() if n in names or set(a.dims) <= {"metric", "pair"}]
+    ]
     captions = {
         (f"{r.metric}|{r.view.key}", i): r.caption for i, f in enumerate(figures) for r in f.frames
     }
@@ -135,7 +143,9 @@ def _controls(ds: xr.Dataset, metrics: Sequence[str], views: Sequence[View]) -> 
             f"<span>{plural(n_pairs, 'pair')} in the store; here the mean and the first "
             f"{n_single}.</span>"
         )
-    return f'<nav class="controls" aria-label="What is shown">{"".join(parts)}</nav>' if parts else ""
+    return (
+        f'<nav class="controls" aria-label="What is shown">{"".join(parts)}</nav>' if parts else ""
+    )
 
 
 def _maps(figures: Sequence[Figure], first: dict[str, str]) -> str:
@@ -184,7 +194,8 @@ def _slot(name: str, html: str, tag: str = "div") -> str:
 def _policy(*scripts: str) -> str:
     """A policy under which only these inline scripts run and nothing is fetched."""
     hashes = " ".join(
-        f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts
+        f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'"
+        for s in scripts
     )
     # plotly writes its own style element, and draws maps as images in data: addresses
     return (

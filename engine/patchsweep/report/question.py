@@ -44,12 +44,12 @@ _WORDS = {
 
 def title(ds: xr.Dataset) -> str:
     """The report's headline, as plain text."""
-    model = _model(ds)
-    if _intervention(ds) != "resample":
-        return f"Which parts of {model} does the answer depend on?"
-    if _noising(ds):
-        return f"Which parts of {model} take the answer away?"
-    return f"Which parts of {model} bring the answer back?"
+    return _headline(ds).format(_model(ds))
+
+
+def headline(ds: xr.Dataset) -> str:
+    """The report's headline, as HTML in which the model's name does not wrap."""
+    return _headline(ds).format(f'<span class="name">{esc(_model(ds))}</span>')
 
 
 def lead(ds: xr.Dataset) -> str:
@@ -131,7 +131,9 @@ def _prompt(ds: xr.Dataset, pair: int) -> str:
         answer = "answer" if role == "clean" else "wrong_answer"
         expects = ""
         if answer in ds.variables:
-            expects = f' <span class="arrow">→</span> {token_html(str(ds[answer].sel(pair=pair).item()))}'
+            expects = (
+                f' <span class="arrow">→</span> {token_html(str(ds[answer].sel(pair=pair).item()))}'
+            )
         rows.append(
             f'<tr><th scope="row">{name}<small>{role}</small></th>'
             f"<td>{_marked(tokens, others, positions)}{expects}</td></tr>"
@@ -193,6 +195,14 @@ def facts(ds: xr.Dataset, planned: dict[str, float], seconds: float) -> str:
         + "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in shown)
         + "</dl>"
     )
+
+
+def _headline(ds: xr.Dataset) -> str:
+    if _intervention(ds) != "resample":
+        return "Which parts of {} does the answer depend on?"
+    if _noising(ds):
+        return "Which parts of {} take the answer away?"
+    return "Which parts of {} bring the answer back?"
 
 
 def _roles(ds: xr.Dataset) -> tuple[str, str]:

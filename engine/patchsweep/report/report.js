@@ -78,10 +78,9 @@
     const at = range(n).filter((i) => i % step === 0);
     const text = at.map((i) => {
       if (site.columns !== "pos") return String(labels[i]);
-      const base = view.base[i];
-      if (!base) return String(labels[i]);
-      const shown = plain(short(base));
-      const name = base !== view.source[i] ? `<b>${shown}</b>` : shown;
+      const shown = plain(short(view.base[i] || ""));
+      const name = view.differs[i] ? `<b>${shown || labels[i]}</b>` : shown;
+      if (!shown) return name || String(labels[i]);
       return `${name} <span style="color:#6b747d">${labels[i]}</span>`;
     });
     const lengths = at.map((i) => [...short(view.base[i] || "")].length + String(labels[i]).length);
@@ -260,6 +259,13 @@
         hovertext: at.map(tell), hoverinfo: "text", ...more(at),
       };
     };
+    // names that would lie on one another are left to the pointer
+    const roomy = new Set();
+    for (const i of panel.misses) {
+      const apart = [...roomy].every(
+        (j) => Math.abs(panel.estimate[i] - panel.estimate[j]) > 0.04 * (span[1] - span[0]));
+      if (apart) roomy.add(i);
+    }
     const middle = (low + high) / 2;
     return Plotly.react(target, [
       points((i) => !missed.has(i), () => ({
@@ -267,7 +273,7 @@
       })),
       points((i) => missed.has(i), (at) => ({
         mode: "markers+text",
-        text: at.map((i) => plain(panel.labels[i])),
+        text: at.map((i) => (roomy.has(i) ? plain(panel.labels[i]) : "")),
         // towards the middle of the plot, where there is room
         textposition: at.map((i) => (panel.exact[i] > middle ? "middle left" : "middle right")),
         textfont: { family: MONO, size: 11, color: "#8a3b00" },

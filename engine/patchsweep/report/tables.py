@@ -52,9 +52,7 @@ def read_journal(store: str) -> Journal:
     return Journal(seconds)
 
 
-def largest_table(
-    ds: xr.Dataset, names: tuple[str, ...], metric: str, view: View
-) -> str:
+def largest_table(ds: xr.Dataset, names: tuple[str, ...], metric: str, view: View) -> str:
     """The largest effects of each site of `names`, grouped, as an HTML table."""
     n_pairs = ds.sizes["pair"]
     spread = view.pair is None and n_pairs > 1
@@ -171,7 +169,9 @@ def _spread(
     low, high = summary.bootstrap(stacked)
     p = summary.sign_flip(stacked)
     ran = np.isfinite(stacked).sum(axis=0)
-    return [(float(a), float(b), float(c), int(n)) for a, b, c, n in zip(low, high, p, ran, strict=True)]
+    return [
+        (float(a), float(b), float(c), int(n)) for a, b, c, n in zip(low, high, p, ran, strict=True)
+    ]
 
 
 def _explain(spread: bool, n_pairs: int) -> str:

@@ -32,6 +32,7 @@ class View:
     n_pos: int  # positions of its prompt that the store has
     base_tokens: tuple[str, ...]  # visible text per position; "" where the pairs differ
     source_tokens: tuple[str, ...]  # likewise
+    differs: tuple[bool, ...]  # per position: base and source token differ, in any of its pairs
 
 
 def choose_views(ds: xr.Dataset, names: tuple[str, ...]) -> tuple[View, ...]:
@@ -46,7 +47,15 @@ def choose_views(ds: xr.Dataset, names: tuple[str, ...]) -> tuple[View, ...]:
 
 def _mean(ds: xr.Dataset, n_pairs: int) -> View:
     base, source = _tokens(ds, "base_token", None), _tokens(ds, "source_token", None)
-    return View("mean", None, f"mean over {n_pairs} pairs", ds.sizes.get("pos", 0), base, source)
+    return View(
+        "mean",
+        None,
+        f"mean over {n_pairs} pairs",
+        ds.sizes.get("pos", 0),
+        base,
+        source,
+        _differs(ds),
+    )
 
 
 def _one(ds: xr.Dataset, pair: int) -> View:
@@ -58,8 +67,15 @@ def _one(ds: xr.Dataset, pair: int) -> View:
             visible(str(ds[name].sel(pair=pair).item())) for name in ("answer", "wrong_answer")
         )
         label += f": {right} / {wrong}"
-    return View(str(pair), pair, label, n_pos, base, source)
+    return View(str(pair), pair, label, n_pos, base, source, _differs(ds.sel(pair=[pair])))
 
 
 def _tokens(ds: xr.Dataset, name: str, pair: int | None) -> tuple[str, ...]:
     return tuple(visible(t or "") for t in summary.shared_tokens(ds, pair, name))
+
+
+def _differs(ds: xr.Dataset) -> tuple[bool, ...]:
+    if not {"base_token", "source_token"} <= set(ds.variables):
+        return (False,) * ds.sizes.get("pos", 0)
+    unequal = ds["base_token"].values != ds["source_token"].values
+    return tuple(bool(x) for x in unequal.any(axis=0))

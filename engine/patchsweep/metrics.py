@@ -1,0 +1,168 @@
+"""Metrics: one number per patched run, from the logits at the positions they read.
+
+`answer` is the right answer after the clean prompt, `wrong` the right one after the corrupted
+prompt; both stay what they are whichever run is the base. Sums over the vocabulary are fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from patchsweep.errors import MetricError
+
+
+@dataclass(frozen=True)
+class Logits:
+    """What metrics see of some rows; `read` runs over the answer's tokens (usually one)."""
+
+    answer: Float[Tensor, "row read"]  # logit of the right answer's token
+    wrong: Float[Tensor, "row read"]  # logit of the wrong answer's token
+    full: Float[Tensor, "row read d_vocab"] | None = None
+    base: Float[Tensor, "row read d_vocab"] | None = None  # logits of the unpatched base run
+    source: Float[Tensor, "row read d_vocab"] | None = None  # logits of the source run
+
+    @property
+    def log_z(self) -> Float[Tensor, "row read"]:
+        """log of the sum over the vocabulary of exp(logit)."""
+        assert self.full is not None
+        return self.full.logsumexp(dim=-1)
+
+
+MetricFn = Callable[[Logits], Float[Tensor, " row"]]
+Needs = Literal["answers", "vocab", "references"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A named function of logits."""
+
+    name: str
+    unit: str  # nats, probability, rank, ...
+    needs: Needs  # the answers' logits, the whole vocabulary, or base and source logits too
+    compute: MetricFn
+    smooth: bool = True  # has a useful gradient
+    flat_at_base: bool = False  # its gradient at the base run is zero
+
+
+def _logit_diff(x: Logits) -> Tensor:
+    return (x.answer - x.wrong).sum(dim=1)
+
+
+def _log_prob(x: Logits) -> Tensor:
+    return (x.answer - x.log_z).sum(dim=1)
+
+
+def _rank(x: Logits) -> Tensor:
+    assert x.full is not None
+    return (x.full > x.answer.unsqueeze(-1)).sum(dim=-1).float().amax(dim=1)
+
+
+def _top1_change(x: Logits) -> Tensor:
+    assert x.full is not None
+    assert x.base is not None
+    changed = x.full.argmax(dim=-1) != x.base.argmax(dim=-1)
+    return changed.any(dim=1).float()
+
+
+def _kl(reference: Tensor | None, patched: Tensor | None) -> Tensor:
+    """KL(reference || patched), summed over the vocabulary and the positions read."""
+    assert reference is not None
+    assert patched is not None
+    p, q = reference.log_softmax(dim=-1), patched.log_softmax(dim=-1)
+    return (p.exp() * (p - q)).sum(dim=(1, 2))
+
+
+def _total_variation(reference: Tensor | None, patched: Tensor | None) -> Tensor:
+    assert reference is not None
+    assert patched is not None
+    distance = (reference.softmax(dim=-1) - patched.softmax(dim=-1)).abs().sum(dim=-1)
+    return 0.5 * distance.amax(dim=1)
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("logit_diff", "logits", "answers", _logit_diff),
+        Metric("logit", "logits", "answers", lambda x: x.answer.sum(dim=1)),
+        Metric("log_prob", "nats", "vocab", _log_prob),
+        Metric("prob", "probability", "vocab", lambda x: _log_prob(x).exp()),
+        Metric("rank", "tokens above the answer", "vocab", _rank, smooth=False),
+        Metric("top1_change", "1 if the top token changed", "references", _top1_change, False),
+        Metric(
+            "kl_base", "nats", "references", lambda x: _kl(x.base, x.full), flat_at_base=True
+        ),
+        Metric("kl_source", "nats", "references", lambda x: _kl(x.source, x.full)),
+        Metric(
+            "tv_base",
+            "total variation",
+            "references",
+            lambda x: _total_variation(x.base, x.full),
+            flat_at_base=True,
+        ),
+        Metric(
+            "tv_source",
+            "total variation",
+            "references",
+            lambda x: _total_variation(x.source, x.full),
+        ),
+    )
+}
+
+
+def get_metrics(given: Sequence[str | Metric | Callable[[Tensor], Tensor]]) -> tuple[Metric, ...]:
+    """The metrics of names; a callable over logits `[row, read, d_vocab]` becomes one too.
+
+    Raises:
+        MetricError: a name is unknown or given twice, or there is none.
+    """
+    if isinstance(given, str):
+        given = [given]
+    if not given:
+        raise MetricError("metrics is empty; name at least one, such as logit_diff")
+    metrics = tuple(_get(metric) for metric in given)
+    names = [metric.name for metric in metrics]
+    if len(set(names)) < len(names):
+        raise MetricError(f"metrics={names} names a metric twice; name each once")
+    return metrics
+
+
+def _get(given: str | Metric | Callable[[Tensor], Tensor]) -> Metric:
+    if isinstance(given, Metric):
+        return given
+    if callable(given):
+        function = given
+        name = getattr(function, "__name__", type(function).__name__)
+        return Metric(name, "", "vocab", lambda x: function(_full(x)))
+    if given not in METRICS:
+        raise MetricError(f"metric {given!r} is not known; use one of {', '.join(METRICS)}")
+    return METRICS[given]
+
+
+def _full(x: Logits) -> Tensor:
+    assert x.full is not None
+    return x.full
+
+
+def compute(metrics: Sequence[Metric], logits: Logits) -> Float[Tensor, "metric row"]:
+    """Every metric of every row, fp32.
+
+    Raises:
+        MetricError: a user's metric does not return one number per row.
+    """
+    n_rows = len(logits.answer)
+    values = []
+    for metric in metrics:
+        value = metric.compute(logits).float()
+        if value.shape != (n_rows,):
+            raise MetricError(
+                f"metric {metric.name} returned the shape {tuple(value.shape)} for {n_rows} rows; "
+                "return one number per row, shape [row]"
+            )
+        values.append(value)
+    return torch.stack(values)
