@@ -62,7 +62,7 @@ def synthetic(
         base_metric, source_metric = source_metric, base_metric
 
     heads = {"z": ("head", N_HEADS), "q": ("head", N_HEADS), "pattern": ("head", N_HEADS)}
-    heads |= {name: ("kv_head", N_KV_HEADS) for name in ("k", "v")}
+    heads |= dict.fromkeys(("k", "v"), ("kv_head", N_KV_HEADS))
     heads |= {"mlp_post": ("neuron", 48)}
     variables: dict[str, tuple[list[str], np.ndarray]] = {}
     for site in sites:
@@ -96,14 +96,15 @@ def synthetic(
             "metric": np.array(metrics, dtype=object),
             "pair": np.arange(n_pairs),
             "layer": np.arange(n_layers),
-            "base_token": (["pair", "pos"], base),
-            "source_token": (["pair", "pos"], source),
+            "base_token": (["pair", "pos" if positions else "token"], base),
+            "source_token": (["pair", "pos" if positions else "token"], source),
             "answer": ("pair", np.array([t[2] for t in texts], dtype=object)),
             "wrong_answer": ("pair", np.array([t[3] for t in texts], dtype=object)),
         },
         attrs=_attrs(sites, n_layers, n_pairs, n_pos, direction),
     )
-    ds = ds.assign_coords(pos=np.arange(n_pos))
+    if positions:
+        ds = ds.assign_coords(pos=np.arange(n_pos))
     for name, n in {heads[s] for s in sites if s in heads}:
         ds = ds.assign_coords({name: np.arange(n)})
     ds["base_metric"] = (["metric", "pair"], base_metric.astype(np.float32))
@@ -118,10 +119,10 @@ def write(ds: xr.Dataset, store: Path, *, journal: bool = False) -> Path:
         folder = Path(f"{store}.journal")
         folder.mkdir()
         lines = [
-            {"event": "unit", "site": s, "seconds": 0.25 * (i + 1), "token_layers": 100}
+            {"event": "unit", "variable": s, "seconds": 0.25 * (i + 1), "token_layers": 100}
             for i, s in enumerate(("resid_pre", "z"))
         ]
-        text = "\n".join(json.dumps(line) for line in [{"event": "start"}, *lines])
+        text = "\n".join(json.dumps(line) for line in [{"event": "started"}, *lines])
         (folder / "4711.jsonl").write_text(text + '\n{"event": "unit", "sec')
     return store
 

@@ -124,14 +124,16 @@ class SitePlan:
     @property
     def token_layers(self) -> int:
         """Tokens times blocks that the live patches pass."""
-        return int(self._cost()[self.live].sum())
+        return int(self.cost[self.live].sum())
 
     @property
     def loop_token_layers(self) -> int:
         """What a loop needs that runs one full forward pass per patch."""
         return int((self.full_lengths[self.pair] * self.n_layers).sum())
 
-    def _cost(self) -> Ints:
+    @cached_property
+    def cost(self) -> Ints:
+        """[patch] token-layers of a patch that runs."""
         suffix_layers = self.n_layers - self.entry - self.token_entry
         return suffix_layers * self.suffix + self.token_entry * (self.stop - self.start)
 
@@ -190,7 +192,7 @@ class Wave:
 
     @property
     def token_layers(self) -> int:
-        return int(self.plan._cost()[self.patches].sum())
+        return int(self.plan.cost[self.patches].sum())
 
 
 def plan_site(

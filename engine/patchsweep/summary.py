@@ -48,10 +48,10 @@ class Effect:
 
     site: str  # variable of the Dataset, e.g. "z" or "z_atp"
     pair: int | None  # pair coordinate; None for the mean over pairs
-    layer: int | None  # layer coordinate; None for the embedding
-    pos: int | None  # position coordinate; None when one patch covered all positions
+    layer: int | str | None  # layer coordinate; None for the embedding
+    pos: int | str | None  # position, or a span's name; None when a patch covered all positions
     token: str | None  # base token at `pos`; None where the pairs disagree
-    head: int | None  # head, key head or neuron; None for sites without one
+    head: int | str | None  # head, key head or neuron, "0+1" for two together; None without one
     value: float  # patched metric
     effect: float  # value - base metric
     recovered: float  # effect / (source metric - base metric); NaN where that gap is zero
@@ -64,7 +64,8 @@ def estimates(ds: xr.Dataset) -> dict[str, tuple[str, str]]:
     patchsweep does not know counts when it is in the Dataset too.
     """
     found = _cell_variables(ds)
-    bases = sorted({*SITE_WORDS, *found}, key=len, reverse=True)
+    # shortest first: z_atp_star is atp_star of z, not star of z_atp
+    bases = [*SITE_WORDS, *sorted(found, key=len)]
     named = {}
     for name in sorted(found):
         site = next((b for b in bases if name.startswith(f"{b}_")), None)
@@ -181,10 +182,10 @@ def shared_tokens(
 ) -> list[str | None]:
     """Token at each position of `pair`, or (None) the one on which all pairs agree.
 
-    None where the pairs differ, where the prompt has ended, and where the store has no tokens.
-    `name` is "base_token" or "source_token".
+    None where the pairs differ, where the prompt has ended, and where the store has no tokens of
+    its positions. `name` is "base_token" or "source_token".
     """
-    if name not in ds.variables:
+    if name not in ds.variables or "pos" not in ds[name].dims:
         return [None] * ds.sizes.get("pos", 0)
     tokens = ds[name].transpose("pair", "pos")
     if pair is not None:
@@ -196,7 +197,7 @@ def shared_tokens(
 def missing(ds: xr.Dataset, site: str) -> tuple[int, int]:
     """(cells of `site` that have not run, all its cells), positions past a prompt's end apart."""
     empty = _variable(ds, site).isnull()
-    if "pos" in empty.dims and "base_token" in ds.variables:
+    if "pos" in empty.dims and "base_token" in ds.variables and "pos" in ds["base_token"].dims:
         real = (ds["base_token"] != "").reset_coords(drop=True)
         n_real = empty.size // (real.size or 1) * int(real.sum())
         return int((empty & real).sum()), n_real
@@ -334,9 +335,12 @@ def _metric_name(ds: xr.Dataset, metric: str | None) -> str:
     return metric
 
 
-def _label(array: xr.DataArray, dim: str, at: dict[Hashable, np.intp]) -> int | None:
+def _label(array: xr.DataArray, dim: str, at: dict[Hashable, np.intp]) -> int | str | None:
     """The coordinate of `array` along `dim` at the index `at`; None without that dim."""
-    return int(array[dim].values[at[dim]]) if dim in at else None
+    if dim not in at:
+        return None
+    label = array[dim].values[at[dim]]
+    return int(label) if isinstance(label, np.integer) else str(label)
 
 
 def _pairs_first(effects: xr.DataArray) -> np.ndarray:

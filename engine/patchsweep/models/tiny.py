@@ -96,7 +96,7 @@ def tiny_model(family: str, seed: int = 0) -> tuple[PreTrainedModel, PreTrainedT
 
 
 def _draw_weights(model: nn.Module, seed: int) -> None:
-    """Weights of size 1/sqrt(fan-in) and embeddings of size one, in place."""
+    """Weights of size 3/sqrt(fan-in) and embeddings of size one, in place."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(parameter: torch.Tensor) -> torch.Tensor:
@@ -112,4 +112,4 @@ def _draw_weights(model: nn.Module, seed: int) -> None:
                 parameter.add_(0.1 * normal(parameter))
             else:
                 fan_in = parameter.shape[-1]
-                parameter.copy_(2.5 * normal(parameter) / math.sqrt(fan_in))
+                parameter.copy_(3.0 * normal(parameter) / math.sqrt(fan_in))

@@ -56,7 +56,7 @@ def compare_panels(ds: xr.Dataset) -> list[Panel]:
     found.sort(key=lambda f: summary.sites(ds).index(f[1]))
     panels = []
     for name, site, method in found:
-        one = ds[[n for n in (site, name, "base_metric", "source_metric")]].load()
+        one = ds[[site, name, "base_metric", "source_metric"]].load()
         for metric in (str(m) for m in ds["metric"].values):
             panels.append(_panel(one.sel(metric=[metric]), name, site, method, metric))
     return panels
@@ -81,7 +81,10 @@ def verdict(found: Agreement) -> tuple[str, str]:
     if found.pearson >= TRUST and low <= found.slope <= high:
         return "good", "Can be trusted here, in ranking and in size."
     if found.pearson >= TRUST:
-        return "screen", "Ranks well here, but sizes are off: do not quote its numbers."
+        return (
+            "screen",
+            "Follows the large effects here, but sizes are off: do not quote its numbers.",
+        )
     if found.pearson >= SCREEN:
         return "screen", "Good enough to choose what to run exactly; do not quote its numbers."
     return "poor", "Do not trust it here; run the exact sweep."

@@ -18,9 +18,9 @@ def embed_json(value: object) -> str:
     """`value` as JSON for a <script type="application/json">, with no way out of the element."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     # U+2028 and U+2029 end a line for some parsers; "<" could end the element
-    escapes = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
-    escapes |= {"\u2028": "\\u2028", "\u2029": "\\u2029"}
-    return text.translate(str.maketrans(escapes))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
 
 
 def visible(token: str) -> str:
@@ -41,7 +41,7 @@ def token_html(token: str) -> str:
 def number(x: float, *, sign: bool = False) -> str:
     """`x` with three decimals, fewer when large, in powers of ten when tiny; a dash for NaN."""
     if not math.isfinite(x):
-        return "–"
+        return "\u2013"
     size = abs(x)
     if 0 < size < 5e-4:
         text = f"{x:+.1e}" if sign else f"{x:.1e}"

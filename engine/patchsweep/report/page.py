@@ -22,7 +22,7 @@ from patchsweep.report.tables import (
     provenance_table,
     totals,
 )
-from patchsweep.report.views import View, choose_views
+from patchsweep.report.views import View, choose_views, has_source
 
 _WIDE = 30  # columns from which a map takes the page's whole width
 
@@ -69,12 +69,12 @@ def build_page(ds: xr.Dataset, journal: Journal) -> str:
         f"{question.facts(ds, totals(ds), journal.total)}{question.banner(ds, names)}</header>",
         _controls(ds, metrics, views),
         _slot("prompts", first["prompts"], "section"),
-        _maps(figures, first),
-        f"<section><h2>The largest effects</h2>{_slot('table', first['table'])}</section>",
-        _comparison(panels, metrics[0]),
-        f"<section><h2>What the run cost</h2>{cost_table(ds, journal)}</section>",
-        f"<section><h2>Where the numbers come from</h2>{provenance_table(ds)}</section>",
-        f"<section><h2>Words</h2>{question.words()}</section>",
+        _maps(ds, figures, first),
+        _section("largest", "The largest effects", _slot("table", first["table"])),
+        _comparison(panels),
+        _section("cost", "What the run cost", cost_table(ds, journal)),
+        _section("provenance", "Where the numbers come from", provenance_table(ds)),
+        _section("words", "Words", question.words()),
     ]
     templates = "".join(
         f'<template data-key="{esc(key)}">'
@@ -148,7 +148,18 @@ def _controls(ds: xr.Dataset, metrics: Sequence[str], views: Sequence[View]) -> 
     )
 
 
-def _maps(figures: Sequence[Figure], first: dict[str, str]) -> str:
+def _maps(ds: xr.Dataset, figures: Sequence[Figure], first: dict[str, str]) -> str:
+    if has_source(ds):
+        colours = (
+            '<b class="blue">Blue</b>: the patch moves the metric towards the source run, and at 1 '
+            'all the way. White: no change. <b class="red">Red</b>: it moves it the other way. '
+            "A token in bold differs between the two prompts."
+        )
+    else:
+        colours = (
+            '<b class="blue">Blue</b>: the patch raises the metric. White: no change. '
+            '<b class="red">Red</b>: it lowers it.'
+        )
     drawn = []
     for index, figure in enumerate(figures):
         labels = figure.payload["labels"]
@@ -167,24 +178,24 @@ def _maps(figures: Sequence[Figure], first: dict[str, str]) -> str:
             f'<div class="plot" id="map-{index}" role="img" aria-label="{esc(figure.title)}"></div>'
             f"{_slot(f'caption-{index}', first[f'caption-{index}'], 'figcaption')}</figure>"
         )
-    return (
-        "<section><h2>What each patch recovers</h2>"
-        '<p>Each cell is one patch. <b class="blue">Blue</b>: the patch moves the metric towards '
-        'the source run, and at 1 all the way. White: no change. <b class="red">Red</b>: it moves '
-        "it the other way. Point at a cell for its numbers; a bold token differs between the two "
-        f'prompts.</p><div class="grid">{"".join(drawn)}</div></section>'
-    )
+    how = f"<p>Each cell is one patch. {colours} Point at a cell for its numbers.</p>"
+    grid = f'<div class="grid">{"".join(drawn)}</div>'
+    return _section("maps", "What each patch does", how + grid)
 
 
-def _comparison(panels: Sequence[comparison.Panel], metric: str) -> str:
+def _comparison(panels: Sequence[comparison.Panel]) -> str:
     if not panels:
         return ""
-    drawn = "".join(p.html for p in panels)
-    return (
-        "<section><h2>How far the estimates can be trusted</h2><p>Each point is one patch: its "
-        "exact effect across, its estimate up. On the diagonal the estimate is right. "
-        f'{comparison.thresholds()}</p><div class="grid">{drawn}</div></section>'
+    how = (
+        "<p>Each point is one patch: its exact effect across, its estimate up. On the diagonal "
+        f"the estimate is right. {comparison.thresholds()}</p>"
     )
+    grid = f'<div class="grid">{"".join(p.html for p in panels)}</div>'
+    return _section("comparison", "How far the estimates can be trusted", how + grid)
+
+
+def _section(name: str, heading: str, html: str) -> str:
+    return f'<section id="{name}"><h2>{heading}</h2>{html}</section>'
 
 
 def _slot(name: str, html: str, tag: str = "div") -> str:

@@ -9,19 +9,20 @@ import xarray as xr
 
 from patchsweep import summary
 from patchsweep.report.html import count, esc, number, percent, plural, token_html
-from patchsweep.report.views import View
+from patchsweep.report.views import View, has_source
 
 N_SHOWN = 3
 """Pairs whose prompts are printed beside the mean."""
 
-_UNITS = {
-    "logit_diff": "log-odds, in nats",
-    "logit": "logit",
-    "prob": "probability",
-    "log_prob": "log-probability, in nats",
+_INTERVENTIONS = {
+    "resample": (
+        "replaced by its value from the <b>source</b> run, on the {} prompt",
+        "resampling",
+    ),
+    "zero": ("set to zero", "zero ablation"),
+    "mean": ("replaced by its mean over the clean prompts", "mean ablation"),
+    "shuffle": ("replaced by its value in another pair's source run", "shuffling pairs"),
 }
-
-_METHODS = {"resample": "resampling", "zero": "zero ablation", "mean": "mean ablation"}
 
 _WORDS = {
     "patch": "One intervention: one activation (site, layer, position, head) of the base run is "
@@ -56,21 +57,31 @@ def lead(ds: xr.Dataset) -> str:
     """What was done to what, as an HTML paragraph."""
     base, source = _roles(ds)
     intervention = _intervention(ds)
-    if intervention == "resample":
-        how = f"replaced by its value from the <b>source</b> run, on the {source} prompt"
-    elif intervention == "zero":
-        how = "set to zero"
-    else:
-        how = f"replaced by its {esc(intervention)} value"
+    known = _INTERVENTIONS.get(intervention)
+    how, method = known or ("replaced by values of the user's own", esc(intervention))
     direction = "noising" if _noising(ds) else "denoising"
-    metrics = ", ".join(
-        f"<code>{esc(m)}</code>" + (f" ({_UNITS[m]})" if m in _UNITS else "")
-        for m in (str(m) for m in ds["metric"].values)
+    again = "are read again" if len(ds["metric"]) > 1 else "is read again"
+    kind = (
+        f"That is <i>{direction}</i>, by {method}"
+        if intervention == "resample"
+        else (f"The intervention is {method}")
     )
+    names = [str(m) for m in ds["metric"].values]
+    units = [str(u) for u in ds["metric_unit"].values] if "metric_unit" in ds.variables else []
+    metrics = ", ".join(
+        f"<code>{esc(name)}</code>" + (f" (in {esc(unit)})" if unit else "")
+        for name, unit in itertools.zip_longest(names, units, fillvalue="")
+    )
+    aside = ""
+    if intervention != "resample" and has_source(ds):
+        aside = (
+            f" How far that goes is told as a share of the gap to the <b>source</b> run, on the "
+            f"{source} prompt."
+        )
     return (
         f'<p class="lead">The <b>base</b> run reads the {base} prompt. One activation at a time is '
-        f"{how}, and {metrics} is read again. That is <i>{direction}</i>, by {_METHODS.get(intervention, esc(intervention))}, "
-        f"over {plural(ds.sizes['pair'], 'prompt pair')}.</p>"
+        f"{how.format(source)}, and {metrics} {again}. {kind}, over "
+        f"{plural(ds.sizes['pair'], 'prompt pair')}.{aside}</p>"
     )
 
 
@@ -79,9 +90,19 @@ def prompts(ds: xr.Dataset, metric: str, view: View) -> str:
     pairs = [int(p) for p in ds["pair"].values]
     shown = pairs[:N_SHOWN] if view.pair is None else [view.pair]
     blocks = [_prompt(ds, pair) for pair in shown]
+    lengths = (
+        {sum(1 for t in ds["base_token"].sel(pair=p).values if t) for p in pairs}
+        if (view.pair is None and "base_token" in ds.variables)
+        else set()
+    )
     rest = len(pairs) - len(shown)
     if view.pair is None and rest:
         blocks.append(f'<p class="more">… and {plural(rest, "more pair")}.</p>')
+    if len(lengths) > 1:
+        blocks.append(
+            f'<p class="notice">Prompts are {min(lengths)} to {max(lengths)} tokens long. '
+            "Positions count from the start, and the later ones average fewer pairs.</p>"
+        )
     return "".join(blocks) + _ends(ds, metric, view)
 
 
@@ -99,9 +120,9 @@ def banner(ds: xr.Dataset, names: tuple[str, ...]) -> str:
             "were run exactly, those that the estimates rank highest; the rest are left grey.</p>"
         )
     return (
-        f'<p class="notice warn" role="status"><b>This run is unfinished:</b> {percent(absent / total)} '
-        f"of its cells have not run ({by_site}). They are grey below and in no average. Start the "
-        "same command again to complete it.</p>"
+        '<p class="notice warn" role="status"><b>This run is unfinished:</b> '
+        f"{percent(absent / total)} of its cells have not run ({by_site}). They are "
+        "grey below and in no average. Start the same command again to complete it.</p>"
     )
 
 
@@ -119,14 +140,15 @@ def _prompt(ds: xr.Dataset, pair: int) -> str:
         [str(t) for t in ds[name].sel(pair=pair).values] for name in ("base_token", "source_token")
     )
     base_role, source_role = _roles(ds)
-    positions = ds["pos"].values.tolist() if "pos" in ds.coords else list(range(len(base)))
+    swept = "pos" in ds["base_token"].dims and "pos" in ds.coords
+    positions = ds["pos"].values.tolist() if swept else list(range(len(base)))
     rows = []
-    resampled = _intervention(ds) == "resample"
+    paired = has_source(ds)
     for name, role, tokens, others in (
         ("source", source_role, source, base),
-        ("base", base_role, base, source),
+        ("base", base_role, base, source if paired else base),
     ):
-        if name == "source" and not resampled:
+        if name == "source" and not paired:
             continue
         answer = "answer" if role == "clean" else "wrong_answer"
         expects = ""
@@ -141,15 +163,15 @@ def _prompt(ds: xr.Dataset, pair: int) -> str:
     return f'<table class="prompt"><tbody>{"".join(rows)}</tbody></table>'
 
 
-def _marked(tokens: list[str], others: list[str], positions: list[int]) -> str:
+def _marked(tokens: list[str], others: list[str], positions: list[int] | list[str]) -> str:
     parts = []
-    before = -1
-    for token, other, pos in itertools.zip_longest(tokens, others, positions, fillvalue=""):
+    following: int | str = 0
+    for token, other, pos in zip(tokens, others, positions, strict=True):
         if not token:
             continue
-        if int(pos) != before + 1:
+        if pos != following:
             parts.append('<span class="skip">…</span>')  # positions that were not swept
-        before = int(pos)
+        following = pos + 1 if isinstance(pos, int) else ""
         html = token_html(token)
         parts.append(html if token == other else f"<mark>{html}</mark>")
     return "<wbr>".join(parts)
@@ -172,8 +194,8 @@ def _ends(ds: xr.Dataset, metric: str, view: View) -> str:
         listed = ", ".join(str(p) for p in flagged[:10]) + (", …" if len(flagged) > 10 else "")
         html += (
             f'<p class="notice">Small gap in {plural(len(flagged), "pair")} ({listed}): under '
-            f"{percent(summary.SMALL_GAP)} of the metric's median gap, so a recovered fraction says "
-            "little there. They stay in the mean, with the small weight they have.</p>"
+            f"{percent(summary.SMALL_GAP)} of the metric's median gap, so a recovered fraction "
+            "says little there. They stay in the mean, with the small weight they have.</p>"
         )
     return html
 
@@ -186,7 +208,8 @@ def facts(ds: xr.Dataset, planned: dict[str, float], seconds: float) -> str:
         shown.append(("patches", live))
     if planned.get("token_layers"):
         times = planned["loop_token_layers"] / planned["token_layers"]
-        loop = f"<small>a loop needs {count(planned['loop_token_layers'])}, {times:,.0f} ×</small>"
+        needs = count(planned["loop_token_layers"])
+        loop = f"<small>a loop needs {needs}, {times:,.0f} &times;</small>"
         shown.append(("token-layers", f"{count(planned['token_layers'])} {loop}"))
     if seconds:
         shown.append(("running time", f"{seconds:,.1f} s"))
@@ -218,5 +241,7 @@ def _intervention(ds: xr.Dataset) -> str:
 
 
 def _model(ds: xr.Dataset) -> str:
+    """The last part of its name: the rest is a folder or an owner, and in the provenance."""
     known = ds.attrs.get("provenance")
-    return str(known.get("model", "the model")) if isinstance(known, dict) else "the model"
+    name = str(known.get("model", "")) if isinstance(known, dict) else ""
+    return name.rstrip("/").rsplit("/", 1)[-1] or "the model"

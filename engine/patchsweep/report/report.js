@@ -24,9 +24,9 @@
   const plain = (text) =>
     String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
   const short = (text) => {
-    const letters = [...text];
+    const letters = [...String(text)];
     return letters.length <= TICK_CHARACTERS
-      ? text : letters.slice(0, TICK_CHARACTERS - 1).join("") + "…";
+      ? String(text) : letters.slice(0, TICK_CHARACTERS - 1).join("") + "…";
   };
   const range = (n) => Array.from({ length: n }, (_, i) => i);
   const signed = (x) => (x > 0 ? "+" : "") + number(x);
@@ -77,19 +77,20 @@
     const step = Math.max(1, Math.ceil((n * 13) / Math.max(width - 110, 100)));
     const at = range(n).filter((i) => i % step === 0);
     const text = at.map((i) => {
-      if (site.columns !== "pos") return String(labels[i]);
+      const label = plain(short(labels[i]));
+      if (site.columns !== "pos") return label;
       const shown = plain(short(view.base[i] || ""));
-      const name = view.differs[i] ? `<b>${shown || labels[i]}</b>` : shown;
-      if (!shown) return name || String(labels[i]);
-      return `${name} <span style="color:#6b747d">${labels[i]}</span>`;
+      const name = view.differs[i] ? `<b>${shown || label}</b>` : shown;
+      if (!shown) return name || label;
+      return `${name} <span style="color:#6b747d">${label}</span>`;
     });
-    const lengths = at.map((i) => [...short(view.base[i] || "")].length + String(labels[i]).length);
+    const lengths = at.map((i) => [...short(view.base[i] || "")].length + [...short(labels[i])].length);
     return { at, text, longest: Math.max(1, ...lengths) + 1 };
   }
 
   const AXIS = { showgrid: false, zeroline: false, fixedrange: true, ticks: "", linecolor: "#d9dee3" };
   const NAMES = { pos: "position", head: "head", kv_head: "key head", neuron: "neuron", layer: "layer" };
-  const base_layout = (height, more) => ({
+  const baseLayout = (height, more) => ({
     height,
     margin: { l: 46, r: 8, t: 12, b: 40 },
     paper_bgcolor: "#fff",
@@ -107,18 +108,22 @@
     const lines = [];
     const put = (dim, index) => {
       if (!dim) return;
-      lines.push(`${NAMES[dim]} ${site.labels[dim][index]}`);
+      lines.push(`${NAMES[dim]} ${plain(site.labels[dim][index])}`);
       if (dim === "pos") lines.push(...tokenLines(view, index));
     };
     put(site.rows, row);
     put(site.columns, column);
     put(site.hidden, hidden);
     if (Number.isNaN(frame.value[cell])) return [...lines, "<b>not run</b>"].join("<br>");
+    // a mean over some of the pairs is set against the ends of just those
+    const base = frame.value[cell] - frame.effect[cell];
+    const gap = frame.effect[cell] / frame.recovered[cell];
+    const source = Number.isFinite(gap) ? base + gap : frame.source;
     lines.push(
       `<b>recovered ${number(frame.recovered[cell])}</b>`,
       `effect ${signed(frame.effect[cell])}`,
       `${plain(chosen.metric)} ${number(frame.value[cell])}`,
-      `base ${number(frame.base)} · source ${number(frame.source)}`,
+      `base ${number(base)} · source ${number(source)}`,
     );
     return lines.join("<br>");
   }
@@ -153,6 +158,8 @@
     const target = document.getElementById(`map-${index}`);
     const shown = cells(index);
     const { site, frame } = shown;
+    target.hidden = frame.value.every(Number.isNaN); // the caption says that nothing has run
+    if (target.hidden) return null;
     const oneLine = !site.rows || !site.columns;
     const [traces, layout] = oneLine ? bars(shown, target) : heat(shown, target);
     target.dataset.quantity = frame.quantity;
@@ -191,8 +198,8 @@
     const step = Math.max(1, Math.ceil(nRows / 16));
     const rows = range(nRows).filter((i) => i % step === 0);
     const bottom = tokens ? 14 + 6.7 * ticks.longest : 44;
-    return [traces, base_layout(Math.round(nRows * rowHeight + bottom + 14), {
-      margin: { l: 46, r: 8, t: 12, b: bottom },
+    return [traces, baseLayout(Math.round(nRows * rowHeight + bottom + 22), {
+      margin: { l: 46, r: 8, t: 22, b: bottom },
       xaxis: {
         ...AXIS, tickmode: "array", tickvals: ticks.at, ticktext: ticks.text,
         tickangle: tokens ? -90 : 0, range: [-0.5, nColumns - 0.5],
@@ -201,7 +208,7 @@
       },
       yaxis: {
         ...AXIS, tickmode: "array", tickvals: rows, range: [-0.5, nRows - 0.5],
-        ticktext: rows.map((i) => String(site.labels[site.rows][i])),
+        ticktext: rows.map((i) => plain(short(site.labels[site.rows][i]))),
         tickfont: { size: 11 }, title: { text: NAMES[site.rows], standoff: 4 },
       },
     })];
@@ -215,7 +222,7 @@
     const ticks = site.rows || !site.columns
       ? { at: range(n).filter((i) => i % Math.max(1, Math.ceil(n / 20)) === 0), text: null }
       : columnTicks(site, view, nColumns, target.clientWidth || 560);
-    ticks.text ||= ticks.at.map((i) => (dim ? String(site.labels[dim][i]) : "all"));
+    ticks.text ||= ticks.at.map((i) => (dim ? plain(short(site.labels[dim][i])) : "all"));
     const tokens = dim === "pos";
     const traces = [{
       type: "bar", x: range(n), y: flat, hovertext: labels, hoverinfo: "text",
@@ -224,8 +231,8 @@
         line: { color: "#545d66", width: 0.5 },
       },
     }];
-    return [traces, base_layout(tokens ? 340 : 280, {
-      margin: { l: 56, r: 8, t: 12, b: tokens ? 14 + 6.7 * ticks.longest : 44 },
+    return [traces, baseLayout(tokens ? 340 : 280, {
+      margin: { l: 56, r: 8, t: 22, b: tokens ? 14 + 6.7 * ticks.longest : 44 },
       bargap: 0.15,
       xaxis: {
         ...AXIS, tickmode: "array", tickvals: ticks.at, ticktext: ticks.text,
@@ -273,13 +280,13 @@
       })),
       points((i) => missed.has(i), (at) => ({
         mode: "markers+text",
-        text: at.map((i) => (roomy.has(i) ? plain(panel.labels[i]) : "")),
+        text: at.map((i) => (roomy.has(i) ? `\u00a0\u00a0${plain(panel.labels[i])}\u00a0\u00a0` : "")),
         // towards the middle of the plot, where there is room
         textposition: at.map((i) => (panel.exact[i] > middle ? "middle left" : "middle right")),
         textfont: { family: MONO, size: 11, color: "#8a3b00" },
         marker: { size: 8, color: "#b35c00", symbol: "diamond" },
       })),
-    ], base_layout(420, {
+    ], baseLayout(420, {
       margin: { l: 60, r: 12, t: 12, b: 48 },
       shapes: [{
         type: "line", x0: span[0], y0: span[0], x1: span[1], y1: span[1], layer: "below",
@@ -304,7 +311,7 @@
       const kept = select.value || "all";
       const options = [new Option("largest of all", "all")];
       site.labels.pos.slice(0, view.n_pos).forEach((label, i) => {
-        options.push(new Option(view.base[i] ? `${label} ${view.base[i]}` : `${label}`, String(i)));
+        options.push(new Option(view.base[i] ? `${label} ${short(view.base[i])}` : `${label}`, String(i)));
       });
       select.replaceChildren(...options);
       select.value = options.some((o) => o.value === kept) ? kept : "all";
@@ -341,10 +348,13 @@
   for (const select of document.querySelectorAll("select[data-pick]")) {
     select.addEventListener("change", () => draw(Number(select.dataset.pick)));
   }
-  for (const moment of ["beforeprint", "afterprint"]) {
-    window.addEventListener(moment, () => {
-      document.querySelectorAll(".js-plotly-plot").forEach((plot) => Plotly.Plots.resize(plot));
-    });
-  }
+  // on paper the page is about 1100 wide (style.css zooms it), whatever the window was
+  const plots = () => [...document.querySelectorAll(".js-plotly-plot")].filter((p) => p.clientWidth);
+  window.addEventListener("beforeprint", () => plots().forEach((plot) => {
+    Plotly.relayout(plot, { width: plot.closest(".wide") ? 1060 : 520 });
+  }));
+  window.addEventListener("afterprint", () => plots().forEach((plot) => {
+    Plotly.relayout(plot, { width: null, autosize: true });
+  }));
   show();
 })();

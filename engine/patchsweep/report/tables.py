@@ -47,7 +47,7 @@ def read_journal(store: str) -> Journal:
             if isinstance(event, dict) and event.get("event") == "unit":
                 took = event.get("seconds")
                 if isinstance(took, int | float):
-                    site = str(event.get("site", ""))
+                    site = str(event.get("variable", event.get("site", "")))
                     seconds[site] = seconds.get(site, 0.0) + took
     return Journal(seconds)
 
@@ -85,7 +85,7 @@ def largest_table(ds: xr.Dataset, names: tuple[str, ...], metric: str, view: Vie
                 cells.append(_cell(e.head))
             cells += [
                 f'<td class="n">{number(e.value)}</td>',
-                f'<td class="n {_side(e.effect)}">{number(e.effect, sign=True)}</td>',
+                f'<td class="n {_side(e)}">{number(e.effect, sign=True)}</td>',
                 f'<td class="n">{number(e.recovered)}</td>',
             ]
             if spread:
@@ -188,12 +188,13 @@ def _explain(spread: bool, n_pairs: int) -> str:
     return f'<p class="caption">{text}.</p>'
 
 
-def _cell(value: int | None) -> str:
-    return f'<td class="n">{"" if value is None else value}</td>'
+def _cell(value: int | str | None) -> str:
+    return f'<td class="n">{"" if value is None else esc(value)}</td>'
 
 
-def _side(effect: float) -> str:
-    return "up" if effect > 0 else "down"
+def _side(e: summary.Effect) -> str:
+    """The colour that the cell has in its map."""
+    return "down" if (e.recovered if np.isfinite(e.recovered) else e.effect) < 0 else "up"
 
 
 def _cost_row(
@@ -201,7 +202,7 @@ def _cost_row(
 ) -> str:
     ratio = numbers["loop_token_layers"] / numbers["token_layers"] if numbers["token_layers"] else 0
     cells = [count(numbers[key]) for key in _PLAN]
-    cells.append(f"{ratio:,.1f} ×" if ratio else "–")
+    cells.append(f"{ratio:,.1f} &times;" if ratio else "\u2013")
     if seconds is not None:
         cells.append(f"{seconds:,.2f}")
     inner = "".join(f'<td class="n">{c}</td>' for c in cells)

@@ -35,6 +35,12 @@ class View:
     differs: tuple[bool, ...]  # per position: base and source token differ, in any of its pairs
 
 
+def has_source(ds: xr.Dataset) -> bool:
+    """Whether the run has a second prompt that effects can be set beside."""
+    resampled = ds.attrs.get("intervention", "resample") == "resample"
+    return resampled or bool(ds["source_metric"].notnull().any())
+
+
 def choose_views(ds: xr.Dataset, names: tuple[str, ...]) -> tuple[View, ...]:
     """The mean first when there are several pairs, then the pairs that fit into the page."""
     pairs = [int(p) for p in ds["pair"].values]
@@ -75,7 +81,8 @@ def _tokens(ds: xr.Dataset, name: str, pair: int | None) -> tuple[str, ...]:
 
 
 def _differs(ds: xr.Dataset) -> tuple[bool, ...]:
-    if not {"base_token", "source_token"} <= set(ds.variables):
+    known = {"base_token", "source_token"} <= set(ds.variables) and "pos" in ds["base_token"].dims
+    if not (known and has_source(ds)):
         return (False,) * ds.sizes.get("pos", 0)
     unequal = ds["base_token"].values != ds["source_token"].values
     return tuple(bool(x) for x in unequal.any(axis=0))

@@ -6,7 +6,7 @@ import random
 
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.records import CharSpan, PromptRecord
+from patchsweep.records import PromptRecord
 from patchsweep.tasks.base import Draw, Task, compose, end_of, number_digits
 
 N_SHOTS = 4
@@ -18,7 +18,10 @@ def prepare(model: TransformerBridge) -> Draw:
     Sums stay below 100. Where the tokenizer splits numbers into digits, the answer is the
     first digit of the sum.
     """
-    digits = number_digits(model)
+    # the space before the sum is a token of its own unless it goes with the number
+    with_space = number_digits(model, before=" ") == 2
+    digits = 2 if with_space else number_digits(model)
+    question = "{a} + {b} =" if with_space else "{a} + {b} = "
 
     def summands(rng: random.Random) -> tuple[int, int]:
         total = rng.randint(20, 99)
@@ -27,18 +30,18 @@ def prepare(model: TransformerBridge) -> Draw:
 
     def draw(rng: random.Random) -> PromptRecord:
         shots = [summands(rng) for _ in range(N_SHOTS)]
-        examples = "".join(f"{a}+{b}={a + b}\n" for a, b in shots)
-        a, b = summands(rng)
-        answer = str(a + b)[:digits]
-        others = [n for n in range(10, 100 - b) if str(n + b)[:digits] != answer]
-        other = rng.choice(others)
-        clean, spans = compose("{a}+{b}=", {"a": str(a), "b": str(b)})
-        corrupted, _ = compose("{a}+{b}=", {"a": str(other), "b": str(b)})
-        shift = len(examples)
-        labels = {name: CharSpan(s.start + shift, s.stop + shift) for name, s in spans.items()}
-        labels["end"] = end_of(examples + clean)
+        examples = "".join(f"{a} + {b} = {a + b}\n" for a, b in shots)
+        # a second summand this small leaves sums of another first digit
+        b = rng.randint(10, 79)
+        a = rng.randint(10, 99 - b)
+        first = str(a + b)[:digits]
+        other = rng.choice([n for n in range(10, 100 - b) if str(n + b)[:digits] != first])
+        clean, spans = compose(examples + question, {"a": str(a), "b": str(b)})
+        corrupted, _ = compose(examples + question, {"a": str(other), "b": str(b)})
+        labels = {**spans, "end": end_of(clean)}
+        space = " " if with_space else ""
         return PromptRecord(
-            examples + clean, examples + corrupted, answer, str(other + b)[:digits], labels
+            clean, corrupted, f"{space}{first}", f"{space}{str(other + b)[:digits]}", labels
         )
 
     return draw

@@ -8,7 +8,6 @@ import string
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from transformer_lens.model_bridge import TransformerBridge
@@ -144,6 +143,11 @@ def compose(template: str, fields: Mapping[str, str]) -> tuple[str, dict[str, Ch
     return text, spans
 
 
+def words(text: str) -> tuple[str, ...]:
+    """The words of a text."""
+    return tuple(text.split())
+
+
 def end_of(text: str) -> CharSpan:
     """The last character, hence the last token."""
     return CharSpan(len(text) - 1, len(text))
@@ -167,7 +171,10 @@ def one_of(task: str, option: str, value: str, allowed: Collection[str]) -> str:
     return value
 
 
-def number_digits(model: TransformerBridge) -> int:
-    """Digits of a two-digit number that the tokenizer reads at once: 2, or 1 where it splits."""
-    whole = all(len(token_ids(model, str(n), alone=True)) == 1 for n in range(10, 100))
-    return 2 if whole else 1
+def number_digits(model: TransformerBridge, before: str = "") -> int:
+    """Digits of a two-digit number that the tokenizer reads at once after the text `before`.
+
+    2, or 1 where it splits some of them.
+    """
+    numbers = (f"{before}{n}" for n in range(10, 100))
+    return 2 if all(len(token_ids(model, number, alone=True)) == 1 for number in numbers) else 1

@@ -7,7 +7,7 @@ import random
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.records import PromptRecord
-from patchsweep.tasks.base import Draw, Task, compose, end_of
+from patchsweep.tasks.base import Draw, Task, compose, end_of, words
 
 TEMPLATE = '''def {function}(self, {a_def}, {b_def}, {c_def}, {d_def}):
     """{words}
@@ -15,21 +15,25 @@ TEMPLATE = '''def {function}(self, {a_def}, {b_def}, {c_def}, {d_def}):
     :param {a_doc}: {a_words}
     :param {b_doc}: {b_words}
     :param'''
-FUNCTIONS = ("port", "create", "update", "build", "check", "convert", "open", "merge", "render")
-FUNCTIONS += ("collect", "handle", "parse", "prepare", "process", "register", "send")
-ARGUMENTS = tuple(
+FUNCTIONS = words(
+    """
+    port create update build check convert open merge render collect handle parse prepare
+    process register send
+    """
+)
+ARGUMENTS = words(
     """
     load size files last date table line item user group task event test client server order code
     page node path state model value key image text color level option parent child source target
     field limit index count label title message filter offset length version result project shape
-    """.split()
+    """
 )
-WORDS = tuple(
+WORDS = words(
     """
     oil column piece crime population unit dark river garden animal summer window music paper
     winter market bridge village story island sugar engine metal forest weather mountain kitchen
     coffee silver doctor history farmer dinner painting morning
-    """.split()
+    """
 )
 
 
@@ -38,12 +42,12 @@ def prepare(model: TransformerBridge | None) -> Draw:
 
     def draw(rng: random.Random) -> PromptRecord:
         a, b, c, d, other = rng.sample(ARGUMENTS, 5)
-        words = rng.sample(WORDS, 7)
+        filler = rng.sample(WORDS, 7)
         fields = {
             "function": rng.choice(FUNCTIONS),
-            "words": " ".join(words[:3]),
-            "a_words": " ".join(words[3:5]),
-            "b_words": " ".join(words[5:]),
+            "words": " ".join(filler[:3]),
+            "a_words": " ".join(filler[3:5]),
+            "b_words": " ".join(filler[5:]),
             **{"a_def": a, "b_def": b, "d_def": d, "a_doc": a, "b_doc": b},
         }
         clean, spans = compose(TEMPLATE, {**fields, "c_def": c})

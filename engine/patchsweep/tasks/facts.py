@@ -41,7 +41,7 @@ RELATIONS = {
             "Finland: Helsinki; Denmark: Copenhagen; Belgium: Brussels; Turkey: Ankara; "
             "Iran: Tehran; Iraq: Baghdad; Syria: Damascus; Lebanon: Beirut; Kenya: Nairobi; "
             "Thailand: Bangkok; Vietnam: Hanoi; Indonesia: Jakarta; Canada: Ottawa; "
-            "Argentina: Buenos; Chile: Santiago; Ukraine: Kiev; Nepal: Kathmandu; "
+            "Argentina: Buenos; Chile: Santiago; Nepal: Kathmandu; "
             "Afghanistan: Kabul; Libya: Tripoli"
         ),
     ),
@@ -74,8 +74,8 @@ RELATIONS = {
             "Xbox: Microsoft; Excel spreadsheet: Microsoft; PlayStation: Sony; Walkman: Sony; "
             "Android operating system: Google; Chrome browser: Google; Galaxy phone: Samsung; "
             "Kindle: Amazon; Photoshop editor: Adobe; Mustang: Ford; Corolla: Toyota; "
-            "Prius: Toyota; Civic: Honda; Accord: Honda; Boeing 747: Boeing; Game Boy: Nintendo; "
-            "Wii: Nintendo; Pentium processor: Intel; ThinkPad: IBM; Model T: Ford"
+            "Prius: Toyota; Civic: Honda; Accord: Honda; Game Boy: Nintendo; "
+            "Wii: Nintendo; Pentium processor: Intel; Model T: Ford"
         ),
     ),
     "language": Relation(

@@ -7,16 +7,16 @@ import random
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.records import PromptRecord
-from patchsweep.tasks.base import Draw, Task, compose, end_of, number_digits
+from patchsweep.tasks.base import Draw, Task, compose, end_of, number_digits, words
 
 TEMPLATE = "The {noun} lasted from the year {century}{start} to the year {prefix}"
-NOUNS = tuple(
+NOUNS = words(
     """
     war campaign conflict siege reign rebellion revolution dynasty empire expedition famine
     drought plague dispute rivalry alliance truce treaty blockade occupation crusade voyage
     mission project construction trial strike boycott feud journey partnership marriage
     friendship tradition festival epidemic career dictatorship monarchy regime
-    """.split()
+    """
 )
 
 
@@ -31,7 +31,7 @@ def prepare(model: TransformerBridge) -> Draw:
 
     def draw(rng: random.Random) -> PromptRecord:
         noun, century = rng.choice(NOUNS), rng.randint(11, 17)
-        early, late = rng.randint(2, 39), rng.randint(55, 88)
+        early, late = rng.randint(2, 39), rng.randint(60, 88)
         # at least a decade on, so that its digit decides
         early_end, late_end = early + rng.randint(10, 14), late + 10
         if digits == 1:

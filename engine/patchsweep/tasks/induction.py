@@ -10,9 +10,10 @@ from transformer_lens.model_bridge import TransformerBridge
 from patchsweep.errors import PromptError
 from patchsweep.records import CharSpan, PromptRecord
 from patchsweep.tasks.base import Draw, Task, end_of
-from patchsweep.tokens import token_ids, token_strings
+from patchsweep.tokens import token_strings
 
 _WORD = re.compile(r" [a-z]{3,8}")
+_N_WORDS = 2000  # the first of the vocabulary: byte-pair tokenizers learn common words first
 
 
 def prepare(model: TransformerBridge, length: int = 12) -> Draw:
@@ -21,12 +22,12 @@ def prepare(model: TransformerBridge, length: int = 12) -> Draw:
     Words are tokens of the vocabulary that are a space and lower-case letters.
 
     Raises:
-        PromptError: `length` is below 2, or the vocabulary has fewer than 4 `length` words.
+        PromptError: `length` is below 3, or the vocabulary has fewer than 4 `length` words.
     """
-    if length < 2:
-        raise PromptError(f"task 'induction' needs length >= 2, got {length}; use 12 or so")
-    n_vocab = len(model.tokenizer)
-    words = [word for word in token_strings(model, tuple(range(n_vocab))) if _WORD.fullmatch(word)]
+    if length < 3:
+        raise PromptError(f"task 'induction' needs length >= 3, got {length}; use 12 or so")
+    vocabulary = token_strings(model, tuple(range(len(model.tokenizer))))
+    words = [text for text in vocabulary if _WORD.fullmatch(text)][:_N_WORDS]
     if len(words) < 4 * length:
         raise PromptError(
             f"task 'induction' needs {4 * length} words of one token for length={length}, this "
@@ -35,7 +36,9 @@ def prepare(model: TransformerBridge, length: int = 12) -> Draw:
 
     def draw(rng: random.Random) -> PromptRecord:
         *sequence, other = rng.sample(words, length + 1)
-        again = rng.randrange(length - 1)  # the word that comes again last; its successor is asked
+        # the word that comes again last, its successor is asked for; late enough that the model
+        # has seen the repetition
+        again = rng.randrange(length // 2, length - 1)
         clean = sequence + sequence[: again + 1]
         corrupted = list(clean)
         corrupted[again + 1] = other
@@ -61,8 +64,8 @@ INDUCTION = Task(
     ),
     source=(
         "Olsson, Elhage, Nanda, Joseph, DasSarma, Henighan, Mann et al. 2022, In-context Learning "
-        "and Induction Heads, arXiv:2209.11895. Sequences are of whole words, so that they "
-        "survive being written as text"
+        "and Induction Heads, arXiv:2209.11895. That work repeats random tokens; here they are "
+        "common words, which survive being written as text"
     ),
     labels=("previous", "copied", "end"),
     prepare=prepare,

@@ -7,7 +7,7 @@ import random
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.records import PromptRecord
-from patchsweep.tasks.base import Draw, Task, after, compose, end_of, one_of
+from patchsweep.tasks.base import Draw, Task, after, compose, end_of, one_of, words
 
 _SOURCE = (
     "Wang, Variengien, Conmy, Shlegeris & Steinhardt 2022, Interpretability in the Wild: a "
@@ -39,7 +39,7 @@ TEMPLATES = (
     "to",
     "Because {first} and {second} were hungry at the {place}, {subject} handed a {object} to",
 )
-NAMES = tuple(
+NAMES = words(
     """
     Aaron Adam Alan Alex Alice Amy Andrew Angela Anna Anthony Arthur Ben Bob Brian Carl Carol
     Charles Charlie Chris Christina Claire Clark Crystal Daniel David Edward Elizabeth Emily Emma
@@ -49,22 +49,20 @@ NAMES = tuple(
     Max Michael Michelle Mike Neil Nick Oliver Patrick Paul Peter Rachel Richard Robert Roger Rose
     Ruth Ryan Sam Samuel Sara Sarah Scott Simon Stephen Steven Sue Susan Thomas Tim Tom Tony
     Victoria Walter William
-    """.split()
+    """
 )
-PLACES = (
-    "store",
-    "garden",
-    "restaurant",
-    "school",
-    "hospital",
-    "office",
-    "house",
-    "station",
-    "park",
+PLACES = words(
+    """
+    store garden restaurant school hospital office house station park library shops beach
+    market museum church farm
+    """
 )
-PLACES += ("library", "shops", "beach", "market", "museum", "church", "farm")
-OBJECTS = ("ring", "drink", "ball", "book", "flower", "bag", "snack", "letter", "coin", "basket")
-OBJECTS += ("gift", "ticket", "map", "cake", "hat", "picture", "toy", "key")
+OBJECTS = words(
+    """
+    ring drink ball book flower bag snack letter coin basket gift ticket map cake hat
+    picture toy key
+    """
+)
 
 
 def prepare(
@@ -118,7 +116,7 @@ IOI = Task(
         "Two people are named, one acts; to whom? The corrupted prompt repeats the other name, "
         "so that its right answer is the other one"
     ),
-    source=f"{_SOURCE}. The first eight templates follow its appendix, the others are ours",
+    source=f"{_SOURCE}. Some templates are close to those of its appendix E, the others are ours",
     labels=_LABELS,
     prepare=prepare,
 )

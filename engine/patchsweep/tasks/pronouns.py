@@ -7,7 +7,7 @@ import random
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.records import PromptRecord
-from patchsweep.tasks.base import Draw, Task, compose, end_of
+from patchsweep.tasks.base import Draw, Task, compose, end_of, words
 
 TEMPLATES = (
     "So {name} is a really great {role}, isn't",
@@ -19,22 +19,26 @@ TEMPLATES = (
     "When {name} was young,",
     "{name} is tired because",
 )
-MALE = tuple(
+MALE = words(
     """
     John David James Robert Michael William Richard Thomas Charles George Paul Mark Peter Henry
     Kevin Brian Edward Frank Jack Adam Daniel Stephen Steven Matthew Andrew Joseph Patrick Simon
     Arthur Walter
-    """.split()
+    """
 )
-FEMALE = tuple(
+FEMALE = words(
     """
     Mary Anna Emma Sarah Alice Jane Elizabeth Helen Laura Susan Linda Lisa Karen Emily Jennifer
     Jessica Maria Rachel Rose Ruth Kate Lucy Julia Victoria Amy Angela Grace Margaret Michelle
     Claire
-    """.split()
+    """
 )
-ROLES = ("friend", "cook", "teacher", "singer", "leader", "student", "writer", "neighbor", "player")
-ROLES += ("doctor", "artist", "driver", "dancer", "swimmer", "lawyer", "scientist")
+ROLES = words(
+    """
+    friend cook teacher singer leader student writer neighbor player doctor driver
+    dancer swimmer lawyer scientist
+    """
+)
 
 
 def prepare(model: TransformerBridge | None) -> Draw:

@@ -7,7 +7,7 @@ import random
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.records import PromptRecord
-from patchsweep.tasks.base import Draw, Task, compose, end_of
+from patchsweep.tasks.base import Draw, Task, compose, end_of, words
 
 # clauses that do not give the subject's number away
 CLAUSES = (
@@ -22,18 +22,20 @@ CLAUSES = (
     "who called the {attractor}",
     "who loved the {attractor}",
 )
-SUBJECTS = tuple(
+SUBJECTS = words(
     """
     farmer author pilot teacher doctor lawyer manager officer student actor singer player
     dancer friend worker soldier artist writer driver scientist
-    """.split()
+    """
 )
-ATTRACTORS = tuple(
+ATTRACTORS = words(
     """
     parent guard chef customer minister senator architect consultant neighbor judge king
     guest visitor child nurse director
-    """.split()
+    """
 )
+# a clause that has clearly ended: without it the model goes on inside the clause
+TIMES = ("last year", "last week", "last night", "yesterday", "in the morning")
 VERBS = ((" is", " are"), (" was", " were"), (" has", " have"))
 _PLURALS = {"child": "children"}
 
@@ -46,7 +48,7 @@ def prepare(model: TransformerBridge | None) -> Draw:
     """How to draw one pair."""
 
     def draw(rng: random.Random) -> PromptRecord:
-        template = f"The {{subject}} {rng.choice(CLAUSES)}"
+        template = f"The {{subject}} {rng.choice(CLAUSES)} {rng.choice(TIMES)}"
         subject, attractor = rng.choice(SUBJECTS), rng.choice(ATTRACTORS)
         if rng.random() < 0.5:
             attractor = _plural(attractor)

@@ -7,20 +7,21 @@ very arguments each block was called with. Of any run: the activations of the sw
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from einops import rearrange
+from jaxtyping import Float
 from patchsweep_kernels.attention import Rows, prefix_attention
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from patchsweep.replica import Attend, Point, Replica, Unsupported, attention_settings
-from patchsweep.sites import Site
+from patchsweep.waves.replica import Attend, Point, Replica, Unsupported, attention_settings
+from patchsweep.sites import SITES, Site
 
-# sites whose value is the input of a block, or the final residual
+# sites that are written at the input of a block, or into the final residual
 STREAM_SITES = ("resid_pre", "resid_post", "embed")
 
 
@@ -59,9 +60,11 @@ class Run:
     calls: list[Call] = field(default_factory=list)  # per block
     sites: dict[str, list[Tensor]] = field(default_factory=dict)  # per block [pair, pos, width]
 
-    def site(self, name: str) -> list[Tensor]:
-        """Per layer at which it is written, the value of a site `[pair, pos, width]`."""
-        return self.resid if name in STREAM_SITES else self.sites[name]
+    def layers_of(self, name: str) -> list[Tensor]:
+        """A site's activations, layer by layer."""
+        if name == "resid_pre":
+            return self.resid[:-1]
+        return self.resid[1:] if name == "resid_post" else self.sites[name]
 
     def half(self, which: slice) -> Run:
         """The prompts `which` of the batch."""
@@ -92,9 +95,14 @@ def locate(replica: Replica, site: Site) -> SitePoint:
     Raises:
         Unsupported: this architecture has no such place, or only the bridge has it.
     """
-    if site.name in STREAM_SITES:
+    if site.name in ("resid_pre", "resid_post"):
         return SitePoint(site, ())
     points: list[Point] = []
+    if not site.layered:
+        point = replica.point(site.hook_name(0))
+        if point is None:
+            raise Unsupported(f"{site.hook} is at no border of the model's own modules")
+        return SitePoint(site, (point,))
     for layer in range(replica.n_layers):
         hook = site.hook_name(layer)
         if hook not in replica.bridge.hook_dict:
@@ -115,7 +123,7 @@ def capture(replica: Replica, tokens: Tensor, sites: Sequence[SitePoint] = ()) -
     """One forward pass over `tokens` `[pair, pos]`, keeping every block's input, K, V and sites."""
     run = Run()
     for site in sites:
-        if site.site.name not in STREAM_SITES:
+        if site.points or site.in_attention:
             run.sites[site.site.name] = []
     inside = {s.site.name for s in sites if s.in_attention}
 
@@ -200,6 +208,32 @@ def attention_pattern(
         return scores.softmax(dim=-1)
     sink = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
     return torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1]
+
+
+class _FrontDone(Exception):
+    """The first block was reached."""
+
+
+@torch.no_grad()
+def embed_to_stream(
+    replica: Replica, values: Float[Tensor, "pair pos d_model"]
+) -> Float[Tensor, "pair pos d_model"]:
+    """The first block's input when the token embeddings are `values`."""
+    point = locate(replica, SITES["embed"]).points[0]
+    stream: list[Tensor] = []
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        stream.append(split_hidden(args, kwargs)[0])
+        raise _FrontDone
+
+    with ExitStack() as stack:
+        stack.enter_context(watch(point, lambda x: x.copy_(values)))
+        handle = replica.blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
+        stack.callback(handle.remove)
+        tokens = torch.zeros(values.shape[:2], dtype=torch.long, device=values.device)
+        with suppress(_FrontDone):
+            replica.model(tokens, use_cache=False)
+    return stream[0]
 
 
 def split_hidden(

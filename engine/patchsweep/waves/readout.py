@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patchsweep.replica import Replica, Unsupported
+from patchsweep.waves.replica import Replica, Unsupported
 
 # a chunk of logits stays within this many bytes
-CHUNK_BYTES = 128 * 2**20
+CHUNK_BYTES = 32 * 2**20
 
 
 class Readout:
@@ -44,9 +44,9 @@ class Readout:
         logits: Tensor = output.logits[:, 0]
         return logits
 
-    def chunks(self, n_rows: int) -> Iterator[slice]:
+    def chunks(self, n_rows: int, n_reads: int = 1) -> Iterator[slice]:
         """Row slices whose fp32 logits fit `CHUNK_BYTES`."""
-        size = max(1, CHUNK_BYTES // (4 * self.d_vocab))
+        size = max(1, CHUNK_BYTES // (4 * self.d_vocab * n_reads))
         for first in range(0, n_rows, size):
             yield slice(first, min(first + size, n_rows))
 

@@ -13,10 +13,10 @@ from patchsweep_kernels.attention import Rows, prefix_attention
 from patchsweep_kernels.scatter import scatter_patch
 from torch import Tensor, nn
 
-from patchsweep.capture import STREAM_SITES, Run, SitePoint, split_hidden, watch
-from patchsweep.packing import Packing, pack
+from patchsweep.waves.capture import STREAM_SITES, Run, SitePoint, split_hidden, watch
+from patchsweep.waves.packing import Packing, pack
 from patchsweep.plan import Wave
-from patchsweep.replica import Attend, Replica, attention_settings
+from patchsweep.waves.replica import Attend, Replica, attention_settings
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,8 @@ class _State:
         """Attention on packed rows, and the writes at the swept site, while the wave runs."""
         with ExitStack() as stack:
             self._drop_unread_tokens(stack)
-            for layer, point in enumerate(self.point.points):
+            points = () if self.point.site.name in STREAM_SITES else self.point.points
+            for layer, point in enumerate(points):
                 stack.enter_context(watch(point, self._write_at(layer)))
             self.replica.attend_with(self._attention)
             stack.callback(self.replica.attend_with, None)

@@ -1,0 +1,111 @@
+"""Batches: prompt pairs of one length as tensors, each run named by its part in the patch."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from patchsweep.errors import PlanError, PromptError
+from patchsweep.interventions import Direction
+from patchsweep.pairs import PromptPair
+from patchsweep.plan import PairShape
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pairs whose prompts, and whose answers, have the same number of tokens.
+
+    An answer of several tokens is teacher-forced: its tokens but the last follow the prompt.
+    """
+
+    pairs: tuple[int, ...]  # their numbers in the sweep
+    base: Int[Tensor, "pair pos"]
+    source: Int[Tensor, "pair pos"]
+    reads: tuple[int, ...]  # positions whose logits the metrics read, ascending
+    answer: Int[Tensor, "pair read"]  # right answer after the clean prompt
+    wrong: Int[Tensor, "pair read"]  # right answer after the corrupted prompt
+
+    @property
+    def length(self) -> int:
+        return self.base.shape[1]
+
+    @property
+    def local(self) -> dict[int, int]:
+        """Pair number to row of the batch."""
+        return {pair: row for row, pair in enumerate(self.pairs)}
+
+
+def base_and_source(pair: PromptPair, direction: Direction) -> tuple[list[int], list[int]]:
+    """Token ids of the run that is patched into and of the run that values come from."""
+    forced = list(pair.answer[:-1])
+    clean, corrupted = [*pair.clean, *forced], [*pair.corrupted, *forced]
+    return (corrupted, clean) if direction == "denoising" else (clean, corrupted)
+
+
+def reads_of(pair: PromptPair, read: int) -> tuple[int, ...]:
+    """The positions read: from prompt position `read` (negative: from the end) one per token.
+
+    Raises:
+        PlanError: `read` lies outside the prompt.
+    """
+    length = len(pair.clean)
+    first = read if read >= 0 else length + read
+    if not 0 <= first < length:
+        raise PlanError(
+            f"read={read} lies outside a prompt of {length} tokens; use {-length}..{length - 1}"
+        )
+    return tuple(range(first, first + len(pair.answer)))
+
+
+def pair_shape(pair: PromptPair, direction: Direction, read: int) -> PairShape:
+    """What the planner needs to know of `pair`."""
+    base, source = base_and_source(pair, direction)
+    return PairShape(
+        differs=tuple(b != s for b, s in zip(base, source, strict=True)),
+        reads=reads_of(pair, read),
+        spans=pair.labels,
+    )
+
+
+def make_batches(
+    pairs: Sequence[PromptPair],
+    numbers: Sequence[int],
+    direction: Direction,
+    read: int,
+    device: torch.device,
+) -> list[Batch]:
+    """The pairs `numbers`, grouped by length.
+
+    Raises:
+        PromptError: the two answers of a pair of several tokens differ in length.
+    """
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for number in numbers:
+        pair = pairs[number]
+        if len(pair.answer) != len(pair.wrong_answer):
+            raise PromptError(
+                f"pair {number}: the answers {pair.answer_text!r} and {pair.wrong_answer_text!r} "
+                f"have {len(pair.answer)} and {len(pair.wrong_answer)} tokens; "
+                "use answers of the same number of tokens"
+            )
+        groups[len(pair.clean), len(pair.answer)].append(number)
+    batches = []
+    for members in groups.values():
+        chosen = [pairs[number] for number in members]
+        base, source = zip(*(base_and_source(p, direction) for p in chosen), strict=True)
+        batches.append(
+            Batch(
+                pairs=tuple(members),
+                base=torch.tensor(base, device=device),
+                source=torch.tensor(source, device=device),
+                reads=reads_of(chosen[0], read),
+                answer=torch.tensor([p.answer for p in chosen], device=device),
+                wrong=torch.tensor([p.wrong_answer for p in chosen], device=device),
+            )
+        )
+    return batches

@@ -1,0 +1,58 @@
+"""Credentials come from the environment alone, and are never shown."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from patchsweep.errors import StoreError
+
+_OPTION = re.compile(
+    r"^(key|token|secret|credentials?)$|secret|passw|_key$|_token$|connection_string", re.I
+)
+_VARIABLE = re.compile(r"KEY|SECRET|TOKEN|PASSW|CREDENTIAL", re.I)
+_SIGNED = re.compile(r"([?&](?:X-Amz-[A-Za-z-]+|Signature|sig|AWSAccessKeyId|token)=)[^&\s]+", re.I)
+_USER = re.compile(r"://[^/@\s]+@")
+_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]*@")
+_ACCESS_KEY = re.compile(r"\b(AKIA|ASIA)[0-9A-Z]{12,}")
+_SHORTEST = 8  # shorter values of the environment, such as "false", are no secrets
+
+
+def scrub(text: str) -> str:
+    """`text` without users and passwords in URLs, signatures, and secrets of the environment."""
+    text = _USER.sub("://***@", text)
+    text = _SIGNED.sub(r"\1***", text)
+    text = _ACCESS_KEY.sub("***", text)
+    for name, value in os.environ.items():
+        if _VARIABLE.search(name) and len(value) >= _SHORTEST:
+            text = text.replace(value, "***")
+    return text
+
+
+def refuse_credentials(url: str, storage_options: Mapping[str, Any]) -> None:
+    """Refuse an address or options that carry credentials: they would end in configs and logs.
+
+    Raises:
+        StoreError: one of them does.
+    """
+    if _PASSWORD.search(url) or _SIGNED.search(url):
+        where = f"a store's URL carries no credentials, but {scrub(url)!r} did"
+    elif name := _secret_option(storage_options):
+        where = f"storage_options carry no credentials, but {name!r} is one"
+    else:
+        return
+    raise StoreError(
+        f"{where}; leave them out and set them in the environment (for S3: AWS_ACCESS_KEY_ID and "
+        "AWS_SECRET_ACCESS_KEY)"
+    )
+
+
+def _secret_option(options: Mapping[str, Any]) -> str | None:
+    for name, value in options.items():
+        if _OPTION.search(str(name)):
+            return str(name)
+        if isinstance(value, Mapping) and (inner := _secret_option(value)):
+            return inner
+    return None

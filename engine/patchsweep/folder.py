@@ -1,0 +1,446 @@
+"""A folder of whole files, on a local disk or behind any fsspec URL, with one interface.
+
+A file is put at once or not at all. On a local disk it is on the platter when `put` returns:
+written under a `*.partial` name, synced, renamed, and the directory synced. Object stores put
+atomically by themselves; retries and backoff are those of the storage library.
+
+No credential is ever shown: URLs and error texts pass through `scrub`.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from zarr.abc.store import Store as ZarrStore
+from zarr.storage import FsspecStore, LocalStore
+
+from patchsweep.credentials import refuse_credentials, scrub
+from patchsweep.errors import StoreError
+from patchsweep.process import is_gone, process_name
+
+PARTIAL = ".partial"
+PARTIAL_AGE_S = 3600.0  # after this long, another machine's partial file is taken for a leftover
+
+
+def open_folder(
+    url: str | Path, storage_options: Mapping[str, Any] | None = None, *, sync: bool = True
+) -> Folder:
+    """The folder at `url`, which need not exist yet.
+
+    `sync=False` skips the waits for the disk, for files that may be lost with the power.
+
+    Raises:
+        StoreError: `url` or `storage_options` carry credentials, or fsspec cannot open `url`.
+    """
+    text = str(url)
+    if text.startswith("file://"):
+        text = text.removeprefix("file://")
+    if "://" not in text:
+        return LocalFolder(Path(text).expanduser(), sync=sync)
+    options = dict(storage_options or {})
+    refuse_credentials(text, options)
+    return RemoteFolder(text.rstrip("/"), options)
+
+
+class Folder(ABC):
+    """Whole files under keys such as `z/c/0/1`."""
+
+    shown: str  # the address, fit for people to see
+    appends: bool  # whether `append` costs the new line alone, not the whole file again
+
+    @abstractmethod
+    def beside(self, suffix: str) -> Folder:
+        """The folder called `<this one><suffix>`; its files are not waited for (`sync=False`)."""
+
+    @abstractmethod
+    def make(self) -> None:
+        """Make the folder if it is missing, parents included."""
+
+    @abstractmethod
+    def read(self, key: str) -> bytes | None:
+        """The file's content; None if there is no such file."""
+
+    @abstractmethod
+    def put(self, key: str, data: bytes) -> None:
+        """Write or replace a whole file."""
+
+    @abstractmethod
+    def put_new(self, key: str, data: bytes) -> bool:
+        """Write a file that is not there yet. False if one is, with other content than `data`."""
+
+    @abstractmethod
+    def append(self, key: str, so_far: bytes, line: bytes) -> None:
+        """Add `line` to a file of which this process alone has written everything (`so_far`)."""
+
+    @abstractmethod
+    def delete(self, key: str) -> None:
+        """Remove a file; nothing happens if there is none."""
+
+    @abstractmethod
+    def list(self, prefix: str = "") -> list[str]:
+        """Keys of all files in the folder `prefix`, sorted; empty if there is no such folder."""
+
+    @abstractmethod
+    def modified(self, key: str) -> float | None:
+        """Unix time at which the file was last put, by the clock of the storage; None: unknown."""
+
+    @abstractmethod
+    def zarr_store(self) -> ZarrStore:
+        """The folder as Zarr reads it."""
+
+    @abstractmethod
+    def is_empty(self) -> bool:
+        """Whether nothing lies there, partial files aside."""
+
+    @abstractmethod
+    def guard(self) -> AbstractContextManager[None]:
+        """Turns what goes wrong inside with the storage into a StoreError that says what to do."""
+
+    def free_bytes(self) -> int | None:
+        """Bytes that can still be written; None where the storage does not tell."""
+        return None
+
+    @abstractmethod
+    def sweep(self) -> None:
+        """Delete partial files that killed processes left behind."""
+
+    @abstractmethod
+    def sweep_file(self, key: str) -> None:
+        """Delete all partial files of `key`, which nobody else may write now."""
+
+    def exists(self, key: str) -> bool:
+        """Whether there is such a file."""
+        return self.read(key) is not None
+
+
+class LocalFolder(Folder):
+    """A folder on a disk of this machine, or on a file system that is mounted here."""
+
+    appends = True
+
+    def __init__(self, path: Path, *, sync: bool = True) -> None:
+        self.path = Path(os.path.abspath(path))
+        self.shown = str(path)
+        self._sync = sync
+        self._counter = itertools.count()
+        self._identity: tuple[int, int] | None = None  # device and inode when first written to
+
+    def beside(self, suffix: str) -> LocalFolder:
+        found = LocalFolder(self.path.with_name(self.path.name + suffix), sync=False)
+        found.shown = self.shown + suffix
+        return found
+
+    def make(self) -> None:
+        with self.guard():
+            self._make(self.path)
+
+    def read(self, key: str) -> bytes | None:
+        with self.guard():
+            try:
+                return (self.path / key).read_bytes()
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                return None
+
+    def exists(self, key: str) -> bool:
+        return (self.path / key).is_file()
+
+    def put(self, key: str, data: bytes) -> None:
+        with self.guard(), self._written(key, data) as (partial, path):
+            os.replace(partial, path)
+
+    def put_new(self, key: str, data: bytes) -> bool:
+        with self.guard(), self._written(key, data) as (partial, path):
+            try:
+                os.link(partial, path)
+            except FileExistsError:
+                return path.read_bytes() == data
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+                    raise
+                # a file system without hard links: two such writers can meet in this gap
+                if path.exists():
+                    return path.read_bytes() == data
+                os.replace(partial, path)
+        return True
+
+    def append(self, key: str, so_far: bytes, line: bytes) -> None:
+        path = self.path / key
+        with self.guard():
+            self._make(path.parent)
+            handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            try:
+                if os.write(handle, line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            finally:
+                os.close(handle)
+
+    def delete(self, key: str) -> None:
+        with self.guard():
+            (self.path / key).unlink(missing_ok=True)
+
+    def list(self, prefix: str = "") -> list[str]:
+        found = []
+        with self.guard():
+            for folder, _, names in os.walk(self.path / prefix, onerror=_unless_missing):
+                base = Path(folder).relative_to(self.path)
+                found += [(base / name).as_posix() for name in names]
+        return sorted(found)
+
+    def is_empty(self) -> bool:
+        with self.guard():
+            try:
+                return all(path.name.endswith(PARTIAL) for path in self.path.iterdir())
+            except FileNotFoundError:
+                return True
+
+    def modified(self, key: str) -> float | None:
+        with self.guard():
+            try:
+                return (self.path / key).stat().st_mtime
+            except FileNotFoundError:
+                return None
+
+    def zarr_store(self) -> ZarrStore:
+        return LocalStore(self.path, read_only=True)
+
+    def free_bytes(self) -> int | None:
+        place = next(p for p in (self.path, *self.path.parents) if p.exists())
+        with self.guard():
+            return shutil.disk_usage(place).free
+
+    def sweep(self) -> None:
+        with self.guard():
+            for key in self.list():
+                path = self.path / key
+                if not key.endswith(PARTIAL):
+                    continue
+                with suppress(FileNotFoundError):  # its writer has just finished
+                    age = time.time() - path.stat().st_mtime
+                    if is_gone(_writer(path.name)) or age > PARTIAL_AGE_S:
+                        path.unlink()
+
+    def sweep_file(self, key: str) -> None:
+        path = self.path / key
+        with self.guard():
+            for partial in path.parent.glob(f"{path.name}~*{PARTIAL}"):
+                partial.unlink(missing_ok=True)
+
+    @contextmanager
+    def _written(self, key: str, data: bytes) -> Iterator[tuple[Path, Path]]:
+        """A synced partial file that holds `data`, and the path where it belongs."""
+        path = self.path / key
+        self._check_place()
+        self._make(path.parent, below=self.path)
+        mark = f"~{process_name()}~{next(self._counter)}{PARTIAL}"
+        partial = path.with_name(path.name + mark)
+        try:
+            with open(partial, "wb") as file:
+                file.write(data)
+                if self._sync:
+                    file.flush()
+                    os.fsync(file.fileno())
+            yield partial, path
+        finally:
+            with suppress(OSError):  # gone if it was renamed
+                partial.unlink()
+        self._sync_folder(path.parent)
+
+    def _check_place(self) -> None:
+        """Refuse to write where the store's disk has been replaced by its empty mount point."""
+        found = os.stat(self.path)
+        identity = (found.st_dev, found.st_ino)
+        if self._identity is None:
+            self._identity = identity
+        elif self._identity != identity:
+            raise OSError(errno.ENODEV, "another folder lies there now")
+
+    def _make(self, path: Path, below: Path | None = None) -> None:
+        """Make `path` and its parents, durably; none above `below`."""
+        if path.is_dir() or path == below:
+            return
+        self._make(path.parent, below)
+        with suppress(FileExistsError):
+            path.mkdir()
+        if not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "a file is in the way", str(path))
+        self._sync_folder(path.parent)
+
+    def _sync_folder(self, path: Path) -> None:
+        if not self._sync:
+            return
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems have no such
+                raise
+        finally:
+            os.close(handle)
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StoreError(_explain(self, error)) from error
+
+
+class RemoteFolder(Folder):
+    """A folder behind an fsspec URL."""
+
+    appends = False
+
+    def __init__(self, url: str, options: Mapping[str, Any]) -> None:
+        self.shown = scrub(url)
+        self._url, self._options = url, dict(options)
+        # listings are never cached: other processes write at the same time
+        self._options.setdefault("use_listings_cache", False)
+        try:
+            from fsspec.core import url_to_fs
+
+            self._fs, root = url_to_fs(url, **self._options)
+        except Exception as error:  # a protocol that is unknown, or whose package is missing
+            raise StoreError(
+                f"a store's URL must be one that fsspec can open; {self.shown!r} is not "
+                f"({_said(error)}); install the protocol's package (for S3: patchsweep[s3]) or "
+                "give another address"
+            ) from None
+        self._root = root.rstrip("/")
+
+    def beside(self, suffix: str) -> RemoteFolder:
+        return RemoteFolder(self._url + suffix, self._options)
+
+    def make(self) -> None:
+        """Object stores have no folders: they are the beginnings of their files' names."""
+
+    def read(self, key: str) -> bytes | None:
+        with self.guard():
+            try:
+                data: bytes = self._fs.cat_file(self._path(key))
+            except (FileNotFoundError, IsADirectoryError):
+                return None
+            return data
+
+    def exists(self, key: str) -> bool:
+        with self.guard():
+            return bool(self._fs.exists(self._path(key)))
+
+    def put(self, key: str, data: bytes) -> None:
+        with self.guard():
+            self._fs.pipe_file(self._path(key), data)
+
+    def put_new(self, key: str, data: bytes) -> bool:
+        # storage without conditional puts may ignore the mode, so look first
+        if (there := self.read(key)) is None:
+            with self.guard():
+                try:
+                    self._fs.pipe_file(self._path(key), data, mode="create")
+                    return True
+                except Exception:
+                    there = self.read(key)
+                    if there is None:  # no rival's file was in the way: it failed
+                        raise
+        return there == data  # true also of our own put whose answer was lost
+
+    def append(self, key: str, so_far: bytes, line: bytes) -> None:
+        self.put(key, so_far + line)
+
+    def delete(self, key: str) -> None:
+        with self.guard(), suppress(FileNotFoundError):
+            self._fs.rm_file(self._path(key))
+
+    def list(self, prefix: str = "") -> list[str]:
+        with self.guard():
+            try:
+                found = self._fs.find(self._path(prefix))
+            except FileNotFoundError:
+                return []
+        inside = f"{self._path(prefix)}/"
+        return sorted(p[len(self._root) + 1 :] for p in found if p.startswith(inside))
+
+    def is_empty(self) -> bool:
+        with self.guard():
+            try:
+                return not self._fs.ls(self._root, detail=False)
+            except FileNotFoundError:
+                return True
+
+    def modified(self, key: str) -> float | None:
+        with self.guard():
+            try:
+                return float(self._fs.modified(self._path(key)).timestamp())
+            except (FileNotFoundError, NotImplementedError, AttributeError):
+                return None
+
+    def zarr_store(self) -> ZarrStore:
+        with self.guard():
+            return FsspecStore.from_url(
+                self._url, storage_options=dict(self._options), read_only=True
+            )
+
+    def sweep(self) -> None:
+        """Object stores have no partial files."""
+
+    def sweep_file(self, key: str) -> None:
+        """Object stores have no partial files."""
+
+    def _path(self, key: str) -> str:
+        return f"{self._root}/{key}".rstrip("/")
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        try:
+            yield
+        except StoreError:
+            raise
+        except Exception as error:  # every storage library has its own kinds
+            # not chained: the library's traceback may hold credentials
+            raise StoreError(
+                f"the store must answer, but {self.shown} did not after its library's retries "
+                f"({_said(error)}); see to the network and the credentials, then run the same "
+                "command again: finished units are kept"
+            ) from None
+
+
+def _explain(folder: LocalFolder, error: OSError) -> str:
+    said = f"{folder.shown}: {error.strerror or error}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"no space is left for the store ({said}); free some, then run the same command "
+            "again: finished units are kept"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return (
+            f"the store must be readable and writable ({said}); mend its permissions or give "
+            "another path, then run the same command again: finished units are kept"
+        )
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return f"a store is a folder ({said}); give a path where none of its parts is a file"
+    return (
+        f"the store's disk must stay in reach ({said}); mount it again, then run the same "
+        "command again: finished units are kept"
+    )
+
+
+def _said(error: BaseException) -> str:
+    return scrub(f"{type(error).__name__}: {error}"[:300])
+
+
+def _writer(partial: str) -> str:
+    """The process that a partial file's name tells of; another program's file tells of none."""
+    parts = partial.split("~")
+    return parts[1] if len(parts) == 3 else ""
+
+
+def _unless_missing(error: OSError) -> None:
+    if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+        raise error

@@ -1,0 +1,202 @@
+"""The hooked runner: whole batched forward passes through the bridge, patched by its hooks.
+
+Slower than waves and right for every model that the bridge supports; it is also the oracle
+that the wave runner is checked against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.batch import Batch
+from patchsweep.errors import SiteError
+from patchsweep.interventions import Intervention
+from patchsweep.metrics import Logits, Metric, compute
+from patchsweep.plan import Ints, SitePlan
+from patchsweep.sites import Site
+
+# the logits of one batched forward pass stay within this many bytes
+LOGIT_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A batch with the values to patch in and the unpatched logits."""
+
+    batch: Batch
+    donors: dict[str, list[Tensor]]  # site -> per layer [pair, pos, width] (pattern: its own)
+    base_logits: Float[Tensor, "pair read d_vocab"]
+    source_logits: Float[Tensor, "pair read d_vocab"]
+
+
+class HookedRunner:
+    """Exact patches by hooks; one forward pass per layer and batch of patches.
+
+    Raises:
+        SiteError: the model has no hook for one of `sites`.
+    """
+
+    name = "hooked"
+
+    def __init__(self, bridge: TransformerBridge, sites: Sequence[Site]) -> None:
+        self.bridge = bridge
+        self.sites = tuple(sites)
+        self.n_layers = int(bridge.cfg.n_layers)
+        for site in sites:
+            for hook in self._hooks(site):
+                if hook not in bridge.hook_dict:
+                    raise SiteError(
+                        f"site {site.name}: this model has no hook {hook}; "
+                        "leave the site out for this architecture"
+                    )
+
+    def _hooks(self, site: Site) -> list[str]:
+        return [site.hook_name(layer) for layer in range(self.n_layers if site.layered else 1)]
+
+    @torch.no_grad()
+    def activations(self, tokens: Tensor) -> Mapping[str, Sequence[Tensor]]:
+        """See `Runner`."""
+        return self._run(tokens)[1]
+
+    def _run(self, tokens: Tensor) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        """Logits and the activations of the sites.
+
+        Raises:
+            SiteError: a hook did not fire.
+        """
+        kept: dict[str, Tensor] = {}
+
+        def keep(x: Tensor, hook: Any, name: str) -> None:
+            kept[name] = x.detach().clone()
+
+        hooks = [
+            (name, lambda x, hook, name=name: keep(x, hook, name))
+            for site in self.sites
+            for name in self._hooks(site)
+        ]
+        logits = self.bridge.run_with_hooks(tokens, fwd_hooks=hooks)
+        found: dict[str, list[Tensor]] = {}
+        for site in self.sites:
+            missing = [name for name in self._hooks(site) if name not in kept]
+            if missing:
+                raise SiteError(
+                    f"site {site.name}: the hook {missing[0]} never fired in this model, so a "
+                    "patch there would do nothing; leave the site out"
+                )
+            layers = [kept[name] for name in self._hooks(site)]
+            if site.name != "pattern":
+                layers = [x.reshape(*tokens.shape, -1) for x in layers]
+            found[site.name] = layers
+        return logits, found
+
+    @torch.no_grad()
+    def load(self, batch: Batch, intervention: Intervention) -> Loaded:
+        """See `Runner`."""
+        base_logits, base = self._run(batch.base)
+        source_logits, source = self._run(batch.source)
+        reads = list(batch.reads)
+        return Loaded(
+            batch=batch,
+            donors={
+                site.name: [
+                    intervention.values(site, layer, b, s)
+                    for layer, (b, s) in enumerate(
+                        zip(base[site.name], source[site.name], strict=True)
+                    )
+                ]
+                for site in self.sites
+            },
+            base_logits=base_logits[:, reads].float(),
+            source_logits=source_logits[:, reads].float(),
+        )
+
+    def references(
+        self, loaded: Loaded, metrics: Sequence[Metric]
+    ) -> tuple[Float[Tensor, "metric pair"], Float[Tensor, "metric pair"]]:
+        """See `Runner`."""
+        pair = torch.arange(len(loaded.batch.base), device=loaded.base_logits.device)
+        return (
+            self._metrics(loaded, loaded.base_logits, pair, metrics),
+            self._metrics(loaded, loaded.source_logits, pair, metrics),
+        )
+
+    @torch.no_grad()
+    def run(
+        self, loaded: Loaded, plan: SitePlan, patches: Ints, metrics: Sequence[Metric]
+    ) -> Float[Tensor, "metric patch"]:
+        """See `Runner`."""
+        batch = loaded.batch
+        values = torch.empty(len(metrics), len(patches))
+        size = max(1, LOGIT_BYTES // (4 * batch.length * self.bridge.cfg.d_vocab))
+        for layer_set in np.unique(plan.layer_set[patches]):
+            columns = np.flatnonzero(plan.layer_set[patches] == layer_set)
+            for part in np.array_split(columns, -(-len(columns) // size)):
+                rows = patches[part]
+                local = batch.local
+                pair = torch.tensor(
+                    [local[p] for p in plan.pair[rows].tolist()], device=batch.base.device
+                )
+                hooks = [
+                    (plan.site.hook_name(layer), self._patch(loaded, plan, rows, pair, layer))
+                    for layer in plan.axes.layers[layer_set]
+                ]
+                logits = self.bridge.run_with_hooks(batch.base[pair], fwd_hooks=hooks)
+                read = logits[:, list(batch.reads)].float()
+                values[:, part] = self._metrics(loaded, read, pair, metrics).cpu()
+        return values
+
+    def _patch(
+        self, loaded: Loaded, plan: SitePlan, rows: Ints, pair: Tensor, layer: int
+    ) -> Callable[[Tensor, Any], Tensor]:
+        """A hook that replaces, in row i of the batch, what patch `rows[i]` covers."""
+        donor = loaded.donors[plan.site.name][layer]
+        units = plan.axes.units
+
+        # in place, so that a residual stream is replaced for every reader of it
+        def patch(x: Tensor, hook: Any) -> Tensor:
+            for i, row in enumerate(rows.tolist()):
+                span = slice(int(plan.start[row]), int(plan.stop[row]))
+                which = slice(None) if units is None else list(units[plan.unit_set[row]])
+                if plan.site.name == "pattern":
+                    x[i, which, span] = donor[pair[i], which, span].to(x)
+                    continue
+                target = x[i].reshape(x.shape[1], -1) if x.ndim == 4 else x[i]
+                new = donor[pair[i]]
+                if units is not None:
+                    n_units = self._n_units(plan.site, x)
+                    target = rearrange(target, "pos (unit d) -> pos unit d", unit=n_units)
+                    new = rearrange(new, "pos (unit d) -> pos unit d", unit=n_units)
+                    target[span, which] = new[span, which].to(x)
+                else:
+                    target[span] = new[span].to(x)
+                x[i] = target.reshape(x[i].shape)
+            return x
+
+        return patch
+
+    def _n_units(self, site: Site, x: Tensor) -> int:
+        if x.ndim == 4:
+            return x.shape[2]
+        return x.shape[2] if site.unit == "neuron" else int(self.bridge.cfg.n_heads)
+
+    def _metrics(
+        self,
+        loaded: Loaded,
+        full: Float[Tensor, "row read d_vocab"],
+        pair: Tensor,
+        metrics: Sequence[Metric],
+    ) -> Float[Tensor, "metric row"]:
+        batch = loaded.batch
+        answer = full.gather(2, batch.answer[pair].unsqueeze(-1)).squeeze(-1)
+        wrong = full.gather(2, batch.wrong[pair].unsqueeze(-1)).squeeze(-1)
+        base, source = loaded.base_logits[pair], loaded.source_logits[pair]
+        return compute(metrics, Logits(answer, wrong, full, base, source))

@@ -1,0 +1,146 @@
+"""The journal of a store: what each process did and when, one JSON object per line.
+
+Each process appends to a file of its own, `<store>.journal/<host>-<pid>-<start>.jsonl`, so that
+nothing is ever shared or locked. A killed process may leave half a last line, which readers pass
+over. Object stores cannot append: there the whole small file is put again, at most every
+`PUT_EVERY_S`.
+
+| event | fields |
+|---|---|
+| started | command (any JSON), n_units (still to do), and what the run adds, such as slice |
+| unit | variable, pair_block, layer_block, seconds, token_layers, n_live |
+| warning | text |
+| finished | |
+| interrupted | reason |
+
+Every line also has `event` and `time` (unix seconds); `read_journal` adds `process`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from patchsweep.credentials import scrub
+from patchsweep.folder import open_folder
+from patchsweep.layout import Unit
+from patchsweep.process import process_name
+
+PUT_EVERY_S = 5.0
+
+STARTED, UNIT, WARNING = "started", "unit", "warning"
+FINISHED, INTERRUPTED = "finished", "interrupted"
+_SUFFIX = ".jsonl"
+
+
+class Journal:
+    """This process's journal. Leaving `with journal:` records how the run ended."""
+
+    def __init__(
+        self, store: str | Path, *, storage_options: Mapping[str, Any] | None = None
+    ) -> None:
+        """`store`: the store's address; its journal lies beside it."""
+        self._folder = open_folder(store, storage_options).beside(".journal")
+        self._key = ""
+        self._put, self._waiting = b"", b""
+        self._last_put = -PUT_EVERY_S
+        self._ended = False
+
+    def started(self, command: Any, *, n_units: int, **fields: Any) -> None:
+        """Record that a run starts, with `n_units` units still to do."""
+        self._ended = False
+        self.record(STARTED, command=command, n_units=n_units, **fields)
+
+    def unit_done(self, unit: Unit, *, seconds: float, token_layers: int, n_live: int) -> None:
+        """Record a unit that has been written."""
+        self.record(
+            UNIT,
+            variable=unit.variable,
+            pair_block=unit.pair_block,
+            layer_block=unit.layer_block,
+            seconds=round(seconds, 4),
+            token_layers=token_layers,
+            n_live=n_live,
+        )
+
+    def warning(self, text: str) -> None:
+        """Record what people should know of, such as a halved wave or the first NaN."""
+        self.record(WARNING, text=text)
+
+    def finished(self) -> None:
+        """Record that this process has done all that it was to do."""
+        self._ended = True
+        self.record(FINISHED)
+
+    def interrupted(self, reason: str) -> None:
+        """Record that this process stops early."""
+        self._ended = True
+        self.record(INTERRUPTED, reason=reason)
+
+    def record(self, event: str, **fields: Any) -> None:
+        """Append a line.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
+        line = {"event": event, "time": round(time.time(), 3), **fields}
+        self._waiting += (scrub(json.dumps(line, default=str)) + "\n").encode()
+        due = time.monotonic() - self._last_put >= PUT_EVERY_S
+        if self._folder.appends or due or event != UNIT:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._key:
+            self._folder.make()
+            base, number = process_name(), 0
+            self._key = base + _SUFFIX
+            while self._folder.exists(self._key):  # an earlier run of this very process
+                number += 1
+                self._key = f"{base}-run{number}{_SUFFIX}"
+        self._folder.append(self._key, self._put, self._waiting)
+        self._put, self._waiting = self._put + self._waiting, b""
+        self._last_put = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._ended:
+            return
+        if error is None:
+            self.finished()
+        else:
+            self.interrupted(f"{type(error).__name__}: {error}"[:500])
+
+
+def read_journal(
+    store: str | Path, *, storage_options: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """Every event of the store's journals, by time; each has `event`, `time` and `process`.
+
+    Half a line, or a line that is no event, is passed over.
+    """
+    folder = open_folder(store, storage_options).beside(".journal")
+    events = []
+    for key in folder.list():
+        if not key.endswith(_SUFFIX):
+            continue
+        for line in (folder.read(key) or b"").splitlines():
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue
+            if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+                continue
+            if isinstance(event.get("time"), int | float):
+                events.append({**event, "process": key.removesuffix(_SUFFIX)})
+    return sorted(events, key=lambda event: event["time"])

@@ -1,0 +1,104 @@
+"""The probe: which runner a model gets. The wave runner must first agree with the bridge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.batch import Batch
+from patchsweep.errors import ConfigError
+from patchsweep.hooked import HookedRunner
+from patchsweep.interventions import Intervention
+from patchsweep.metrics import METRICS
+from patchsweep.plan import SitePlan
+from patchsweep.runner import Runner
+from patchsweep.waves import Unsupported, WaveRunner
+
+RunnerName = Literal["auto", "wave", "hooked"]
+# largest difference in logits that rounding may explain, by dtype of the weights
+TOLERANCE = {"torch.float32": 1e-3, "torch.float16": 0.05, "torch.bfloat16": 0.3}
+N_PATCHES = 4
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The runner that a sweep uses, and why."""
+
+    runner: Runner
+    reason: str
+    difference: float | None  # largest difference from the hooked runner, where it was measured
+
+
+def choose_runner(
+    bridge: TransformerBridge,
+    plans: Sequence[SitePlan],
+    batch: Batch,
+    intervention: Intervention,
+    *,
+    wanted: RunnerName = "auto",
+    max_tokens: int = 4096,
+) -> Choice:
+    """The wave runner where it agrees with the hooked one on a few patches per site.
+
+    `wave` or `hooked` as `wanted` takes that runner without comparing.
+
+    Raises:
+        ConfigError: the wave runner is wanted and the model or a site does not allow it.
+    """
+    sites = [plan.site for plan in plans]
+    if wanted == "hooked":
+        return Choice(HookedRunner(bridge, sites), "asked for", None)
+    try:
+        wave = WaveRunner(bridge, sites, max_tokens)
+        if wanted == "wave":
+            return Choice(wave, "asked for", None)
+        difference = _difference(wave, HookedRunner(bridge, sites), plans, batch, intervention)
+    except Unsupported as reason:
+        if wanted == "wave":
+            raise ConfigError(
+                f"runner=wave cannot run this: {reason}; use runner=auto or runner=hooked"
+            ) from reason
+        return Choice(HookedRunner(bridge, sites), f"the wave runner cannot: {reason}", None)
+    tolerance = TOLERANCE.get(str(bridge.cfg.dtype), 1e-3)
+    if difference > tolerance:
+        return Choice(
+            HookedRunner(bridge, sites),
+            f"the wave runner differs from the bridge by {difference:.2g} in logits, "
+            f"more than {tolerance:g}",
+            difference,
+        )
+    return Choice(wave, f"agrees with the bridge within {difference:.1e}", difference)
+
+
+def _difference(
+    wave: WaveRunner,
+    hooked: HookedRunner,
+    plans: Sequence[SitePlan],
+    batch: Batch,
+    intervention: Intervention,
+) -> float:
+    """Largest difference in answer logits: unpatched, and over a few patches of every site."""
+    metrics = (METRICS["logit_diff"], METRICS["logit"])
+    ours, theirs = wave.load(batch, intervention), hooked.load(batch, intervention)
+    worst = 0.0
+    for a, b in zip(
+        wave.references(ours, metrics), hooked.references(theirs, metrics), strict=True
+    ):
+        worst = max(worst, float((a - b).abs().max()))
+    rng = np.random.default_rng(0)
+    for plan in plans:
+        mine = np.flatnonzero(plan.live & np.isin(plan.pair, batch.pairs))
+        if not len(mine):
+            continue
+        # few layers, so that the hooked runner needs few forward passes
+        layers = rng.choice(np.unique(plan.layer_set[mine]), size=2)
+        mine = mine[np.isin(plan.layer_set[mine], layers)]
+        chosen = np.sort(rng.choice(mine, size=min(N_PATCHES, len(mine)), replace=False))
+        a = wave.run(ours, plan, chosen, metrics)
+        b = hooked.run(theirs, plan, chosen, metrics)
+        worst = max(worst, float((a - b).abs().max()))
+    return worst

@@ -1,0 +1,60 @@
+"""How the dims of a site are laid out on paper."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+
+from patchsweep import summary
+
+MAX_UNITS = 128
+"""Above this many heads or neurons the map shows positions instead of them."""
+
+MAX_CELLS = 150_000
+"""Above this many cells per view only the strongest along the hidden axis is in the page."""
+
+DIM_WORDS = {
+    "layer": "layer",
+    "head": "head",
+    "kv_head": "key head",
+    "neuron": "neuron",
+    "pos": "position",
+}
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Rows by columns, and one axis that is hidden; each a dim of the site, or None."""
+
+    rows: str | None  # "layer", or None for the embedding
+    columns: str | None  # "pos", a unit such as "head", or None
+    hidden: str | None  # reduced to its largest |effect|, or chosen in the page
+    labels: dict[str, list[int | str]]  # coordinates of each dim that is there
+
+    @property
+    def full(self) -> bool:
+        """Whether the page holds the cells along the hidden axis too."""
+        n_cells = math.prod(len(labels) for labels in self.labels.values())
+        return self.hidden == "pos" and n_cells <= MAX_CELLS
+
+    def grid(self, array: xr.DataArray) -> np.ndarray:
+        """`array` as [row, column, hidden] in float32, an absent axis having length 1."""
+        order = (self.rows, self.columns, self.hidden)
+        shape = [array.sizes[d] if d else 1 for d in order]
+        values = array.transpose(*(d for d in order if d)).values
+        return values.astype(np.float32).reshape(shape)
+
+
+def lay_out(values: xr.DataArray) -> Axes:
+    """Layers up, heads or positions across; of three dims, one is hidden."""
+    unit = summary.unit_dim(values)
+    rows = "layer" if "layer" in values.dims else None
+    pos = "pos" if "pos" in values.dims else None
+    columns, hidden = unit or pos, None
+    if unit and pos:
+        columns, hidden = (unit, pos) if values.sizes[unit] <= MAX_UNITS else (pos, unit)
+    labels = {d: values[d].values.tolist() for d in (rows, columns, hidden) if d}
+    return Axes(rows, columns, hidden, labels)

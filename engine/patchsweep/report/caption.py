@@ -1,0 +1,106 @@
+"""What a map shows, in one sentence, and how its colours are to be read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from patchsweep import summary
+from patchsweep.report.axes import DIM_WORDS, Axes
+from patchsweep.report.html import count, esc, number, percent, plural, token_html
+from patchsweep.report.views import View
+
+_NAMED = 4  # cells, or places, that are listed one by one
+
+
+def seen(
+    axes: Axes,
+    view: View,
+    value: np.ndarray,
+    effect: np.ndarray,
+    fraction: np.ndarray,
+    at: np.ndarray,
+) -> str:
+    """The strongest cell, and where the cells at least half as strong are, as HTML.
+
+    `value`, `effect`, `fraction` and `at` (index along the hidden axis) are [row, column].
+    """
+    size = np.nan_to_num(np.abs(effect), nan=0.0)
+    if np.isnan(effect).all():
+        return "<strong>Nothing of this site has run yet.</strong>"
+    if not size.max() > 0:
+        return "<strong>No patch of this site changes the metric.</strong>"
+    order = np.argsort(-size, axis=None, kind="stable")
+    strong = order[size.ravel()[order] >= size.max() / 2]
+    top, *others = (divmod(int(cell), size.shape[1]) for cell in strong)
+    # a cell that ran in some of the pairs is set against the base of just those
+    start, end = float(value[top] - effect[top]), float(value[top])
+    part = f", {number(float(fraction[top]))} of the gap" if np.isfinite(fraction[top]) else ""
+    text = (
+        f"Strongest: {_cell(axes, view, top, at)}, where the patch moves the metric from "
+        f"{number(start)} to {number(end)}{part}"
+    )
+    if not others:
+        text += "; no other cell is half as strong"
+    elif len(others) <= _NAMED:
+        listed = ", ".join(_cell(axes, view, cell, at) for cell in others)
+        text += f"; at least half as strong: {listed}"
+    else:
+        text += f"; {count(len(others))} more cells are at least half as strong"
+        text += _where(axes, view, others, at)
+    return f"<strong>{text}.</strong>"
+
+
+def reading(
+    quantity: str, metric: str, limit: float, n_beyond: int, unrun: float, *, gap: bool
+) -> str:
+    """What the colours mean, as HTML; `unrun` is the share of cells that are grey.
+
+    `gap`: there is a source run, so that effects are shown only because it is too close to base.
+    """
+    what = "recovered fraction" if quantity == "recovered" else f"effect on {esc(metric)}"
+    text = f" Colours: {what}, from \u2212{limit:.2g} to +{limit:.2g}"
+    if n_beyond:
+        text += f"; {plural(n_beyond, 'cell')} beyond that in the end colour"
+    text += "."
+    if quantity == "effect" and gap:
+        text += " Base and source differ too little here for a recovered fraction to mean much."
+    if unrun:
+        text += f" Grey: not run ({percent(unrun)})."
+    return text
+
+
+def _where(axes: Axes, view: View, cells: Sequence[tuple[int, int]], at: np.ndarray) -> str:
+    """ ", all at positions 11 ␣Mary and 16 ␣to", when the cells share few places."""
+    dim = "pos" if "pos" in (axes.columns, axes.hidden) else axes.columns
+    if dim is None:
+        return ""
+    indices = sorted({c[1] if dim == axes.columns else int(at[c]) for c in cells})
+    if len(indices) > _NAMED:
+        return ""
+    places = [_place(axes, view, dim, i) for i in indices]
+    if len(places) == 1:
+        return f", all at {DIM_WORDS[dim]} {places[0]}"
+    return f", all at {DIM_WORDS[dim]}s {', '.join(places[:-1])} and {places[-1]}"
+
+
+def _cell(axes: Axes, view: View, cell: tuple[int, int], at: np.ndarray) -> str:
+    """ "layer 28 head 8 at position 16 ␣to"."""
+    index = {axes.rows: cell[0], axes.columns: cell[1], axes.hidden: int(at[cell])}
+    parts = [
+        f"{DIM_WORDS[d]} {_place(axes, view, d, index[d])}"
+        for d in ("layer", *summary.UNIT_DIMS)
+        if d in index
+    ]
+    if "pos" in index:
+        parts += ["at"] * bool(parts) + [f"position {_place(axes, view, 'pos', index['pos'])}"]
+    return " ".join(parts) or "the one patch"
+
+
+def _place(axes: Axes, view: View, dim: str, index: int) -> str:
+    """ "28" of a layer or head, "16 ␣to" of a position."""
+    label = esc(axes.labels[dim][index])
+    if dim != "pos" or not view.base_tokens[index]:
+        return label
+    return f"{label} {token_html(view.base_tokens[index])}"

@@ -1,0 +1,190 @@
+"""A request: everything that a sweep was asked for, checked, with its plans. Runs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.batch import pair_shape
+from patchsweep.errors import ConfigError, ModelError, PlanError
+from patchsweep.interventions import Direction, Intervention, ValueFn, get_intervention
+from patchsweep.metrics import Metric, get_metrics
+from patchsweep.pairs import PromptPairs
+from patchsweep.plan import Axes, ModelShape, SitePlan, plan_site
+from patchsweep.sites import Site, get_sites
+
+Sets = Sequence[int | Sequence[int]]
+Positions = Sequence[int | str] | Literal["all"] | None
+# tokens of live patches in one unit of work: a few waves, so that a kill loses little
+UNIT_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Request:
+    """A sweep, decided but not run."""
+
+    bridge: TransformerBridge
+    pairs: PromptPairs
+    metrics: tuple[Metric, ...]
+    intervention: Intervention
+    direction: Direction
+    read: int  # prompt position whose logits are read first; -1 is the last
+    shape: ModelShape
+    plans: tuple[SitePlan, ...]
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(plan.site for plan in self.plans)
+
+
+def make_request(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    sites: str | Sequence[str],
+    metrics: str | Sequence[str | Metric | Callable[[Tensor], Tensor]] = "logit_diff",
+    *,
+    direction: Direction | None = None,
+    intervention: str | Intervention | float | Tensor | ValueFn = "resample",
+    layers: Sets | None = None,
+    positions: Positions = None,
+    heads: Sets | Literal["all"] | None = None,
+    neurons: Sets | Literal["all"] | None = None,
+    read: int = -1,
+) -> Request:
+    """Check the arguments of a sweep and plan it; see `patchsweep.sweep` for their meaning.
+
+    Raises:
+        PatchsweepError: an argument breaks a rule; the text says which, and what to do.
+    """
+    chosen_sites = get_sites([sites] if isinstance(sites, str) else list(sites))
+    chosen_metrics = get_metrics([metrics] if isinstance(metrics, str) else list(metrics))  # type: ignore[arg-type]
+    chosen = get_intervention(intervention)
+    if direction is None:
+        direction = chosen.default_direction
+    if direction not in ("denoising", "noising"):
+        raise ConfigError(
+            f"direction={direction!r} is not known; use 'denoising' (base is the corrupted "
+            "prompt) or 'noising' (base is the clean prompt)"
+        )
+    shape = model_shape(model)
+    pair_shapes = [pair_shape(pair, direction, read) for pair in pairs]
+    position_axis: tuple[int | str, ...] | None
+    if positions is None:
+        position_axis = tuple(range(max(p.length for p in pair_shapes)))
+    elif isinstance(positions, str):
+        if positions != "all":
+            raise PlanError(
+                f"positions={positions!r} is not known; use 'all', or a list of indices or labels"
+            )
+        position_axis = None
+    else:
+        position_axis = tuple(positions)
+    plans = []
+    for site in chosen_sites:
+        units = _unit_sets(site, shape, heads, neurons)
+        layer_sets = _sets(layers, shape.n_layers) if site.layered else ((0,),)
+        plans.append(
+            plan_site(
+                site,
+                Axes(layers=layer_sets, positions=position_axis, units=units),
+                shape,
+                pair_shapes,
+                resample=chosen.from_source,
+            )
+        )
+    return Request(
+        bridge=model,
+        pairs=pairs,
+        metrics=chosen_metrics,
+        intervention=chosen,
+        direction=direction,
+        read=read,
+        shape=shape,
+        plans=tuple(plans),
+    )
+
+
+def _sets(given: Sets | None, n: int) -> tuple[tuple[int, ...], ...]:
+    """Every index by itself, or the sets that were given."""
+    if given is None:
+        return tuple((i,) for i in range(n))
+    return tuple((x,) if isinstance(x, int) else tuple(x) for x in given)
+
+
+def _unit_sets(
+    site: Site, shape: ModelShape, heads: Any, neurons: Any
+) -> tuple[tuple[int, ...], ...] | None:
+    """The unit axis of `site`: heads one by one unless said otherwise, chosen neurons."""
+    if site.unit is None:
+        return None
+    given = neurons if site.unit == "neuron" else heads
+    if isinstance(given, str):
+        if given != "all":
+            name = "neurons" if site.unit == "neuron" else "heads"
+            raise PlanError(f"{name}={given!r} is not known; use 'all' or a list of indices")
+        return None
+    if site.unit == "neuron" and given is None:
+        raise PlanError(
+            f"site {site.name} has {shape.d_mlp} neurons a layer; choose some with neurons=[...], "
+            "or neurons='all' for one patch over all of them"
+        )
+    return _sets(given, shape.n_units(site))
+
+
+def model_shape(model: TransformerBridge) -> ModelShape:
+    """Sizes of the model behind a bridge.
+
+    Raises:
+        ModelError: it is not a causal language model.
+    """
+    cfg = model.cfg
+    config = getattr(model.original_model, "config", None)
+    if getattr(config, "is_encoder_decoder", False) or not hasattr(model, "blocks"):
+        raise ModelError(
+            f"{cfg.model_name} is not a causal decoder; patch a causal language model"
+        )
+    if getattr(cfg, "attention_dir", "causal") == "bidirectional":
+        raise ModelError(
+            f"{cfg.model_name} attends in both directions; patch a causal language model"
+        )
+    block = model.blocks[0]
+    return ModelShape(
+        n_layers=int(cfg.n_layers),
+        n_heads=int(cfg.n_heads),
+        n_kv_heads=int(getattr(cfg, "n_key_value_heads", None) or cfg.n_heads),
+        d_head=int(cfg.d_head),
+        d_model=int(cfg.d_model),
+        d_mlp=int(cfg.d_mlp or 0),
+        d_vocab=int(cfg.d_vocab),
+        block_parameters=sum(p.numel() for p in block.parameters()),
+    )
+
+
+def blocks_of(plan: SitePlan) -> tuple[int, int]:
+    """Pairs and layer sets in one unit of work.
+
+    It follows from the plan alone, so that every machine cuts a run in the same way.
+    """
+    n_pairs, n_layers = plan.shape[:2]
+    tokens = max(1, int(plan.suffix[plan.live].sum()))
+    per_pair = tokens / n_pairs
+    if per_pair <= UNIT_TOKENS:
+        return min(n_pairs, max(1, int(UNIT_TOKENS // per_pair))), n_layers
+    n_blocks = min(n_layers, -(-int(per_pair) // UNIT_TOKENS))
+    return 1, -(-n_layers // n_blocks)
+
+
+def bytes_of(request: Request) -> int:
+    """Bytes of the values that the sweep writes."""
+    return 4 * len(request.metrics) * sum(int(np.prod(plan.shape)) for plan in request.plans)
+
+
+def device_of(model: TransformerBridge) -> torch.device:
+    """Where the model takes its tokens."""
+    return torch.device(str(model.cfg.device or "cpu"))

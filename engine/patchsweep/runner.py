@@ -1,0 +1,42 @@
+"""What a runner is: given a batch and a plan, the metrics of every patched run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from jaxtyping import Float
+from torch import Tensor
+
+from patchsweep.batch import Batch
+from patchsweep.interventions import Intervention
+from patchsweep.metrics import Metric
+from patchsweep.plan import Ints, SitePlan
+from patchsweep.sites import Site
+
+
+class Runner(Protocol):
+    """Runs patches of some sites on one model. Both runners give the same numbers."""
+
+    name: str
+
+    def activations(self, tokens: Tensor) -> Mapping[str, Sequence[Tensor]]:
+        """Per site and layer `[prompt, pos, width]`; `pattern`: `[prompt, head, dest, src]`."""
+
+    def load(self, batch: Batch, intervention: Intervention) -> Any:
+        """Everything that patches of this batch share: caches and the values patched in."""
+
+    def references(
+        self, loaded: Any, metrics: Sequence[Metric]
+    ) -> tuple[Float[Tensor, "metric pair"], Float[Tensor, "metric pair"]]:
+        """The metrics of the unpatched base runs and of the source runs."""
+
+    def run(
+        self, loaded: Any, plan: SitePlan, patches: Ints, metrics: Sequence[Metric]
+    ) -> Float[Tensor, "metric patch"]:
+        """The metrics of the patched runs `patches` (indices into `plan`), in that order."""
+
+
+def site_names(sites: Sequence[Site]) -> str:
+    """For messages."""
+    return ", ".join(site.name for site in sites)

@@ -1,0 +1,273 @@
+"""How far a run has come: its units, its processes, its rate; for people and for scripts."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from patchsweep.journal import FINISHED, INTERRUPTED, UNIT, WARNING, read_journal
+from patchsweep.lease import process_of, read_leases
+from patchsweep.process import is_gone
+from patchsweep.store import Store
+
+EXIT_COMPLETE = 0  # every unit is done
+EXIT_INCOMPLETE = 3  # units are missing, running or stale
+
+SILENT_AFTER_S = 600.0  # a process without a word or a lease for this long no longer counts
+
+
+@dataclass(frozen=True)
+class VariableStatus:
+    """The units of one variable; `done + running + stale + missing` is all of them."""
+
+    name: str
+    done: int
+    running: int  # leased by a process that lives
+    stale: int  # leased by a process that died or hangs; the next process takes them over
+    missing: int  # nobody's
+
+    @property
+    def total(self) -> int:
+        return self.done + self.running + self.stale + self.missing
+
+
+@dataclass(frozen=True)
+class ProcessStatus:
+    """One run of one process, as its journal tells."""
+
+    name: str
+    state: str  # "running", "finished", "interrupted" or "lost" (killed, or silent for long)
+    slice: str  # such as "2 of 8"; "" if the run was not sliced
+    units: int  # written
+    token_layers: int
+    seconds: float  # from its start to its last word
+    last_word: float  # unix time
+
+
+@dataclass(frozen=True)
+class StoreStatus:
+    """How far the run of one store has come."""
+
+    url: str  # fit for people to see
+    variables: tuple[VariableStatus, ...]
+    missing_fixed: int  # unpatched metrics not written yet
+    processes: tuple[ProcessStatus, ...]  # by start
+    warnings: tuple[str, ...]  # from the journals, each text once
+    rate: float | None  # token-layers (or units, see `rate_unit`) per second; None if unknown
+    rate_unit: str  # "token-layers" if the store's plan and journals count them, else "units"
+    eta_s: float | None  # seconds until all is done, if those who run go on as they did
+
+    @property
+    def total(self) -> VariableStatus:
+        """All variables together."""
+        sums = (sum(getattr(v, k) for v in self.variables) for k in _KINDS)
+        return VariableStatus("all", *sums)
+
+    @property
+    def complete(self) -> bool:
+        return self.total.done == self.total.total and not self.missing_fixed
+
+    @property
+    def exit_code(self) -> int:
+        """`EXIT_COMPLETE` or `EXIT_INCOMPLETE`."""
+        return EXIT_COMPLETE if self.complete else EXIT_INCOMPLETE
+
+
+_KINDS = ("done", "running", "stale", "missing")
+
+
+def store_status(
+    url: str | Path,
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    now: float | None = None,
+) -> StoreStatus:
+    """How far the store at `url` has come; reads only. `now`: unix time, of this machine's clock.
+
+    Raises:
+        StoreError: there is no store, or it cannot be read.
+    """
+    now = time.time() if now is None else now
+    store = Store.open(url, storage_options=storage_options)
+    pending = {unit.name for unit in store.pending()}
+    leases = read_leases(store.folder.beside(".leases"))
+    variables = []
+    for variable in store.variables.values():
+        counts = Counter(
+            "done"
+            if unit.name not in pending
+            else "missing"
+            if (lease := leases.get(unit.name)) is None
+            else "running"
+            if lease.live
+            else "stale"
+            for unit in variable.units()
+        )
+        variables.append(VariableStatus(variable.name, *(counts[kind] for kind in _KINDS)))
+    events = read_journal(url, storage_options=storage_options)
+    working = {process_of(lease.owner) for lease in leases.values() if lease.live}
+    processes = _processes(events, working, now)
+    rate, unit, eta = _rate(store, variables, events, processes, now)
+    warnings = dict.fromkeys(str(e.get("text", "")) for e in events if e["event"] == WARNING)
+    return StoreStatus(
+        url=store.folder.shown,
+        variables=tuple(variables),
+        missing_fixed=len(store.missing_fixed()),
+        processes=processes,
+        warnings=tuple(warnings),
+        rate=rate,
+        rate_unit=unit,
+        eta_s=eta,
+    )
+
+
+def render(status: StoreStatus) -> RenderableType:
+    """The status as tables. Names and texts are shown as they are, never as markup."""
+    units = Table(title=_text(status.url), title_justify="left")
+    units.add_column("units of")
+    for kind in (*_KINDS, "total"):
+        units.add_column(kind, justify="right")
+    for row in (*status.variables, status.total):
+        counts = (getattr(row, kind) for kind in (*_KINDS, "total"))
+        units.add_row(_text(row.name), *(Text(f"{count:,}") for count in counts))
+    parts: list[RenderableType] = [units]
+    if status.processes:
+        parts.append(_process_table(status.processes))
+    parts += [_text(f"warning: {warning}", "yellow") for warning in status.warnings]
+    parts.append(_verdict(status))
+    return Group(*parts)
+
+
+def _process_table(processes: Sequence[ProcessStatus]) -> Table:
+    table = Table(title="processes", title_justify="left")
+    for column in ("process", "slice", "state"):
+        table.add_column(column)
+    for column in ("units", "token-layers", "seconds"):
+        table.add_column(column, justify="right")
+    colours = {"running": "green", "interrupted": "yellow", "lost": "red"}
+    for process in processes:
+        table.add_row(
+            _text(process.name),
+            _text(process.slice),
+            _text(process.state, colours.get(process.state, "")),
+            Text(f"{process.units:,}"),
+            Text(f"{process.token_layers:,}"),
+            Text(f"{process.seconds:,.1f}"),
+        )
+    return table
+
+
+def _verdict(status: StoreStatus) -> Text:
+    total = status.total
+    if status.complete:
+        return Text("complete", "green")
+    words = f"{total.done:,} of {total.total:,} units are done"
+    if status.missing_fixed:
+        words += f", {status.missing_fixed:,} unpatched metrics are not"
+    if status.rate is not None:
+        words += f"; {status.rate:,.3g} {status.rate_unit} per second"
+    if status.eta_s is not None:
+        words += f", {_duration(status.eta_s)} to go"
+    elif not total.running:
+        words += "; nothing runs: start the same command again to go on"
+    return Text(words)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def _text(words: str, style: str = "") -> Text:
+    """Plain text: no markup is read from it, and it moves no cursor."""
+    shown = (c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in words)
+    return Text("".join(shown), style)
+
+
+def _processes(
+    events: Sequence[Mapping[str, Any]], working: set[str], now: float
+) -> tuple[ProcessStatus, ...]:
+    by_run: dict[str, list[Mapping[str, Any]]] = {}
+    for event in events:
+        by_run.setdefault(event["process"], []).append(event)
+    found = []
+    for name, words in by_run.items():
+        first, last = words[0], words[-1]
+        process = name.partition("-run")[0]
+        state = {FINISHED: "finished", INTERRUPTED: "interrupted"}.get(last["event"], "running")
+        if state == "running" and process not in working:
+            silent = now - last["time"] > SILENT_AFTER_S
+            state = "lost" if is_gone(process) or silent else state
+        done = [word for word in words if word["event"] == UNIT]
+        found.append(
+            ProcessStatus(
+                name=name,
+                state=state,
+                slice=_slice(first),
+                units=len(done),
+                token_layers=sum(_count(word) for word in done),
+                seconds=last["time"] - first["time"],
+                last_word=last["time"],
+            )
+        )
+    return tuple(found)
+
+
+def _slice(started: Mapping[str, Any]) -> str:
+    index, n = started.get("slice"), started.get("n_slices")
+    return "" if index is None or n in (None, 1) else f"{index} of {n}"
+
+
+def _rate(
+    store: Store,
+    variables: Sequence[VariableStatus],
+    events: Sequence[Mapping[str, Any]],
+    processes: Sequence[ProcessStatus],
+    now: float,
+) -> tuple[float | None, str, float | None]:
+    """Rate of those who run (of those who ran, if nobody does), its unit, and the seconds to go."""
+    total = sum(variable.total for variable in variables)
+    done = sum(variable.done for variable in variables)
+    running = [p for p in processes if p.state == "running"]
+    unit = "units"
+    todo = float(total - done)
+    planned = _planned(store, variables)
+    # a unit that was done twice counts once
+    counted = {
+        (e.get("variable"), e.get("pair_block"), e.get("layer_block")): _count(e)
+        for e in events
+        if e["event"] == UNIT
+    }
+    if planned is not None and len(counted) >= done and any(counted.values()):
+        unit, todo = "token-layers", max(0.0, planned - sum(counted.values()))
+    rate = 0.0
+    for process in running or processes:
+        amount = process.units if unit == "units" else process.token_layers
+        seconds = process.seconds + (now - process.last_word if process in running else 0.0)
+        rate += amount / seconds if seconds > 0 else 0.0
+    if not rate:
+        return None, unit, None
+    return rate, unit, todo / rate if running and done < total else None
+
+
+def _planned(store: Store, variables: Sequence[VariableStatus]) -> float | None:
+    """Token-layers of the whole run, where the store's plan names each variable's."""
+    plan = store.attrs.get("plan")
+    if not isinstance(plan, Mapping):
+        return None
+    counts = [plan.get(variable.name, {}).get("token_layers") for variable in variables]
+    return float(sum(counts)) if all(isinstance(n, int) for n in counts) else None
+
+
+def _count(event: Mapping[str, Any]) -> int:
+    count = event.get("token_layers", 0)
+    return count if isinstance(count, int) else 0

@@ -1,0 +1,240 @@
+"""`sweep`: plan, run, store. And `plan`, which takes the same arguments and runs nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import xarray as xr
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.batch import Batch, make_batches
+from patchsweep.errors import ModelError
+from patchsweep.estimate import Cost, estimate
+from patchsweep.interventions import Direction, Intervention, ValueFn
+from patchsweep.metrics import Metric
+from patchsweep.pairs import PromptPairs
+from patchsweep.plan import SitePlan
+from patchsweep.probe import Choice, RunnerName, choose_runner
+from patchsweep.request import Positions, Request, Sets, device_of, make_request
+from patchsweep.results import Memory, make_layout, shape_of
+from patchsweep.store import Store, Unit
+
+# tokens of a wave where no budget is given: large enough for full matrix-product speed
+MAX_TOKENS = 4096
+MetricLike = str | Metric | Callable[[Tensor], Tensor]
+
+
+class Progress(Protocol):
+    """Told how far a sweep is; token-layers are the unit of cost."""
+
+    def begin(self, request: Request, choice: Choice, total: int, done: int) -> None: ...
+
+    def advance(self, unit: Unit, token_layers: int, n_live: int, seconds: float) -> None: ...
+
+
+class Quiet:
+    """No progress."""
+
+    def begin(self, request: Request, choice: Choice, total: int, done: int) -> None: ...
+
+    def advance(self, unit: Unit, token_layers: int, n_live: int, seconds: float) -> None: ...
+
+
+def sweep(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    sites: str | Sequence[str] = ("resid_pre",),
+    metrics: MetricLike | Sequence[MetricLike] = "logit_diff",
+    *,
+    direction: Direction | None = None,
+    intervention: str | Intervention | float | Tensor | ValueFn = "resample",
+    layers: Sets | None = None,
+    positions: Positions = None,
+    heads: Sets | Literal["all"] | None = None,
+    neurons: Sets | Literal["all"] | None = None,
+    read: int = -1,
+    store: str | Path | None = None,
+    runner: RunnerName = "auto",
+    max_tokens: int = MAX_TOKENS,
+    config: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> xr.Dataset:
+    """Every patch of `sites` on `pairs`, exactly, as an `xarray.Dataset`.
+
+    The variable of a site holds the raw patched metric, dims `metric, pair, layer, pos` and
+    `head` (`kv_head` for k and v) where the site has heads; `base_metric` and `source_metric`
+    `[metric, pair]` are the unpatched runs.
+
+    Args:
+        model: what `load_model` gives, or any TransformerBridge of a causal model.
+        direction: `denoising` patches clean values into the corrupted run, `noising` the other
+            way round. Default: denoising for resample, noising for zero and mean.
+        intervention: `resample`, `zero`, `mean`, `shuffle`, a constant, or a callable
+            `(site, layer, base, source) -> values`.
+        layers, heads, neurons: indices, or tuples of indices that are patched together.
+            Default: each by itself. `heads="all"`: all heads together, no head dim.
+        positions: indices, labels of the pairs, or `"all"` for one patch over all positions,
+            which drops the pos dim. Default: each position.
+        read: prompt position whose logits the metrics read; default the last.
+        store: folder or URL of a Zarr store; results stream there, and a second call with the
+            same arguments goes on where the first stopped.
+        runner: `auto` lets the probe choose; `wave` and `hooked` insist.
+        max_tokens: most tokens in one wave.
+
+    Raises:
+        PatchsweepError: an argument breaks a rule; nothing has run then.
+    """
+    request = make_request(
+        model,
+        pairs,
+        sites,
+        metrics,  # type: ignore[arg-type]
+        direction=direction,
+        intervention=intervention,
+        layers=layers,
+        positions=positions,
+        heads=heads,
+        neurons=neurons,
+        read=read,
+    )
+    if model.training:
+        raise ModelError("the model is in training mode, where dropout is drawn; call model.eval()")
+    choice = prepare_runner(request, runner, max_tokens)
+    layout = make_layout(request, choice, config or {})
+    sink = Memory(layout) if store is None else Store.create_or_resume(store, layout)
+    run_units(request, choice, sink, progress or Quiet())
+    return sink.dataset()
+
+
+def plan(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    sites: str | Sequence[str] = ("resid_pre",),
+    metrics: MetricLike | Sequence[MetricLike] = "logit_diff",
+    *,
+    max_tokens: int = MAX_TOKENS,
+    **selection: Any,
+) -> Cost:
+    """What `sweep` with these arguments will cost; checks them all and runs no model."""
+    return estimate(
+        make_request(model, pairs, sites, metrics, **selection),  # type: ignore[arg-type]
+        max_tokens,
+    )
+
+
+def prepare_runner(request: Request, wanted: RunnerName, max_tokens: int) -> Choice:
+    """The runner for `request`, its intervention prepared."""
+    everything = range(len(request.pairs))
+    batches = make_batches(
+        request.pairs, everything, request.direction, request.read, device_of(request.bridge)
+    )
+    first = make_batches(
+        request.pairs, [0], request.direction, request.read, device_of(request.bridge)
+    )[0]
+    choice = choose_runner(
+        request.bridge,
+        request.plans,
+        first,
+        request.intervention,
+        wanted=wanted,
+        max_tokens=max_tokens,
+    )
+    clean = {b.length: b.source if request.direction == "denoising" else b.base for b in batches}
+    request.intervention.prepare(clean, choice.runner.activations)
+    return choice
+
+
+def run_units(
+    request: Request, choice: Choice, sink: Memory | Store, progress: Progress
+) -> None:
+    """Run every unit that `sink` still misses."""
+    plans = {plan.site.name: plan for plan in request.plans}
+    pending = sorted(sink.pending(), key=lambda unit: (unit.first_pair, unit.variable))
+    total = sum(plan.token_layers for plan in request.plans)
+    todo = [(unit, _patches_of(plans[unit.variable], unit)) for unit in pending]
+    remaining = sum(_token_layers(plans[unit.variable], patches) for unit, patches in todo)
+    progress.begin(request, choice, total, total - remaining)
+    captures = _Captures(request, choice)
+    for unit, patches in todo:
+        start = time.perf_counter()
+        site_plan = plans[unit.variable]
+        block = _Block(site_plan, unit, len(request.metrics))
+        for batch, loaded, base, source in captures.of(unit.pairs):
+            for row, pair in enumerate(batch.pairs):
+                sink.write_fixed("base_metric", pair, base[:, row : row + 1])
+                sink.write_fixed("source_metric", pair, source[:, row : row + 1])
+            mine = patches[np.isin(site_plan.pair[patches], batch.pairs)]
+            dead, live = mine[~site_plan.live[mine]], mine[site_plan.live[mine]]
+            local = batch.local
+            block.put(dead, base[:, [local[p] for p in site_plan.pair[dead].tolist()]])
+            if len(live):
+                found = choice.runner.run(loaded, site_plan, live, request.metrics)
+                block.put(live, found.numpy())
+        sink.write(unit, block.values())
+        progress.advance(
+            unit,
+            _token_layers(site_plan, patches),
+            int(site_plan.live[patches].sum()),
+            time.perf_counter() - start,
+        )
+
+
+class _Captures:
+    """Captured batches, the last few kept: the units of a pair follow each other."""
+
+    def __init__(self, request: Request, choice: Choice, keep: int = 2) -> None:
+        self.request, self.choice, self.keep = request, choice, keep
+        self._kept: dict[tuple[int, ...], Any] = {}
+
+    def of(self, pairs: range) -> Iterator[tuple[Batch, Any, np.ndarray, np.ndarray]]:
+        """Batches of `pairs` with what the runner loaded, and base and source metrics."""
+        request, runner = self.request, self.choice.runner
+        for batch in make_batches(
+            request.pairs, pairs, request.direction, request.read, device_of(request.bridge)
+        ):
+            if batch.pairs not in self._kept:
+                while len(self._kept) >= self.keep:
+                    self._kept.pop(next(iter(self._kept)))
+                loaded = runner.load(batch, request.intervention)
+                base, source = runner.references(loaded, request.metrics)
+                self._kept[batch.pairs] = (loaded, base.cpu().numpy(), source.cpu().numpy())
+            yield batch, *self._kept[batch.pairs]
+
+
+def _patches_of(plan: SitePlan, unit: Unit) -> np.ndarray:
+    inside = (plan.pair >= unit.pairs.start) & (plan.pair < unit.pairs.stop)
+    inside &= (plan.layer_set >= unit.layers.start) & (plan.layer_set < unit.layers.stop)
+    return np.flatnonzero(inside)
+
+
+def _token_layers(plan: SitePlan, patches: np.ndarray) -> int:
+    return int(plan.cost[patches][plan.live[patches]].sum())
+
+
+class _Block:
+    """The cells of one unit, as the store keeps them; NaN until put."""
+
+    def __init__(self, plan: SitePlan, unit: Unit, n_metrics: int) -> None:
+        self.plan, self.unit = plan, unit
+        self.shape = (len(unit.pairs), len(unit.layers), *plan.shape[2:])
+        self._cells = np.full((n_metrics, int(np.prod(self.shape))), np.nan, np.float32)
+
+    def put(self, patches: np.ndarray, values: np.ndarray) -> None:
+        """Keep `values` `[metric, patch]`."""
+        pair, layer, pos, units = np.unravel_index(self.plan.cell[patches], self.plan.shape)
+        local = (pair - self.unit.pairs.start, layer - self.unit.layers.start, pos, units)
+        self._cells[:, np.ravel_multi_index(local, self.shape)] = values
+
+    def values(self) -> np.ndarray:
+        """The block, without the axes that the site does not have."""
+        n_metrics = len(self._cells)
+        shape = list(shape_of(self.plan, n_metrics))
+        shape[1] = self.shape[0]
+        if self.plan.site.layered:
+            shape[2] = self.shape[1]
+        return self._cells.reshape(shape)

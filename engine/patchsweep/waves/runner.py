@@ -1,0 +1,196 @@
+"""`WaveRunner`: captures a batch, sends waves of patches through, reads the metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.batch import Batch
+from patchsweep.interventions import Intervention
+from patchsweep.metrics import Logits, Metric, compute
+from patchsweep.plan import Ints, SitePlan, Wave
+from patchsweep.sites import Site
+from patchsweep.waves.capture import Run, SitePoint, capture, embed_to_stream, locate
+from patchsweep.waves.readout import Readout
+from patchsweep.waves.replay import WaveInput, run_wave
+from patchsweep.waves.replica import Replica
+
+
+@dataclass
+class Loaded:
+    """A batch, captured."""
+
+    batch: Batch
+    base: Run
+    donors: dict[str, list[Tensor]]  # site -> per layer of writing [pair, pos, width]
+    base_resid: Float[Tensor, "pair read d_model"]  # final residuals
+    source_resid: Float[Tensor, "pair read d_model"]
+    _logits: dict[str, Tensor] = field(default_factory=dict)  # of base and source, on demand
+
+
+class WaveRunner:
+    """Exact patches in packed waves of at most `max_tokens` tokens.
+
+    Raises:
+        Unsupported: the model or one of `sites` cannot be run this way.
+    """
+
+    name = "wave"
+
+    def __init__(
+        self, bridge: TransformerBridge, sites: Sequence[Site], max_tokens: int = 4096
+    ) -> None:
+        self.replica = Replica(bridge)
+        self.points: dict[str, SitePoint] = {s.name: locate(self.replica, s) for s in sites}
+        self.readout = Readout(self.replica)
+        self.max_tokens = max_tokens
+
+    def activations(self, tokens: Tensor) -> Mapping[str, Sequence[Tensor]]:
+        """See `Runner`."""
+        run = capture(self.replica, tokens, list(self.points.values()))
+        return {name: run.layers_of(name) for name in self.points}
+
+    def load(self, batch: Batch, intervention: Intervention) -> Loaded:
+        """See `Runner`. One forward pass over all base and source prompts."""
+        n = len(batch.base)
+        both = capture(
+            self.replica, torch.cat([batch.base, batch.source]), list(self.points.values())
+        )
+        base, source = both.half(slice(0, n)), both.half(slice(n, 2 * n))
+        reads = list(batch.reads)
+        return Loaded(
+            batch=batch,
+            base=base,
+            donors={
+                name: self._donors(point, intervention, base, source)
+                for name, point in self.points.items()
+            },
+            base_resid=base.resid[-1][:, reads],
+            source_resid=source.resid[-1][:, reads],
+        )
+
+    def references(
+        self, loaded: Loaded, metrics: Sequence[Metric]
+    ) -> tuple[Float[Tensor, "metric pair"], Float[Tensor, "metric pair"]]:
+        """See `Runner`."""
+        pair = torch.arange(len(loaded.batch.base), device=loaded.base_resid.device)
+        return (
+            self._metrics(loaded, loaded.base_resid, pair, metrics),
+            self._metrics(loaded, loaded.source_resid, pair, metrics),
+        )
+
+    def run(
+        self, loaded: Loaded, plan: SitePlan, patches: Ints, metrics: Sequence[Metric]
+    ) -> Float[Tensor, "metric patch"]:
+        """See `Runner`."""
+        column = {patch: i for i, patch in enumerate(patches.tolist())}
+        values = torch.empty(len(metrics), len(patches))
+        for wave in plan.waves(patches, self.max_tokens):
+            result = self._run_wave(loaded, wave, metrics)
+            values[:, [column[p] for p in wave.patches.tolist()]] = result.cpu()
+        return values
+
+    def _run_wave(
+        self, loaded: Loaded, wave: Wave, metrics: Sequence[Metric]
+    ) -> Float[Tensor, "metric row"]:
+        name = wave.plan.site.name
+        local = loaded.batch.local
+        hidden = run_wave(
+            self.replica,
+            self.points[name],
+            wave,
+            WaveInput(base=loaded.base, donors=loaded.donors[name], local=local),
+        )
+        device = hidden.device
+        pair = torch.tensor([local[p] for p in wave.pair.tolist()], device=device)
+        # a row ends with the last position read; positions before its start are the base run's
+        end = np.cumsum(wave.length - wave.start)
+        resid = loaded.base_resid[pair]
+        for i, read in enumerate(loaded.batch.reads):
+            inside = np.flatnonzero(wave.start <= read)
+            token = end[inside] - (wave.length - read)
+            resid[torch.from_numpy(inside).to(device), i] = hidden[
+                torch.from_numpy(token).to(device)
+            ]
+        return self._metrics(loaded, resid, pair, metrics)
+
+    def _metrics(
+        self,
+        loaded: Loaded,
+        resid: Float[Tensor, "row read d_model"],
+        pair: Tensor,
+        metrics: Sequence[Metric],
+    ) -> Float[Tensor, "metric row"]:
+        batch = loaded.batch
+        n_reads = len(batch.reads)
+        targets = torch.stack([batch.answer, batch.wrong], dim=-1)  # [pair, read, 2]
+        if all(metric.needs == "answers" for metric in metrics):
+            chosen = rearrange(targets[pair], "row read k -> (row read) k")
+            logits = self.readout.token_logits(resid.flatten(0, 1), chosen)
+            both = rearrange(logits, "(row read) k -> k row read", read=n_reads)
+            return compute(metrics, Logits(both[0], both[1]))
+        references = any(metric.needs == "references" for metric in metrics)
+        parts = []
+        for rows in self.readout.chunks(len(resid), n_reads):
+            full = self._full(resid[rows])
+            chosen = full.gather(2, targets[pair[rows]])
+            parts.append(
+                compute(
+                    metrics,
+                    Logits(
+                        chosen[..., 0],
+                        chosen[..., 1],
+                        full,
+                        self._reference(loaded, "base")[pair[rows]] if references else None,
+                        self._reference(loaded, "source")[pair[rows]] if references else None,
+                    ),
+                )
+            )
+        return torch.cat(parts, dim=1)
+
+    def _full(
+        self, resid: Float[Tensor, "row read d_model"]
+    ) -> Float[Tensor, "row read d_vocab"]:
+        logits = self.readout.logits(resid.flatten(0, 1)).float()
+        return rearrange(logits, "(row read) v -> row read v", read=resid.shape[1])
+
+    def _reference(self, loaded: Loaded, which: str) -> Tensor:
+        if which not in loaded._logits:
+            resid = loaded.base_resid if which == "base" else loaded.source_resid
+            loaded._logits[which] = self._full(resid)
+        return loaded._logits[which]
+
+    def _donors(
+        self, point: SitePoint, intervention: Intervention, base: Run, source: Run
+    ) -> list[Tensor]:
+        """The values patched in, at the place where the wave writes them."""
+        site = point.site
+        pairs = zip(base.layers_of(site.name), source.layers_of(site.name), strict=True)
+        values = [
+            intervention.values(site, layer, b, s) for layer, (b, s) in enumerate(pairs)
+        ]
+        if site.name == "resid_post":
+            return [values[0], *values]  # written at the next block's input, never at block 0
+        if site.name == "embed":
+            return [embed_to_stream(self.replica, values[0])]
+        if site.name == "pattern":
+            # a patched pattern changes its own token's z alone, so its value is a z
+            return [
+                _attend(pattern, v) for pattern, v in zip(values, base.values, strict=True)
+            ]
+        return values
+
+
+def _attend(
+    pattern: Float[Tensor, "pair head dest src"], v: Float[Tensor, "pair kv_head src d"]
+) -> Float[Tensor, "pair dest width"]:
+    groups = pattern.shape[1] // v.shape[1]
+    v = repeat(v, "pair kv src d -> pair (kv g) src d", g=groups)
+    return rearrange(pattern.to(v) @ v, "pair head dest d -> pair dest (head d)")

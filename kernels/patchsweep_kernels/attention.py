@@ -1,0 +1,405 @@
+"""Attention of packed rows over a shared prefix and each row's own tokens.
+
+For token i of a row that starts at position `start`, over the keys j it may see,
+
+    out_i = sum_j softmax_j(score_ij) v_j,    score_ij = scale * q_i . k_j,
+
+where j runs over positions 0 .. start-1 of the prefix of the row's pair, then over tokens 0 .. i
+of the row itself. The prefix is stored once per pair; no row holds a copy of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, no_type_check
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from patchsweep_kernels.dispatch import (
+    INTERPRETED,
+    check_alike,
+    jit,
+    next_power_of_2,
+    tl,
+    use_triton,
+)
+from patchsweep_kernels.rows import Group, Rows
+
+__all__ = ["Group", "Rows", "prefix_attention"]
+
+# Score elements that the CPU path holds at once (64 MB in fp32).
+_SCORE_BUDGET = 1 << 24
+
+
+def prefix_attention(
+    q: Float[Tensor, "token head d"],
+    k: Float[Tensor, "token kv_head d"],
+    v: Float[Tensor, "token kv_head d_v"],
+    prefix_k: Float[Tensor, "pair kv_head pos d"],
+    prefix_v: Float[Tensor, "pair kv_head pos d_v"],
+    rows: Rows,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Float[Tensor, " head"] | None = None,
+) -> Float[Tensor, "token head d_v"]:
+    """Attention output of every packed token, in the dtype of `q`; carries no gradient.
+
+    Token i of row r stands at position `start[r] + i` and sees prefix positions 0 .. start[r]-1 of
+    its pair and tokens 0 .. i of its row. Head h reads key head `h // (head / kv_head)`. Scores,
+    softmax and sums are in fp32 (fp64 for fp64 inputs). `q`, `k` and `v` may be strided views.
+
+    `window`: a query sees at most that many keys, itself included (Hugging Face's
+    `sliding_window`). `softcap`: scores become `softcap * tanh(score / softcap)`. `sinks`: one
+    logit per head that takes its share of the softmax and carries no value (gpt-oss).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not belong together, a head size above 256,
+            or `rows` that reach past the tokens or the prefix.
+    """
+    _check(q, k, v, prefix_k, prefix_v, rows, window, softcap, sinks)
+    if window is not None and rows.deepest + rows.longest <= window:
+        window = None
+    compute = _triton if use_triton(q) else _reference
+    return compute(q, k, v, prefix_k, prefix_v, rows, scale, window, softcap, sinks)
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    rows: Rows,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> None:
+    """Raise a ValueError that names the argument which does not fit the others."""
+    n_tokens, n_heads, d = q.shape
+    kv_heads, d_v = v.shape[1:]
+    if n_heads % kv_heads:
+        raise ValueError(f"q has {n_heads} heads, which is no multiple of the {kv_heads} of v")
+    if max(d, d_v) > 256:
+        raise ValueError(f"head sizes go up to 256, q has {d} and v has {d_v}")
+    if n_tokens != rows.n_tokens:
+        raise ValueError(f"rows.offsets ends at {rows.n_tokens}, but q has {n_tokens} tokens")
+    n_pairs, _, n_pos, _ = prefix_k.shape
+    for name, tensor, shape in (
+        ("k", k, (n_tokens, kv_heads, d)),
+        ("v", v, (n_tokens, kv_heads, d_v)),
+        ("prefix_k", prefix_k, (n_pairs, kv_heads, n_pos, d)),
+        ("prefix_v", prefix_v, (n_pairs, kv_heads, n_pos, d_v)),
+        ("sinks", sinks, (n_heads,)),
+    ):
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    check_alike(("q", q), ("k", k), ("v", v), ("prefix_k", prefix_k), ("prefix_v", prefix_v))
+    if sinks is not None and sinks.device != q.device:
+        raise ValueError(f"sinks is on {sinks.device}, q on {q.device}")
+    if rows.n_pairs > n_pairs:
+        raise ValueError(f"rows.pair goes up to {rows.n_pairs - 1}, prefix_k has {n_pairs} pairs")
+    if rows.deepest > n_pos:
+        raise ValueError(f"rows.start goes up to {rows.deepest}, prefix_k has {n_pos} positions")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, got {softcap}")
+
+
+@torch.no_grad()
+def _reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    rows: Rows,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Group by group: all rows and the heads of a key head are folded into one query axis, so the
+    prefix takes part in one matrix product; the rows' own keys in a second one; one softmax."""
+    n_tokens, n_heads, d = q.shape
+    kv_heads, d_v = v.shape[1:]
+    share = n_heads // kv_heads  # query heads per key head
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = q.new_empty(n_tokens, kv_heads, share, d_v)
+    out_kv, q_kv = out.transpose(0, 1), q.unflatten(1, (kv_heads, share)).transpose(0, 1)
+    k_kv, v_kv = k.transpose(0, 1), v.transpose(0, 1)
+    prefix_k, prefix_v = prefix_k.to(dtype).transpose(2, 3), prefix_v.to(dtype)
+    unused = torch.zeros((), dtype=dtype)  # baddbmm wants a summand even when beta is 0
+    for token, group_rows, length, pair, start in rows.groups:
+        near = window is None or start + length <= window  # every query sees all before it
+        # Prefix keys before `low` are outside the window of every query of the group.
+        low = 0 if near else min(start, max(0, start - (window or 0) + 1))
+        past, n_keys = start - low, start - low + length
+        # torch's softmax takes three times as long when its axis is no multiple of 16.
+        width = -(-(n_keys + (sinks is not None)) // 16) * 16
+        hidden = _hidden(length, start, low, None if near else window, dtype)
+        p_k, p_v = prefix_k[pair, :, :, low:start], prefix_v[pair, :, low:start]
+        step = max(1, _SCORE_BUDGET // (n_heads * length * width))
+        for row in range(0, group_rows, step):
+            n_rows = min(step, group_rows - row)
+            n, batch = n_rows * length, kv_heads * n_rows
+            part = slice(token + row * length, token + row * length + n)
+            q_part = q_kv[:, part].to(dtype).reshape(kv_heads, n * share, d)
+            k_part = k_kv[:, part].to(dtype).reshape(batch, length, d)
+            v_part = v_kv[:, part].to(dtype).reshape(batch, length, d_v)
+
+            scores = q_part.new_empty(kv_heads, n * share, width)
+            by_row = scores.view(batch, length, share, width)
+            seen = scores[:, :, :past]
+            torch.baddbmm(unused, q_part, p_k, beta=0, alpha=scale, out=seen)
+            q_row = q_part.reshape(batch, length * share, d)
+            own = torch.bmm(q_row, k_part.transpose(1, 2)).view(batch, length, share, length)
+            if softcap is not None:
+                seen.mul_(1 / softcap).tanh_().mul_(softcap)
+                own.mul_(scale / softcap).tanh_().mul_(softcap / scale)
+            torch.add(hidden[:, :, past:], own, alpha=scale, out=by_row[..., past:n_keys])
+            if not near:
+                by_row[..., :past] += hidden[:, :, :past]
+            scores[:, :, n_keys:] = -torch.inf
+            if sinks is not None:
+                by_head = scores.view(kv_heads, n, share, width)
+                by_head[..., n_keys] = sinks.view(kv_heads, 1, share)
+            torch.softmax(scores, -1, out=scores)
+            result = torch.bmm(seen, p_v)
+            own_weights = scores.view(batch, length * share, width)[:, :, past:n_keys]
+            result.view(batch, length * share, d_v).baddbmm_(own_weights, v_part)
+            out_kv[:, part] = result.view(kv_heads, n, share, d_v)
+    return out.view(n_tokens, n_heads, d_v)
+
+
+def _hidden(
+    length: int, start: int, low: int, window: int | None, dtype: torch.dtype
+) -> Float[Tensor, "length 1 key"]:
+    """0 where a row's token sees prefix key `low + j` (then its own keys), else minus infinity."""
+    age = torch.arange(start, start + length)[:, None] - torch.arange(low, start + length)
+    unseen = age < 0 if window is None else (age < 0) | (age >= window)
+    return torch.zeros(age.shape, dtype=dtype).masked_fill_(unseen, -torch.inf).unsqueeze(1)
+
+
+@torch.no_grad()
+def _triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    rows: Rows,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    q, k, v, prefix_k, prefix_v = (
+        x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, prefix_k, prefix_v)
+    )
+    n_tokens, n_heads, d = q.shape
+    kv_heads, d_v = v.shape[1:]
+    out = torch.empty(n_tokens, n_heads, d_v, dtype=q.dtype, device=q.device)
+    settings = launch_settings(n_heads // kv_heads, d, d_v, q.dtype)
+    blocks = rows.block_table(settings["BLOCK_TOKENS"], q.device)
+    _prefix_kernel[(len(blocks), kv_heads)](
+        q,
+        k,
+        v,
+        prefix_k,
+        prefix_v,
+        q if sinks is None else sinks.contiguous(),
+        out,
+        blocks,
+        rows.token_table(q.device),
+        n_tokens,
+        n_heads // kv_heads,
+        d,
+        d_v,
+        *q.stride()[:2],
+        *k.stride()[:2],
+        *v.stride()[:2],
+        *prefix_k.stride()[:3],
+        *prefix_v.stride()[:3],
+        *out.stride()[:2],
+        scale,
+        softcap or 0.0,
+        window or 0,
+        HAS_CAP=softcap is not None,
+        HAS_WINDOW=window is not None,
+        HAS_SINKS=sinks is not None,
+        **settings,
+    )
+    return out
+
+
+def launch_settings(share: int, d: int, d_v: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Tile sizes of the kernel for `share` query heads per key head and these head sizes."""
+    wide = dtype == torch.float32
+    width = max(16, next_power_of_2(max(d, d_v)))
+    heads = next_power_of_2(share)
+    queries = 32 if width * (2 if wide else 1) >= 256 else 64
+    return {
+        "BLOCK_TOKENS": max(1, max(16, queries) // heads),
+        "BLOCK_HEADS": heads,
+        "BLOCK_KEYS": 32 if width * (2 if wide else 1) >= 256 else 64,
+        "BLOCK_D": max(16, next_power_of_2(d)),
+        "BLOCK_DV": max(16, next_power_of_2(d_v)),
+        # The interpreter's products of 16-bit numbers are wrong; fp32 holds them exactly.
+        "UPCAST": wide or INTERPRETED,
+        "num_warps": 4,
+        "num_stages": 2,
+    }
+
+
+@jit
+@no_type_check
+def _absorb(query, key, value, seen, top, mass, total, scale, cap, HAS_CAP: tl.constexpr):
+    """One step of the online softmax: `key` [d, j] and `value` [j, d_v] join the running sums."""
+    score = tl.dot(query, key, input_precision="ieee") * scale
+    if HAS_CAP:
+        # tanh(y) = 2 * sigmoid(2y) - 1
+        score = cap * (2.0 / (1.0 + tl.exp(-2.0 * score / cap)) - 1.0)
+    score = tl.where(seen, score, float("-inf"))
+    new_top = tl.maximum(top, tl.max(score, 1))
+    # A query that has seen no key yet has top -inf; -inf minus -inf would be NaN.
+    safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weight = tl.exp(score - safe[:, None])
+    shrink = tl.exp(top - safe)
+    total = total * shrink[:, None]
+    total = tl.dot(weight.to(value.dtype), value, total, input_precision="ieee")
+    return new_top, mass * shrink + tl.sum(weight, 1), total
+
+
+# Grid (blocks, kv_head). A program owns a block of adjacent packed tokens of one pair and all query
+# heads of one key head: token by head is its query axis, so each key it loads serves all of them.
+# It walks over the pair's prefix up to the highest start in the block, then over the packed keys
+# from the block's first row to its last token, and masks what a query may not see: prefix
+# positions from its own start on, other rows, later tokens, keys out of the window. Running
+# maximum, sum and output are in fp32. A value that is not finite may spread to the block's other
+# tokens, where its weight is 0.
+@jit
+@no_type_check
+def _prefix_kernel(
+    q,
+    k,
+    v,
+    prefix_k,
+    prefix_v,
+    sinks,
+    out,
+    blocks,
+    tokens,
+    n_tokens,
+    share,
+    d,
+    d_v,
+    q_token,
+    q_head,
+    k_token,
+    k_head,
+    v_token,
+    v_head,
+    pk_pair,
+    pk_head,
+    pk_pos,
+    pv_pair,
+    pv_head,
+    pv_pos,
+    out_token,
+    out_head,
+    scale,
+    cap,
+    window,
+    HAS_CAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    block = blocks + tl.program_id(0).to(tl.int64) * 6
+    kv_head = tl.program_id(1).to(tl.int64)
+    first = tl.load(block)
+    stop = tl.load(block + 1)
+    pair = tl.load(block + 2)
+    own_first = tl.load(block + 3)
+    lowest = tl.load(block + 4)
+    highest = tl.load(block + 5)
+
+    query = tl.arange(0, BLOCK_TOKENS * BLOCK_HEADS)
+    token = first + query // BLOCK_HEADS
+    head_in_share = query % BLOCK_HEADS
+    head = kv_head * share + head_in_share
+    real = (token < stop) & (head_in_share < share)
+    row_first = tl.load(tokens + token, mask=real, other=0)
+    start = tl.load(tokens + n_tokens + token, mask=real, other=0)
+    position = start + token - row_first
+
+    element = tl.arange(0, BLOCK_D)
+    element_v = tl.arange(0, BLOCK_DV)
+    in_d = element < d
+    in_dv = element_v < d_v
+    at = (token * q_token + head * q_head)[:, None] + element[None, :]
+    x = tl.load(q + at, mask=real[:, None] & in_d[None, :], other=0.0)
+    if UPCAST:
+        x = x.to(tl.float32)
+
+    top = tl.full((BLOCK_TOKENS * BLOCK_HEADS,), float("-inf"), tl.float32)
+    mass = tl.zeros((BLOCK_TOKENS * BLOCK_HEADS,), tl.float32)
+    if HAS_SINKS:
+        # The sink is a key that all see, with value 0.
+        top = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32)
+        mass += 1.0
+    total = tl.zeros((BLOCK_TOKENS * BLOCK_HEADS, BLOCK_DV), tl.float32)
+
+    low = lowest * 0
+    if HAS_WINDOW:
+        low = tl.maximum(lowest - window + 1, 0)
+    keys = prefix_k + pair * pk_pair + kv_head * pk_head
+    values = prefix_v + pair * pv_pair + kv_head * pv_head
+    for at_key in range(low, highest, BLOCK_KEYS):
+        j = at_key + tl.arange(0, BLOCK_KEYS)
+        there = j < highest
+        mask = in_d[:, None] & there[None, :]
+        key = tl.load(keys + (j * pk_pos)[None, :] + element[:, None], mask=mask, other=0.0)
+        mask = there[:, None] & in_dv[None, :]
+        value = tl.load(values + (j * pv_pos)[:, None] + element_v[None, :], mask=mask, other=0.0)
+        if UPCAST:
+            key = key.to(tl.float32)
+            value = value.to(tl.float32)
+        seen = j[None, :] < start[:, None]
+        if HAS_WINDOW:
+            seen = seen & (position[:, None] - j[None, :] < window)
+        top, mass, total = _absorb(x, key, value, seen, top, mass, total, scale, cap, HAS_CAP)
+
+    keys = k + kv_head * k_head
+    values = v + kv_head * v_head
+    for at_key in range(own_first, stop, BLOCK_KEYS):
+        j = at_key + tl.arange(0, BLOCK_KEYS)
+        there = j < stop
+        mask = in_d[:, None] & there[None, :]
+        key = tl.load(keys + (j * k_token)[None, :] + element[:, None], mask=mask, other=0.0)
+        mask = there[:, None] & in_dv[None, :]
+        value = tl.load(values + (j * v_token)[:, None] + element_v[None, :], mask=mask, other=0.0)
+        if UPCAST:
+            key = key.to(tl.float32)
+            value = value.to(tl.float32)
+        seen = (j[None, :] >= row_first[:, None]) & (j[None, :] <= token[:, None])
+        if HAS_WINDOW:
+            seen = seen & (token[:, None] - j[None, :] < window)
+        top, mass, total = _absorb(x, key, value, seen, top, mass, total, scale, cap, HAS_CAP)
+
+    # Every real query saw itself, so its mass is positive; the others are not stored.
+    total = total / tl.where(real, mass, 1.0)[:, None]
+    at = (token * out_token + head * out_head)[:, None] + element_v[None, :]
+    mask = real[:, None] & in_dv[None, :]
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)

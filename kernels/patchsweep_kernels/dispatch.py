@@ -1,0 +1,73 @@
+"""Which implementation runs: the Triton kernel on a GPU, the torch reference elsewhere."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the references need no Triton
+    triton = None
+    tl = None
+
+INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+"""Kernels run in Triton's interpreter, on CPU tensors, when that variable was set before import."""
+
+
+def jit(kernel: Callable[..., Any]) -> Any:
+    """`triton.jit`, or the plain function where Triton is missing and nothing will launch it."""
+    return kernel if triton is None else triton.jit(kernel)
+
+
+def use_triton(tensor: Tensor) -> bool:
+    """Whether work on `tensor` goes to a Triton kernel. The one question about the device.
+
+    The kernels accumulate in fp32, so fp64 stays with the references.
+    """
+    on_device = triton is not None and (tensor.is_cuda or INTERPRETED)
+    return on_device and tensor.dtype != torch.float64
+
+
+def next_power_of_2(n: int) -> int:
+    """Smallest power of two that is at least `n`; Triton's tiles have such sides."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def check_alike(first: tuple[str, Tensor], *others: tuple[str, Tensor | None]) -> None:
+    """Raise unless all named tensors share one device and one floating-point dtype.
+
+    Raises:
+        ValueError: names the tensor that differs.
+    """
+    name, tensor = first
+    if not tensor.dtype.is_floating_point:
+        raise ValueError(f"{name} must be of a floating-point dtype, got {tensor.dtype}")
+    for other_name, other in others:
+        if other is None:
+            continue
+        if other.device != tensor.device:
+            raise ValueError(f"{other_name} is on {other.device}, {name} on {tensor.device}")
+        if other.dtype != tensor.dtype:
+            raise ValueError(f"{other_name} is {other.dtype}, {name} is {tensor.dtype}")
+
+
+def check_indices(name: str, indices: Tensor, limit: int) -> None:
+    """Raise unless `indices` is int64 and within 0 .. limit-1.
+
+    Tables on the CPU are checked for free; a table on a GPU is waited for.
+
+    Raises:
+        ValueError: names the table and the value that is out of range.
+    """
+    if indices.dtype != torch.int64:
+        raise ValueError(f"{name} must be int64, got {indices.dtype}")
+    if indices.numel():
+        low, high = (int(bound) for bound in indices.aminmax())
+        if low < 0 or high >= limit:
+            raise ValueError(f"{name} holds {low if low < 0 else high}, outside 0..{limit - 1}")

@@ -1,0 +1,198 @@
+"""Write many patched vectors into a packed batch at once.
+
+    set:  x[token_i, head_i] = values[source_i]
+    add:  x[token_i, head_i] += values[source_i]
+
+Resampling, a constant and a mean are all `set`, with other rows of `values`; a steering vector is
+`add`. No other vector of `x` is touched, whatever it holds.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, no_type_check
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from patchsweep_kernels.dispatch import (
+    check_alike,
+    check_indices,
+    jit,
+    next_power_of_2,
+    tl,
+    triton,
+    use_triton,
+)
+
+
+@torch.no_grad()
+def scatter_patch(
+    x: Float[Tensor, "token ..."],
+    values: Float[Tensor, "cell ..."],
+    token: Int[Tensor, " target"],
+    *,
+    source: Int[Tensor, " target"] | None = None,
+    head: Int[Tensor, " target"] | None = None,
+    mode: Literal["set", "add"] = "set",
+) -> None:
+    """Write `values[source[i]]` into `x[token[i]]`, or into `x[token[i], head[i]]`, in place.
+
+    Without `source`, target i takes `values[i]`. With `head`, `x` is `[token, head, d]` and
+    `values` is `[cell, d]`; without it both have the same axes after the first. Tables are int64
+    and best left on the CPU, where checking them costs no wait; they are moved to where `x` is.
+
+    Raises:
+        ValueError: devices, dtypes or shapes that do not fit, an index out of range, a vector of
+            `x` that is targeted twice, or vectors of `x` or `values` that are not contiguous.
+    """
+    check_alike(("x", x), ("values", values))
+    if mode not in ("set", "add"):
+        raise ValueError(f"mode must be 'set' or 'add', got {mode!r}")
+    if head is None:
+        x, values = _as_vectors("x", x).unsqueeze(1), _as_vectors("values", values)
+    elif x.dim() != 3 or values.dim() != 2:
+        raise ValueError(
+            f"with head, x must be [token, head, d] and values [cell, d], "
+            f"got {tuple(x.shape)} and {tuple(values.shape)}"
+        )
+    if x.shape[-1] != values.shape[-1]:
+        raise ValueError(f"values has vectors of {values.shape[-1]}, x of {x.shape[-1]}")
+    for name, tensor in (("x", x), ("values", values)):
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise ValueError(
+                f"{name} must be contiguous along d, its stride is {tensor.stride(-1)}"
+            )
+    _check_targets(x, values, token, source, head)
+    if not len(token):
+        return
+    token = token.to(x.device)
+    source = None if source is None else source.to(x.device)
+    head = None if head is None else head.to(x.device)
+    write = _triton if use_triton(x) else _reference
+    write(x, values, token, source, head, mode)
+
+
+def _as_vectors(name: str, x: Tensor) -> Tensor:
+    """`x` as `[token, everything]`, which is what a target without a head covers."""
+    try:
+        return x.view(len(x), -1) if len(x) else x.flatten(1)
+    except RuntimeError:
+        raise ValueError(
+            f"{name} must be contiguous in all axes after the first, its strides are {x.stride()}"
+        ) from None
+
+
+def _check_targets(
+    x: Tensor, values: Tensor, token: Tensor, source: Tensor | None, head: Tensor | None
+) -> None:
+    """Raise a ValueError that names the table which is out of range or overlaps itself."""
+    check_indices("token", token, x.shape[0])
+    n_targets = len(token)
+    if source is None:
+        if len(values) != n_targets:
+            raise ValueError(f"values has {len(values)} cells for {n_targets} targets; give source")
+    else:
+        check_indices("source", source, len(values))
+    if head is not None:
+        check_indices("head", head, x.shape[1])
+    for name, table in (("source", source), ("head", head)):
+        if table is not None and table.shape != (n_targets,):
+            raise ValueError(f"{name} must have {n_targets} entries, got {tuple(table.shape)}")
+    target = token if head is None else token * x.shape[1] + head
+    ordered = target.sort().values
+    twice = (ordered[1:] == ordered[:-1]).nonzero()
+    if len(twice):
+        at = int(ordered[twice[0, 0]])
+        where = (
+            f"token {at}" if head is None else f"token {at // x.shape[1]}, head {at % x.shape[1]}"
+        )
+        raise ValueError(
+            f"token names the same vector of x twice ({where}); targets must not overlap"
+        )
+
+
+def _reference(
+    x: Tensor,
+    values: Tensor,
+    token: Tensor,
+    source: Tensor | None,
+    head: Tensor | None,
+    mode: str,
+) -> None:
+    """`x` is `[token, head, d]`, with one head where no heads are told apart."""
+    at = (token, torch.zeros_like(token) if head is None else head)
+    cells = values if source is None else values[source]
+    x.index_put_(at, cells, accumulate=mode == "add")
+
+
+def _triton(
+    x: Tensor,
+    values: Tensor,
+    token: Tensor,
+    source: Tensor | None,
+    head: Tensor | None,
+    mode: str,
+) -> None:
+    n_targets, d = len(token), x.shape[-1]
+    block_d = min(1024, next_power_of_2(d))
+    # Short vectors share a program, so that each one moves some kilobytes.
+    block_targets = min(max(1, 2048 // block_d), next_power_of_2(n_targets))
+    grid = (triton.cdiv(n_targets, block_targets), triton.cdiv(d, block_d))
+    _scatter_kernel[grid](
+        x,
+        values,
+        token,
+        token if source is None else source,
+        token if head is None else head,
+        n_targets,
+        d,
+        x.stride(0),
+        x.stride(1),
+        values.stride(0),
+        HAS_SOURCE=source is not None,
+        HAS_HEAD=head is not None,
+        ADD=mode == "add",
+        BLOCK_TARGETS=block_targets,
+        BLOCK_D=block_d,
+        num_warps=4,
+    )
+
+
+# Grid (targets / BLOCK_TARGETS, d / BLOCK_D). A program owns a tile of some targets by some of
+# their elements: it reads those entries of the tables, loads the tile from `values` (and from `x`
+# when it adds, in fp32), and stores it. Targets differ, so no two programs write one address.
+@jit
+@no_type_check
+def _scatter_kernel(
+    x,
+    values,
+    token,
+    source,
+    head,
+    n_targets,
+    d,
+    stride_token,
+    stride_head,
+    stride_cell,
+    HAS_SOURCE: tl.constexpr,
+    HAS_HEAD: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK_TARGETS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    target = tl.program_id(0).to(tl.int64) * BLOCK_TARGETS + tl.arange(0, BLOCK_TARGETS)
+    element = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    real = target < n_targets
+    tile = real[:, None] & (element < d)[None, :]
+    place = tl.load(token + target, mask=real, other=0).to(tl.int64) * stride_token
+    if HAS_HEAD:
+        place += tl.load(head + target, mask=real, other=0).to(tl.int64) * stride_head
+    cell = target
+    if HAS_SOURCE:
+        cell = tl.load(source + target, mask=real, other=0).to(tl.int64)
+    value = tl.load(values + (cell * stride_cell)[:, None] + element[None, :], mask=tile)
+    address = x + place[:, None] + element[None, :]
+    if ADD:
+        value = tl.load(address, mask=tile).to(tl.float32) + value.to(tl.float32)
+    tl.store(address, value.to(x.dtype.element_ty), mask=tile)

@@ -1,0 +1,370 @@
+"""Sums over the whole vocabulary between final states, without a `[row, d_vocab]` tensor.
+
+With logits a = logits(base) and b = logits(patched), Z = log sum exp, p = exp(a - Z_a):
+
+    log_z            Z_a
+    target_log_prob  a_t - Z_a
+    vocab_kl         KL(base || patched) = sum_v p_v (a_v - b_v) - Z_a + Z_b
+    total_variation  1/2 sum_v |exp(a_v - Z_a) - exp(b_v - Z_b)|
+
+The vocabulary goes by in blocks. A block's logits are made, added to running sums, and dropped;
+Z grows by log-sum-exp, and the sum weighted with p is rescaled whenever Z grows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, no_type_check
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from patchsweep_kernels.answer_logits import answer_logits
+from patchsweep_kernels.dispatch import (
+    INTERPRETED,
+    check_indices,
+    jit,
+    next_power_of_2,
+    tl,
+    triton,
+    use_triton,
+)
+from patchsweep_kernels.unembedding import Unembedding
+
+# Bytes of logits that the CPU path holds at once, and rows among which it shares them.
+_BLOCK_BYTES = 64 * 2**20
+_BLOCK_ROWS = 4096
+
+# What the Triton kernel sums.
+_LOG_Z, _KL, _DISTANCE = 0, 1, 2
+
+
+@torch.no_grad()
+def log_z(final: Float[Tensor, "row d"], unembedding: Unembedding) -> Float[Tensor, " row"]:
+    """Log of the sum of exp(logit) over the vocabulary, in nats, in fp32 (fp64 for fp64).
+
+    `final` is the residual after the last norm.
+
+    Raises:
+        ValueError: `final` does not fit the unembedding in device, dtype or size.
+    """
+    unembedding.check("final", final)
+    if use_triton(final):
+        return _triton(final, None, unembedding, _LOG_Z)[0]
+    parts = [_reference_log_z(part, unembedding) for part in final.split(_BLOCK_ROWS)]
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def target_log_prob(
+    final: Float[Tensor, "row d"],
+    unembedding: Unembedding,
+    tokens: Int[Tensor, "row target"],
+) -> Float[Tensor, "row target"]:
+    """Log-probability of `tokens[r]` after `final[r]`, in nats (at most 0), in fp32.
+
+    Raises:
+        ValueError: as `log_z` and `answer_logits`.
+    """
+    return answer_logits(final, unembedding, tokens) - log_z(final, unembedding)[:, None]
+
+
+@torch.no_grad()
+def vocab_kl(
+    base: Float[Tensor, "base_row d"],
+    patched: Float[Tensor, "row d"],
+    unembedding: Unembedding,
+    *,
+    base_row: Int[Tensor, " row"] | None = None,
+) -> Float[Tensor, " row"]:
+    """KL(base || patched) over the next token, in nats, in fp32 (fp64 for fp64).
+
+    Both are residuals after the last norm. Row r of `patched` is compared with row `base_row[r]` of
+    `base` (row r without it). Rounding may leave a value of about -1e-6 where both agree.
+
+    Raises:
+        ValueError: devices, dtypes or shapes that do not fit, or `base_row` out of range.
+    """
+    base_row = _check_two(base, patched, unembedding, base_row)
+    if use_triton(patched):
+        return _triton(patched, _rows_of(base, base_row), unembedding, _KL)[0]
+    kl = [
+        _reference_kl(*_base_part(base, base_row, part), patched[part], unembedding)
+        for part in _parts(len(patched))
+    ]
+    return torch.cat(kl) if kl else patched.new_zeros(0)
+
+
+@torch.no_grad()
+def total_variation(
+    base: Float[Tensor, "base_row d"],
+    patched: Float[Tensor, "row d"],
+    unembedding: Unembedding,
+    *,
+    base_row: Int[Tensor, " row"] | None = None,
+) -> Float[Tensor, " row"]:
+    """Half the summed absolute difference of the two distributions: 0 if equal, 1 if disjoint.
+
+    Arguments and errors as in `vocab_kl`; symmetric. Goes over the vocabulary twice.
+    """
+    base_row = _check_two(base, patched, unembedding, base_row)
+    base_z, patched_z = log_z(base, unembedding), log_z(patched, unembedding)
+    if use_triton(patched):
+        z = torch.stack((patched_z, _rows_of(base_z, base_row)))
+        return _triton(patched, _rows_of(base, base_row), unembedding, _DISTANCE, z)[0]
+    half = []
+    for part in _parts(len(patched)):
+        few, index = _base_part(base, base_row, part)
+        few_z = _base_part(base_z, base_row, part)[0]
+        half.append(
+            _reference_distance(few, few_z, index, patched[part], patched_z[part], unembedding)
+        )
+    return torch.cat(half) if half else patched.new_zeros(0)
+
+
+def _check_two(
+    base: Tensor, patched: Tensor, unembedding: Unembedding, base_row: Tensor | None
+) -> Tensor | None:
+    """`base_row` on the device of `patched`, after a ValueError for whatever does not fit."""
+    unembedding.check("base", base)
+    unembedding.check("patched", patched)
+    if base_row is None:
+        if len(base) != len(patched):
+            raise ValueError(
+                f"base has {len(base)} rows, patched {len(patched)}; give base_row to pair them"
+            )
+        return None
+    if base_row.shape != (len(patched),):
+        raise ValueError(f"base_row must have {len(patched)} entries, got {tuple(base_row.shape)}")
+    check_indices("base_row", base_row, len(base))
+    return base_row.to(patched.device)
+
+
+def _rows_of(base: Tensor, base_row: Tensor | None) -> Tensor:
+    return base if base_row is None else base[base_row]
+
+
+def _parts(n_rows: int) -> Iterator[slice]:
+    for first in range(0, n_rows, _BLOCK_ROWS):
+        yield slice(first, min(first + _BLOCK_ROWS, n_rows))
+
+
+def _base_part(base: Tensor, base_row: Tensor | None, part: slice) -> tuple[Tensor, Tensor | None]:
+    """The base rows that the rows of `part` need, each once, and which of them each row reads."""
+    if base_row is None:
+        return base[part], None
+    needed, index = base_row[part].unique(return_inverse=True)
+    return base[needed], index
+
+
+def _blocks(n_rows: int, unembedding: Unembedding, *finals: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Logits `[row, block]` of every final state, block after block of the vocabulary."""
+    size = max(64, _BLOCK_BYTES // (4 * max(1, n_rows)))
+    dtype = torch.promote_types(finals[0].dtype, torch.float32)
+    finals = tuple(final.to(dtype) for final in finals)
+    for first in range(0, unembedding.d_vocab, size):
+        w_u = unembedding.w_u[first : first + size].to(dtype).T
+        bias = None if unembedding.bias is None else unembedding.bias[first : first + size]
+        yield tuple(unembedding.finish(final @ w_u, bias) for final in finals)
+
+
+def _nothing_yet(final: Tensor, value: float) -> Tensor:
+    """One running sum per row. They are in fp64: a handful of numbers, summed over many blocks."""
+    return torch.full((len(final),), value, dtype=torch.float64, device=final.device)
+
+
+def _reference_log_z(final: Tensor, unembedding: Unembedding) -> Tensor:
+    z = _nothing_yet(final, -torch.inf)
+    for (logits,) in _blocks(len(final), unembedding, final):
+        z = torch.logaddexp(z, logits.logsumexp(1).double())
+    return z.to(torch.promote_types(final.dtype, torch.float32))
+
+
+def _reference_kl(
+    base: Tensor, index: Tensor | None, patched: Tensor, unembedding: Unembedding
+) -> Tensor:
+    z_a, z_b = _nothing_yet(base, -torch.inf), _nothing_yet(patched, -torch.inf)
+    weighted = _nothing_yet(patched, 0.0)
+    for a, b in _blocks(len(patched), unembedding, base, patched):
+        z_b = torch.logaddexp(z_b, b.logsumexp(1).double())
+        before, z_a = z_a, torch.logaddexp(z_a, a.logsumexp(1).double())
+        p = (a - z_a[:, None].to(a.dtype)).exp_()
+        rescale = (before - z_a).exp()
+        term = (_rows_of(a, index) - b).mul_(_rows_of(p, index)).sum(1)
+        weighted = weighted * _rows_of(rescale, index) + term.double()
+    kl = weighted - _rows_of(z_a, index) + z_b
+    return kl.to(torch.promote_types(patched.dtype, torch.float32))
+
+
+def _reference_distance(
+    base: Tensor,
+    base_z: Tensor,
+    index: Tensor | None,
+    patched: Tensor,
+    patched_z: Tensor,
+    unembedding: Unembedding,
+) -> Tensor:
+    total = _nothing_yet(patched, 0.0)
+    for a, b in _blocks(len(patched), unembedding, base, patched):
+        p, q = (a - base_z[:, None]).exp_(), (b - patched_z[:, None]).exp_()
+        total += (_rows_of(p, index) - q).abs_().sum(1).double()
+    return (total / 2).to(torch.promote_types(patched.dtype, torch.float32))
+
+
+def _triton(
+    final: Tensor,
+    base: Tensor | None,
+    unembedding: Unembedding,
+    what: int,
+    z: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    n_rows, d = final.shape
+    if not n_rows:
+        return (torch.zeros(0, device=final.device),)
+    settings = launch_settings(n_rows, d, final.dtype)
+    n_blocks = triton.cdiv(n_rows, settings["BLOCK_ROWS"])
+    n_vocab_blocks = triton.cdiv(unembedding.d_vocab, settings["BLOCK_VOCAB"])
+    # Enough programs for a large GPU, each with as many blocks of the vocabulary as that leaves.
+    n_parts = min(n_vocab_blocks, triton.cdiv(512, n_blocks))
+    n_parts = triton.cdiv(n_vocab_blocks, triton.cdiv(n_vocab_blocks, n_parts))
+    partial = torch.empty(3, n_parts, n_rows, dtype=torch.float32, device=final.device)
+    _vocab_kernel[(n_blocks, n_parts)](
+        final,
+        final if base is None else base,
+        unembedding.w_u,
+        final if unembedding.bias is None else unembedding.bias.contiguous(),
+        final if z is None else z,
+        partial,
+        n_rows,
+        unembedding.d_vocab,
+        d,
+        final.stride(0),
+        final.stride(0) if base is None else base.stride(0),
+        unembedding.w_u.stride(0),
+        triton.cdiv(n_vocab_blocks, n_parts),
+        unembedding.scale,
+        unembedding.softcap or 0.0,
+        WHAT=what,
+        HAS_BIAS=unembedding.bias is not None,
+        HAS_CAP=unembedding.softcap is not None,
+        **settings,
+    )
+    z_b, z_a, weighted = partial.double()
+    if what == _DISTANCE:
+        return ((weighted.sum(0) / 2).float(),)
+    total_b = z_b.logsumexp(0)
+    if what == _LOG_Z:
+        return (total_b.float(),)
+    total_a = z_a.logsumexp(0)
+    kl = (weighted * (z_a - total_a).exp()).sum(0) - total_a + total_b
+    return (kl.float(),)
+
+
+def launch_settings(n_rows: int, d: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Tile sizes of the kernel for `n_rows` of size `d`."""
+    wide = dtype == torch.float32
+    return {
+        "BLOCK_ROWS": min(64, max(16, next_power_of_2(n_rows))),
+        "BLOCK_VOCAB": 64 if wide else 128,
+        "BLOCK_D": min(32 if wide else 64, max(16, next_power_of_2(d))),
+        # The interpreter's products of 16-bit numbers are wrong; fp32 holds them exactly.
+        "UPCAST": wide or INTERPRETED,
+        "num_warps": 8,
+        "num_stages": 2,
+    }
+
+
+# Grid (rows / BLOCK_ROWS, parts of the vocabulary). A program owns a block of rows and one part:
+# per block of the vocabulary it makes the logits of the final states (and of the base states) by
+# walking along d, accumulating in fp32, and adds them to sums kept per row; at the end it writes
+# `partial[:, part, row]`: Z of final, Z of base, and the weighted sum relative to Z of base.
+@jit
+@no_type_check
+def _vocab_kernel(
+    final,
+    base,
+    w_u,
+    bias,
+    z,
+    partial,
+    n_rows,
+    d_vocab,
+    d,
+    stride_final,
+    stride_base,
+    stride_vocab,
+    blocks_per_part,
+    scale,
+    cap,
+    WHAT: tl.constexpr,  # 0 log_z of final; 1 KL(base || final); 2 distance, with z given
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_VOCAB: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    part = tl.program_id(1).to(tl.int64)
+    real_row = row < n_rows
+    z_a = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
+    z_b = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
+    if WHAT == 2:
+        z_b = tl.load(z + row, mask=real_row, other=0.0)
+        z_a = tl.load(z + n_rows + row, mask=real_row, other=0.0)
+    weighted = tl.zeros((BLOCK_ROWS,), tl.float32)
+    for block in range(blocks_per_part):
+        token = (part * blocks_per_part + block) * BLOCK_VOCAB + tl.arange(0, BLOCK_VOCAB)
+        real = token < d_vocab
+        a = tl.zeros((BLOCK_ROWS, BLOCK_VOCAB), tl.float32)
+        b = tl.zeros((BLOCK_ROWS, BLOCK_VOCAB), tl.float32)
+        for first in range(0, d, BLOCK_D):
+            element = first + tl.arange(0, BLOCK_D)
+            inside = element < d
+            columns = tl.load(
+                w_u + (token * stride_vocab)[None, :] + element[:, None],
+                mask=inside[:, None] & real[None, :],
+                other=0.0,
+            )
+            at = real_row[:, None] & inside[None, :]
+            x = tl.load(final + (row * stride_final)[:, None] + element, mask=at, other=0.0)
+            if UPCAST:
+                columns = columns.to(tl.float32)
+                x = x.to(tl.float32)
+            b = tl.dot(x, columns, b, input_precision="ieee")
+            if WHAT > 0:
+                y = tl.load(base + (row * stride_base)[:, None] + element, mask=at, other=0.0)
+                if UPCAST:
+                    y = y.to(tl.float32)
+                a = tl.dot(y, columns, a, input_precision="ieee")
+        if HAS_BIAS:
+            shift = tl.load(bias + token, mask=real, other=0.0).to(tl.float32)
+            a += shift[None, :]
+            b += shift[None, :]
+        a *= scale
+        b *= scale
+        if HAS_CAP:
+            # tanh(y) = 2 * sigmoid(2y) - 1
+            a = cap * (2.0 / (1.0 + tl.exp(-2.0 * a / cap)) - 1.0)
+            b = cap * (2.0 / (1.0 + tl.exp(-2.0 * b / cap)) - 1.0)
+        if WHAT == 2:
+            gap = tl.abs(tl.exp(a - z_a[:, None]) - tl.exp(b - z_b[:, None]))
+            weighted += tl.sum(tl.where(real[None, :], gap, 0.0), 1)
+        else:
+            # Every part holds at least one real token in its first block, so no Z stays -inf.
+            top = tl.maximum(z_b, tl.max(tl.where(real[None, :], b, float("-inf")), 1))
+            mass = tl.where(real[None, :], tl.exp(b - top[:, None]), 0.0)
+            z_b = top + tl.log(tl.exp(z_b - top) + tl.sum(mass, 1))
+            if WHAT == 1:
+                top = tl.maximum(z_a, tl.max(tl.where(real[None, :], a, float("-inf")), 1))
+                mass = tl.where(real[None, :], tl.exp(a - top[:, None]), 0.0)
+                z_new = top + tl.log(tl.exp(z_a - top) + tl.sum(mass, 1))
+                weighted = weighted * tl.exp(z_a - z_new)
+                weighted += tl.sum(mass * (a - b), 1) * tl.exp(top - z_new)
+                z_a = z_new
+    slot = part * n_rows + row
+    n_slots = tl.num_programs(1).to(tl.int64) * n_rows
+    tl.store(partial + slot, z_b, mask=real_row)
+    tl.store(partial + n_slots + slot, z_a, mask=real_row)
+    tl.store(partial + 2 * n_slots + slot, weighted, mask=real_row)

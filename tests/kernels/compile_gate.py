@@ -1,0 +1,210 @@
+"""Compile every kernel for GPUs that need not be present, as its launcher would launch it.
+
+Run as a script: prints a JSON object, launch name -> target -> registers, shared memory, spills;
+exits with 1 if a kernel does not compile, or asks for more shared memory than the GPU has.
+
+The launchers run on CPU tensors with the kernel replaced by a recorder, so types, tile sizes and
+options are the real ones.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from naive import make_rows
+from patchsweep_kernels import answer_logits, attention, attribution, scatter, vocab
+from patchsweep_kernels.unembedding import FinalNorm, Unembedding
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+# Target, and the bytes of shared memory that one block may use there.
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
+}
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+}
+OPTIONS = ("num_warps", "num_stages")
+
+
+class Recorder:
+    """Stands in for a kernel and keeps what it was launched with."""
+
+    def __init__(self) -> None:
+        self.arguments: tuple[Any, ...] = ()
+        self.keywords: dict[str, Any] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self._launch
+
+    def _launch(self, *arguments: Any, **keywords: Any) -> None:
+        self.arguments, self.keywords = arguments, keywords
+
+
+def launches() -> Iterator[tuple[str, Any, str, Callable[[], object]]]:
+    """Name, module, kernel and launch of every variant that users meet."""
+    token, head = torch.arange(40), torch.arange(40) % 12
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        x, cells = torch.zeros(64, 12, 64, dtype=dtype), torch.zeros(40, 64, dtype=dtype)
+        for mode in ("set", "add"):
+            yield (
+                f"scatter-{mode}-{name}",
+                scatter,
+                "_scatter_kernel",
+                lambda x=x, c=cells, m=mode: scatter._triton(x, c, token, token, head, m),
+            )
+        flat = torch.zeros(512, 768, dtype=dtype)
+        yield (
+            f"attribution-{name}",
+            attribution,
+            "_dot_kernel",
+            lambda x=flat: attribution._triton(x, x, x, torch.zeros(512)),
+        )
+        for share, d, variant in (
+            (1, 64, {}),
+            (3, 64, {}),
+            (4, 128, {}),
+            (1, 256, {"window": 4, "softcap": 50.0}),
+            (8, 64, {"window": 4, "sinks": torch.zeros(16)}),
+        ):
+            yield (
+                f"attention-share{share}-d{d}-{'-'.join(variant) or 'plain'}-{name}",
+                attention,
+                "_prefix_kernel",
+                lambda s=share, d=d, v=variant, t=dtype: _attention(s, d, t, **v),
+            )
+        w_u = torch.zeros(2048, 768, dtype=dtype)
+        plain = Unembedding(w_u)
+        capped = Unembedding(w_u, bias=torch.zeros(2048, dtype=dtype), scale=0.5, softcap=30.0)
+        for head_name, unembedding in (("plain", plain), ("capped", capped)):
+            for what, key in (("log_z", vocab._LOG_Z), ("kl", vocab._KL), ("tv", vocab._DISTANCE)):
+                yield (
+                    f"vocab-{what}-{head_name}-{name}",
+                    vocab,
+                    "_vocab_kernel",
+                    lambda u=unembedding, x=flat, key=key: vocab._triton(
+                        x, x if key else None, u, key, torch.zeros(2, 512) if key == 2 else None
+                    ),
+                )
+        vector = torch.zeros(768, dtype=dtype)
+        for kind, norm, unembedding in (
+            ("rms", FinalNorm("rms", 1e-6, vector, offset=1.0), capped),
+            ("layer", FinalNorm("layer", 1e-5, vector, vector), plain),
+        ):
+            yield (
+                f"answer_logits-{kind}-{name}",
+                answer_logits,
+                "_answer_kernel",
+                lambda n=norm, u=unembedding, x=flat: answer_logits._triton(
+                    x, u, torch.zeros(512, 2, dtype=torch.int64), n
+                ),
+            )
+
+
+def _attention(share: int, d: int, dtype: torch.dtype, **variant: Any) -> None:
+    rows = make_rows([7] * 8, [0] * 8, [10] * 8)
+    q = torch.zeros(56, 2 * share, d, dtype=dtype)
+    k = torch.zeros(56, 2, d, dtype=dtype)
+    prefix = torch.zeros(1, 2, 16, d, dtype=dtype)
+    settings = {"window": None, "softcap": None, "sinks": None} | variant
+    attention._triton(q, k, k, prefix, prefix, rows, 0.125, **settings)
+
+
+def source_of(kernel: Any, recorder: Recorder) -> tuple[ASTSource, dict[str, int]]:
+    """What to compile for a recorded launch, specialised as Triton does at run time."""
+    options = {key: recorder.keywords[key] for key in OPTIONS if key in recorder.keywords}
+    given = dict(zip(kernel.arg_names, recorder.arguments, strict=False)) | recorder.keywords
+    signature, constants, attributes = {}, {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        value = given[name]
+        is_constant = kernel.params[place].is_constexpr
+        if isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
+            attributes[(place,)] = [["tt.divisibility", 16]]
+        elif is_constant or (type(value) is int and value == 1):
+            signature[name] = "constexpr"
+            constants[(place,)] = value
+        elif type(value) is int:
+            signature[name] = "i32"
+            if value % 16 == 0:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+        else:
+            assert type(value) is float, (name, value)
+            signature[name] = "fp32"
+    return ASTSource(kernel, signature, constants, attributes), options
+
+
+def resources(compiled: Any) -> dict[str, int]:
+    """Registers, bytes of shared memory and bytes (or registers) spilled, from the machine code."""
+    if "cubin" in compiled.asm:
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            text = subprocess.run(
+                [tool, "--dump-resource-usage", file.name],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+        registers, spilled = re.search(r"REG:(\d+)", text), re.search(r"LOCAL:(\d+)", text)
+    else:
+        text = compiled.asm["amdgcn"]
+        registers = re.search(r"\.vgpr_count:\s*(\d+)", text)
+        spilled = re.search(r"\.vgpr_spill_count:\s*(\d+)", text)
+    assert registers is not None
+    assert spilled is not None
+    return {
+        "registers": int(registers[1]),
+        "shared_bytes": compiled.metadata.shared,
+        "spilled": int(spilled[1]),
+    }
+
+
+def main() -> int:
+    report: dict[str, dict[str, Any]] = {}
+    failed = False
+    for name, module, kernel_name, launch in launches():
+        kernel, recorder = getattr(module, kernel_name), Recorder()
+        setattr(module, kernel_name, recorder)
+        try:
+            launch()
+        finally:
+            setattr(module, kernel_name, kernel)
+        report[name] = {}
+        for target_name, (target, shared_limit) in TARGETS.items():
+            try:
+                source, options = source_of(kernel, recorder)
+                used = resources(triton.compile(source, target=target, options=options))
+                if used["shared_bytes"] > shared_limit:
+                    raise RuntimeError(
+                        f"{used['shared_bytes']} bytes of shared memory, {target_name} has "
+                        f"{shared_limit}"
+                    )
+                report[name][target_name] = used
+            except Exception as error:
+                failed = True
+                report[name][target_name] = {"error": f"{type(error).__name__}: {error}"}
+                traceback.print_exc(file=sys.stderr)
+    print(json.dumps(report, indent=1))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

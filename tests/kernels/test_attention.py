@@ -1,0 +1,228 @@
+"""prefix_attention equals attention computed row by row, and nothing outside a row reaches it."""
+
+from __future__ import annotations
+
+import naive
+import pytest
+import torch
+from naive import DTYPES, TOLERANCE, make_rows, refused
+from patchsweep_kernels.attention import Rows, prefix_attention
+from torch import Tensor
+
+# Rows of unequal length, groups of equal ones, a pair that comes back, a row without a prefix.
+ROWS = {
+    "one": make_rows([1], [0], [3]),
+    "no_prefix": make_rows([5, 2], [0, 0], [0, 0]),
+    "mixed": make_rows(
+        [3, 3, 3, 1, 5, 2, 2, 7], [0, 0, 0, 2, 2, 1, 1, 0], [4, 4, 5, 0, 7, 1, 1, 8]
+    ),
+    "tokens37": make_rows([7, 7, 6, 5, 4, 4, 3, 1], [0] * 8, [2, 2, 3, 4, 5, 5, 6, 8]),
+}
+VARIANTS = {
+    "plain": {},
+    "window3": {"window": 3},
+    "window1": {"window": 1},
+    "window_unused": {"window": 50},
+    "softcap": {"softcap": 1.5},
+    "sinks": {"sinks": True},
+    "all": {"window": 4, "softcap": 1.5, "sinks": True},
+}
+
+
+def _inputs(
+    rows: Rows, n_heads: int, kv_heads: int, d: int, d_v: int, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Strided views with NaN around them; the prefix is NaN where no row may read it."""
+    n_tokens = int(rows.offsets[-1])
+
+    def packed(heads: int, size: int) -> Tensor:
+        return naive.padded(torch.randn(heads, n_tokens, size).to(dtype), axis=1).transpose(0, 1)
+
+    def prefix(size: int) -> Tensor:
+        full = torch.full((4, kv_heads, 9, size), torch.nan, dtype=dtype)
+        for pair in range(3):
+            reads = rows.start[rows.pair == pair]
+            stop = int(reads.max()) if len(reads) else 0
+            full[pair, :, :stop] = torch.randn(kv_heads, stop, size).to(dtype)
+        return full
+
+    return {
+        "q": packed(n_heads, d),
+        "k": packed(kv_heads, d),
+        "v": packed(kv_heads, d_v),
+        "prefix_k": prefix(d),
+        "prefix_v": prefix(d_v),
+    }
+
+
+def _settings(variant: str, n_heads: int) -> dict[str, object]:
+    settings: dict[str, object] = dict(VARIANTS[variant])
+    if settings.pop("sinks", False):
+        settings["sinks"] = torch.randn(n_heads)
+    return settings
+
+
+def _assert_matches(inputs: dict[str, Tensor], rows: Rows, settings: dict[str, object]) -> None:
+    scale = inputs["q"].shape[-1] ** -0.5
+    out = prefix_attention(**inputs, rows=rows, scale=scale, **settings)  # type: ignore[arg-type]
+    expected = naive.attention(**inputs, rows=rows, scale=scale, **settings)  # type: ignore[arg-type]
+    assert out.dtype == inputs["q"].dtype
+    torch.testing.assert_close(
+        out.double(), expected, **_tolerance(inputs["q"].dtype), equal_nan=False
+    )
+
+
+def _tolerance(dtype: torch.dtype) -> dict[str, float]:
+    # On a GPU weights are rounded to the 16 bits of v; outputs are averages of values of order 1.
+    return TOLERANCE[dtype] if dtype != torch.bfloat16 else {"atol": 2e-3, "rtol": 2**-7}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("rows", ROWS)
+def test_attention_equals_row_by_row(rows: str, variant: str) -> None:
+    _assert_matches(
+        _inputs(ROWS[rows], 6, 2, 16, 16, torch.float32), ROWS[rows], _settings(variant, 6)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize(
+    ("n_heads", "kv_heads", "d", "d_v"),
+    [(9, 3, 64, 64), (1, 1, 1, 1), (4, 1, 63, 40), (2, 2, 123, 123), (3, 1, 256, 256)],
+    ids=lambda n: str(n),
+)
+def test_attention_of_odd_heads_and_sizes(
+    n_heads: int, kv_heads: int, d: int, d_v: int, dtype: torch.dtype
+) -> None:
+    rows = ROWS["mixed"]
+    _assert_matches(_inputs(rows, n_heads, kv_heads, d, d_v, dtype), rows, {})
+
+
+def test_attention_of_rows_longer_than_a_tile() -> None:
+    rows = make_rows([70, 5, 70], [0, 0, 1], [9, 3, 0])
+    _assert_matches(_inputs(rows, 2, 1, 16, 16, torch.float32), rows, {"window": 12})
+
+
+def test_attention_reads_a_prefix_longer_than_a_tile() -> None:
+    rows = make_rows([2, 3], [1, 0], [150, 131])
+    inputs = _inputs(make_rows([2, 3], [1, 0], [9, 9]), 2, 1, 16, 16, torch.float32)
+    inputs |= {name: torch.randn(2, 1, 150, 16) for name in ("prefix_k", "prefix_v")}
+    _assert_matches(inputs, rows, {})
+
+
+def test_attention_of_many_rows_in_slices_of_the_score_budget(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("patchsweep_kernels.attention._SCORE_BUDGET", 1000)
+    rows = make_rows([3] * 11, [0] * 11, [5] * 11)
+    _assert_matches(_inputs(rows, 6, 2, 16, 16, torch.float32), rows, {"window": 4})
+
+
+def test_attention_in_fp64_is_exact() -> None:
+    rows = ROWS["mixed"]
+    inputs = _inputs(rows, 4, 2, 24, 24, torch.float64)
+    out = prefix_attention(**inputs, rows=rows, scale=0.2)
+    torch.testing.assert_close(
+        out, naive.attention(**inputs, rows=rows, scale=0.2), atol=1e-13, rtol=0.0
+    )
+
+
+def test_attention_carries_no_gradient() -> None:
+    inputs = _inputs(ROWS["one"], 1, 1, 16, 16, torch.float32)
+    inputs["q"] = inputs["q"].clone().requires_grad_()
+    assert not prefix_attention(**inputs, rows=ROWS["one"], scale=1.0).requires_grad
+
+
+def test_groups_are_runs_of_equal_rows() -> None:
+    groups = ROWS["mixed"].groups
+    assert [(g.token, g.n_rows, g.n_tokens, g.pair, g.start) for g in groups] == [
+        (0, 2, 3, 0, 4),
+        (6, 1, 3, 0, 5),
+        (9, 1, 1, 2, 0),
+        (10, 1, 5, 2, 7),
+        (15, 2, 2, 1, 1),
+        (19, 1, 7, 0, 8),
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 4, 64])
+def test_blocks_cover_every_token_once_within_one_pair(size: int) -> None:
+    rows = ROWS["mixed"]
+    lengths = rows.offsets.diff()
+    row_of = torch.arange(len(lengths)).repeat_interleave(lengths)
+    covered = []
+    for first, stop, pair, own_first, lowest, highest in rows.block_table(
+        size, torch.device("cpu")
+    ).tolist():
+        inside = row_of[first:stop]
+        assert 0 < stop - first <= size
+        assert set(rows.pair[inside].tolist()) == {pair}
+        assert own_first == int(rows.offsets[inside[0]])
+        starts = rows.start[inside]
+        assert (lowest, highest) == (int(starts.min()), int(starts.max()))
+        covered += range(first, stop)
+    assert covered == list(range(rows.n_tokens))
+
+
+@pytest.mark.parametrize(
+    ("message", "offsets", "pair", "start"),
+    [
+        ("rows.offsets must begin at 0 and grow", [1, 2], [0], [0]),
+        ("rows.offsets must begin at 0 and grow", [0, 2, 2], [0, 0], [0, 0]),
+        ("rows.offsets must begin at 0 and grow", [0, 3, 2], [0, 0], [0, 0]),
+        ("at least one row", [0], [], []),
+        ("rows.pair and rows.start must have one entry", [0, 1, 2], [0], [0, 0]),
+        ("rows.pair holds -1", [0, 1], [-1], [0]),
+        ("rows.start holds -2", [0, 1], [0], [-2]),
+    ],
+)
+def test_rows_refuse(message: str, offsets: list[int], pair: list[int], start: list[int]) -> None:
+    tables = [torch.tensor(table, dtype=torch.int64) for table in (offsets, pair, start)]
+    with refused(message):
+        Rows(*tables)
+
+
+def test_rows_refuse_tables_of_another_type() -> None:
+    with refused(r"rows.start must be a one-axis int64 tensor on the CPU"):
+        Rows(torch.tensor([0, 1]), torch.tensor([0]), torch.tensor([0.0]))
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        ("rows.offsets ends at 7", {"rows": ROWS["no_prefix"]}),
+        ("q has 5 heads", {"q": torch.zeros(1, 5, 16)}),
+        ("k must have shape", {"k": torch.zeros(1, 2, 15)}),
+        ("v must have shape", {"v": torch.zeros(2, 2, 16)}),
+        ("prefix_k must have shape", {"prefix_k": torch.zeros(1, 3, 4, 16)}),
+        ("prefix_v must have shape", {"prefix_v": torch.zeros(1, 2, 3, 16)}),
+        ("k is torch.bfloat16", {"k": torch.zeros(1, 2, 16, dtype=torch.bfloat16)}),
+        ("v is on meta", {"v": torch.zeros(1, 2, 16, device="meta")}),
+        ("rows.pair goes up to 1", {"rows": make_rows([1], [1], [0])}),
+        ("rows.start goes up to 5", {"rows": make_rows([1], [0], [5])}),
+        ("window must be at least 1", {"window": 0}),
+        ("softcap must be positive", {"softcap": 0.0}),
+        ("sinks must have shape", {"sinks": torch.zeros(3)}),
+        ("sinks is on meta", {"sinks": torch.zeros(4, device="meta")}),
+        (
+            "head sizes go up to 256",
+            {
+                "q": torch.zeros(1, 4, 257),
+                "k": torch.zeros(1, 2, 257),
+                "prefix_k": torch.zeros(1, 2, 4, 257),
+            },
+        ),
+    ],
+)
+def test_attention_refuses(message: str, arguments: dict[str, object]) -> None:
+    given: dict[str, object] = {
+        "q": torch.zeros(1, 4, 16),
+        "k": torch.zeros(1, 2, 16),
+        "v": torch.zeros(1, 2, 16),
+        "prefix_k": torch.zeros(1, 2, 4, 16),
+        "prefix_v": torch.zeros(1, 2, 4, 16),
+        "rows": make_rows([1], [0], [4]),
+        "scale": 1.0,
+    }
+    with refused(message):
+        prefix_attention(**given | arguments)

@@ -1,0 +1,134 @@
+"""Both runners give what one hooked forward pass per patch gives, on every family and site."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import demo_pairs, model
+from oracle import donors, hook_of, loop_logit_diff, oracle_activations
+from patchsweep.batch import make_batches
+from patchsweep.errors import SiteError
+from patchsweep.hooked import HookedRunner
+from patchsweep.interventions import get_intervention
+from patchsweep.metrics import METRICS
+from patchsweep.models import TINY_FAMILIES
+from patchsweep.request import make_request
+from patchsweep.sites import SITES
+from patchsweep.waves import Unsupported, WaveRunner
+
+# fp32 logits of order 10 carry about 1e-6 each; a dozen products and norms stay far below this
+TOLERANCE = 1e-4
+SWEPT = [name for name in SITES if name not in ("mlp_post", "pattern")]
+
+
+def _setup(family: str, site: str, intervention: str, direction: str | None, **selection):
+    bridge = model(f"tiny:{family}")
+    hooks = bridge.hook_dict
+    if SITES[site].hook_name(0) not in hooks and not SITES[site].in_attention:
+        pytest.skip(f"{family} has no {site}")
+    request = make_request(
+        bridge,
+        demo_pairs(f"tiny:{family}"),
+        site,
+        direction=direction,
+        intervention=intervention,
+        **selection,
+    )
+    batch = make_batches(
+        request.pairs, [0], request.direction, request.read, torch.device("cpu")
+    )[0]
+    return request, batch
+
+
+def _compare(request, batch, sample: int = 24) -> float:
+    """Largest effect that was compared."""
+    plan = request.plans[0]
+    bridge = request.bridge
+    chosen = get_intervention(request.intervention.name)
+    clean = batch.source if request.direction == "denoising" else batch.base
+    runners = [WaveRunner(bridge, request.sites, max_tokens=64)]
+    if hook_of(bridge, plan.site, 0) == plan.site.hook_name(0):
+        try:
+            runner = HookedRunner(bridge, request.sites)
+            runner.activations(batch.base)
+            runners.append(runner)
+        except SiteError as error:  # GPT-NeoX has a hook_rot_q that never fires
+            assert "never fired" in str(error)
+            pytest.skip(str(error))
+    rng = np.random.default_rng(0)
+    # dead cells are part of the claim: their value is the base metric
+    patches = np.sort(rng.choice(plan.n_patches, size=min(sample, plan.n_patches), replace=False))
+    # each side takes its means from its own activations
+    chosen.prepare({batch.length: clean}, oracle_activations(bridge, plan.site))
+    expected = loop_logit_diff(
+        bridge, plan, batch, donors(bridge, plan.site, batch, chosen), patches
+    )
+    metrics = (METRICS["logit_diff"],)
+    for runner in runners:
+        chosen.prepare({batch.length: clean}, runner.activations)
+        loaded = runner.load(batch, chosen)
+        base = float(runner.references(loaded, metrics)[0])
+        values = np.full(plan.n_patches, base)
+        live = patches[plan.live[patches]]
+        if len(live):
+            values[live] = runner.run(loaded, plan, live, metrics).numpy()
+        difference = np.abs(values[patches] - expected).max()
+        assert difference < TOLERANCE, f"{runner.name} differs by {difference:.2g}"
+    return float(np.abs(expected - base).max())
+
+
+@pytest.mark.parametrize("site", SWEPT)
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_both_runners_equal_hook_loop(family: str, site: str) -> None:
+    request, batch = _setup(family, site, "resample", "denoising")
+    assert _compare(request, batch, sample=40) > 1e-3  # else equality would prove nothing
+
+
+@pytest.mark.parametrize("site", ["resid_pre", "resid_mid", "attn_out", "mlp_out", "z", "k"])
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_both_runners_equal_hook_loop_noising(family: str, site: str) -> None:
+    request, batch = _setup(family, site, "resample", "noising")
+    assert _compare(request, batch) > 1e-3
+
+
+@pytest.mark.parametrize("intervention", ["zero", "mean"])
+@pytest.mark.parametrize("site", SWEPT)
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_both_runners_equal_hook_loop_ablating(family: str, site: str, intervention: str) -> None:
+    request, batch = _setup(family, site, intervention, None)
+    _compare(request, batch)
+
+
+@pytest.mark.parametrize("site", ["resid_pre", "resid_post", "z", "q", "v"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+def test_both_runners_equal_hook_loop_all_positions(family: str, site: str) -> None:
+    request, batch = _setup(family, site, "resample", "denoising", positions="all")
+    assert _compare(request, batch) > 1e-3
+
+
+@pytest.mark.parametrize("site", ["resid_pre", "attn_out", "z", "k"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+def test_both_runners_equal_hook_loop_sets(family: str, site: str) -> None:
+    heads = [(0, 1)] if SITES[site].unit else None
+    request, batch = _setup(
+        family, site, "zero", None, layers=[(0, 2), (1, 2)], heads=heads, positions=[0, 3, 11, 15]
+    )
+    assert _compare(request, batch) > 1e-3
+
+
+def test_wave_refuses_what_it_cannot_place() -> None:
+    bridge = model("tiny:gpt_neox")  # attention and MLP in parallel: there is no resid_mid
+    with pytest.raises(Unsupported, match="hook_resid_mid"):
+        WaveRunner(bridge, [SITES["resid_mid"]])
+
+
+def test_hook_that_never_fires_is_an_error() -> None:
+    bridge = model("tiny:gpt_neox")
+    runner = HookedRunner(bridge, [SITES["rot_q"]])
+    with pytest.raises(SiteError, match="never fired"):
+        runner.activations(demo_tokens(bridge))
+
+
+def demo_tokens(bridge):
+    return bridge.to_tokens("John and Mary")
