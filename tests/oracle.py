@@ -87,7 +87,7 @@ def loop_logit_diff(
             return x
 
         hooks = [
-            (hook_of(model, plan.site, layer), lambda x, hook, layer=layer: patch_in(x, hook, layer))
+            (hook_of(model, plan.site, layer), lambda x, hook, at=layer: patch_in(x, hook, at))
             for layer in plan.axes.layers[layer_set]
         ]
         with torch.no_grad():

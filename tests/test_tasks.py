@@ -90,8 +90,10 @@ def test_pairs_of_a_seed_stay_the_same_between_releases(smollm2: TransformerBrid
 def test_demo_pair_is_the_task_ioi_demo(smollm2: TransformerBridge) -> None:
     pairs = load_task(smollm2, "ioi_demo")
     assert pairs == PromptPairs.from_records(smollm2, [DEMO_PAIR])
-    assert DEMO_PAIR.clean == "When John and Mary went to the shops, John gave the bag to"
-    assert DEMO_PAIR.corrupted == "When John and Mary went to the shops, Mary gave the bag to"
+    assert DEMO_PAIR.clean == "When John and Mary went to the shops, John gave a bottle of milk to"
+    assert (
+        DEMO_PAIR.corrupted == "When John and Mary went to the shops, Mary gave a bottle of milk to"
+    )
     assert (DEMO_PAIR.answer, DEMO_PAIR.wrong_answer) == (" Mary", " John")
     assert pairs[0].labels == {
         "S1": (2, 3),

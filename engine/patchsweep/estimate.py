@@ -58,7 +58,8 @@ class Cost:
 
 def estimate(request: Request, max_tokens: int) -> Cost:
     """The cost of `request` in waves of `max_tokens` tokens; runs no model."""
-    sites = tuple(_site_cost(plan, max_tokens) for plan in request.plans)
+    blocks = blocks_of(request.plans)
+    sites = tuple(_site_cost(plan, blocks[plan.site.name], max_tokens) for plan in request.plans)
     token_layers = sum(site.token_layers for site in sites)
     flops = 2.0 * token_layers * request.shape.block_parameters
     shape = request.shape
@@ -77,10 +78,10 @@ def estimate(request: Request, max_tokens: int) -> Cost:
     )
 
 
-def _site_cost(plan: SitePlan, max_tokens: int) -> SiteCost:
+def _site_cost(plan: SitePlan, unit: tuple[int, int], max_tokens: int) -> SiteCost:
     live = np.flatnonzero(plan.live)
     n_waves = sum(1 for _ in plan.waves(live, max_tokens)) if len(live) else 0
-    pairs, layers = blocks_of(plan)
+    pairs, layers = unit
     return SiteCost(
         site=plan.site.name,
         n_patches=plan.n_patches,

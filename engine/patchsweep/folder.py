@@ -66,6 +66,10 @@ class Folder(ABC):
         """Make the folder if it is missing, parents included."""
 
     @abstractmethod
+    def check(self) -> None:
+        """Raise a StoreError if the folder is no longer what it was at the first check or put."""
+
+    @abstractmethod
     def read(self, key: str) -> bytes | None:
         """The file's content; None if there is no such file."""
 
@@ -143,6 +147,10 @@ class LocalFolder(Folder):
         with self.guard():
             self._make(self.path)
 
+    def check(self) -> None:
+        with self.guard():
+            self._check_place()
+
     def read(self, key: str) -> bytes | None:
         with self.guard():
             try:
@@ -158,6 +166,8 @@ class LocalFolder(Folder):
             os.replace(partial, path)
 
     def put_new(self, key: str, data: bytes) -> bool:
+        if (there := self.read(key)) is not None:
+            return there == data
         with self.guard(), self._written(key, data) as (partial, path):
             try:
                 os.link(partial, path)
@@ -166,9 +176,7 @@ class LocalFolder(Folder):
             except OSError as error:
                 if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
                     raise
-                # a file system without hard links: two such writers can meet in this gap
-                if path.exists():
-                    return path.read_bytes() == data
+                # a file system without hard links: two writers of one key can meet right here
                 os.replace(partial, path)
         return True
 
@@ -255,7 +263,7 @@ class LocalFolder(Folder):
         self._sync_folder(path.parent)
 
     def _check_place(self) -> None:
-        """Refuse to write where the store's disk has been replaced by its empty mount point."""
+        """Refuse to work where the store's disk has been replaced by its empty mount point."""
         found = os.stat(self.path)
         identity = (found.st_dev, found.st_ino)
         if self._identity is None:
@@ -321,6 +329,9 @@ class RemoteFolder(Folder):
 
     def make(self) -> None:
         """Object stores have no folders: they are the beginnings of their files' names."""
+
+    def check(self) -> None:
+        """Every request shows by itself whether the storage is in reach."""
 
     def read(self, key: str) -> bytes | None:
         with self.guard():

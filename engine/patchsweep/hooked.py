@@ -6,6 +6,7 @@ that the wave runner is checked against.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from patchsweep.errors import SiteError
 from patchsweep.interventions import Intervention
 from patchsweep.metrics import Logits, Metric, compute
 from patchsweep.plan import Ints, SitePlan
-from patchsweep.sites import Site
+from patchsweep.sites import SITES, Site
 
 # the logits of one batched forward pass stay within this many bytes
 LOGIT_BYTES = 256 * 2**20
@@ -51,6 +52,7 @@ class HookedRunner:
         self.bridge = bridge
         self.sites = tuple(sites)
         self.n_layers = int(bridge.cfg.n_layers)
+        self._checked = False
         for site in sites:
             for hook in self._hooks(site):
                 if hook not in bridge.hook_dict:
@@ -61,6 +63,30 @@ class HookedRunner:
 
     def _hooks(self, site: Site) -> list[str]:
         return [site.hook_name(layer) for layer in range(self.n_layers if site.layered else 1)]
+
+    @torch.no_grad()
+    def check(self, tokens: Tensor) -> None:
+        """See that patches at the sites can work in this model.
+
+        Raises:
+            SiteError: a hook never fires, or fires where a new value changes nothing.
+        """
+        self._run(tokens)
+        if not any(site.name == "pattern" for site in self.sites):
+            return
+        # bridges that leave attention to the model show its pattern only afterwards
+        hooks = [
+            (SITES["pattern"].hook_name(layer), lambda x, hook: x.zero_())
+            for layer in range(self.n_layers)
+        ]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            changed = self.bridge.run_with_hooks(tokens, fwd_hooks=hooks)
+        if torch.equal(changed, self.bridge(tokens)):
+            raise SiteError(
+                "site pattern: this model's hook_pattern fires after attention was computed, so "
+                "a patch there does nothing; leave the site out or use runner=wave"
+            )
 
     @torch.no_grad()
     def activations(self, tokens: Tensor) -> Mapping[str, Sequence[Tensor]]:
@@ -101,6 +127,9 @@ class HookedRunner:
     @torch.no_grad()
     def load(self, batch: Batch, intervention: Intervention) -> Loaded:
         """See `Runner`."""
+        if not self._checked:
+            self.check(batch.base[:1])
+            self._checked = True
         base_logits, base = self._run(batch.base)
         source_logits, source = self._run(batch.source)
         reads = list(batch.reads)

@@ -87,7 +87,7 @@ class Journal:
         Raises:
             StoreError: it cannot be written.
         """
-        line = {"event": event, "time": round(time.time(), 3), **fields}
+        line = {"event": event, "time": round(time.time(), 6), **fields}
         self._waiting += (scrub(json.dumps(line, default=str)) + "\n").encode()
         due = time.monotonic() - self._last_put >= PUT_EVERY_S
         if self._folder.appends or due or event != UNIT:

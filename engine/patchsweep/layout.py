@@ -328,12 +328,17 @@ def _group_differences(mine: zarr.Group, theirs: zarr.Group) -> Iterator[str]:
         if name not in ours or name not in others:
             yield f"array {name} is only in {'this run' if name in ours else 'the store'}"
             continue
-        yield from differences(name, _form(mine[name]), _form(theirs[name]))
+        left, right = mine[name], theirs[name]
+        yield from differences(name, _form(left), _form(right))
         if ours[name] == "coords":
-            a, b = (np.asarray(group[name][...]).astype(object) for group in (mine, theirs))
+            a, b = _objects(left), _objects(right)
             for index in np.argwhere(a != b)[:1]:
                 where = ", ".join(map(str, index))
                 yield _differ(f"{name}[{where}]", a[tuple(index)], b[tuple(index)])
+
+
+def _objects(array: Any) -> np.ndarray:
+    return np.asarray(array[...]).astype(object)
 
 
 def _form(array: Any) -> dict[str, Any]:

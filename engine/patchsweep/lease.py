@@ -80,6 +80,10 @@ class Leases:
             self._look_again(fresh)
         return [unit for unit in wanted if unit in self._held]
 
+    def holds(self, unit: str) -> bool:
+        """Whether `unit` is ours, as far as we have heard; see `has_lost`."""
+        return unit in self._held
+
     def has_lost(self, unit: str) -> bool:
         """Whether `unit` was ours and another process has taken it over."""
         key = self._held.get(unit)

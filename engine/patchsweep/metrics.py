@@ -94,9 +94,7 @@ METRICS: dict[str, Metric] = {
         Metric("prob", "probability", "vocab", lambda x: _log_prob(x).exp()),
         Metric("rank", "tokens above the answer", "vocab", _rank, smooth=False),
         Metric("top1_change", "1 if the top token changed", "references", _top1_change, False),
-        Metric(
-            "kl_base", "nats", "references", lambda x: _kl(x.base, x.full), flat_at_base=True
-        ),
+        Metric("kl_base", "nats", "references", lambda x: _kl(x.base, x.full), flat_at_base=True),
         Metric("kl_source", "nats", "references", lambda x: _kl(x.source, x.full)),
         Metric(
             "tv_base",

@@ -10,7 +10,7 @@ import numpy as np
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.batch import Batch
-from patchsweep.errors import ConfigError
+from patchsweep.errors import ConfigError, SiteError
 from patchsweep.hooked import HookedRunner
 from patchsweep.interventions import Intervention
 from patchsweep.metrics import METRICS
@@ -56,7 +56,14 @@ def choose_runner(
         wave = WaveRunner(bridge, sites, max_tokens)
         if wanted == "wave":
             return Choice(wave, "asked for", None)
-        difference = _difference(wave, HookedRunner(bridge, sites), plans, batch, intervention)
+        comparable, unseen = _comparable(bridge, plans, batch)
+        difference = _difference(
+            wave,
+            HookedRunner(bridge, [p.site for p in comparable]),
+            comparable,
+            batch,
+            intervention,
+        )
     except Unsupported as reason:
         if wanted == "wave":
             raise ConfigError(
@@ -71,7 +78,25 @@ def choose_runner(
             f"more than {tolerance:g}",
             difference,
         )
-    return Choice(wave, f"agrees with the bridge within {difference:.1e}", difference)
+    # no measured number in the reason: it goes into the store, which is the same on every machine
+    reason = f"agrees with the bridge within {tolerance:g} in logits"
+    if unseen:
+        reason += f"; not compared, since the bridge's hooks do nothing there: {', '.join(unseen)}"
+    return Choice(wave, reason, difference)
+
+
+def _comparable(
+    bridge: TransformerBridge, plans: Sequence[SitePlan], batch: Batch
+) -> tuple[list[SitePlan], list[str]]:
+    """The plans whose site the hooked runner can patch, and the names of the other sites."""
+    comparable, unseen = [], []
+    for plan in plans:
+        try:
+            HookedRunner(bridge, [plan.site]).check(batch.base[:1])
+            comparable.append(plan)
+        except SiteError:
+            unseen.append(plan.site.name)
+    return comparable, unseen
 
 
 def _difference(

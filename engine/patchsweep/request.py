@@ -19,6 +19,7 @@ from patchsweep.pairs import PromptPairs
 from patchsweep.plan import Axes, ModelShape, SitePlan, plan_site
 from patchsweep.sites import Site, get_sites
 
+MetricLike = str | Metric | Callable[[Tensor], Tensor]
 Sets = Sequence[int | Sequence[int]]
 Positions = Sequence[int | str] | Literal["all"] | None
 # tokens of live patches in one unit of work: a few waves, so that a kill loses little
@@ -47,7 +48,7 @@ def make_request(
     model: TransformerBridge,
     pairs: PromptPairs,
     sites: str | Sequence[str],
-    metrics: str | Sequence[str | Metric | Callable[[Tensor], Tensor]] = "logit_diff",
+    metrics: MetricLike | Sequence[MetricLike] = "logit_diff",
     *,
     direction: Direction | None = None,
     intervention: str | Intervention | float | Tensor | ValueFn = "resample",
@@ -63,7 +64,8 @@ def make_request(
         PatchsweepError: an argument breaks a rule; the text says which, and what to do.
     """
     chosen_sites = get_sites([sites] if isinstance(sites, str) else list(sites))
-    chosen_metrics = get_metrics([metrics] if isinstance(metrics, str) else list(metrics))  # type: ignore[arg-type]
+    one_metric = isinstance(metrics, str | Metric) or callable(metrics)
+    chosen_metrics = get_metrics([metrics] if one_metric else metrics)  # type: ignore
     chosen = get_intervention(intervention)
     if direction is None:
         direction = chosen.default_direction
@@ -146,9 +148,7 @@ def model_shape(model: TransformerBridge) -> ModelShape:
     cfg = model.cfg
     config = getattr(model.original_model, "config", None)
     if getattr(config, "is_encoder_decoder", False) or not hasattr(model, "blocks"):
-        raise ModelError(
-            f"{cfg.model_name} is not a causal decoder; patch a causal language model"
-        )
+        raise ModelError(f"{cfg.model_name} is not a causal decoder; patch a causal language model")
     if getattr(cfg, "attention_dir", "causal") == "bidirectional":
         raise ModelError(
             f"{cfg.model_name} attends in both directions; patch a causal language model"
@@ -166,11 +166,19 @@ def model_shape(model: TransformerBridge) -> ModelShape:
     )
 
 
-def blocks_of(plan: SitePlan) -> tuple[int, int]:
-    """Pairs and layer sets in one unit of work.
+def blocks_of(plans: Sequence[SitePlan]) -> dict[str, tuple[int, int]]:
+    """Per site the pairs and layer sets in one unit of work.
 
-    It follows from the plan alone, so that every machine cuts a run in the same way.
+    It follows from the plans alone, so that every machine cuts a run in the same way. All sites
+    cut the pairs alike: then a pair's unpatched runs share a batch with the same other pairs in
+    every unit, and have the same bits whichever unit comes first.
     """
+    blocks = {plan.site.name: _blocks_of(plan) for plan in plans}
+    n_pairs = min(pairs for pairs, _ in blocks.values())
+    return {name: (n_pairs, layers) for name, (_, layers) in blocks.items()}
+
+
+def _blocks_of(plan: SitePlan) -> tuple[int, int]:
     n_pairs, n_layers = plan.shape[:2]
     tokens = max(1, int(plan.suffix[plan.live].sum()))
     per_pair = tokens / n_pairs

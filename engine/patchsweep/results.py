@@ -21,8 +21,9 @@ from patchsweep.store import Layout, Unit, Variable
 def make_layout(request: Request, choice: Choice, config: Mapping[str, Any]) -> Layout:
     """Arrays, coordinates and attributes of the run; holds no times, so that reruns are equal."""
     plans = {plan.site.name: plan for plan in request.plans}
+    blocks = blocks_of(request.plans)
     return Layout(
-        variables=tuple(_variable(request, plan) for plan in request.plans),
+        variables=tuple(_variable(request, plan, blocks[name]) for name, plan in plans.items()),
         coords=_coords(request),
         attrs={
             "patchsweep_version": version("patchsweep"),
@@ -103,12 +104,12 @@ def shape_of(plan: SitePlan, n_metrics: int) -> tuple[int, ...]:
     return tuple(sizes[dim] for dim in dims_of(plan))
 
 
-def _variable(request: Request, plan: SitePlan) -> Variable:
+def _variable(request: Request, plan: SitePlan, unit: tuple[int, int]) -> Variable:
     return Variable(
         name=plan.site.name,
         dims=dims_of(plan),
         shape=shape_of(plan, len(request.metrics)),
-        unit=blocks_of(plan),
+        unit=unit,
         attrs={"long_name": f"patched metric at {plan.site.name}"},
     )
 
@@ -143,8 +144,12 @@ def _coords(request: Request) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
         else:
             coords[name] = (
                 ("pair", "pos"),
-                _strings([[_token_at(row, p, pair) for p in positions]
-                          for row, pair in zip(table, pairs, strict=True)]),
+                _strings(
+                    [
+                        [_token_at(row, p, pair) for p in positions]
+                        for row, pair in zip(table, pairs, strict=True)
+                    ]
+                ),
             )
     return coords
 
@@ -162,11 +167,10 @@ def _token_strings(request: Request) -> list[tuple[list[str], list[str]]]:
     found = []
     for pair in request.pairs:
         ids = base_and_source(pair, request.direction)
-        known = dict(zip(pair.clean + pair.corrupted, pair.clean_tokens + pair.corrupted_tokens,
-                         strict=True))
-        found.append(
-            tuple([known.get(i) or tokenizer.decode([i]) for i in run] for run in ids)
+        known = dict(
+            zip(pair.clean + pair.corrupted, pair.clean_tokens + pair.corrupted_tokens, strict=True)
         )
+        found.append(tuple([known.get(i) or tokenizer.decode([i]) for i in run] for run in ids))
     return found  # type: ignore[return-value]
 
 

@@ -54,9 +54,7 @@ SITES: dict[str, Site] = {
         _site("k", "attn.hook_k", "kv_head", "suffix", from_token=True),
         _site("v", "attn.hook_v", "kv_head", "suffix", from_token=True),
         _site("rot_q", "attn.hook_rot_q", "head", in_attention=True, from_token=True),
-        _site(
-            "rot_k", "attn.hook_rot_k", "kv_head", "suffix", in_attention=True, from_token=True
-        ),
+        _site("rot_k", "attn.hook_rot_k", "kv_head", "suffix", in_attention=True, from_token=True),
         _site("pattern", "attn.hook_pattern", "head", in_attention=True),
         _site("mlp_post", "mlp.hook_post", "neuron"),
         _site("embed", "hook_embed", reach="suffix", layered=False, from_token=True),

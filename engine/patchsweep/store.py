@@ -52,6 +52,7 @@ class Store:
     def __init__(self, folder: Folder) -> None:
         """Use `Store.create_or_resume` or `Store.open`."""
         self.folder = folder
+        folder.check()
         with folder.guard():
             root: Any = _group(folder)
             try:
@@ -141,6 +142,7 @@ class Store:
 
     def pending(self) -> list[Unit]:
         """The units that are not done, in the order of `units`."""
+        self.folder.check()
         done = set(self.folder.list(PROGRESS))
         return [u for u in self.units() if self.variables[u.variable].flag_key(u) not in done]
 
@@ -154,6 +156,7 @@ class Store:
         What is claimed stays so until it is written, given back (`release`, `close`), or until
         this process has died or has hung for longer than a lease lasts.
         """
+        self.folder.check()
         wanted = {unit.name: unit for unit in units}
         mine = [wanted[name] for name in self._leases.claim(wanted)]
         done = [unit for unit in mine if self.is_done(unit)]
@@ -183,7 +186,9 @@ class Store:
             raise StoreError(
                 f"values of unit {unit.name} have shape {values.shape}; its block has {shape}"
             )
-        if self.is_done(unit) or self._leases.has_lost(unit.name):
+        if self._leases.has_lost(unit.name):
+            return
+        if not self._leases.holds(unit.name) and self.is_done(unit):  # `claim` has asked that
             return
         data = self._encoder(variable.name).encode(variable.slices(unit), _plain(values))
         self.folder.put(variable.shard_key(unit), data)
@@ -203,11 +208,11 @@ class Store:
         for i in range(values.shape[1]):
             pair = first_pair + i
             key = fixed_key(name, pair)
-            if key not in self._fixed_there and not self.folder.exists(key):
+            if key not in self._fixed_there:
                 where = (slice(None), slice(pair, pair + 1))
                 data = self._encoder(name).encode(where, _plain(values[:, i : i + 1]))
                 self.folder.put_new(key, data)
-            self._fixed_there.add(key)
+                self._fixed_there.add(key)
 
     def missing_fixed(self) -> list[tuple[str, int]]:
         """(name, pair) of each unpatched metric that has not been written."""
@@ -241,6 +246,7 @@ class Store:
 
     def _encoder(self, array: str) -> Encoder:
         if array not in self._encoders:
+            self.folder.check()
             metadata = self.folder.read(f"{array}/zarr.json")
             if metadata is None:
                 raise StoreError(f"{self.folder.shown} has lost {array}/zarr.json; start afresh")
@@ -300,9 +306,17 @@ def _check_space(folder: Folder, variables: Sequence[Variable], pending: Sequenc
     )
     if needed > free:
         raise StoreError(
-            f"the values need up to {needed / 1e9:.3g} GB, and {folder.shown} has "
-            f"{free / 1e9:.3g} GB left; free some space, or give a path on another disk"
+            f"the values need up to {_size(needed)}, and {folder.shown} has {_size(free)} left; "
+            "free some space, or give a path on another disk"
         )
+
+
+def _size(n_bytes: int) -> str:
+    size, unit = float(n_bytes), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size >= 1000:
+            size, unit = size / 1000, larger
+    return f"{size:.4g} {unit}"
 
 
 def _plain(values: np.ndarray) -> np.ndarray:

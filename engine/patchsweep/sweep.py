@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -13,36 +14,50 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.batch import Batch, make_batches
-from patchsweep.errors import ModelError
+from patchsweep.errors import ConfigError, ModelError, StoreError
 from patchsweep.estimate import Cost, estimate
 from patchsweep.interventions import Direction, Intervention, ValueFn
+from patchsweep.journal import Journal
 from patchsweep.metrics import Metric
 from patchsweep.pairs import PromptPairs
 from patchsweep.plan import SitePlan
 from patchsweep.probe import Choice, RunnerName, choose_runner
-from patchsweep.request import Positions, Request, Sets, device_of, make_request
+from patchsweep.request import MetricLike, Positions, Request, Sets, device_of, make_request
 from patchsweep.results import Memory, make_layout, shape_of
 from patchsweep.store import Store, Unit
 
 # tokens of a wave where no budget is given: large enough for full matrix-product speed
 MAX_TOKENS = 4096
-MetricLike = str | Metric | Callable[[Tensor], Tensor]
+WAIT_S = 1.0  # between two looks at units that other processes hold
 
 
 class Progress(Protocol):
-    """Told how far a sweep is; token-layers are the unit of cost."""
+    """Told how far a sweep is; token-layers are the unit of cost.
 
-    def begin(self, request: Request, choice: Choice, total: int, done: int) -> None: ...
+    An exception raised here ends the sweep between two units; nothing is lost then.
+    """
+
+    def begin(
+        self, request: Request, choice: Choice, n_units: int, total: int, done: int
+    ) -> None:
+        """`n_units` are to do; `total` token-layers are this process's, `done` of them before."""
 
     def advance(self, unit: Unit, token_layers: int, n_live: int, seconds: float) -> None: ...
+
+    def waiting(self, n_units: int) -> None:
+        """Other processes are at work on the last `n_units`; called again and again."""
 
 
 class Quiet:
     """No progress."""
 
-    def begin(self, request: Request, choice: Choice, total: int, done: int) -> None: ...
+    def begin(
+        self, request: Request, choice: Choice, n_units: int, total: int, done: int
+    ) -> None: ...
 
     def advance(self, unit: Unit, token_layers: int, n_live: int, seconds: float) -> None: ...
+
+    def waiting(self, n_units: int) -> None: ...
 
 
 def sweep(
@@ -59,6 +74,9 @@ def sweep(
     neurons: Sets | Literal["all"] | None = None,
     read: int = -1,
     store: str | Path | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    slice_index: int = 0,
+    n_slices: int = 1,
     runner: RunnerName = "auto",
     max_tokens: int = MAX_TOKENS,
     config: Mapping[str, Any] | None = None,
@@ -82,7 +100,10 @@ def sweep(
             which drops the pos dim. Default: each position.
         read: prompt position whose logits the metrics read; default the last.
         store: folder or URL of a Zarr store; results stream there, and a second call with the
-            same arguments goes on where the first stopped.
+            same arguments goes on where the first stopped. Many processes may do so at once.
+        storage_options: what the storage library is told (endpoint, retries); no credentials.
+        slice_index, n_slices: do every n-th unit of work only, from this one on; all slices
+            together write what one process would.
         runner: `auto` lets the probe choose; `wave` and `hooked` insist.
         max_tokens: most tokens in one wave.
 
@@ -104,11 +125,64 @@ def sweep(
     )
     if model.training:
         raise ModelError("the model is in training mode, where dropout is drawn; call model.eval()")
+    share = Share(slice_index, n_slices)
+    progress = progress or Quiet()
+    if store is None:
+        if n_slices > 1:
+            raise ConfigError(f"n_slices={n_slices} needs a store, where the slices meet; give one")
+        choice = prepare_runner(request, runner, max_tokens)
+        memory = Memory(make_layout(request, choice, config or {}))
+        run_units(request, choice, memory, progress)
+        return memory.dataset()
+    recorded = _recorded_choice(store, storage_options)
+    if recorded is not None:  # another run's store is refused before anything runs
+        layout = make_layout(request, recorded, config or {})
+        Store.create_or_resume(store, layout, storage_options=storage_options).close()
     choice = prepare_runner(request, runner, max_tokens)
     layout = make_layout(request, choice, config or {})
-    sink = Memory(layout) if store is None else Store.create_or_resume(store, layout)
-    run_units(request, choice, sink, progress or Quiet())
-    return sink.dataset()
+    with (
+        Store.create_or_resume(store, layout, storage_options=storage_options) as sink,
+        Journal(store, storage_options=storage_options) as journal,
+    ):
+        run_units(request, choice, sink, _Journalled(progress, journal, share, config), share)
+        return sink.dataset()
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which units of a run one process does: every n-th."""
+
+    index: int = 0
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.n:
+            raise ConfigError(
+                f"slice={self.index} of n_slices={self.n} does not exist; "
+                + (f"use 0..{self.n - 1}" if self.n > 0 else "n_slices is at least 1")
+            )
+
+
+class _Recorded:
+    """Stands for the runner of which a store tells the name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def _recorded_choice(
+    store: str | Path, storage_options: Mapping[str, Any] | None
+) -> Choice | None:
+    """The runner that an existing store was begun with; None if there is no such store."""
+    try:
+        provenance = Store.open(store, storage_options=storage_options).attrs["provenance"]
+        return Choice(
+            _Recorded(provenance["runner"]),  # type: ignore[arg-type]
+            provenance["runner_reason"],
+            None,
+        )
+    except (StoreError, KeyError):
+        return None  # `create_or_resume` says what is wrong, if something is
 
 
 def plan(
@@ -150,17 +224,31 @@ def prepare_runner(request: Request, wanted: RunnerName, max_tokens: int) -> Cho
 
 
 def run_units(
-    request: Request, choice: Choice, sink: Memory | Store, progress: Progress
+    request: Request,
+    choice: Choice,
+    sink: Memory | Store,
+    progress: Progress,
+    share: Share = Share(),
 ) -> None:
-    """Run every unit that `sink` still misses."""
+    """Run every unit of the `share` that `sink` still misses.
+
+    Units that another process holds are waited for, and taken over if it dies.
+    """
     plans = {plan.site.name: plan for plan in request.plans}
-    pending = sorted(sink.pending(), key=lambda unit: (unit.first_pair, unit.variable))
-    total = sum(plan.token_layers for plan in request.plans)
-    todo = [(unit, _patches_of(plans[unit.variable], unit)) for unit in pending]
-    remaining = sum(_token_layers(plans[unit.variable], patches) for unit, patches in todo)
-    progress.begin(request, choice, total, total - remaining)
+    every = sink.pending() if isinstance(sink, Memory) else sink.units()
+    units = sorted(every, key=lambda unit: (unit.first_pair, unit.variable))
+    patches_of = {
+        unit: _patches_of(plans[unit.variable], unit) for unit in units[share.index :: share.n]
+    }
+    costs = {u: _token_layers(plans[u.variable], patches) for u, patches in patches_of.items()}
+    missing = set(sink.pending())
+    pending = [unit for unit in patches_of if unit in missing]
+    total = sum(costs.values())
+    done = total - sum(costs[unit] for unit in pending)
+    progress.begin(request, choice, len(pending), total, done)
     captures = _Captures(request, choice)
-    for unit, patches in todo:
+    for unit in _claimed(sink, pending, progress):
+        patches = patches_of[unit]
         start = time.perf_counter()
         site_plan = plans[unit.variable]
         block = _Block(site_plan, unit, len(request.metrics))
@@ -178,10 +266,59 @@ def run_units(
         sink.write(unit, block.values())
         progress.advance(
             unit,
-            _token_layers(site_plan, patches),
+            costs[unit],
             int(site_plan.live[patches].sum()),
             time.perf_counter() - start,
         )
+
+
+def _claimed(sink: Memory | Store, units: Sequence[Unit], progress: Progress) -> Iterator[Unit]:
+    """Each of `units` when it is ours to do; ends when all are done, by us or by others."""
+    if isinstance(sink, Memory):
+        yield from units
+        return
+    left = list(units)
+    while left:
+        for unit in left:
+            yield from sink.claim([unit])
+        missing = set(sink.pending())
+        left = [unit for unit in left if unit in missing]
+        if left:
+            progress.waiting(len(left))
+            time.sleep(WAIT_S)
+
+
+class _Journalled:
+    """A progress that is also written to the store's journal."""
+
+    def __init__(
+        self,
+        inner: Progress,
+        journal: Journal,
+        share: Share,
+        config: Mapping[str, Any] | None,
+    ) -> None:
+        self._inner, self._journal, self._share, self._config = inner, journal, share, config
+
+    def begin(
+        self, request: Request, choice: Choice, n_units: int, total: int, done: int
+    ) -> None:
+        self._journal.started(
+            dict(self._config or {}),
+            n_units=n_units,
+            token_layers=total - done,
+            slice=self._share.index,
+            n_slices=self._share.n,
+            probe_difference=choice.difference,
+        )
+        self._inner.begin(request, choice, n_units, total, done)
+
+    def advance(self, unit: Unit, token_layers: int, n_live: int, seconds: float) -> None:
+        self._journal.unit_done(unit, seconds=seconds, token_layers=token_layers, n_live=n_live)
+        self._inner.advance(unit, token_layers, n_live, seconds)
+
+    def waiting(self, n_units: int) -> None:
+        self._inner.waiting(n_units)
 
 
 class _Captures:

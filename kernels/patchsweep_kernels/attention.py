@@ -17,8 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from patchsweep_kernels.dispatch import (
-    INTERPRETED,
     check_alike,
+    dot_settings,
     jit,
     next_power_of_2,
     tl,
@@ -240,28 +240,44 @@ def _triton(
 
 def launch_settings(share: int, d: int, d_v: int, dtype: torch.dtype) -> dict[str, Any]:
     """Tile sizes of the kernel for `share` query heads per key head and these head sizes."""
-    wide = dtype == torch.float32
-    width = max(16, next_power_of_2(max(d, d_v)))
     heads = next_power_of_2(share)
-    queries = 32 if width * (2 if wide else 1) >= 256 else 64
+    width = max(16, next_power_of_2(max(d, d_v)))
+    # Queries, keys and warps: the largest tiles that keep the sums in registers (compile gate).
+    if dtype == torch.float32:
+        queries, keys, warps = (32, 32, 4) if width <= 64 else (16, 32, 4)
+    elif width <= 64:
+        queries, keys, warps = 64, 64, 4
+    else:
+        queries, keys, warps = (64, 32, 4) if width == 128 else (32, 32, 8)
     return {
-        "BLOCK_TOKENS": max(1, max(16, queries) // heads),
+        "BLOCK_TOKENS": max(1, queries // heads),
         "BLOCK_HEADS": heads,
-        "BLOCK_KEYS": 32 if width * (2 if wide else 1) >= 256 else 64,
+        "BLOCK_KEYS": keys,
         "BLOCK_D": max(16, next_power_of_2(d)),
         "BLOCK_DV": max(16, next_power_of_2(d_v)),
-        # The interpreter's products of 16-bit numbers are wrong; fp32 holds them exactly.
-        "UPCAST": wide or INTERPRETED,
-        "num_warps": 4,
-        "num_stages": 2,
+        "num_warps": warps,
+        "num_stages": 1 if width == 256 and dtype == torch.float32 else 2,
+        **dot_settings(dtype),
     }
 
 
 @jit
 @no_type_check
-def _absorb(query, key, value, seen, top, mass, total, scale, cap, HAS_CAP: tl.constexpr):
+def _absorb(
+    query,
+    key,
+    value,
+    seen,
+    top,
+    mass,
+    total,
+    scale,
+    cap,
+    HAS_CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """One step of the online softmax: `key` [d, j] and `value` [j, d_v] join the running sums."""
-    score = tl.dot(query, key, input_precision="ieee") * scale
+    score = tl.dot(query, key, input_precision=PRECISION) * scale
     if HAS_CAP:
         # tanh(y) = 2 * sigmoid(2y) - 1
         score = cap * (2.0 / (1.0 + tl.exp(-2.0 * score / cap)) - 1.0)
@@ -272,7 +288,7 @@ def _absorb(query, key, value, seen, top, mass, total, scale, cap, HAS_CAP: tl.c
     weight = tl.exp(score - safe[:, None])
     shrink = tl.exp(top - safe)
     total = total * shrink[:, None]
-    total = tl.dot(weight.to(value.dtype), value, total, input_precision="ieee")
+    total = tl.dot(weight.to(value.dtype), value, total, input_precision=PRECISION)
     return new_top, mass * shrink + tl.sum(weight, 1), total
 
 
@@ -325,6 +341,7 @@ def _prefix_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     block = blocks + tl.program_id(0).to(tl.int64) * 6
     kv_head = tl.program_id(1).to(tl.int64)
@@ -379,7 +396,9 @@ def _prefix_kernel(
         seen = j[None, :] < start[:, None]
         if HAS_WINDOW:
             seen = seen & (position[:, None] - j[None, :] < window)
-        top, mass, total = _absorb(x, key, value, seen, top, mass, total, scale, cap, HAS_CAP)
+        top, mass, total = _absorb(
+            x, key, value, seen, top, mass, total, scale, cap, HAS_CAP, PRECISION
+        )
 
     keys = k + kv_head * k_head
     values = v + kv_head * v_head
@@ -396,7 +415,9 @@ def _prefix_kernel(
         seen = (j[None, :] >= row_first[:, None]) & (j[None, :] <= token[:, None])
         if HAS_WINDOW:
             seen = seen & (token[:, None] - j[None, :] < window)
-        top, mass, total = _absorb(x, key, value, seen, top, mass, total, scale, cap, HAS_CAP)
+        top, mass, total = _absorb(
+            x, key, value, seen, top, mass, total, scale, cap, HAS_CAP, PRECISION
+        )
 
     # Every real query saw itself, so its mass is positive; the others are not stored.
     total = total / tl.where(real, mass, 1.0)[:, None]

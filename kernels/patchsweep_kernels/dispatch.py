@@ -34,6 +34,20 @@ def use_triton(tensor: Tensor) -> bool:
     return on_device and tensor.dtype != torch.float64
 
 
+def dot_settings(dtype: torch.dtype) -> dict[str, Any]:
+    """How a kernel multiplies tiles of `dtype`: the constants UPCAST and PRECISION.
+
+    16-bit tiles go to the matrix units as they are; the interpreter's products of them are wrong,
+    so there they become fp32, which holds them exactly. fp32 tiles are multiplied in fp32, on
+    NVIDIA as three TF32 products: plain fp32 products would fill registers until they spill.
+    """
+    ieee = INTERPRETED or torch.version.hip is not None
+    return {
+        "UPCAST": dtype == torch.float32 or INTERPRETED,
+        "PRECISION": "ieee" if ieee else "tf32x3",
+    }
+
+
 def next_power_of_2(n: int) -> int:
     """Smallest power of two that is at least `n`; Triton's tiles have such sides."""
     return 1 << max(0, n - 1).bit_length()

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from patchsweep_kernels.answer_logits import answer_logits
 from patchsweep_kernels.dispatch import (
-    INTERPRETED,
     check_indices,
+    dot_settings,
     jit,
     next_power_of_2,
     tl,
@@ -35,6 +35,9 @@ from patchsweep_kernels.unembedding import Unembedding
 # Bytes of logits that the CPU path holds at once, and rows among which it shares them.
 _BLOCK_BYTES = 64 * 2**20
 _BLOCK_ROWS = 4096
+
+# Programs that fill a large GPU; the vocabulary is cut into as many parts as that takes.
+_PROGRAMS = 512
 
 # What the Triton kernel sums.
 _LOG_Z, _KL, _DISTANCE = 0, 1, 2
@@ -225,8 +228,7 @@ def _triton(
     settings = launch_settings(n_rows, d, final.dtype)
     n_blocks = triton.cdiv(n_rows, settings["BLOCK_ROWS"])
     n_vocab_blocks = triton.cdiv(unembedding.d_vocab, settings["BLOCK_VOCAB"])
-    # Enough programs for a large GPU, each with as many blocks of the vocabulary as that leaves.
-    n_parts = min(n_vocab_blocks, triton.cdiv(512, n_blocks))
+    n_parts = min(n_vocab_blocks, triton.cdiv(_PROGRAMS, n_blocks))
     n_parts = triton.cdiv(n_vocab_blocks, triton.cdiv(n_vocab_blocks, n_parts))
     partial = torch.empty(3, n_parts, n_rows, dtype=torch.float32, device=final.device)
     _vocab_kernel[(n_blocks, n_parts)](
@@ -265,13 +267,12 @@ def launch_settings(n_rows: int, d: int, dtype: torch.dtype) -> dict[str, Any]:
     """Tile sizes of the kernel for `n_rows` of size `d`."""
     wide = dtype == torch.float32
     return {
-        "BLOCK_ROWS": min(64, max(16, next_power_of_2(n_rows))),
+        "BLOCK_ROWS": min(32 if wide else 64, max(16, next_power_of_2(n_rows))),
         "BLOCK_VOCAB": 64 if wide else 128,
         "BLOCK_D": min(32 if wide else 64, max(16, next_power_of_2(d))),
-        # The interpreter's products of 16-bit numbers are wrong; fp32 holds them exactly.
-        "UPCAST": wide or INTERPRETED,
         "num_warps": 8,
         "num_stages": 2,
+        **dot_settings(dtype),
     }
 
 
@@ -304,6 +305,7 @@ def _vocab_kernel(
     BLOCK_VOCAB: tl.constexpr,
     BLOCK_D: tl.constexpr,
     UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     part = tl.program_id(1).to(tl.int64)
@@ -332,12 +334,12 @@ def _vocab_kernel(
             if UPCAST:
                 columns = columns.to(tl.float32)
                 x = x.to(tl.float32)
-            b = tl.dot(x, columns, b, input_precision="ieee")
+            b = tl.dot(x, columns, b, input_precision=PRECISION)
             if WHAT > 0:
                 y = tl.load(base + (row * stride_base)[:, None] + element, mask=at, other=0.0)
                 if UPCAST:
                     y = y.to(tl.float32)
-                a = tl.dot(y, columns, a, input_precision="ieee")
+                a = tl.dot(y, columns, a, input_precision=PRECISION)
         if HAS_BIAS:
             shift = tl.load(bias + token, mask=real, other=0.0).to(tl.float32)
             a += shift[None, :]

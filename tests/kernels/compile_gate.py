@@ -1,7 +1,8 @@
 """Compile every kernel for GPUs that need not be present, as its launcher would launch it.
 
 Run as a script: prints a JSON object, launch name -> target -> registers, shared memory, spills;
-exits with 1 if a kernel does not compile, or asks for more shared memory than the GPU has.
+exits with 1 if a kernel does not compile, asks for more shared memory than the GPU has, or spills
+more than a few registers.
 
 The launchers run on CPU tensors with the kernel replaced by a recorder, so types, tile sizes and
 options are the real ones.
@@ -39,6 +40,8 @@ POINTERS = {
     torch.float16: "*fp16",
     torch.int64: "*i64",
 }
+# Bytes per thread. fp32 heads of 256 spill about 200; a lost tile of sums would be thousands.
+SPILL_LIMIT = 512
 OPTIONS = ("num_warps", "num_stages")
 
 
@@ -58,63 +61,69 @@ class Recorder:
 
 def launches() -> Iterator[tuple[str, Any, str, Callable[[], object]]]:
     """Name, module, kernel and launch of every variant that users meet."""
+    fp32, bf16 = torch.float32, torch.bfloat16
     token, head = torch.arange(40), torch.arange(40) % 12
-    for dtype in (torch.float32, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
+    for mode, dtype in (("set", bf16), ("add", bf16), ("add", fp32)):
         x, cells = torch.zeros(64, 12, 64, dtype=dtype), torch.zeros(40, 64, dtype=dtype)
-        for mode in ("set", "add"):
-            yield (
-                f"scatter-{mode}-{name}",
-                scatter,
-                "_scatter_kernel",
-                lambda x=x, c=cells, m=mode: scatter._triton(x, c, token, token, head, m),
-            )
-        flat = torch.zeros(512, 768, dtype=dtype)
         yield (
-            f"attribution-{name}",
+            f"scatter-{mode}-{_short(dtype)}",
+            scatter,
+            "_scatter_kernel",
+            lambda x=x, c=cells, m=mode: scatter._triton(x, c, token, token, head, m),
+        )
+    for dtype in (bf16, fp32):
+        rows = torch.zeros(512, 768, dtype=dtype)
+        yield (
+            f"attribution-{_short(dtype)}",
             attribution,
             "_dot_kernel",
-            lambda x=flat: attribution._triton(x, x, x, torch.zeros(512)),
+            lambda x=rows: attribution._triton(x, x, x, torch.zeros(512)),
         )
-        for share, d, variant in (
-            (1, 64, {}),
-            (3, 64, {}),
-            (4, 128, {}),
-            (1, 256, {"window": 4, "softcap": 50.0}),
-            (8, 64, {"window": 4, "sinks": torch.zeros(16)}),
-        ):
-            yield (
-                f"attention-share{share}-d{d}-{'-'.join(variant) or 'plain'}-{name}",
-                attention,
-                "_prefix_kernel",
-                lambda s=share, d=d, v=variant, t=dtype: _attention(s, d, t, **v),
-            )
-        w_u = torch.zeros(2048, 768, dtype=dtype)
-        plain = Unembedding(w_u)
+    for dtype, share, d, variant in (
+        (fp32, 3, 64, {}),
+        (fp32, 1, 128, {"softcap": 50.0}),
+        (fp32, 2, 256, {"window": 4}),
+        (bf16, 1, 64, {}),
+        (bf16, 4, 128, {}),
+        (bf16, 2, 256, {"window": 4, "softcap": 50.0}),
+        (bf16, 8, 64, {"window": 4, "sinks": torch.zeros(16)}),
+    ):
+        yield (
+            f"attention-share{share}-d{d}-{'-'.join(variant) or 'plain'}-{_short(dtype)}",
+            attention,
+            "_prefix_kernel",
+            lambda s=share, d=d, v=variant, t=dtype: _attention(s, d, t, **v),
+        )
+    for dtype, what, key in (
+        (fp32, "kl", vocab._KL),
+        (bf16, "kl", vocab._KL),
+        (bf16, "log_z", vocab._LOG_Z),
+        (bf16, "total_variation", vocab._DISTANCE),
+    ):
+        rows, w_u = torch.zeros(512, 768, dtype=dtype), torch.zeros(2048, 768, dtype=dtype)
         capped = Unembedding(w_u, bias=torch.zeros(2048, dtype=dtype), scale=0.5, softcap=30.0)
-        for head_name, unembedding in (("plain", plain), ("capped", capped)):
-            for what, key in (("log_z", vocab._LOG_Z), ("kl", vocab._KL), ("tv", vocab._DISTANCE)):
-                yield (
-                    f"vocab-{what}-{head_name}-{name}",
-                    vocab,
-                    "_vocab_kernel",
-                    lambda u=unembedding, x=flat, key=key: vocab._triton(
-                        x, x if key else None, u, key, torch.zeros(2, 512) if key == 2 else None
-                    ),
-                )
-        vector = torch.zeros(768, dtype=dtype)
-        for kind, norm, unembedding in (
-            ("rms", FinalNorm("rms", 1e-6, vector, offset=1.0), capped),
-            ("layer", FinalNorm("layer", 1e-5, vector, vector), plain),
-        ):
+        z = torch.zeros(2, 512) if key == vocab._DISTANCE else None
+        yield (
+            f"vocab-{what}-{_short(dtype)}",
+            vocab,
+            "_vocab_kernel",
+            lambda u=capped, x=rows, key=key, z=z: vocab._triton(x, x if key else None, u, key, z),
+        )
+        if what == "kl":
+            vector = torch.zeros(768, dtype=dtype)
+            norm = FinalNorm("layer", 1e-5, vector, vector)
             yield (
-                f"answer_logits-{kind}-{name}",
+                f"answer_logits-{_short(dtype)}",
                 answer_logits,
                 "_answer_kernel",
-                lambda n=norm, u=unembedding, x=flat: answer_logits._triton(
+                lambda n=norm, u=capped, x=rows: answer_logits._triton(
                     x, u, torch.zeros(512, 2, dtype=torch.int64), n
                 ),
             )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _attention(share: int, d: int, dtype: torch.dtype, **variant: Any) -> None:
@@ -126,10 +135,14 @@ def _attention(share: int, d: int, dtype: torch.dtype, **variant: Any) -> None:
     attention._triton(q, k, k, prefix, prefix, rows, 0.125, **settings)
 
 
-def source_of(kernel: Any, recorder: Recorder) -> tuple[ASTSource, dict[str, int]]:
+def source_of(
+    kernel: Any, recorder: Recorder, target: GPUTarget
+) -> tuple[ASTSource, dict[str, int]]:
     """What to compile for a recorded launch, specialised as Triton does at run time."""
     options = {key: recorder.keywords[key] for key in OPTIONS if key in recorder.keywords}
     given = dict(zip(kernel.arg_names, recorder.arguments, strict=False)) | recorder.keywords
+    if target.backend == "hip" and "PRECISION" in given:
+        given["PRECISION"] = "ieee"  # as dispatch.dot_settings chooses there
     signature, constants, attributes = {}, {}, {}
     for place, name in enumerate(kernel.arg_names):
         value = given[name]
@@ -151,7 +164,7 @@ def source_of(kernel: Any, recorder: Recorder) -> tuple[ASTSource, dict[str, int
 
 
 def resources(compiled: Any) -> dict[str, int]:
-    """Registers, bytes of shared memory and bytes (or registers) spilled, from the machine code."""
+    """Registers, bytes of shared memory, and bytes of stack that spilled registers take."""
     if "cubin" in compiled.asm:
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -163,17 +176,17 @@ def resources(compiled: Any) -> dict[str, int]:
                 text=True,
                 check=True,
             ).stdout
-        registers, spilled = re.search(r"REG:(\d+)", text), re.search(r"LOCAL:(\d+)", text)
+        registers, spilled = re.search(r"REG:(\d+)", text), re.search(r"STACK:(\d+)", text)
     else:
         text = compiled.asm["amdgcn"]
         registers = re.search(r"\.vgpr_count:\s*(\d+)", text)
-        spilled = re.search(r"\.vgpr_spill_count:\s*(\d+)", text)
+        spilled = re.search(r"\.private_segment_fixed_size:\s*(\d+)", text)
     assert registers is not None
     assert spilled is not None
     return {
         "registers": int(registers[1]),
         "shared_bytes": compiled.metadata.shared,
-        "spilled": int(spilled[1]),
+        "spilled_bytes": int(spilled[1]),
     }
 
 
@@ -190,13 +203,15 @@ def main() -> int:
         report[name] = {}
         for target_name, (target, shared_limit) in TARGETS.items():
             try:
-                source, options = source_of(kernel, recorder)
+                source, options = source_of(kernel, recorder, target)
                 used = resources(triton.compile(source, target=target, options=options))
                 if used["shared_bytes"] > shared_limit:
                     raise RuntimeError(
                         f"{used['shared_bytes']} bytes of shared memory, {target_name} has "
                         f"{shared_limit}"
                     )
+                if used["spilled_bytes"] > SPILL_LIMIT:
+                    raise RuntimeError(f"spills {used['spilled_bytes']} bytes a thread")
                 report[name][target_name] = used
             except Exception as error:
                 failed = True

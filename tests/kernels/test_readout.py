@@ -88,6 +88,7 @@ def test_vocabulary_sums_equal_full_logits(
 def test_vocabulary_sums_in_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("patchsweep_kernels.vocab._BLOCK_BYTES", 4 * 64 * 5)
     monkeypatch.setattr("patchsweep_kernels.vocab._BLOCK_ROWS", 5)
+    monkeypatch.setattr("patchsweep_kernels.vocab._PROGRAMS", 2)
     unembedding = _unembedding(333, 16, torch.float32, "all")
     base, patched = torch.randn(12, 16), torch.randn(12, 16)
     log_p, log_q = (naive.logits(x, unembedding).log_softmax(-1) for x in (base, patched))

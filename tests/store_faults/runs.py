@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from patchsweep.journal import Journal
 from patchsweep.layout import FIXED
 from patchsweep.store import Layout, Store, Unit, Variable
@@ -103,7 +102,7 @@ def run(
 def start(url: str | Path, **options: Any) -> BaseProcess:
     """`run` in a process of its own."""
     context = multiprocessing.get_context("forkserver")  # a fork that carries no threads along
-    context.set_forkserver_preload(["store_faults.runs", "xarray", "zarr"])
+    context.set_forkserver_preload(["patchsweep.journal", "patchsweep.store", "numpy.random"])
     process = context.Process(target=_quiet_run, args=(url,), kwargs=options)
     process.start()
     return process
@@ -111,24 +110,23 @@ def start(url: str | Path, **options: Any) -> BaseProcess:
 
 def kill_at_random(
     url: Path, *, kills: int, seed: int, n_writers: int, longest_s: float
-) -> list[int]:
-    """`n_writers` runs at once, killed and started again `kills` times; then they finish.
+) -> tuple[list[int | None], int]:
+    """`n_writers` runs at once, `kills` times one of them killed and started again; then they end.
 
-    Gives the exit codes of the last `n_writers`.
+    Gives the exit codes of the last `n_writers`, and how many were killed in the middle of work.
     """
-    rng = random.Random(seed)
-    writers = [start(url, pause_s=0.002) for _ in range(n_writers)]
+    rng, hits = random.Random(seed), 0
+    writers = [start(url, pause_s=0.01) for _ in range(n_writers)]
     for _ in range(kills):
         time.sleep(rng.uniform(0, longest_s))
         i = rng.randrange(n_writers)
-        if pid := writers[i].pid:
-            if writers[i].is_alive():
-                os.kill(pid, signal.SIGKILL)
-            writers[i].join()
-        writers[i] = start(url, pause_s=0.002)
+        writers[i].kill()
+        writers[i].join()
+        hits += writers[i].exitcode == -signal.SIGKILL
+        writers[i] = start(url, pause_s=0.01)
     for writer in writers:
         writer.join(60)
-    return [writer.exitcode if writer.exitcode is not None else -1 for writer in writers]
+    return [writer.exitcode for writer in writers], hits
 
 
 def _quiet_run(url: str | Path, **options: Any) -> None:
@@ -143,10 +141,10 @@ def _die_at_step(url: str, n: int) -> None:
 
     def watch(event: str, args: tuple[Any, ...]) -> None:
         nonlocal steps
-        if event in ("open", "os.rename", "os.link", "os.remove", "os.mkdir"):
-            if any(isinstance(arg, str | os.PathLike) and url in os.fspath(arg) for arg in args):
-                steps += 1
-                if steps >= n:
-                    os.kill(os.getpid(), signal.SIGKILL)
+        if event not in ("open", "os.rename", "os.link", "os.remove", "os.mkdir"):
+            return
+        steps += any(isinstance(arg, str | os.PathLike) and url in os.fspath(arg) for arg in args)
+        if steps >= n:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(watch)

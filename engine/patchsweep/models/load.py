@@ -48,9 +48,8 @@ def load_model(
     if name.startswith("tiny:"):
         family = name.removeprefix("tiny:")
         if family not in TINY_FAMILIES:
-            raise ModelError(
-                f"tiny family {family!r} is not known; use one of {', '.join(sorted(TINY_FAMILIES))}"
-            )
+            known = ", ".join(sorted(TINY_FAMILIES))
+            raise ModelError(f"tiny family {family!r} is not known; use one of {known}")
         hf_model, tokenizer = tiny_model(family)
         hf_model.to(device=device, dtype=torch_dtype)
         return _bridge(name.replace(":", "-"), hf_model, tokenizer)
@@ -119,7 +118,7 @@ def _pretrained(
         ) from error
     if device is not None:
         hf_model.to(device)
-    return _bridge(source, hf_model, tokenizer)
+    return _bridge(name, hf_model, tokenizer)
 
 
 def _bridge(name: str, hf_model: PreTrainedModel, tokenizer: Any) -> TransformerBridge:

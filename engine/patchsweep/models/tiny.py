@@ -26,9 +26,7 @@ _GROUPED: dict[str, Any] = {
     "max_position_embeddings": 128,
 }
 _UNGROUPED = {
-    key: value
-    for key, value in _GROUPED.items()
-    if key not in ("num_key_value_heads", "head_dim")
+    key: value for key, value in _GROUPED.items() if key not in ("num_key_value_heads", "head_dim")
 }
 _GPT2: dict[str, Any] = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 48, "n_positions": 128}
 _GEMMA: dict[str, Any] = {**_GROUPED, "sliding_window": 6, "query_pre_attn_scalar": 8}

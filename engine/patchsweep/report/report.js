@@ -39,6 +39,15 @@
     return text.replace(/-/g, "\u2212");
   }
 
+  /** The colour of a bar, by the scale of the maps; `x` from -1 to 1, null where not run. */
+  function colourOf(x) {
+    if (x === null) return GREY;
+    const at = (Math.min(1, Math.max(-1, x)) + 1) * 5, low = Math.min(9, Math.floor(at));
+    const [a, b] = [low, low + 1].map((i) => [1, 3, 5].map(
+      (from) => parseInt(RED_BLUE[i][1].slice(from, from + 2), 16)));
+    return `rgb(${a.map((part, i) => Math.round(part + (b[i] - part) * (at - low))).join(",")})`;
+  }
+
   /** The numbers of one site for the chosen metric and view, unpacked once. */
   const unpacked = new Map();
   function frameOf(index) {
@@ -227,7 +236,7 @@
     const traces = [{
       type: "bar", x: range(n), y: flat, hovertext: labels, hoverinfo: "text",
       marker: {
-        color: flat, colorscale: RED_BLUE, cmin: -frame.limit, cmax: frame.limit,
+        color: flat.map((x) => colourOf(x / frame.limit)),
         line: { color: "#545d66", width: 0.5 },
       },
     }];

@@ -101,7 +101,7 @@ def prepare(
 
 
 def _demo_pair() -> PromptRecord:
-    template = "When {S1} and {IO} went to the shops, {S2} gave the bag to"
+    template = "When {S1} and {IO} went to the shops, {S2} gave a bottle of milk to"
     clean, spans = compose(template, {"S1": "John", "IO": "Mary", "S2": "John"})
     corrupted, _ = compose(template, {"S1": "John", "IO": "Mary", "S2": "Mary"})
     labels = {**spans, "S1+1": after(clean, spans["S1"]), "end": end_of(clean)}

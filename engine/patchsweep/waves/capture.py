@@ -18,8 +18,8 @@ from patchsweep_kernels.attention import Rows, prefix_attention
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from patchsweep.waves.replica import Attend, Point, Replica, Unsupported, attention_settings
 from patchsweep.sites import SITES, Site
+from patchsweep.waves.replica import Attend, Point, Replica, Unsupported, attention_settings
 
 # sites that are written at the input of a block, or into the final residual
 STREAM_SITES = ("resid_pre", "resid_post", "embed")
@@ -83,6 +83,7 @@ class SitePoint:
 
     site: Site
     points: tuple[Point, ...]
+    in_place: bool = True  # a patched value is seen by every reader of the tensor, not the next one
 
     @property
     def in_attention(self) -> bool:
@@ -247,14 +248,22 @@ def split_hidden(
 
 
 @contextmanager
-def watch(point: Point, visit: Callable[[Tensor], None]) -> Iterator[None]:
-    """Call `visit` with the tensor that passes `point`; it may change it in place."""
+def watch(point: Point, visit: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Call `visit` with the tensor that passes `point`.
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        visit(split_hidden(args, kwargs)[0])
+    It may change the tensor in place, or return another one that goes on in its stead.
+    """
 
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        visit(output[0] if isinstance(output, tuple) else output)
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden, rest_args, rest_kwargs = split_hidden(args, kwargs)
+        new = visit(hidden)
+        return None if new is None else ((new, *rest_args), rest_kwargs)
+
+    def after(module: nn.Module, args: Any, output: Any) -> Any:
+        new = visit(output[0] if isinstance(output, tuple) else output)
+        if new is None or not isinstance(output, tuple):
+            return new
+        return (new, *output[1:])
 
     if point.side == "in":
         handle = point.module.register_forward_pre_hook(before, with_kwargs=True)

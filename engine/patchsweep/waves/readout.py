@@ -44,9 +44,13 @@ class Readout:
         logits: Tensor = output.logits[:, 0]
         return logits
 
+    def chunk_rows(self, n_reads: int = 1) -> int:
+        """How many rows have fp32 logits that fit `CHUNK_BYTES`."""
+        return max(1, CHUNK_BYTES // (4 * self.d_vocab * n_reads))
+
     def chunks(self, n_rows: int, n_reads: int = 1) -> Iterator[slice]:
         """Row slices whose fp32 logits fit `CHUNK_BYTES`."""
-        size = max(1, CHUNK_BYTES // (4 * self.d_vocab * n_reads))
+        size = self.chunk_rows(n_reads)
         for first in range(0, n_rows, size):
             yield slice(first, min(first + size, n_rows))
 
@@ -60,7 +64,10 @@ class Readout:
         return self._gathered(resid, tokens)
 
     def _gathered(self, resid: Tensor, tokens: Tensor) -> Tensor:
-        parts = [self.logits(resid[c]).float().gather(1, tokens[c]) for c in self.chunks(len(resid))]
+        parts = [
+            self.logits(resid[rows]).float().gather(1, tokens[rows])
+            for rows in self.chunks(len(resid))
+        ]
         return torch.cat(parts) if parts else resid.new_zeros(tokens.shape)
 
     def _direct_logits(self, resid: Tensor, tokens: Tensor) -> Tensor:
@@ -104,9 +111,8 @@ def _block_list(replica: Replica) -> tuple[nn.Module, str, nn.Module]:
     """The module that holds the list of blocks, the list's name, and the list."""
     for parent in replica.model.modules():
         for name, child in parent.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == replica.n_layers:
-                if child[0] is replica.blocks[0]:
-                    return parent, name, child
+            if isinstance(child, nn.ModuleList) and tuple(child) == replica.blocks:
+                return parent, name, child
     raise Unsupported("the model keeps its blocks in no list")
 
 

@@ -13,9 +13,9 @@ from patchsweep_kernels.attention import Rows, prefix_attention
 from patchsweep_kernels.scatter import scatter_patch
 from torch import Tensor, nn
 
+from patchsweep.plan import Ints, Wave
 from patchsweep.waves.capture import STREAM_SITES, Run, SitePoint, split_hidden, watch
 from patchsweep.waves.packing import Packing, pack
-from patchsweep.plan import Wave
 from patchsweep.waves.replica import Attend, Replica, attention_settings
 
 
@@ -26,6 +26,8 @@ class WaveInput:
     base: Run
     donors: list[Tensor]  # per layer of writing [pair, pos, width]: the values patched in
     local: dict[int, int]  # pair of the plan -> row of `base` and `donors`
+    # [patch] row of `donors`, then [row, width] per layer: a vector for each one-token patch
+    donor_row: Ints | None = None
 
 
 @torch.no_grad()
@@ -70,16 +72,26 @@ class _State:
                 start=torch.from_numpy(packing.start),
             )
         self.packing = packing
-        base = self.given.base.resid[packing.layer]
-        if carried is None:
-            hidden = base[self.token_pair, self.token_pos]
-        elif packing.same:
-            hidden = carried
-        else:
-            hidden = base[self.token_pair, self.token_pos]
-            hidden[self._index(packing.carried_to)] = carried[self._index(packing.carried_from)]
+        hidden = self._carry(packing, carried)
         if self.point.site.name in STREAM_SITES:
             self.write(hidden)
+        return hidden
+
+    def _carry(self, packing: Packing, carried: Tensor | None) -> Tensor:
+        """The tokens that come from the block before, and the base run's for all others."""
+        if carried is not None and packing.same:
+            return carried
+        base = self.given.base.resid[packing.layer]
+        if carried is None:
+            return base[self.token_pair, self.token_pos]
+        hidden = base.new_empty(packing.n_tokens, base.shape[-1])
+        if len(packing.carried_from) < len(carried):
+            carried = carried.index_select(0, self._index(packing.carried_from))
+        hidden.index_copy_(0, self._index(packing.carried_to), carried)
+        fresh = np.ones(packing.n_tokens, dtype=bool)
+        fresh[packing.carried_to] = False
+        new = self._index(np.flatnonzero(fresh))
+        hidden.index_copy_(0, new, base[self.token_pair[new], self.token_pos[new]])
         return hidden
 
     def replay(self, hidden: Tensor) -> Tensor:
@@ -100,13 +112,15 @@ class _State:
         if not len(packing.write_token):
             return
         donor = self.given.donors[packing.layer]
-        n_pairs, length, width = donor.shape
-        pair = self.local[wave.pair[packing.write_row]]
-        pos = packing.token_pos[packing.write_token]
-        source = pair * length + pos
+        length, width = donor.shape[-2:]
+        if self.given.donor_row is None:
+            pair = self.local[wave.pair[packing.write_row]]
+            source = pair * length + packing.token_pos[packing.write_token]
+        else:
+            source = self.given.donor_row[wave.patches[packing.write_row]]
         units = wave.plan.axes.units
         flat = x.view(-1, width)
-        values = donor.reshape(n_pairs * length, width)
+        values = donor.reshape(-1, width).to(x.dtype)
         if units is None:
             scatter_patch(
                 flat, values, self._index(packing.write_token), source=self._index(source)
@@ -153,7 +167,16 @@ class _State:
             yield
 
     def _write_at(self, layer: int) -> Any:
-        return lambda x: self.write(x) if self.packing.layer == layer else None
+        def write(x: Tensor) -> Tensor | None:
+            if self.packing.layer != layer:
+                return None
+            if self.point.in_place:
+                return self.write(x)
+            x = x.clone()
+            self.write(x)
+            return x
+
+        return write
 
     def _attention(self, layer: int) -> Attend:
         name = self.point.site.name if self.point.in_attention else None
@@ -199,9 +222,7 @@ class _State:
                 return None
             hidden, args, kwargs = split_hidden(args, kwargs)
             packing = self.packing
-            token = self._index(
-                np.flatnonzero(reads[packing.token_pair, packing.token_pos])
-            )
+            token = self._index(np.flatnonzero(reads[packing.token_pair, packing.token_pos]))
             self._kept = (hidden.shape, token)
             return (hidden[:, token], *args), kwargs
 

@@ -136,6 +136,9 @@ def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """What Hugging Face attention layers call; q, k, v are `[1, head, token, d_head]`."""
+    # rotary tables lift q and k to fp32 where the layers hand on bf16
+    dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
+    query, key, value = (x.to(dtype) for x in (query, key, value))
     return module.__dict__["patchsweep_attend"](module, query, key, value, **kwargs), None
 
 

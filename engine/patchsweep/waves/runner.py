@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,9 +19,12 @@ from patchsweep.metrics import Logits, Metric, compute
 from patchsweep.plan import Ints, SitePlan, Wave
 from patchsweep.sites import Site
 from patchsweep.waves.capture import Run, SitePoint, capture, embed_to_stream, locate
+from patchsweep.waves.precision import use_bf16_products
 from patchsweep.waves.readout import Readout
 from patchsweep.waves.replay import WaveInput, run_wave
 from patchsweep.waves.replica import Replica
+
+Precision = Literal["model", "bf16"]
 
 
 @dataclass
@@ -36,7 +40,9 @@ class Loaded:
 
 
 class WaveRunner:
-    """Exact patches in packed waves of at most `max_tokens` tokens.
+    """Patches in packed waves of at most `max_tokens` tokens.
+
+    Exact in the model's own precision; `precision="bf16"` multiplies in bf16 (see `precision`).
 
     Raises:
         Unsupported: the model or one of `sites` cannot be run this way.
@@ -45,9 +51,15 @@ class WaveRunner:
     name = "wave"
 
     def __init__(
-        self, bridge: TransformerBridge, sites: Sequence[Site], max_tokens: int = 4096
+        self,
+        bridge: TransformerBridge,
+        sites: Sequence[Site],
+        max_tokens: int = 4096,
+        precision: Precision = "model",
     ) -> None:
         self.replica = Replica(bridge)
+        if precision == "bf16":
+            use_bf16_products(self.replica.blocks)
         self.points: dict[str, SitePoint] = {s.name: locate(self.replica, s) for s in sites}
         self.readout = Readout(self.replica)
         self.max_tokens = max_tokens
@@ -155,9 +167,7 @@ class WaveRunner:
             )
         return torch.cat(parts, dim=1)
 
-    def _full(
-        self, resid: Float[Tensor, "row read d_model"]
-    ) -> Float[Tensor, "row read d_vocab"]:
+    def _full(self, resid: Float[Tensor, "row read d_model"]) -> Float[Tensor, "row read d_vocab"]:
         logits = self.readout.logits(resid.flatten(0, 1)).float()
         return rearrange(logits, "(row read) v -> row read v", read=resid.shape[1])
 
@@ -174,7 +184,8 @@ class WaveRunner:
         site = point.site
         pairs = zip(base.layers_of(site.name), source.layers_of(site.name), strict=True)
         values = [
-            intervention.values(site, layer, b, s) for layer, (b, s) in enumerate(pairs)
+            intervention.values(site, layer, b, s).contiguous()
+            for layer, (b, s) in enumerate(pairs)
         ]
         if site.name == "resid_post":
             return [values[0], *values]  # written at the next block's input, never at block 0
@@ -182,9 +193,7 @@ class WaveRunner:
             return [embed_to_stream(self.replica, values[0])]
         if site.name == "pattern":
             # a patched pattern changes its own token's z alone, so its value is a z
-            return [
-                _attend(pattern, v) for pattern, v in zip(values, base.values, strict=True)
-            ]
+            return [_attend(pattern, v) for pattern, v in zip(values, base.values, strict=True)]
         return values
 
 

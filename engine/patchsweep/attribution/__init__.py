@@ -1,0 +1,62 @@
+"""Attribution: every score from a few passes, as an approximation of exact patching."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from patchsweep.attribution.atp import Atp
+from patchsweep.attribution.atp_star import AtpStar
+from patchsweep.attribution.check import check_request
+from patchsweep.attribution.integrated import IntegratedInputs, IntegratedSite
+from patchsweep.attribution.method import Method
+from patchsweep.attribution.relp import Relp
+from patchsweep.attribution.run import Attribution
+from patchsweep.errors import MethodError
+
+__all__ = [
+    "METHODS",
+    "Attribution",
+    "Atp",
+    "AtpStar",
+    "IntegratedInputs",
+    "IntegratedSite",
+    "Method",
+    "Relp",
+    "check_request",
+    "get_methods",
+]
+
+METHODS: dict[str, Callable[[], Method]] = {
+    "atp": Atp,
+    "atp_star": AtpStar,
+    "atp_star_drop": lambda: AtpStar(name="atp_star_drop", grad_drop=True),
+    "ig": IntegratedSite,
+    "ig_inputs": IntegratedInputs,
+    "relp": Relp,
+    "relp_ah": lambda: Relp(name="relp_ah", fixed_pattern=True),
+}
+
+
+def get_methods(given: Sequence[str | Method]) -> tuple[Method, ...]:
+    """The methods of names; a method itself passes through.
+
+    Raises:
+        MethodError: a name is unknown or given twice, or there is none.
+    """
+    if not given:
+        raise MethodError("methods is empty; name at least one, such as atp")
+    methods = tuple(_get(method) for method in given)
+    names = [method.name for method in methods]
+    if len(set(names)) < len(names):
+        raise MethodError(f"methods={names} names a method twice; name each once")
+    return methods
+
+
+def _get(given: str | Method) -> Method:
+    if not isinstance(given, str):
+        return given
+    if given not in METHODS:
+        raise MethodError(
+            f"method {given!r} is not known; use exact, screen or one of {', '.join(METHODS)}"
+        )
+    return METHODS[given]()

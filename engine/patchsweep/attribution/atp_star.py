@@ -1,0 +1,239 @@
+"""AtP*: attribution patching that goes through the attention softmax exactly.
+
+A change of a query or key moves attention probabilities, and where those are saturated their
+gradient is nearly zero though a patch moves them a lot. AtP* (Kramár et al., arXiv 2403.00745)
+computes the patched probabilities p' and is linear only after them:
+
+    estimate = sum over (query i, key k) of (p'_ik - p_ik) * d metric / d p_ik
+
+Q-fix, for `q` and `rot_q`: the patched query of token i against the base run's keys. K-fix, for
+`k` and `rot_k`: the patched key of token t for all later queries, in O(T^2) per head by the
+closed form in `key_effect`. All other sites are attributed as in `atp`. Of a span of several
+keys the estimates for each key are summed.
+
+GradDrop (`atp_star_drop`) treats another failure, direct and indirect effects that cancel: one
+backward pass for each layer l with the gradient stopped at what l writes to the residual
+stream, and the mean over l of the estimates' **absolute** values. It has no sign.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from patchsweep.attribution.atp import differentiable_run
+from patchsweep.attribution.estimates import Estimates, Found, Work, backward_each
+from patchsweep.attribution.tape import Heads, Place
+from patchsweep.errors import MethodError
+from patchsweep.interventions import Intervention
+from patchsweep.sites import SITES, Site
+from patchsweep.waves.capture import attention_pattern
+
+QUERIES, KEYS = ("q", "rot_q"), ("k", "rot_k")
+
+
+@dataclass(frozen=True)
+class AtpStar:
+    """Q-fix and K-fix; with `grad_drop` also GradDrop, and then without sign."""
+
+    name: str = "atp_star"
+    grad_drop: bool = False
+    at_base: bool = True
+
+    def run(self, work: Work) -> Found:
+        """See `Method`.
+
+        Raises:
+            MethodError: the intervention cannot be carried through rotary tables.
+        """
+        check_intervention(work)
+        estimates = work.empty()
+        plain = tuple(s for s in work.sites if s.name not in (*QUERIES, *KEYS))
+        switch = _Switch()
+        logits = differentiable_run(
+            work,
+            estimates,
+            plain,
+            on_attention=lambda layer, heads: _watch_pattern(work, estimates, layer, heads),
+            after=(lambda: switch.on(work)) if self.grad_drop else ExitStack,
+        )
+        scores = work.score(logits, logits.detach())
+        if self.grad_drop:
+            self._dropped(work.tape.n_layers, estimates, scores, switch)
+        else:
+            backward_each(scores, estimates)
+        return Found(estimates, logits.detach())
+
+    def extra_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        """See `Method`: fixes work after rotary, GradDrop at what a layer writes."""
+        names = {site.name for site in sites}
+        needed = [SITES["rot_q"]] if names & set(QUERIES) else []
+        needed += [SITES["rot_k"]] if names & set(KEYS) else []
+        if self.grad_drop:
+            needed += [SITES["attn_out"], SITES["mlp_out"]]
+        return tuple(needed)
+
+    def passes(self, sites: tuple[Site, ...], n_layers: int, n_metrics: int) -> float:
+        """See `Method`."""
+        return 2 + n_metrics * (n_layers if self.grad_drop else 1)
+
+    def _dropped(
+        self,
+        n_layers: int,
+        estimates: Estimates,
+        scores: Float[Tensor, "metric pair"],
+        switch: _Switch,
+    ) -> None:
+        total = {name: torch.zeros_like(x) for name, x in estimates.values.items()}
+        for layer in range(n_layers):
+            switch.dropped = layer
+            for metric, row in enumerate(scores):
+                estimates.metric = metric
+                last = layer == n_layers - 1 and metric == len(scores) - 1
+                row.sum().backward(retain_graph=not last)
+            for name, x in estimates.values.items():
+                total[name] += x.abs()
+                x.zero_()
+        for name, x in estimates.values.items():
+            # a node's own layer contributes nothing to its mean
+            x.copy_(total[name] / max(1, n_layers - 1))
+
+
+def check_intervention(work: Work) -> None:
+    """The value after rotary must be the rotary of the value patched in before it.
+
+    Raises:
+        MethodError: it need not be, for one of the sites.
+    """
+    for site in work.sites:
+        point = work.tape.points[site.name]
+        if site.name in ("q", "k") and not point.in_attention:
+            if not carries_over(work.intervention):
+                raise MethodError(
+                    f"method=atp_star needs the patched {site.name} after rotary, which "
+                    f"intervention={work.intervention.name} does not give; use the site "
+                    f"rot_{site.name}, or method=atp"
+                )
+
+
+def carries_over(intervention: Intervention) -> bool:
+    """Whether values of a site lead to the values of the same name further on."""
+    return intervention.name in ("resample", "shuffle", "zero")
+
+
+def _watch_pattern(work: Work, estimates: Estimates, layer: int, heads: Heads) -> None:
+    """Fill queries and keys when the gradient of the pattern comes."""
+    chosen = [site for site in work.sites if site.name in (*QUERIES, *KEYS)]
+    if not chosen:
+        return
+    pattern = heads.pattern.detach()
+    n_rows, _, n_pos, _ = heads.q.shape
+
+    def on_gradient(grad: Tensor) -> None:
+        for site in chosen:
+            after_rotary = SITES["rot_q" if site.name in QUERIES else "rot_k"]
+            place = Place(after_rotary, layer, n_rows, n_pos, True)
+            base = heads.q if site.name in QUERIES else heads.k
+            values = work.values(after_rotary, layer, place.flat(base))
+            patched = values.unflatten(-1, (base.shape[1], -1)).transpose(1, 2)
+            if site.name in QUERIES:
+                effect = query_effect(heads, patched, pattern, grad)
+            else:
+                effect = key_effect(heads, patched, pattern, grad)
+                effect = effect.unflatten(1, (base.shape[1], -1)).sum(dim=2)
+            estimates.add_units(
+                Place(site, layer, n_rows, n_pos, True), effect.transpose(1, 2)
+            )
+
+    heads.pattern.register_hook(on_gradient)
+
+
+def query_effect(
+    heads: Heads,
+    patched: Float[Tensor, "row head pos d"],
+    pattern: Float[Tensor, "row head dest src"],
+    grad: Float[Tensor, "row head dest src"],
+) -> Float[Tensor, "row head pos"]:
+    """Q-fix: the estimate for each query, from its patched probabilities."""
+    moved = attention_pattern(patched, heads.k, **heads.settings)
+    return ((moved - pattern) * grad).sum(dim=-1)
+
+
+def key_effect(
+    heads: Heads,
+    patched: Float[Tensor, "row kv_head pos d"],
+    pattern: Float[Tensor, "row head dest src"],
+    grad: Float[Tensor, "row head dest src"],
+) -> Float[Tensor, "row head pos"]:
+    """K-fix: the estimate for each key and query head, summed over the queries that see it.
+
+    With D the change of score (i, t) that key t brings, and p the base probabilities, the
+    patched ones are p' = p + g (e_t - p_i), where g = p_it (e^D - 1) / (1 + p_it (e^D - 1)).
+    """
+    change = attention_scores(heads.q, patched, heads.settings) - attention_scores(
+        heads.q, heads.k, heads.settings
+    )
+    # the equal form for D > 0 does not overflow
+    down = pattern * torch.expm1(change.clamp(max=0))
+    shrunk = torch.exp(-change.clamp(min=0))
+    up = pattern * (1 - shrunk) / (pattern + (1 - pattern) * shrunk).clamp_min(1e-38)
+    gamma = torch.where(change > 0, up, down / (1 + down))
+    # grad_it - p_i . grad_i, the slope along (e_t - p_i); where p_it is 0 nothing moves
+    slope = grad - (pattern * grad).sum(dim=-1, keepdim=True)
+    return (gamma * slope).sum(dim=-2)
+
+
+def attention_scores(
+    q: Float[Tensor, "row head dest d"], k: Float[Tensor, "row kv_head src d"], settings: dict[str, Any]
+) -> Float[Tensor, "row head dest src"]:
+    """Scores after scaling and soft-cap, without the mask; fp32, or fp64 for fp64."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = (q.to(dtype) @ k.to(dtype).transpose(-1, -2)) * settings["scale"]
+    softcap = settings.get("softcap")
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+class _Stop(torch.autograd.Function):
+    """The identity; backwards nothing at the layer that is dropped."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, switch: _Switch, layer: int) -> Tensor:
+        ctx.switch, ctx.layer = switch, layer
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return (torch.zeros_like(grad) if ctx.switch.dropped == ctx.layer else grad), None, None
+
+
+class _Switch:
+    """Which layer's writes to the residual stream pass no gradient."""
+
+    def __init__(self) -> None:
+        self.dropped: int | None = None
+
+    @contextmanager
+    def on(self, work: Work) -> Iterator[None]:
+        """Put a stop behind every layer's attention and MLP output."""
+        with ExitStack() as stack:
+            for name in ("attn_out", "mlp_out"):
+                for layer, point in enumerate(work.tape.points[name].points):
+                    assert point.side == "out"
+                    handle = point.module.register_forward_hook(self._hook(layer))
+                    stack.callback(handle.remove)
+            yield
+
+    def _hook(self, layer: int) -> Callable[[nn.Module, Any, Any], Any]:
+        def stop(module: nn.Module, args: Any, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return (_Stop.apply(output[0], self, layer), *output[1:])
+            return _Stop.apply(output, self, layer)
+
+        return stop

@@ -1,0 +1,98 @@
+"""What is refused before any forward pass: a method that cannot say anything about a request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.attribution.method import Method
+from patchsweep.errors import MethodError
+from patchsweep.metrics import Logits, Metric
+from patchsweep.plan import SitePlan
+from patchsweep.request import Request
+
+
+def check_request(request: Request, methods: Sequence[Method]) -> None:
+    """Raise unless every method can attribute every metric and site of `request`.
+
+    Raises:
+        MethodError: with what to use in its place.
+    """
+    check_model(request.bridge)
+    for method in methods:
+        for metric in request.metrics:
+            check_metric(metric, method)
+        for plan in request.plans:
+            _check_plan(plan, method)
+        if method.name == "ig_inputs" and not request.intervention.from_source:
+            raise MethodError(
+                f"method=ig_inputs walks from the base prompt's embeddings to the source "
+                f"prompt's, and intervention={request.intervention.name} has no source prompt; "
+                "use ig, or intervention=resample"
+            )
+
+
+def check_model(model: TransformerBridge) -> None:
+    """Raise unless gradients of `model` mean what they should.
+
+    Raises:
+        MethodError: it is in training mode, or quantised in a way that has no gradient.
+    """
+    if model.training:
+        raise MethodError(
+            "the model is in training mode, where dropout is drawn anew; call model.eval()"
+        )
+    for name, parameter in model.original_model.named_parameters():
+        if not parameter.dtype.is_floating_point or parameter.dtype.itemsize < 2:
+            raise MethodError(
+                f"weight {name} is stored as {parameter.dtype}, through which no gradient passes; "
+                "load the model with dtype=bfloat16 or float32, or use method=exact"
+            )
+
+
+def check_metric(metric: Metric, method: Method) -> None:
+    """Raise unless `method` can say something about `metric`.
+
+    Raises:
+        MethodError: it is not smooth, flat at the base, or returns numbers without gradient.
+    """
+    if not metric.smooth:
+        raise MethodError(
+            f"metric {metric.name} changes by jumps, so its gradient is zero or undefined; use "
+            "logit_diff, or method=exact"
+        )
+    if metric.flat_at_base and method.at_base:
+        raise MethodError(
+            f"metric {metric.name} is smallest at the base run, where its gradient is zero, so "
+            f"method={method.name} would give 0 everywhere; use the metric logit_diff, or "
+            "method=ig"
+        )
+    # a user's metric shows whether it has a gradient on a few numbers
+    with torch.enable_grad():
+        full = torch.linspace(-1, 1, 16).view(2, 1, 8).requires_grad_()
+        fixed = full.detach().flip(-1)
+        try:
+            value = metric.compute(Logits(full[..., 0], full[..., 1], full, fixed, fixed))
+        except (RuntimeError, IndexError):
+            return  # it needs a real vocabulary; the run will say what is wrong, if anything
+    if not value.requires_grad:
+        raise MethodError(
+            f"metric {metric.name} returns numbers that have no gradient; write it in torch "
+            "operations that keep one (no argmax, item or detach), or use method=exact"
+        )
+
+
+def _check_plan(plan: SitePlan, method: Method) -> None:
+    together = [layers for layers in plan.axes.layers if len(layers) > 1]
+    if plan.site.layered and together:
+        raise MethodError(
+            f"layers={list(together[0])} are patched together, and method={method.name} estimates "
+            "each layer by itself; give layers one by one, or use method=exact"
+        )
+    if method.name == "relp_ah" and plan.site.name in ("q", "k", "rot_q", "rot_k"):
+        raise MethodError(
+            f"method=relp_ah holds the attention pattern constant, so {plan.site.name} would get "
+            "0 everywhere; use relp or atp_star"
+        )

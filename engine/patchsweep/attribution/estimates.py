@@ -1,0 +1,175 @@
+"""Estimates: what one method gives for one batch, and how a plan's cells are read off it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from patchsweep_kernels.attribution import attribution_dot
+from torch import Tensor
+
+from patchsweep.attribution.tape import Place, Tape
+from patchsweep.batch import Batch
+from patchsweep.interventions import Intervention
+from patchsweep.metrics import Logits, Metric, compute
+from patchsweep.plan import Ints, ModelShape, SitePlan
+from patchsweep.sites import Site
+
+
+class Estimates:
+    """Per site `[metric, pair, layer, pos, unit]`, fp32, zero where no gradient came.
+
+    The unit axis is the plan's: sets of heads or neurons are summed when they are added, so
+    that no `[pos, d_mlp]` is kept for a few neurons.
+    """
+
+    def __init__(
+        self, plans: Sequence[SitePlan], shape: ModelShape, batch: Batch, n_metrics: int
+    ) -> None:
+        self.metric = 0  # whose backward pass is running
+        self.plans = {plan.site.name: plan for plan in plans}
+        self._shape = shape
+        self.values: dict[str, Tensor] = {}
+        for plan in plans:
+            n_layers = shape.n_layers if plan.site.layered else 1
+            n_units = 1 if plan.axes.units is None else len(plan.axes.units)
+            self.values[plan.site.name] = torch.zeros(
+                n_metrics, *batch.base.shape[:1], n_layers, batch.length, n_units,
+                device=batch.base.device,
+            )
+
+    def add(
+        self, place: Place, values: Tensor, base: Tensor, grad: Tensor, weight: float = 1.0
+    ) -> None:
+        """Add `weight` times (values - base) · grad, all as `Place.flat` gives them."""
+        plan = self.plans[place.site.name]
+        if place.site.name == "pattern":
+            dot = attribution_dot(values, base, grad).transpose(1, 2)  # [row, dest, head]
+        elif plan.axes.units is None:
+            dot = attribution_dot(values, base, grad).unsqueeze(-1)
+        elif place.site.unit == "neuron":
+            chosen = [neuron for members in plan.axes.units for neuron in members]
+            dot = (values[..., chosen].float() - base[..., chosen].float()) * (
+                grad[..., chosen].float()
+            )
+            self.put(place, _sum_sets(dot, plan.axes.units, compact=True), weight)
+            return
+        else:
+            n = self._shape.n_units(place.site)
+            dot = attribution_dot(*(x.unflatten(-1, (n, -1)) for x in (values, base, grad)))
+        self.put(place, self._by_sets(plan, dot), weight)
+
+    def add_units(self, place: Place, effect: Tensor, weight: float = 1.0) -> None:
+        """Add `effect` `[row, pos, unit]`, one number for every head of the site."""
+        self.put(place, self._by_sets(self.plans[place.site.name], effect), weight)
+
+    def put(self, place: Place, effect: Tensor, weight: float) -> None:
+        """Add `effect` `[row, pos, unit set]`; rows beyond the pairs are further copies of them."""
+        target = self.values[place.site.name][self.metric, :, place.layer]
+        target += weight * effect.to(target)
+
+    @staticmethod
+    def _by_sets(plan: SitePlan, effect: Tensor) -> Tensor:
+        if plan.axes.units is None:
+            return effect.sum(dim=-1, keepdim=True)
+        return _sum_sets(effect, plan.axes.units, compact=False)
+
+    def cells(self, plan: SitePlan, patches: Ints, batch: Batch) -> NDArray[np.float32]:
+        """The estimates `[metric, patch]` of `patches`; dead ones are zero exactly.
+
+        Tokens of one span are summed: their patches meet no sooner than the metric does.
+        """
+        values = self.values[plan.site.name].double().cpu().numpy()
+        running = np.concatenate([np.zeros_like(values[..., :1, :]), values.cumsum(-2)], axis=-2)
+        local = batch.local
+        pair = np.array([local[p] for p in plan.pair[patches].tolist()], dtype=np.int64)
+        layer = np.array([layers[0] for layers in plan.axes.layers])[plan.layer_set[patches]]
+        unit = plan.unit_set[patches]
+        start, stop = plan.start[patches], plan.stop[patches]
+        single = stop == start + 1
+        summed = running[:, pair, layer, stop, unit] - running[:, pair, layer, start, unit]
+        found = np.where(single, values[:, pair, layer, start, unit], summed)
+        return np.where(plan.live[patches], found, 0.0).astype(np.float32)
+
+
+def _sum_sets(effect: Tensor, sets: Sequence[tuple[int, ...]], *, compact: bool) -> Tensor:
+    """Sum the last axis by sets of its indices; `compact`: it holds the members in their order."""
+    members = [unit for which in sets for unit in which]
+    if not compact:
+        if members == list(range(effect.shape[-1])) and len(sets) == len(members):
+            return effect
+        effect = effect[..., members]
+    sizes = torch.tensor([len(which) for which in sets], device=effect.device)
+    index = torch.repeat_interleave(torch.arange(len(sets), device=effect.device), sizes)
+    out = effect.new_zeros(*effect.shape[:-1], len(sets))
+    return out.index_add_(-1, index, effect)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One batch, ready for any method: the source run has been made."""
+
+    tape: Tape
+    batch: Batch
+    plans: tuple[SitePlan, ...]
+    shape: ModelShape
+    metrics: tuple[Metric, ...]
+    intervention: Intervention
+    source: Mapping[str, list[Tensor]]  # site -> per layer, as `Place.flat` gives it
+    source_logits: Float[Tensor, "pair read d_vocab"]
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites that are attributed; the tape may watch more."""
+        return tuple(plan.site for plan in self.plans)
+
+    def empty(self) -> Estimates:
+        """Zeros for every site."""
+        return Estimates(self.plans, self.shape, self.batch, len(self.metrics))
+
+    @torch.no_grad()
+    def values(self, site: Site, layer: int, base: Tensor) -> Tensor:
+        """What a patch puts in place of `base`."""
+        return self.intervention.values(site, layer, base, self.source[site.name][layer])
+
+    def score(
+        self,
+        logits: Float[Tensor, "row read d_vocab"],
+        base_logits: Float[Tensor, "pair read d_vocab"],
+    ) -> Float[Tensor, "metric row"]:
+        """Every metric of every row; rows beyond the pairs are further copies of them."""
+        copies = len(logits) // len(self.batch.base)
+        answer, wrong = (
+            logits.gather(2, x.repeat(copies, 1).unsqueeze(-1)).squeeze(-1)
+            for x in (self.batch.answer, self.batch.wrong)
+        )
+        base, source = (x.repeat(copies, 1, 1) for x in (base_logits, self.source_logits))
+        return compute(self.metrics, Logits(answer, wrong, logits, base, source))
+
+    def references(
+        self, base_logits: Float[Tensor, "pair read d_vocab"]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """The metrics `[metric, pair]` of the base and of the source run."""
+        with torch.no_grad():
+            base = self.score(base_logits, base_logits)
+            source = self.score(self.source_logits, base_logits)
+        return base.cpu().numpy(), source.cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a method found on one batch."""
+
+    estimates: Estimates
+    base_logits: Float[Tensor, "pair read d_vocab"]
+
+
+def backward_each(scores: Float[Tensor, "metric row"], estimates: Estimates) -> None:
+    """One backward pass per metric, of its sum over the rows (a mean would scale gradients)."""
+    for metric, row in enumerate(scores):
+        estimates.metric = metric
+        row.sum().backward(retain_graph=metric + 1 < len(scores))

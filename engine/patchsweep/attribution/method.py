@@ -1,0 +1,27 @@
+"""What an attribution method is."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from patchsweep.attribution.estimates import Found, Work
+from patchsweep.sites import Site
+
+
+class Method(Protocol):
+    """Estimates metric(patched) - metric(base) for every patch of some sites.
+
+    Estimates are signed, per pair, in the metric's unit.
+    """
+
+    name: str
+    at_base: bool  # looks at the gradient of the base run alone
+
+    def run(self, work: Work) -> Found:
+        """The estimates of all sites of `work`."""
+
+    def extra_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        """Sites whose activations it needs besides those it is asked about."""
+
+    def passes(self, sites: tuple[Site, ...], n_layers: int, n_metrics: int) -> float:
+        """Full forward passes it makes, a backward pass counted as one (weights take none)."""

@@ -1,0 +1,172 @@
+"""Relevance patching: attribution patching with another backward pass.
+
+The same product as in `atp`, with coefficients from layer-wise relevance propagation in place
+of gradients (Jafari et al., arXiv 2508.21258). The forward pass is untouched. Backwards
+
+- LN-rule: a norm's scale is a constant, so it passes on what its centring and weights do;
+- Identity-rule: an activation function is the factor act(x) / x, a constant;
+- Half-rule: of a product of two activations (a gate) each factor gets one half;
+- a factor that scales whole vectors, such as an expert's routing weight, is a constant.
+
+`relp` keeps the gradient of the attention softmax; `relp_ah` adds the AH-rule, which holds the
+attention pattern constant, so that queries and keys get nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from patchsweep.attribution.atp import differentiable_run
+from patchsweep.attribution.estimates import Found, Work, backward_each
+from patchsweep.errors import MethodError
+from patchsweep.sites import Site
+from patchsweep.waves.replica import Replica
+
+# size of the vector that a norm's weights are read off with, so that its epsilon does not show
+_LARGE = 1e3
+
+
+@dataclass(frozen=True)
+class Relp:
+    """(values - base) · relevance coefficients; `fixed_pattern` adds the AH-rule."""
+
+    name: str = "relp"
+    fixed_pattern: bool = False
+    at_base: bool = True
+
+    def run(self, work: Work) -> Found:
+        """See `Method`."""
+        estimates = work.empty()
+        with relevance_rules(work.tape.replica):
+            logits = differentiable_run(
+                work, estimates, work.sites, fixed_pattern=self.fixed_pattern
+            )
+        # the metric itself is differentiated as it is
+        backward_each(work.score(logits, logits.detach()), estimates)
+        return Found(estimates, logits.detach())
+
+    def extra_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        """See `Method`."""
+        return ()
+
+    def passes(self, sites: tuple[Site, ...], n_layers: int, n_metrics: int) -> float:
+        """See `Method`."""
+        return 2 + n_metrics
+
+
+class _Graft(torch.autograd.Function):
+    """The first argument's value with the second argument's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, carrier: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+        return None, grad
+
+
+def graft(value: Tensor, carrier: Tensor) -> Tensor:
+    """`value`, which passes its gradient on to `carrier`."""
+    result: Tensor = _Graft.apply(value.detach(), carrier)  # type: ignore[no-untyped-call]
+    return result
+
+
+@contextmanager
+def relevance_rules(replica: Replica) -> Iterator[None]:
+    """Forward passes inside build a graph whose backward pass follows the rules.
+
+    Raises:
+        MethodError: a norm of the model is neither a LayerNorm nor an RMS norm.
+    """
+    with ExitStack() as stack:
+        for module in replica.model.modules():
+            if is_norm(module):
+                stack.callback(module.register_forward_hook(_norm_rule).remove)
+            elif is_activation(module):
+                stack.callback(module.register_forward_hook(_identity_rule).remove)
+        stack.enter_context(HalfRule())
+        yield
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module divides vectors by their size."""
+    return isinstance(module, nn.LayerNorm | nn.RMSNorm) or (
+        type(module).__name__.endswith(("Norm", "LayerNorm"))
+        and not any(True for _ in module.children())
+    )
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Whether a module is an elementwise nonlinearity, as `transformers` and torch have them."""
+    home = type(module).__module__
+    return home.startswith(("transformers.activations", "torch.nn.modules.activation")) and not (
+        isinstance(module, nn.MultiheadAttention | nn.Softmax)
+    )
+
+
+def _norm_rule(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    if not output.requires_grad:
+        return None
+    x: Tensor = args[0]
+    if isinstance(module, nn.LayerNorm):
+        centred = x - x.mean(dim=-1, keepdim=True)
+        scale = (x.detach().var(dim=-1, keepdim=True, unbiased=False) + module.eps).rsqrt()
+        weight = module.weight if module.weight is not None else torch.ones_like(x[..., :1])
+        return graft(output, centred * (scale * weight.detach()))
+    with torch.no_grad():
+        # an RMS norm is x * weight * scale(x): its weights are what it does to (1, 1, ...)
+        weight = module.forward(torch.full_like(x[(0,) * (x.ndim - 1)], _LARGE))
+        weighted = x.float() * weight.float()
+        size = (weighted * weighted).sum(-1, keepdim=True)
+        scale = (output.float() * weighted).sum(-1, keepdim=True) / size.clamp_min(1e-30)
+        off = (scale * weighted - output.float()).abs().amax()
+        tolerance = 1e-3 if x.dtype == torch.float32 else 0.05
+        if off > tolerance * output.float().abs().amax():
+            raise MethodError(
+                f"{type(module).__name__} is neither a LayerNorm nor an RMS norm, so relp has no "
+                "rule for it; use atp"
+            )
+        factor = (scale * weight.float()).to(x)
+    return graft(output, x * factor)
+
+
+def _identity_rule(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    x: Tensor = args[0]
+    if not x.requires_grad:
+        return None
+    with torch.no_grad():
+        # where x is 0 there is no ratio, and act(0) = 0 has nothing to pass on
+        factor = torch.where(x == 0, torch.zeros_like(x), output / x)
+    return graft(output, x * factor)
+
+
+class HalfRule(TorchFunctionMode):
+    """Splits the gradient of a product of two activations between them by halves.
+
+    Norms and activation functions, whose products would be met too, are grafted over
+    afterwards; weights and rotary tables take no gradient.
+    """
+
+    _products = (torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in self._products:
+            a, b = args[0], args[1]
+            if all(isinstance(x, Tensor) and x.requires_grad for x in (a, b)):
+                if a.shape[-1] == 1:
+                    return func(a.detach(), b)
+                if b.shape[-1] == 1:
+                    return func(a, b.detach())
+                product = func(a, b)
+                return graft(product, 0.5 * product)
+        return func(*args, **(kwargs or {}))

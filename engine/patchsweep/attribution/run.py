@@ -1,0 +1,109 @@
+"""Run attribution methods over the pairs of a request, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from patchsweep.attribution.estimates import Work
+from patchsweep.attribution.method import Method
+from patchsweep.attribution.tape import Tape
+from patchsweep.batch import Batch, make_batches
+from patchsweep.plan import SitePlan
+from patchsweep.request import Request, device_of
+
+# tokens of the prompts that are attributed in one pass
+MAX_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class BlockOfPairs:
+    """Estimates of consecutive pairs by one method."""
+
+    pairs: range
+    cells: Mapping[str, NDArray[np.float32]]  # site -> [metric, pair, layer, pos, unit]
+    base_metric: NDArray[np.float32]  # [metric, pair]
+    source_metric: NDArray[np.float32]
+
+
+class Attribution:
+    """Methods, ready to run on one request.
+
+    Raises:
+        MethodError: the model has no place for a site, or no gradient there.
+    """
+
+    def __init__(self, request: Request, methods: Sequence[Method]) -> None:
+        self.request = request
+        self.methods = tuple(methods)
+        extra = {s.name: s for m in methods for s in m.extra_sites(request.sites)}
+        sites = {site.name: site for site in request.sites} | extra
+        self.tape = Tape(request.bridge, [*sites.values()])
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Let the intervention see the clean prompts."""
+        request = self.request
+        numbers = range(len(request.pairs))
+        batches = make_batches(
+            request.pairs, numbers, request.direction, request.read, device_of(request.bridge)
+        )
+        denoising = request.direction == "denoising"
+        clean = {b.length: b.source if denoising else b.base for b in batches}
+        request.intervention.prepare(clean, lambda tokens: self.tape.activations(tokens)[0])
+
+    def run(self, method: Method, pairs: range) -> BlockOfPairs:
+        """The estimates of `method` for the pairs of a block."""
+        request = self.request
+        cells = {
+            plan.site.name: np.full(
+                (len(request.metrics), len(pairs), *plan.shape[1:]), np.nan, np.float32
+            )
+            for plan in request.plans
+        }
+        references = np.full((2, len(request.metrics), len(pairs)), np.nan, np.float32)
+        for batch in make_batches(
+            request.pairs, pairs, request.direction, request.read, device_of(request.bridge)
+        ):
+            with self.tape.frozen():
+                work = self._work(method, batch)
+                found = method.run(work)
+            rows = [pair - pairs.start for pair in batch.pairs]
+            references[:, :, rows] = work.references(found.base_logits)
+            for plan in request.plans:
+                mine = np.flatnonzero(np.isin(plan.pair, batch.pairs))
+                at = np.unravel_index(plan.cell[mine], plan.shape)
+                cells[plan.site.name][:, at[0] - pairs.start, *at[1:]] = found.estimates.cells(
+                    plan, mine, batch
+                )
+        return BlockOfPairs(pairs, cells, references[0], references[1])
+
+    def _work(self, method: Method, batch: Batch) -> Work:
+        request = self.request
+        wanted = {s.name: s for s in (*request.sites, *method.extra_sites(request.sites))}
+        source, logits = self.tape.activations(batch.source, batch.reads, [*wanted.values()])
+        return Work(
+            tape=self.tape,
+            batch=batch,
+            plans=request.plans,
+            shape=request.shape,
+            metrics=request.metrics,
+            intervention=request.intervention,
+            source=source,
+            source_logits=logits,
+        )
+
+
+def token_layers(request: Request, method: Method) -> int:
+    """What `method` costs: tokens times blocks of its passes, a backward pass counted as one."""
+    n_layers = request.shape.n_layers
+    tokens = int(request.plans[0].full_lengths.sum())
+    return round(tokens * n_layers * method.passes(request.sites, n_layers, len(request.metrics)))
+
+
+def pairs_per_block(plan: SitePlan) -> int:
+    """Pairs that are attributed in one pass; it follows from the plan alone."""
+    return max(1, min(plan.shape[0], MAX_TOKENS // int(plan.full_lengths.max())))

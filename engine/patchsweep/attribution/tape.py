@@ -1,0 +1,238 @@
+"""The tape: one differentiable forward pass over the model's plain modules, its sites watched.
+
+Attribution runs on the same plain modules as the waves (`waves.replica`), with an attention
+function that autograd can go through. Gradients are those of the metric with respect to the
+activations; weights take none, which is what a plain backward pass spends most of its time on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.errors import MethodError
+from patchsweep.sites import SITES, Site
+from patchsweep.waves.capture import attention_pattern, locate, split_hidden, watch
+from patchsweep.waves.replica import Attend, Replica, Unsupported, attention_settings
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a watched tensor was found, and how its axes lie. Holds no tensor."""
+
+    site: Site
+    layer: int
+    n_rows: int
+    n_pos: int
+    heads_first: bool  # [row, head, pos, d] as attention has it, not [row, pos, width]
+
+    def flat(self, x: Tensor) -> Tensor:
+        """`x` (or its gradient) as `[row, pos, width]`; a pattern stays `[row, head, dest, src]`."""
+        if self.site.name == "pattern":
+            return x
+        if self.heads_first:
+            return rearrange(x, "row head pos d -> row pos (head d)")
+        return x.reshape(self.n_rows, self.n_pos, -1)
+
+    def write(self, x: Tensor, values: Tensor) -> None:
+        """Put `values` (shaped as `flat` gives them) into `x` in place, for every reader of it."""
+        if self.heads_first and self.site.name != "pattern":
+            values = rearrange(values, "row pos (head d) -> row head pos d", head=x.shape[1])
+        x.copy_(values.reshape(x.shape))
+
+
+@dataclass(frozen=True)
+class Heads:
+    """One layer's attention: after rotary, before the output projection."""
+
+    q: Float[Tensor, "row head pos d"]
+    k: Float[Tensor, "row kv_head pos d"]
+    pattern: Float[Tensor, "row head dest src"]  # fp32, part of the graph
+    settings: dict[str, Any]  # scale, window, softcap, sinks
+
+
+# told of every watched activation; it may write into it where nothing below takes a gradient
+Visit = Callable[[Place, Tensor], None]
+
+
+class Tape:
+    """Forward passes over plain modules that share every weight with `bridge`.
+
+    Raises:
+        MethodError: the model or a site has no place among its plain modules.
+    """
+
+    def __init__(self, bridge: TransformerBridge, sites: Sequence[Site]) -> None:
+        try:
+            self.replica = Replica(bridge)
+            self.points = {site.name: locate(self.replica, site) for site in sites}
+            self._embed = locate(self.replica, SITES["embed"]).points[0]
+        except Unsupported as reason:
+            raise MethodError(
+                f"attribution cannot run on {bridge.cfg.model_name}: {reason}; "
+                "use method=exact, whose hooked runner takes every model"
+            ) from reason
+
+    @property
+    def n_layers(self) -> int:
+        return self.replica.n_layers
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Weights take no gradient inside; restored at the end."""
+        trainable = [p for p in self.replica.model.parameters() if p.requires_grad]
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "row pos"],
+        visit: Visit,
+        reads: Sequence[int],
+        *,
+        sites: Sequence[Site] | None = None,
+        gradient: bool = False,
+        embeds: Float[Tensor, "row pos d_model"] | None = None,
+        first_layer: int = 0,
+        stream: Float[Tensor, "row pos d_model"] | None = None,
+        fixed_pattern: bool = False,
+        on_attention: Callable[[int, Heads], None] | None = None,
+        after: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> Float[Tensor, "row read d_vocab"]:
+        """fp32 logits at the positions `reads`; `visit` is called at every site and layer.
+
+        Args:
+            sites: which of the tape's sites are watched; default all.
+            gradient: the token embeddings start the graph.
+            embeds: take the place of the token embeddings.
+            first_layer, stream: start there, with that residual stream entering the block.
+            fixed_pattern: attention patterns are constants to the backward pass.
+            on_attention: told of each layer's queries, keys and pattern.
+            after: a context entered when all sites are watched, for hooks that come after.
+        """
+        watched = [self.points[s.name] for s in sites] if sites is not None else [
+            *self.points.values()
+        ]
+        inside = {p.site.name: p.site for p in watched if p.in_attention}
+
+        def see(site: Site, layer: int, x: Tensor, *, heads_first: bool = False) -> None:
+            visit(Place(site, layer, *tokens.shape, heads_first), x)
+
+        def attention(layer: int) -> Attend:
+            def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **kw: Any) -> Tensor:
+                if inside and not gradient:
+                    q, k, v = q.clone(), k.clone(), v.clone()  # parts of one tensor: no writing
+                for name, x in (("q", q), ("rot_q", q), ("k", k), ("rot_k", k), ("v", v)):
+                    if name in inside:
+                        see(inside[name], layer, x, heads_first=True)
+                settings = attention_settings(module, q.shape[-1], kw)
+                pattern = attention_pattern(q, k, **settings)
+                if fixed_pattern:
+                    pattern = pattern.detach().requires_grad_(torch.is_grad_enabled())
+                if on_attention is not None:
+                    on_attention(layer, Heads(q.detach(), k.detach(), pattern, settings))
+                if "pattern" in inside:
+                    see(inside["pattern"], layer, pattern, heads_first=True)
+                values = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+                return (pattern.to(v) @ values).transpose(1, 2)
+
+            return attend
+
+        def start(x: Tensor) -> None:
+            if embeds is not None:
+                x.copy_(embeds)
+            if gradient:
+                x.requires_grad_()
+
+        with ExitStack() as stack:
+            if gradient or embeds is not None:
+                stack.enter_context(watch(self._embed, start))
+            for point in watched:
+                for layer, place in enumerate(point.points):
+                    stack.enter_context(
+                        watch(place, lambda x, s=point.site, i=layer: see(s, i, x))  # type: ignore[misc]
+                    )
+                if point.site.name in ("resid_pre", "resid_post"):
+                    self._watch_stream(stack, point.site, see)
+            stack.enter_context(after())
+            self.replica.attend_with(attention)
+            stack.callback(self.replica.attend_with, None)
+            if stream is not None:
+                stack.enter_context(self._starting_at(first_layer, stream))
+            output = self.replica.model(
+                tokens,
+                use_cache=False,
+                logits_to_keep=torch.tensor(list(reads), device=tokens.device),
+            )
+        logits: Tensor = output.logits.float()
+        return logits
+
+    def _watch_stream(self, stack: ExitStack, site: Site, see: Callable[..., None]) -> None:
+        """Watch the input, or the output, of every block."""
+        for layer, block in enumerate(self.replica.blocks):
+            if site.name == "resid_pre":
+
+                def before(
+                    module: nn.Module, args: Any, kwargs: Any, layer: int = layer
+                ) -> None:
+                    see(site, layer, split_hidden(args, kwargs)[0])
+
+                handle = block.register_forward_pre_hook(before, with_kwargs=True)
+            else:
+
+                def leaving(module: nn.Module, args: Any, out: Any, layer: int = layer) -> None:
+                    see(site, layer, out[0] if isinstance(out, tuple) else out)
+
+                handle = block.register_forward_hook(leaving)
+            stack.callback(handle.remove)
+
+    @contextmanager
+    def _starting_at(self, layer: int, stream: Tensor) -> Iterator[None]:
+        """Blocks below `layer` are passed over; the one at `layer` gets `stream`."""
+        skipped = self.replica.blocks[:layer]
+        for block in skipped:
+            block.__dict__["forward"] = lambda hidden_states, *args, **kwargs: hidden_states
+
+        def replace(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            _, rest, named = split_hidden(args, kwargs)
+            return (stream, *rest), named
+
+        # first of the hooks, so that sites see the stream
+        handle = self.replica.blocks[layer].register_forward_pre_hook(
+            replace, with_kwargs=True, prepend=True
+        )
+        try:
+            yield
+        finally:
+            handle.remove()
+            for block in skipped:
+                del block.__dict__["forward"]
+
+    @torch.no_grad()
+    def activations(
+        self,
+        tokens: Int[Tensor, "row pos"],
+        reads: Sequence[int] = (-1,),
+        sites: Sequence[Site] | None = None,
+    ) -> tuple[dict[str, list[Tensor]], Tensor]:
+        """Per site and layer what `Place.flat` gives, and the logits at `reads`."""
+        kept: dict[str, list[Tensor]] = {}
+
+        def keep(place: Place, x: Tensor) -> None:
+            kept.setdefault(place.site.name, []).append(place.flat(x))
+
+        logits = self.forward(tokens, keep, reads, sites=sites)
+        return kept, logits

@@ -1,0 +1,5 @@
+"""The command line: `patchsweep VERB ...`, one verb a module."""
+
+from patchsweep.cli.main import main
+
+__all__ = ["main"]

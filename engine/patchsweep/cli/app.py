@@ -1,0 +1,82 @@
+"""The way from words on the command line, through Hydra, to a `RunConfig`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from importlib import resources
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from patchsweep.config import RunConfig, register
+from patchsweep.models.embedded import EMBEDDED
+
+# group -> the key that a value goes to which is none of the group's choices
+_MAIN_KEYS = {
+    "model": "model.name",
+    "task": "task.path",
+    "sites": "sites.names",
+    "metric": "metric.names",
+    "store": "store.path",
+}
+
+
+def compose(verb: str, arguments: list[str], job: Callable[[DictConfig], None]) -> None:
+    """Let Hydra call `job` with the config of `arguments`, once or (with -m) many times.
+
+    Hydra's errors come out as they are, to be told in one line.
+    """
+    register()
+    # Hydra then raises its errors instead of printing them with a stack of its own
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    before, sys.argv = sys.argv, [f"patchsweep {verb}", *expand(arguments)]
+    try:
+        hydra.main(version_base="1.3", config_path="pkg://patchsweep.conf", config_name="config")(
+            job
+        )()
+    finally:
+        sys.argv = before
+
+
+def as_config(cfg: DictConfig) -> RunConfig:
+    """The dataclasses; the only place where OmegaConf is left behind."""
+    config = OmegaConf.to_object(cfg)
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def expand(arguments: list[str]) -> list[str]:
+    """Overrides in which short forms such as `sites=[q,k]` or `store=a.zarr` are spelled out."""
+    words: list[str] = []
+    for argument in arguments:
+        group, equals, value = argument.partition("=")
+        if not equals or group not in _MAIN_KEYS or _is_choice(group, value):
+            words.append(argument)
+            continue
+        if group == "task" and not value.endswith(".jsonl"):
+            words.append(argument)  # Hydra says what the choices are
+            continue
+        if group == "model":
+            words.append(f"model={_kind(value)}")
+        if group == "task":
+            words.append("task=jsonl")
+        if group in ("sites", "metric") and not value.startswith("["):
+            value = f"[{value}]"
+        words.append(f"{_MAIN_KEYS[group]}={value}")
+    return words
+
+
+def _kind(model: str) -> str:
+    """The choice of the group model that a model's name belongs to."""
+    return "tiny" if model.startswith("tiny:") else "smollm2" if model in EMBEDDED else "hf"
+
+
+def _is_choice(group: str, value: str) -> bool:
+    """Whether Hydra finds a file for the value, or for one of several values of a sweep."""
+    choices = {
+        file.name.removesuffix(".yaml")
+        for file in resources.files("patchsweep.conf").joinpath(group).iterdir()
+    }
+    return not value or any(word in choices for word in value.split(","))

@@ -1,0 +1,172 @@
+"""`patchsweep demo`: one prompt pair on a real model, swept, checked and drawn."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from contextlib import redirect_stderr
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformer_lens import patching
+from transformer_lens.model_bridge import TransformerBridge
+from transformers.utils import logging as transformers_logging
+
+from patchsweep import summary
+from patchsweep.cli.console import stdout
+from patchsweep.cli.progress import Bar
+from patchsweep.config import BuiltinTask, MethodConfig, MetricConfig, ModelConfig, RunConfig
+from patchsweep.config import RunnerConfig, SitesConfig, StoreConfig
+from patchsweep.pairs import PromptPair
+from patchsweep.report import write_report
+from patchsweep.sweep import sweep
+
+SITES = ("resid_pre", "attn_out", "mlp_out", "z")
+N_CELLS = 24  # checked against TransformerLens
+TOLERANCE = 1e-4  # in logits, fp32: what another order of summation may change, and more
+EXIT_WRONG = 4  # a cell differs: never seen, and not to be passed over
+
+
+def main(arguments: list[str]) -> int:
+    """Sweep, check, report; 0 if all is well."""
+    parser = argparse.ArgumentParser(
+        "patchsweep demo",
+        description="Sweep one indirect-object pair over resid_pre, attn_out, mlp_out and every "
+        f"head at every position, check {N_CELLS} random cells against a TransformerLens loop, "
+        "and write a report.",
+    )
+    parser.add_argument("--model", default="smollm2-135m", help="as load_model takes it")
+    parser.add_argument("--out", default="runs/demo", help="folder for the store and the report")
+    parser.add_argument("--seed", type=int, default=None, help="of the cells that are checked")
+    options = parser.parse_args(arguments)
+    transformers_logging.disable_progress_bar()
+    console = stdout()
+    out = Path(options.out)
+    store = out / "demo.zarr"
+    for old in (store, Path(f"{store}.journal"), Path(f"{store}.leases")):
+        shutil.rmtree(old, ignore_errors=True)  # the last demo's, so that this one runs for real
+
+    config = RunConfig(
+        model=ModelConfig(name=options.model),
+        task=BuiltinTask(name="ioi_demo"),
+        sites=SitesConfig(names=list(SITES)),
+        method=MethodConfig(name="exact"),
+        metric=MetricConfig(names=["logit_diff"]),
+        store=StoreConfig(path=str(store)),
+        runner=RunnerConfig(name="auto"),
+    )
+    console.print(f"loading {options.model}")
+    model = config.model.load()
+    pairs = config.task.load(model)
+    pair = pairs[0]
+    console.print(f"clean:     {''.join(pair.clean_tokens[1:])} ->{pair.answer_text}")
+    console.print(f"corrupted: {''.join(pair.corrupted_tokens[1:])} ->{pair.wrong_answer_text}")
+    with Bar(console) as bar:
+        ds = sweep(
+            model, pairs, SITES, "logit_diff", store=store, config=config.identity(), progress=bar
+        )
+    console.print(_cost(ds, bar.seconds))
+    console.print(_largest(ds))
+    report = write_report(store, out / "report.html")
+    console.print(f"store:  {store}\nreport: {report}")
+    worst = largest_difference(model, pair, ds, N_CELLS, options.seed, console)
+    if not worst <= TOLERANCE:
+        console.print(f"NOT well: a cell differs from TransformerLens by {worst:.1e} in logits")
+        return EXIT_WRONG
+    console.print(
+        f"All is well: {N_CELLS} random cells equal the TransformerLens loop, largest difference "
+        f"{worst:.1e} in logits."
+    )
+    return 0
+
+
+def largest_difference(
+    model: TransformerBridge,
+    pair: PromptPair,
+    ds: xr.Dataset,
+    n_cells: int,
+    seed: int | None,
+    console: Console,
+) -> float:
+    """Largest |difference| in logits of random live and dead cells from `transformer_lens.patching`.
+
+    As many cells of each site, drawn without regard to what the planner thinks of them.
+    """
+    rng = np.random.default_rng(seed)
+    device = model.cfg.device
+    clean, corrupted = (
+        torch.tensor([ids], device=device) for ids in (pair.clean, pair.corrupted)
+    )
+    right, wrong = pair.answer[0], pair.wrong_answer[0]
+    _, cache = model.run_with_cache(clean)
+    worst = 0.0
+    for site in SITES:
+        values = ds[site].isel(metric=0, pair=0)
+        cells = rng.choice(values.size, size=n_cells // len(SITES), replace=False)
+        index = np.stack(np.unravel_index(cells, values.shape), axis=1)
+        columns = ["layer", "pos", "head"][: index.shape[1]]
+        console.print(f"{len(cells)} cells of {site} by a TransformerLens loop")
+        with torch.no_grad(), redirect_stderr(StringIO()):  # which has a bar of its own
+            theirs = patching.generic_activation_patch(
+                model,
+                corrupted,
+                cache,
+                lambda logits: logits[0, -1, right] - logits[0, -1, wrong],
+                patching.layer_pos_head_vector_patch_setter
+                if "head" in columns
+                else patching.layer_pos_patch_setter,
+                site,
+                index_df=pd.DataFrame(index, columns=columns),
+            )
+        ours = values.values.ravel()[cells]
+        worst = max(worst, float(np.abs(ours - theirs.cpu().numpy()).max()))
+    return worst
+
+
+def _cost(ds: xr.Dataset, seconds: dict[str, float]) -> Table:
+    table = Table(title="what the sweep cost", title_justify="left")
+    table.add_column("site")
+    for head in ("patches", "live", "token-layers", "a loop needs", "ratio", "seconds"):
+        table.add_column(head, justify="right")
+    keys = ("n_patches", "n_live", "token_layers", "loop_token_layers")
+    rows = {site: [ds.attrs["plan"][site][key] for key in keys] for site in SITES}
+    rows["all"] = [sum(column) for column in zip(*rows.values(), strict=True)]
+    seconds = {**seconds, "all": sum(seconds.values())}
+    for site, numbers in rows.items():
+        if site == "all":
+            table.add_section()
+        table.add_row(
+            site,
+            *(f"{n:,}" for n in numbers),
+            f"{numbers[3] / numbers[2]:.1f}",
+            f"{seconds[site]:.2f}",
+        )
+    return table
+
+
+def _largest(ds: xr.Dataset) -> Table:
+    found = [effect for site in SITES for effect in summary.largest(ds, site, n=10)]
+    found.sort(key=lambda effect: -abs(effect.effect))
+    table = Table(title="the ten largest effects on logit_diff", title_justify="left")
+    for head in ("site", "layer", "head", "pos", "token"):
+        table.add_column(head, justify="left" if head in ("site", "token") else "right")
+    for head in ("effect", "recovered"):
+        table.add_column(head, justify="right")
+    for effect in found[:10]:
+        table.add_row(
+            effect.site,
+            str(effect.layer),
+            "" if effect.head is None else str(effect.head),
+            str(effect.pos),
+            Text(repr(effect.token)),
+            f"{effect.effect:+.3f}",
+            f"{effect.recovered:+.0%}",
+        )
+    return table

@@ -1,0 +1,76 @@
+"""Which verb, and how it ends: one clear line for a mistake, and exit codes for scripts."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+
+# what a script may go by; `status` and `verify` add their own (3 and 4)
+EXIT_DONE = 0
+EXIT_FAILED = 1  # the program's own failure, with a traceback
+EXIT_MISTAKE = 2  # a mistake in the command or in what it names
+EXIT_STOPPED = 75  # a signal ended the run after the unit in hand; the same command goes on
+
+# verb -> what it does; each is a module of this package with `main(arguments) -> exit code`
+VERBS = {
+    "run": "run a sweep and write its values to a store; the same command again goes on",
+    "plan": "say what a run will cost, without running it",
+    "status": "how far the run of a store has come",
+    "verify": "check a store: its files, and a sample of its values run again",
+    "report": "write a store as one self-contained HTML page",
+    "task": "list the built-in tasks, or score a model on one",
+    "demo": "sweep a real model, check the values against a TransformerLens loop, write a report",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; gives the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return EXIT_DONE if words else EXIT_MISTAKE
+    verb, *rest = words
+    if verb == "--version":
+        print(f"patchsweep {version('patchsweep')}")
+        return EXIT_DONE
+    if verb not in VERBS:
+        print(f"patchsweep: {verb!r} is no verb; use one of {', '.join(VERBS)}", file=sys.stderr)
+        return EXIT_MISTAKE
+    if os.environ.get("PATCHSWEEP_DEBUG"):
+        return int(import_module(f"patchsweep.cli.{verb}").main(rest))
+    return _guarded(verb, rest)
+
+
+def usage() -> str:
+    """The verbs."""
+    lines = "\n".join(f"  {verb:8}{what}" for verb, what in VERBS.items())
+    return (
+        f"usage: patchsweep VERB ...\n\n{lines}\n\n"
+        "patchsweep VERB --help says more; patchsweep --version says the version."
+    )
+
+
+def _guarded(verb: str, rest: list[str]) -> int:
+    from patchsweep.cli.mistakes import one_line
+    from patchsweep.cli.stop import Stopped
+
+    try:
+        return int(import_module(f"patchsweep.cli.{verb}").main(rest))
+    except Stopped as stopped:
+        print(f"patchsweep: {stopped}", file=sys.stderr)
+        return EXIT_STOPPED
+    except KeyboardInterrupt:
+        print("patchsweep: interrupted; the same command goes on", file=sys.stderr)
+        return EXIT_STOPPED
+    except BrokenPipeError:  # the reader, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
+    except Exception as error:
+        text = one_line(error)
+        if text is None:
+            raise
+        print(f"patchsweep: {text}", file=sys.stderr)
+        return EXIT_MISTAKE

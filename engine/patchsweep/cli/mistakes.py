@@ -1,0 +1,44 @@
+"""A user's mistake in one line, whoever found it: patchsweep, Hydra or OmegaConf."""
+
+from __future__ import annotations
+
+import re
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from patchsweep.errors import PatchsweepError
+
+# a launcher's name in Hydra's message -> what brings it
+_EXTRAS = {"submitit": "slurm", "joblib": "joblib", "ray": "ray"}
+
+
+def one_line(error: BaseException) -> str | None:
+    """What the user did wrong and what to do; None if the error is no mistake of the user's."""
+    if isinstance(error, PatchsweepError):
+        return _joined(str(error))
+    if isinstance(error, OmegaConfBaseException):
+        return _omegaconf(error)
+    if isinstance(error, HydraException):
+        text = _joined(str(error))
+        if isinstance(error.__cause__, OmegaConfBaseException):
+            text += f" ({_omegaconf(error.__cause__)})"
+        for launcher, extra in _EXTRAS.items():
+            if f"hydra/launcher/{launcher}" in text:
+                text += f'; that launcher is an extra: pip install "patchsweep[{extra}]"'
+        return text
+    return None
+
+
+def _omegaconf(error: OmegaConfBaseException) -> str:
+    first = str(error.msg or error).splitlines()[0]
+    key = getattr(error, "full_key", None)
+    missing = re.search(r"missing mandatory value: (\w+)", first, re.IGNORECASE)
+    if missing:
+        return f"{key or missing[1]} is needed; give {key or missing[1]}=..."
+    return f"{key}: {first}" if key and key not in first else first
+
+
+def _joined(text: str) -> str:
+    lines = (line.strip() for line in text.splitlines())
+    return re.sub(r"([.:;,]);", r"\1", "; ".join(line for line in lines if line))

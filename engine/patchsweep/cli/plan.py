@@ -1,0 +1,83 @@
+"""`patchsweep plan`: what a run will cost."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging as transformers_logging
+
+from patchsweep.cli.app import as_config, compose
+from patchsweep.cli.console import stdout
+from patchsweep.estimate import Cost
+from patchsweep.sweep import plan
+
+
+def main(arguments: list[str]) -> int:
+    """Print the cost of the run of these overrides."""
+    compose("plan", arguments, job)
+    return 0
+
+
+def job(cfg: DictConfig) -> None:
+    """One plan."""
+    config = as_config(cfg)
+    transformers_logging.disable_progress_bar()
+    model = config.model.load()
+    cost = plan(
+        model,
+        config.task.load(model),
+        config.sites.names,
+        config.metric.names,
+        max_tokens=config.runner.max_tokens,
+        **config.selection(),
+    )
+    show(cost, stdout())
+
+
+def show(cost: Cost, console: Console) -> None:
+    """The cost as a table and a few lines."""
+    table = Table()
+    table.add_column("site")
+    heads = ("patches", "live", "units", "waves", "token-layers", "a loop needs", "ratio")
+    for head in heads:
+        table.add_column(head, justify="right")
+    for site in cost.sites:
+        ratio = site.loop_token_layers / max(1, site.token_layers)
+        numbers = (
+            site.n_patches,
+            site.n_live,
+            site.n_units,
+            site.n_waves,
+            site.token_layers,
+            site.loop_token_layers,
+        )
+        table.add_row(site.site, *(f"{n:,}" for n in numbers), f"{ratio:,.0f}")
+    totals = (
+        cost.n_patches,
+        cost.n_live,
+        sum(site.n_units for site in cost.sites),
+        cost.n_waves,
+        cost.token_layers,
+        cost.loop_token_layers,
+    )
+    ratio = cost.loop_token_layers / max(1, cost.token_layers)
+    table.add_section()
+    table.add_row("all", *(f"{n:,}" for n in totals), f"{ratio:,.0f}")
+    console.print(table)
+    for name, value in (
+        ("FLOPs", f"{cost.flops:.3g}"),
+        ("seconds", f"{cost.seconds:.1f} at this device's matrix-product rate, attention left out"),
+        ("values written", size(cost.result_bytes)),
+        ("kept in memory", f"{size(cost.cache_bytes)} of activations per pair"),
+    ):
+        console.print(f"{name:15} {value}")
+
+
+def size(n_bytes: float) -> str:
+    """Such as `24.5 kB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.3g} TB"

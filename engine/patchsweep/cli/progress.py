@@ -1,0 +1,101 @@
+"""Progress on a terminal: token-layers done, and the time to go; quiet elsewhere."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from patchsweep.cli.stop import STOPPER
+from patchsweep.probe import Choice
+from patchsweep.request import Request
+from patchsweep.store import Unit
+
+
+class Bar:
+    """The progress of one run; a bar on a terminal, at most one line a unit elsewhere.
+
+    Between units it looks whether a signal has come.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("token-layers"),
+            TimeElapsedColumn(),
+            TextColumn("to go"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task: TaskID | None = None
+        self.seconds: dict[str, float] = {}  # per variable, in the units done here
+        self.n_units = 0  # done here
+        self.n_live = 0
+        self.token_layers = 0
+        self.choice: Choice | None = None
+        self._to_do = 0
+        self._told_waiting = False
+
+    def begin(
+        self, request: Request, choice: Choice, n_units: int, total: int, done: int
+    ) -> None:
+        """See `sweep.Progress`."""
+        self.choice, self._to_do = choice, n_units
+        self._task = self._bar.add_task(choice.runner.name, total=total, completed=done)
+        if done and n_units:
+            self._console.print(f"going on: {n_units} units are left")
+        self._check()
+
+    def advance(self, unit: Unit, token_layers: int, n_live: int, seconds: float) -> None:
+        """See `sweep.Progress`."""
+        self.seconds[unit.variable] = self.seconds.get(unit.variable, 0.0) + seconds
+        self.n_units += 1
+        self.n_live += n_live
+        self.token_layers += token_layers
+        if self._console.is_terminal:
+            assert self._task is not None
+            self._bar.advance(self._task, token_layers)
+        else:
+            self._console.print(
+                f"{self.n_units}/{self._to_do} {unit.name}: {token_layers} token-layers, "
+                f"{seconds:.2f} s"
+            )
+        self._check()
+
+    def waiting(self, n_units: int) -> None:
+        """See `sweep.Progress`."""
+        if not self._told_waiting:
+            self._told_waiting = True
+            self._console.print(
+                f"waiting: other processes are at work on {n_units} units"
+            )
+        self._check()
+
+    def _check(self) -> None:
+        STOPPER.check(f"{self.n_units} of {self._to_do} units done here")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()

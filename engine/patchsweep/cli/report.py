@@ -1,0 +1,20 @@
+"""`patchsweep report STORE`: a store as one HTML page."""
+
+from __future__ import annotations
+
+import argparse
+
+from patchsweep.report import write_report
+
+
+def main(arguments: list[str]) -> int:
+    """Write the page."""
+    parser = argparse.ArgumentParser(
+        "patchsweep report",
+        description="Write a store as one self-contained HTML page, which opens offline.",
+    )
+    parser.add_argument("store", help="folder or URL")
+    parser.add_argument("-o", "--out", default="report.html", help="file (report.html)")
+    options = parser.parse_args(arguments)
+    print(write_report(options.store, options.out))
+    return 0

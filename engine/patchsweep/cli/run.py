@@ -1,0 +1,63 @@
+"""`patchsweep run`: a sweep from a config, into a store."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+from transformers.utils import logging as transformers_logging
+
+from patchsweep.cli.app import as_config, compose
+from patchsweep.cli.console import stdout
+from patchsweep.cli.progress import Bar
+from patchsweep.cli.stop import STOPPER
+from patchsweep.config import RunConfig
+from patchsweep.credentials import scrub
+from patchsweep.sweep import sweep
+
+
+def main(arguments: list[str]) -> int:
+    """Run the sweep of these overrides; 0 when all its units are done."""
+    compose("run", arguments, job)
+    return 0
+
+
+def job(cfg: DictConfig) -> None:
+    """One run; Hydra calls it, in this process or wherever a launcher takes it."""
+    STOPPER.listen()
+    STOPPER.check("before anything was run")
+    execute(as_config(cfg))
+
+
+def execute(config: RunConfig) -> None:
+    """Do the run and say what was done."""
+    console = stdout()
+    transformers_logging.disable_progress_bar()
+    model = config.model.load()
+    pairs = config.task.load(model)
+    with Bar(console) as bar:
+        ds = sweep(
+            model,
+            pairs,
+            config.sites.names,
+            config.metric.names,
+            **config.selection(),
+            store=config.store.path,
+            storage_options=config.store.storage_options,
+            slice_index=config.slice,
+            n_slices=config.n_slices,
+            runner=config.runner.name,  # type: ignore[arg-type]  # checked by RunnerConfig
+            max_tokens=config.runner.max_tokens,
+            config=config.identity(),
+            progress=bar,
+        )
+    assert bar.choice is not None
+    share = f"slice {config.slice} of {config.n_slices}: " if config.n_slices > 1 else ""
+    console.print(
+        f"{share}{bar.n_units} units, {bar.n_live} live patches, {bar.token_layers} token-layers "
+        f"in {sum(bar.seconds.values()):.1f} s by the {bar.choice.runner.name} runner "
+        f"({bar.choice.reason})"
+    )
+    plan = ds.attrs["plan"]
+    live, patches = (sum(site[key] for site in plan.values()) for key in ("n_live", "n_patches"))
+    console.print(
+        f"{scrub(config.store.path)}: {patches} patches, {live} of them live"
+    )

@@ -1,0 +1,173 @@
+"""`patchsweep verify STORE`: its files, and a sample of its values run again."""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+from patchsweep.batch import make_batches
+from patchsweep.cli.console import stdout
+from patchsweep.config import RunConfig, from_identity
+from patchsweep.layout import Unit
+from patchsweep.plan import SitePlan
+from patchsweep.request import Request, device_of, make_request
+from patchsweep.results import weights_hash
+from patchsweep.status import EXIT_COMPLETE, EXIT_INCOMPLETE
+from patchsweep.store import Store
+from patchsweep.store_check import verify_structure
+from patchsweep.sweep import prepare_runner
+
+EXIT_PROBLEMS = 4  # files are damaged, or values differ
+# in the metric's unit: far more than the order of summation changes in fp32; half precision gets
+# what the probe grants it
+TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.3}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One patch of the store."""
+
+    unit: Unit
+    patch: int  # index into the site's plan
+
+
+def main(arguments: list[str]) -> int:
+    """Check a store; 0 sound and complete, 3 sound and incomplete, 4 not sound."""
+    parser = argparse.ArgumentParser(
+        "patchsweep verify",
+        description="Check a store: every file is read back, and a random sample of the values "
+        "is run again, one forward pass through the model's hooks each.",
+        epilog="Exit codes: 0 sound and complete; 2 there is no such store, or its model or task "
+        "cannot be loaded; 3 sound so far, not complete; 4 files are damaged or values differ.",
+    )
+    parser.add_argument("store", help="folder or URL")
+    parser.add_argument("-n", type=int, default=24, metavar="N", help="values to run again (24)")
+    parser.add_argument("--seed", type=int, default=None, help="of the sample (another each time)")
+    options = parser.parse_args(arguments)
+    console = stdout()
+    store = Store.open(options.store)
+    problems = verify_structure(store)
+    pending = store.pending()
+    n_units = len(store.units())
+    console.print(f"files: {len(problems)} problems; {n_units - len(pending)} of {n_units} units")
+    if options.n > 0 and not problems:
+        problems += recompute(store, options.n, options.seed, console)
+    for problem in problems:
+        console.print(f"PROBLEM {problem}")
+    if problems:
+        return EXIT_PROBLEMS
+    complete = not pending and not store.missing_fixed()
+    console.print("sound and complete" if complete else "sound, not complete")
+    return EXIT_COMPLETE if complete else EXIT_INCOMPLETE
+
+
+def recompute(store: Store, n_cells: int, seed: int | None, console: Console) -> list[str]:
+    """Run random cells of the units that are done again; a line for each that differs.
+
+    Raises:
+        PatchsweepError: the store holds no config, or what it names cannot be loaded.
+    """
+    transformers_logging.disable_progress_bar()
+    provenance = store.attrs["provenance"]
+    config = from_identity(provenance["config"])
+    request = _request(config)
+    if (found := weights_hash(request.bridge)) != provenance["weights_hash"]:
+        return [
+            f"the weights of {config.model.name} have hash {found} here, and the store was "
+            f"written with {provenance['weights_hash']}; give the same revision"
+        ]
+    plans = {plan.site.name: plan for plan in request.plans}
+    pending = set(store.pending())
+    done = [u for u in store.units() if u not in pending and u.variable in plans]
+    sample = _sample(plans, done, n_cells, np.random.default_rng(seed))
+    if not sample:
+        return []
+    runner = prepare_runner(request, "hooked", config.runner.max_tokens).runner
+    by_unit: dict[Unit, list[int]] = defaultdict(list)
+    for cell in sample:
+        by_unit[cell.unit].append(cell.patch)
+    tolerance = TOLERANCE.get(provenance["dtype"], 1e-3)
+    problems, worst = [], 0.0
+    for unit, patches in by_unit.items():
+        plan = plans[unit.variable]
+        kept = _stored(store, plan, unit, patches)
+        # in the unit's own batches, since a shuffled source depends on who is in them
+        for batch in make_batches(
+            request.pairs, unit.pairs, request.direction, request.read, device_of(request.bridge)
+        ):
+            mine = np.array([p for p in patches if plan.pair[p] in batch.pairs], dtype=np.int64)
+            if not len(mine):
+                continue
+            loaded = runner.load(batch, request.intervention)
+            again = runner.run(loaded, plan, mine, request.metrics).numpy()
+            for column, patch in enumerate(mine.tolist()):
+                difference = float(np.abs(kept[patch] - again[:, column]).max())
+                worst = max(worst, difference)
+                if not difference <= tolerance:  # NaN included
+                    problems.append(
+                        f"{unit.name}: {_place(plan, patch)} holds {kept[patch].tolist()}, and "
+                        f"run again gives {again[:, column].tolist()}"
+                    )
+    console.print(f"values: {len(sample)} run again, largest difference {worst:.1e}")
+    return problems
+
+
+def _request(config: RunConfig) -> Request:
+    model = config.model.load()
+    pairs = config.task.load(model)
+    return make_request(
+        model, pairs, config.sites.names, config.metric.names, **config.selection()
+    )
+
+
+def _sample(
+    plans: dict[str, SitePlan], units: list[Unit], n_cells: int, rng: np.random.Generator
+) -> list[Cell]:
+    """Random patches of `units`, each unit as likely as it has patches."""
+    inside = [
+        np.flatnonzero(
+            np.isin(plans[u.variable].pair, u.pairs) & np.isin(plans[u.variable].layer_set, u.layers)
+        )
+        for u in units
+    ]
+    ends = np.cumsum([len(patches) for patches in inside])
+    if not len(ends) or not ends[-1]:
+        return []
+    chosen = rng.choice(ends[-1], size=min(n_cells, int(ends[-1])), replace=False)
+    cells = []
+    for number in np.sort(chosen).tolist():
+        which = int(np.searchsorted(ends, number, side="right"))
+        offset = number - (int(ends[which - 1]) if which else 0)
+        cells.append(Cell(units[which], int(inside[which][offset])))
+    return cells
+
+
+def _stored(
+    store: Store, plan: SitePlan, unit: Unit, patches: list[int]
+) -> dict[int, np.ndarray]:
+    """patch -> values `[metric]`, as the store has them."""
+    variable = store.variables[unit.variable]
+    block = store.dataset()[unit.variable][variable.slices(unit)].values
+    shape = (len(unit.pairs), len(unit.layers), *plan.shape[2:])
+    flat = block.reshape(len(block), -1)
+    found = {}
+    for patch in patches:
+        pair, layer, pos, units = np.unravel_index(int(plan.cell[patch]), plan.shape)
+        at = (pair - unit.pairs.start, layer - unit.layers.start, pos, units)
+        found[patch] = flat[:, np.ravel_multi_index(at, shape)]
+    return found
+
+
+def _place(plan: SitePlan, patch: int) -> str:
+    pair, layer, pos, units = np.unravel_index(int(plan.cell[patch]), plan.shape)
+    words = [f"pair {pair}", f"layer {'+'.join(map(str, plan.axes.layers[layer]))}"]
+    if plan.axes.positions is not None:
+        words.append(f"pos {plan.axes.positions[pos]}")
+    if plan.axes.units is not None:
+        words.append(f"{plan.site.unit} {'+'.join(map(str, plan.axes.units[units]))}")
+    return ", ".join(words)

@@ -1,0 +1,242 @@
+"""What a run is told: dataclasses that Hydra fills from `conf/` and from the command line.
+
+Each config group has its dataclasses here. They are registered as `<group>/schema...`, and every
+file of `conf/<group>/` begins with the schema it follows, so that a wrong key or type is refused
+when the config is composed. `OmegaConf.to_object` turns the whole into a `RunConfig` once, at the
+edge (`cli.app`); everything below takes dataclasses.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.errors import ConfigError
+from patchsweep.models import load_model
+from patchsweep.pairs import PromptPairs
+from patchsweep.records import PromptRecord
+from patchsweep.tasks import load_task
+
+# keys that say where and by whom a run is done, not what it is; they stay out of provenance
+PLACES = ("store", "slice", "n_slices")
+
+
+@dataclass
+class ModelConfig:
+    """Which model, where and in which precision; see `patchsweep.load_model`."""
+
+    name: str = MISSING  # smollm2-135m, tiny:<family>, a Hugging Face name, a folder, a GGUF file
+    device: str | None = None  # such as cuda:1; null: a GPU if there is one
+    dtype: str = "float32"  # float32, bfloat16 or float16
+    device_map: str | None = None  # such as auto, for a model larger than one device
+    revision: str | None = None  # of a Hugging Face model
+    trust_remote_code: bool = False  # run code from the model's repository
+
+    def load(self) -> TransformerBridge:
+        """The model."""
+        return load_model(
+            self.name,
+            device=self.device,
+            dtype=self.dtype,
+            device_map=self.device_map,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+
+@dataclass
+class TaskConfig:
+    """Where the prompt pairs come from; one of the classes below."""
+
+    def load(self, model: TransformerBridge) -> PromptPairs:
+        """The pairs, in tokens of `model`."""
+        raise ConfigError("a task is needed; give task=<name>, task=jsonl or task=strings")
+
+
+@dataclass
+class BuiltinTask(TaskConfig):
+    """A built-in task: seeded pairs, see `patchsweep task list`."""
+
+    name: str = MISSING
+    n_pairs: int | None = None  # null: the task's own number
+    seed: int = 0  # the same seed gives the same pairs
+    options: dict[str, Any] = field(default_factory=dict)  # the task's own
+
+    def load(self, model: TransformerBridge) -> PromptPairs:
+        return load_task(model, self.name, self.n_pairs, self.seed, **self.options)
+
+
+@dataclass
+class FileTask(TaskConfig):
+    """Pairs from a JSONL file: clean, corrupted, answer, wrong_answer and perhaps labels."""
+
+    path: str = MISSING
+
+    def load(self, model: TransformerBridge) -> PromptPairs:
+        return PromptPairs.from_jsonl(model, Path(self.path).expanduser())
+
+
+@dataclass
+class TextTask(TaskConfig):
+    """One pair, written on the command line."""
+
+    clean: str = MISSING
+    corrupted: str = MISSING
+    answer: str = MISSING  # right after `clean`; one token, its leading space included
+    wrong_answer: str = MISSING  # right after `corrupted`
+
+    def load(self, model: TransformerBridge) -> PromptPairs:
+        record = PromptRecord(self.clean, self.corrupted, self.answer, self.wrong_answer)
+        return PromptPairs.from_records(model, [record])
+
+
+@dataclass
+class SitesConfig:
+    """What is patched, and how finely. Lists hold indices, or lists of indices patched together."""
+
+    names: list[str] = MISSING  # such as [resid_pre, z]
+    layers: Any = None  # null: each layer by itself
+    positions: Any = None  # null: each; a list of indices or labels; or all, for one patch over all
+    heads: Any = None  # null: each; or all, for one patch over all heads
+    neurons: Any = None  # of mlp_post: a list, or all
+
+    def __post_init__(self) -> None:
+        for key in ("layers", "positions", "heads", "neurons"):
+            value = getattr(self, key)
+            if value is None or (value == "all" and key != "layers"):
+                continue
+            if not isinstance(value, list):
+                wanted = "a list" if key == "layers" else "a list or all"
+                raise ConfigError(f"sites.{key}={value!r} must be {wanted}, such as [0,1]")
+            setattr(self, key, [tuple(v) if isinstance(v, list) else v for v in value])
+
+
+@dataclass
+class MethodConfig:
+    """How the effects are found."""
+
+    name: str = MISSING
+
+
+@dataclass
+class MetricConfig:
+    """Which numbers are read off the logits."""
+
+    names: list[str] = MISSING
+    read: int = -1  # prompt position whose logits are read; -1 is the last
+
+
+@dataclass
+class StoreConfig:
+    """Where the values go."""
+
+    path: str = MISSING  # a folder or a URL
+    storage_options: dict[str, Any] = field(default_factory=dict)  # for fsspec; no credentials
+
+
+@dataclass
+class RunnerConfig:
+    """What runs the patches."""
+
+    name: str = MISSING  # auto (a probe chooses), wave or hooked
+    max_tokens: int = 4096  # most tokens of one wave
+
+    def __post_init__(self) -> None:
+        if self.name not in ("auto", "wave", "hooked"):
+            raise ConfigError(f"runner.name={self.name!r} is not known; use auto, wave or hooked")
+        if self.max_tokens < 1:
+            raise ConfigError(f"runner.max_tokens={self.max_tokens} must be at least 1; 4096 is usual")
+
+
+@dataclass
+class RunConfig:
+    """One run, whole."""
+
+    model: ModelConfig = MISSING
+    task: TaskConfig = MISSING
+    sites: SitesConfig = MISSING
+    method: MethodConfig = MISSING
+    metric: MetricConfig = MISSING
+    store: StoreConfig = MISSING
+    runner: RunnerConfig = MISSING
+    intervention: str = "resample"  # resample, zero, mean or shuffle
+    direction: str | None = None  # denoising or noising; null: what suits the intervention
+    slice: int = 0  # this process does every n_slices-th unit of work, from this one on
+    n_slices: int = 1
+
+    def selection(self) -> dict[str, Any]:
+        """What `sweep` and `plan` both take besides model, pairs, sites and metrics."""
+        return {
+            "direction": self.direction,
+            "intervention": self.intervention,
+            "layers": self.sites.layers,
+            "positions": self.sites.positions,
+            "heads": self.sites.heads,
+            "neurons": self.sites.neurons,
+            "read": self.metric.read,
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """What the run is: the same in every slice, and kept in the store's provenance."""
+        return {key: value for key, value in asdict(self).items() if key not in PLACES}
+
+
+def file_name(text: str) -> str:
+    """The end of `text`, such as a model's name or folder, fit for a file's name."""
+    return re.sub(r"[^\w.-]+", "-", text.rstrip("/").rpartition("/")[2]) or "model"
+
+
+# here, at import, since a launcher's process resolves the config without composing one
+OmegaConf.register_new_resolver("file_name", file_name, replace=True)
+
+_TASKS = (BuiltinTask, FileTask, TextTask)
+
+
+def register() -> None:
+    """Make the schemas known to Hydra."""
+    store = ConfigStore.instance()
+    store.store(name="run_schema", node=RunConfig)
+    for group, schema in (
+        ("model", ModelConfig),
+        ("sites", SitesConfig),
+        ("method", MethodConfig),
+        ("metric", MetricConfig),
+        ("store", StoreConfig),
+        ("runner", RunnerConfig),
+    ):
+        store.store(group=group, name="schema", node=schema)
+    for name, task in zip(("schema", "jsonl_schema", "strings_schema"), _TASKS, strict=True):
+        store.store(group="task", name=name, node=task)
+
+
+def from_identity(config: Mapping[str, Any]) -> RunConfig:
+    """The config of which `identity` was kept; its store is unknown.
+
+    Raises:
+        ConfigError: it is no such thing, for example because no command line wrote it.
+    """
+    try:
+        task = next(c for c in _TASKS if set(config["task"]) == set(c.__dataclass_fields__))
+        return RunConfig(
+            model=ModelConfig(**config["model"]),
+            task=task(**config["task"]),
+            sites=SitesConfig(**config["sites"]),
+            method=MethodConfig(**config["method"]),
+            metric=MetricConfig(**config["metric"]),
+            runner=RunnerConfig(**config["runner"]),
+            store=StoreConfig(path=""),
+            intervention=config["intervention"],
+            direction=config["direction"],
+        )
+    except (KeyError, TypeError, StopIteration):
+        raise ConfigError(
+            "the store holds no config of a `patchsweep run`, so its cells cannot be run again; "
+            "only stores of the command line can"
+        ) from None

@@ -1,0 +1,209 @@
+"""`transformer_lens.patching`, faster: `import patchsweep.transformer_lens as patching`.
+
+Everything that `transformer_lens.patching` offers, with the same signatures and results. The
+`get_act_patch_*` functions over layers, positions and heads run in waves; direct path patching
+and patch setters of the user's own are TransformerLens's unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformer_lens import patching as tl
+from transformer_lens.patching import (
+    AxisNames,
+    CorruptedActivation,
+    Logits,
+    MetricFn,
+    PatchedActivation,
+    PatchingResult,
+    Reduce,
+    get_act_patch_direct_path,
+    get_act_patch_direct_path_all_sources,
+    layer_head_dest_src_pos_pattern_patch_setter,
+    layer_head_pattern_patch_setter,
+    layer_head_pos_pattern_patch_setter,
+    layer_head_vector_patch_setter,
+    layer_pos_head_vector_patch_setter,
+    layer_pos_patch_setter,
+    make_df_from_ranges,
+)
+
+from patchsweep.transformer_lens.sweep import generic_activation_patch
+
+__all__ = [
+    "AxisNames",
+    "CorruptedActivation",
+    "Logits",
+    "MetricFn",
+    "PatchedActivation",
+    "PatchingResult",
+    "Reduce",
+    "generic_activation_patch",
+    "get_act_patch_attn_head_all_pos_every",
+    "get_act_patch_attn_head_by_pos_every",
+    "get_act_patch_attn_head_k_all_pos",
+    "get_act_patch_attn_head_k_by_pos",
+    "get_act_patch_attn_head_out_all_pos",
+    "get_act_patch_attn_head_out_by_pos",
+    "get_act_patch_attn_head_pattern_all_pos",
+    "get_act_patch_attn_head_pattern_by_pos",
+    "get_act_patch_attn_head_pattern_dest_src_pos",
+    "get_act_patch_attn_head_q_all_pos",
+    "get_act_patch_attn_head_q_by_pos",
+    "get_act_patch_attn_head_v_all_pos",
+    "get_act_patch_attn_head_v_by_pos",
+    "get_act_patch_attn_out",
+    "get_act_patch_block_every",
+    "get_act_patch_direct_path",
+    "get_act_patch_direct_path_all_sources",
+    "get_act_patch_mlp_out",
+    "get_act_patch_resid_mid",
+    "get_act_patch_resid_pre",
+    "layer_head_dest_src_pos_pattern_patch_setter",
+    "layer_head_pattern_patch_setter",
+    "layer_head_pos_pattern_patch_setter",
+    "layer_head_vector_patch_setter",
+    "layer_pos_head_vector_patch_setter",
+    "layer_pos_patch_setter",
+    "make_df_from_ranges",
+]
+
+
+def _in_waves(theirs: partial[Any]) -> partial[Any]:
+    """The same sweep (setter, activation, axes, docstring), by our `generic_activation_patch`."""
+    ours = partial(generic_activation_patch, **theirs.keywords)
+    ours.__doc__ = theirs.__doc__
+    return ours
+
+
+get_act_patch_resid_pre = _in_waves(tl.get_act_patch_resid_pre)
+get_act_patch_resid_mid = _in_waves(tl.get_act_patch_resid_mid)
+get_act_patch_attn_out = _in_waves(tl.get_act_patch_attn_out)
+get_act_patch_mlp_out = _in_waves(tl.get_act_patch_mlp_out)
+get_act_patch_attn_head_out_by_pos = _in_waves(tl.get_act_patch_attn_head_out_by_pos)
+get_act_patch_attn_head_q_by_pos = _in_waves(tl.get_act_patch_attn_head_q_by_pos)
+get_act_patch_attn_head_k_by_pos = _in_waves(tl.get_act_patch_attn_head_k_by_pos)
+get_act_patch_attn_head_v_by_pos = _in_waves(tl.get_act_patch_attn_head_v_by_pos)
+get_act_patch_attn_head_pattern_by_pos = _in_waves(tl.get_act_patch_attn_head_pattern_by_pos)
+get_act_patch_attn_head_pattern_dest_src_pos = _in_waves(
+    tl.get_act_patch_attn_head_pattern_dest_src_pos
+)
+get_act_patch_attn_head_out_all_pos = _in_waves(tl.get_act_patch_attn_head_out_all_pos)
+get_act_patch_attn_head_q_all_pos = _in_waves(tl.get_act_patch_attn_head_q_all_pos)
+get_act_patch_attn_head_k_all_pos = _in_waves(tl.get_act_patch_attn_head_k_all_pos)
+get_act_patch_attn_head_v_all_pos = _in_waves(tl.get_act_patch_attn_head_v_all_pos)
+get_act_patch_attn_head_pattern_all_pos = _in_waves(tl.get_act_patch_attn_head_pattern_all_pos)
+
+_HEAD_TYPES = ("out", "q", "k", "v", "pattern")
+
+
+def get_act_patch_attn_head_all_pos_every(
+    model: Any, corrupted_tokens: Tensor, clean_cache: Any, metric: Any, **kwargs: Any
+) -> Tensor | PatchingResult:
+    """Every head (across all positions) for every activation type: `[5, n_layers, n_heads]`.
+
+    Types: output, query, key, value, pattern. With grouped heads k and v are padded with zeros
+    to `n_heads`, as TransformerLens pads them. `reduce` and `baseline` as in
+    `generic_activation_patch`; the result is a `PatchingResult` where they ask for one.
+    """
+    sweeps = (
+        get_act_patch_attn_head_out_all_pos,
+        get_act_patch_attn_head_q_all_pos,
+        get_act_patch_attn_head_k_all_pos,
+        get_act_patch_attn_head_v_all_pos,
+        get_act_patch_attn_head_pattern_all_pos,
+    )
+    results = _run(sweeps, model, corrupted_tokens, clean_cache, metric, kwargs)
+    return _stack(results, ("layer", "head"), _HEAD_TYPES, model.cfg.n_heads)
+
+
+def get_act_patch_attn_head_by_pos_every(
+    model: Any, corrupted_tokens: Tensor, clean_cache: Any, metric: Any, **kwargs: Any
+) -> Tensor | PatchingResult:
+    """Every head, by position, for every activation type: `[5, n_layers, pos, n_heads]`.
+
+    Types, padding and `kwargs` as in `get_act_patch_attn_head_all_pos_every`.
+    """
+    sweeps = (
+        get_act_patch_attn_head_out_by_pos,
+        get_act_patch_attn_head_q_by_pos,
+        get_act_patch_attn_head_k_by_pos,
+        get_act_patch_attn_head_v_by_pos,
+        get_act_patch_attn_head_pattern_by_pos,
+    )
+    results = _run(sweeps, model, corrupted_tokens, clean_cache, metric, kwargs)
+    return _stack(results, ("layer", "pos", "head"), _HEAD_TYPES, model.cfg.n_heads)
+
+
+def get_act_patch_block_every(
+    model: Any, corrupted_tokens: Tensor, clean_cache: Any, metric: Any, **kwargs: Any
+) -> Tensor | PatchingResult:
+    """resid_pre, attn_out and mlp_out by position: `[3, n_layers, pos]`.
+
+    `kwargs` as in `get_act_patch_attn_head_all_pos_every`.
+    """
+    sweeps = (get_act_patch_resid_pre, get_act_patch_attn_out, get_act_patch_mlp_out)
+    results = _run(sweeps, model, corrupted_tokens, clean_cache, metric, kwargs)
+    return _stack(results, ("layer", "pos"), ("resid_pre", "attn_out", "mlp_out"), 0)
+
+
+def _run(
+    sweeps: Sequence[partial[Any]],
+    model: Any,
+    tokens: Tensor,
+    cache: Any,
+    metric: Any,
+    kwargs: dict[str, Any],
+) -> list[tuple[tuple[str, ...], Any]]:
+    """The axis names and the result of each sweep; a baseline that is asked for comes once."""
+    baseline = bool(kwargs.pop("baseline", False))
+    return [
+        (
+            sweep.keywords["index_axis_names"],
+            sweep(model, tokens, cache, metric, baseline=baseline and i == 0, **kwargs),
+        )
+        for i, sweep in enumerate(sweeps)
+    ]
+
+
+def _stack(
+    results: Sequence[tuple[tuple[str, ...], Any]],
+    axes: tuple[str, ...],
+    type_names: Sequence[str],
+    n_heads: int,
+) -> Tensor | PatchingResult:
+    """All sweeps on a leading patch_type axis, their axes in the order `axes`, heads padded."""
+    first = results[0][1]
+    typed = isinstance(first, PatchingResult)
+    lead = int(typed and first.has_metric_axis)  # the metric axis stays first, the batch axis last
+    renamed = {"head_index": "head", "dest_pos": "pos"}
+    values = []
+    for axis_names, result in results:
+        names = [renamed.get(name, name) for name in axis_names]
+        x: Tensor = result.values if isinstance(result, PatchingResult) else result
+        order = [lead + names.index(axis) for axis in axes]
+        x = x.permute(*range(lead), *order, *range(lead + len(axes), x.ndim))
+        if "head" in axes:
+            head = lead + axes.index("head")
+            widths = [0, 0] * (x.ndim - 1 - head) + [0, n_heads - x.shape[head]]
+            x = torch.nn.functional.pad(x, widths)
+        values.append(x)
+    stacked = torch.stack(values, dim=lead)
+    if not typed:
+        return stacked
+    names = ["patch_type", *axes]
+    return PatchingResult(
+        values=stacked,
+        axis_names=names,
+        index_df=make_df_from_ranges(list(stacked.shape[lead : lead + len(names)]), names),
+        metric_names=list(first.metric_names),
+        reduced=first.reduced,
+        baseline=first.baseline,
+        has_metric_axis=first.has_metric_axis,
+        patch_type_names=list(type_names),
+    )

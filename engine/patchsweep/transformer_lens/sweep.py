@@ -1,0 +1,225 @@
+"""`generic_activation_patch` of TransformerLens, with the patched runs made in waves."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from transformer_lens import patching as tl
+from transformer_lens.ActivationCache import ActivationCache
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.probe import TOLERANCE
+from patchsweep.transformer_lens.cells import Cells, differing, live_rows, make_cells
+from patchsweep.transformer_lens.stand_in import Metric, PatchedLogits, StandIn, watch_metrics
+from patchsweep.transformer_lens.waves import CellWaves
+from patchsweep.waves import Unsupported
+
+# sweeps of so few cells are done before waves are set up
+FEW_CELLS = 4
+N_PROBES = 2
+
+Setter = Callable[[Tensor, Sequence[int], Any], Tensor]
+
+
+def generic_activation_patch(
+    model: TransformerBridge,
+    corrupted_tokens: Tensor,
+    clean_cache: ActivationCache,
+    patching_metric: Metric | Mapping[str, Metric],
+    patch_setter: Setter,
+    activation_name: str,
+    index_axis_names: Sequence[tl.AxisNames] | None = None,
+    index_df: pd.DataFrame | None = None,
+    return_index_df: bool = False,
+    *,
+    reduce: str = "scalar",
+    baseline: bool = False,
+) -> Tensor | tuple[Tensor, pd.DataFrame] | tl.PatchingResult:
+    """What `transformer_lens.patching.generic_activation_patch` returns, sooner.
+
+    TransformerLens's own function runs the sweep: it builds the index, calls the metric on full
+    logits `[batch, pos, d_vocab]`, reduces, and raises the errors. Only its forward passes are
+    taken over: those of TransformerLens's own patch setters run in waves. Anything else runs in
+    its own loop; for a built-in sweep a warning then says why.
+    """
+    arguments: dict[str, Any] = {
+        "activation_name": activation_name,
+        "index_axis_names": index_axis_names,
+        "index_df": index_df,
+        "return_index_df": return_index_df,
+        "reduce": reduce,
+        "baseline": baseline,
+    }
+    try:
+        cells = _cells(
+            model, corrupted_tokens, patch_setter, activation_name, index_axis_names, index_df
+        )
+        logits = _patched_logits(model, corrupted_tokens, clean_cache, patch_setter, cells)
+    except Unsupported as reason:
+        if str(reason):
+            warnings.warn(
+                f"{activation_name} is patched by TransformerLens's own loop, not in waves: "
+                f"{reason}",
+                stacklevel=2,
+            )
+        return tl.generic_activation_patch(
+            model, corrupted_tokens, clean_cache, patching_metric, patch_setter, **arguments
+        )
+    return tl.generic_activation_patch(
+        StandIn(model, logits),
+        corrupted_tokens,
+        clean_cache,
+        watch_metrics(patching_metric, logits),
+        patch_setter,
+        **arguments,
+    )
+
+
+class _NothingToGain(Unsupported):
+    """TransformerLens's own function is as good; no warning is due."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+
+
+def _cells(
+    model: TransformerBridge,
+    tokens: Tensor,
+    setter: Setter,
+    activation_name: str,
+    axes: Sequence[str] | None,
+    index_df: pd.DataFrame | None,
+) -> Cells:
+    """The cells of the sweep.
+
+    Raises:
+        Unsupported: there are few, or TransformerLens is to refuse the arguments itself.
+    """
+    if (axes is None) == (index_df is None) or tokens.ndim != 2:
+        raise _NothingToGain
+    if any(module.training for module in model.modules()):
+        raise _NothingToGain
+    n_heads = model.cfg.n_heads
+    if activation_name in ("k", "v") and model.cfg.n_key_value_heads is not None:
+        n_heads = model.cfg.n_key_value_heads
+    n_pos = int(tokens.shape[-1])
+    ranges = {"layer": model.cfg.n_layers, "pos": n_pos, "src_pos": n_pos, "dest_pos": n_pos}
+    ranges |= {"head": n_heads, "head_index": n_heads}
+    if index_df is None:
+        assert axes is not None
+        if not set(axes) <= set(ranges):
+            raise _NothingToGain
+        index_df = tl.make_df_from_ranges([ranges[axis] for axis in axes], axes)
+    if len(index_df) <= FEW_CELLS:
+        raise _NothingToGain
+    n_units = int(model.cfg.d_mlp or 0) if activation_name in ("post", "mlp_post") else n_heads
+    sizes = {"layer": int(model.cfg.n_layers), "pos": n_pos, "unit": int(n_units)}
+    return make_cells(setter, activation_name, index_df, sizes)
+
+
+def _patched_logits(
+    model: TransformerBridge,
+    tokens: Tensor,
+    clean_cache: ActivationCache,
+    setter: Setter,
+    cells: Cells,
+) -> PatchedLogits:
+    """The logits of all cells, the first of them checked against the bridge.
+
+    Raises:
+        Unsupported: the model, the cache or a hook of the user's needs the loop.
+    """
+    hooked = [name for name, point in model.hook_dict.items() if point.fwd_hooks or point.bwd_hooks]
+    if hooked:
+        raise Unsupported(f"the model carries a hook at {hooked[0]}, which is to see every run")
+    tokens = tokens.to(model.cfg.device)
+    names = {layer: cells.site.hook_name(layer) for layer in cells.layers}
+    base_logits, base, needs_grad = _base_run(model, tokens, names)
+    clean: dict[int, Tensor] = {}
+    for layer, name in names.items():
+        try:
+            value = clean_cache[name]
+            clean[layer] = value.detach().to(base[layer]).expand_as(base[layer])
+        except (KeyError, RuntimeError) as error:
+            raise Unsupported(f"clean_cache has nothing that fits {name}") from error
+    differs = {layer: differing(base[layer], clean[layer], cells) for layer in names}
+    rows = live_rows(cells, differs)
+    if not len(rows):
+        return PatchedLogits(base_logits, None, len(cells))
+    tolerance = TOLERANCE.get(str(base_logits.dtype), 1e-3)
+    try:
+        # a tensor that needs a gradient is copied before it is patched: what reads the original
+        # goes on reading it
+        waves = CellWaves(model, tokens, cells, rows, base, clean, in_place=not needs_grad)
+        for where, part in waves.base_logits():
+            expected = base_logits.flatten(0, 1)[torch.from_numpy(where).to(tokens.device)]
+            _agree(part, expected, tolerance, "the unpatched run")
+        live = np.unique(rows.cell)
+        chosen = live[np.linspace(0, len(live) - 1, N_PROBES).astype(np.int64)]
+        for cell, changed in zip(chosen.tolist(), waves.suffixes(chosen.tolist()), strict=True):
+            hook = _hook(setter, _index(cells, cell), clean[int(cells.layer[cell])])
+            name = names[int(cells.layer[cell])]
+            patched = model.run_with_hooks(tokens, fwd_hooks=[(name, hook)]).detach()
+            for prompt, start, logits in changed:
+                _agree(logits, patched[prompt, start:], tolerance, "a patched run")
+    except Unsupported:
+        raise
+    except Exception as error:  # an architecture whose blocks cannot be replayed
+        raise Unsupported(f"{type(error).__name__}: {error}") from error
+    return PatchedLogits(base_logits, waves, len(cells))
+
+
+def _base_run(
+    model: TransformerBridge, tokens: Tensor, names: Mapping[int, str]
+) -> tuple[Tensor, dict[int, Tensor], bool]:
+    """Logits of the unpatched run, the activations at `names`, and whether they need gradients."""
+    kept: dict[int, Tensor] = {}
+    needs_grad: list[bool] = []
+
+    def keep(x: Tensor, layer: int) -> None:
+        kept[layer] = x.detach().clone()
+        needs_grad.append(x.requires_grad)
+
+    hooks = [
+        (name, lambda x, hook, layer=layer: keep(x, layer)) for layer, name in names.items()
+    ]
+    missing = [name for name in names.values() if name not in model.hook_dict]
+    if missing:
+        raise _NothingToGain  # TransformerLens names the missing hook
+    logits = model.run_with_hooks(tokens, fwd_hooks=hooks)
+    if len(kept) < len(names):
+        raise Unsupported("its hook does not fire in every layer")
+    return logits.detach(), kept, any(needs_grad)
+
+
+def _hook(setter: Setter, index: list[int], clean: Tensor) -> Callable[[Tensor, Any], Tensor]:
+    def patch(x: Tensor, hook: Any) -> Tensor:
+        return setter(x.clone() if x.requires_grad else x, index, clean)
+
+    return patch
+
+
+def _index(cells: Cells, cell: int) -> list[int]:
+    """The row of `index_df` that `cell` comes from, as its setter takes it."""
+    columns = {
+        "layer": cells.layer,
+        "pos": cells.pos,
+        "unit": cells.unit,
+        "src": cells.src,
+    }
+    order = ("layer", "unit", "pos", "src") if cells.site.name == "pattern" else tuple(columns)
+    return [int(column[cell]) for name in order if (column := columns[name]) is not None]
+
+
+def _agree(ours: Tensor, theirs: Tensor, tolerance: float, what: str) -> None:
+    if ours.shape != theirs.shape:
+        raise Unsupported(f"{what} has logits {tuple(ours.shape)}, not {tuple(theirs.shape)}")
+    difference = float((ours.float() - theirs.float()).abs().max())
+    if not difference <= tolerance:
+        raise Unsupported(f"{what} differs from the bridge by {difference:.2g} in logits")

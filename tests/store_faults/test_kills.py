@@ -1,0 +1,137 @@
+"""SIGKILL at any moment, by one process or many: the same bytes in the end."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from patchsweep.layout import COMPLETE
+from patchsweep.store import Store
+from patchsweep.store_check import checksums, verify_structure
+
+from store_faults.runs import kill_at_random, run, small_layout, start
+
+Observed = Callable[[str, str], None]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Checksums of a store that one process wrote in peace."""
+    path = tmp_path_factory.mktemp("undisturbed") / "run.zarr"
+    run(path)
+    return checksums(path)
+
+
+def assert_equal(path: Path, undisturbed: dict[str, str]) -> None:
+    assert checksums(path) == undisturbed
+    assert verify_structure(Store.open(path)) == []
+
+
+def test_writer_killed_20_times_resumes_to_same_bytes(
+    tmp_path: Path, undisturbed: dict[str, str], observed: Observed
+) -> None:
+    path, rng = tmp_path / "run.zarr", random.Random(7)
+    killed = 0
+    while killed < 20:
+        process = start(path, kill_after=rng.randrange(1, 120), journal=True)
+        process.join(60)
+        if process.exitcode == -signal.SIGKILL:
+            killed += 1
+        else:  # it got to the end: start over
+            assert process.exitcode == 0
+            assert_equal(path, undisturbed)
+            shutil.rmtree(path)
+    run(path)
+    assert_equal(path, undisturbed)
+    observed("SIGKILL of the only writer, 20 times over", "resumed to the undisturbed run's bytes")
+
+
+@pytest.mark.slow
+def test_writer_killed_at_every_step_resumes_to_same_bytes(
+    tmp_path: Path, undisturbed: dict[str, str], observed: Observed
+) -> None:
+    for step in range(1, 1000):
+        path = tmp_path / f"{step}.zarr"
+        process = start(path, kill_after=step)
+        process.join(60)
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        run(path)
+        assert_equal(path, undisturbed)
+        shutil.rmtree(path)
+    assert step > 100  # or the steps were not seen
+    observed("SIGKILL before every single file operation", "resumed to the undisturbed run's bytes")
+
+
+@pytest.mark.parametrize(
+    "kills", [20, pytest.param(200, marks=pytest.mark.slow)], ids=["20", "200"]
+)
+def test_four_writers_killed_at_random_end_in_same_bytes(
+    tmp_path: Path, undisturbed: dict[str, str], observed: Observed, kills: int
+) -> None:
+    path, done = tmp_path / "run.zarr", 0
+    for seed in range(1000):  # a store is soon full; then the next one
+        exits, hits = kill_at_random(path, kills=10, seed=seed, n_writers=4, longest_s=0.08)
+        assert exits == [0, 0, 0, 0]
+        assert_equal(path, undisturbed)
+        shutil.rmtree(path)
+        done += hits
+        if done >= kills:
+            break
+    observed(f"{kills} random SIGKILLs over four writers at once", "the undisturbed run's bytes")
+
+
+def test_eight_writers_of_the_same_units_lose_nothing(
+    tmp_path: Path, undisturbed: dict[str, str], observed: Observed
+) -> None:
+    path = tmp_path / "run.zarr"
+    halves = [slice(0, None, 2), slice(1, None, 2)] * 3  # each half three times
+    writers = [start(path, only=half, pause_s=0.01) for half in halves]
+    writers += [start(path, pause_s=0.01) for _ in range(2)]
+    for writer in writers:
+        writer.join(60)
+    assert [writer.exitcode for writer in writers] == [0] * 8
+    assert_equal(path, undisturbed)
+    observed("eight writers at once, slices three times over", "nothing lost, nothing torn")
+
+
+def test_stopped_writer_that_lost_its_lease_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, observed: Observed
+) -> None:
+    path = tmp_path / "run.zarr"
+    monkeypatch.setattr("patchsweep.lease.Leases._keep_beating", lambda self: None)  # it hangs
+    sleeper, rival = (Store.create_or_resume(path, small_layout()) for _ in range(2))
+    unit = sleeper.pending()[0]
+    assert sleeper.claim([unit]) == [unit]
+    assert rival.claim([unit]) == []
+    owner = tmp_path / "run.zarr.leases" / "owners" / sleeper._leases.owner
+    long_ago = time.time() - 3600
+    os.utime(owner, (long_ago, long_ago))
+    assert rival.claim([unit]) == [unit]
+    shape = sleeper.variables[unit.variable].block_shape(unit)
+    sleeper.write(unit, np.full(shape, 1.0))
+    assert not sleeper.is_done(unit)
+    rival.write(unit, np.full(shape, 2.0))
+    assert (rival.dataset()[unit.variable][:, :2, 0] == 2.0).all()
+    observed(
+        "a writer hangs past its lease, then goes on", "its write is dropped; the other's holds"
+    )
+
+
+def test_half_made_store_is_completed_by_the_next_run(
+    tmp_path: Path, undisturbed: dict[str, str]
+) -> None:
+    path = tmp_path / "run.zarr"
+    Store.create_or_resume(path, small_layout())
+    (path / COMPLETE).unlink()
+    shutil.rmtree(path / "z")
+    run(path)
+    assert_equal(path, undisturbed)

@@ -1,0 +1,157 @@
+"""The planner: every cell once, dead means no effect, waves hold each live patch once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLEAN, CORRUPTED, demo_pairs, model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from patchsweep.batch import make_batches
+from patchsweep.errors import PlanError
+from patchsweep.hooked import HookedRunner
+from patchsweep.interventions import Resample
+from patchsweep.metrics import METRICS
+from patchsweep.pairs import PromptPair, PromptPairs
+from patchsweep.plan import Axes, ModelShape, PairShape, plan_site
+from patchsweep.request import make_request
+from patchsweep.sites import SITES
+from patchsweep.waves.packing import pack
+
+SHAPE = ModelShape(
+    n_layers=4, n_heads=3, n_kv_heads=3, d_head=4, d_model=12, d_mlp=16, d_vocab=50,
+    block_parameters=1000,
+)  # fmt: skip
+
+
+@st.composite
+def pair_shapes(draw: st.DrawFn) -> PairShape:
+    length = draw(st.integers(2, 9))
+    differs = draw(st.lists(st.booleans(), min_size=length, max_size=length))
+    reads = sorted(draw(st.sets(st.integers(0, length - 1), min_size=1, max_size=2)))
+    return PairShape(tuple(differs), tuple(reads), {"span": (1, 2)})
+
+
+@st.composite
+def site_plans(draw: st.DrawFn):
+    site = SITES[draw(st.sampled_from(["resid_pre", "resid_post", "z", "k", "mlp_out"]))]
+    pairs = draw(st.lists(pair_shapes(), min_size=1, max_size=3))
+    longest = max(pair.length for pair in pairs)
+    positions = draw(
+        st.one_of(st.none(), st.sets(st.integers(0, longest - 1), min_size=1).map(sorted))
+    )
+    if positions is not None and all(p >= pair.length for pair in pairs for p in positions):
+        positions = [0]
+    layers = draw(st.sets(st.integers(0, 3), min_size=1).map(sorted))
+    units = draw(st.sampled_from([None, ((0,), (1, 2))])) if site.unit else None
+    axes = Axes(
+        tuple((layer,) for layer in layers), None if positions is None else tuple(positions), units
+    )
+    return plan_site(site, axes, SHAPE, pairs, resample=draw(st.booleans())), pairs
+
+
+@given(site_plans())
+@settings(max_examples=150, deadline=None)
+def test_plan_covers_every_cell_once(drawn) -> None:
+    plan, pairs = drawn
+    assert len(np.unique(plan.cell)) == plan.n_patches
+    positions = plan.axes.positions
+    n_cells = 0
+    for pair in pairs:
+        places = 1 if positions is None else sum(p < pair.length for p in positions)
+        n_cells += places * plan.shape[1] * plan.shape[3]
+    assert plan.n_patches == n_cells
+    assert plan.loop_token_layers == sum(
+        pairs[p].length * SHAPE.n_layers for p in plan.pair.tolist()
+    )
+
+
+@given(site_plans(), st.integers(1, 40))
+@settings(max_examples=150, deadline=None)
+def test_waves_hold_every_live_patch_once_and_cost_what_the_plan_says(drawn, max_tokens) -> None:
+    plan, _ = drawn
+    live = np.flatnonzero(plan.live)
+    if not len(live):
+        return
+    waves = list(plan.waves(live, max_tokens))
+    assert sorted(p for wave in waves for p in wave.patches.tolist()) == live.tolist()
+    passed = 0
+    for wave in waves:
+        for packing in pack(wave):
+            if packing.layer < plan.n_layers:
+                passed += packing.n_tokens
+            assert packing.offsets[-1] == packing.n_tokens
+    assert passed == plan.token_layers
+
+
+@pytest.mark.parametrize("name", ["resid_pre", "resid_post", "attn_out", "z", "k", "q"])
+def test_every_patch_called_dead_has_no_effect(name: str) -> None:
+    bridge = model("tiny:llama")
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        length = int(rng.integers(3, 8))
+        base = rng.integers(2, 300, size=length)
+        source = np.where(rng.random(length) < 0.4, rng.integers(2, 300, size=length), base)
+        source[0], source[-2] = base[0], base[-2] + 1
+        pair = PromptPair(
+            clean=tuple(source.tolist()), corrupted=tuple(base.tolist()),
+            answer=(5,), wrong_answer=(6,), clean_tokens=("",) * length,
+            corrupted_tokens=("",) * length, answer_text="a", wrong_answer_text="b", labels={},
+        )  # fmt: skip
+        request = make_request(
+            bridge, PromptPairs((pair,)), name, read=int(rng.integers(1, length))
+        )
+        plan = request.plans[0]
+        assert plan.live.any()
+        assert not plan.live.all()
+        batch = make_batches(
+            request.pairs, [0], request.direction, request.read, torch.device("cpu")
+        )[0]
+        runner = HookedRunner(bridge, request.sites)
+        loaded = runner.load(batch, Resample())
+        metrics = (METRICS["logit_diff"],)
+        base_value = float(runner.references(loaded, metrics)[0])
+        # the plan trims spans, so take the untrimmed patch: all of its cell's position
+        dead = np.flatnonzero(~plan.live)
+        plan.start[dead] = np.unravel_index(plan.cell[dead], plan.shape)[2]
+        plan.stop[dead] = plan.start[dead] + 1
+        values = runner.run(loaded, plan, dead, metrics)[0].numpy()
+        # the same rows in a batch of another size round differently
+        assert np.abs(values - base_value).max() < 2e-5
+
+
+def test_demo_plan_costs_what_the_design_says(smollm2) -> None:
+    plan = make_request(smollm2, demo_pairs("smollm2-135m"), "resid_pre").plans[0]
+    assert (plan.n_patches, plan.n_live) == (510, 204)
+    assert plan.token_layers == 12_390
+    assert plan.loop_token_layers == 260_100
+
+
+@pytest.mark.parametrize(
+    ("selection", "message"),
+    [
+        ({"layers": [3]}, "layers has 3, past the last layer 2; use 0..2"),
+        ({"positions": [17]}, "positions has 17, past the last position 16"),
+        ({"positions": ["subject"]}, "label 'subject', which pair 0 does not carry"),
+        ({"positions": []}, "positions is empty"),
+        ({"positions": "every"}, "positions='every' is not known"),
+        ({"heads": [4]}, "heads of z has 4, past the last one 3"),
+        ({"layers": []}, "layers is empty"),
+        ({"read": 17}, "read=17 lies outside a prompt of 17 tokens"),
+    ],
+)
+def test_selection_out_of_range_is_refused(selection, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        make_request(model("tiny:llama"), demo_pairs("tiny:llama"), "z", **selection)
+
+
+def test_neurons_must_be_chosen() -> None:
+    with pytest.raises(PlanError, match="48 neurons a layer; choose some"):
+        make_request(model("tiny:llama"), demo_pairs("tiny:llama"), "mlp_post")
+
+
+def test_prompts_are_the_demo_pair() -> None:
+    from patchsweep.tasks import DEMO_PAIR
+
+    assert (DEMO_PAIR.clean, DEMO_PAIR.corrupted) == (CLEAN, CORRUPTED)

@@ -1,0 +1,183 @@
+"""Sweeps as a user calls them: several pairs, metrics, positions and sites at once."""
+
+from __future__ import annotations
+
+import numpy as np
+import patchsweep as ps
+import pytest
+import torch
+from conftest import demo_pairs, model
+from patchsweep.errors import ConfigError, MetricError, ModelError, SiteError
+from patchsweep.pairs import PromptPairs
+
+NAME = "tiny:llama"
+PROMPTS = [
+    ("When John and Mary went to the shops, {} gave a bottle of milk to", " Mary", " John"),
+    ("Then Paul and Anna went to the park, {} gave a ring to", " Anna", " Paul"),
+    ("Then Tom and Lucy went to the store and {} gave a ball to", " Lucy", " Tom"),
+    ("Then Mark and Emma went to the park, {} gave a ring to", " Emma", " Mark"),
+]
+
+
+def mixed_pairs(name: str = NAME) -> PromptPairs:
+    return PromptPairs.from_strings(
+        model(name),
+        clean=[text.format(wrong.strip()) for text, _, wrong in PROMPTS],
+        corrupted=[text.format(right.strip()) for text, right, _ in PROMPTS],
+        answers=[(right, wrong) for _, right, wrong in PROMPTS],
+    )
+
+
+def test_pairs_of_mixed_length_equal_their_own_sweeps() -> None:
+    pairs = mixed_pairs()
+    lengths = [len(pair) for pair in pairs]
+    assert len(set(lengths)) > 1
+    together = ps.sweep(model(NAME), pairs, ["resid_pre", "z"], max_tokens=50)
+    assert together.sizes["pos"] == max(lengths)
+    for i, pair in enumerate(pairs):
+        alone = ps.sweep(model(NAME), PromptPairs((pair,)), ["resid_pre", "z"])
+        for site in ("resid_pre", "z"):
+            row = together[site].values[0, i][:, : lengths[i]]
+            # another batch shape rounds differently; logits of order 10
+            np.testing.assert_allclose(row, alone[site].values[0, 0], atol=1e-4)
+            assert np.isnan(together[site].values[0, i][:, lengths[i] :]).all()
+        np.testing.assert_allclose(together.base_metric[0, i], alone.base_metric[0, 0], atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_runners_agree_on_every_metric(family: str) -> None:
+    name = f"tiny:{family}"
+    metrics = list(ps.metrics.METRICS)
+    found = [
+        ps.sweep(model(name), demo_pairs(name), "resid_pre", metrics, layers=[1, 2], runner=runner)
+        for runner in ("wave", "hooked")
+    ]
+    for metric in metrics:
+        a, b = (ds["resid_pre"].sel(metric=metric).values for ds in found)
+        np.testing.assert_allclose(a, b, atol=1e-4, err_msg=metric)
+    assert found[0].attrs["provenance"]["runner"] == "wave"
+    assert float(np.ptp(found[0]["resid_pre"].sel(metric="kl_base").values)) > 1e-3
+
+
+def test_kl_of_base_with_itself_is_zero_and_probabilities_are_consistent() -> None:
+    ds = ps.sweep(
+        model(NAME), demo_pairs(NAME), "z", ["kl_base", "prob", "log_prob", "top1_change"]
+    )
+    assert abs(float(ds.base_metric.sel(metric="kl_base")[0])) < 1e-6
+    assert float(ds.base_metric.sel(metric="top1_change")[0]) == 0
+    z = ds["z"]
+    np.testing.assert_allclose(np.exp(z.sel(metric="log_prob")), z.sel(metric="prob"), rtol=1e-4)
+    assert float(z.sel(metric="kl_base").min()) > -1e-6
+
+
+def test_callable_metric_sees_logits_of_the_position_read() -> None:
+    pairs = demo_pairs(NAME)
+    answer, wrong = pairs[0].answer[0], pairs[0].wrong_answer[0]
+
+    def difference(logits: torch.Tensor) -> torch.Tensor:
+        return logits[:, 0, answer] - logits[:, 0, wrong]
+
+    ds = ps.sweep(model(NAME), pairs, "resid_pre", ["logit_diff", difference])
+    np.testing.assert_allclose(
+        ds["resid_pre"].sel(metric="difference"),
+        ds["resid_pre"].sel(metric="logit_diff"),
+        atol=1e-5,
+    )
+
+
+def test_callable_metric_of_wrong_shape_is_refused() -> None:
+    with pytest.raises(MetricError, match="return one number per row"):
+        ps.sweep(model(NAME), demo_pairs(NAME), "resid_pre", lambda logits: logits.sum())
+
+
+def test_metrics_read_at_another_position() -> None:
+    found = [
+        ps.sweep(model(NAME), demo_pairs(NAME), "resid_pre", read=12, runner=runner)
+        for runner in ("wave", "hooked")
+    ]
+    np.testing.assert_allclose(found[0]["resid_pre"], found[1]["resid_pre"], atol=1e-4)
+    after = found[0]["resid_pre"].values[0, 0][:, 13:]
+    assert (after == found[0].base_metric.values[0, 0]).all()  # causality
+
+
+def test_multi_token_answers_are_teacher_forced() -> None:
+    bridge = model(NAME)
+    pairs = PromptPairs.from_strings(
+        bridge,
+        clean=["Then John and Mary went to the shops, John gave a ring to"],
+        corrupted=["Then John and Mary went to the shops, Mary gave a ring to"],
+        answers=[(" Mary and", " John and")],
+        multi_token=True,
+    )
+    assert len(pairs[0].answer) == 2
+    ds = ps.sweep(bridge, pairs, "z", ["log_prob", "logit_diff"], heads="all")
+    hooked = ps.sweep(bridge, pairs, "z", ["log_prob", "logit_diff"], heads="all", runner="hooked")
+    np.testing.assert_allclose(ds["z"], hooked["z"], atol=1e-4)
+    # the unpatched base by hand: log-prob of " Mary" then of " and", each given what precedes
+    prompt = [*pairs[0].corrupted, pairs[0].answer[0]]
+    with torch.no_grad():
+        log_probs = bridge(torch.tensor([prompt])).log_softmax(dim=-1)[0]
+    expected = sum(
+        float(log_probs[len(prompt) - 2 + i, token]) for i, token in enumerate(pairs[0].answer)
+    )
+    assert float(ds.base_metric.sel(metric="log_prob")[0]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_labelled_spans_are_one_patch() -> None:
+    bridge = model(NAME)
+    pair = demo_pairs(NAME)[0]
+    labelled = PromptPairs((type(pair)(**{**vars(pair), "labels": {"S2": (10, 12)}}),))
+    ds = ps.sweep(bridge, labelled, "mlp_out", positions=["S2", 16])
+    hooked = ps.sweep(bridge, labelled, "mlp_out", positions=["S2", 16], runner="hooked")
+    np.testing.assert_allclose(ds["mlp_out"], hooked["mlp_out"], atol=1e-4)
+    assert list(ds.pos.values) == ["S2", "16"]
+
+
+@pytest.mark.parametrize("intervention", ["shuffle", 0.5, lambda site, layer, b, s: 0.5 * (b + s)])
+def test_other_interventions_agree_between_runners(intervention) -> None:
+    bridge = model(NAME)
+    pairs = PromptPairs((*mixed_pairs()[1:2], *mixed_pairs()[3:4]))
+    found = [
+        ps.sweep(bridge, pairs, ["z", "resid_mid"], intervention=intervention, runner=runner)
+        for runner in ("wave", "hooked")
+    ]
+    for site in ("z", "resid_mid"):
+        np.testing.assert_allclose(found[0][site], found[1][site], atol=1e-4)
+        assert float(np.abs(found[0][site] - found[0].base_metric).max()) > 1e-2
+
+
+def test_kv_sites_have_kv_heads_and_no_padding() -> None:
+    ds = ps.sweep(model(NAME), demo_pairs(NAME), ["k", "q"])
+    assert ds["k"].dims == ("metric", "pair", "layer", "pos", "kv_head")
+    assert ds.sizes["kv_head"] == 2
+    assert ds.sizes["head"] == 4
+    assert not np.isnan(ds["k"]).any()
+
+
+def test_plan_and_sweep_agree_on_cost() -> None:
+    cost = ps.plan(model(NAME), demo_pairs(NAME), ["resid_pre", "z"])
+    ds = ps.sweep(model(NAME), demo_pairs(NAME), ["resid_pre", "z"])
+    assert cost.token_layers == sum(p["token_layers"] for p in ds.attrs["plan"].values())
+    assert cost.n_live == sum(p["n_live"] for p in ds.attrs["plan"].values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"sites": "resid"}, SiteError, "site 'resid' is not known; use one of resid_pre"),
+        ({"metrics": "logits"}, MetricError, "metric 'logits' is not known; use one of logit_diff"),
+        ({"direction": "forwards"}, ConfigError, "direction='forwards' is not known"),
+        ({"intervention": "noise"}, ConfigError, "intervention 'noise' is not known"),
+        ({"intervention": "shuffle"}, ConfigError, "only one pair has 17 tokens"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, error, message: str) -> None:
+    with pytest.raises(error, match=message):
+        ps.sweep(model(NAME), demo_pairs(NAME), **{"sites": "z", **arguments})
+
+
+def test_training_mode_is_refused() -> None:
+    bridge = ps.load_model(NAME)
+    bridge.train()
+    with pytest.raises(ModelError, match="training mode"):
+        ps.sweep(bridge, demo_pairs(NAME), "z")
