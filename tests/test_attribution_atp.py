@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from attribution_setup import block, cells, pairs_of
+from attribution_setup import block, cells
 from conftest import model
 from oracle import hook_of
 from patchsweep.sites import SITES
@@ -25,12 +25,15 @@ def _plain_autograd(bridge, site, batch, delta_from) -> np.ndarray:
     ]
     with torch.no_grad():
         bridge.run_with_hooks(delta_from, fwd_hooks=hooks)
+    if not source:
+        pytest.skip(f"the bridge's {site.hook} never fires here: there is nothing to compare with")
     base: dict[int, Tensor] = {}
     grads: dict[int, Tensor] = {}
 
-    def watch(x: Tensor, hook: object, i: int) -> None:
+    def watch(x: Tensor, hook: object, i: int) -> Tensor:
         base[i] = x.detach().clone()
         x.register_hook(lambda g: grads.update({i: g.clone()}))
+        return x  # else the bridge goes on with a tensor that this one is only a view of
 
     hooks = [
         (hook_of(bridge, site, i), lambda x, hook, i=i: watch(x, hook, i)) for i in layers
@@ -59,8 +62,8 @@ def _plain_autograd(bridge, site, batch, delta_from) -> np.ndarray:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("site", ALL)
 def test_atp_equals_plain_autograd(family: str, site: str) -> None:
-    if family == "gpt_neox" and site in ("resid_mid", "rot_q", "rot_k"):
-        pytest.skip("attention and MLP in parallel; its rotary hooks never fire in the bridge")
+    if family == "gpt_neox" and site == "resid_mid":
+        pytest.skip("attention and MLP in parallel: there is no residual between them")
     bridge = model(f"tiny:{family}")
     name = f"tiny:{family}"
     request, batch = block(name, [site])
@@ -70,12 +73,13 @@ def test_atp_equals_plain_autograd(family: str, site: str) -> None:
     live = np.isfinite(found) & (found != 0)
     assert live.any()
     # dead cells are zero by proof; autograd gives rounding there, or a value that cannot matter
-    scale = np.abs(expected).max()
-    assert np.abs(found - expected)[live].max() < 1e-5 * scale
+    # two fp32 implementations of one backward pass; as vectors they agree within 1e-5
+    size = np.linalg.norm(expected)
+    assert np.linalg.norm((found - expected)[live]) < 1e-5 * size
     plan = request.plans[0]
     alive = np.zeros(plan.shape, bool).ravel()
     alive[plan.cell[plan.live]] = True
-    assert np.abs(np.where(alive.reshape(expected.shape), 0, expected)).max() < 1e-5 * scale
+    assert np.linalg.norm(np.where(alive.reshape(expected.shape), 0, expected)) < 1e-5 * size
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
@@ -182,7 +186,3 @@ def test_no_gradient_is_kept_and_nothing_leaks() -> None:
         gc.enable()
     assert len(seen) == 9
     assert alive == 0  # freed by reference counts alone: no cycle through a hook
-
-
-def test_pairs_have_several_lengths_in_the_helper() -> None:
-    assert len(pairs_of("tiny:llama", 3)) == 3

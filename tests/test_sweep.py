@@ -44,7 +44,7 @@ def test_pairs_of_mixed_length_equal_their_own_sweeps() -> None:
         np.testing.assert_allclose(together.base_metric[0, i], alone.base_metric[0, 0], atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
 def test_runners_agree_on_every_metric(family: str) -> None:
     name = f"tiny:{family}"
     metrics = list(ps.metrics.METRICS)
@@ -181,3 +181,31 @@ def test_training_mode_is_refused() -> None:
     bridge.train()
     with pytest.raises(ModelError, match="training mode"):
         ps.sweep(bridge, demo_pairs(NAME), "z")
+
+
+def test_out_of_memory_halves_the_wave_and_loses_nothing(monkeypatch, caplog) -> None:
+    from patchsweep.waves import runner as wave_runner
+
+    whole = ps.sweep(model(NAME), demo_pairs(NAME), "z", runner="wave")
+    run_wave = wave_runner.run_wave
+
+    def scarce(replica, point, wave, given):
+        if wave.n_tokens > 60:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")
+        return run_wave(replica, point, wave, given)
+
+    monkeypatch.setattr(wave_runner, "run_wave", scarce)
+    halved = ps.sweep(model(NAME), demo_pairs(NAME), "z", runner="wave")
+    # waves of another size round differently
+    np.testing.assert_allclose(halved["z"], whole["z"], atol=1e-5)
+    assert "halved" in caplog.text
+
+
+def test_nan_in_activations_is_reported_with_its_first_place() -> None:
+    bridge = ps.load_model(NAME)
+    weight = dict(bridge.original_model.named_parameters())
+    name = next(n for n in weight if "layers.1" in n and "down_proj" in n or "1.mlp.out" in n)
+    with torch.no_grad():
+        weight[name].fill_(float("nan"))
+    with pytest.raises(ModelError, match="first in block 2's input at position 0"):
+        ps.sweep(bridge, demo_pairs(NAME), "z", runner="wave")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -14,6 +16,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.batch import Batch
+from patchsweep.errors import ModelError
 from patchsweep.interventions import Intervention
 from patchsweep.metrics import Logits, Metric, compute
 from patchsweep.plan import Ints, SitePlan, Wave
@@ -24,6 +27,7 @@ from patchsweep.waves.readout import Readout
 from patchsweep.waves.replay import WaveInput, run_wave
 from patchsweep.waves.replica import Replica
 
+log = logging.getLogger("patchsweep")
 Precision = Literal["model", "bf16"]
 
 
@@ -76,6 +80,8 @@ class WaveRunner:
             self.replica, torch.cat([batch.base, batch.source]), list(self.points.values())
         )
         base, source = both.half(slice(0, n)), both.half(slice(n, 2 * n))
+        _check_finite(base, "base", batch)
+        _check_finite(source, "source", batch)
         reads = list(batch.reads)
         return Loaded(
             batch=batch,
@@ -104,8 +110,22 @@ class WaveRunner:
         """See `Runner`."""
         column = {patch: i for i, patch in enumerate(patches.tolist())}
         values = torch.empty(len(metrics), len(patches))
-        for wave in plan.waves(patches, self.max_tokens):
-            result = self._run_wave(loaded, wave, metrics)
+        waves = deque(plan.waves(patches, self.max_tokens))
+        while waves:
+            wave = waves.popleft()
+            try:
+                result = self._run_wave(loaded, wave, metrics)
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error) or len(wave.patches) == 1:
+                    raise
+                # later waves are no larger; nothing that was computed is lost
+                self.max_tokens = max(1, wave.n_tokens // 2)
+                log.warning("out of memory: waves are halved to %d tokens", self.max_tokens)
+                waiting = np.concatenate([w.patches for w in (wave, *waves)])
+                waves = deque(plan.waves(waiting, self.max_tokens))
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                continue
             values[:, [column[p] for p in wave.patches.tolist()]] = result.cpu()
         return values
 
@@ -195,6 +215,26 @@ class WaveRunner:
             # a patched pattern changes its own token's z alone, so its value is a z
             return [_attend(pattern, v) for pattern, v in zip(values, base.values, strict=True)]
         return values
+
+
+def _check_finite(run: Run, name: str, batch: Batch) -> None:
+    """Raises ModelError where a run's residual stream first holds NaN or infinity."""
+    for layer, resid in enumerate(run.resid):
+        if not bool(torch.isfinite(resid).all()):
+            row, pos = torch.nonzero(~torch.isfinite(resid).all(dim=-1))[0].tolist()
+            place = "the final residual" if layer == len(run.calls) else f"block {layer}'s input"
+            raise ModelError(
+                f"the {name} run of pair {batch.pairs[row]} holds NaN or infinity, first in "
+                f"{place} at position {pos}; check the weights, or load the model in float32 "
+                "or bfloat16 if float16 overflows"
+            )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or on the CPU (a plain RuntimeError there)."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return "allocate memory" in str(error) or "out of memory" in str(error).lower()
 
 
 def _attend(
