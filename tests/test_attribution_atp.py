@@ -15,8 +15,9 @@ FAMILIES = ["gpt2", "gpt_neox", "llama", "qwen3", "gemma2", "gemma3", "mistral",
 ALL = [name for name in SITES if name != "mlp_post"]
 
 
-def _plain_autograd(bridge, site, batch, delta_from) -> np.ndarray:
-    """`[pair, layer, pos, unit]` by hooks on the bridge, keeping every gradient."""
+def _plain_autograd(bridge, site, batch, delta_from) -> tuple[np.ndarray, float]:
+    """`[pair, layer, pos, unit]` by hooks on the bridge, keeping every gradient; and the size
+    of base · gradient, of which rounding takes its share before the difference is taken."""
     layers = range(bridge.cfg.n_layers if site.layered else 1)
     source: dict[int, Tensor] = {}
     hooks = [
@@ -43,10 +44,11 @@ def _plain_autograd(bridge, site, batch, delta_from) -> np.ndarray:
         right, wrong = batch.answer[:, :1], batch.wrong[:, :1]
         (logits.gather(1, right) - logits.gather(1, wrong)).sum().backward()
     bridge.zero_grad()
-    found = []
+    found, rounding = [], 0.0
     for i in layers:
         # a gradient that never came is zero: nothing that is read depends on it
         product = (source[i] - base[i]) * grads.get(i, torch.zeros_like(base[i]))
+        rounding += float((base[i] * grads.get(i, torch.zeros_like(base[i]))).norm()) ** 2
         if site.name == "pattern":
             found.append(product.sum(-1).transpose(1, 2))
         elif product.ndim == 4:
@@ -56,7 +58,7 @@ def _plain_autograd(bridge, site, batch, delta_from) -> np.ndarray:
             found.append(product.unflatten(-1, (n, -1)).sum(-1))
         else:
             found.append(product.sum(-1, keepdim=True))
-    return torch.stack(found, dim=1).numpy()
+    return torch.stack(found, dim=1).numpy(), rounding**0.5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -67,14 +69,15 @@ def test_atp_equals_plain_autograd(family: str, site: str) -> None:
     bridge = model(f"tiny:{family}")
     name = f"tiny:{family}"
     request, batch = block(name, [site])
-    expected = _plain_autograd(bridge, SITES[site], batch, batch.source)
+    expected, rounding = _plain_autograd(bridge, SITES[site], batch, batch.source)
     found = cells(name, [site], "atp")[site][0]
     found = found.reshape(expected.shape)
     live = np.isfinite(found) & (found != 0)
     assert live.any()
     # dead cells are zero by proof; autograd gives rounding there, or a value that cannot matter
-    # two fp32 implementations of one backward pass; as vectors they agree within 1e-5
-    size = np.linalg.norm(expected)
+    # two fp32 implementations: as vectors they agree within 1e-5, but for the rounding of the
+    # activations, which can be a hundred times larger than their difference
+    size = np.linalg.norm(expected) + 0.1 * rounding
     assert np.linalg.norm((found - expected)[live]) < 1e-5 * size
     plan = request.plans[0]
     alive = np.zeros(plan.shape, bool).ravel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import socket
@@ -455,30 +456,70 @@ def test_a_silent_owners_lease_expires_and_a_beating_ones_does_not(tmp_path: Pat
     rival.close()
 
 
-def test_rivals_for_a_stale_lease_never_both_win(tmp_path: Path, dead_process: str) -> None:
-    (victim,) = _leases(tmp_path, 1)
-    units = [f"z/{i}.0" for i in range(10)]
-    victim.claim(units)
-    _kill(victim, dead_process)
-    rivals = _leases(tmp_path, 4)
-    barrier, won = threading.Barrier(len(rivals)), []
+def test_rivals_never_hold_one_unit_at_the_same_time(
+    tmp_path: Path, dead_process: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four rivals claim and release units that a dead process held, with pauses in every step."""
+    rng = random.Random(0)
 
-    def contend(rival: Leases) -> None:
-        barrier.wait()
-        for unit in units:
-            won.extend(rival.claim([unit]))
+    def slowed(step: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any) -> Any:
+            if rng.random() < 0.3:
+                time.sleep(rng.random() * 0.004)
+            return step(*args)
 
-    threads = [threading.Thread(target=contend, args=(rival,)) for rival in rivals]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(won) == len(set(won))
-    # rivals may withdraw from each other; then the next to ask gets it
-    late = _leases(tmp_path, 1)[0].claim([unit for unit in units if unit not in won])
-    assert sorted(won + late) == units
-    for rival in rivals:
-        rival.close()
+        return wrapper
+
+    for step in ("put_new", "list", "read", "delete"):
+        monkeypatch.setattr(LocalFolder, step, slowed(getattr(LocalFolder, step)))
+    clashes: list[str] = []
+    n_held = 0
+
+    def contend(rival: Leases, units: list[str], holders: dict[str, int]) -> None:
+        nonlocal n_held
+        for unit in rng.sample(units, len(units)) * 3:
+            if not rival.claim([unit]):
+                continue
+            with lock:
+                n_held += 1
+                holders[unit] += 1
+                if holders[unit] > 1:
+                    clashes.append(unit)
+            time.sleep(rng.random() * 0.003)
+            with lock:
+                holders[unit] -= 1
+            rival.release([unit])
+
+    lock = threading.Lock()
+    for i in range(12):
+        (victim, *rivals) = _leases(tmp_path / str(i), 5)
+        units = [f"z/{pair}.0" for pair in range(4)]
+        victim.claim(units)
+        _kill(victim, dead_process)
+        holders = dict.fromkeys(units, 0)
+        threads = [threading.Thread(target=contend, args=(r, units, holders)) for r in rivals]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for rival in rivals:
+            rival.close()
+    assert clashes == []
+    assert n_held > 100
+
+
+def test_a_lost_unit_can_be_claimed_again_when_the_heir_dies(
+    tmp_path: Path, dead_process: str
+) -> None:
+    sleeper, heir = _leases(tmp_path, 2)
+    sleeper.claim(["z/0.0"])
+    sleeper._stop.set()
+    sleeper._folder.delete(f"owners/{sleeper.owner}")
+    assert heir.claim(["z/0.0"]) == ["z/0.0"]
+    assert sleeper.claim(["z/0.0"]) == []
+    assert not sleeper.holds("z/0.0")
+    _kill(heir, dead_process)
+    assert sleeper.claim(["z/0.0"]) == ["z/0.0"]
 
 
 def test_two_stores_share_the_units_and_done_ones_are_nobodys(tmp_path: Path) -> None:

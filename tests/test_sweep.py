@@ -209,3 +209,28 @@ def test_nan_in_activations_is_reported_with_its_first_place() -> None:
         weight[name].fill_(float("nan"))
     with pytest.raises(ModelError, match="first in block 2's input at position 0"):
         ps.sweep(bridge, demo_pairs(NAME), "z", runner="wave")
+
+
+def test_any_hook_point_can_be_swept_by_its_full_name() -> None:
+    found = ps.sweep(model(NAME), demo_pairs(NAME), ["blocks.{layer}.mlp.hook_pre", "mlp_out"])
+    assert found.attrs["provenance"]["runner"] == "hooked"
+    assert found["blocks_layer_mlp_hook_pre"].dims == ("metric", "pair", "layer", "pos")
+    one = ps.sweep(model(NAME), demo_pairs(NAME), "blocks.1.hook_mlp_out")
+    np.testing.assert_allclose(
+        one["blocks_1_hook_mlp_out"], found["mlp_out"].sel(layer=1), atol=1e-4
+    )
+    with pytest.raises(SiteError, match="no hook blocks.9"):
+        ps.sweep(model(NAME), demo_pairs(NAME), "blocks.9.hook_mlp_out")
+    with pytest.raises(SiteError, match=r"not \[batch, pos"):
+        ps.sweep(model(NAME), demo_pairs(NAME), "blocks.1.attn.hook_attn_scores")
+
+
+@pytest.mark.parametrize("intervention", ["resample", "zero"])
+def test_result_of_a_head_is_patched_as_its_z(intervention: str) -> None:
+    ds = ps.sweep(model(NAME), demo_pairs(NAME), ["result", "z"], intervention=intervention)
+    assert ds.attrs["provenance"]["runner"] == "wave"
+    np.testing.assert_allclose(ds["result"], ds["z"], atol=1e-5)
+    hooked = ps.sweep(
+        model(NAME), demo_pairs(NAME), "result", intervention=intervention, runner="hooked"
+    )
+    np.testing.assert_allclose(hooked["result"], ds["z"], atol=1e-4)

@@ -28,6 +28,7 @@ from patchsweep.errors import StoreError
 from patchsweep.process import is_gone, process_name
 
 PARTIAL = ".partial"
+_COUNTER = itertools.count()  # no two partial files of this process have one name
 PARTIAL_AGE_S = 3600.0  # after this long, another machine's partial file is taken for a leftover
 
 
@@ -135,7 +136,6 @@ class LocalFolder(Folder):
         self.path = Path(os.path.abspath(path))
         self.shown = str(path)
         self._sync = sync
-        self._counter = itertools.count()
         self._identity: tuple[int, int] | None = None  # device and inode when first written to
 
     def beside(self, suffix: str) -> LocalFolder:
@@ -248,7 +248,7 @@ class LocalFolder(Folder):
         path = self.path / key
         self._check_place()
         self._make(path.parent, below=self.path)
-        mark = f"~{process_name()}~{next(self._counter)}{PARTIAL}"
+        mark = f"~{process_name()}~{next(_COUNTER)}{PARTIAL}"
         partial = path.with_name(path.name + mark)
         try:
             with open(partial, "wb") as file:

@@ -81,7 +81,7 @@ class HookedRunner:
         ]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            changed = self.bridge.run_with_hooks(tokens, fwd_hooks=hooks)
+            changed = self._forward(tokens, fwd_hooks=hooks)
         if torch.equal(changed, self.bridge(tokens)):
             raise SiteError(
                 "site pattern: this model's hook_pattern fires after attention was computed, so "
@@ -92,6 +92,18 @@ class HookedRunner:
     def activations(self, tokens: Tensor) -> Mapping[str, Sequence[Tensor]]:
         """See `Runner`."""
         return self._run(tokens)[1]
+
+    def _forward(self, tokens: Tensor, fwd_hooks: list[Any]) -> Tensor:
+        """The bridge's logits; its per-head results are computed only while a sweep needs them."""
+        before = bool(getattr(self.bridge.cfg, "use_attn_result", False))
+        if any(site.name == "result" for site in self.sites) and not before:
+            self.bridge.set_use_attn_result(True)
+        try:
+            logits: Tensor = self.bridge.run_with_hooks(tokens, fwd_hooks=fwd_hooks)
+        finally:
+            if bool(getattr(self.bridge.cfg, "use_attn_result", False)) != before:
+                self.bridge.set_use_attn_result(before)
+        return logits
 
     def _run(self, tokens: Tensor) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """Logits and the activations of the sites.
@@ -109,7 +121,7 @@ class HookedRunner:
             for site in self.sites
             for name in self._hooks(site)
         ]
-        logits = self.bridge.run_with_hooks(tokens, fwd_hooks=hooks)
+        logits = self._forward(tokens, fwd_hooks=hooks)
         found: dict[str, list[Tensor]] = {}
         for site in self.sites:
             missing = [name for name in self._hooks(site) if name not in kept]
@@ -119,6 +131,11 @@ class HookedRunner:
                     "patch there would do nothing; leave the site out"
                 )
             layers = [kept[name] for name in self._hooks(site)]
+            if site.name != "pattern" and layers[0].shape[:2] != tokens.shape:
+                raise SiteError(
+                    f"site {site.name}: its activation has the shape {tuple(layers[0].shape)}, "
+                    "which is not [batch, pos, ...]; leave the site out"
+                )
             if site.name != "pattern":
                 layers = [x.reshape(*tokens.shape, -1) for x in layers]
             found[site.name] = layers
@@ -178,7 +195,7 @@ class HookedRunner:
                     (plan.site.hook_name(layer), self._patch(loaded, plan, rows, pair, layer))
                     for layer in plan.axes.layers[layer_set]
                 ]
-                logits = self.bridge.run_with_hooks(batch.base[pair], fwd_hooks=hooks)
+                logits = self._forward(batch.base[pair], fwd_hooks=hooks)
                 read = logits[:, list(batch.reads)].float()
                 values[:, part] = self._metrics(loaded, read, pair, metrics).cpu()
         return values

@@ -70,14 +70,17 @@ class Leases:
         fresh = []
         for unit in wanted:
             keys = there[unit]
-            if unit in self._held or any(judge.lives(key) for key in keys.values()):
+            if self._held.get(unit) in keys.values():
+                continue
+            self._held.pop(unit, None)  # if it was ours: lost while this process hung
+            owners = (_owner(self._folder, key) for key in keys.values())
+            if any(owner and judge.lives(owner) for owner in owners):
                 continue
             key = f"units/{unit}@{max(keys, default=-1) + 1}"
             if self._folder.put_new(key, self._content):
                 self._held[unit] = key
                 fresh.append(unit)
-        if any(there[unit] for unit in fresh):
-            self._look_again(fresh)
+        if any(len(there[u])>0 for u in fresh): self._look_again(fresh)
         return [unit for unit in wanted if unit in self._held]
 
     def holds(self, unit: str) -> bool:
@@ -87,7 +90,7 @@ class Leases:
     def has_lost(self, unit: str) -> bool:
         """Whether `unit` was ours and another process has taken it over."""
         key = self._held.get(unit)
-        return key is not None and not self._folder.exists(key)
+        return key is not None and self._folder.read(key) != self._content
 
     def release(self, units: Iterable[str]) -> None:
         """Give `units` back; those that are not ours are passed over."""
@@ -107,19 +110,26 @@ class Leases:
             self._folder.delete(self._owner_key)
 
     def _look_again(self, fresh: list[str]) -> None:
-        """Withdraw from what a rival took over at the same time; clear away what dead owners left.
+        """Withdraw from units that a living rival holds too, and clear away dead owners' leases.
 
-        A rival that saw an older state than ours may have made an earlier or later generation.
+        Two rivals that saw different states may have made different generations. Whoever looks
+        second sees the other's; if both do, both withdraw, and the unit waits for the next claim.
         """
         judge = _Judge(self._folder, self._expiry_s, self._now)
-        there = _generations(self._folder)
+        there = _generations(self._folder) if fresh else {}
         for unit in fresh:
-            others = [key for key in there[unit].values() if key != self._held[unit]]
-            if any(judge.lives(key) for key in others):
-                self.release([unit])
-                continue
-            for key in others:
-                self._folder.delete(key)
+            dead = []
+            for key in there.get(unit, {}).values():
+                owner = _owner(self._folder, key)
+                if owner is None or owner == self.owner:
+                    continue
+                if judge.lives(owner):
+                    self.release([unit])
+                    break
+                dead.append(key)
+            else:
+                for key in dead:
+                    self._folder.delete(key)
 
     @property
     def _owner_key(self) -> str:
@@ -155,11 +165,9 @@ def read_leases(folder: Folder, *, expiry_s: float = EXPIRY_S) -> dict[str, Leas
     judge = _Judge(folder, expiry_s, time.time)
     found = {}
     for unit, keys in _generations(folder).items():
-        owners = {key: owner for key in keys.values() if (owner := _owner(folder, key))}
-        for owner in owners.values():
-            live = judge.lives_owner(owner)
-            if live or unit not in found:
-                found[unit] = Lease(owner, live)
+        for owner in (_owner(folder, key) for key in keys.values()):
+            if owner and (unit not in found or judge.lives(owner)):
+                found[unit] = Lease(owner, judge.lives(owner))
     return found
 
 
@@ -170,12 +178,7 @@ class _Judge:
         self._folder, self._expiry_s, self._clock = folder, expiry_s, clock
         self._known: dict[str, bool] = {}
 
-    def lives(self, key: str) -> bool:
-        """Whether the owner of the lease `key` lives."""
-        owner = _owner(self._folder, key)
-        return owner is not None and self.lives_owner(owner)
-
-    def lives_owner(self, owner: str) -> bool:
+    def lives(self, owner: str) -> bool:
         if owner not in self._known:
             self._known[owner] = not is_gone(process_of(owner)) and self._beats(owner)
         return self._known[owner]

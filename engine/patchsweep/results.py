@@ -18,12 +18,26 @@ from patchsweep.request import Request, blocks_of
 from patchsweep.store import Layout, Unit, Variable
 
 
-def make_layout(request: Request, choice: Choice, config: Mapping[str, Any]) -> Layout:
-    """Arrays, coordinates and attributes of the run; holds no times, so that reruns are equal."""
+def make_layout(
+    request: Request,
+    choice: Choice,
+    config: Mapping[str, Any],
+    *,
+    exact: bool = True,
+    more: Sequence[Variable] = (),
+    attrs: Mapping[str, Any] | None = None,
+) -> Layout:
+    """Arrays, coordinates and attributes of the run; holds no times, so that reruns are equal.
+
+    `more` variables and `attrs` are those of attribution; without `exact` they stand alone.
+    """
     plans = {plan.site.name: plan for plan in request.plans}
     blocks = blocks_of(request.plans)
     return Layout(
-        variables=tuple(_variable(request, plan, blocks[name]) for name, plan in plans.items()),
+        variables=(
+            *(_variable(request, plan, blocks[name]) for name, plan in plans.items() if exact),
+            *more,
+        ),
         coords=_coords(request),
         attrs={
             "patchsweep_version": version("patchsweep"),
@@ -37,6 +51,7 @@ def make_layout(request: Request, choice: Choice, config: Mapping[str, Any]) -> 
                 "config": dict(config),
             },
             "plan": {name: plan_counts(plan) for name, plan in plans.items()},
+            **(attrs or {}),
         },
     )
 
@@ -190,6 +205,7 @@ class Memory:
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
+        self.variables = {v.name: v for v in layout.variables}
         self._values = {v.name: np.full(v.shape, np.nan, np.float32) for v in layout.variables}
         metrics, pairs = len(layout.coords["metric"][1]), len(layout.coords["pair"][1])
         self._fixed = {

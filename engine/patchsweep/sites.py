@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -22,6 +23,7 @@ class Site:
     in_attention: bool  # lives inside the attention function, at no module's border
     layered: bool = True
     from_token: bool = False  # at layer 0 it depends on the token and its position alone
+    named: bool = False  # a hook point given by its full name: the hooked runner's
 
     def hook_name(self, layer: int) -> str:
         """The full TransformerLens hook name at `layer`."""
@@ -56,6 +58,7 @@ SITES: dict[str, Site] = {
         _site("rot_q", "attn.hook_rot_q", "head", in_attention=True, from_token=True),
         _site("rot_k", "attn.hook_rot_k", "kv_head", "suffix", in_attention=True, from_token=True),
         _site("pattern", "attn.hook_pattern", "head", in_attention=True),
+        _site("result", "attn.hook_result", "head"),
         _site("mlp_post", "mlp.hook_post", "neuron"),
         _site("embed", "hook_embed", reach="suffix", layered=False, from_token=True),
     )
@@ -65,6 +68,10 @@ SITES: dict[str, Site] = {
 def get_sites(names: Sequence[str]) -> tuple[Site, ...]:
     """The sites called `names`, in order.
 
+    A name with `hook_` in it is a TransformerLens hook point, such as `blocks.3.mlp.hook_pre`,
+    or `blocks.{layer}.mlp.hook_pre` for that of every block. Its activations must be
+    `[batch, pos, ...]`.
+
     Raises:
         SiteError: a name is unknown or given twice, or there is none.
     """
@@ -72,9 +79,23 @@ def get_sites(names: Sequence[str]) -> tuple[Site, ...]:
         names = [names]
     if not names:
         raise SiteError("sites is empty; name at least one, such as resid_pre or z")
-    unknown = [name for name in names if name not in SITES]
+    unknown = [name for name in names if name not in SITES and "hook_" not in name]
     if unknown:
         raise SiteError(f"site {unknown[0]!r} is not known; use one of {', '.join(SITES)}")
     if len(set(names)) < len(names):
         raise SiteError(f"sites={list(names)} names a site twice; name each once")
-    return tuple(SITES[name] for name in names)
+    return tuple(SITES[name] if name in SITES else _named(name) for name in names)
+
+
+def _named(name: str) -> Site:
+    """A site of one hook point, or of the same one in every block."""
+    _, found, inside = name.partition("blocks.{layer}.")
+    return Site(
+        name=re.sub(r"\W+", "_", name).strip("_"),  # the name of its variable in the store
+        hook=inside if found else name,
+        unit=None,
+        reach="suffix",
+        in_attention=False,
+        layered=bool(found),
+        named=True,
+    )

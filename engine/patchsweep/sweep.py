@@ -13,17 +13,21 @@ import xarray as xr
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.attribution import check_request
+from patchsweep.attribution.units import Estimator
 from patchsweep.batch import Batch, make_batches
 from patchsweep.errors import ConfigError, ModelError, StoreError
 from patchsweep.estimate import Cost, estimate
 from patchsweep.interventions import Direction, Intervention, ValueFn
 from patchsweep.journal import Journal
+from patchsweep.layout import Layout
 from patchsweep.metrics import Metric
 from patchsweep.pairs import PromptPairs
 from patchsweep.plan import SitePlan
 from patchsweep.probe import Choice, RunnerName, choose_runner
 from patchsweep.request import MetricLike, Positions, Request, Sets, device_of, make_request
 from patchsweep.results import Memory, make_layout, shape_of
+from patchsweep.screen import Asked, MethodLike, get_asked, run_screen
 from patchsweep.store import Store, Unit
 
 # tokens of a wave where no budget is given: large enough for full matrix-product speed
@@ -73,6 +77,7 @@ def sweep(
     heads: Sets | Literal["all"] | None = None,
     neurons: Sets | Literal["all"] | None = None,
     read: int = -1,
+    method: MethodLike | Sequence[MethodLike] = "exact",
     store: str | Path | None = None,
     storage_options: Mapping[str, Any] | None = None,
     slice_index: int = 0,
@@ -99,6 +104,10 @@ def sweep(
         positions: indices, labels of the pairs, or `"all"` for one patch over all positions,
             which drops the pos dim. Default: each position.
         read: prompt position whose logits the metrics read; default the last.
+        method: `exact`, or attribution: `atp`, `atp_star`, `ig`, `relp` and the others of
+            `patchsweep.attribution.METHODS`; several at once share a Dataset. The variable
+            `<site>_<method>` then holds the estimate of metric(patched) - metric(base).
+            `screen` (or a `Screen`) estimates all patches and runs the foremost exactly.
         store: folder or URL of a Zarr store; results stream there, and a second call with the
             same arguments goes on where the first stopped. Many processes may do so at once.
         storage_options: what the storage library is told (endpoint, retries); no credentials.
@@ -123,29 +132,75 @@ def sweep(
         neurons=neurons,
         read=read,
     )
+    asked = get_asked(method)
+    if asked.methods:
+        check_request(request, asked.methods)
     if model.training:
         raise ModelError("the model is in training mode, where dropout is drawn; call model.eval()")
+    if asked.screen is not None:
+        asked.screen.check(request, n_slices)
+
+    def layout_of(choice: Choice) -> Layout:
+        return make_layout(
+            request,
+            choice,
+            config or {},
+            exact=asked.exact,
+            more=asked.variables(request),
+            attrs=asked.attrs(request),
+        )
+
     share = Share(slice_index, n_slices)
     progress = progress or Quiet()
     if store is None:
         if n_slices > 1:
             raise ConfigError(f"n_slices={n_slices} needs a store, where the slices meet; give one")
-        choice = prepare_runner(request, runner, max_tokens)
-        memory = Memory(make_layout(request, choice, config or {}))
-        run_units(request, choice, memory, progress)
+        choice = prepare_runner(request, runner, max_tokens) if asked.exact else NO_RUNNER
+        memory = Memory(layout_of(choice))
+        _run(request, asked, choice, memory, progress)
         return memory.dataset()
     recorded = _recorded_choice(store, storage_options)
     if recorded is not None:  # another run's store is refused before anything runs
-        layout = make_layout(request, recorded, config or {})
+        layout = layout_of(recorded)
         Store.create_or_resume(store, layout, storage_options=storage_options).close()
-    choice = prepare_runner(request, runner, max_tokens)
-    layout = make_layout(request, choice, config or {})
+    choice = prepare_runner(request, runner, max_tokens) if asked.exact else NO_RUNNER
     with (
-        Store.create_or_resume(store, layout, storage_options=storage_options) as sink,
+        Store.create_or_resume(
+            store, layout_of(choice), storage_options=storage_options
+        ) as sink,
         Journal(store, storage_options=storage_options) as journal,
     ):
-        run_units(request, choice, sink, _Journalled(progress, journal, share, config), share)
+        journalled = _Journalled(progress, journal, share, config)
+        _run(request, asked, choice, sink, journalled, share)
         return sink.dataset()
+
+
+def _run(
+    request: Request,
+    asked: Asked,
+    choice: Choice,
+    sink: Memory | Store,
+    progress: Progress,
+    share: Share | None = None,
+) -> None:
+    """Write all that was asked for and is missing in `sink`."""
+    share = share or Share()
+    if asked.screen is None:
+        estimator = Estimator(request, asked.methods) if asked.methods else None
+        run_units(request, choice, sink, progress, share, estimator)
+        return
+    pending = sink.pending()
+    progress.begin(request, choice, len(pending), 0, 0)
+    if not pending:
+        return
+    start = time.perf_counter()
+    found = run_screen(request, choice, asked.screen)
+    for name, values in (("base_metric", found.base), ("source_metric", found.source)):
+        for pair in range(values.shape[1]):
+            sink.write_fixed(name, pair, values[:, pair : pair + 1])
+    for unit in _claimed(sink, pending, progress):
+        sink.write(unit, found.values[unit.variable][sink.variables[unit.variable].slices(unit)])
+        progress.advance(unit, 0, 0, time.perf_counter() - start)
 
 
 @dataclass(frozen=True)
@@ -168,6 +223,13 @@ class _Recorded:
 
     def __init__(self, name: str) -> None:
         self.name = name
+
+
+NO_RUNNER = Choice(
+    _Recorded("none"),  # type: ignore[arg-type]
+    "no patch was run exactly",
+    None,
+)
 
 
 def _recorded_choice(
@@ -229,27 +291,39 @@ def run_units(
     sink: Memory | Store,
     progress: Progress,
     share: Share = Share(),
+    estimator: Estimator | None = None,
 ) -> None:
-    """Run every unit of the `share` that `sink` still misses.
+    """Run every unit of the `share` that `sink` still misses; `estimator` gives the estimates.
 
     Units that another process holds are waited for, and taken over if it dies.
     """
     plans = {plan.site.name: plan for plan in request.plans}
     every = sink.pending() if isinstance(sink, Memory) else sink.units()
     units = sorted(every, key=lambda unit: (unit.first_pair, unit.variable))
+    mine = units[share.index :: share.n]
     patches_of = {
-        unit: _patches_of(plans[unit.variable], unit) for unit in units[share.index :: share.n]
+        unit: _patches_of(plans[unit.variable], unit) for unit in mine if unit.variable in plans
     }
     costs = {u: _token_layers(plans[u.variable], patches) for u, patches in patches_of.items()}
+    if estimator is not None:
+        costs |= {unit: estimator.cost(unit) for unit in mine if unit.variable in estimator}
     missing = set(sink.pending())
-    pending = [unit for unit in patches_of if unit in missing]
+    pending = [unit for unit in mine if unit in missing]
     total = sum(costs.values())
     done = total - sum(costs[unit] for unit in pending)
     progress.begin(request, choice, len(pending), total, done)
     captures = _Captures(request, choice)
+    exact = any(name in plans for name in sink.variables)
     for unit in _claimed(sink, pending, progress):
-        patches = patches_of[unit]
         start = time.perf_counter()
+        if estimator is not None and unit.variable in estimator:
+            if not exact:
+                _write_references(sink, unit, estimator)
+            sink.write(unit, estimator.values(unit))
+            seconds = time.perf_counter() - start
+            progress.advance(unit, costs[unit], estimator.n_live(unit), seconds)
+            continue
+        patches = patches_of[unit]
         site_plan = plans[unit.variable]
         block = _Block(site_plan, unit, len(request.metrics))
         for batch, loaded, base, source in captures.of(unit.pairs):
@@ -270,6 +344,15 @@ def run_units(
             int(site_plan.live[patches].sum()),
             time.perf_counter() - start,
         )
+
+
+def _write_references(sink: Memory | Store, unit: Unit, estimator: Estimator) -> None:
+    """The unpatched metrics, where no exact run tells them."""
+    found = estimator.references(unit)
+    if found is not None:
+        for name, values in zip(("base_metric", "source_metric"), found, strict=True):
+            for row, pair in enumerate(unit.pairs):
+                sink.write_fixed(name, pair, values[:, row : row + 1])
 
 
 def _claimed(sink: Memory | Store, units: Sequence[Unit], progress: Progress) -> Iterator[Unit]:

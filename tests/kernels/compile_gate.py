@@ -17,6 +17,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def launches() -> Iterator[tuple[str, Any, str, Callable[[], object]]]:
             f"scatter-{mode}-{_short(dtype)}",
             scatter,
             "_scatter_kernel",
-            lambda x=x, c=cells, m=mode: scatter._triton(x, c, token, token, head, m),
+            partial(scatter._triton, x, cells, token, token, head, mode),
         )
     for dtype in (bf16, fp32):
         rows = torch.zeros(512, 768, dtype=dtype)
@@ -77,9 +78,9 @@ def launches() -> Iterator[tuple[str, Any, str, Callable[[], object]]]:
             f"attribution-{_short(dtype)}",
             attribution,
             "_dot_kernel",
-            lambda x=rows: attribution._triton(x, x, x, torch.zeros(512)),
+            partial(attribution._triton, rows, rows, rows, torch.zeros(512)),
         )
-    for dtype, share, d, variant in (
+    variants: tuple[tuple[torch.dtype, int, int, dict[str, Any]], ...] = (
         (fp32, 3, 64, {}),
         (fp32, 1, 128, {"softcap": 50.0}),
         (fp32, 2, 256, {"window": 4}),
@@ -87,12 +88,13 @@ def launches() -> Iterator[tuple[str, Any, str, Callable[[], object]]]:
         (bf16, 4, 128, {}),
         (bf16, 2, 256, {"window": 4, "softcap": 50.0}),
         (bf16, 8, 64, {"window": 4, "sinks": torch.zeros(16)}),
-    ):
+    )
+    for dtype, share, d, variant in variants:
         yield (
             f"attention-share{share}-d{d}-{'-'.join(variant) or 'plain'}-{_short(dtype)}",
             attention,
             "_prefix_kernel",
-            lambda s=share, d=d, v=variant, t=dtype: _attention(s, d, t, **v),
+            partial(_attention, share, d, dtype, **variant),
         )
     for dtype, what, key in (
         (fp32, "kl", vocab._KL),
@@ -107,18 +109,17 @@ def launches() -> Iterator[tuple[str, Any, str, Callable[[], object]]]:
             f"vocab-{what}-{_short(dtype)}",
             vocab,
             "_vocab_kernel",
-            lambda u=capped, x=rows, key=key, z=z: vocab._triton(x, x if key else None, u, key, z),
+            partial(vocab._triton, rows, rows if key else None, capped, key, z),
         )
         if what == "kl":
             vector = torch.zeros(768, dtype=dtype)
             norm = FinalNorm("layer", 1e-5, vector, vector)
+            answers = torch.zeros(512, 2, dtype=torch.int64)
             yield (
                 f"answer_logits-{_short(dtype)}",
                 answer_logits,
                 "_answer_kernel",
-                lambda n=norm, u=capped, x=rows: answer_logits._triton(
-                    x, u, torch.zeros(512, 2, dtype=torch.int64), n
-                ),
+                partial(answer_logits._triton, rows, capped, answers, norm),
             )
 
 
@@ -131,7 +132,7 @@ def _attention(share: int, d: int, dtype: torch.dtype, **variant: Any) -> None:
     q = torch.zeros(56, 2 * share, d, dtype=dtype)
     k = torch.zeros(56, 2, d, dtype=dtype)
     prefix = torch.zeros(1, 2, 16, d, dtype=dtype)
-    settings = {"window": None, "softcap": None, "sinks": None} | variant
+    settings: dict[str, Any] = {"window": None, "softcap": None, "sinks": None} | variant
     attention._triton(q, k, k, prefix, prefix, rows, 0.125, **settings)
 
 

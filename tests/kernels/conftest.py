@@ -2,9 +2,13 @@
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 from jaxtyping import install_import_hook
+
+# The GPU benchmark is a folder of scripts.
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
 
 if "patchsweep_kernels" not in sys.modules:
     install_import_hook("patchsweep_kernels", "beartype.beartype")

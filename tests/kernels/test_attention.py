@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import naive
 import pytest
 import torch
@@ -18,7 +20,7 @@ ROWS = {
     ),
     "tokens37": make_rows([7, 7, 6, 5, 4, 4, 3, 1], [0] * 8, [2, 2, 3, 4, 5, 5, 6, 8]),
 }
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "window3": {"window": 3},
     "window1": {"window": 1},
@@ -31,7 +33,7 @@ VARIANTS = {
 
 def _inputs(
     rows: Rows, n_heads: int, kv_heads: int, d: int, d_v: int, dtype: torch.dtype
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """Strided views with NaN around them; the prefix is NaN where no row may read it."""
     n_tokens = int(rows.offsets[-1])
 
@@ -55,24 +57,24 @@ def _inputs(
     }
 
 
-def _settings(variant: str, n_heads: int) -> dict[str, object]:
-    settings: dict[str, object] = dict(VARIANTS[variant])
+def _settings(variant: str, n_heads: int) -> dict[str, Any]:
+    settings: dict[str, Any] = dict(VARIANTS[variant])
     if settings.pop("sinks", False):
         settings["sinks"] = torch.randn(n_heads)
     return settings
 
 
-def _assert_matches(inputs: dict[str, Tensor], rows: Rows, settings: dict[str, object]) -> None:
+def _assert_matches(inputs: dict[str, Any], rows: Rows, settings: dict[str, Any]) -> None:
     scale = inputs["q"].shape[-1] ** -0.5
-    out = prefix_attention(**inputs, rows=rows, scale=scale, **settings)  # type: ignore[arg-type]
-    expected = naive.attention(**inputs, rows=rows, scale=scale, **settings)  # type: ignore[arg-type]
+    out = prefix_attention(**inputs, rows=rows, scale=scale, **settings)
+    expected = naive.attention(**inputs, rows=rows, scale=scale, **settings)
     assert out.dtype == inputs["q"].dtype
     torch.testing.assert_close(
         out.double(), expected, **_tolerance(inputs["q"].dtype), equal_nan=False
     )
 
 
-def _tolerance(dtype: torch.dtype) -> dict[str, float]:
+def _tolerance(dtype: torch.dtype) -> dict[str, Any]:
     # On a GPU weights are rounded to the 16 bits of v; outputs are averages of values of order 1.
     return TOLERANCE[dtype] if dtype != torch.bfloat16 else {"atol": 2e-3, "rtol": 2**-7}
 
@@ -150,7 +152,7 @@ def test_blocks_cover_every_token_once_within_one_pair(size: int) -> None:
     rows = ROWS["mixed"]
     lengths = rows.offsets.diff()
     row_of = torch.arange(len(lengths)).repeat_interleave(lengths)
-    covered = []
+    covered: list[int] = []
     for first, stop, pair, own_first, lowest, highest in rows.block_table(
         size, torch.device("cpu")
     ).tolist():
@@ -214,8 +216,8 @@ def test_rows_refuse_tables_of_another_type() -> None:
         ),
     ],
 )
-def test_attention_refuses(message: str, arguments: dict[str, object]) -> None:
-    given: dict[str, object] = {
+def test_attention_refuses(message: str, arguments: dict[str, Any]) -> None:
+    given: dict[str, Any] = {
         "q": torch.zeros(1, 4, 16),
         "k": torch.zeros(1, 2, 16),
         "v": torch.zeros(1, 2, 16),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from naive import DTYPES, refused
@@ -88,7 +90,7 @@ _X, _VALUES, _TOKEN = torch.zeros(4, 3, 8), torch.zeros(2, 8), torch.tensor([0, 
         ("x must be of a floating", {"x": _X.long()}),
     ],
 )
-def test_scatter_refuses(message: str, arguments: dict[str, object]) -> None:
+def test_scatter_refuses(message: str, arguments: dict[str, Any]) -> None:
     given = {"x": _X, "values": _VALUES, "token": _TOKEN, "head": torch.tensor([0, 1])} | arguments
     with refused(message):
         scatter_patch(**given)

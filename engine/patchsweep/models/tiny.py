@@ -89,11 +89,11 @@ def tiny_model(family: str, seed: int = 0) -> tuple[PreTrainedModel, PreTrainedT
     config = AutoConfig.for_model(model_type, **sizes, **special, vocab_size=len(tokenizer))
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     model.config.architectures = [type(model).__name__]  # as a saved checkpoint would say
-    _draw_weights(model, seed)
+    draw_weights(model, seed)
     return model.eval(), tokenizer
 
 
-def _draw_weights(model: nn.Module, seed: int) -> None:
+def draw_weights(model: nn.Module, seed: int) -> None:
     """Weights of size 3/sqrt(fan-in) and embeddings of size one, in place."""
     generator = torch.Generator().manual_seed(seed)
 

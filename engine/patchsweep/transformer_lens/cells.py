@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from patchsweep.plan import Bools, Ints
-from patchsweep.sites import SITES, Site
-from patchsweep.waves import Unsupported
 from torch import Tensor
 from transformer_lens import patching as tl
 from transformer_lens.utilities import get_act_name
+
+from patchsweep.plan import Bools, Ints
+from patchsweep.sites import SITES, Site
+from patchsweep.waves import Unsupported
 
 # what the columns of `index_df` mean to each of TransformerLens's patch setters
 COLUMNS: dict[Callable[..., Tensor], tuple[str, ...]] = {

@@ -50,7 +50,7 @@ class PatchedLogits:
     @property
     def n_holders(self) -> int:
         """Tensors and arrays that share the buffer's memory."""
-        return int(torch._C._storage_Use_Count(self._buffer.untyped_storage()._cdata))  # type: ignore[attr-defined]
+        return int(torch._C._storage_Use_Count(self._buffer.untyped_storage()._cdata))
 
     def _write(self, changed: list[Suffix]) -> None:
         length = self.base.shape[1]

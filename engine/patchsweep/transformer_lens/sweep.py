@@ -186,9 +186,7 @@ def _base_run(
         kept[layer] = x.detach().clone()
         needs_grad.append(x.requires_grad)
 
-    hooks = [
-        (name, lambda x, hook, layer=layer: keep(x, layer)) for layer, name in names.items()
-    ]
+    hooks = [(name, lambda x, hook, layer=layer: keep(x, layer)) for layer, name in names.items()]
     missing = [name for name in names.values() if name not in model.hook_dict]
     if missing:
         raise _NothingToGain  # TransformerLens names the missing hook

@@ -86,9 +86,7 @@ class CellWaves:
             yield from ([] for _ in members)
             return
         logits = self.readout.logits(torch.cat([resid[row] for row in rows]))
-        pieces = dict(
-            zip(rows, logits.split([len(resid[row]) for row in rows]), strict=True)
-        )
+        pieces = dict(zip(rows, logits.split([len(resid[row]) for row in rows]), strict=True))
         for member in members:
             yield [
                 (int(self.rows.prompt[row]), int(self.rows.start[row]), pieces[row])
@@ -136,9 +134,7 @@ class CellWaves:
             cell=rows.prompt * len(cells) + rows.cell,
             pair=rows.prompt,
             layer_set=cells.layer[rows.cell],
-            unit_set=np.zeros(len(rows), np.int64)
-            if cells.unit is None
-            else cells.unit[rows.cell],
+            unit_set=np.zeros(len(rows), np.int64) if cells.unit is None else cells.unit[rows.cell],
             start=rows.start,
             stop=rows.stop,
             live=np.ones(len(rows), dtype=bool),

@@ -96,8 +96,12 @@ def locate(replica: Replica, site: Site) -> SitePoint:
     Raises:
         Unsupported: this architecture has no such place, or only the bridge has it.
     """
+    if site.named:
+        raise Unsupported(f"{site.hook} was given by its full name")
     if site.name in ("resid_pre", "resid_post"):
         return SitePoint(site, ())
+    if site.name == "result":  # z times W_O, so it is patched as z
+        return SitePoint(site, locate(replica, SITES["z"]).points)
     points: list[Point] = []
     if not site.layered:
         point = replica.point(site.hook_name(0))
@@ -180,8 +184,10 @@ def _causal(
         pair=torch.arange(n_pairs),
         start=torch.zeros(n_pairs, dtype=torch.int64),
     )
-    packed = [rearrange(x, "pair head pos d -> (pair pos) head d") for x in (q, k, v)]
-    z = prefix_attention(*packed, k, v, rows, **settings)
+    flat_q, flat_k, flat_v = (
+        rearrange(x, "pair head pos d -> (pair pos) head d") for x in (q, k, v)
+    )
+    z = prefix_attention(flat_q, flat_k, flat_v, k, v, rows, **settings)
     return rearrange(z, "(pair pos) head d -> pair pos head d", pair=n_pairs)
 
 

@@ -171,7 +171,8 @@ class _State:
             if self.packing.layer != layer:
                 return None
             if self.point.in_place:
-                return self.write(x)
+                self.write(x)
+                return None
             x = x.clone()
             self.write(x)
             return x

@@ -94,7 +94,7 @@ class Replica:
 
     def _copy(self, module: nn.Module) -> nn.Module:
         while isinstance(module, GeneralizedComponent):
-            module = module.original_component  # type: ignore[assignment]
+            module = module.original_component
         known = self._copies.get(id(module))
         if known is not None:
             return known

@@ -17,7 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.batch import Batch
 from patchsweep.errors import ModelError
-from patchsweep.interventions import Intervention
+from patchsweep.interventions import Custom, Intervention
 from patchsweep.metrics import Logits, Metric, compute
 from patchsweep.plan import Ints, SitePlan, Wave
 from patchsweep.sites import Site
@@ -25,7 +25,7 @@ from patchsweep.waves.capture import Run, SitePoint, capture, embed_to_stream, l
 from patchsweep.waves.precision import use_bf16_products
 from patchsweep.waves.readout import Readout
 from patchsweep.waves.replay import WaveInput, run_wave
-from patchsweep.waves.replica import Replica
+from patchsweep.waves.replica import Replica, Unsupported
 
 log = logging.getLogger("patchsweep")
 Precision = Literal["model", "bf16"]
@@ -202,6 +202,9 @@ class WaveRunner:
     ) -> list[Tensor]:
         """The values patched in, at the place where the wave writes them."""
         site = point.site
+        if site.name == "result" and isinstance(intervention, Custom):
+            # resample, zero and mean commute with W_O; other values need not
+            raise Unsupported("custom values of result are no values of z")
         pairs = zip(base.layers_of(site.name), source.layers_of(site.name), strict=True)
         values = [
             intervention.values(site, layer, b, s).contiguous()
