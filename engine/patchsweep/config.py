@@ -9,20 +9,24 @@ edge (`cli.app`); everything below takes dataclasses.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.attribution import IntegratedInputs, IntegratedSite
 from patchsweep.errors import ConfigError
 from patchsweep.models import load_model
 from patchsweep.pairs import PromptPairs
 from patchsweep.records import PromptRecord
+from patchsweep.screen import MethodLike, Screen
 from patchsweep.tasks import load_task
+
+T = TypeVar("T")
 
 # keys that say where and by whom a run is done, not what it is; they stay out of provenance
 PLACES = ("store", "slice", "n_slices")
@@ -120,9 +124,51 @@ class SitesConfig:
 
 @dataclass
 class MethodConfig:
-    """How the effects are found."""
+    """How the effects are found; one of the classes below."""
 
-    name: str = MISSING
+    def asked(self) -> list[MethodLike]:
+        """What `sweep(method=...)` takes."""
+        raise ConfigError("a method is needed; give method=exact, method=screen or method=atp")
+
+
+@dataclass
+class NamedMethods(MethodConfig):
+    """Exact patches, or attribution methods by their names; several share a store."""
+
+    names: list[str] = MISSING
+
+    def asked(self) -> list[MethodLike]:
+        return list(self.names)
+
+
+@dataclass
+class IntegratedMethod(MethodConfig):
+    """Integrated gradients."""
+
+    over: str = MISSING  # site: over the site's activation; inputs: over the embedding
+    n_steps: int = 5  # points of the path
+
+    def asked(self) -> list[MethodLike]:
+        kinds = {"site": IntegratedSite, "inputs": IntegratedInputs}
+        if self.over not in kinds:
+            raise ConfigError(f"method.over={self.over!r} is not known; use site or inputs")
+        return [kinds[self.over](n_steps=self.n_steps)]
+
+
+@dataclass
+class ScreenMethod(MethodConfig):
+    """Attribution ranks, the foremost patches run exactly; see `patchsweep.screen.Screen`."""
+
+    by: str = "atp"  # the method that ranks
+    k: int = 100  # patches of each site that run exactly
+    margin: float | None = None  # go on until the k-th effect is so much above what remains
+    subsets: int = 64  # random subsets per pair and site, for the bound; 0: no bound
+    share: float = 0.25  # of the subsets hold a patch
+    level: float = 0.05  # of the bound's test
+    seed: int = 0
+
+    def asked(self) -> list[MethodLike]:
+        return [Screen(**asdict(self))]
 
 
 @dataclass
@@ -197,6 +243,7 @@ def file_name(text: str) -> str:
 OmegaConf.register_new_resolver("file_name", file_name, replace=True)
 
 _TASKS = (BuiltinTask, FileTask, TextTask)
+_METHODS = (NamedMethods, IntegratedMethod, ScreenMethod)
 
 
 def register() -> None:
@@ -206,14 +253,23 @@ def register() -> None:
     for group, schema in (
         ("model", ModelConfig),
         ("sites", SitesConfig),
-        ("method", MethodConfig),
         ("metric", MetricConfig),
         ("store", StoreConfig),
         ("runner", RunnerConfig),
     ):
         store.store(group=group, name="schema", node=schema)
-    for name, task in zip(("schema", "jsonl_schema", "strings_schema"), _TASKS, strict=True):
-        store.store(group="task", name=name, node=task)
+    for group, names, schemas in (
+        ("task", ("schema", "jsonl_schema", "strings_schema"), _TASKS),
+        ("method", ("schema", "ig_schema", "screen_schema"), _METHODS),
+    ):
+        for name, one in zip(names, schemas, strict=True):
+            store.store(group=group, name=name, node=one)
+
+
+def _of_its_class(classes: Sequence[type[T]], values: Mapping[str, Any]) -> T:
+    """An object of that class which has the keys of `values`."""
+    keys = set(values)
+    return next(c for c in classes if {f.name for f in fields(c)} == keys)(**values)  # type: ignore[arg-type]
 
 
 def from_identity(config: Mapping[str, Any]) -> RunConfig:
@@ -223,12 +279,11 @@ def from_identity(config: Mapping[str, Any]) -> RunConfig:
         ConfigError: it is no such thing, for example because no command line wrote it.
     """
     try:
-        task = next(c for c in _TASKS if set(config["task"]) == set(c.__dataclass_fields__))
         return RunConfig(
             model=ModelConfig(**config["model"]),
-            task=task(**config["task"]),
+            task=_of_its_class(_TASKS, config["task"]),
             sites=SitesConfig(**config["sites"]),
-            method=MethodConfig(**config["method"]),
+            method=_of_its_class(_METHODS, config["method"]),
             metric=MetricConfig(**config["metric"]),
             runner=RunnerConfig(**config["runner"]),
             store=StoreConfig(path=""),

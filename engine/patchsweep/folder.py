@@ -1,10 +1,8 @@
 """A folder of whole files, on a local disk or behind any fsspec URL, with one interface.
 
 A file is put at once or not at all. On a local disk it is on the platter when `put` returns:
-written under a `*.partial` name, synced, renamed, and the directory synced. Object stores put
-atomically by themselves; retries and backoff are those of the storage library.
-
-No credential is ever shown: URLs and error texts pass through `scrub`.
+written under a `*.partial` name, synced, renamed, and the directory synced. For object stores see
+`remote_folder`. No credential is ever shown (see `credentials`).
 """
 
 from __future__ import annotations
@@ -21,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from zarr.abc.store import Store as ZarrStore
-from zarr.storage import FsspecStore, LocalStore
+from zarr.storage import LocalStore
 
-from patchsweep.credentials import refuse_credentials, scrub
+from patchsweep.credentials import refuse_credentials
 from patchsweep.errors import StoreError
 from patchsweep.process import is_gone, process_name
 
@@ -49,6 +47,8 @@ def open_folder(
         return LocalFolder(Path(text).expanduser(), sync=sync)
     options = dict(storage_options or {})
     refuse_credentials(text, options)
+    from patchsweep.remote_folder import RemoteFolder  # fsspec, and that only where there is a URL
+
     return RemoteFolder(text.rstrip("/"), options)
 
 
@@ -302,126 +302,6 @@ class LocalFolder(Folder):
             raise StoreError(_explain(self, error)) from error
 
 
-class RemoteFolder(Folder):
-    """A folder behind an fsspec URL."""
-
-    appends = False
-
-    def __init__(self, url: str, options: Mapping[str, Any]) -> None:
-        self.shown = scrub(url)
-        self._url, self._options = url, dict(options)
-        # listings are never cached: other processes write at the same time
-        self._options.setdefault("use_listings_cache", False)
-        try:
-            from fsspec.core import url_to_fs
-
-            self._fs, root = url_to_fs(url, **self._options)
-        except Exception as error:  # a protocol that is unknown, or whose package is missing
-            raise StoreError(
-                f"a store's URL must be one that fsspec can open; {self.shown!r} is not "
-                f"({_said(error)}); install the protocol's package (for S3: patchsweep[s3]) or "
-                "give another address"
-            ) from None
-        self._root = root.rstrip("/")
-
-    def beside(self, suffix: str) -> RemoteFolder:
-        return RemoteFolder(self._url + suffix, self._options)
-
-    def make(self) -> None:
-        """Object stores have no folders: they are the beginnings of their files' names."""
-
-    def check(self) -> None:
-        """Every request shows by itself whether the storage is in reach."""
-
-    def read(self, key: str) -> bytes | None:
-        with self.guard():
-            try:
-                data: bytes = self._fs.cat_file(self._path(key))
-            except (FileNotFoundError, IsADirectoryError):
-                return None
-            return data
-
-    def exists(self, key: str) -> bool:
-        with self.guard():
-            return bool(self._fs.exists(self._path(key)))
-
-    def put(self, key: str, data: bytes) -> None:
-        with self.guard():
-            self._fs.pipe_file(self._path(key), data)
-
-    def put_new(self, key: str, data: bytes) -> bool:
-        # storage without conditional puts may ignore the mode, so look first
-        if (there := self.read(key)) is None:
-            with self.guard():
-                try:
-                    self._fs.pipe_file(self._path(key), data, mode="create")
-                    return True
-                except Exception:
-                    there = self.read(key)
-                    if there is None:  # no rival's file was in the way: it failed
-                        raise
-        return there == data  # true also of our own put whose answer was lost
-
-    def append(self, key: str, so_far: bytes, line: bytes) -> None:
-        self.put(key, so_far + line)
-
-    def delete(self, key: str) -> None:
-        with self.guard(), suppress(FileNotFoundError):
-            self._fs.rm_file(self._path(key))
-
-    def list(self, prefix: str = "") -> list[str]:
-        with self.guard():
-            try:
-                found = self._fs.find(self._path(prefix))
-            except FileNotFoundError:
-                return []
-        inside = f"{self._path(prefix)}/"
-        return sorted(p[len(self._root) + 1 :] for p in found if p.startswith(inside))
-
-    def is_empty(self) -> bool:
-        with self.guard():
-            try:
-                return not self._fs.ls(self._root, detail=False)
-            except FileNotFoundError:
-                return True
-
-    def modified(self, key: str) -> float | None:
-        with self.guard():
-            try:
-                return float(self._fs.modified(self._path(key)).timestamp())
-            except (FileNotFoundError, NotImplementedError, AttributeError):
-                return None
-
-    def zarr_store(self) -> ZarrStore:
-        with self.guard():
-            return FsspecStore.from_url(
-                self._url, storage_options=dict(self._options), read_only=True
-            )
-
-    def sweep(self) -> None:
-        """Object stores have no partial files."""
-
-    def sweep_file(self, key: str) -> None:
-        """Object stores have no partial files."""
-
-    def _path(self, key: str) -> str:
-        return f"{self._root}/{key}".rstrip("/")
-
-    @contextmanager
-    def guard(self) -> Iterator[None]:
-        try:
-            yield
-        except StoreError:
-            raise
-        except Exception as error:  # every storage library has its own kinds
-            # not chained: the library's traceback may hold credentials
-            raise StoreError(
-                f"the store must answer, but {self.shown} did not after its library's retries "
-                f"({_said(error)}); see to the network and the credentials, then run the same "
-                "command again: finished units are kept"
-            ) from None
-
-
 def _explain(folder: LocalFolder, error: OSError) -> str:
     said = f"{folder.shown}: {error.strerror or error}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -440,10 +320,6 @@ def _explain(folder: LocalFolder, error: OSError) -> str:
         f"the store's disk must stay in reach ({said}); mount it again, then run the same "
         "command again: finished units are kept"
     )
-
-
-def _said(error: BaseException) -> str:
-    return scrub(f"{type(error).__name__}: {error}"[:300])
 
 
 def _writer(partial: str) -> str:

@@ -80,7 +80,7 @@ class Leases:
             if self._folder.put_new(key, self._content):
                 self._held[unit] = key
                 fresh.append(unit)
-        if any(len(there[u])>0 for u in fresh): self._look_again(fresh)
+        self._look_again(fresh)
         return [unit for unit in wanted if unit in self._held]
 
     def holds(self, unit: str) -> bool:

@@ -64,12 +64,12 @@ def choose_runner(
             batch,
             intervention,
         )
-    except Unsupported as reason:
+    except Unsupported as error:
         if wanted == "wave":
             raise ConfigError(
-                f"runner=wave cannot run this: {reason}; use runner=auto or runner=hooked"
-            ) from reason
-        return Choice(HookedRunner(bridge, sites), f"the wave runner cannot: {reason}", None)
+                f"runner=wave cannot run this: {error}; use runner=auto or runner=hooked"
+            ) from error
+        return Choice(HookedRunner(bridge, sites), f"the wave runner cannot: {error}", None)
     tolerance = TOLERANCE.get(str(bridge.cfg.dtype), 1e-3)
     if difference > tolerance:
         return Choice(

@@ -18,6 +18,7 @@ from patchsweep.attribution.units import Estimator
 from patchsweep.batch import Batch, make_batches
 from patchsweep.errors import ConfigError, ModelError, StoreError
 from patchsweep.estimate import Cost, estimate
+from patchsweep.hooked import HookedRunner
 from patchsweep.interventions import Direction, Intervention, ValueFn
 from patchsweep.journal import Journal
 from patchsweep.layout import Layout
@@ -272,6 +273,10 @@ def prepare_runner(request: Request, wanted: RunnerName, max_tokens: int) -> Cho
     first = make_batches(
         request.pairs, [0], request.direction, request.read, device_of(request.bridge)
     )[0]
+    clean = {b.length: b.source if request.direction == "denoising" else b.base for b in batches}
+    if wanted != "wave":  # the probe patches too, so the values must be ready before it
+        hooked = HookedRunner(request.bridge, request.sites)
+        request.intervention.prepare(clean, hooked.activations)
     choice = choose_runner(
         request.bridge,
         request.plans,
@@ -280,8 +285,8 @@ def prepare_runner(request: Request, wanted: RunnerName, max_tokens: int) -> Cho
         wanted=wanted,
         max_tokens=max_tokens,
     )
-    clean = {b.length: b.source if request.direction == "denoising" else b.base for b in batches}
-    request.intervention.prepare(clean, choice.runner.activations)
+    if wanted == "wave":
+        request.intervention.prepare(clean, choice.runner.activations)
     return choice
 
 

@@ -134,15 +134,19 @@ def _reference(
     out_kv, q_kv = out.transpose(0, 1), q.unflatten(1, (kv_heads, share)).transpose(0, 1)
     k_kv, v_kv = k.transpose(0, 1), v.transpose(0, 1)
     prefix_k, prefix_v = prefix_k.to(dtype).transpose(2, 3), prefix_v.to(dtype)
-    unused = torch.zeros((), dtype=dtype)  # baddbmm wants a summand even when beta is 0
+    unused = prefix_k.new_zeros(())  # baddbmm wants a summand even when beta is 0
+    # Minus infinity where a key of the row comes later than the query.
+    later = prefix_k.new_full((rows.longest, rows.longest), -torch.inf).triu_(1).unsqueeze(1)
     for token, group_rows, length, pair, start in rows.groups:
         near = window is None or start + length <= window  # every query sees all before it
+        hidden = later[:length, :, :length]
+        if not near:
+            hidden = _windowed(length, start, window or 0, later)
         # Prefix keys before `low` are outside the window of every query of the group.
-        low = 0 if near else min(start, max(0, start - (window or 0) + 1))
-        past, n_keys = start - low, start - low + length
+        past = start if near else hidden.shape[2] - length
+        low, n_keys = start - past, past + length
         # torch's softmax takes three times as long when its axis is no multiple of 16.
         width = -(-(n_keys + (sinks is not None)) // 16) * 16
-        hidden = _hidden(length, start, low, None if near else window, dtype)
         p_k, p_v = prefix_k[pair, :, :, low:start], prefix_v[pair, :, low:start]
         step = max(1, _SCORE_BUDGET // (n_heads * length * width))
         for row in range(0, group_rows, step):
@@ -162,10 +166,11 @@ def _reference(
             if softcap is not None:
                 seen.mul_(1 / softcap).tanh_().mul_(softcap)
                 own.mul_(scale / softcap).tanh_().mul_(softcap / scale)
-            torch.add(hidden[:, :, past:], own, alpha=scale, out=by_row[..., past:n_keys])
+            torch.add(hidden[:, :, -length:], own, alpha=scale, out=by_row[..., past:n_keys])
             if not near:
                 by_row[..., :past] += hidden[:, :, :past]
-            scores[:, :, n_keys:] = -torch.inf
+            if n_keys < width:
+                scores[:, :, n_keys:] = -torch.inf
             if sinks is not None:
                 by_head = scores.view(kv_heads, n, share, width)
                 by_head[..., n_keys] = sinks.view(kv_heads, 1, share)
@@ -177,13 +182,16 @@ def _reference(
     return out.view(n_tokens, n_heads, d_v)
 
 
-def _hidden(
-    length: int, start: int, low: int, window: int | None, dtype: torch.dtype
-) -> Float[Tensor, "length 1 key"]:
-    """0 where a row's token sees prefix key `low + j` (then its own keys), else minus infinity."""
-    age = torch.arange(start, start + length)[:, None] - torch.arange(low, start + length)
-    unseen = age < 0 if window is None else (age < 0) | (age >= window)
-    return torch.zeros(age.shape, dtype=dtype).masked_fill_(unseen, -torch.inf).unsqueeze(1)
+def _windowed(length: int, start: int, window: int, like: Tensor) -> Float[Tensor, "length 1 key"]:
+    """0 where a row's token sees a key, else minus infinity.
+
+    Keys are the prefix's from the first that any token of the row sees, then the row's own.
+    """
+    low = min(start, max(0, start - window + 1))
+    position = torch.arange(low, start + length, device=like.device)
+    age = position[-length:, None] - position
+    hidden = like.new_zeros(age.shape)
+    return hidden.masked_fill_((age < 0) | (age >= window), -torch.inf).unsqueeze(1)
 
 
 @torch.no_grad()

@@ -129,6 +129,16 @@ def test_attention_in_fp64_is_exact() -> None:
     )
 
 
+@pytest.mark.parametrize("window", [None, 4])
+def test_reference_keeps_all_it_makes_on_the_device_of_q(window: int | None) -> None:
+    # On a GPU without Triton, and there in fp64. Mixing CPU and meta tensors is an error.
+    rows = ROWS["mixed"]
+    inputs = {name: x.to("meta") for name, x in _inputs(rows, 4, 2, 16, 16, torch.float64).items()}
+    sinks = torch.zeros(4, device="meta")
+    out = prefix_attention(**inputs, rows=rows, scale=1.0, window=window, softcap=1.0, sinks=sinks)
+    assert out.device.type == "meta"
+
+
 def test_attention_carries_no_gradient() -> None:
     inputs = _inputs(ROWS["one"], 1, 1, 16, 16, torch.float32)
     inputs["q"] = inputs["q"].clone().requires_grad_()

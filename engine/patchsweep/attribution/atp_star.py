@@ -176,17 +176,33 @@ def key_effect(
     With D the change of score (i, t) that key t brings, and p the base probabilities, the
     patched ones are p' = p + g (e_t - p_i), where g = p_it (e^D - 1) / (1 + p_it (e^D - 1)).
     """
-    change = attention_scores(heads.q, patched, heads.settings) - attention_scores(
-        heads.q, heads.k, heads.settings
-    )
-    # the equal form for D > 0 does not overflow
+    base = attention_scores(heads.q, heads.k, heads.settings)
+    change = attention_scores(heads.q, patched, heads.settings) - base
     down = pattern * torch.expm1(change.clamp(max=0))
-    shrunk = torch.exp(-change.clamp(min=0))
-    up = pattern * (1 - shrunk) / (pattern + (1 - pattern) * shrunk).clamp_min(1e-38)
-    gamma = torch.where(change > 0, up, down / (1 + down))
-    # grad_it - p_i . grad_i, the slope along (e_t - p_i); where p_it is 0 nothing moves
+    # for D > 0 the equal form (1 - e^-D) / (1 + (1 - p) e^(-D - log p)) cannot overflow, and
+    # sees a key rise whose probability was too small to be written down
+    rise = change.clamp(min=0)
+    odds = (1 - pattern) * torch.exp(-rise - log_pattern(base, pattern, heads.settings))
+    gamma = torch.where(change > 0, -torch.expm1(-rise) / (1 + odds), down / (1 + down))
+    # grad_it - p_i . grad_i, the slope along (e_t - p_i)
     slope = grad - (pattern * grad).sum(dim=-1, keepdim=True)
     return (gamma * slope).sum(dim=-2)
+
+
+def log_pattern(
+    scores: Float[Tensor, "row head dest src"],
+    pattern: Float[Tensor, "row head dest src"],
+    settings: dict[str, Any],
+) -> Float[Tensor, "row head dest src"]:
+    """Logarithms of attention probabilities, also of those that are 0 as numbers; masked: -inf."""
+    top, best = pattern.max(dim=-1, keepdim=True)
+    total = scores.gather(-1, best) - top.log()
+    dest = torch.arange(scores.shape[2], device=scores.device)[:, None]
+    src = torch.arange(scores.shape[3], device=scores.device)[None, :]
+    hidden = src > dest
+    if settings.get("window") is not None:
+        hidden |= src <= dest - settings["window"]
+    return (scores - total).masked_fill(hidden, float("-inf"))
 
 
 def attention_scores(

@@ -55,8 +55,18 @@ class Heads:
 
     q: Float[Tensor, "row head pos d"]
     k: Float[Tensor, "row kv_head pos d"]
+    v: Float[Tensor, "row kv_head pos d"]
     pattern: Float[Tensor, "row head dest src"]  # fp32, part of the graph
     settings: dict[str, Any]  # scale, window, softcap, sinks
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """A run whose first tokens others share: they read its keys and values there."""
+
+    start: int  # tokens that are shared
+    keys: list[Float[Tensor, "row kv_head pos d"]]  # per layer, as many rows as the tokens
+    values: list[Float[Tensor, "row kv_head pos d"]]
 
 
 # told of every watched activation; it may write into it where nothing below takes a gradient
@@ -109,6 +119,7 @@ class Tape:
         first_layer: int = 0,
         stream: Float[Tensor, "row pos d_model"] | None = None,
         fixed_pattern: bool = False,
+        prefix: Prefix | None = None,
         on_attention: Callable[[int, Heads], None] | None = None,
         after: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> Float[Tensor, "row read d_vocab"]:
@@ -120,12 +131,15 @@ class Tape:
             embeds: take the place of the token embeddings.
             first_layer, stream: start there, with that residual stream entering the block.
             fixed_pattern: attention patterns are constants to the backward pass.
+            prefix: only the tokens from `prefix.start` on are run; `reads` lie among them.
             on_attention: told of each layer's queries, keys and pattern.
             after: a context entered when all sites are watched, for hooks that come after.
         """
         watched = [self.points[s.name] for s in sites] if sites is not None else [
             *self.points.values()
         ]
+        skipped = 0 if prefix is None else prefix.start
+        tokens = tokens[:, skipped:]
         inside = {p.site.name: p.site for p in watched if p.in_attention}
 
         def see(site: Site, layer: int, x: Tensor, *, heads_first: bool = False) -> None:
@@ -139,11 +153,15 @@ class Tape:
                     if name in inside:
                         see(inside[name], layer, x, heads_first=True)
                 settings = attention_settings(module, q.shape[-1], kw)
-                pattern = attention_pattern(q, k, **settings)
+                if prefix is not None:
+                    k = torch.cat([prefix.keys[layer][:, :, :skipped], k], dim=2)
+                    v = torch.cat([prefix.values[layer][:, :, :skipped], v], dim=2)
+                    q = nn.functional.pad(q, (0, 0, skipped, 0))  # stands at its own position
+                pattern = attention_pattern(q, k, **settings)[:, :, skipped:]
                 if fixed_pattern:
                     pattern = pattern.detach().requires_grad_(torch.is_grad_enabled())
                 if on_attention is not None:
-                    on_attention(layer, Heads(q.detach(), k.detach(), pattern, settings))
+                    on_attention(layer, Heads(q.detach(), k.detach(), v.detach(), pattern, settings))
                 if "pattern" in inside:
                     see(inside["pattern"], layer, pattern, heads_first=True)
                 values = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
@@ -172,10 +190,13 @@ class Tape:
             stack.callback(self.replica.attend_with, None)
             if stream is not None:
                 stack.enter_context(self._starting_at(first_layer, stream))
+            kept = torch.tensor([read - skipped * (read >= 0) for read in reads])
+            positions = torch.arange(skipped, skipped + tokens.shape[1], device=tokens.device)
             output = self.replica.model(
                 tokens,
                 use_cache=False,
-                logits_to_keep=torch.tensor(list(reads), device=tokens.device),
+                logits_to_keep=kept.to(tokens.device),
+                **({} if prefix is None else {"position_ids": positions.unsqueeze(0)}),
             )
         logits: Tensor = output.logits.float()
         return logits

@@ -18,6 +18,7 @@ _MAIN_KEYS = {
     "model": "model.name",
     "task": "task.path",
     "sites": "sites.names",
+    "method": "method.names",
     "metric": "metric.names",
     "store": "store.path",
 }
@@ -26,18 +27,28 @@ _MAIN_KEYS = {
 def compose(verb: str, arguments: list[str], job: Callable[[DictConfig], None]) -> None:
     """Let Hydra call `job` with the config of `arguments`, once or (with -m) many times.
 
-    Hydra's errors come out as they are, to be told in one line.
+    Errors come out as they are, Hydra's own among them, to be told in one line.
     """
     register()
+    failed: list[Exception] = []
+
+    def once(cfg: DictConfig) -> None:
+        try:
+            job(cfg)
+        except Exception as error:  # kept from Hydra, which would print words of its own
+            failed.append(error)
+
+    many = not {"-m", "--multirun"}.isdisjoint(arguments)
     # Hydra then raises its errors instead of printing them with a stack of its own
     os.environ["HYDRA_FULL_ERROR"] = "1"
     before, sys.argv = sys.argv, [f"patchsweep {verb}", *expand(arguments)]
+    main = hydra.main(version_base="1.3", config_path="pkg://patchsweep.conf", config_name="config")
     try:
-        hydra.main(version_base="1.3", config_path="pkg://patchsweep.conf", config_name="config")(
-            job
-        )()
+        main(job if many else once)()  # `job` as it is, since launchers pickle it
     finally:
         sys.argv = before
+    if failed:
+        raise failed[0]
 
 
 def as_config(cfg: DictConfig) -> RunConfig:
@@ -48,9 +59,13 @@ def as_config(cfg: DictConfig) -> RunConfig:
 
 
 def expand(arguments: list[str]) -> list[str]:
-    """Overrides in which short forms such as `sites=[q,k]` or `store=a.zarr` are spelled out."""
-    words: list[str] = []
-    for argument in arguments:
+    """Flags, then overrides in which short forms such as `sites=[q,k]` are spelled out.
+
+    Flags first, wherever they were: argparse takes no overrides on both sides of a flag.
+    """
+    overrides = [word for word in arguments if _is_override(word)]
+    words = [word for word in arguments if not _is_override(word)]
+    for argument in overrides:
         group, equals, value = argument.partition("=")
         if not equals or group not in _MAIN_KEYS or _is_choice(group, value):
             words.append(argument)
@@ -62,10 +77,14 @@ def expand(arguments: list[str]) -> list[str]:
             words.append(f"model={_kind(value)}")
         if group == "task":
             words.append("task=jsonl")
-        if group in ("sites", "metric") and not value.startswith("["):
+        if group in ("sites", "method", "metric") and not value.startswith("["):
             value = f"[{value}]"
         words.append(f"{_MAIN_KEYS[group]}={value}")
     return words
+
+
+def _is_override(word: str) -> bool:
+    return word.startswith("~") or ("=" in word and not word.startswith("-"))
 
 
 def _kind(model: str) -> str:

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from patchsweep import summary
 from patchsweep.cli.console import stdout
 from patchsweep.cli.progress import Bar
-from patchsweep.config import BuiltinTask, MethodConfig, MetricConfig, ModelConfig, RunConfig
+from patchsweep.config import BuiltinTask, NamedMethods, MetricConfig, ModelConfig, RunConfig
 from patchsweep.config import RunnerConfig, SitesConfig, StoreConfig
 from patchsweep.pairs import PromptPair
 from patchsweep.report import write_report
@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
         model=ModelConfig(name=options.model),
         task=BuiltinTask(name="ioi_demo"),
         sites=SitesConfig(names=list(SITES)),
-        method=MethodConfig(name="exact"),
+        method=NamedMethods(names=["exact"]),
         metric=MetricConfig(names=["logit_diff"]),
         store=StoreConfig(path=str(store)),
         runner=RunnerConfig(name="auto"),

@@ -7,10 +7,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from patchsweep.attribution import check_request
+from patchsweep.attribution.run import token_layers
 from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.console import stdout
-from patchsweep.estimate import Cost
-from patchsweep.sweep import plan
+from patchsweep.estimate import Cost, estimate
+from patchsweep.request import make_request
+from patchsweep.screen import get_asked
 
 
 def main(arguments: list[str]) -> int:
@@ -24,15 +27,17 @@ def job(cfg: DictConfig) -> None:
     config = as_config(cfg)
     transformers_logging.disable_progress_bar()
     model = config.model.load()
-    cost = plan(
-        model,
-        config.task.load(model),
-        config.sites.names,
-        config.metric.names,
-        max_tokens=config.runner.max_tokens,
-        **config.selection(),
+    pairs = config.task.load(model)
+    request = make_request(
+        model, pairs, config.sites.names, config.metric.names, **config.selection()
     )
-    show(cost, stdout())
+    asked = get_asked(config.method.asked())
+    if asked.methods:
+        check_request(request, asked.methods)
+    console = stdout()
+    show(estimate(request, config.runner.max_tokens), console)
+    for method in asked.methods:
+        console.print(f"{method.name:15} {token_layers(request, method):,} token-layers besides")
 
 
 def show(cost: Cost, console: Console) -> None:

@@ -40,6 +40,7 @@ def execute(config: RunConfig) -> None:
             config.sites.names,
             config.metric.names,
             **config.selection(),
+            method=config.method.asked(),
             store=config.store.path,
             storage_options=config.store.storage_options,
             slice_index=config.slice,

@@ -200,9 +200,10 @@ def attention_pattern(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention probabilities `[pair, head, dest, src]` of whole prompts, fp32."""
+    """Attention probabilities `[pair, head, dest, src]` of whole prompts, fp32 (fp64 for fp64)."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    scores = (q.float() @ k.float().transpose(-1, -2)) * scale
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scores = (q.to(dtype) @ k.to(dtype).transpose(-1, -2)) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     dest = torch.arange(q.shape[2], device=q.device)[:, None]
@@ -213,7 +214,7 @@ def attention_pattern(
     scores = scores.masked_fill(hidden, float("-inf"))
     if sinks is None:
         return scores.softmax(dim=-1)
-    sink = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+    sink = sinks.to(dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
     return torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1]
 
 

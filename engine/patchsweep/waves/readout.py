@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from patchsweep_kernels.answer_logits import answer_logits
+from patchsweep_kernels.unembedding import Unembedding
 from torch import Tensor, nn
 
 from patchsweep.waves.replica import Replica, Unsupported
@@ -73,17 +75,14 @@ class Readout:
     def _direct_logits(self, resid: Tensor, tokens: Tensor) -> Tensor:
         assert self._norm is not None
         assert self._unembed is not None
-        weight: Tensor = self._unembed.weight  # type: ignore[assignment]
-        bias: Tensor | None = getattr(self._unembed, "bias", None)
-        normed = self._norm(resid).float()
-        columns = weight[tokens].float()  # [row, k, d_model]
-        logits = torch.einsum("rd,rkd->rk", normed, columns)
-        if bias is not None:
-            logits = logits + bias[tokens].float()
-        logits = logits * self._scale
-        if self._softcap is not None:
-            logits = self._softcap * torch.tanh(logits / self._softcap)
-        return logits
+        unembedding = Unembedding(
+            self._unembed.weight.detach(),  # type: ignore[operator, arg-type]
+            getattr(self._unembed, "bias", None),
+            self._scale,
+            self._softcap,
+        )
+        # the model's own norm, whatever kind it is
+        return answer_logits(self._norm(resid), unembedding, tokens)
 
     def _check(self, resid: Tensor, tokens: Tensor) -> bool:
         if self._norm is None or self._unembed is None:

@@ -1,0 +1,155 @@
+"""Attribution of attention patterns: what each cell (head, query, key) does to the metric.
+
+Two products with one gradient (the attribution patching demo of N. Nanda, 2023):
+
+- `zero`: -pattern * gradient, the effect of setting the cell to zero, linearised;
+- `patch`: (patched pattern - pattern) * gradient, the effect of the intervention's value there.
+
+Rows of a pattern sum to one, so single cells are no patches that a model could meet; read them
+as where a head's effect comes from. Summed over a row, `patch` is the AtP estimate of the site
+`pattern`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.attribution.atp import Atp
+from patchsweep.attribution.check import check_request
+from patchsweep.attribution.tape import Place, Tape
+from patchsweep.attribution.estimates import Work
+from patchsweep.batch import make_batches
+from patchsweep.pairs import PromptPairs
+from patchsweep.request import MetricLike, Request, device_of, make_request
+from patchsweep.sites import SITES
+
+
+@dataclass(frozen=True)
+class HeadRank:
+    """A head, by what its pattern does."""
+
+    layer: int
+    head: int
+    patch: float  # mean over pairs of the sum over cells, signed
+    size: float  # mean over pairs of the sum over cells of |patch|
+    dest: str  # where its largest cell lies: token that looks,
+    src: str  # and token looked at, in the first pair
+
+
+@dataclass(frozen=True)
+class PatternScores:
+    """Scores of every cell; NaN beyond a pair's length."""
+
+    scores: xr.Dataset  # `zero`, `patch` [metric, pair, layer, head, dest, src]
+
+    def heads(self, metric: str | None = None, n: int = 10) -> list[HeadRank]:
+        """The `n` heads with the largest `size`, largest first."""
+        name = str(self.scores["metric"].values[0]) if metric is None else metric
+        patch = self.scores["patch"].sel(metric=name).transpose("pair", "layer", "head", ...).values
+        signed = np.nansum(patch, axis=(3, 4)).mean(axis=0)
+        size = np.nansum(np.abs(patch), axis=(3, 4)).mean(axis=0)
+        tokens = [str(token) for token in self.scores["base_token"].values[0]]
+        ranks = []
+        for cell in np.argsort(-size, axis=None, kind="stable")[:n]:
+            layer, head = np.unravel_index(cell, size.shape)
+            first = np.nan_to_num(np.abs(patch[0, layer, head]))
+            dest, src = np.unravel_index(first.argmax(), first.shape)
+            ranks.append(
+                HeadRank(
+                    layer=int(layer),
+                    head=int(head),
+                    patch=float(signed[layer, head]),
+                    size=float(size[layer, head]),
+                    dest=f"{dest} {tokens[dest]!r}",
+                    src=f"{src} {tokens[src]!r}",
+                )
+            )
+        return ranks
+
+
+def pattern_scores(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    metrics: MetricLike | list[MetricLike] = "logit_diff",
+    **selection: Any,
+) -> PatternScores:
+    """Scores of all cells of all attention patterns, in the metric's unit, signed.
+
+    `selection` is `direction`, `intervention` and `read`, as `sweep` takes them.
+
+    Raises:
+        PatchsweepError: an argument breaks a rule; nothing has run then.
+    """
+    request = make_request(model, pairs, "pattern", metrics, **selection)  # type: ignore[arg-type]
+    check_request(request, [Atp()])
+    tape = Tape(model, [SITES["pattern"]])
+    shape = request.shape
+    longest = int(request.plans[0].full_lengths.max())
+    size = (len(request.metrics), len(pairs), shape.n_layers, shape.n_heads, longest, longest)
+    zero, patch = np.full(size, np.nan, np.float32), np.full(size, np.nan, np.float32)
+    device = device_of(model)
+    batches = make_batches(
+        request.pairs, range(len(pairs)), request.direction, request.read, device
+    )
+    denoising = request.direction == "denoising"
+    request.intervention.prepare(
+        {b.length: b.source if denoising else b.base for b in batches},
+        lambda tokens: tape.activations(tokens)[0],
+    )
+    for every in batches:
+        for pair in every.pairs:  # [head, dest, src] of all layers: one pair at a time
+            batch = make_batches(
+                request.pairs, [pair], request.direction, request.read, device
+            )[0]
+            with tape.frozen():
+                _one(request, tape, batch, zero[:, pair], patch[:, pair])
+    dims = ("metric", "pair", "layer", "head", "dest", "src")
+    tokens = [
+        [*(p.corrupted_tokens if denoising else p.clean_tokens)][:longest] for p in pairs
+    ]
+    return PatternScores(
+        xr.Dataset(
+            {"zero": (dims, zero), "patch": (dims, patch)},
+            coords={
+                "metric": [metric.name for metric in request.metrics],
+                "base_token": (
+                    ("pair", "dest"),
+                    np.array([row + [""] * (longest - len(row)) for row in tokens], dtype=object),
+                ),
+            },
+        )
+    )
+
+
+def _one(request: Request, tape: Tape, batch: Any, zero: np.ndarray, patch: np.ndarray) -> None:
+    """Fill `[metric, layer, head, dest, src]` of one pair."""
+    source, source_logits = tape.activations(batch.source, batch.reads)
+    work = Work(
+        tape, batch, request.plans, request.shape, request.metrics, request.intervention,
+        source, source_logits,
+    )
+    n = batch.length
+    metric = [0]
+
+    def visit(place: Place, x: Tensor) -> None:
+        base = x.detach()
+
+        def on_gradient(grad: Tensor) -> None:
+            values = work.values(place.site, place.layer, base)
+            zero[metric[0], place.layer, :, :n, :n] = (-base * grad)[0].cpu().numpy()
+            patch[metric[0], place.layer, :, :n, :n] = ((values - base) * grad)[0].cpu().numpy()
+
+        x.register_hook(on_gradient)
+
+    with torch.enable_grad():
+        logits = tape.forward(batch.base, visit, batch.reads, gradient=True)
+        scores = work.score(logits, logits.detach())
+        for metric[0], row in enumerate(scores):
+            row.sum().backward(retain_graph=metric[0] + 1 < len(scores))

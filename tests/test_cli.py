@@ -1,0 +1,357 @@
+"""The command line: groups, short forms, mistakes in one line, slices, signals, verify."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+import yaml
+from patchsweep.cli import main
+from patchsweep.cli.app import expand
+from patchsweep.cli.main import EXIT_DONE, EXIT_MISTAKE, EXIT_STOPPED, VERBS
+from patchsweep.cli.verify import EXIT_PROBLEMS
+from patchsweep.config import file_name, from_identity
+from patchsweep.errors import ConfigError
+from patchsweep.journal import read_journal
+from patchsweep.status import EXIT_INCOMPLETE
+from patchsweep.store import Store
+from patchsweep.store_check import checksums
+from patchsweep.tasks import TASKS
+
+CONF = Path(__file__).parents[1] / "conf"
+GROUPS = ("model", "task", "sites", "method", "metric", "store", "runner")
+TINY = ["model=tiny", "task=ioi_demo"]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Each test runs in an empty folder, its signal handlers put back at the end."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PATCHSWEEP_DEBUG", raising=False)
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield tmp_path
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def patchsweep(*words: str) -> int:
+    return main([str(word) for word in words])
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one line that tells of the mistake in this command."""
+    assert patchsweep(*words) == EXIT_MISTAKE
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def process(*words: str, **env: str) -> subprocess.Popen[str]:
+    """The command in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "patchsweep", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+    )
+
+
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def test_every_verb_is_a_module_and_in_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert patchsweep("--help") == EXIT_DONE
+    usage = capsys.readouterr().out
+    for verb in VERBS:
+        assert f"  {verb}" in usage
+    assert patchsweep("--version") == EXIT_DONE
+    assert re.fullmatch(r"patchsweep \d+\.\d+\.\d+\n", capsys.readouterr().out)
+    assert "is no verb; use one of run," in refused(capsys, "sweep")
+
+
+def test_every_choice_begins_with_a_schema_and_is_in_the_help(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        patchsweep("run", "--help")
+    assert exit_.value.code == 0
+    help_text = capsys.readouterr().out
+    for group in GROUPS:
+        listed = re.search(rf"^ +{group} +(.*?)(?=\n +or |\n +\w+ {{2,}}|\n\n)", help_text, re.M | re.S)
+        assert listed is not None, group
+        assert sorted(re.findall(r"\w+", listed[1])) == choices(group)
+        for name in choices(group):
+            defaults = yaml.safe_load((CONF / group / f"{name}.yaml").read_text())["defaults"]
+            assert defaults[0].endswith("schema")
+            assert defaults[1] == "_self_"
+    for launcher in choices("hydra/launcher"):
+        assert launcher in help_text
+
+
+def test_every_task_has_a_file_with_its_options() -> None:
+    assert set(choices("task")) == {*TASKS, "jsonl", "strings"}
+    for name, task in TASKS.items():
+        config = yaml.safe_load((CONF / "task" / f"{name}.yaml").read_text())
+        assert config["name"] == name
+        assert config.get("options", {}) == task.options()
+
+
+@pytest.mark.parametrize(
+    ("short", "long"),
+    [
+        (["store=runs/a.zarr"], ["store.path=runs/a.zarr"]),
+        (["store=local"], ["store=local"]),
+        (["sites=q"], ["sites.names=[q]"]),
+        (["sites=[q,k]"], ["sites.names=[q,k]"]),
+        (["sites=heads"], ["sites=heads"]),
+        (["sites=heads,residual"], ["sites=heads,residual"]),
+        (["metric=[prob,rank]"], ["metric.names=[prob,rank]"]),
+        (["model=tiny:gpt2"], ["model=tiny", "model.name=tiny:gpt2"]),
+        (["model=smollm2-135m"], ["model=smollm2", "model.name=smollm2-135m"]),
+        (["model=./folder"], ["model=hf", "model.name=./folder"]),
+        (["task=a/pairs.jsonl"], ["task=jsonl", "task.path=a/pairs.jsonl"]),
+        (["task=nothing"], ["task=nothing"]),
+        (["slice=0", "-m", "n_slices=2"], ["-m", "slice=0", "n_slices=2"]),
+        (["model=tiny", "--cfg", "job"], ["--cfg", "job", "model=tiny"]),
+    ],
+    ids=" ".join,
+)
+def test_short_forms_mean_their_long_forms(short: list[str], long: list[str]) -> None:
+    assert expand(short) == long
+
+
+def test_run_leaves_nothing_but_its_store(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert patchsweep("run", *TINY, "sites=[resid_pre,z]") == EXIT_DONE
+    name = "tiny-llama-ioi_demo.zarr"
+    assert os.listdir(here) == ["runs"]
+    assert sorted(os.listdir(here / "runs")) == [name, f"{name}.journal", f"{name}.leases"]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4, "a line a unit, and two in the end"
+    events = [event["event"] for event in read_journal(here / "runs" / name)]
+    assert events == ["started", "unit", "unit", "finished"]
+    with xr.open_zarr(here / "runs" / name, consolidated=False) as ds:
+        assert ds["z"].notnull().all()
+
+
+def test_second_run_does_nothing_and_another_run_is_refused(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["run", *TINY, "sites=resid_pre", "store=a.zarr"]
+    assert patchsweep(*command) == EXIT_DONE
+    before = checksums(here / "a.zarr")
+    assert patchsweep(*command) == EXIT_DONE
+    assert "0 units, 0 live patches" in capsys.readouterr().out
+    text = refused(capsys, *command, "metric=prob")
+    assert "belongs to another run" in text
+    assert checksums(here / "a.zarr") == before
+
+
+MISTAKES = {
+    "unknown-key": (["run", "model.nam=x"], "model.nam"),
+    "unknown-choice": (["run", "task=nothing"], "nothing"),
+    "wrong-type": (["run", "runner.max_tokens=many"], "many"),
+    "missing-value": (["run", "model=hf"], "model.name"),
+    "unknown-runner": (["run", "runner.name=fast"], "use auto, wave or hooked"),
+    "no-list": (["run", "sites.layers=3"], "sites.layers=3 must be a list"),
+    "unknown-site": (["run", *TINY, "sites=resid"], "use one of"),
+    "unknown-metric": (["run", *TINY, "metric=accuracy"], "use one of"),
+    "layer": (["run", *TINY, "sites=z", "sites.layers=[7]"], "past the last layer 2"),
+    "position": (["run", *TINY, "sites=z", "sites.positions=[99]"], "past the last position"),
+    "direction": (["run", *TINY, "direction=up"], "denoising"),
+    "slice": (["run", *TINY, "slice=2", "n_slices=2", "store=a.zarr"], "use 0..1"),
+    "family": (["run", "model=tiny:bert", "task=ioi_demo"], "use one of"),
+    "option": (["run", "model=tiny", "task=ioi", "task.options.order=x"], "use one of"),
+    "no-file": (["run", "model=tiny", "task=none.jsonl"], "none.jsonl"),
+    "no-store": (["status", "none.zarr"], "there is no store"),
+    "nothing-to-verify": (["verify", "none.zarr"], "there is no store"),
+    "nothing-to-report": (["report", "none.zarr"], "none.zarr"),
+    "task": (["task", "check", "nothing"], "use one of"),
+    "launcher": (["run", "-m", *TINY, "hydra/launcher=ray_local"], "patchsweep[ray]"),
+}
+
+
+@pytest.mark.parametrize(("words", "part"), MISTAKES.values(), ids=list(MISTAKES))
+def test_mistake_is_told_in_one_line(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    part: str,
+) -> None:
+    def never(*args: object, **options: object) -> None:
+        raise AssertionError("a mistake was noticed only after a forward pass")
+
+    monkeypatch.setattr(sys.modules["patchsweep.sweep"], "prepare_runner", never)
+    assert part in refused(capsys, *words)
+
+
+def test_jsonl_mistake_names_file_and_line(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "pairs.jsonl").write_text('{"clean": "a"}\n')
+    assert "pairs.jsonl, line 1" in refused(capsys, "run", "model=tiny", "task=pairs.jsonl")
+
+
+def test_plan_prints_the_cost_and_writes_nothing(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert patchsweep("plan", *TINY) == EXIT_DONE
+    out = capsys.readouterr().out
+    for word in ("patches", "live", "waves", "token-layers", "a loop needs", "FLOPs", "seconds"):
+        assert word in out
+    assert os.listdir(here) == []
+
+
+def test_slices_write_what_one_process_writes(here: Path) -> None:
+    # three of the sites have one block of pairs each, so that slices are uneven
+    sweep = ["run", *TINY, "sites=[resid_pre,attn_out,mlp_out,z]"]
+    assert patchsweep(*sweep, "store=one.zarr") == EXIT_DONE
+    sliced = ["-m", "slice=range(0,3)", "n_slices=3", "hydra.sweep.dir=jobs", "store=many.zarr"]
+    assert patchsweep(*sweep, *sliced) == EXIT_DONE
+    assert checksums(here / "many.zarr") == checksums(here / "one.zarr")
+    assert patchsweep(*sweep, "store=many.zarr", "slice=1", "n_slices=3") == EXIT_DONE
+    assert checksums(here / "many.zarr") == checksums(here / "one.zarr")
+
+
+def test_unpatched_metrics_do_not_depend_on_the_order_of_slices(here: Path) -> None:
+    # many pairs: sites with many patches a pair have smaller blocks of pairs than others would
+    sweep = ["run", "model=tiny", "task=ioi", "task.n_pairs=24", "sites=[resid_pre,z]"]
+    for index, order in enumerate(([0, 1], [1, 0])):
+        for part in order:
+            words = [f"store={index}.zarr", f"slice={part}", "n_slices=2"]
+            assert patchsweep(*sweep, *words) == EXIT_DONE
+    assert checksums(here / "0.zarr") == checksums(here / "1.zarr")
+
+
+def test_status_and_verify_tell_incomplete_by_their_exit_codes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sweep = ["run", *TINY, "sites=[resid_pre,z]", "store=a.zarr", "n_slices=2"]
+    assert patchsweep(*sweep, "slice=0") == EXIT_DONE
+    assert patchsweep("status", "a.zarr") == EXIT_INCOMPLETE
+    assert patchsweep("verify", "a.zarr", "-n", "8") == EXIT_INCOMPLETE
+    assert "0 of 2" in capsys.readouterr().out
+    assert patchsweep(*sweep, "slice=1") == EXIT_DONE
+    assert patchsweep("status", "a.zarr") == EXIT_DONE
+    assert patchsweep("verify", "a.zarr") == EXIT_DONE
+    assert "24 run again" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["intervention=mean", "sites=[z,mlp_out]"],
+        ["direction=noising", "sites=[q,k,v]", "metric=[prob,logit]"],
+        ["sites=z", "sites.positions=all", "sites.heads=[[0,1],2]"],
+        ["sites=resid_post", "sites.layers=[1,[0,2]]", "sites.positions=[S2,end]"],
+    ],
+    ids=" ".join,
+)
+def test_verify_runs_again_what_the_config_says(words: list[str]) -> None:
+    sweep = ["model=tiny", "task=ioi", "task.n_pairs=3", "store=a.zarr", *words]
+    assert patchsweep("run", *sweep) == EXIT_DONE
+    assert patchsweep("verify", "a.zarr") == EXIT_DONE
+
+
+def test_verify_finds_a_changed_value(capsys: pytest.CaptureFixture[str]) -> None:
+    assert patchsweep("run", *TINY, "sites=resid_pre", "store=a.zarr") == EXIT_DONE
+    store = Store.open("a.zarr")
+    (unit,) = store.units()
+    variable = store.variables["resid_pre"]
+    values = store.dataset()["resid_pre"].values + np.float32(0.01)
+    (Path("a.zarr") / variable.flag_key(unit)).unlink()
+    (Path("a.zarr") / variable.shard_key(unit)).unlink()
+    store.write(unit, values)
+    assert patchsweep("verify", "a.zarr") == EXIT_PROBLEMS
+    assert "run again gives" in capsys.readouterr().out
+
+
+def test_verify_finds_a_damaged_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert patchsweep("run", *TINY, "sites=resid_pre", "store=a.zarr") == EXIT_DONE
+    store = Store.open("a.zarr")
+    shard = Path("a.zarr") / store.variables["resid_pre"].shard_key(store.units()[0])
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(bytes(data))
+    assert patchsweep("verify", "a.zarr") == EXIT_PROBLEMS
+    assert "PROBLEM resid_pre/0.0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+def test_signal_ends_the_run_after_the_unit_in_hand(here: Path, number: signal.Signals) -> None:
+    # the hooked runner takes long enough to be caught at work
+    words = ["run", "model=tiny", "task=ioi", "task.n_pairs=32", "runner=hooked", "store=a.zarr"]
+    running = process(*words)
+    deadline = time.monotonic() + 60
+    while not any(e["event"] == "unit" for e in read_journal(here / "a.zarr")):
+        assert running.poll() is None, running.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    running.send_signal(number)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == EXIT_STOPPED, err
+    assert f"{number.name}: stopped" in err
+    assert "the same command goes on" in err
+    assert "Traceback" not in err
+    last = read_journal(here / "a.zarr")[-1]
+    assert last["event"] == "interrupted"
+    left = len(Store.open(here / "a.zarr").pending())
+    assert 0 < left < len(Store.open(here / "a.zarr").units())
+    assert not list((here / "a.zarr.leases" / "units").rglob("*@*")), "its leases are given back"
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATCHSWEEP_DEBUG", "1")
+    with pytest.raises(ConfigError):
+        patchsweep("run", "runner.name=fast")
+
+
+def test_report_is_written(here: Path) -> None:
+    assert patchsweep("run", *TINY, "sites=[resid_pre,z]", "store=a.zarr") == EXIT_DONE
+    assert patchsweep("report", "a.zarr", "-o", "out/r.html") == EXIT_DONE
+    assert (here / "out" / "r.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_task_list_and_check(capsys: pytest.CaptureFixture[str]) -> None:
+    assert patchsweep("task", "list") == EXIT_DONE
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in TASKS)
+    words = ["--model", "tiny:llama", "--n-pairs", "2"]
+    assert patchsweep("task", "check", "ioi", *words) == EXIT_DONE
+    assert "ioi" in capsys.readouterr().out
+
+
+def test_demo_on_a_tiny_model(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):  # a second demo runs for real too
+        assert patchsweep("demo", "--model", "tiny:llama", "--out", "d") == EXIT_DONE
+        out = capsys.readouterr().out
+        assert "All is well: 24 random cells" in out
+        assert "4/4 z/0.0" in out
+    assert (here / "d" / "report.html").exists()
+
+
+def test_store_without_a_config_is_refused_by_verify() -> None:
+    with pytest.raises(ConfigError, match="holds no config"):
+        from_identity({})
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("tiny:llama", "tiny-llama"),
+        ("meta/Llama-3.2-1B", "Llama-3.2-1B"),
+        ("./folder/", "folder"),
+        ("/", "model"),
+    ],
+)
+def test_store_name_comes_from_the_model(name: str, expected: str) -> None:
+    assert file_name(name) == expected
