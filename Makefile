@@ -44,11 +44,11 @@ check: setup ## ruff and mypy
 
 bench: setup ## beside a TransformerLens loop, on this machine; writes runs/bench.json
 	mkdir -p runs
-	$(BIN)/python -m pytest benchmarks -q --benchmark-enable --benchmark-only --benchmark-json=runs/bench.json
+	$(BIN)/python -m pytest benchmarks -q --benchmark-json=runs/bench.json
+	$(BIN)/python benchmarks/table.py runs/bench.json
 
-bench-gpu: setup ## the same on a GPU
-	mkdir -p runs
-	PATCHSWEEP_BENCH_DEVICE=cuda $(BIN)/python -m pytest benchmarks -q --benchmark-enable --benchmark-only --benchmark-json=runs/bench-gpu.json
+bench-gpu: setup ## the kernels on this machine's GPU
+	$(BIN)/python benchmarks/gpu/run_kernels.py
 
 wheel: setup ## dist/patchsweep-*.whl
 	$(PIP) wheel --quiet --no-deps --wheel-dir dist .

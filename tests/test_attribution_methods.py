@@ -93,8 +93,9 @@ def test_atp_star_equals_patched_softmax_in_the_bridge(family: str, site: str) -
     with torch.no_grad():
         bridge.run_with_hooks(batch.source, fwd_hooks=hooks)
     n_pos, n_units = found.shape[1:]
+    first = int((batch.base != batch.source).nonzero()[0, 1])
     for i in layers:
-        for pos in range(10, n_pos):  # the names differ at 10
+        for pos in range(first, n_pos):
             for unit in range(n_units):
                 moved: dict[int, Tensor] = {}
 
@@ -174,7 +175,7 @@ def test_grad_drop_equals_a_direct_implementation(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
-@pytest.mark.parametrize("method", [IntegratedSite(40), IntegratedInputs(40)], ids=["ig", "inputs"])
+@pytest.mark.parametrize("method", [IntegratedSite(300), IntegratedInputs(300)], ids=["ig", "inputs"])
 def test_integrated_gradients_are_complete_at_the_embedding(family: str, method) -> None:
     name = f"tiny:{family}"
     ds = ps.sweep(model(name), pairs_of(name, 2), ["embed"], method=method)
@@ -188,7 +189,7 @@ def test_ig_of_a_whole_layer_is_its_exact_effect(site: str) -> None:
     name = "tiny:gemma2"
     options = {"positions": "all", "heads": "all"} if site in "zkv" else {"positions": "all"}
     ds = ps.sweep(
-        model(name), pairs_of(name, 1), [site], method=["exact", IntegratedSite(40)], **options
+        model(name), pairs_of(name, 1), [site], method=["exact", IntegratedSite(300)], **options
     )
     effect = (ds[site] - ds.base_metric).values
     assert np.abs(ds[f"{site}_ig"].values - effect).max() < 0.01 * np.abs(effect).max()
@@ -198,7 +199,7 @@ def test_ig_sees_kl_from_the_base() -> None:
     name = "tiny:llama"
     ds = ps.sweep(
         model(name), pairs_of(name, 1), ["attn_out"], "kl_base", positions="all",
-        method=["exact", IntegratedSite(40)],
+        method=["exact", IntegratedSite(300)],
     )
     effect = (ds.attn_out - ds.base_metric).values
     assert np.abs(effect).max() > 1e-3

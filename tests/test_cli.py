@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -18,7 +19,18 @@ from patchsweep.cli import main
 from patchsweep.cli.app import expand
 from patchsweep.cli.main import EXIT_DONE, EXIT_MISTAKE, EXIT_STOPPED, VERBS
 from patchsweep.cli.verify import EXIT_PROBLEMS
-from patchsweep.config import file_name, from_identity
+from patchsweep.config import (
+    FileTask,
+    MetricConfig,
+    ModelConfig,
+    NamedMethods,
+    RunConfig,
+    RunnerConfig,
+    SitesConfig,
+    StoreConfig,
+    file_name,
+    from_identity,
+)
 from patchsweep.errors import ConfigError
 from patchsweep.journal import read_journal
 from patchsweep.status import EXIT_INCOMPLETE
@@ -87,7 +99,9 @@ def test_every_choice_begins_with_a_schema_and_is_in_the_help(
     assert exit_.value.code == 0
     help_text = capsys.readouterr().out
     for group in GROUPS:
-        listed = re.search(rf"^ +{group} +(.*?)(?=\n +or |\n +\w+ {{2,}}|\n\n)", help_text, re.M | re.S)
+        listed = re.search(
+            rf"^ +{group} +(.*?)(?=\n +or |\n +\w+ {{2,}}|\n\n)", help_text, re.M | re.S
+        )
         assert listed is not None, group
         assert sorted(re.findall(r"\w+", listed[1])) == choices(group)
         for name in choices(group):
@@ -194,9 +208,7 @@ def test_mistake_is_told_in_one_line(
     assert part in refused(capsys, *words)
 
 
-def test_jsonl_mistake_names_file_and_line(
-    here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_jsonl_mistake_names_file_and_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "pairs.jsonl").write_text('{"clean": "a"}\n')
     assert "pairs.jsonl, line 1" in refused(capsys, "run", "model=tiny", "task=pairs.jsonl")
 
@@ -355,3 +367,44 @@ def test_store_without_a_config_is_refused_by_verify() -> None:
 )
 def test_store_name_comes_from_the_model(name: str, expected: str) -> None:
     assert file_name(name) == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "variables"),
+    [
+        (["method=[exact,atp]"], {"z", "z_atp"}),
+        (["method=ig", "method.n_steps=2"], {"z_ig"}),
+        (["method=screen", "method.k=5", "method.subsets=8"], {"z", "z_atp", "z_bound"}),
+    ],
+    ids=["named", "ig", "screen"],
+)
+def test_method_reaches_the_sweep_and_verify(method: list[str], variables: set[str]) -> None:
+    sweep = ["model=tiny", "task=ioi", "task.n_pairs=3", "sites=z", *method]
+    assert patchsweep("plan", *sweep) == EXIT_DONE
+    assert patchsweep("run", *sweep, "store=a.zarr") == EXIT_DONE
+    found = Store.open("a.zarr").variables
+    assert variables <= set(found)
+    assert patchsweep("verify", "a.zarr") == EXIT_DONE
+
+
+def test_compare_prints_a_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["sites=[resid_pre,z]", "method=[exact,atp]", "store=a.zarr"]
+    assert patchsweep("run", *TINY, *words) == EXIT_DONE
+    assert patchsweep("compare", "a.zarr") == EXIT_DONE
+    assert "Pearson" in capsys.readouterr().out
+    assert patchsweep("compare", "a.zarr", "--json") == EXIT_DONE
+    assert {site["site"] for site in json.loads(capsys.readouterr().out)["sites"]} == {
+        "resid_pre",
+        "z",
+    }
+
+
+def test_gpu_number_is_no_part_of_what_a_run_is() -> None:
+    config = RunConfig(model=ModelConfig(name="tiny:llama", device="cuda:3"), task=FileTask("a"))
+    config.sites, config.method = SitesConfig(["z"]), NamedMethods(["exact"])
+    config.metric, config.store = MetricConfig(["prob"]), StoreConfig("a.zarr")
+    config.runner, config.slice, config.n_slices = RunnerConfig("auto"), 1, 2
+    kept = config.identity()
+    assert kept["model"]["device"] == "cuda"
+    assert not {"store", "slice", "n_slices"} & set(kept)
+    assert from_identity(kept).identity() == kept

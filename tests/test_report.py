@@ -509,32 +509,6 @@ def test_no_estimates_no_comparison() -> None:
     assert read(synthetic(n_layers=4)).count("section", id="comparison") == 0
 
 
-@pytest.mark.parametrize(
-    ("n", "pearson", "slope", "kind"),
-    [
-        (100, 0.96, 1.0, "good"),
-        (100, 0.96, 0.25, "screen"),
-        (100, 0.85, 1.0, "screen"),
-        (100, 0.5, 1.0, "poor"),
-        (19, 0.99, 1.0, "unknown"),
-        (100, np.nan, np.nan, "unknown"),
-    ],
-)
-def test_verdict_follows_the_stated_thresholds(
-    n: int, pearson: float, slope: float, kind: str
-) -> None:
-    found = comparison.Agreement(n_cells=n, pearson=pearson, spearman=0.9, slope=slope)
-    assert comparison.verdict(found)[0] == kind
-
-
-def test_agreement_by_hand() -> None:
-    exact = np.array([1.0, 2.0, 3.0, -1.0])
-    found = comparison.agreement(exact, 0.5 * exact)
-    assert (found.pearson, found.spearman) == (pytest.approx(1), pytest.approx(1))
-    assert found.slope == pytest.approx(0.5)
-    assert np.isnan(comparison.agreement(exact, np.zeros(4)).pearson)
-
-
 def test_comparison_leaves_out_dead_cells_and_names_the_largest_miss() -> None:
     ds = synthetic(n_layers=30, sites=["resid_pre"])
     ds["resid_pre_atp"] = summary.effect(ds, "resid_pre") * 1.0

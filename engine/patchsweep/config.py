@@ -149,10 +149,11 @@ class IntegratedMethod(MethodConfig):
     n_steps: int = 5  # points of the path
 
     def asked(self) -> list[MethodLike]:
-        kinds = {"site": IntegratedSite, "inputs": IntegratedInputs}
-        if self.over not in kinds:
-            raise ConfigError(f"method.over={self.over!r} is not known; use site or inputs")
-        return [kinds[self.over](n_steps=self.n_steps)]
+        if self.over == "site":
+            return [IntegratedSite(n_steps=self.n_steps)]
+        if self.over == "inputs":
+            return [IntegratedInputs(n_steps=self.n_steps)]
+        raise ConfigError(f"method.over={self.over!r} is not known; use site or inputs")
 
 
 @dataclass
@@ -198,7 +199,9 @@ class RunnerConfig:
         if self.name not in ("auto", "wave", "hooked"):
             raise ConfigError(f"runner.name={self.name!r} is not known; use auto, wave or hooked")
         if self.max_tokens < 1:
-            raise ConfigError(f"runner.max_tokens={self.max_tokens} must be at least 1; 4096 is usual")
+            raise ConfigError(
+                f"runner.max_tokens={self.max_tokens} must be at least 1; 4096 is usual"
+            )
 
 
 @dataclass
@@ -231,7 +234,10 @@ class RunConfig:
 
     def identity(self) -> dict[str, Any]:
         """What the run is: the same in every slice, and kept in the store's provenance."""
-        return {key: value for key, value in asdict(self).items() if key not in PLACES}
+        kept = {key: value for key, value in asdict(self).items() if key not in PLACES}
+        if self.model.device is not None:  # cuda, whichever of the GPUs it is
+            kept["model"]["device"] = self.model.device.partition(":")[0]
+        return kept
 
 
 def file_name(text: str) -> str:

@@ -136,10 +136,21 @@ class HookedRunner:
                     f"site {site.name}: its activation has the shape {tuple(layers[0].shape)}, "
                     "which is not [batch, pos, ...]; leave the site out"
                 )
+            self._check_heads(site, layers[0])
             if site.name != "pattern":
                 layers = [x.reshape(*tokens.shape, -1) for x in layers]
             found[site.name] = layers
         return logits, found
+
+    def _check_heads(self, site: Site, x: Tensor) -> None:
+        """Refuse a hook that cuts `x` elsewhere than between heads (seen with latent attention)."""
+        n_heads = int(self.bridge.cfg.n_heads)
+        if site.unit != "head" or site.name == "pattern" or x.ndim != 4 or x.shape[2] == n_heads:
+            return
+        raise SiteError(
+            f"site {site.name}: its hook sees {x.shape[2]} parts where the model has {n_heads} "
+            "heads; leave the site out or use runner=wave"
+        )
 
     @torch.no_grad()
     def load(self, batch: Batch, intervention: Intervention) -> Loaded:

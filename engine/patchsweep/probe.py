@@ -10,7 +10,7 @@ import numpy as np
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.batch import Batch
-from patchsweep.errors import ConfigError, SiteError
+from patchsweep.errors import ConfigError, PatchsweepError, SiteError
 from patchsweep.hooked import HookedRunner
 from patchsweep.interventions import Intervention
 from patchsweep.metrics import METRICS
@@ -70,6 +70,15 @@ def choose_runner(
                 f"runner=wave cannot run this: {error}; use runner=auto or runner=hooked"
             ) from error
         return Choice(HookedRunner(bridge, sites), f"the wave runner cannot: {error}", None)
+    except PatchsweepError:
+        raise
+    except Exception as error:
+        # blocks of an unknown kind may break in any way when they are replayed: to find that out
+        # is what the probe is for
+        if wanted == "wave":
+            raise
+        text = f"the wave runner cannot: {type(error).__name__}: {error}"
+        return Choice(HookedRunner(bridge, sites), text, None)
     tolerance = TOLERANCE.get(str(bridge.cfg.dtype), 1e-3)
     if difference > tolerance:
         return Choice(

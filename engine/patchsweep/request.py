@@ -147,8 +147,12 @@ def model_shape(model: TransformerBridge) -> ModelShape:
     """
     cfg = model.cfg
     config = getattr(model.original_model, "config", None)
-    if getattr(config, "is_encoder_decoder", False) or not hasattr(model, "blocks"):
+    if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{cfg.model_name} is not a causal decoder; patch a causal language model")
+    if not hasattr(model, "blocks"):
+        raise ModelError(
+            f"{cfg.model_name} has no single stack of blocks; patch a model whose layers are run once"
+        )
     if getattr(cfg, "attention_dir", "causal") == "bidirectional":
         raise ModelError(
             f"{cfg.model_name} attends in both directions; patch a causal language model"

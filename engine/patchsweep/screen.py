@@ -61,7 +61,9 @@ class Screen:
     # go on until the k-th largest exact effect is (1 + margin) times every remaining estimate
     margin: float | None = None
     subsets: int = 64  # random subsets per pair and site; 0: no bound
-    share: float = 0.25  # of the subsets hold a patch
+    # of the subsets hold a patch; the fewer others stand beside it, the better its effect there
+    # speaks for its effect alone
+    share: float = 0.05
     level: float = 0.05  # of the one-sided test
     seed: int = 0
 

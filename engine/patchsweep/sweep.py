@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -22,7 +22,6 @@ from patchsweep.hooked import HookedRunner
 from patchsweep.interventions import Direction, Intervention, ValueFn
 from patchsweep.journal import Journal
 from patchsweep.layout import Layout
-from patchsweep.metrics import Metric
 from patchsweep.pairs import PromptPairs
 from patchsweep.plan import SitePlan
 from patchsweep.probe import Choice, RunnerName, choose_runner
@@ -42,9 +41,7 @@ class Progress(Protocol):
     An exception raised here ends the sweep between two units; nothing is lost then.
     """
 
-    def begin(
-        self, request: Request, choice: Choice, n_units: int, total: int, done: int
-    ) -> None:
+    def begin(self, request: Request, choice: Choice, n_units: int, total: int, done: int) -> None:
         """`n_units` are to do; `total` token-layers are this process's, `done` of them before."""
 
     def advance(self, unit: Unit, token_layers: int, n_live: int, seconds: float) -> None: ...
@@ -124,7 +121,7 @@ def sweep(
         model,
         pairs,
         sites,
-        metrics,  # type: ignore[arg-type]
+        metrics,
         direction=direction,
         intervention=intervention,
         layers=layers,
@@ -166,9 +163,7 @@ def sweep(
         Store.create_or_resume(store, layout, storage_options=storage_options).close()
     choice = prepare_runner(request, runner, max_tokens) if asked.exact else NO_RUNNER
     with (
-        Store.create_or_resume(
-            store, layout_of(choice), storage_options=storage_options
-        ) as sink,
+        Store.create_or_resume(store, layout_of(choice), storage_options=storage_options) as sink,
         Journal(store, storage_options=storage_options) as journal,
     ):
         journalled = _Journalled(progress, journal, share, config)
@@ -233,9 +228,7 @@ NO_RUNNER = Choice(
 )
 
 
-def _recorded_choice(
-    store: str | Path, storage_options: Mapping[str, Any] | None
-) -> Choice | None:
+def _recorded_choice(store: str | Path, storage_options: Mapping[str, Any] | None) -> Choice | None:
     """The runner that an existing store was begun with; None if there is no such store."""
     try:
         provenance = Store.open(store, storage_options=storage_options).attrs["provenance"]
@@ -259,7 +252,7 @@ def plan(
 ) -> Cost:
     """What `sweep` with these arguments will cost; checks them all and runs no model."""
     return estimate(
-        make_request(model, pairs, sites, metrics, **selection),  # type: ignore[arg-type]
+        make_request(model, pairs, sites, metrics, **selection),
         max_tokens,
     )
 
@@ -335,8 +328,8 @@ def run_units(
             for row, pair in enumerate(batch.pairs):
                 sink.write_fixed("base_metric", pair, base[:, row : row + 1])
                 sink.write_fixed("source_metric", pair, source[:, row : row + 1])
-            mine = patches[np.isin(site_plan.pair[patches], batch.pairs)]
-            dead, live = mine[~site_plan.live[mine]], mine[site_plan.live[mine]]
+            here = patches[np.isin(site_plan.pair[patches], batch.pairs)]
+            dead, live = here[~site_plan.live[here]], here[site_plan.live[here]]
             local = batch.local
             block.put(dead, base[:, [local[p] for p in site_plan.pair[dead].tolist()]])
             if len(live):
@@ -388,9 +381,7 @@ class _Journalled:
     ) -> None:
         self._inner, self._journal, self._share, self._config = inner, journal, share, config
 
-    def begin(
-        self, request: Request, choice: Choice, n_units: int, total: int, done: int
-    ) -> None:
+    def begin(self, request: Request, choice: Choice, n_units: int, total: int, done: int) -> None:
         self._journal.started(
             dict(self._config or {}),
             n_units=n_units,

@@ -14,7 +14,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from patchsweep_kernels.dispatch import check_indices, jit, next_power_of_2, tl, use_triton
+from patchsweep_kernels.dispatch import (
+    check_indices,
+    device_of,
+    jit,
+    next_power_of_2,
+    tl,
+    use_triton,
+)
 from patchsweep_kernels.unembedding import FinalNorm, Unembedding
 
 
@@ -68,30 +75,31 @@ def _triton(
     block = next_power_of_2(d)
     weight = None if norm is None else norm.weight
     shift = None if norm is None else norm.bias
-    _answer_kernel[(n_rows,)](
-        resid,
-        resid if weight is None else weight.contiguous(),
-        resid if shift is None else shift.contiguous(),
-        unembedding.w_u,
-        resid if unembedding.bias is None else unembedding.bias.contiguous(),
-        tokens,
-        logits,
-        d,
-        resid.stride(0),
-        unembedding.w_u.stride(0),
-        0.0 if norm is None else norm.eps,
-        0.0 if norm is None else norm.offset,
-        unembedding.scale,
-        unembedding.softcap or 0.0,
-        NORM=0 if norm is None else 1 + (norm.kind == "layer"),
-        HAS_WEIGHT=weight is not None,
-        HAS_SHIFT=shift is not None,
-        HAS_BIAS=unembedding.bias is not None,
-        HAS_CAP=unembedding.softcap is not None,
-        N_ANSWERS=tokens.shape[1],
-        BLOCK=block,
-        num_warps=min(16, max(1, block // 512)),
-    )
+    with device_of(resid):
+        _answer_kernel[(n_rows,)](
+            resid,
+            resid if weight is None else weight.contiguous(),
+            resid if shift is None else shift.contiguous(),
+            unembedding.w_u,
+            resid if unembedding.bias is None else unembedding.bias.contiguous(),
+            tokens,
+            logits,
+            d,
+            resid.stride(0),
+            unembedding.w_u.stride(0),
+            0.0 if norm is None else float(norm.eps),
+            0.0 if norm is None else float(norm.offset),
+            float(unembedding.scale),
+            float(unembedding.softcap or 0.0),
+            NORM=0 if norm is None else 1 + (norm.kind == "layer"),
+            HAS_WEIGHT=weight is not None,
+            HAS_SHIFT=shift is not None,
+            HAS_BIAS=unembedding.bias is not None,
+            HAS_CAP=unembedding.softcap is not None,
+            N_ANSWERS=tokens.shape[1],
+            BLOCK=block,
+            num_warps=min(16, max(1, block // 512)),
+        )
     return logits
 
 

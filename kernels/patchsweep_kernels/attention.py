@@ -18,6 +18,7 @@ from torch import Tensor
 
 from patchsweep_kernels.dispatch import (
     check_alike,
+    device_of,
     dot_settings,
     jit,
     next_power_of_2,
@@ -215,34 +216,35 @@ def _triton(
     out = torch.empty(n_tokens, n_heads, d_v, dtype=q.dtype, device=q.device)
     settings = launch_settings(n_heads // kv_heads, d, d_v, q.dtype)
     blocks = rows.block_table(settings["BLOCK_TOKENS"], q.device)
-    _prefix_kernel[(len(blocks), kv_heads)](
-        q,
-        k,
-        v,
-        prefix_k,
-        prefix_v,
-        q if sinks is None else sinks.contiguous(),
-        out,
-        blocks,
-        rows.token_table(q.device),
-        n_tokens,
-        n_heads // kv_heads,
-        d,
-        d_v,
-        *q.stride()[:2],
-        *k.stride()[:2],
-        *v.stride()[:2],
-        *prefix_k.stride()[:3],
-        *prefix_v.stride()[:3],
-        *out.stride()[:2],
-        scale,
-        softcap or 0.0,
-        window or 0,
-        HAS_CAP=softcap is not None,
-        HAS_WINDOW=window is not None,
-        HAS_SINKS=sinks is not None,
-        **settings,
-    )
+    with device_of(q):
+        _prefix_kernel[(len(blocks), kv_heads)](
+            q,
+            k,
+            v,
+            prefix_k,
+            prefix_v,
+            q if sinks is None else sinks.contiguous(),
+            out,
+            blocks,
+            rows.token_table(q.device),
+            n_tokens,
+            n_heads // kv_heads,
+            d,
+            d_v,
+            *q.stride()[:2],
+            *k.stride()[:2],
+            *v.stride()[:2],
+            *prefix_k.stride()[:3],
+            *prefix_v.stride()[:3],
+            *out.stride()[:2],
+            float(scale),
+            float(softcap or 0.0),
+            window or 0,
+            HAS_CAP=softcap is not None,
+            HAS_WINDOW=window is not None,
+            HAS_SINKS=sinks is not None,
+            **settings,
+        )
     return out
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from patchsweep_kernels.dispatch import (
     check_alike,
+    device_of,
     jit,
     next_power_of_2,
     tl,
@@ -73,20 +74,21 @@ def _triton(source: Tensor, base: Tensor, grad: Tensor, out: Tensor) -> None:
     block_d = min(1024, next_power_of_2(d))
     # Short vectors share a program, so that each one moves some kilobytes.
     block_rows = min(max(1, 2048 // block_d), next_power_of_2(n_rows))
-    _dot_kernel[(triton.cdiv(n_rows, block_rows),)](
-        source,
-        base,
-        grad,
-        out,
-        n_rows,
-        d,
-        source.stride(0),
-        base.stride(0),
-        grad.stride(0),
-        BLOCK_ROWS=block_rows,
-        BLOCK_D=block_d,
-        num_warps=4,
-    )
+    with device_of(source):
+        _dot_kernel[(triton.cdiv(n_rows, block_rows),)](
+            source,
+            base,
+            grad,
+            out,
+            n_rows,
+            d,
+            source.stride(0),
+            base.stride(0),
+            grad.stride(0),
+            BLOCK_ROWS=block_rows,
+            BLOCK_D=block_d,
+            num_warps=4,
+        )
 
 
 # Grid (rows / BLOCK_ROWS,). A program owns some rows: it walks along d in tiles of BLOCK_D, reads

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -32,6 +33,11 @@ def use_triton(tensor: Tensor) -> bool:
     """
     on_device = triton is not None and (tensor.is_cuda or INTERPRETED)
     return on_device and tensor.dtype != torch.float64
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Launch there: Triton launches on the current GPU, wherever its arguments are."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def dot_settings(dtype: torch.dtype) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from patchsweep_kernels.dispatch import (
     check_alike,
     check_indices,
+    device_of,
     jit,
     next_power_of_2,
     tl,
@@ -139,24 +140,25 @@ def _triton(
     # Short vectors share a program, so that each one moves some kilobytes.
     block_targets = min(max(1, 2048 // block_d), next_power_of_2(n_targets))
     grid = (triton.cdiv(n_targets, block_targets), triton.cdiv(d, block_d))
-    _scatter_kernel[grid](
-        x,
-        values,
-        token,
-        token if source is None else source,
-        token if head is None else head,
-        n_targets,
-        d,
-        x.stride(0),
-        x.stride(1),
-        values.stride(0),
-        HAS_SOURCE=source is not None,
-        HAS_HEAD=head is not None,
-        ADD=mode == "add",
-        BLOCK_TARGETS=block_targets,
-        BLOCK_D=block_d,
-        num_warps=4,
-    )
+    with device_of(x):
+        _scatter_kernel[grid](
+            x,
+            values,
+            token,
+            token if source is None else source,
+            token if head is None else head,
+            n_targets,
+            d,
+            x.stride(0),
+            x.stride(1),
+            values.stride(0),
+            HAS_SOURCE=source is not None,
+            HAS_HEAD=head is not None,
+            ADD=mode == "add",
+            BLOCK_TARGETS=block_targets,
+            BLOCK_D=block_d,
+            num_warps=4,
+        )
 
 
 # Grid (targets / BLOCK_TARGETS, d / BLOCK_D). A program owns a tile of some targets by some of

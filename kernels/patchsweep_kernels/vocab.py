@@ -23,6 +23,7 @@ from torch import Tensor
 from patchsweep_kernels.answer_logits import answer_logits
 from patchsweep_kernels.dispatch import (
     check_indices,
+    device_of,
     dot_settings,
     jit,
     next_power_of_2,
@@ -231,27 +232,28 @@ def _triton(
     n_parts = min(n_vocab_blocks, triton.cdiv(_PROGRAMS, n_blocks))
     n_parts = triton.cdiv(n_vocab_blocks, triton.cdiv(n_vocab_blocks, n_parts))
     partial = torch.empty(3, n_parts, n_rows, dtype=torch.float32, device=final.device)
-    _vocab_kernel[(n_blocks, n_parts)](
-        final,
-        final if base is None else base,
-        unembedding.w_u,
-        final if unembedding.bias is None else unembedding.bias.contiguous(),
-        final if z is None else z,
-        partial,
-        n_rows,
-        unembedding.d_vocab,
-        d,
-        final.stride(0),
-        final.stride(0) if base is None else base.stride(0),
-        unembedding.w_u.stride(0),
-        triton.cdiv(n_vocab_blocks, n_parts),
-        unembedding.scale,
-        unembedding.softcap or 0.0,
-        WHAT=what,
-        HAS_BIAS=unembedding.bias is not None,
-        HAS_CAP=unembedding.softcap is not None,
-        **settings,
-    )
+    with device_of(final):
+        _vocab_kernel[(n_blocks, n_parts)](
+            final,
+            final if base is None else base,
+            unembedding.w_u,
+            final if unembedding.bias is None else unembedding.bias.contiguous(),
+            final if z is None else z,
+            partial,
+            n_rows,
+            unembedding.d_vocab,
+            d,
+            final.stride(0),
+            final.stride(0) if base is None else base.stride(0),
+            unembedding.w_u.stride(0),
+            triton.cdiv(n_vocab_blocks, n_parts),
+            float(unembedding.scale),
+            float(unembedding.softcap or 0.0),
+            WHAT=what,
+            HAS_BIAS=unembedding.bias is not None,
+            HAS_CAP=unembedding.softcap is not None,
+            **settings,
+        )
     z_b, z_a, weighted = partial.double()
     if what == _DISTANCE:
         return ((weighted.sum(0) / 2).float(),)

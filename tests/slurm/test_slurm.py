@@ -47,9 +47,11 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def slurm() -> Iterator[cluster.Cluster]:
-    with tempfile.TemporaryDirectory(prefix="slurm-") as folder:  # short: it holds a socket
-        with cluster.running(Path(folder)) as running:
-            yield running
+    with (
+        tempfile.TemporaryDirectory(prefix="slurm-") as folder,  # a short path: it holds a socket
+        cluster.running(Path(folder)) as running,
+    ):
+        yield running
 
 
 def start(
@@ -84,7 +86,7 @@ def test_array_with_a_cancelled_and_a_killed_task_ends_in_the_bytes_of_one_proce
     slurm: cluster.Cluster, tmp_path: Path
 ) -> None:
     alone, shared = tmp_path / "alone.zarr", tmp_path / "shared.zarr"
-    output, _ = (single := start([f"store={alone}"], tmp_path)).communicate(timeout=240)
+    output, _ = (single := start([f"store={alone}"], tmp_path)).communicate(timeout=400)
     assert single.returncode == 0, output
 
     array = start([*ARRAY, f"store={shared}"], tmp_path, slurm.env)
@@ -97,7 +99,7 @@ def test_array_with_a_cancelled_and_a_killed_task_ends_in_the_bytes_of_one_proce
     os.kill(at_work[killed], signal.SIGKILL)
     task = next(t for t in slurm.tasks() if t.endswith(f"_{cancelled}"))
     slurm.cancel(task)
-    output, _ = array.communicate(timeout=240)
+    output, _ = array.communicate(timeout=400)
     assert array.returncode != 0, output
     states = slurm.tasks()
     print("after one task was cancelled and one killed:", states)
@@ -106,7 +108,7 @@ def test_array_with_a_cancelled_and_a_killed_task_ends_in_the_bytes_of_one_proce
     assert Store.open(shared).pending(), "nothing was left to do: the test came too late"
 
     output, _ = (again := start([*ARRAY, f"store={shared}"], tmp_path, slurm.env)).communicate(
-        timeout=240
+        timeout=400
     )
     assert again.returncode == 0, output
     assert checksums(shared) == checksums(alone)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from patchsweep.journal import Journal
 from patchsweep.layout import FIXED
 from patchsweep.store import Layout, Store, Unit, Variable
@@ -102,9 +103,11 @@ def run(
 def start(url: str | Path, **options: Any) -> BaseProcess:
     """`run` in a process of its own."""
     context = multiprocessing.get_context("forkserver")  # a fork that carries no threads along
-    context.set_forkserver_preload(["patchsweep.journal", "patchsweep.store", "numpy.random"])
+    context.set_forkserver_preload(["store_faults.bare", "store_faults.runs", "numpy.random"])
     process = context.Process(target=_quiet_run, args=(url,), kwargs=options)
-    process.start()
+    with pytest.MonkeyPatch.context() as patch:  # Python 3.11's fork server has no sys.path of ours
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
+        process.start()
     return process
 
 

@@ -18,7 +18,7 @@ stream, and the mean over l of the estimates' **absolute** values. It has no sig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from patchsweep.attribution.atp import differentiable_run
 from patchsweep.attribution.estimates import Estimates, Found, Work, backward_each
-from patchsweep.attribution.tape import Heads, Place
+from patchsweep.attribution.tape import Heads, Place, Tape
 from patchsweep.errors import MethodError
 from patchsweep.interventions import Intervention
 from patchsweep.sites import SITES, Site
@@ -47,12 +47,7 @@ class AtpStar:
     at_base: bool = True
 
     def run(self, work: Work) -> Found:
-        """See `Method`.
-
-        Raises:
-            MethodError: the intervention cannot be carried through rotary tables.
-        """
-        check_intervention(work)
+        """See `Method`."""
         estimates = work.empty()
         plain = tuple(s for s in work.sites if s.name not in (*QUERIES, *KEYS))
         switch = _Switch()
@@ -105,21 +100,22 @@ class AtpStar:
             x.copy_(total[name] / max(1, n_layers - 1))
 
 
-def check_intervention(work: Work) -> None:
+def check_intervention(
+    tape: Tape, sites: Sequence[Site], intervention: Intervention
+) -> None:
     """The value after rotary must be the rotary of the value patched in before it.
 
     Raises:
         MethodError: it need not be, for one of the sites.
     """
-    for site in work.sites:
-        point = work.tape.points[site.name]
-        if site.name in ("q", "k") and not point.in_attention:
-            if not carries_over(work.intervention):
-                raise MethodError(
-                    f"method=atp_star needs the patched {site.name} after rotary, which "
-                    f"intervention={work.intervention.name} does not give; use the site "
-                    f"rot_{site.name}, or method=atp"
-                )
+    for site in sites:
+        before_rotary = site.name in ("q", "k") and not tape.points[site.name].in_attention
+        if before_rotary and not carries_over(intervention):
+            raise MethodError(
+                f"method=atp_star needs the patched {site.name} after rotary, which "
+                f"intervention={intervention.name} does not give; use the site "
+                f"rot_{site.name}, or method=atp"
+            )
 
 
 def carries_over(intervention: Intervention) -> bool:
@@ -173,20 +169,33 @@ def key_effect(
 ) -> Float[Tensor, "row head pos"]:
     """K-fix: the estimate for each key and query head, summed over the queries that see it.
 
-    With D the change of score (i, t) that key t brings, and p the base probabilities, the
-    patched ones are p' = p + g (e_t - p_i), where g = p_it (e^D - 1) / (1 + p_it (e^D - 1)).
+    A key's new score moves p_t to p'_t and scales all other probabilities alike. So the change
+    of p . grad is (p'_t - p_t) * (grad_t - mean of grad over the other keys), which is the
+    paper's closed form g (grad_t - p . grad) with g = p_t (e^D - 1) / (1 + p_t (e^D - 1)),
+    written so that it also holds where p_t is 0 or 1 as a number.
     """
     base = attention_scores(heads.q, heads.k, heads.settings)
     change = attention_scores(heads.q, patched, heads.settings) - base
-    down = pattern * torch.expm1(change.clamp(max=0))
-    # for D > 0 the equal form (1 - e^-D) / (1 + (1 - p) e^(-D - log p)) cannot overflow, and
-    # sees a key rise whose probability was too small to be written down
-    rise = change.clamp(min=0)
-    odds = (1 - pattern) * torch.exp(-rise - log_pattern(base, pattern, heads.settings))
-    gamma = torch.where(change > 0, -torch.expm1(-rise) / (1 + odds), down / (1 + down))
-    # grad_it - p_i . grad_i, the slope along (e_t - p_i)
-    slope = grad - (pattern * grad).sum(dim=-1, keepdim=True)
-    return (gamma * slope).sum(dim=-2)
+    log_p = log_pattern(base, pattern, heads.settings)
+    sink = (1 - pattern.sum(dim=-1, keepdim=True)).clamp_min(0)
+    if heads.settings.get("sinks") is None:
+        sink = torch.zeros_like(sink)
+    total = (pattern * grad).sum(dim=-1, keepdim=True)
+    # the key with the largest probability: 1 - p would be lost to rounding, so sum the others
+    top = torch.zeros_like(pattern, dtype=torch.bool)
+    top.scatter_(-1, pattern.argmax(dim=-1, keepdim=True), True)
+    log_others = torch.cat([log_p.masked_fill(top, float("-inf")), sink.log()], dim=-1)
+    weights = log_others.softmax(dim=-1)[..., :-1].nan_to_num(0.0)  # NaN: there is no other key
+    log_rest = torch.where(
+        top, log_others.logsumexp(dim=-1, keepdim=True), torch.log1p(-pattern.clamp_max(0.5))
+    )
+    mean_rest = torch.where(
+        top,
+        (weights * grad).sum(dim=-1, keepdim=True),
+        (total - pattern * grad) / (1 - pattern.clamp_max(0.5)),
+    )
+    moved = torch.sigmoid(log_p - log_rest + change) - pattern
+    return (moved.nan_to_num(0.0) * (grad - mean_rest)).sum(dim=-2)
 
 
 def log_pattern(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from patchsweep.attribution.atp_star import AtpStar, check_intervention
 from patchsweep.attribution.estimates import Work
 from patchsweep.attribution.method import Method
 from patchsweep.attribution.tape import Tape
@@ -42,6 +43,8 @@ class Attribution:
         extra = {s.name: s for m in methods for s in m.extra_sites(request.sites)}
         sites = {site.name: site for site in request.sites} | extra
         self.tape = Tape(request.bridge, [*sites.values()])
+        if any(isinstance(method, AtpStar) for method in methods):
+            check_intervention(self.tape, request.sites, request.intervention)
         self._prepare()
 
     def _prepare(self) -> None:

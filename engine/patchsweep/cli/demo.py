@@ -22,8 +22,16 @@ from transformers.utils import logging as transformers_logging
 from patchsweep import summary
 from patchsweep.cli.console import stdout
 from patchsweep.cli.progress import Bar
-from patchsweep.config import BuiltinTask, NamedMethods, MetricConfig, ModelConfig, RunConfig
-from patchsweep.config import RunnerConfig, SitesConfig, StoreConfig
+from patchsweep.config import (
+    BuiltinTask,
+    MetricConfig,
+    ModelConfig,
+    NamedMethods,
+    RunConfig,
+    RunnerConfig,
+    SitesConfig,
+    StoreConfig,
+)
 from patchsweep.pairs import PromptPair
 from patchsweep.report import write_report
 from patchsweep.sweep import sweep
@@ -95,15 +103,13 @@ def largest_difference(
     seed: int | None,
     console: Console,
 ) -> float:
-    """Largest |difference| in logits of random live and dead cells from `transformer_lens.patching`.
+    """Largest |difference| in logits between random cells and `transformer_lens.patching`.
 
-    As many cells of each site, drawn without regard to what the planner thinks of them.
+    As many cells of each site, live and dead alike.
     """
     rng = np.random.default_rng(seed)
     device = model.cfg.device
-    clean, corrupted = (
-        torch.tensor([ids], device=device) for ids in (pair.clean, pair.corrupted)
-    )
+    clean, corrupted = (torch.tensor([ids], device=device) for ids in (pair.clean, pair.corrupted))
     right, wrong = pair.answer[0], pair.wrong_answer[0]
     _, cache = model.run_with_cache(clean)
     worst = 0.0

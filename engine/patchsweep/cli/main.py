@@ -20,6 +20,7 @@ VERBS = {
     "plan": "say what a run will cost, without running it",
     "status": "how far the run of a store has come",
     "verify": "check a store: its files, and a sample of its values run again",
+    "compare": "how far the attribution in a store agrees with its exact effects",
     "report": "write a store as one self-contained HTML page",
     "task": "list the built-in tasks, or score a model on one",
     "demo": "sweep a real model, check the values against a TransformerLens loop, write a report",

@@ -50,9 +50,7 @@ class Bar:
         self._to_do = 0
         self._told_waiting = False
 
-    def begin(
-        self, request: Request, choice: Choice, n_units: int, total: int, done: int
-    ) -> None:
+    def begin(self, request: Request, choice: Choice, n_units: int, total: int, done: int) -> None:
         """See `sweep.Progress`."""
         self.choice, self._to_do = choice, n_units
         self._task = self._bar.add_task(choice.runner.name, total=total, completed=done)
@@ -80,9 +78,7 @@ class Bar:
         """See `sweep.Progress`."""
         if not self._told_waiting:
             self._told_waiting = True
-            self._console.print(
-                f"waiting: other processes are at work on {n_units} units"
-            )
+            self._console.print(f"waiting: other processes are at work on {n_units} units")
         self._check()
 
     def _check(self) -> None:

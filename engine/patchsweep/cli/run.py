@@ -59,6 +59,4 @@ def execute(config: RunConfig) -> None:
     )
     plan = ds.attrs["plan"]
     live, patches = (sum(site[key] for site in plan.values()) for key in ("n_live", "n_patches"))
-    console.print(
-        f"{scrub(config.store.path)}: {patches} patches, {live} of them live"
-    )
+    console.print(f"{scrub(config.store.path)}: {patches} patches, {live} of them live")

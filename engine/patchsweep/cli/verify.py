@@ -125,9 +125,7 @@ def recompute(store: Store, n_cells: int, seed: int | None, console: Console) ->
 def _request(config: RunConfig) -> Request:
     model = config.model.load()
     pairs = config.task.load(model)
-    return make_request(
-        model, pairs, config.sites.names, config.metric.names, **config.selection()
-    )
+    return make_request(model, pairs, config.sites.names, config.metric.names, **config.selection())
 
 
 def _sample(
@@ -136,7 +134,8 @@ def _sample(
     """Random patches of `units`, each unit as likely as it has patches."""
     inside = [
         np.flatnonzero(
-            np.isin(plans[u.variable].pair, u.pairs) & np.isin(plans[u.variable].layer_set, u.layers)
+            np.isin(plans[u.variable].pair, u.pairs)
+            & np.isin(plans[u.variable].layer_set, u.layers)
         )
         for u in units
     ]
@@ -152,9 +151,7 @@ def _sample(
     return cells
 
 
-def _stored(
-    store: Store, plan: SitePlan, unit: Unit, patches: list[int]
-) -> dict[int, np.ndarray]:
+def _stored(store: Store, plan: SitePlan, unit: Unit, patches: list[int]) -> dict[int, np.ndarray]:
     """patch -> values `[metric]`, as the store has them."""
     variable = store.variables[unit.variable]
     block = store.dataset()[unit.variable][variable.slices(unit)].values

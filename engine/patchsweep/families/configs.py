@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from functools import partial
 from typing import Any
 
 from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
@@ -25,6 +27,7 @@ SIZES: dict[str, Any] = {
     "context_length": 128,
     # a window of 6 bites on short prompts
     **dict.fromkeys(("sliding_window", "window_size", "attention_window_size"), 6),
+    "attention_chunk_size": 6,
     "local_attention": 12,
     "query_pre_attn_scalar": 8,
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
@@ -42,19 +45,55 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 4),
 }
 
+# keys and values compressed to a latent vector, with one rotary part of their own
+_LATENT: dict[str, Any] = {"qk_head_dim": 8, "head_dim": 4, "num_key_value_heads": 4}
+_CONV = ["conv", "full_attention", "conv"]
+_MIXED = ["linear_attention", "full_attention", "linear_attention"]
+
 # what a family needs besides, or instead
-EXTRA: dict[str, dict[str, Any]] = {}
+EXTRA: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "gemma4_text": {
+        "hidden_size_per_layer_input": 4,
+        "vocab_size_per_layer_input": 2048,
+        "global_head_dim": 8,
+    },
+    "glm4_moe_lite": _LATENT,
+    "glm_moe_dsa": _LATENT,
+    "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]]},
+    "granitemoehybrid": {"layer_types": _MIXED, "position_embedding_type": "rope"},
+    "hrm_text": {"num_hidden_layers": 2, "num_layers_per_stack": None},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2": {"layer_types": _CONV},
+    "lfm2_moe": {"layer_types": _CONV},
+    "mamba2": {"head_dim": 16, "n_groups": 1},
+    "nemotron_h": {"n_groups": 1, "layers_block_type": ["linear_attention", "moe", "attention"]},
+    "youtu": _LATENT,
+    "zamba2": {
+        "attention_head_dim": 16,
+        "attention_hidden_size": 64,
+        "num_key_value_heads": 4,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention"],
+    },
+}
 
 
 def causal_architectures() -> dict[str, str]:
     """Architecture name to `transformers` model type: what both sides know as a causal model."""
-    types: dict[str, str] = {}
+    types: dict[str, list[str]] = defaultdict(list)
     for model_type, names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
         for name in (names,) if isinstance(names, str) else names:
-            # several types may share a class: the one that the class is named after
-            if name not in types or name.lower().startswith(model_type.replace("_", "")):
-                types[name] = model_type
-    return {name: types[name] for name in sorted(SUPPORTED_ARCHITECTURES) if name in types}
+            types[name].append(model_type)
+
+    def rank(name: str, model_type: str) -> tuple[bool, bool]:
+        # several types may share a class: a model's text part, or what the class is named after
+        return model_type.endswith("_text"), name.lower().startswith(model_type.replace("_", ""))
+
+    known = [name for name in sorted(SUPPORTED_ARCHITECTURES) if name in types]
+    return {name: sorted(types[name], key=partial(rank, name))[-1] for name in known}
 
 
 def tiny_config(model_type: str, **special: Any) -> PretrainedConfig:

@@ -52,7 +52,7 @@ def load_model(
             raise ModelError(f"tiny family {family!r} is not known; use one of {known}")
         hf_model, tokenizer = tiny_model(family)
         hf_model.to(device=device, dtype=torch_dtype)
-        return _bridge(name.replace(":", "-"), hf_model, tokenizer)
+        return as_bridge(name.replace(":", "-"), hf_model, tokenizer)
 
     source: str = name
     if name in EMBEDDED:
@@ -118,10 +118,11 @@ def _pretrained(
         ) from error
     if device is not None:
         hf_model.to(device)
-    return _bridge(name, hf_model, tokenizer)
+    return as_bridge(name, hf_model, tokenizer)
 
 
-def _bridge(name: str, hf_model: PreTrainedModel, tokenizer: Any) -> TransformerBridge:
+def as_bridge(name: str, hf_model: PreTrainedModel, tokenizer: Any) -> TransformerBridge:
+    """`hf_model` wrapped by TransformerLens, in evaluation mode."""
     hf_model.eval()
     bridge = TransformerBridge.boot_transformers(name, hf_model=hf_model, tokenizer=tokenizer)
     bridge.eval()

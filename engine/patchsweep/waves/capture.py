@@ -23,6 +23,7 @@ from patchsweep.waves.replica import Attend, Point, Replica, Unsupported, attent
 
 # sites that are written at the input of a block, or into the final residual
 STREAM_SITES = ("resid_pre", "resid_post", "embed")
+_OWN_ATTENTION = "its attention does not go through the attention interface of transformers"
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def capture(replica: Replica, tokens: Tensor, sites: Sequence[SitePoint] = ()) -
         run.calls.append(Call(rest_args, rest_kwargs))
 
     def keep_final(module: nn.Module, args: Any, output: Any) -> None:
-        run.resid.append((output[0] if isinstance(output, tuple) else output).clone())
+        run.resid.append(first_of(output).clone())
 
     with ExitStack() as stack:
         for block in replica.blocks:
@@ -160,7 +161,16 @@ def capture(replica: Replica, tokens: Tensor, sites: Sequence[SitePoint] = ()) -
                 stack.enter_context(watch(point, keep))
         replica.attend_with(attention)
         stack.callback(replica.attend_with, None)
-        replica.model(tokens, use_cache=False, logits_to_keep=1)
+        try:
+            replica.model(tokens, use_cache=False, logits_to_keep=1)
+        except Unsupported:
+            raise
+        except Exception as error:
+            if run.keys:
+                raise
+            raise Unsupported(_OWN_ATTENTION) from error
+    if not run.keys:
+        raise Unsupported(_OWN_ATTENTION)
     if len(run.resid) != replica.n_layers + 1 or len(run.keys) != replica.n_layers:
         raise Unsupported("the model does not call every block's attention once")
     return run
@@ -254,6 +264,17 @@ def split_hidden(
     return rest.pop("hidden_states"), args, rest
 
 
+def first_of(output: Any) -> Tensor:
+    """The hidden states among what a module returned."""
+    hidden: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return hidden
+
+
+def with_first(output: Any, hidden: Tensor) -> Any:
+    """What a module returned, with other hidden states."""
+    return type(output)([hidden, *output[1:]]) if isinstance(output, (tuple, list)) else hidden
+
+
 @contextmanager
 def watch(point: Point, visit: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
     """Call `visit` with the tensor that passes `point`.
@@ -267,10 +288,8 @@ def watch(point: Point, visit: Callable[[Tensor], Tensor | None]) -> Iterator[No
         return None if new is None else ((new, *rest_args), rest_kwargs)
 
     def after(module: nn.Module, args: Any, output: Any) -> Any:
-        new = visit(output[0] if isinstance(output, tuple) else output)
-        if new is None or not isinstance(output, tuple):
-            return new
-        return (new, *output[1:])
+        new = visit(first_of(output))
+        return None if new is None else with_first(output, new)
 
     if point.side == "in":
         handle = point.module.register_forward_pre_hook(before, with_kwargs=True)

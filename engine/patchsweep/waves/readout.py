@@ -76,7 +76,7 @@ class Readout:
         assert self._norm is not None
         assert self._unembed is not None
         unembedding = Unembedding(
-            self._unembed.weight.detach(),  # type: ignore[operator, arg-type]
+            self._unembed.weight.detach(),  # type: ignore[operator]
             getattr(self._unembed, "bias", None),
             self._scale,
             self._softcap,

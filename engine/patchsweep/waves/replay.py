@@ -14,7 +14,15 @@ from patchsweep_kernels.scatter import scatter_patch
 from torch import Tensor, nn
 
 from patchsweep.plan import Ints, Wave
-from patchsweep.waves.capture import STREAM_SITES, Run, SitePoint, split_hidden, watch
+from patchsweep.waves.capture import (
+    STREAM_SITES,
+    Run,
+    SitePoint,
+    first_of,
+    split_hidden,
+    watch,
+    with_first,
+)
 from patchsweep.waves.packing import Packing, pack
 from patchsweep.waves.replica import Attend, Replica, attention_settings
 
@@ -104,7 +112,7 @@ class _State:
             length=self.given.base.resid[0].shape[1],
         )
         output = self.replica.blocks[layer](hidden.unsqueeze(0), *call.args, **call.kwargs)
-        return (output[0] if isinstance(output, tuple) else output).squeeze(0)
+        return first_of(output).squeeze(0)
 
     def write(self, x: Tensor) -> None:
         """Replace the patched vectors of `x` `[.., token, width]` in place, in one launch."""
@@ -231,10 +239,10 @@ class _State:
             if self.packing.layer != last:
                 return None
             shape, token = self._kept
-            kept = output[0] if isinstance(output, tuple) else output
+            kept = first_of(output)
             full = kept.new_zeros(shape)
             full[:, token] = kept.view(1, len(token), -1)
-            return (full, *output[1:]) if isinstance(output, tuple) else full
+            return with_first(output, full)
 
         stack.callback(mlp.register_forward_pre_hook(gather, with_kwargs=True).remove)
         stack.callback(mlp.register_forward_hook(put_back).remove)

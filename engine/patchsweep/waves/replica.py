@@ -54,6 +54,10 @@ class Replica:
         if not hasattr(bridge, "blocks"):
             raise Unsupported("the model has no single list of decoder blocks")
         self.blocks = tuple(self._copies[id(b.original_component)] for b in bridge.blocks)
+        for layer, block in enumerate(self.blocks):
+            if any(isinstance(module, nn.Conv1d) for module in block.modules()):
+                # its state runs from token to token: there is no prefix that rows could share
+                raise Unsupported(f"block {layer} mixes tokens by a convolution, not by attention")
         self._attentions = tuple(self._attention_of(i) for i in range(len(self.blocks)))
 
     @property
@@ -133,7 +137,12 @@ class Replica:
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What Hugging Face attention layers call; q, k, v are `[1, head, token, d_head]`."""
     # rotary tables lift q and k to fp32 where the layers hand on bf16
@@ -142,8 +151,28 @@ def _attention(
     return module.__dict__["patchsweep_attend"](module, query, key, value, **kwargs), None
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """Causality and windows are the attention function's own business."""
+def _no_mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable[..., Tensor],
+    device: torch.device | None = None,
+    **_: Any,
+) -> None:
+    """Causality and windows are the attention function's own business; it knows no other mask.
+
+    Raises:
+        Unsupported: the mask is neither causal nor a sliding window.
+    """
+    first = torch.zeros((), dtype=torch.long, device=device)
+    query = torch.arange(q_length, device=device).unsqueeze(1)
+    key = torch.arange(kv_length, device=device).unsqueeze(0)
+    seen = mask_function(first, first, query, key).expand(q_length, kv_length)
+    window = int(seen.sum(dim=1).max())
+    if not torch.equal(seen, (key <= query) & (key > query - window)):
+        raise Unsupported(
+            f"its attention over {kv_length} tokens is neither causal nor a sliding window"
+        )
 
 
 AttentionInterface.register(ATTENTION, _attention)
