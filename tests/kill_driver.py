@@ -24,12 +24,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import patchsweep as ps
 import torch
-from patchsweep import request, sweep
+from patchsweep import request, work
 from patchsweep.store_check import checksums
 
 torch.set_num_threads(1)
 request.UNIT_TOKENS = 40  # many small units, so that kills fall between and inside them
-sweep.WAIT_S = 0.05
+work.WAIT_S = 0.05
 NAME = "tiny:llama"
 
 

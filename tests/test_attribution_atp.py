@@ -36,9 +36,7 @@ def _plain_autograd(bridge, site, batch, delta_from) -> tuple[np.ndarray, float]
         x.register_hook(lambda g: grads.update({i: g.clone()}))
         return x  # else the bridge goes on with a tensor that this one is only a view of
 
-    hooks = [
-        (hook_of(bridge, site, i), lambda x, hook, i=i: watch(x, hook, i)) for i in layers
-    ]
+    hooks = [(hook_of(bridge, site, i), lambda x, hook, i=i: watch(x, hook, i)) for i in layers]
     with torch.enable_grad():
         logits = bridge.run_with_hooks(batch.base, fwd_hooks=hooks)[:, -1]
         right, wrong = batch.answer[:, :1], batch.wrong[:, :1]
@@ -140,9 +138,7 @@ def test_zero_ablation_is_minus_base_times_gradient() -> None:
         base[i] = x.detach().clone()
         x.register_hook(lambda g: grads.update({i: g}))
 
-    hooks = [
-        (site.hook_name(i), lambda x, hook, i=i: watch(x, hook, i)) for i in range(3)
-    ]
+    hooks = [(site.hook_name(i), lambda x, hook, i=i: watch(x, hook, i)) for i in range(3)]
     with torch.enable_grad():
         logits = bridge.run_with_hooks(batch.base, fwd_hooks=hooks)[:, -1]
         (logits[0, batch.answer[0, 0]] - logits[0, batch.wrong[0, 0]]).backward()

@@ -27,9 +27,7 @@ def no_forward() -> Iterator[None]:
     def refuse(*args: object) -> None:
         raise AssertionError("a forward pass ran before the mistake was told")
 
-    handles = [
-        m.register_forward_pre_hook(refuse) for m in bridge.original_model.modules()
-    ]
+    handles = [m.register_forward_pre_hook(refuse) for m in bridge.original_model.modules()]
     try:
         yield
     finally:
@@ -81,9 +79,7 @@ def test_training_mode_is_refused() -> None:
 
 def test_quantised_weights_are_refused() -> None:
     quantised = torch.nn.Linear(4, 4)
-    quantised.weight = torch.nn.Parameter(
-        torch.zeros(4, 4, dtype=torch.int8), requires_grad=False
-    )
+    quantised.weight = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
     fake = SimpleNamespace(training=False, original_model=quantised)
     with pytest.raises(MethodError, match=r"int8.*dtype=bfloat16"):
         check_model(fake)  # type: ignore[arg-type]
@@ -118,9 +114,7 @@ def test_relp_ah_on_queries_is_refused() -> None:
 
 def test_atp_star_refuses_a_value_that_rotary_would_change() -> None:
     _refused("rot_q", sites=["q"], method="atp_star", intervention=1.0)
-    ds = ps.sweep(
-        model(NAME), pairs_of(NAME, 1), ["rot_q"], method="atp_star", intervention=1.0
-    )
+    ds = ps.sweep(model(NAME), pairs_of(NAME, 1), ["rot_q"], method="atp_star", intervention=1.0)
     assert float(abs(ds.rot_q_atp_star).max()) > 0
 
 

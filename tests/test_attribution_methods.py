@@ -153,8 +153,7 @@ def test_grad_drop_equals_a_direct_implementation(family: str) -> None:
             return x
 
         hooks = [
-            (f"blocks.{i}.attn.hook_z", lambda x, hook, i=i, w=watch: w(x, hook, i))
-            for i in layers
+            (f"blocks.{i}.attn.hook_z", lambda x, hook, i=i, w=watch: w(x, hook, i)) for i in layers
         ]
         hooks += [
             (f"blocks.{dropped}.{out}", lambda x, hook: x.detach())
@@ -175,7 +174,9 @@ def test_grad_drop_equals_a_direct_implementation(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
-@pytest.mark.parametrize("method", [IntegratedSite(300), IntegratedInputs(300)], ids=["ig", "inputs"])
+@pytest.mark.parametrize(
+    "method", [IntegratedSite(300), IntegratedInputs(300)], ids=["ig", "inputs"]
+)
 def test_integrated_gradients_are_complete_at_the_embedding(family: str, method) -> None:
     name = f"tiny:{family}"
     ds = ps.sweep(model(name), pairs_of(name, 2), ["embed"], method=method)
@@ -198,7 +199,11 @@ def test_ig_of_a_whole_layer_is_its_exact_effect(site: str) -> None:
 def test_ig_sees_kl_from_the_base() -> None:
     name = "tiny:llama"
     ds = ps.sweep(
-        model(name), pairs_of(name, 1), ["attn_out"], "kl_base", positions="all",
+        model(name),
+        pairs_of(name, 1),
+        ["attn_out"],
+        "kl_base",
+        positions="all",
         method=["exact", IntegratedSite(300)],
     )
     effect = (ds.attn_out - ds.base_metric).values

@@ -208,6 +208,13 @@ def test_mistake_is_told_in_one_line(
     assert part in refused(capsys, *words)
 
 
+def test_unknown_choice_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    text = refused(capsys, "run", "task=nothing")
+    assert all(name in text for name in choices("task"))
+    assert "schema" not in text
+    assert "search path" not in text
+
+
 def test_jsonl_mistake_names_file_and_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "pairs.jsonl").write_text('{"clean": "a"}\n')
     assert "pairs.jsonl, line 1" in refused(capsys, "run", "model=tiny", "task=pairs.jsonl")

@@ -157,8 +157,12 @@ def test_a_stored_run_is_compared_site_by_site_and_over_all(tmp_path) -> None:
     name = "tiny:llama"
     store = tmp_path / "run.zarr"
     ps.sweep(
-        model(name), pairs_of(name, 3), ["resid_pre", "z"], ["logit_diff", "log_prob"],
-        method=["exact", "atp", "relp"], store=store,
+        model(name),
+        pairs_of(name, 3),
+        ["resid_pre", "z"],
+        ["logit_diff", "log_prob"],
+        method=["exact", "atp", "relp"],
+        store=store,
     )
     found = compare(store, n_resamples=20)
     assert {(a.metric, a.site, a.method) for a in found.sites} == {

@@ -24,9 +24,7 @@ def _effects(ds: xr.Dataset, site: str) -> np.ndarray:
 
 def test_exact_cells_are_exact_and_the_rest_is_nan() -> None:
     whole = ps.sweep(model(NAME), pairs_of(NAME, 2), ["z", "resid_pre"], method=["exact", "atp"])
-    ds = ps.sweep(
-        model(NAME), pairs_of(NAME, 2), ["z", "resid_pre"], method=Screen(k=6, subsets=0)
-    )
+    ds = ps.sweep(model(NAME), pairs_of(NAME, 2), ["z", "resid_pre"], method=Screen(k=6, subsets=0))
     for site in ("z", "resid_pre"):
         found, exact = ds[site].values, whole[site].values
         ran = np.isfinite(found)
@@ -140,8 +138,11 @@ def test_bound_is_violated_no_more_often_than_its_level(family: str) -> None:
     violated = 0
     for seed in range(50):
         ds = ps.sweep(
-            model(name), pairs_of(name, 1), runner="wave",
-            method=Screen(k=8, seed=seed), **options,
+            model(name),
+            pairs_of(name, 1),
+            runner="wave",
+            method=Screen(k=8, seed=seed),
+            **options,
         )
         left = effects[np.isnan(ds.z.values.ravel())]
         violated += left.max() > float(ds.z_bound[0, 0])
@@ -165,4 +166,3 @@ def test_screen_finds_the_top_of_the_z_sweep_of_smollm2(smollm2) -> None:
     assert found.exact_token_layers["z"] + found.subset_token_layers["z"] <= 0.1 * whole
     left = effects[ran == 0]
     assert left.max() <= found.values["z_bound"][0, 0]
-

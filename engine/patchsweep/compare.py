@@ -399,9 +399,7 @@ def _misses(
         template = cells[which].template
         place = at(template, int(index[i] - starts[which]), tokens)
         name = place["place"] if len(cells) == 1 else f"{cells[which].site} {place['place']}"
-        found.append(
-            Miss(**{**place, "place": name}, exact=float(x[i]), estimate=float(y[i]))
-        )
+        found.append(Miss(**{**place, "place": name}, exact=float(x[i]), estimate=float(y[i])))
     return tuple(found)
 
 
@@ -417,7 +415,7 @@ def at(template: xr.DataArray, cell: int, tokens: Sequence[str | None]) -> dict[
     parts = [f"{letters[d]}{label(d)}" for d in letters if d in where]
     token = None
     if "pos" in where and where["pos"] < len(tokens):
-        token = tokens[where["pos"]] or None
+        token = tokens[int(where["pos"])] or None
     if token:
         parts.append(token.replace(" ", "␣").replace("\n", "⏎"))
     unit = next((d for d in summary.UNIT_DIMS if d in where), None)
@@ -455,7 +453,16 @@ def render(comparison: Comparison) -> Any:
     table = Table(title="Estimates against exact effects", title_justify="left")
     several = len({a.metric for a in comparison.sites}) > 1
     names = ["metric"] * several + [
-        "site", "method", "cells", "Pearson", "Spearman", "slope", "sign", "top-k", "cost", "verdict",
+        "site",
+        "method",
+        "cells",
+        "Pearson",
+        "Spearman",
+        "slope",
+        "sign",
+        "top-k",
+        "cost",
+        "verdict",
     ]
     for name in names:
         table.add_column(name, justify="left" if name in ("metric", "site", "method") else "right")
@@ -477,7 +484,9 @@ def render(comparison: Comparison) -> Any:
         )
     lines = []
     for a in comparison.sites:
-        worst = "; ".join(f"{m.place}: {m.exact:.3g} is called {m.estimate:.3g}" for m in a.misses[:3])
+        worst = "; ".join(
+            f"{m.place}: {m.exact:.3g} is called {m.estimate:.3g}" for m in a.misses[:3]
+        )
         lines.append(f"{a.method} on {a.site}: {a.words} Largest misses: {worst}.")
     note = (
         f"top-k: share of the largest exact effects among twice as many estimates. cost: of all "

@@ -217,6 +217,7 @@ class RunConfig:
     runner: RunnerConfig = MISSING
     intervention: str = "resample"  # resample, zero, mean or shuffle
     direction: str | None = None  # denoising or noising; null: what suits the intervention
+    precision: str = "model"  # model: the weights' dtype; bf16: bf16 products, proven in the run
     slice: int = 0  # this process does every n_slices-th unit of work, from this one on
     n_slices: int = 1
 
@@ -295,6 +296,7 @@ def from_identity(config: Mapping[str, Any]) -> RunConfig:
             store=StoreConfig(path=""),
             intervention=config["intervention"],
             direction=config["direction"],
+            precision=config["precision"],
         )
     except (KeyError, TypeError, StopIteration):
         raise ConfigError(

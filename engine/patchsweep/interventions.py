@@ -164,4 +164,4 @@ def get_intervention(given: str | Intervention | float | Tensor | ValueFn) -> In
         return INTERVENTIONS[given]()
     if hasattr(given, "values") and hasattr(given, "from_source"):
         return given  # type: ignore[return-value]
-    return Custom(given)  # type: ignore[arg-type]
+    return Custom(given)

@@ -220,12 +220,12 @@ def plan_site(
     n_units = 1 if axes.units is None else len(axes.units)
     shape = (len(pairs), len(axes.layers), len(positions), n_units)
 
-    rows: list[tuple[int, int, int, int, bool]] = []  # pair, pos index, start, stop, in prompt
+    rows: list[tuple[int, int, int, int]] = []  # pair, pos index, first, stop
     for p, pair in enumerate(pairs):
         for j, position in enumerate(positions):
-            first, stop = _span(position, pair)
-            if first < stop:  # positions past the end of a shorter prompt are no patches
-                rows.append((p, j, first, stop, True))
+            span = _span(position, pair)
+            if span[0] < span[1]:  # positions past the end of a shorter prompt are no patches
+                rows.append((p, j, *span))
     if not rows:
         raise PlanError("the sweep has no patches; choose positions that the prompts have")
     pair_of, pos_index, first, stop = (

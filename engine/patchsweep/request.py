@@ -151,7 +151,7 @@ def model_shape(model: TransformerBridge) -> ModelShape:
         raise ModelError(f"{cfg.model_name} is not a causal decoder; patch a causal language model")
     if not hasattr(model, "blocks"):
         raise ModelError(
-            f"{cfg.model_name} has no single stack of blocks; patch a model whose layers are run once"
+            f"{cfg.model_name} has no single stack of blocks; patch a model that runs one, once"
         )
     if getattr(cfg, "attention_dir", "causal") == "bidirectional":
         raise ModelError(

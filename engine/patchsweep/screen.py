@@ -27,7 +27,7 @@ from torch import Tensor
 
 from patchsweep.attribution import Attribution, Method, get_methods
 from patchsweep.attribution.run import token_layers
-from patchsweep.attribution.tape import Place, Prefix, Tape
+from patchsweep.attribution.tape import Heads, Place, Prefix, Tape
 from patchsweep.attribution.units import variable_name, variables_of
 from patchsweep.batch import Batch, make_batches
 from patchsweep.errors import MethodError
@@ -36,7 +36,7 @@ from patchsweep.plan import SitePlan
 from patchsweep.probe import Choice
 from patchsweep.request import Request, device_of
 from patchsweep.results import shape_of
-from patchsweep.store import Variable
+from patchsweep.store import Unit, Variable
 
 Values = NDArray[np.float32]
 # tokens of one pass of jointly patched rows
@@ -168,8 +168,9 @@ def get_asked(given: MethodLike | Sequence[MethodLike]) -> Asked:
     Raises:
         MethodError: a method is unknown, or screening stands beside other methods.
     """
-    several = isinstance(given, Sequence) and not isinstance(given, str)
-    methods: list[MethodLike] = list(given) if several else [given]  # type: ignore[arg-type]
+    methods: list[MethodLike] = (
+        list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    )
     screens = [m for m in methods if m == "screen" or isinstance(m, Screen)]
     if screens:
         if len(methods) > 1:
@@ -222,7 +223,47 @@ def run_screen(request: Request, choice: Choice, screen: Screen) -> Screened:
             subsets = _Subsets(request, attribution.tape, plan, screen)
             values[bound_name(name)] = subsets.bounds(rest, blocks)
             subset_costs[name] = subsets.token_layers
-    return Screened(values, *exact.references, costs, subset_costs)
+    base, source = exact.references
+    return Screened(values, base, source, costs, subset_costs)
+
+
+class ScreenWork:
+    """A screen as work: all is found at once, when the first unit is asked for."""
+
+    def __init__(self, request: Request, choice: Choice, screen: Screen) -> None:
+        self._arguments = (request, choice, screen)
+        self._found: Screened | None = None
+        # only the exact values of a site are cut along the layers
+        self._cut = {plan.site.name: plan.site.layered for plan in request.plans}
+        self._whole = {v.name for v in get_asked(screen).variables(request)}
+
+    def __contains__(self, variable: str) -> bool:
+        return variable in self._cut or variable in self._whole
+
+    def cost(self, unit: Unit) -> int:
+        """See `work.Work`; unknown before the estimates are."""
+        return 0
+
+    def n_live(self, unit: Unit) -> int:
+        """See `work.Work`."""
+        return 0
+
+    def values(self, unit: Unit) -> Values:
+        """See `work.Work`."""
+        block = self.found.values[unit.variable][:, unit.pairs.start : unit.pairs.stop]
+        cut = self._cut.get(unit.variable, False)
+        return block[:, :, unit.layers.start : unit.layers.stop] if cut else block
+
+    def references(self, unit: Unit) -> tuple[Values, Values]:
+        """See `work.Work`."""
+        pairs = slice(unit.pairs.start, unit.pairs.stop)
+        return self.found.base[:, pairs], self.found.source[:, pairs]
+
+    @property
+    def found(self) -> Screened:
+        if self._found is None:
+            self._found = run_screen(*self._arguments)
+        return self._found
 
 
 def live_of(plan: SitePlan) -> NDArray[np.bool_]:
@@ -348,12 +389,17 @@ class _Subsets:
         keys: list[Tensor] = []
         values: list[Tensor] = []
         base: list[Tensor] = []
+
+        def keep(layer: int, heads: Heads) -> None:
+            keys.append(heads.k)
+            values.append(heads.v)
+
         logits = tape.forward(
             batch.base,
             lambda place, x: base.append(place.flat(x).clone()),
             batch.reads,
             sites=[site],
-            on_attention=lambda layer, heads: (keys.append(heads.k), values.append(heads.v))[0],
+            on_attention=keep,
         )
         source, source_logits = tape.activations(batch.source, batch.reads, [site])
         donors = [
@@ -456,9 +502,7 @@ def draw_members(
     return member
 
 
-def upper_bound(
-    metric: NDArray[np.float64], member: NDArray[np.bool_], level: float
-) -> float:
+def upper_bound(metric: NDArray[np.float64], member: NDArray[np.bool_], level: float) -> float:
     """The smallest theta for which "some patch has |effect| >= theta" is rejected at `level`.
 
     `metric` `[subset]` of the patched runs, `member` `[subset, patch]`. Welch's test, one-sided.

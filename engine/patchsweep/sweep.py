@@ -2,64 +2,37 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-import numpy as np
 import xarray as xr
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.attribution import check_request
 from patchsweep.attribution.units import Estimator
-from patchsweep.batch import Batch, make_batches
+from patchsweep.batch import make_batches
 from patchsweep.errors import ConfigError, ModelError, StoreError
 from patchsweep.estimate import Cost, estimate
+from patchsweep.exact import ExactWork
 from patchsweep.hooked import HookedRunner
 from patchsweep.interventions import Direction, Intervention, ValueFn
 from patchsweep.journal import Journal
 from patchsweep.layout import Layout
 from patchsweep.pairs import PromptPairs
-from patchsweep.plan import SitePlan
 from patchsweep.probe import Choice, RunnerName, choose_runner
+from patchsweep.proof import ProvenWork, proof_variables
 from patchsweep.request import MetricLike, Positions, Request, Sets, device_of, make_request
-from patchsweep.results import Memory, make_layout, shape_of
-from patchsweep.screen import Asked, MethodLike, get_asked, run_screen
-from patchsweep.store import Store, Unit
+from patchsweep.results import Memory, make_layout
+from patchsweep.screen import Asked, MethodLike, ScreenWork, get_asked
+from patchsweep.store import Store
+from patchsweep.work import Journalled, Progress, Quiet, Share, Work, run_work
 
 # tokens of a wave where no budget is given: large enough for full matrix-product speed
 MAX_TOKENS = 4096
-WAIT_S = 1.0  # between two looks at units that other processes hold
-
-
-class Progress(Protocol):
-    """Told how far a sweep is; token-layers are the unit of cost.
-
-    An exception raised here ends the sweep between two units; nothing is lost then.
-    """
-
-    def begin(self, request: Request, choice: Choice, n_units: int, total: int, done: int) -> None:
-        """`n_units` are to do; `total` token-layers are this process's, `done` of them before."""
-
-    def advance(self, unit: Unit, token_layers: int, n_live: int, seconds: float) -> None: ...
-
-    def waiting(self, n_units: int) -> None:
-        """Other processes are at work on the last `n_units`; called again and again."""
-
-
-class Quiet:
-    """No progress."""
-
-    def begin(
-        self, request: Request, choice: Choice, n_units: int, total: int, done: int
-    ) -> None: ...
-
-    def advance(self, unit: Unit, token_layers: int, n_live: int, seconds: float) -> None: ...
-
-    def waiting(self, n_units: int) -> None: ...
+Precision = Literal["model", "bf16"]
 
 
 def sweep(
@@ -82,6 +55,7 @@ def sweep(
     n_slices: int = 1,
     runner: RunnerName = "auto",
     max_tokens: int = MAX_TOKENS,
+    precision: Precision = "model",
     config: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> xr.Dataset:
@@ -113,6 +87,8 @@ def sweep(
             together write what one process would.
         runner: `auto` lets the probe choose; `wave` and `hooked` insist.
         max_tokens: most tokens in one wave.
+        precision: `model` multiplies in the weights' own dtype; `bf16` multiplies in bf16 and
+            runs the largest effects and a sample again, see `patchsweep.proof`.
 
     Raises:
         PatchsweepError: an argument breaks a rule; nothing has run then.
@@ -137,81 +113,58 @@ def sweep(
         raise ModelError("the model is in training mode, where dropout is drawn; call model.eval()")
     if asked.screen is not None:
         asked.screen.check(request, n_slices)
+    if precision not in ("model", "bf16"):
+        raise ConfigError(f"precision={precision!r} is not known; use model or bf16")
+    proven = precision == "bf16"
+    if proven and (not asked.exact or asked.screen is not None):
+        raise ConfigError("precision=bf16 is for method=exact; use precision=model")
+    if store is None and n_slices > 1:
+        raise ConfigError(f"n_slices={n_slices} needs a store, where the slices meet; give one")
+    share = Share(slice_index, n_slices)
 
     def layout_of(choice: Choice) -> Layout:
-        return make_layout(
-            request,
-            choice,
-            config or {},
-            exact=asked.exact,
-            more=asked.variables(request),
-            attrs=asked.attrs(request),
-        )
+        more = asked.variables(request) + (proof_variables(request) if proven else ())
+        attrs = {**asked.attrs(request), "precision": precision}
+        return make_layout(request, choice, config or {}, exact=asked.exact, more=more, attrs=attrs)
 
-    share = Share(slice_index, n_slices)
+    if store is not None:  # another run's store is refused before anything runs
+        recorded = _recorded_choice(store, storage_options)
+        if recorded is not None:
+            layout = layout_of(recorded)
+            Store.create_or_resume(store, layout, storage_options=storage_options).close()
+    choice = prepare_runner(request, runner, max_tokens) if asked.exact else NO_RUNNER
+    works = _works(request, asked, choice, max_tokens if proven else None)
     progress = progress or Quiet()
     if store is None:
-        if n_slices > 1:
-            raise ConfigError(f"n_slices={n_slices} needs a store, where the slices meet; give one")
-        choice = prepare_runner(request, runner, max_tokens) if asked.exact else NO_RUNNER
         memory = Memory(layout_of(choice))
-        _run(request, asked, choice, memory, progress)
+        run_work(works, memory, progress, share)
         return memory.dataset()
-    recorded = _recorded_choice(store, storage_options)
-    if recorded is not None:  # another run's store is refused before anything runs
-        layout = layout_of(recorded)
-        Store.create_or_resume(store, layout, storage_options=storage_options).close()
-    choice = prepare_runner(request, runner, max_tokens) if asked.exact else NO_RUNNER
-    with (
-        Store.create_or_resume(store, layout_of(choice), storage_options=storage_options) as sink,
-        Journal(store, storage_options=storage_options) as journal,
-    ):
-        journalled = _Journalled(progress, journal, share, config)
-        _run(request, asked, choice, sink, journalled, share)
+    with ExitStack() as stack:
+        sink = stack.enter_context(
+            Store.create_or_resume(store, layout_of(choice), storage_options=storage_options)
+        )
+        journal = stack.enter_context(Journal(store, storage_options=storage_options))
+        journalled = Journalled(
+            progress, journal, share, config or {}, probe_difference=choice.difference
+        )
+        run_work(works, sink, journalled, share)
         return sink.dataset()
 
 
-def _run(
-    request: Request,
-    asked: Asked,
-    choice: Choice,
-    sink: Memory | Store,
-    progress: Progress,
-    share: Share | None = None,
-) -> None:
-    """Write all that was asked for and is missing in `sink`."""
-    share = share or Share()
-    if asked.screen is None:
-        estimator = Estimator(request, asked.methods) if asked.methods else None
-        run_units(request, choice, sink, progress, share, estimator)
-        return
-    pending = sink.pending()
-    progress.begin(request, choice, len(pending), 0, 0)
-    if not pending:
-        return
-    start = time.perf_counter()
-    found = run_screen(request, choice, asked.screen)
-    for name, values in (("base_metric", found.base), ("source_metric", found.source)):
-        for pair in range(values.shape[1]):
-            sink.write_fixed(name, pair, values[:, pair : pair + 1])
-    for unit in _claimed(sink, pending, progress):
-        sink.write(unit, found.values[unit.variable][sink.variables[unit.variable].slices(unit)])
-        progress.advance(unit, 0, 0, time.perf_counter() - start)
-
-
-@dataclass(frozen=True)
-class Share:
-    """Which units of a run one process does: every n-th."""
-
-    index: int = 0
-    n: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.index < self.n:
-            raise ConfigError(
-                f"slice={self.index} of n_slices={self.n} does not exist; "
-                + (f"use 0..{self.n - 1}" if self.n > 0 else "n_slices is at least 1")
-            )
+def _works(
+    request: Request, asked: Asked, choice: Choice, bf16_tokens: int | None
+) -> list[Work]:
+    """Who fills which variables; the first that tells the unpatched metrics is the one asked."""
+    if asked.screen is not None:
+        return [ScreenWork(request, choice, asked.screen)]
+    works: list[Work] = []
+    if bf16_tokens is not None:
+        works.append(ProvenWork(request, choice, bf16_tokens))
+    elif asked.exact:
+        works.append(ExactWork(request, choice.runner))
+    if asked.methods:
+        works.append(Estimator(request, asked.methods, tells_references=not asked.exact))
+    return works
 
 
 class _Recorded:
@@ -281,176 +234,3 @@ def prepare_runner(request: Request, wanted: RunnerName, max_tokens: int) -> Cho
     if wanted == "wave":
         request.intervention.prepare(clean, choice.runner.activations)
     return choice
-
-
-def run_units(
-    request: Request,
-    choice: Choice,
-    sink: Memory | Store,
-    progress: Progress,
-    share: Share = Share(),
-    estimator: Estimator | None = None,
-) -> None:
-    """Run every unit of the `share` that `sink` still misses; `estimator` gives the estimates.
-
-    Units that another process holds are waited for, and taken over if it dies.
-    """
-    plans = {plan.site.name: plan for plan in request.plans}
-    every = sink.pending() if isinstance(sink, Memory) else sink.units()
-    units = sorted(every, key=lambda unit: (unit.first_pair, unit.variable))
-    mine = units[share.index :: share.n]
-    patches_of = {
-        unit: _patches_of(plans[unit.variable], unit) for unit in mine if unit.variable in plans
-    }
-    costs = {u: _token_layers(plans[u.variable], patches) for u, patches in patches_of.items()}
-    if estimator is not None:
-        costs |= {unit: estimator.cost(unit) for unit in mine if unit.variable in estimator}
-    missing = set(sink.pending())
-    pending = [unit for unit in mine if unit in missing]
-    total = sum(costs.values())
-    done = total - sum(costs[unit] for unit in pending)
-    progress.begin(request, choice, len(pending), total, done)
-    captures = _Captures(request, choice)
-    exact = any(name in plans for name in sink.variables)
-    for unit in _claimed(sink, pending, progress):
-        start = time.perf_counter()
-        if estimator is not None and unit.variable in estimator:
-            if not exact:
-                _write_references(sink, unit, estimator)
-            sink.write(unit, estimator.values(unit))
-            seconds = time.perf_counter() - start
-            progress.advance(unit, costs[unit], estimator.n_live(unit), seconds)
-            continue
-        patches = patches_of[unit]
-        site_plan = plans[unit.variable]
-        block = _Block(site_plan, unit, len(request.metrics))
-        for batch, loaded, base, source in captures.of(unit.pairs):
-            for row, pair in enumerate(batch.pairs):
-                sink.write_fixed("base_metric", pair, base[:, row : row + 1])
-                sink.write_fixed("source_metric", pair, source[:, row : row + 1])
-            here = patches[np.isin(site_plan.pair[patches], batch.pairs)]
-            dead, live = here[~site_plan.live[here]], here[site_plan.live[here]]
-            local = batch.local
-            block.put(dead, base[:, [local[p] for p in site_plan.pair[dead].tolist()]])
-            if len(live):
-                found = choice.runner.run(loaded, site_plan, live, request.metrics)
-                block.put(live, found.numpy())
-        sink.write(unit, block.values())
-        progress.advance(
-            unit,
-            costs[unit],
-            int(site_plan.live[patches].sum()),
-            time.perf_counter() - start,
-        )
-
-
-def _write_references(sink: Memory | Store, unit: Unit, estimator: Estimator) -> None:
-    """The unpatched metrics, where no exact run tells them."""
-    found = estimator.references(unit)
-    if found is not None:
-        for name, values in zip(("base_metric", "source_metric"), found, strict=True):
-            for row, pair in enumerate(unit.pairs):
-                sink.write_fixed(name, pair, values[:, row : row + 1])
-
-
-def _claimed(sink: Memory | Store, units: Sequence[Unit], progress: Progress) -> Iterator[Unit]:
-    """Each of `units` when it is ours to do; ends when all are done, by us or by others."""
-    if isinstance(sink, Memory):
-        yield from units
-        return
-    left = list(units)
-    while left:
-        for unit in left:
-            yield from sink.claim([unit])
-        missing = set(sink.pending())
-        left = [unit for unit in left if unit in missing]
-        if left:
-            progress.waiting(len(left))
-            time.sleep(WAIT_S)
-
-
-class _Journalled:
-    """A progress that is also written to the store's journal."""
-
-    def __init__(
-        self,
-        inner: Progress,
-        journal: Journal,
-        share: Share,
-        config: Mapping[str, Any] | None,
-    ) -> None:
-        self._inner, self._journal, self._share, self._config = inner, journal, share, config
-
-    def begin(self, request: Request, choice: Choice, n_units: int, total: int, done: int) -> None:
-        self._journal.started(
-            dict(self._config or {}),
-            n_units=n_units,
-            token_layers=total - done,
-            slice=self._share.index,
-            n_slices=self._share.n,
-            probe_difference=choice.difference,
-        )
-        self._inner.begin(request, choice, n_units, total, done)
-
-    def advance(self, unit: Unit, token_layers: int, n_live: int, seconds: float) -> None:
-        self._journal.unit_done(unit, seconds=seconds, token_layers=token_layers, n_live=n_live)
-        self._inner.advance(unit, token_layers, n_live, seconds)
-
-    def waiting(self, n_units: int) -> None:
-        self._inner.waiting(n_units)
-
-
-class _Captures:
-    """Captured batches, the last few kept: the units of a pair follow each other."""
-
-    def __init__(self, request: Request, choice: Choice, keep: int = 2) -> None:
-        self.request, self.choice, self.keep = request, choice, keep
-        self._kept: dict[tuple[int, ...], Any] = {}
-
-    def of(self, pairs: range) -> Iterator[tuple[Batch, Any, np.ndarray, np.ndarray]]:
-        """Batches of `pairs` with what the runner loaded, and base and source metrics."""
-        request, runner = self.request, self.choice.runner
-        for batch in make_batches(
-            request.pairs, pairs, request.direction, request.read, device_of(request.bridge)
-        ):
-            if batch.pairs not in self._kept:
-                while len(self._kept) >= self.keep:
-                    self._kept.pop(next(iter(self._kept)))
-                loaded = runner.load(batch, request.intervention)
-                base, source = runner.references(loaded, request.metrics)
-                self._kept[batch.pairs] = (loaded, base.cpu().numpy(), source.cpu().numpy())
-            yield batch, *self._kept[batch.pairs]
-
-
-def _patches_of(plan: SitePlan, unit: Unit) -> np.ndarray:
-    inside = (plan.pair >= unit.pairs.start) & (plan.pair < unit.pairs.stop)
-    inside &= (plan.layer_set >= unit.layers.start) & (plan.layer_set < unit.layers.stop)
-    return np.flatnonzero(inside)
-
-
-def _token_layers(plan: SitePlan, patches: np.ndarray) -> int:
-    return int(plan.cost[patches][plan.live[patches]].sum())
-
-
-class _Block:
-    """The cells of one unit, as the store keeps them; NaN until put."""
-
-    def __init__(self, plan: SitePlan, unit: Unit, n_metrics: int) -> None:
-        self.plan, self.unit = plan, unit
-        self.shape = (len(unit.pairs), len(unit.layers), *plan.shape[2:])
-        self._cells = np.full((n_metrics, int(np.prod(self.shape))), np.nan, np.float32)
-
-    def put(self, patches: np.ndarray, values: np.ndarray) -> None:
-        """Keep `values` `[metric, patch]`."""
-        pair, layer, pos, units = np.unravel_index(self.plan.cell[patches], self.plan.shape)
-        local = (pair - self.unit.pairs.start, layer - self.unit.layers.start, pos, units)
-        self._cells[:, np.ravel_multi_index(local, self.shape)] = values
-
-    def values(self) -> np.ndarray:
-        """The block, without the axes that the site does not have."""
-        n_metrics = len(self._cells)
-        shape = list(shape_of(self.plan, n_metrics))
-        shape[1] = self.shape[0]
-        if self.plan.site.layered:
-            shape[2] = self.shape[1]
-        return self._cells.reshape(shape)

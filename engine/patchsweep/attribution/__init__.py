@@ -15,9 +15,9 @@ from patchsweep.errors import MethodError
 
 __all__ = [
     "METHODS",
-    "Attribution",
     "Atp",
     "AtpStar",
+    "Attribution",
     "IntegratedInputs",
     "IntegratedSite",
     "Method",

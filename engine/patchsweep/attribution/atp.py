@@ -19,6 +19,7 @@ from torch import Tensor
 
 from patchsweep.attribution.estimates import Estimates, Found, Work, backward_each
 from patchsweep.attribution.tape import Heads, Place
+from patchsweep.plan import SitePlan
 from patchsweep.sites import Site
 
 
@@ -40,7 +41,7 @@ class Atp:
         """See `Method`."""
         return ()
 
-    def passes(self, sites: tuple[Site, ...], n_layers: int, n_metrics: int) -> float:
+    def passes(self, plans: tuple[SitePlan, ...], n_layers: int, n_metrics: int) -> float:
         """See `Method`: base, source, and one backward pass a metric."""
         return 2 + n_metrics
 

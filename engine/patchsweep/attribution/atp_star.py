@@ -32,6 +32,7 @@ from patchsweep.attribution.estimates import Estimates, Found, Work, backward_ea
 from patchsweep.attribution.tape import Heads, Place, Tape
 from patchsweep.errors import MethodError
 from patchsweep.interventions import Intervention
+from patchsweep.plan import SitePlan
 from patchsweep.sites import SITES, Site
 from patchsweep.waves.capture import attention_pattern
 
@@ -74,7 +75,7 @@ class AtpStar:
             needed += [SITES["attn_out"], SITES["mlp_out"]]
         return tuple(needed)
 
-    def passes(self, sites: tuple[Site, ...], n_layers: int, n_metrics: int) -> float:
+    def passes(self, plans: tuple[SitePlan, ...], n_layers: int, n_metrics: int) -> float:
         """See `Method`."""
         return 2 + n_metrics * (n_layers if self.grad_drop else 1)
 
@@ -100,9 +101,7 @@ class AtpStar:
             x.copy_(total[name] / max(1, n_layers - 1))
 
 
-def check_intervention(
-    tape: Tape, sites: Sequence[Site], intervention: Intervention
-) -> None:
+def check_intervention(tape: Tape, sites: Sequence[Site], intervention: Intervention) -> None:
     """The value after rotary must be the rotary of the value patched in before it.
 
     Raises:
@@ -143,9 +142,7 @@ def _watch_pattern(work: Work, estimates: Estimates, layer: int, heads: Heads) -
             else:
                 effect = key_effect(heads, patched, pattern, grad)
                 effect = effect.unflatten(1, (base.shape[1], -1)).sum(dim=2)
-            estimates.add_units(
-                Place(site, layer, n_rows, n_pos, True), effect.transpose(1, 2)
-            )
+            estimates.add_units(Place(site, layer, n_rows, n_pos, True), effect.transpose(1, 2))
 
     heads.pattern.register_hook(on_gradient)
 
@@ -215,7 +212,9 @@ def log_pattern(
 
 
 def attention_scores(
-    q: Float[Tensor, "row head dest d"], k: Float[Tensor, "row kv_head src d"], settings: dict[str, Any]
+    q: Float[Tensor, "row head dest d"],
+    k: Float[Tensor, "row kv_head src d"],
+    settings: dict[str, Any],
 ) -> Float[Tensor, "row head dest src"]:
     """Scores after scaling and soft-cap, without the mask; fp32, or fp64 for fp64."""
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -234,7 +233,7 @@ class _Stop(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return (torch.zeros_like(grad) if ctx.switch.dropped == ctx.layer else grad), None, None
 
 

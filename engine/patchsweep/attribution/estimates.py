@@ -38,7 +38,11 @@ class Estimates:
             n_layers = shape.n_layers if plan.site.layered else 1
             n_units = 1 if plan.axes.units is None else len(plan.axes.units)
             self.values[plan.site.name] = torch.zeros(
-                n_metrics, *batch.base.shape[:1], n_layers, batch.length, n_units,
+                n_metrics,
+                *batch.base.shape[:1],
+                n_layers,
+                batch.length,
+                n_units,
                 device=batch.base.device,
             )
 

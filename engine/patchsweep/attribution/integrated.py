@@ -26,6 +26,7 @@ from torch import Tensor
 from patchsweep.attribution.estimates import Estimates, Found, Work, backward_each
 from patchsweep.attribution.tape import Place
 from patchsweep.errors import MethodError
+from patchsweep.plan import SitePlan
 from patchsweep.sites import SITES, Site
 
 # tokens of one forward pass; steps are stacked as rows up to this many
@@ -64,19 +65,19 @@ class IntegratedSite:
         sites = {site.name: site for site in (*work.sites, SITES["resid_pre"])}
         base, logits = work.tape.activations(work.batch.base, work.batch.reads, [*sites.values()])
         estimates = work.empty()
-        for site in work.sites:
-            for layer in range(work.tape.n_layers if site.layered else 1):
-                self._layer(work, estimates, site, layer, base, logits)
+        for plan in work.plans:
+            for layer in layers_of(plan):
+                self._layer(work, estimates, plan.site, layer, base, logits)
         return Found(estimates, logits)
 
     def extra_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         """See `Method`."""
         return (SITES["resid_pre"],)
 
-    def passes(self, sites: tuple[Site, ...], n_layers: int, n_metrics: int) -> float:
+    def passes(self, plans: tuple[SitePlan, ...], n_layers: int, n_metrics: int) -> float:
         """See `Method`: a walk from layer L on passes the n - L blocks from there."""
-        below = [(n_layers + 1) / 2 * n_layers if site.layered else n_layers for site in sites]
-        return 2 + self.n_steps * (1 + n_metrics) * sum(below) / n_layers
+        blocks = sum(n_layers - layer for plan in plans for layer in layers_of(plan))
+        return 2 + self.n_steps * (1 + n_metrics) * blocks / n_layers
 
     def _layer(
         self,
@@ -133,6 +134,11 @@ class IntegratedSite:
                     estimates.add(place[0], values, start, g, weight)
 
 
+def layers_of(plan: SitePlan) -> list[int]:
+    """The layers of a plan, each once."""
+    return sorted({layer for layers in plan.axes.layers for layer in layers})
+
+
 @dataclass(frozen=True)
 class IntegratedInputs:
     """`ig_inputs`: the token embeddings are moved; all sites in `n_steps` forward and backwards.
@@ -183,6 +189,6 @@ class IntegratedInputs:
         """See `Method`."""
         return (SITES["embed"],)
 
-    def passes(self, sites: tuple[Site, ...], n_layers: int, n_metrics: int) -> float:
+    def passes(self, plans: tuple[SitePlan, ...], n_layers: int, n_metrics: int) -> float:
         """See `Method`."""
         return 2 + self.n_steps * (1 + n_metrics)

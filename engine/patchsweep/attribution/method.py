@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from patchsweep.attribution.estimates import Found, Work
+from patchsweep.plan import SitePlan
 from patchsweep.sites import Site
 
 
@@ -14,8 +15,13 @@ class Method(Protocol):
     Estimates are signed, per pair, in the metric's unit.
     """
 
-    name: str
-    at_base: bool  # looks at the gradient of the base run alone
+    @property
+    def name(self) -> str:
+        """As stores and the command line know it."""
+
+    @property
+    def at_base(self) -> bool:
+        """Whether it looks at the gradient of the base run alone."""
 
     def run(self, work: Work) -> Found:
         """The estimates of all sites of `work`."""
@@ -23,5 +29,5 @@ class Method(Protocol):
     def extra_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         """Sites whose activations it needs besides those it is asked about."""
 
-    def passes(self, sites: tuple[Site, ...], n_layers: int, n_metrics: int) -> float:
+    def passes(self, plans: tuple[SitePlan, ...], n_layers: int, n_metrics: int) -> float:
         """Full forward passes it makes, a backward pass counted as one (weights take none)."""

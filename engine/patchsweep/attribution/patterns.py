@@ -23,8 +23,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.attribution.atp import Atp
 from patchsweep.attribution.check import check_request
-from patchsweep.attribution.tape import Place, Tape
 from patchsweep.attribution.estimates import Work
+from patchsweep.attribution.tape import Place, Tape
 from patchsweep.batch import make_batches
 from patchsweep.pairs import PromptPairs
 from patchsweep.request import MetricLike, Request, device_of, make_request
@@ -87,7 +87,7 @@ def pattern_scores(
     Raises:
         PatchsweepError: an argument breaks a rule; nothing has run then.
     """
-    request = make_request(model, pairs, "pattern", metrics, **selection)  # type: ignore[arg-type]
+    request = make_request(model, pairs, "pattern", metrics, **selection)
     check_request(request, [Atp()])
     tape = Tape(model, [SITES["pattern"]])
     shape = request.shape
@@ -105,15 +105,11 @@ def pattern_scores(
     )
     for every in batches:
         for pair in every.pairs:  # [head, dest, src] of all layers: one pair at a time
-            batch = make_batches(
-                request.pairs, [pair], request.direction, request.read, device
-            )[0]
+            batch = make_batches(request.pairs, [pair], request.direction, request.read, device)[0]
             with tape.frozen():
                 _one(request, tape, batch, zero[:, pair], patch[:, pair])
     dims = ("metric", "pair", "layer", "head", "dest", "src")
-    tokens = [
-        [*(p.corrupted_tokens if denoising else p.clean_tokens)][:longest] for p in pairs
-    ]
+    tokens = [[*(p.corrupted_tokens if denoising else p.clean_tokens)][:longest] for p in pairs]
     return PatternScores(
         xr.Dataset(
             {"zero": (dims, zero), "patch": (dims, patch)},
@@ -132,8 +128,14 @@ def _one(request: Request, tape: Tape, batch: Any, zero: np.ndarray, patch: np.n
     """Fill `[metric, layer, head, dest, src]` of one pair."""
     source, source_logits = tape.activations(batch.source, batch.reads)
     work = Work(
-        tape, batch, request.plans, request.shape, request.metrics, request.intervention,
-        source, source_logits,
+        tape,
+        batch,
+        request.plans,
+        request.shape,
+        request.metrics,
+        request.intervention,
+        source,
+        source_logits,
     )
     n = batch.length
     metric = [0]

@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from patchsweep.attribution.atp import differentiable_run
 from patchsweep.attribution.estimates import Found, Work, backward_each
 from patchsweep.errors import MethodError
+from patchsweep.plan import SitePlan
 from patchsweep.sites import Site
 from patchsweep.waves.replica import Replica
 
@@ -56,7 +57,7 @@ class Relp:
         """See `Method`."""
         return ()
 
-    def passes(self, sites: tuple[Site, ...], n_layers: int, n_metrics: int) -> float:
+    def passes(self, plans: tuple[SitePlan, ...], n_layers: int, n_metrics: int) -> float:
         """See `Method`."""
         return 2 + n_metrics
 
@@ -69,13 +70,13 @@ class _Graft(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         return None, grad
 
 
 def graft(value: Tensor, carrier: Tensor) -> Tensor:
     """`value`, which passes its gradient on to `carrier`."""
-    result: Tensor = _Graft.apply(value.detach(), carrier)  # type: ignore[no-untyped-call]
+    result: Tensor = _Graft.apply(value.detach(), carrier)
     return result
 
 

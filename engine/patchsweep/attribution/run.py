@@ -78,10 +78,9 @@ class Attribution:
             references[:, :, rows] = work.references(found.base_logits)
             for plan in request.plans:
                 mine = np.flatnonzero(np.isin(plan.pair, batch.pairs))
-                at = np.unravel_index(plan.cell[mine], plan.shape)
-                cells[plan.site.name][:, at[0] - pairs.start, *at[1:]] = found.estimates.cells(
-                    plan, mine, batch
-                )
+                pair, layer, pos, unit = np.unravel_index(plan.cell[mine], plan.shape)
+                values = found.estimates.cells(plan, mine, batch)
+                cells[plan.site.name][:, pair - pairs.start, layer, pos, unit] = values
         return BlockOfPairs(pairs, cells, references[0], references[1])
 
     def _work(self, method: Method, batch: Batch) -> Work:
@@ -104,7 +103,7 @@ def token_layers(request: Request, method: Method) -> int:
     """What `method` costs: tokens times blocks of its passes, a backward pass counted as one."""
     n_layers = request.shape.n_layers
     tokens = int(request.plans[0].full_lengths.sum())
-    return round(tokens * n_layers * method.passes(request.sites, n_layers, len(request.metrics)))
+    return round(tokens * n_layers * method.passes(request.plans, n_layers, len(request.metrics)))
 
 
 def pairs_per_block(plan: SitePlan) -> int:

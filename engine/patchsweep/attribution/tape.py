@@ -35,7 +35,7 @@ class Place:
     heads_first: bool  # [row, head, pos, d] as attention has it, not [row, pos, width]
 
     def flat(self, x: Tensor) -> Tensor:
-        """`x` (or its gradient) as `[row, pos, width]`; a pattern stays `[row, head, dest, src]`."""
+        """`x` or its gradient as `[row, pos, width]`; a pattern as `[row, head, dest, src]`."""
         if self.site.name == "pattern":
             return x
         if self.heads_first:
@@ -135,15 +135,15 @@ class Tape:
             on_attention: told of each layer's queries, keys and pattern.
             after: a context entered when all sites are watched, for hooks that come after.
         """
-        watched = [self.points[s.name] for s in sites] if sites is not None else [
-            *self.points.values()
-        ]
+        watched = (
+            [self.points[s.name] for s in sites] if sites is not None else [*self.points.values()]
+        )
         skipped = 0 if prefix is None else prefix.start
         tokens = tokens[:, skipped:]
         inside = {p.site.name: p.site for p in watched if p.in_attention}
 
         def see(site: Site, layer: int, x: Tensor, *, heads_first: bool = False) -> None:
-            visit(Place(site, layer, *tokens.shape, heads_first), x)
+            visit(Place(site, layer, tokens.shape[0], tokens.shape[1], heads_first), x)
 
         def attention(layer: int) -> Attend:
             def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **kw: Any) -> Tensor:
@@ -161,7 +161,9 @@ class Tape:
                 if fixed_pattern:
                     pattern = pattern.detach().requires_grad_(torch.is_grad_enabled())
                 if on_attention is not None:
-                    on_attention(layer, Heads(q.detach(), k.detach(), v.detach(), pattern, settings))
+                    on_attention(
+                        layer, Heads(q.detach(), k.detach(), v.detach(), pattern, settings)
+                    )
                 if "pattern" in inside:
                     see(inside["pattern"], layer, pattern, heads_first=True)
                 values = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
@@ -206,9 +208,7 @@ class Tape:
         for layer, block in enumerate(self.replica.blocks):
             if site.name == "resid_pre":
 
-                def before(
-                    module: nn.Module, args: Any, kwargs: Any, layer: int = layer
-                ) -> None:
+                def before(module: nn.Module, args: Any, kwargs: Any, layer: int = layer) -> None:
                     see(site, layer, split_hidden(args, kwargs)[0])
 
                 handle = block.register_forward_pre_hook(before, with_kwargs=True)

@@ -48,7 +48,10 @@ def variables_of(request: Request, methods: Sequence[Method]) -> tuple[Variable,
 class Estimator:
     """The values of units of estimates; the sites of one pass are kept until all are written."""
 
-    def __init__(self, request: Request, methods: Sequence[Method]) -> None:
+    def __init__(
+        self, request: Request, methods: Sequence[Method], *, tells_references: bool = True
+    ) -> None:
+        self.tells_references = tells_references
         self.attribution = Attribution(request, methods)
         self.request = request
         self._owner = {
@@ -89,7 +92,7 @@ class Estimator:
         """Base and source metric of the unit's pairs; one method alone tells them, so that
         their last bits do not depend on which came first."""
         _, method = self._owner[unit.variable]
-        if method.name != self._first:
+        if not self.tells_references or method.name != self._first:
             return None
         block = self._block(method, unit.pairs)
         return block.base_metric, block.source_metric

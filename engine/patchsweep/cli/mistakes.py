@@ -7,6 +7,7 @@ import re
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from patchsweep.credentials import scrub
 from patchsweep.errors import PatchsweepError
 
 # a launcher's name in Hydra's message -> what brings it
@@ -16,11 +17,11 @@ _EXTRAS = {"submitit": "slurm", "joblib": "joblib", "ray": "ray"}
 def one_line(error: BaseException) -> str | None:
     """What the user did wrong and what to do; None if the error is no mistake of the user's."""
     if isinstance(error, PatchsweepError):
-        return _joined(str(error))
+        return scrub(_joined(str(error)))
     if isinstance(error, OmegaConfBaseException):
         return _omegaconf(error)
     if isinstance(error, HydraException):
-        text = _joined(str(error))
+        text = scrub(_joined(str(error)))
         if isinstance(error.__cause__, OmegaConfBaseException):
             text += f" ({_omegaconf(error.__cause__)})"
         for launcher, extra in _EXTRAS.items():
@@ -40,5 +41,8 @@ def _omegaconf(error: OmegaConfBaseException) -> str:
 
 
 def _joined(text: str) -> str:
-    lines = (line.strip() for line in text.splitlines())
-    return re.sub(r"([.:;,]);", r"\1", "; ".join(line for line in lines if line))
+    """The lines in one, without where Hydra looked and without schemas, which nobody chooses."""
+    text = re.sub(r"^Config search path:.*", "", text, flags=re.MULTILINE | re.DOTALL)
+    lines = [line.strip() for line in text.splitlines()]
+    lines = [line for line in lines if line and not re.fullmatch(r"(\w+_)?schema", line)]
+    return re.sub(r"([.:;,]);", r"\1", "; ".join(lines))

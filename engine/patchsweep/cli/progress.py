@@ -17,8 +17,6 @@ from rich.progress import (
 )
 
 from patchsweep.cli.stop import STOPPER
-from patchsweep.probe import Choice
-from patchsweep.request import Request
 from patchsweep.store import Unit
 
 
@@ -46,20 +44,19 @@ class Bar:
         self.n_units = 0  # done here
         self.n_live = 0
         self.token_layers = 0
-        self.choice: Choice | None = None
         self._to_do = 0
         self._told_waiting = False
 
-    def begin(self, request: Request, choice: Choice, n_units: int, total: int, done: int) -> None:
-        """See `sweep.Progress`."""
-        self.choice, self._to_do = choice, n_units
-        self._task = self._bar.add_task(choice.runner.name, total=total, completed=done)
+    def begin(self, n_units: int, total: int, done: int) -> None:
+        """See `work.Progress`."""
+        self._to_do = n_units
+        self._task = self._bar.add_task("sweep", total=total, completed=done)
         if done and n_units:
             self._console.print(f"going on: {n_units} units are left")
         self._check()
 
     def advance(self, unit: Unit, token_layers: int, n_live: int, seconds: float) -> None:
-        """See `sweep.Progress`."""
+        """See `work.Progress`."""
         self.seconds[unit.variable] = self.seconds.get(unit.variable, 0.0) + seconds
         self.n_units += 1
         self.n_live += n_live
@@ -75,7 +72,7 @@ class Bar:
         self._check()
 
     def waiting(self, n_units: int) -> None:
-        """See `sweep.Progress`."""
+        """See `work.Progress`."""
         if not self._told_waiting:
             self._told_waiting = True
             self._console.print(f"waiting: other processes are at work on {n_units} units")

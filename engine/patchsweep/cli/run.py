@@ -47,15 +47,16 @@ def execute(config: RunConfig) -> None:
             n_slices=config.n_slices,
             runner=config.runner.name,  # type: ignore[arg-type]  # checked by RunnerConfig
             max_tokens=config.runner.max_tokens,
+            precision=config.precision,  # type: ignore[arg-type]  # likewise
             config=config.identity(),
             progress=bar,
         )
-    assert bar.choice is not None
+    provenance = ds.attrs["provenance"]
     share = f"slice {config.slice} of {config.n_slices}: " if config.n_slices > 1 else ""
     console.print(
         f"{share}{bar.n_units} units, {bar.n_live} live patches, {bar.token_layers} token-layers "
-        f"in {sum(bar.seconds.values()):.1f} s by the {bar.choice.runner.name} runner "
-        f"({bar.choice.reason})"
+        f"in {sum(bar.seconds.values()):.1f} s by the {provenance['runner']} runner "
+        f"({provenance['runner_reason']})"
     )
     plan = ds.attrs["plan"]
     live, patches = (sum(site[key] for site in plan.values()) for key in ("n_live", "n_patches"))

@@ -96,6 +96,11 @@ def causal_architectures() -> dict[str, str]:
     return {name: sorted(types[name], key=partial(rank, name))[-1] for name in known}
 
 
+def left_out() -> list[str]:
+    """Architectures of TransformerBridge that transformers has no causal model class for."""
+    return sorted(set(SUPPORTED_ARCHITECTURES) - set(causal_architectures()))
+
+
 def tiny_config(model_type: str, **special: Any) -> PretrainedConfig:
     """A configuration of `model_type` with three small layers, one of each kind it mixes."""
     cls = CONFIG_MAPPING[model_type]

@@ -15,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM
 
 from patchsweep.batch import Batch, make_batches
-from patchsweep.errors import PatchsweepError, SiteError
+from patchsweep.errors import ModelError, PatchsweepError, SiteError
 from patchsweep.families.configs import causal_architectures, tiny_config
 from patchsweep.hooked import HookedRunner
 from patchsweep.metrics import METRICS
@@ -30,6 +30,14 @@ SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "q"
 N_PATCHES = 6
 # a tiny configuration that grows beyond this has a size by another name
 MOST_PARAMETERS = 5_000_000
+# architectures that are also tried in compatibility mode
+COMPATIBLE = (
+    "GPT2LMHeadModel",
+    "GPTNeoXForCausalLM",
+    "LlamaForCausalLM",
+    "Gemma2ForCausalLM",
+    "MixtralForCausalLM",
+)
 CLEAN = "When John and Mary went to the shops, John gave a bottle of milk to"
 CORRUPTED = "When John and Mary went to the shops, Mary gave a bottle of milk to"
 
@@ -79,6 +87,14 @@ def families_table(architectures: Iterable[str] | None = None) -> list[Row]:
     return [_row(name, known[name]) for name in architectures or known]
 
 
+def compatibility_table(
+    architectures: Iterable[str] = COMPATIBLE,
+) -> list[Row]:
+    """The rows of a few architectures in TransformerBridge's compatibility mode."""
+    known = causal_architectures()
+    return [_row(name, known[name], compatible=True) for name in architectures]
+
+
 def tiny_bridge(architecture: str, seed: int = 0) -> TransformerBridge:
     """A tiny random model of `architecture`, wrapped.
 
@@ -90,7 +106,7 @@ def tiny_bridge(architecture: str, seed: int = 0) -> TransformerBridge:
     model_type = causal_architectures()[architecture]
     config = tiny_config(model_type, vocab_size=len(tokenizer), **special)
     if hasattr(config, "text_config"):
-        raise ValueError("takes images or sound beside text; its text model has a row of its own")
+        raise ModelError("takes images or sound beside text; see the row of its text model")
     with torch.device("meta"):
         size = AutoModelForCausalLM.from_config(config).num_parameters()
     if size > MOST_PARAMETERS:
@@ -101,11 +117,13 @@ def tiny_bridge(architecture: str, seed: int = 0) -> TransformerBridge:
     return as_bridge(f"tiny-{model_type}", model, tokenizer)
 
 
-def _row(architecture: str, model_type: str) -> Row:
+def _row(architecture: str, model_type: str, *, compatible: bool = False) -> Row:
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)  # slow paths that transformers points out
     try:
         bridge = tiny_bridge(architecture)
+        if compatible:
+            bridge.enable_compatibility_mode(disable_warnings=True)
         with torch.no_grad():
             if not bool(torch.isfinite(bridge(torch.arange(9).unsqueeze(0))).all()):
                 return Row(architecture, model_type, refused="random weights give no finite logits")

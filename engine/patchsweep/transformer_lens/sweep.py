@@ -22,7 +22,7 @@ from patchsweep.waves import Unsupported
 
 # sweeps of so few cells are done before waves are set up
 FEW_CELLS = 4
-N_PROBES = 2
+N_PROBES = 3
 
 Setter = Callable[[Tensor, Sequence[int], Any], Tensor]
 

@@ -8,6 +8,7 @@ and leaves the bridge as it is.
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -47,6 +48,10 @@ class Replica:
 
     def __init__(self, bridge: TransformerBridge) -> None:
         self.bridge = bridge
+        self._hooks = bridge.hook_dict
+        self._names: dict[int, list[str]] = defaultdict(list)  # hook point -> its names
+        for name, hook in self._hooks.items():
+            self._names[id(hook)] += [name, str(hook.name)]
         self._copies: dict[int, nn.Module] = {}
         self._configs: dict[int, Any] = {}
         self.model = self._copy(bridge.original_model)
@@ -81,16 +86,18 @@ class Replica:
         Raises:
             KeyError: the bridge has no such hook.
         """
-        canonical = self.bridge.hook_dict[hook_name].name
-        path, _, leaf = canonical.rpartition(".")
         sides: dict[str, Literal["in", "out"]] = {"hook_in": "in", "hook_out": "out"}
-        if leaf not in sides:
-            return None
-        component: Any = self.bridge
-        for part in path.split("."):
-            component = component[int(part)] if part.isdigit() else getattr(component, part)
-        module = self._copies.get(id(getattr(component, "original_component", None)))
-        return None if module is None else Point(module, sides[leaf])
+        for name in self._names[id(self._hooks[hook_name])]:
+            path, _, leaf = name.rpartition(".")
+            if leaf not in sides:
+                continue
+            component: Any = self.bridge
+            for part in path.split("."):
+                component = component[int(part)] if part.isdigit() else getattr(component, part)
+            module = self.module_of(component)
+            if module is not None:
+                return Point(module, sides[leaf])
+        return None
 
     def module_of(self, component: Any) -> nn.Module | None:
         """The plain module behind a bridge component, if it wraps one of the model's own."""

@@ -1,0 +1,163 @@
+"""Exact patches as work: each unit's live patches are run, its dead ones known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from patchsweep.batch import Batch, make_batches
+from patchsweep.errors import ModelError
+from patchsweep.plan import Ints, SitePlan
+from patchsweep.request import Request, device_of
+from patchsweep.results import shape_of
+from patchsweep.runner import Runner
+from patchsweep.store import Unit
+from patchsweep.work import Values
+
+
+class ExactWork:
+    """The raw patched metric of every patch of a site, in the site's own variable."""
+
+    def __init__(self, request: Request, runner: Runner) -> None:
+        self.request, self.runner = request, runner
+        self.plans = {plan.site.name: plan for plan in request.plans}
+        self.captures = Captures(request, runner)
+
+    def __contains__(self, variable: str) -> bool:
+        return variable in self.plans
+
+    def cost(self, unit: Unit) -> int:
+        """See `Work`."""
+        plan = self.plans[unit.variable]
+        patches = patches_of(plan, unit)
+        return int(plan.cost[patches][plan.live[patches]].sum())
+
+    def n_live(self, unit: Unit) -> int:
+        """See `Work`."""
+        plan = self.plans[unit.variable]
+        return int(plan.live[patches_of(plan, unit)].sum())
+
+    def values(self, unit: Unit) -> Values:
+        """See `Work`."""
+        plan = self.plans[unit.variable]
+        block = Block(plan, unit, len(self.request.metrics))
+        for captured, dead, live in split(plan, unit, self.captures):
+            block.put(dead, captured.base_of(plan, dead))
+            if len(live):
+                found = self.runner.run(captured.loaded, plan, live, self.request.metrics)
+                block.put(live, check_numbers(found.numpy(), plan, live))
+        return block.values()
+
+    def references(self, unit: Unit) -> tuple[Values, Values]:
+        """See `Work`."""
+        return references_of(self.captures, unit, len(self.request.metrics))
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A batch with what its runner loaded and its unpatched metrics."""
+
+    batch: Batch
+    loaded: Any  # the runner's own
+    base: Values  # [metric, pair of the batch]
+    source: Values  # [metric, pair of the batch]
+
+    def base_of(self, plan: SitePlan, patches: Ints) -> Values:
+        """The base metric of each patch's pair `[metric, patch]`."""
+        local = self.batch.local
+        return self.base[:, [local[p] for p in plan.pair[patches].tolist()]]
+
+
+class Captures:
+    """Captured batches, the last few kept: the units of a pair follow each other."""
+
+    def __init__(self, request: Request, runner: Runner, keep: int = 2) -> None:
+        self.request, self.runner, self.keep = request, runner, keep
+        self._kept: dict[tuple[int, ...], Captured] = {}
+
+    def of(self, pairs: range) -> Iterator[Captured]:
+        """The batches of `pairs`, one for each length."""
+        request = self.request
+        for batch in make_batches(
+            request.pairs, pairs, request.direction, request.read, device_of(request.bridge)
+        ):
+            if batch.pairs not in self._kept:
+                while len(self._kept) >= self.keep:
+                    self._kept.pop(next(iter(self._kept)))
+                loaded = self.runner.load(batch, request.intervention)
+                base, source = self.runner.references(loaded, request.metrics)
+                self._kept[batch.pairs] = Captured(
+                    batch, loaded, base.cpu().numpy(), source.cpu().numpy()
+                )
+            yield self._kept[batch.pairs]
+
+
+def split(
+    plan: SitePlan, unit: Unit, captures: Captures
+) -> Iterator[tuple[Captured, Ints, Ints]]:
+    """The unit's batches, each with its dead and its live patches."""
+    patches = patches_of(plan, unit)
+    for captured in captures.of(unit.pairs):
+        mine = patches[np.isin(plan.pair[patches], captured.batch.pairs)]
+        yield captured, mine[~plan.live[mine]], mine[plan.live[mine]]
+
+
+def references_of(captures: Captures, unit: Unit, n_metrics: int) -> tuple[Values, Values]:
+    """Base and source metric `[metric, pair]` of the unit's pairs."""
+    base, source = np.empty((2, n_metrics, len(unit.pairs)), np.float32)
+    for captured in captures.of(unit.pairs):
+        columns = [pair - unit.pairs.start for pair in captured.batch.pairs]
+        base[:, columns], source[:, columns] = captured.base, captured.source
+    return base, source
+
+
+def patches_of(plan: SitePlan, unit: Unit) -> Ints:
+    """The patches whose cells lie in the unit."""
+    inside = (plan.pair >= unit.pairs.start) & (plan.pair < unit.pairs.stop)
+    inside &= (plan.layer_set >= unit.layers.start) & (plan.layer_set < unit.layers.stop)
+    return np.flatnonzero(inside)
+
+
+def check_numbers(values: Values, plan: SitePlan, patches: Ints) -> Values:
+    """`values` `[metric, patch]` themselves.
+
+    Raises:
+        ModelError: one is NaN, which in a store would mean that it has not run.
+    """
+    bad = np.flatnonzero(np.isnan(values).any(axis=0))
+    if len(bad):
+        patch = patches[bad[0]]
+        pair, layer, pos, unit = np.unravel_index(int(plan.cell[patch]), plan.shape)
+        raise ModelError(
+            f"the patch of {plan.site.name} in pair {pair}, layers {plan.axes.layers[layer]}, "
+            f"position {pos}, unit {unit} gave NaN; check the values patched in and the metric, "
+            "or use float32"
+        )
+    return values
+
+
+class Block:
+    """The cells of one unit, as the store keeps them; NaN until put."""
+
+    def __init__(self, plan: SitePlan, unit: Unit, n_metrics: int) -> None:
+        self.plan, self.unit = plan, unit
+        self.shape = (len(unit.pairs), len(unit.layers), *plan.shape[2:])
+        self._cells = np.full((n_metrics, int(np.prod(self.shape))), np.nan, np.float32)
+
+    def put(self, patches: Ints, values: Values) -> None:
+        """Keep `values` `[metric, patch]`."""
+        pair, layer, pos, units = np.unravel_index(self.plan.cell[patches], self.plan.shape)
+        local = (pair - self.unit.pairs.start, layer - self.unit.layers.start, pos, units)
+        self._cells[:, np.ravel_multi_index(local, self.shape)] = values
+
+    def values(self) -> Values:
+        """The block, without the axes that the site does not have."""
+        n_metrics = len(self._cells)
+        shape = list(shape_of(self.plan, n_metrics))
+        shape[1] = self.shape[0]
+        if self.plan.site.layered:
+            shape[2] = self.shape[1]
+        return self._cells.reshape(shape)

@@ -1,0 +1,23 @@
+"""`python -m patchsweep.families [FILE]`: try every architecture, write the table."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from patchsweep.families.configs import left_out
+from patchsweep.families.page import page
+from patchsweep.families.table import compatibility_table, families_table
+
+
+def main(arguments: list[str]) -> None:
+    """Write the page to the file named, by default `docs/families.md`. Takes two minutes."""
+    path = Path(arguments[0] if arguments else "docs/families.md")
+    text = page(families_table(), compatibility_table(), left_out())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    sys.stdout.write(f"wrote {path}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,238 @@
+"""What edges of one batch of pairs share: the base and source runs, and what senders gain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.attribution.check import check_model
+from patchsweep.batch import Batch, make_batches, pair_shape
+from patchsweep.errors import ConfigError, MethodError
+from patchsweep.interventions import Direction, Intervention, ValueFn, get_intervention
+from patchsweep.metrics import Logits, Metric, compute, get_metrics
+from patchsweep.pairs import PromptPairs
+from patchsweep.paths.blocks import Blocks, Trace
+from patchsweep.paths.nodes import Nodes
+from patchsweep.request import MetricLike, device_of, model_shape
+from patchsweep.sites import SITES
+
+# what all senders of one batch write stays within this many bytes
+WRITE_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class Question:
+    """Whose edges, on which prompts, by which metrics; checked, nothing run."""
+
+    bridge: TransformerBridge
+    pairs: PromptPairs
+    metrics: tuple[Metric, ...]
+    intervention: Intervention
+    direction: Direction
+    read: int  # prompt position whose logits are read first; -1 is the last
+
+
+def ask(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    metrics: MetricLike | Sequence[MetricLike],
+    direction: Direction | None,
+    intervention: str | Intervention | float | Tensor | ValueFn,
+    read: int,
+) -> Question:
+    """The arguments that all kinds of edges share, checked.
+
+    Raises:
+        PatchsweepError: an argument breaks a rule; the text says which, and what to do.
+    """
+    one_metric = isinstance(metrics, str | Metric) or callable(metrics)
+    chosen = get_intervention(intervention)
+    if chosen.name == "shuffle":
+        raise MethodError(
+            "intervention=shuffle mixes the pairs of a batch, and edges take each pair by "
+            "itself; use resample with other pairs, zero or mean"
+        )
+    direction = chosen.default_direction if direction is None else direction
+    if direction not in ("denoising", "noising"):
+        raise ConfigError(
+            f"direction={direction!r} is not known; use 'denoising' (base is the corrupted "
+            "prompt) or 'noising' (base is the clean prompt)"
+        )
+    model_shape(model)
+    check_model(model)
+    for pair in pairs:
+        pair_shape(pair, direction, read)
+    return Question(
+        bridge=model,
+        pairs=pairs,
+        metrics=get_metrics([metrics] if one_metric else metrics),  # type: ignore
+        intervention=chosen,
+        direction=direction,
+        read=read,
+    )
+
+
+def nodes_of(model: TransformerBridge, parallel: tuple[bool, ...] | None = None) -> Nodes:
+    """The senders and readers of `model`; unless `parallel` is known, no block counts as such."""
+    shape = model_shape(model)
+    return Nodes(
+        n_layers=shape.n_layers,
+        n_heads=shape.n_heads,
+        n_kv_heads=shape.n_kv_heads,
+        parallel=parallel or (False,) * shape.n_layers,
+    )
+
+
+@dataclass(frozen=True)
+class Changes:
+    """New value minus base value of every sender, where it leaves the sender."""
+
+    embed: Float[Tensor, "pair pos d_model"]  # what enters the first block
+    z: tuple[Float[Tensor, "pair pos width"], ...]  # per layer, before W_O
+    mlp: tuple[Float[Tensor, "pair pos d_model"], ...]  # per layer, after a norm of its own
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One batch of pairs, its unpatched runs done."""
+
+    blocks: Blocks
+    nodes: Nodes
+    batch: Batch
+    metrics: tuple[Metric, ...]
+    base: Trace
+    source: Trace
+    changes: Changes
+    start: int  # the first position where any sender gains anything
+
+    def score(
+        self, logits: Float[Tensor, "row read d_vocab"], pair: Tensor
+    ) -> Float[Tensor, "metric row"]:
+        """Every metric of every row; row i is a run of `pair[i]`."""
+        answer, wrong = (
+            logits.gather(2, x[pair].unsqueeze(-1)).squeeze(-1)
+            for x in (self.batch.answer, self.batch.wrong)
+        )
+        base, source = (x.logits.detach()[pair] for x in (self.base, self.source))
+        return compute(self.metrics, Logits(answer, wrong, logits, base, source))
+
+    @torch.no_grad()
+    def references(self) -> tuple[Float[Tensor, "metric pair"], Float[Tensor, "metric pair"]]:
+        """The metrics of the base and of the source runs."""
+        pair = torch.arange(self.base.n_pairs, device=self.batch.base.device)
+        return self.score(self.base.logits.detach(), pair), self.score(self.source.logits, pair)
+
+    @torch.no_grad()
+    def writes(self, trace: Trace, *, exact: bool) -> Float[Tensor, "pair sender pos d_model"]:
+        """What the residual stream gains by each sender's change, from `start` on, fp32.
+
+        `exact`: through a norm after attention as it is, else linearised at `trace`. Without
+        such a norm there is no difference.
+        """
+        n_pairs, n_heads = trace.n_pairs, self.nodes.n_heads
+        every = torch.arange(n_pairs, device=trace.resid[0].device)
+        rows = every.repeat(n_heads)
+        found = [self.changes.embed.unsqueeze(1)]
+        for layer in range(self.nodes.n_layers):
+            gained = self.blocks.head_writes(layer, self.changes.z[layer], n_heads).flatten(0, 1)
+            heads = (
+                self.blocks.exact_head_writes(layer, gained, trace, rows)
+                if exact
+                else self.blocks.push(layer, "attn", gained, trace, rows)
+            )
+            found.append(heads.unflatten(0, (n_heads, n_pairs)).transpose(0, 1))
+            mlp = self.blocks.push(layer, "mlp_out", self.changes.mlp[layer], trace, every)
+            found.append(mlp.unsqueeze(1))
+        return torch.cat([x[:, :, self.start :].float() for x in found], dim=1)
+
+
+def scenes(question: Question, *, gradient: bool = False) -> Iterator[Scene]:
+    """The pairs of `question` in batches whose writes fit the memory.
+
+    With `gradient` the base run is part of a graph that starts where the first block does.
+
+    Raises:
+        MethodError: the model's blocks cannot be taken apart.
+    """
+    blocks = Blocks(question.bridge)
+    nodes = nodes_of(question.bridge, blocks.parallel())
+    _prepare(question, blocks)
+    device = device_of(question.bridge)
+    longest = max(len(pair) for pair in question.pairs)
+    size = 4 * len(nodes.senders) * longest * int(question.bridge.cfg.d_model)
+    n_pairs = max(1, WRITE_BYTES // size)
+    for first in range(0, len(question.pairs), n_pairs):
+        numbers = range(first, min(first + n_pairs, len(question.pairs)))
+        for batch in make_batches(
+            question.pairs, numbers, question.direction, question.read, device
+        ):
+            yield _scene(question, blocks, nodes, batch, gradient)
+
+
+def _scene(
+    question: Question, blocks: Blocks, nodes: Nodes, batch: Batch, gradient: bool
+) -> Scene:
+    base = blocks.trace(batch.base, batch.reads, gradient=gradient)
+    source = blocks.trace(batch.source, batch.reads)
+    if base.q[0].shape[1] != nodes.n_heads or base.k[0].shape[1] != nodes.n_kv_heads:
+        raise MethodError(
+            f"attention of {question.bridge.cfg.model_name} has {base.q[0].shape[1]} query and "
+            f"{base.k[0].shape[1]} key heads where its configuration says {nodes.n_heads} and "
+            f"{nodes.n_kv_heads}; sweep its sites with method=exact instead"
+        )
+    start = 0
+    if question.intervention.from_source:
+        start = int((batch.base != batch.source).any(dim=0).int().argmax())
+    return Scene(
+        blocks=blocks,
+        nodes=nodes,
+        batch=batch,
+        metrics=question.metrics,
+        base=base,
+        source=source,
+        changes=_changes(question.intervention, base, source),
+        start=start,
+    )
+
+
+@torch.no_grad()
+def _changes(intervention: Intervention, base: Trace, source: Trace) -> Changes:
+    b, s = _activations(base), _activations(source)
+
+    def change(site: str, layer: int) -> Tensor:
+        old = b[site][layer]
+        return intervention.values(SITES[site], layer, old, s[site][layer]) - old
+
+    layers = range(len(base.z))
+    return Changes(
+        embed=change("embed", 0),
+        z=tuple(change("z", layer) for layer in layers),
+        mlp=tuple(change("mlp_out", layer) for layer in layers),
+    )
+
+
+def _activations(trace: Trace) -> Mapping[str, Sequence[Tensor]]:
+    layers = range(len(trace.z))
+    return {
+        "embed": [trace.resid[0].detach()],
+        "z": [z.detach() for z in trace.z],
+        "mlp_out": [trace.part(layer, "mlp_out").detach() for layer in layers],
+    }
+
+
+def _prepare(question: Question, blocks: Blocks) -> None:
+    """Let the intervention see the clean prompts."""
+    clean: dict[int, list[tuple[int, ...]]] = {}
+    for pair in question.pairs:
+        prompt = (*pair.clean, *pair.answer[:-1])
+        clean.setdefault(len(prompt), []).append(prompt)
+    device = device_of(question.bridge)
+    question.intervention.prepare(
+        {length: torch.tensor(prompts, device=device) for length, prompts in clean.items()},
+        lambda tokens: _activations(blocks.trace(tokens, [-1])),
+    )
