@@ -18,7 +18,9 @@ import pytest
 import torch
 import transformer_lens.patching as tl_patching
 from conftest import Subject, machine, matmul_peak
+from patchsweep.models.embedded import embedded_folder
 from patchsweep.request import make_request
+from transformers import AutoModelForCausalLM
 
 SITES = {"resid_pre": "resid_pre", "z": "z"}
 # fp32 logits of order 20; every contender sums in another order
@@ -146,3 +148,38 @@ def _record(benchmark, patches: int, timed: int, token_layers: int, difference: 
         patches_per_second=timed / benchmark.stats.stats.median,
         largest_difference=difference,
     )
+
+
+def bench_nnsight(benchmark, subject: Subject, cells: dict) -> None:
+    """nnsight with batched invokes: one forward pass per layer, one invoke per position.
+
+    It runs the plain Hugging Face modules, which are faster than a bridge's; same weights.
+    """
+    nnsight = pytest.importorskip("nnsight", reason="pip install nnsight to measure it too")
+    folder = embedded_folder("smollm2-135m")
+    hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = nnsight.LanguageModel(hf_model, tokenizer=subject.model.tokenizer)
+    layers, length = range(0, subject.model.cfg.n_layers, 3), subject.clean.shape[1]
+
+    @torch.no_grad()
+    def run(layers: range = layers) -> np.ndarray:
+        values = []
+        for layer in layers:
+            with model.trace(subject.clean):
+                source = model.model.layers[layer].input.save()
+            with model.trace() as tracer:
+                logits = list().save()  # noqa: C408  # a call, so that nnsight can keep it
+                for pos in range(length):
+                    with tracer.invoke(subject.corrupted):
+                        model.model.layers[layer].input[:, pos] = source[:, pos]
+                        logits.append(model.lm_head.output[:, -1])
+            values.append([float(x[0, subject.answer] - x[0, subject.wrong]) for x in logits])
+        return np.array(values)
+
+    run(range(1))
+    values = _timed(benchmark, run)
+    index = np.ix_(list(layers), range(length))
+    difference = _check(cells, subject, "resid_pre", values, index)
+    benchmark.extra_info["site"] = "resid_pre"
+    total, timed = subject.model.cfg.n_layers * length, len(layers) * length
+    _record(benchmark, total, timed, timed * subject.model.cfg.n_layers * length, difference)

@@ -11,11 +11,17 @@ from pathlib import Path
 from typing import Any
 
 
+def site_of(benchmark: dict[str, Any]) -> str:
+    """The site that a benchmark swept."""
+    site: str = (benchmark["params"] or benchmark["extra_info"])["site"]
+    return site
+
+
 def table(result: dict[str, Any]) -> str:
     """One row per contender; speeds are patches per second within this one run."""
     rows = [b for b in result["benchmarks"] if "patches_per_second" in b["extra_info"]]
     ours = {
-        b["params"]["site"]: b["extra_info"]["patches_per_second"]
+        site_of(b): b["extra_info"]["patches_per_second"]
         for b in rows
         if b["name"].startswith("bench_patchsweep")
     }
@@ -24,10 +30,8 @@ def table(result: dict[str, Any]) -> str:
         "| largest difference |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for b in sorted(
-        rows, key=lambda b: (b["params"]["site"], -b["extra_info"]["patches_per_second"])
-    ):
-        info, site = b["extra_info"], b["params"]["site"]
+    for b in sorted(rows, key=lambda b: (site_of(b), -b["extra_info"]["patches_per_second"])):
+        info, site = b["extra_info"], site_of(b)
         name = b["name"].partition("[")[0].removeprefix("bench_").replace("_", " ")
         ratio = ours[site] / info["patches_per_second"]
         timed = f"{info['timed_patches']} of {info['patches']}"

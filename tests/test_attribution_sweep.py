@@ -104,9 +104,7 @@ def test_estimates_of_a_small_step_are_its_effect() -> None:
         effect = (ds[site] - ds.base_metric).values
         # a thousandth of an effect of order one, against fp32 logits of order ten
         for method in ("atp", "ig"):
-            np.testing.assert_allclose(
-                ds[f"{site}_{method}"].values, effect, atol=3e-5, rtol=0.02
-            )
+            np.testing.assert_allclose(ds[f"{site}_{method}"].values, effect, atol=3e-5, rtol=0.02)
 
 
 def test_mean_ablation_uses_the_mean_of_the_clean_prompts() -> None:

@@ -238,11 +238,11 @@ def test_direct_paths_equal_transformer_lens(family: str, kind: Any) -> None:
 
 
 def test_integrated_edges_of_the_embeddings_sum_to_the_whole_effect() -> None:
-    name = "tiny:gemma2"
+    name = "tiny:gpt2"  # of the tiny models the one whose path is smooth
     found = edges(model(name), demo_pairs(name), steps=24)
     total = float(found["edge_eap_ig"].sel(sender="embed").sum(skipna=True))
     effect = float((found["source_metric"] - found["base_metric"]).sum())
-    assert total == pytest.approx(effect, abs=0.01)  # 24 nodes on a wavy path
+    assert total == pytest.approx(effect, abs=1e-4)
 
 
 def test_pairs_of_several_lengths_equal_each_alone() -> None:
@@ -262,7 +262,10 @@ def test_pairs_of_several_lengths_equal_each_alone() -> None:
         np.testing.assert_allclose(together["edge"][:, i], by_itself["edge"][:, 0], atol=1e-4)
         own = edges(bridge, alone, metrics)["edge_eap"]
         np.testing.assert_allclose(scores["edge_eap"][:, i], own[:, 0], atol=1e-3, equal_nan=True)
-        np.testing.assert_allclose(scores["base_metric"][:, i], by_itself["base_metric"][:, 0], atol=1e-4)
+        for reference in ("base_metric", "source_metric"):
+            np.testing.assert_allclose(
+                scores[reference][:, i], by_itself[reference][:, 0], atol=1e-4
+            )
 
 
 def test_mean_ablated_edges_read_the_mean_of_the_clean_prompts() -> None:
@@ -291,7 +294,8 @@ def test_screen_verifies_the_highest_estimates() -> None:
     assert found.sizes["edge"] == 12
     ranked = np.abs(found["edge_estimate"].values[0, 0])
     assert (np.diff(ranked) <= 0).all()
-    assert ranked[-1] == pytest.approx(np.sort(np.abs(found["edge_eap"].values[np.isfinite(found["edge_eap"])]))[-12])
+    every = np.abs(found["edge_eap"].values)
+    assert ranked[-1] == np.sort(every[np.isfinite(every)])[-12]
     labels = list(zip(found["edge_sender"].values, found["edge_reader"].values, strict=True))
     again = exact_edges(model(name), demo_pairs(name), labels)
     np.testing.assert_allclose(found["edge"], again["edge"], atol=1e-5)
@@ -300,8 +304,8 @@ def test_screen_verifies_the_highest_estimates() -> None:
 def test_weights_take_gradients_again_afterwards() -> None:
     bridge = model("tiny:llama")
     before = [p.requires_grad for p in bridge.original_model.parameters()]
-    with pytest.raises(MethodError):
-        edges(bridge, demo_pairs("tiny:llama"), metrics=lambda logits: logits.argmax(-1)[:, 0].float())
+    with pytest.raises(MetricError, match="one number per row"):
+        edges(bridge, demo_pairs("tiny:llama"), metrics=lambda logits: logits[:, 0])
     edges(bridge, demo_pairs("tiny:llama"))
     assert [p.requires_grad for p in bridge.original_model.parameters()] == before
 

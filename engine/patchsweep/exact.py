@@ -95,9 +95,7 @@ class Captures:
             yield self._kept[batch.pairs]
 
 
-def split(
-    plan: SitePlan, unit: Unit, captures: Captures
-) -> Iterator[tuple[Captured, Ints, Ints]]:
+def split(plan: SitePlan, unit: Unit, captures: Captures) -> Iterator[tuple[Captured, Ints, Ints]]:
     """The unit's batches, each with its dead and its live patches."""
     patches = patches_of(plan, unit)
     for captured in captures.of(unit.pairs):

@@ -23,7 +23,6 @@ from patchsweep.exact import (
     references_of,
     split,
 )
-from patchsweep.interventions import Custom
 from patchsweep.plan import Ints, SitePlan
 from patchsweep.probe import Choice
 from patchsweep.request import Request, blocks_of
@@ -33,8 +32,8 @@ from patchsweep.waves import WaveRunner
 from patchsweep.work import Values
 
 # patches of a unit that are run again in fp32: its largest effects, and a random sample
-N_LARGEST = 32
-N_SAMPLE = 16
+N_LARGEST = 24
+N_SAMPLE = 8
 SUFFIX, NOISE = "_bf16", "_noise"
 
 
@@ -148,10 +147,9 @@ class ProvenWork:
         """Largest |change| per metric and pair when runs are patched with their own values."""
         metrics = self.request.metrics
         noise = np.zeros((len(metrics), len(unit.pairs)), np.float32)
-        itself = Custom(lambda site, layer, base, source: base, name="itself")
         whole = Unit(plan.site.name, 0, 0, unit.pairs, range(plan.shape[1]))
         for captured, _, live in split(plan, whole, self.captures):
-            loaded = self.runner.load(captured.batch, itself)
+            loaded = self.runner.with_own_values(captured.loaded)
             rng = np.random.default_rng(_seed(plan, unit))
             for pair in captured.batch.pairs:
                 mine = live[plan.pair[live] == pair]

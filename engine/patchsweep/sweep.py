@@ -151,9 +151,7 @@ def sweep(
         return sink.dataset()
 
 
-def _works(
-    request: Request, asked: Asked, choice: Choice, bf16_tokens: int | None
-) -> list[Work]:
+def _works(request: Request, asked: Asked, choice: Choice, bf16_tokens: int | None) -> list[Work]:
     """Who fills which variables; the first that tells the unpatched metrics is the one asked."""
     if asked.screen is not None:
         return [ScreenWork(request, choice, asked.screen)]

@@ -78,9 +78,7 @@ class Share:
             )
 
 
-def run_work(
-    works: Sequence[Work], sink: Memory | Store, progress: Progress, share: Share
-) -> None:
+def run_work(works: Sequence[Work], sink: Memory | Store, progress: Progress, share: Share) -> None:
     """Fill every unit of the `share` that `sink` still misses.
 
     Units that another process holds are waited for, and taken over if it dies.

@@ -92,7 +92,8 @@ def recompute(store: Store, n_cells: int, seed: int | None, console: Console) ->
     by_unit: dict[Unit, list[int]] = defaultdict(list)
     for cell in sample:
         by_unit[cell.unit].append(cell.patch)
-    tolerance = TOLERANCE.get(provenance["dtype"], 1e-3)
+    dtype = "bfloat16" if config.precision == "bf16" else provenance["dtype"]
+    tolerance = TOLERANCE.get(dtype, 1e-3)
     problems, worst, n_again = [], 0.0, 0
     screened = "screen" in store.attrs
     for unit, patches in by_unit.items():

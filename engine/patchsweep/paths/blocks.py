@@ -161,9 +161,7 @@ class Blocks:
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(gradient))
             for block in self.replica.blocks:
-                stack.callback(
-                    block.register_forward_pre_hook(entering, with_kwargs=True).remove
-                )
+                stack.callback(block.register_forward_pre_hook(entering, with_kwargs=True).remove)
             for o in self._o:
                 stack.enter_context(watch(Point(o, "in"), lambda z: trace.z.append(z)))
             for key, module in self._modules.items():
@@ -198,7 +196,12 @@ class Blocks:
         return tuple(found)
 
     def qkv_of(
-        self, layer: int, x: Float[Tensor, "row pos d_model"], trace: Trace, pair: Tensor, start: int = 0
+        self,
+        layer: int,
+        x: Float[Tensor, "row pos d_model"],
+        trace: Trace,
+        pair: Tensor,
+        start: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q, k (after rotary) and v `[row, head, pos, d]` of a block that reads the stream `x`.
 
@@ -244,7 +247,12 @@ class Blocks:
 
     @torch.no_grad()
     def push(
-        self, layer: int, part: Part, tangent: Float[Tensor, "row pos d_model"], trace: Trace, pair: Tensor
+        self,
+        layer: int,
+        part: Part,
+        tangent: Float[Tensor, "row pos d_model"],
+        trace: Trace,
+        pair: Tensor,
     ) -> Float[Tensor, "row pos d_model"]:
         """What the stream gains, to first order at `trace`, when `part` gains `tangent`.
 

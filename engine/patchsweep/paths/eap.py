@@ -150,7 +150,9 @@ def _reader_gradients(
     found = [[] for _ in gradients]  # type: list[list[Tensor]]
     per_pass = max(1, MAX_TOKENS // stream[..., 0].numel())
     for part in _head_readers(scene, layer, per_pass):
-        for kept, rows in zip(found, _head_gradients(scene, trace, gradients, layer, part), strict=True):
+        for kept, rows in zip(
+            found, _head_gradients(scene, trace, gradients, layer, part), strict=True
+        ):
             kept.append(rows)
     for i, (kept, g) in enumerate(zip(found, gradients, strict=True)):
         cotangent = g.mlp[layer].reshape(trace.n_pairs, trace.length, -1)[:, start:]
@@ -179,9 +181,7 @@ def _head_gradients(
     with torch.enable_grad():
         x = trace.resid[layer].detach()[pair, start:].requires_grad_()
         qkv = scene.blocks.qkv_of(layer, x, trace, pair, start)
-        by_kind = {
-            kind: t.unflatten(0, (n, n_pairs)) for kind, t in zip("qkv", qkv, strict=True)
-        }
+        by_kind = {kind: t.unflatten(0, (n, n_pairs)) for kind, t in zip("qkv", qkv, strict=True)}
         own = [by_kind[kind][i, :, head] for i, (kind, head) in enumerate(readers)]
     found = []
     for i, g in enumerate(gradients):

@@ -174,9 +174,7 @@ def scenes(question: Question, *, gradient: bool = False) -> Iterator[Scene]:
             yield _scene(question, blocks, nodes, batch, gradient)
 
 
-def _scene(
-    question: Question, blocks: Blocks, nodes: Nodes, batch: Batch, gradient: bool
-) -> Scene:
+def _scene(question: Question, blocks: Blocks, nodes: Nodes, batch: Batch, gradient: bool) -> Scene:
     base = blocks.trace(batch.base, batch.reads, gradient=gradient)
     source = blocks.trace(batch.source, batch.reads)
     if base.q[0].shape[1] != nodes.n_heads or base.k[0].shape[1] != nodes.n_kv_heads:

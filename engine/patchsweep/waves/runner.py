@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -17,7 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.batch import Batch
 from patchsweep.errors import ModelError
-from patchsweep.interventions import Custom, Intervention
+from patchsweep.interventions import Custom, Intervention, Resample
 from patchsweep.metrics import Logits, Metric, compute
 from patchsweep.plan import Ints, SitePlan, Wave
 from patchsweep.sites import Site
@@ -92,6 +92,17 @@ class WaveRunner:
             },
             base_resid=base.resid[-1][:, reads],
             source_resid=source.resid[-1][:, reads],
+        )
+
+    def with_own_values(self, loaded: Loaded) -> Loaded:
+        """The same batch, patched with the values that the base run has anyway."""
+        base = loaded.base
+        return replace(
+            loaded,
+            donors={
+                name: self._donors(point, Resample(), base, base)
+                for name, point in self.points.items()
+            },
         )
 
     def references(
