@@ -24,12 +24,13 @@ from pathlib import Path
 
 import patchsweep as ps
 import xarray as xr
-from patchsweep.attribution import IntegratedSite
+from patchsweep.attribution import IntegratedInputs, IntegratedSite
 from patchsweep.compare import Agreement, compare
 from patchsweep.tasks import load_task
 
 WHOLE = ["resid_pre", "attn_out", "mlp_out"]
-CHEAP = ["atp", "relp", "relp_ah", "ig_inputs"]
+INPUT_STEPS = 5
+CHEAP = ["atp", "relp", "relp_ah", IntegratedInputs(INPUT_STEPS)]
 # named positions at which single heads are patched: from the first token that differs on
 POSITIONS = {
     "ioi": ["S2", "end"],
@@ -96,7 +97,7 @@ def study(
             pairs,
             ["q", "k"],
             positions=positions,
-            method=["exact", "atp", "atp_star", "relp", "ig_inputs"],
+            method=["exact", "atp", "atp_star", "relp", IntegratedInputs(INPUT_STEPS)],
             store=folder / "queries.zarr",
         )
         found += compare(moved.load()).sites

@@ -360,7 +360,7 @@ def test_a_heads_edge_to_a_parallel_mlp_is_an_error() -> None:
 
 @pytest.mark.parametrize("top", [0, 191])
 def test_screening_more_edges_than_there_are_is_an_error(top: int) -> None:
-    with pytest.raises(PlanError, match="use 1..190"):
+    with pytest.raises(PlanError, match=r"use 1\.\.190"):
         screen_edges(model("tiny:llama"), demo_pairs("tiny:llama"), top=top)
 
 

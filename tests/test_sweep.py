@@ -204,7 +204,7 @@ def test_out_of_memory_halves_the_wave_and_loses_nothing(monkeypatch, caplog) ->
 def test_nan_in_activations_is_reported_with_its_first_place() -> None:
     bridge = ps.load_model(NAME)
     weight = dict(bridge.original_model.named_parameters())
-    name = next(n for n in weight if "layers.1" in n and "down_proj" in n or "1.mlp.out" in n)
+    name = next(n for n in weight if "1.mlp.out" in n or "layers.1.mlp.down_proj" in n)
     with torch.no_grad():
         weight[name].fill_(float("nan"))
     with pytest.raises(ModelError, match="first in block 2's input at position 0"):
@@ -219,7 +219,7 @@ def test_any_hook_point_can_be_swept_by_its_full_name() -> None:
     np.testing.assert_allclose(
         one["blocks_1_hook_mlp_out"], found["mlp_out"].sel(layer=1), atol=1e-4
     )
-    with pytest.raises(SiteError, match="no hook blocks.9"):
+    with pytest.raises(SiteError, match=r"no hook blocks\.9"):
         ps.sweep(model(NAME), demo_pairs(NAME), "blocks.9.hook_mlp_out")
     with pytest.raises(SiteError, match=r"not \[batch, pos"):
         ps.sweep(model(NAME), demo_pairs(NAME), "blocks.1.attn.hook_attn_scores")
@@ -234,3 +234,38 @@ def test_result_of_a_head_is_patched_as_its_z(intervention: str) -> None:
         model(NAME), demo_pairs(NAME), "result", intervention=intervention, runner="hooked"
     )
     np.testing.assert_allclose(hooked["result"], ds["z"], atol=1e-4)
+
+
+@pytest.mark.parametrize("intervention", ["resample", "zero"])
+def test_single_cells_of_the_pattern(intervention: str) -> None:
+    arguments = {"intervention": intervention, "layers": [1, 2], "positions": [3, 11, 16]}
+    found = [
+        ps.sweep(model(NAME), demo_pairs(NAME), "pattern_cell", runner=runner, **arguments)
+        for runner in ("wave", "hooked")
+    ]
+    assert found[0]["pattern_cell"].dims == ("metric", "pair", "layer", "pos", "head", "src")
+    np.testing.assert_allclose(found[0]["pattern_cell"], found[1]["pattern_cell"], atol=1e-4)
+    effect = found[0]["pattern_cell"] - found[0].base_metric
+    assert float(abs(effect).max()) > 1e-2
+    assert float(abs(effect.sel(pos=3, src=slice(4, None))).max()) == 0  # causality
+
+
+def test_bf16_sweep_proves_itself() -> None:
+    exact = ps.sweep(model(NAME), demo_pairs(NAME), "z")
+    fast = ps.sweep(model(NAME), demo_pairs(NAME), "z", precision="bf16")
+    error = abs(fast["z_bf16"] - exact["z"])
+    assert 1e-6 < float(error.max()) < 0.5  # bf16 has 8 bits; logits of order 10
+    again = fast["z"] != fast["z_bf16"]
+    assert 8 <= int(again.sum()) <= 40
+    np.testing.assert_allclose(fast["z"].values[again], exact["z"].values[again], atol=1e-5)
+    assert 0 < float(fast["z_noise"].max()) < 0.5
+    largest = np.argsort(-abs(exact["z"] - exact.base_metric).values.ravel())[:10]
+    top = np.argsort(-abs(fast["z"] - fast.base_metric).values.ravel())[:10]
+    assert set(largest) == set(top)
+
+
+def test_bf16_needs_the_wave_runner() -> None:
+    with pytest.raises(ConfigError, match="precision=bf16 needs the wave runner"):
+        ps.sweep(model(NAME), demo_pairs(NAME), "z", precision="bf16", runner="hooked")
+    with pytest.raises(ConfigError, match="precision='fp8' is not known"):
+        ps.sweep(model(NAME), demo_pairs(NAME), "z", precision="fp8")

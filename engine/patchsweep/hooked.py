@@ -72,7 +72,7 @@ class HookedRunner:
             SiteError: a hook never fires, or fires where a new value changes nothing.
         """
         self._run(tokens)
-        if not any(site.name == "pattern" for site in self.sites):
+        if not any(site.is_pattern for site in self.sites):
             return
         # bridges that leave attention to the model show its pattern only afterwards
         hooks = [
@@ -131,13 +131,13 @@ class HookedRunner:
                     "patch there would do nothing; leave the site out"
                 )
             layers = [kept[name] for name in self._hooks(site)]
-            if site.name != "pattern" and layers[0].shape[:2] != tokens.shape:
+            if not site.is_pattern and layers[0].shape[:2] != tokens.shape:
                 raise SiteError(
                     f"site {site.name}: its activation has the shape {tuple(layers[0].shape)}, "
                     "which is not [batch, pos, ...]; leave the site out"
                 )
             self._check_heads(site, layers[0])
-            if site.name != "pattern":
+            if not site.is_pattern:
                 layers = [x.reshape(*tokens.shape, -1) for x in layers]
             found[site.name] = layers
         return logits, found
@@ -145,7 +145,7 @@ class HookedRunner:
     def _check_heads(self, site: Site, x: Tensor) -> None:
         """Refuse a hook that cuts `x` elsewhere than between heads (seen with latent attention)."""
         n_heads = int(self.bridge.cfg.n_heads)
-        if site.unit != "head" or site.name == "pattern" or x.ndim != 4 or x.shape[2] == n_heads:
+        if site.unit != "head" or site.is_pattern or x.ndim != 4 or x.shape[2] == n_heads:
             return
         raise SiteError(
             f"site {site.name}: its hook sees {x.shape[2]} parts where the model has {n_heads} "
@@ -223,7 +223,11 @@ class HookedRunner:
             for i, row in enumerate(rows.tolist()):
                 span = slice(int(plan.start[row]), int(plan.stop[row]))
                 which = slice(None) if units is None else list(units[plan.unit_set[row]])
-                if plan.site.name == "pattern":
+                if plan.axes.n_sources:
+                    src = int(plan.unit_set[row]) % plan.axes.n_sources
+                    x[i, which, span, src] = donor[pair[i], which, span, src].to(x)
+                    continue
+                if plan.site.is_pattern:
                     x[i, which, span] = donor[pair[i], which, span].to(x)
                     continue
                 target = x[i].reshape(x.shape[1], -1) if x.ndim == 4 else x[i]

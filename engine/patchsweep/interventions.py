@@ -90,15 +90,15 @@ class Mean:
     def _add(self, name: str, layer: int, length: int, x: Tensor) -> None:
         total, count = x.sum(dim=0), len(x)
         key = (name, layer, length)
-        if self.per == "all" and name != "pattern":
+        if self.per == "all" and not name.startswith("pattern"):
             total, count = total.sum(dim=0), count * length
             key = (name, layer, 0)
         old_total, old_count = self._sums.get(key, (torch.zeros_like(total), 0))
         self._sums[key] = (old_total + total, old_count + count)
 
     def values(self, site: Site, layer: int, base: Tensor, source: Tensor) -> Tensor:
-        length = base.shape[-2] if site.name == "pattern" else base.shape[1]
-        over_all = self.per == "all" and site.name != "pattern"
+        length = base.shape[-2] if site.is_pattern else base.shape[1]
+        over_all = self.per == "all" and not site.is_pattern
         total, count = self._sums[(site.name, layer, 0 if over_all else length)]
         mean = (total / count).to(base)
         return mean.expand_as(base)

@@ -64,6 +64,7 @@ class Axes:
     layers: tuple[tuple[int, ...], ...]  # layers patched together
     positions: tuple[int | str, ...] | None  # an index, or a label; None: all positions at once
     units: tuple[tuple[int, ...], ...] | None  # heads (or neurons) patched together; None: all
+    n_sources: int = 0  # of pattern_cell: each of the units stands once for every source position
 
 
 @dataclass(frozen=True)
@@ -254,6 +255,9 @@ def plan_site(
     span_diffs = n_diff[pair_col, stop_col] - n_diff[pair_col, first_col]
     only_last = np.array([set(layers) == {model.n_layers - 1} for layers in axes.layers])
     only_first = np.array([set(layers) == {0} for layers in axes.layers])
+    if axes.n_sources:
+        source = unit_col % axes.n_sources
+        dead |= source > first_col  # causality: nothing attends to what follows it
     if site.reach == "token":
         dead |= only_last[layer_col] & (span_reads == 0)
     start_col = first_col

@@ -90,11 +90,20 @@ def make_request(
     plans = []
     for site in chosen_sites:
         units = _unit_sets(site, shape, heads, neurons)
+        n_sources = 0
+        if site.name == "pattern_cell":
+            if units is None or position_axis is None:
+                raise PlanError(
+                    "site pattern_cell patches single cells (dest, src); use the site pattern for "
+                    "whole rows, heads='all' or positions='all'"
+                )
+            n_sources = max(p.length for p in pair_shapes)
+            units = tuple(unit for unit in units for _ in range(n_sources))
         layer_sets = _sets(layers, shape.n_layers) if site.layered else ((0,),)
         plans.append(
             plan_site(
                 site,
-                Axes(layers=layer_sets, positions=position_axis, units=units),
+                Axes(layer_sets, position_axis, units, n_sources),
                 shape,
                 pair_shapes,
                 resample=chosen.from_source,

@@ -101,12 +101,15 @@ def dims_of(plan: SitePlan) -> tuple[str, ...]:
     if plan.axes.units is not None:
         assert plan.site.unit is not None
         dims.append(plan.site.unit)
+    if plan.axes.n_sources:
+        dims.append("src")
     return tuple(dims)
 
 
 def shape_of(plan: SitePlan, n_metrics: int) -> tuple[int, ...]:
     """Sizes of the axes `dims_of`."""
     n_pairs, n_layers, n_pos, n_units = plan.shape
+    n_units //= plan.axes.n_sources or 1
     sizes = {
         "metric": n_metrics,
         "pair": n_pairs,
@@ -115,6 +118,7 @@ def shape_of(plan: SitePlan, n_metrics: int) -> tuple[int, ...]:
         "head": n_units,
         "kv_head": n_units,
         "neuron": n_units,
+        "src": plan.axes.n_sources,
     }
     return tuple(sizes[dim] for dim in dims_of(plan))
 
@@ -144,7 +148,10 @@ def _coords(request: Request) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
             coords["layer"] = (("layer",), _labels(axes.layers))
         if axes.units is not None:
             assert plan.site.unit is not None
-            coords[plan.site.unit] = ((plan.site.unit,), _labels(axes.units))
+            units = axes.units[:: axes.n_sources or 1]
+            coords[plan.site.unit] = ((plan.site.unit,), _labels(units))
+        if axes.n_sources:
+            coords["src"] = (("src",), np.arange(axes.n_sources))
     positions = request.plans[0].axes.positions
     if positions is not None:
         every_index = all(isinstance(position, int) for position in positions)

@@ -25,6 +25,12 @@ class Site:
     from_token: bool = False  # at layer 0 it depends on the token and its position alone
     named: bool = False  # a hook point given by its full name: the hooked runner's
 
+    @property
+    def is_pattern(self) -> bool:
+        """Whether its activation is `[pair, head, dest, src]`; a patch replaces whole rows
+        `[dest]` of it, or single cells of `pattern_cell`."""
+        return self.hook == "attn.hook_pattern"
+
     def hook_name(self, layer: int) -> str:
         """The full TransformerLens hook name at `layer`."""
         return f"blocks.{layer}.{self.hook}" if self.layered else self.hook
@@ -58,6 +64,7 @@ SITES: dict[str, Site] = {
         _site("rot_q", "attn.hook_rot_q", "head", in_attention=True, from_token=True),
         _site("rot_k", "attn.hook_rot_k", "kv_head", "suffix", in_attention=True, from_token=True),
         _site("pattern", "attn.hook_pattern", "head", in_attention=True),
+        _site("pattern_cell", "attn.hook_pattern", "head", in_attention=True),
         _site("result", "attn.hook_result", "head"),
         _site("mlp_post", "mlp.hook_post", "neuron"),
         _site("embed", "hook_embed", reach="suffix", layered=False, from_token=True),

@@ -34,6 +34,7 @@ SITE_WORDS = {
     "rot_q": "Queries after rotary, per head",
     "rot_k": "Keys after rotary, per key head",
     "pattern": "Attention pattern, per head",
+    "pattern_cell": "Attention pattern, per head and source",
     "mlp_post": "MLP neurons",
 }
 """Site names and what they are, in words, in the order in which reports show them."""

@@ -85,6 +85,11 @@ def check_metric(metric: Metric, method: Method) -> None:
 
 
 def _check_plan(plan: SitePlan, method: Method) -> None:
+    if plan.site.name == "pattern_cell":
+        raise MethodError(
+            "single cells of the pattern are estimated by patchsweep.attribution.patterns, all at "
+            "once; use it, or method=exact"
+        )
     together = [layers for layers in plan.axes.layers if len(layers) > 1]
     if plan.site.layered and together:
         raise MethodError(

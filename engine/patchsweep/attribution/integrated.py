@@ -146,7 +146,7 @@ class IntegratedInputs:
     Not complete per component, see the module's docstring.
     """
 
-    n_steps: int = 5
+    n_steps: int = 10
     name: str = "ig_inputs"
     at_base: bool = False
 

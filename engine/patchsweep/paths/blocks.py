@@ -293,8 +293,10 @@ class Blocks:
         point = Point(self._modules[layer, "attn_out"], "out")
         with watch(point, lambda x: seen.append(x.reshape(gained.shape))):
             x = trace.resid[layer][pair]
-            fixed = {p: trace.part(layer, p)[pair] for p in ("mlp", "mlp_out")}
-            with self._fixed(layer, {**fixed, "attn": base + gained}, trace):
+            fixed: dict[Part, Tensor] = {"attn": base + gained}
+            for part in ("mlp", "mlp_out"):
+                fixed[part] = trace.part(layer, part)[pair]
+            with self._fixed(layer, fixed, trace):
                 self._call(layer, x, trace, pair, 0)
         change = seen[0] - trace.part(layer, "attn_out")[pair]
         return self.push(layer, "attn_out", change, trace, pair)

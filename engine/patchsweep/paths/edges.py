@@ -130,9 +130,8 @@ def screen_edges(
     nodes = nodes_of(model)
     verified = _exact(question, [nodes.edge((str(u), str(v))) for u, v in zip(*ends, strict=True)])
     estimate = scores[name].values[:, :, at[0], at[1]]
-    return verified.assign(
-        edge_estimate=(("metric", "pair", "edge"), estimate), **{name: scores[name]}
-    ).assign_attrs(method=f"screen:{scores.attrs['method']}")
+    both = {"edge_estimate": (("metric", "pair", "edge"), estimate), name: scores[name]}
+    return verified.assign(both).assign_attrs(method=f"screen:{scores.attrs['method']}")
 
 
 def _edges(question: Question, steps: int | None, positions: bool) -> xr.Dataset:

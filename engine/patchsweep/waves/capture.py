@@ -117,7 +117,7 @@ def locate(replica: Replica, site: Site) -> SitePoint:
             raise Unsupported(f"this architecture has no {hook}")
         point = None if site.in_attention else replica.point(hook)
         if point is None:
-            if site.name in ("q", "k", "v", "rot_q", "rot_k", "pattern"):
+            if site.name in ("q", "k", "v", "rot_q", "rot_k") or site.is_pattern:
                 return SitePoint(site, ())
             raise Unsupported(f"{hook} is at no border of the model's own modules")
         points.append(point)
@@ -186,8 +186,11 @@ def _causal(
     for name, x in (("q", q), ("rot_q", q), ("k", k), ("rot_k", k), ("v", v)):
         if name in inside:
             run.sites[name].append(rearrange(x, "pair head pos d -> pair pos (head d)").clone())
-    if "pattern" in inside:
-        run.sites["pattern"].append(attention_pattern(q, k, **settings))
+    patterns = inside & {"pattern", "pattern_cell"}
+    if patterns:
+        pattern = attention_pattern(q, k, **settings)
+        for name in patterns:
+            run.sites[name].append(pattern)
     n_pairs, _, length, _ = q.shape
     rows = Rows(
         offsets=torch.arange(n_pairs + 1) * length,

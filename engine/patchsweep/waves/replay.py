@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +32,7 @@ class WaveInput:
     """What one wave needs besides the model: prompts of one length, indexed by pair."""
 
     base: Run
-    donors: list[Tensor]  # per layer of writing [pair, pos, width]: the values patched in
+    donors: Sequence[Tensor]  # per layer of writing [pair, pos, width]: the values patched in
     local: dict[int, int]  # pair of the plan -> row of `base` and `donors`
     # [patch] row of `donors`, then [row, width] per layer: a vector for each one-token patch
     donor_row: Ints | None = None
@@ -203,7 +203,7 @@ class _State:
             z = prefix_attention(
                 q, k, v, base.keys[layer], base.values[layer], self.rows, **settings
             )
-            if name == "pattern":
+            if name in ("pattern", "pattern_cell"):
                 z = self._written(z)
             return z.unsqueeze(0)
 

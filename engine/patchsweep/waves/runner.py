@@ -6,11 +6,11 @@ import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from einops import rearrange, repeat
+from einops import einsum, rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
@@ -37,7 +37,7 @@ class Loaded:
 
     batch: Batch
     base: Run
-    donors: dict[str, list[Tensor]]  # site -> per layer of writing [pair, pos, width]
+    donors: dict[str, Sequence[Tensor]]  # site -> per layer of writing [pair, pos, width]
     base_resid: Float[Tensor, "pair read d_model"]  # final residuals
     source_resid: Float[Tensor, "pair read d_model"]
     _logits: dict[str, Tensor] = field(default_factory=dict)  # of base and source, on demand
@@ -149,7 +149,12 @@ class WaveRunner:
             self.replica,
             self.points[name],
             wave,
-            WaveInput(base=loaded.base, donors=loaded.donors[name], local=local),
+            WaveInput(
+                base=loaded.base,
+                donors=loaded.donors[name],
+                local=local,
+                donor_row=_cell_rows(wave.plan, loaded.batch),
+            ),
         )
         device = hidden.device
         pair = torch.tensor([local[p] for p in wave.pair.tolist()], device=device)
@@ -210,7 +215,7 @@ class WaveRunner:
 
     def _donors(
         self, point: SitePoint, intervention: Intervention, base: Run, source: Run
-    ) -> list[Tensor]:
+    ) -> Sequence[Tensor]:
         """The values patched in, at the place where the wave writes them."""
         site = point.site
         if site.name == "result" and isinstance(intervention, Custom):
@@ -225,6 +230,8 @@ class WaveRunner:
             return [values[0], *values]  # written at the next block's input, never at block 0
         if site.name == "embed":
             return [embed_to_stream(self.replica, values[0])]
+        if site.name == "pattern_cell":
+            return _CellDonors(base.sites[site.name], values, base.values)
         if site.name == "pattern":
             # a patched pattern changes its own token's z alone, so its value is a z
             return [_attend(pattern, v) for pattern, v in zip(values, base.values, strict=True)]
@@ -249,6 +256,40 @@ def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return "allocate memory" in str(error) or "out of memory" in str(error).lower()
+
+
+class _CellDonors(Sequence[Tensor]):
+    """Per layer `[cell, width]`: z of a token in which one cell (dest, src) of the pattern is new.
+
+    Cells are in the order pair, dest, src. A layer's are made when they are asked for: all
+    layers' would be `[layer, pos, pos, width]`.
+    """
+
+    def __init__(self, base: list[Tensor], new: list[Tensor], values: list[Tensor]) -> None:
+        self._base, self._new, self._values = base, new, values
+
+    def __len__(self) -> int:
+        return len(self._base)
+
+    def __getitem__(self, layer: Any) -> Any:
+        v = self._values[layer]
+        z = _attend(self._base[layer], v)
+        groups = self._base[layer].shape[1] // v.shape[1]
+        v = repeat(v, "pair kv src d -> pair (kv g) src d", g=groups)
+        change = (self._new[layer] - self._base[layer]).to(v)
+        change = einsum(change, v, "pair head dest src, pair head src d -> pair dest src head d")
+        rows = rearrange(change, "pair dest src head d -> pair dest src (head d)") + z[:, :, None]
+        return rows.flatten(0, 2)
+
+
+def _cell_rows(plan: SitePlan, batch: Batch) -> Ints | None:
+    """[patch] the row of `_CellDonors` that it takes; None for sites other than pattern_cell."""
+    if not plan.axes.n_sources:
+        return None
+    source = plan.unit_set % plan.axes.n_sources
+    local = np.array([batch.local.get(pair, 0) for pair in range(plan.shape[0])])
+    # sources past the end of a shorter prompt are dead, so their rows are never asked for
+    return (local[plan.pair] * batch.length + plan.start) * batch.length + source
 
 
 def _attend(
