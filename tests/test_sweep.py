@@ -204,7 +204,7 @@ def test_out_of_memory_halves_the_wave_and_loses_nothing(monkeypatch, caplog) ->
 def test_nan_in_activations_is_reported_with_its_first_place() -> None:
     bridge = ps.load_model(NAME)
     weight = dict(bridge.original_model.named_parameters())
-    name = next(n for n in weight if "1.mlp.out" in n or "layers.1.mlp.down_proj" in n)
+    name = next(n for n in weight if "layers.1." in n and "down_proj" in n)
     with torch.no_grad():
         weight[name].fill_(float("nan"))
     with pytest.raises(ModelError, match="first in block 2's input at position 0"):
@@ -258,7 +258,7 @@ def test_bf16_sweep_proves_itself() -> None:
     again = fast["z"] != fast["z_bf16"]
     assert 8 <= int(again.sum()) <= 40
     np.testing.assert_allclose(fast["z"].values[again], exact["z"].values[again], atol=1e-5)
-    assert 0 < float(fast["z_noise"].max()) < 0.5
+    assert 0 <= float(fast["z_noise"].max()) < 0.5
     largest = np.argsort(-abs(exact["z"] - exact.base_metric).values.ravel())[:10]
     top = np.argsort(-abs(fast["z"] - fast.base_metric).values.ravel())[:10]
     assert set(largest) == set(top)
