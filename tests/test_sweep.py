@@ -269,3 +269,17 @@ def test_bf16_needs_the_wave_runner() -> None:
         ps.sweep(model(NAME), demo_pairs(NAME), "z", precision="bf16", runner="hooked")
     with pytest.raises(ConfigError, match="precision='fp8' is not known"):
         ps.sweep(model(NAME), demo_pairs(NAME), "z", precision="fp8")
+
+
+def test_report_tells_the_measured_error_of_bf16(tmp_path) -> None:
+    from patchsweep.report import write_report
+
+    store = tmp_path / "bf16.zarr"
+    ds = ps.sweep(model(NAME), demo_pairs(NAME), "z", precision="bf16", store=store)
+    (error,) = ps.summary.bf16_error(ds)
+    assert error.site == "z"
+    assert 0 < error.median <= error.quantile_99 <= error.worst < 0.5
+    assert ps.summary.sites(ds) == ("z",)
+    assert not ps.summary.estimates(ds)
+    page = write_report(store, tmp_path / "report.html").read_text()
+    assert "How exact bf16 was here" in page

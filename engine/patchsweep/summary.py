@@ -11,12 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import xarray as xr
+from scipy.stats import rankdata
 
 from patchsweep.errors import MetricError, PlanError, SiteError, StoreError
 
 SMALL_GAP = 0.1
 """A pair is flagged when its |source - base| is below this fraction of the metric's median."""
 
+_PROOF = ("_bf16", "_noise")  # ends of the variables that a bf16 sweep adds, see `proof`
 UNIT_DIMS = ("head", "kv_head", "neuron")
 """What a patch can be narrowed to inside one layer and position."""
 
@@ -302,12 +304,53 @@ class PatchsweepAccessor:
         return largest(self._ds, site, metric, n)
 
 
+@dataclass(frozen=True)
+class Bf16Error:
+    """What a bf16 sweep measured of its own error at one site, over all metrics and pairs."""
+
+    site: str
+    n_again: int  # patches that were run again in fp32
+    median: float  # of |bf16 - fp32| over them
+    quantile_99: float
+    worst: float
+    spearman: float  # of the effects in bf16 and in fp32
+    noise: float  # largest change when a run was patched with its own values
+
+
+def bf16_error(ds: xr.Dataset) -> list[Bf16Error]:
+    """The measured error of every site that was swept in bf16; empty for other sweeps."""
+    found = []
+    for site in sites(ds):
+        if f"{site}{_PROOF[0]}" not in ds:
+            continue
+        proven, raw = ds[site], ds[f"{site}{_PROOF[0]}"].transpose(*ds[site].dims)
+        base = ds["base_metric"]
+        again = (proven != raw).values & ~np.isnan(proven.values)
+        error = np.abs((proven - raw).values[again])
+        if not len(error):
+            continue
+        ranks = [rankdata((x - base).transpose(*proven.dims).values[again]) for x in (proven, raw)]
+        found.append(
+            Bf16Error(
+                site=site,
+                n_again=len(error),
+                median=float(np.median(error)),
+                quantile_99=float(np.quantile(error, 0.99)),
+                worst=float(error.max()),
+                spearman=float(np.corrcoef(ranks[0], ranks[1])[0, 1]) if len(error) > 1 else 1.0,
+                noise=float(ds[f"{site}{_PROOF[1]}"].max()),
+            )
+        )
+    return found
+
+
 def _cell_variables(ds: xr.Dataset) -> list[str]:
     """Data variables with one number per patch; those with other axes are not cells."""
     return [
         str(name)
         for name, array in ds.data_vars.items()
         if {"metric", "pair"} <= set(array.dims) <= _CELL_DIMS
+        and not str(name).endswith(_PROOF)  # what `bf16_error` reads
         and (array.ndim > 2 or name in SITE_WORDS)  # [metric, pair] is a baseline, or one patch
     ]
 

@@ -17,6 +17,7 @@ from patchsweep.report.heatmap import Figure, draw_site
 from patchsweep.report.html import embed_json, esc, plural
 from patchsweep.report.tables import (
     Journal,
+    bf16_table,
     cost_table,
     largest_table,
     provenance_table,
@@ -64,6 +65,7 @@ def build_page(ds: xr.Dataset, journal: Journal) -> str:
     script, style = _resource("report.js"), _resource("style.css")
     plotly = get_plotlyjs()
     title = question.title(ds)
+    bf16 = bf16_table(ds)
     sections = [
         f"<header><h1>{question.headline(ds)}</h1>{question.lead(ds)}"
         f"{question.facts(ds, totals(ds), journal.total)}{question.banner(ds, names)}</header>",
@@ -72,6 +74,7 @@ def build_page(ds: xr.Dataset, journal: Journal) -> str:
         _maps(ds, figures, first),
         _section("largest", "The largest effects", _slot("table", first["table"])),
         _comparison(panels),
+        _section("bf16", "How exact bf16 was here", bf16) if bf16 else "",
         _section("cost", "What the run cost", cost_table(ds, journal)),
         _section("provenance", "Where the numbers come from", provenance_table(ds)),
         _section("words", "Words", question.words()),

@@ -124,6 +124,27 @@ def cost_table(ds: xr.Dataset, journal: Journal) -> str:
     )
 
 
+def bf16_table(ds: xr.Dataset) -> str:
+    """The error that a bf16 sweep measured of itself; empty for other sweeps."""
+    rows = [
+        f'<tr><th scope="row">{esc(e.site)}</th><td class="n">{e.n_again}</td>'
+        f'<td class="n">{e.median:.1e}</td><td class="n">{e.quantile_99:.1e}</td>'
+        f'<td class="n">{e.worst:.1e}</td><td class="n">{e.spearman:.4f}</td>'
+        f'<td class="n">{e.noise:.1e}</td></tr>'
+        for e in summary.bf16_error(ds)
+    ]
+    if not rows:
+        return ""
+    heads = ["run again in fp32", "median error", "99 %", "worst", "rank agreement", "noise floor"]
+    top = "".join(f'<th scope="col" class="n">{h}</th>' for h in heads)
+    return (
+        "<p>Matrix products ran in bf16. The largest effects and a random sample were run again in "
+        "fp32; their values are the fp32 ones. Effects below the noise floor are rounding.</p>"
+        f'<div class="scroll"><table><thead><tr><th scope="col">site</th>{top}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
 def totals(ds: xr.Dataset) -> dict[str, float]:
     """Sums of the plan over sites; empty when the store has no plan."""
     plan = ds.attrs.get("plan")
