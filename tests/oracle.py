@@ -51,9 +51,9 @@ def donors(
     values = []
     for layer, (b, s) in enumerate(zip(base, source, strict=True)):
         if site.name == "pattern":
-            values.append(intervention.values(site, layer, b, s))
+            values.append(intervention.values(site, layer, b, s, batch.spans))
         else:
-            flat = intervention.values(site, layer, b.flatten(2), s.flatten(2))
+            flat = intervention.values(site, layer, b.flatten(2), s.flatten(2), batch.spans)
             values.append(flat.reshape(b.shape))
     return values
 

@@ -12,7 +12,7 @@ from patchsweep.sites import SITES
 from torch import Tensor
 
 FAMILIES = ["gpt2", "gpt_neox", "llama", "qwen3", "gemma2", "gemma3", "mistral", "phi3"]
-ALL = [name for name in SITES if name != "mlp_post"]
+ALL = [name for name in SITES if name not in ("mlp_post", "result", "pattern_cell")]
 
 
 def _plain_autograd(bridge, site, batch, delta_from) -> tuple[np.ndarray, float]:
@@ -113,6 +113,33 @@ def _neurons(bridge, batch, chosen: list[int]) -> np.ndarray:
     bridge.zero_grad()
     product = [(kept["source"][i] - kept["base"][i]) * kept["grad"][i] for i in layers]
     return torch.stack(product, dim=1)[..., chosen].numpy()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+def test_atp_of_results_and_of_cells_follow_from_z_and_pattern(family: str) -> None:
+    # result is linear in z; the cells of a row add up to the row
+    name = f"tiny:{family}"
+    sites = ["z", "result", "pattern", "pattern_cell"]
+    found = cells(name, sites, "atp")
+    np.testing.assert_array_equal(found["z"], found["result"])
+    n_pos, n_heads = found["pattern"].shape[3:]
+    single = found["pattern_cell"].reshape(*found["pattern"].shape, n_pos)
+    assert single.shape[-2:] == (n_heads, n_pos)
+    np.testing.assert_allclose(single.sum(axis=-1), found["pattern"], atol=1e-5)
+    assert np.abs(np.triu(single[0, 0, 0, :, 0], k=1)).max() == 0  # nothing looks ahead
+
+
+def test_atp_of_result_equals_plain_autograd() -> None:
+    bridge = model("tiny:gemma2")
+    _, batch = block("tiny:gemma2", ["result"])
+    bridge.set_use_attn_result(True)
+    try:
+        expected, rounding = _plain_autograd(bridge, SITES["result"], batch, batch.source)
+    finally:
+        bridge.set_use_attn_result(False)
+    found = cells("tiny:gemma2", ["result"], "atp")["result"][0]
+    size = np.linalg.norm(expected) + 0.1 * rounding
+    assert np.linalg.norm(found - expected) < 1e-5 * size
 
 
 def test_atp_sums_pairs_metrics_and_sets() -> None:

@@ -11,6 +11,8 @@ import torch
 from conftest import CLEAN, CORRUPTED, demo_pairs, model
 from patchsweep.batch import Batch, make_batches
 from patchsweep.errors import ConfigError, MethodError, MetricError, PlanError
+from patchsweep.families import tiny_bridge
+from patchsweep.models import load_model
 from patchsweep.pairs import PromptPairs
 from patchsweep.paths import Edge, Nodes, Reader, Sender, edges, exact_edges, screen_edges
 from patchsweep.paths.blocks import Blocks
@@ -369,3 +371,38 @@ def test_labels_name_ends_and_back() -> None:
     for text in ("embed->a0.h3.q", "a0.h3->m0", "m1->a2.h1.k", "m2->logits"):
         assert str(nodes.edge(text)) == text
     assert nodes.edge("a0.h3->m0") == Edge(Sender("head", 0, 3), Reader("mlp", 0))
+
+
+@pytest.mark.parametrize("architecture", ["GPTJForCausalLM", "MambaForCausalLM"])
+def test_models_whose_blocks_cannot_be_taken_apart_are_refused(architecture: str) -> None:
+    bridge = tiny_bridge(architecture)
+    pairs = PromptPairs.from_strings(
+        bridge, clean=[CLEAN], corrupted=[CORRUPTED], answers=[(" Mary", " John")]
+    )
+    with pytest.raises(MethodError, match="cannot be taken apart"):
+        edges(bridge, pairs)
+
+
+def test_answers_of_several_tokens_are_read_together() -> None:
+    bridge = model("tiny:llama")
+    pairs = PromptPairs.from_strings(
+        bridge,
+        clean=[CLEAN],
+        corrupted=[CORRUPTED],
+        answers=[(" Mary said", " John said")],
+        multi_token=True,
+    )
+    assert len(pairs[0].answer) == 2
+    found = screen_edges(bridge, pairs, top=3)
+    chosen = found["edge"].values[0, 0] - found["base_metric"].values[0, 0]
+    assert np.isfinite(chosen).all()
+    scores = edges(bridge, pairs, steps=2, positions=True)
+    assert scores.sizes["pos"] == len(pairs[0].clean) + 1
+
+
+def test_bfloat16_estimates_follow_those_of_float32() -> None:
+    pairs = demo_pairs("tiny:gpt2")
+    low = edges(load_model("tiny:gpt2", device="cpu", dtype="bfloat16"), pairs)["edge_eap"]
+    high = edges(model("tiny:gpt2"), pairs)["edge_eap"]
+    known = np.isfinite(high.values)
+    assert np.corrcoef(low.values[known], high.values[known])[0, 1] > 0.99

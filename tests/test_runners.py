@@ -10,7 +10,7 @@ from oracle import donors, hook_of, loop_logit_diff, oracle_activations
 from patchsweep.batch import make_batches
 from patchsweep.errors import SiteError
 from patchsweep.hooked import HookedRunner
-from patchsweep.interventions import get_intervention
+from patchsweep.interventions import Prompts, get_intervention
 from patchsweep.metrics import METRICS
 from patchsweep.models import TINY_FAMILIES
 from patchsweep.request import make_request
@@ -63,13 +63,14 @@ def _compare(request, batch, sample: int = 24) -> float:
     # dead cells are part of the claim: their value is the base metric
     patches = np.sort(rng.choice(plan.n_patches, size=min(sample, plan.n_patches), replace=False))
     # each side takes its means from its own activations
-    chosen.prepare({batch.length: clean}, oracle_activations(bridge, plan.site))
+    clean = [Prompts(clean, batch.spans)]
+    chosen.prepare(clean, oracle_activations(bridge, plan.site))
     expected = loop_logit_diff(
         bridge, plan, batch, donors(bridge, plan.site, batch, chosen), patches
     )
     metrics = (METRICS["logit_diff"],)
     for runner in runners:
-        chosen.prepare({batch.length: clean}, runner.activations)
+        chosen.prepare(clean, runner.activations)
         loaded = runner.load(batch, chosen)
         base = float(runner.references(loaded, metrics)[0])
         values = np.full(plan.n_patches, base)

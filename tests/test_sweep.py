@@ -7,7 +7,7 @@ import patchsweep as ps
 import pytest
 import torch
 from conftest import demo_pairs, model
-from patchsweep.errors import ConfigError, MetricError, ModelError, SiteError
+from patchsweep.errors import ConfigError, MetricError, ModelError, PromptError, SiteError
 from patchsweep.pairs import PromptPairs
 
 NAME = "tiny:llama"
@@ -168,7 +168,7 @@ def test_plan_and_sweep_agree_on_cost() -> None:
         ({"metrics": "logits"}, MetricError, "metric 'logits' is not known; use one of logit_diff"),
         ({"direction": "forwards"}, ConfigError, "direction='forwards' is not known"),
         ({"intervention": "noise"}, ConfigError, "intervention 'noise' is not known"),
-        ({"intervention": "shuffle"}, ConfigError, "only one pair has 17 tokens"),
+        ({"intervention": "shuffle"}, PromptError, "only pair 0 has 17 tokens"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, error, message: str) -> None:
@@ -283,3 +283,53 @@ def test_report_tells_the_measured_error_of_bf16(tmp_path) -> None:
     assert not ps.summary.estimates(ds)
     page = write_report(store, tmp_path / "report.html").read_text()
     assert "How exact bf16 was here" in page
+
+
+def test_means_by_label_average_a_role_over_prompts_of_any_length() -> None:
+    bridge = model(NAME)
+    labels = [{"S2": (10, 11)}, {"S2": (9, 10)}, {"S2": (11, 12)}, {"S2": (9, 10)}]
+    pairs = PromptPairs(
+        tuple(
+            type(pair)(**{**vars(pair), "labels": spans})
+            for pair, spans in zip(mixed_pairs(), labels, strict=True)
+        )
+    )
+    found = [
+        ps.sweep(bridge, pairs, "z", positions=["S2"], intervention="mean_label", runner=runner)
+        for runner in ("wave", "hooked")
+    ]
+    np.testing.assert_allclose(found[0]["z"], found[1]["z"], atol=1e-4)
+    # by hand: the mean of one head at S2 over the clean prompts, patched into the first of them
+    values = []
+    for pair, spans in zip(pairs, labels, strict=True):
+        _, cache = bridge.run_with_cache(torch.tensor([pair.clean]))
+        values.append(cache["blocks.1.attn.hook_z"][0, spans["S2"][0], 2])
+    mean = torch.stack(values).mean(dim=0)
+
+    def patch(z: torch.Tensor, hook: object) -> torch.Tensor:
+        z[0, 10, 2] = mean
+        return z
+
+    with torch.no_grad():
+        logits = bridge.run_with_hooks(
+            torch.tensor([pairs[0].clean]), fwd_hooks=[("blocks.1.attn.hook_z", patch)]
+        )[0, -1]
+    expected = float(logits[pairs[0].answer[0]] - logits[pairs[0].wrong_answer[0]])
+    assert float(found[0]["z"].values[0, 0, 1, 0, 2]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_means_by_label_need_labels() -> None:
+    with pytest.raises(ConfigError, match="needs labelled pairs"):
+        ps.sweep(model(NAME), mixed_pairs(), "z", intervention="mean_label")
+
+
+def test_shuffle_takes_the_next_pair_whatever_shares_its_unit(monkeypatch) -> None:
+    from patchsweep import request
+
+    pairs = PromptPairs((*mixed_pairs()[1:2], *mixed_pairs()[3:4]))
+    together = ps.sweep(model(NAME), pairs, "z", intervention="shuffle")
+    monkeypatch.setattr(request, "UNIT_TOKENS", 1)  # every pair is a unit of its own
+    apart = ps.sweep(model(NAME), pairs, "z", intervention="shuffle")
+    np.testing.assert_allclose(together["z"], apart["z"], atol=1e-4)
+    resampled = ps.sweep(model(NAME), pairs, "z")
+    assert float(abs(resampled["z"] - together["z"]).max()) > 1e-2

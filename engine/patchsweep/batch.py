@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from patchsweep.errors import PlanError, PromptError
-from patchsweep.interventions import Direction
+from patchsweep.interventions import Direction, Prompts, Spans
 from patchsweep.pairs import PromptPair
 from patchsweep.plan import PairShape
 
@@ -29,6 +29,7 @@ class Batch:
     reads: tuple[int, ...]  # positions whose logits the metrics read, ascending
     answer: Int[Tensor, "pair read"]  # right answer after the clean prompt
     wrong: Int[Tensor, "pair read"]  # right answer after the corrupted prompt
+    spans: tuple[Spans, ...]  # of each pair
 
     @property
     def length(self) -> int:
@@ -78,8 +79,11 @@ def make_batches(
     direction: Direction,
     read: int,
     device: torch.device,
+    source_of: Mapping[int, int] | None = None,
 ) -> list[Batch]:
     """The pairs `numbers`, grouped by length.
+
+    `source_of` names the pair whose source prompt takes the place of each pair's own.
 
     Raises:
         PromptError: the two answers of a pair of several tokens differ in length.
@@ -97,7 +101,9 @@ def make_batches(
     batches = []
     for members in groups.values():
         chosen = [pairs[number] for number in members]
-        base, source = zip(*(base_and_source(p, direction) for p in chosen), strict=True)
+        donors = [pairs[n if source_of is None else source_of[n]] for n in members]
+        base = [base_and_source(pair, direction)[0] for pair in chosen]
+        source = [base_and_source(pair, direction)[1] for pair in donors]
         batches.append(
             Batch(
                 pairs=tuple(members),
@@ -106,6 +112,35 @@ def make_batches(
                 reads=reads_of(chosen[0], read),
                 answer=torch.tensor([p.answer for p in chosen], device=device),
                 wrong=torch.tensor([p.wrong_answer for p in chosen], device=device),
+                spans=tuple(p.labels for p in chosen),
             )
         )
     return batches
+
+
+def next_of_length(pairs: Sequence[PromptPair]) -> dict[int, int]:
+    """Pair -> the next pair whose prompts and answers have the same number of tokens.
+
+    Raises:
+        PromptError: a pair has no such other pair.
+    """
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for number, pair in enumerate(pairs):
+        groups[len(pair.clean), len(pair.answer)].append(number)
+    for (length, _), members in groups.items():
+        if len(members) < 2:
+            raise PromptError(
+                "intervention=shuffle takes values from another pair of the same length, but only "
+                f"pair {members[0]} has {length} tokens; add pairs or use resample"
+            )
+    return {
+        number: members[(i + 1) % len(members)]
+        for members in groups.values()
+        for i, number in enumerate(members)
+    }
+
+
+def clean_prompts(batches: Sequence[Batch], direction: Direction) -> list[Prompts]:
+    """What `Intervention.prepare` takes."""
+    denoising = direction == "denoising"
+    return [Prompts(b.source if denoising else b.base, b.spans) for b in batches]

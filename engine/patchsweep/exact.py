@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from patchsweep.batch import Batch, make_batches
+from patchsweep.batch import Batch
 from patchsweep.errors import ModelError
 from patchsweep.plan import Ints, SitePlan
-from patchsweep.request import Request, device_of
+from patchsweep.request import Request
 from patchsweep.results import shape_of
 from patchsweep.runner import Runner
 from patchsweep.store import Unit
@@ -81,9 +81,7 @@ class Captures:
     def of(self, pairs: range) -> Iterator[Captured]:
         """The batches of `pairs`, one for each length."""
         request = self.request
-        for batch in make_batches(
-            request.pairs, pairs, request.direction, request.read, device_of(request.bridge)
-        ):
+        for batch in request.batches(pairs):
             if batch.pairs not in self._kept:
                 while len(self._kept) >= self.keep:
                     self._kept.pop(next(iter(self._kept)))

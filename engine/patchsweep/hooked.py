@@ -165,7 +165,7 @@ class HookedRunner:
             batch=batch,
             donors={
                 site.name: [
-                    intervention.values(site, layer, b, s)
+                    intervention.values(site, layer, b, s, batch.spans)
                     for layer, (b, s) in enumerate(
                         zip(base[site.name], source[site.name], strict=True)
                     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
@@ -15,8 +16,17 @@ from patchsweep.sites import Site
 Direction = Literal["denoising", "noising"]
 # (site, layer, base activations, source activations) -> values, all `[pair, pos, width]`
 ValueFn = Callable[[Site, int, Tensor, Tensor], Tensor]
+Spans = Mapping[str, tuple[int, int]]  # label -> [first, past last) position
 # tokens `[prompt, pos]` -> site name -> per layer activations `[prompt, pos, width]`
 Activations = Callable[[Tensor], Mapping[str, Sequence[Tensor]]]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Clean prompts of one length."""
+
+    tokens: Tensor  # [prompt, pos]
+    spans: tuple[Spans, ...]  # of each prompt
 
 
 class Intervention(Protocol):
@@ -26,11 +36,16 @@ class Intervention(Protocol):
     from_source: bool  # values equal the base run's wherever the prompts cannot differ
     default_direction: Direction
 
-    def prepare(self, prompts: Mapping[int, Tensor], activations: Activations) -> None:
-        """Called once with the clean prompts by length `[prompt, pos]`, before any sweep."""
+    def prepare(self, prompts: Sequence[Prompts], activations: Activations) -> None:
+        """Called once with all clean prompts, before any patch runs."""
 
-    def values(self, site: Site, layer: int, base: Tensor, source: Tensor) -> Tensor:
-        """What replaces `base` `[pair, pos, width]`; `pattern`: `[pair, head, dest, src]`."""
+    def values(
+        self, site: Site, layer: int, base: Tensor, source: Tensor, spans: Sequence[Spans]
+    ) -> Tensor:
+        """What replaces `base` `[pair, pos, width]`; `pattern`: `[pair, head, dest, src]`.
+
+        `spans` are those of the pairs, in their order.
+        """
 
 
 @dataclass
@@ -41,9 +56,11 @@ class Resample:
     from_source: bool = True
     default_direction: Direction = "denoising"
 
-    def prepare(self, prompts: Mapping[int, Tensor], activations: Activations) -> None: ...
+    def prepare(self, prompts: Sequence[Prompts], activations: Activations) -> None: ...
 
-    def values(self, site: Site, layer: int, base: Tensor, source: Tensor) -> Tensor:
+    def values(
+        self, site: Site, layer: int, base: Tensor, source: Tensor, spans: Sequence[Spans]
+    ) -> Tensor:
         return source
 
 
@@ -55,9 +72,11 @@ class Zero:
     from_source: bool = False
     default_direction: Direction = "noising"
 
-    def prepare(self, prompts: Mapping[int, Tensor], activations: Activations) -> None: ...
+    def prepare(self, prompts: Sequence[Prompts], activations: Activations) -> None: ...
 
-    def values(self, site: Site, layer: int, base: Tensor, source: Tensor) -> Tensor:
+    def values(
+        self, site: Site, layer: int, base: Tensor, source: Tensor, spans: Sequence[Spans]
+    ) -> Tensor:
         return torch.zeros_like(base)
 
 
@@ -67,61 +86,83 @@ class Mean:
 
     `per="position"`: over prompts of the same length, position by position.
     `per="all"`: over every position of every prompt.
+    `per="label"`: over every position that carries the same label, whatever the prompts' lengths;
+    positions without a label get the mean over all. Where labels overlap, the shorter span counts.
     """
 
-    per: Literal["position", "all"] = "position"
+    per: Literal["position", "all", "label"] = "position"
     name: str = "mean"
     from_source: bool = False
     default_direction: Direction = "noising"
-    _sums: dict[tuple[str, int, int], tuple[Tensor, int]] = field(default_factory=dict, repr=False)
+    _sums: dict[tuple[str, int, int | str], tuple[Tensor, int]] = field(
+        default_factory=dict, repr=False
+    )
 
     def __post_init__(self) -> None:
-        if self.per not in ("position", "all"):
-            raise ConfigError(f"mean per={self.per!r} is not known; use 'position' or 'all'")
+        if self.per not in ("position", "all", "label"):
+            raise ConfigError(
+                f"mean per={self.per!r} is not known; use 'position', 'all' or 'label'"
+            )
 
-    def prepare(self, prompts: Mapping[int, Tensor], activations: Activations) -> None:
+    def prepare(self, prompts: Sequence[Prompts], activations: Activations) -> None:
+        if self.per == "label" and not any(spans for group in prompts for spans in group.spans):
+            raise ConfigError("mean per='label' needs labelled pairs; use per='position' or 'all'")
         self._sums.clear()
-        for length, tokens in prompts.items():
-            for chunk in tokens.split(16):  # streamed: only sums are kept
-                for name, layers in activations(chunk).items():
+        for group in prompts:
+            parts = zip(group.tokens.split(16), _chunks(group.spans, 16), strict=True)
+            for tokens, spans in parts:  # streamed: only sums are kept
+                for name, layers in activations(tokens).items():
                     for layer, x in enumerate(layers):
-                        self._add(name, layer, length, x.double())
+                        self._add(name, layer, x.double(), spans)
 
-    def _add(self, name: str, layer: int, length: int, x: Tensor) -> None:
-        total, count = x.sum(dim=0), len(x)
-        key = (name, layer, length)
-        if self.per == "all" and not name.startswith("pattern"):
-            total, count = total.sum(dim=0), count * length
-            key = (name, layer, 0)
-        old_total, old_count = self._sums.get(key, (torch.zeros_like(total), 0))
-        self._sums[key] = (old_total + total, old_count + count)
+    def _add(self, name: str, layer: int, x: Tensor, spans: Sequence[Spans]) -> None:
+        if self.per == "position" or name.startswith("pattern"):
+            self._sum((name, layer, x.shape[-2] if x.ndim == 4 else x.shape[1]), x)
+            return
+        self._sum((name, layer, ""), x.flatten(0, 1))
+        for row, labels in enumerate(spans if self.per == "label" else ()):
+            for label, (first, stop) in labels.items():
+                self._sum((name, layer, label), x[row, first:stop])
 
-    def values(self, site: Site, layer: int, base: Tensor, source: Tensor) -> Tensor:
-        length = base.shape[-2] if site.is_pattern else base.shape[1]
-        over_all = self.per == "all" and not site.is_pattern
-        total, count = self._sums[(site.name, layer, 0 if over_all else length)]
-        mean = (total / count).to(base)
-        return mean.expand_as(base)
+    def _sum(self, key: tuple[str, int, int | str], x: Tensor) -> None:
+        total, count = self._sums.get(key, (torch.zeros_like(x[0]), 0))
+        self._sums[key] = (total + x.sum(dim=0), count + len(x))
+
+    def values(
+        self, site: Site, layer: int, base: Tensor, source: Tensor, spans: Sequence[Spans]
+    ) -> Tensor:
+        def mean(which: int | str) -> Tensor:
+            total, count = self._sums[site.name, layer, which]
+            return (total / count).to(base)
+
+        if self.per == "position" or site.is_pattern:
+            return mean(base.shape[-2] if site.is_pattern else base.shape[1]).expand_as(base)
+        values = mean("").expand_as(base).clone()
+        for row, labels in enumerate(spans if self.per == "label" else ()):
+            longest_first = sorted(labels.items(), key=lambda item: item[1][0] - item[1][1])
+            for label, (first, stop) in longest_first:
+                values[row, first:stop] = mean(label)
+        return values
+
+
+def _chunks(spans: Sequence[Spans], size: int) -> list[Sequence[Spans]]:
+    return [spans[i : i + size] for i in range(0, len(spans), size)]
 
 
 @dataclass
 class Shuffle:
-    """Another pair's source activation: the next pair of the same length."""
+    """Another pair's source activation: the source run is the next pair's of the same length."""
 
     name: str = "shuffle"
     from_source: bool = False
     default_direction: Direction = "denoising"
 
-    def prepare(self, prompts: Mapping[int, Tensor], activations: Activations) -> None:
-        for length, tokens in prompts.items():
-            if len(tokens) < 2:
-                raise ConfigError(
-                    f"intervention=shuffle takes values from another pair of the same length, "
-                    f"but only one pair has {length} tokens; add pairs or use resample"
-                )
+    def prepare(self, prompts: Sequence[Prompts], activations: Activations) -> None: ...
 
-    def values(self, site: Site, layer: int, base: Tensor, source: Tensor) -> Tensor:
-        return source.roll(1, dims=0)
+    def values(
+        self, site: Site, layer: int, base: Tensor, source: Tensor, spans: Sequence[Spans]
+    ) -> Tensor:
+        return source
 
 
 @dataclass
@@ -133,9 +174,11 @@ class Custom:
     from_source: bool = False
     default_direction: Direction = "noising"
 
-    def prepare(self, prompts: Mapping[int, Tensor], activations: Activations) -> None: ...
+    def prepare(self, prompts: Sequence[Prompts], activations: Activations) -> None: ...
 
-    def values(self, site: Site, layer: int, base: Tensor, source: Tensor) -> Tensor:
+    def values(
+        self, site: Site, layer: int, base: Tensor, source: Tensor, spans: Sequence[Spans]
+    ) -> Tensor:
         if callable(self.value):
             return self.value(site, layer, base, source).to(base).expand_as(base)
         return torch.as_tensor(self.value).to(base).expand_as(base)
@@ -145,6 +188,8 @@ INTERVENTIONS: dict[str, Callable[[], Intervention]] = {
     "resample": Resample,
     "zero": Zero,
     "mean": Mean,
+    "mean_all": partial(Mean, per="all"),
+    "mean_label": partial(Mean, per="label"),
     "shuffle": Shuffle,
 }
 

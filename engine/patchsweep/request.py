@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.batch import pair_shape
+from patchsweep.batch import Batch, make_batches, next_of_length, pair_shape
 from patchsweep.errors import ConfigError, ModelError, PlanError
 from patchsweep.interventions import Direction, Intervention, ValueFn, get_intervention
 from patchsweep.metrics import Metric, get_metrics
@@ -38,6 +38,18 @@ class Request:
     read: int  # prompt position whose logits are read first; -1 is the last
     shape: ModelShape
     plans: tuple[SitePlan, ...]
+    source_of: Mapping[int, int] | None = None  # pair -> the pair of its source; None: itself
+
+    def batches(self, numbers: Sequence[int]) -> list[Batch]:
+        """The pairs `numbers` as batches, one for each length."""
+        return make_batches(
+            self.pairs,
+            numbers,
+            self.direction,
+            self.read,
+            device_of(self.bridge),
+            self.source_of,
+        )
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -118,6 +130,7 @@ def make_request(
         read=read,
         shape=shape,
         plans=tuple(plans),
+        source_of=next_of_length(pairs) if chosen.name == "shuffle" else None,
     )
 
 

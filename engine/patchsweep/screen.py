@@ -29,12 +29,12 @@ from patchsweep.attribution import Attribution, Method, get_methods
 from patchsweep.attribution.run import token_layers
 from patchsweep.attribution.tape import Heads, Place, Prefix, Tape
 from patchsweep.attribution.units import variable_name, variables_of
-from patchsweep.batch import Batch, make_batches
+from patchsweep.batch import Batch
 from patchsweep.errors import MethodError
 from patchsweep.metrics import Logits, compute
 from patchsweep.plan import SitePlan
 from patchsweep.probe import Choice
-from patchsweep.request import Request, device_of
+from patchsweep.request import Request
 from patchsweep.results import shape_of
 from patchsweep.store import Unit, Variable
 
@@ -96,6 +96,11 @@ class Screen:
                 "screen in one process"
             )
         for plan in request.plans:
+            if plan.axes.n_sources and self.subsets:
+                raise MethodError(
+                    "single cells of a pattern are patched one by one, not in random subsets; "
+                    "use Screen(subsets=0) for pattern_cell"
+                )
             n_live = int((live_of(plan)).any(axis=0).sum())
             if self.k > n_live:
                 raise MethodError(
@@ -300,13 +305,7 @@ class _Exact:
 
     def __init__(self, request: Request, choice: Choice, blocks: Sequence[range]) -> None:
         self.request, self.choice = request, choice
-        self._batches = [
-            batch
-            for pairs in blocks
-            for batch in make_batches(
-                request.pairs, pairs, request.direction, request.read, device_of(request.bridge)
-            )
-        ]
+        self._batches = [batch for pairs in blocks for batch in request.batches(pairs)]
         n_metrics, n_pairs = len(request.metrics), len(request.pairs)
         self.references = np.full((2, n_metrics, n_pairs), np.nan, np.float32)
         for batch in self._batches:
@@ -358,9 +357,7 @@ class _Subsets:
         request = self.request
         found = np.zeros((len(request.metrics), len(request.pairs)), np.float32)
         for pairs in blocks:
-            for batch in make_batches(
-                request.pairs, pairs, request.direction, request.read, device_of(request.bridge)
-            ):
+            for batch in request.batches(pairs):
                 run = self._capture(batch)
                 for row, pair in enumerate(batch.pairs):
                     mine = rest[self.plan.pair[rest] == pair]
@@ -403,7 +400,7 @@ class _Subsets:
         )
         source, source_logits = tape.activations(batch.source, batch.reads, [site])
         donors = [
-            self.request.intervention.values(site, layer, b, s)
+            self.request.intervention.values(site, layer, b, s, batch.spans)
             for layer, (b, s) in enumerate(zip(base, source[site.name], strict=True))
         ]
         return _BaseRun(donors, keys, values, logits, source_logits)

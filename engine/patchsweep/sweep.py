@@ -13,7 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.attribution import check_request
 from patchsweep.attribution.units import Estimator
-from patchsweep.batch import make_batches
+from patchsweep.batch import clean_prompts
 from patchsweep.errors import ConfigError, ModelError, StoreError
 from patchsweep.estimate import Cost, estimate
 from patchsweep.exact import ExactWork
@@ -24,7 +24,7 @@ from patchsweep.layout import Layout
 from patchsweep.pairs import PromptPairs
 from patchsweep.probe import Choice, RunnerName, choose_runner
 from patchsweep.proof import ProvenWork, proof_variables
-from patchsweep.request import MetricLike, Positions, Request, Sets, device_of, make_request
+from patchsweep.request import MetricLike, Positions, Request, Sets, make_request
 from patchsweep.results import Memory, make_layout
 from patchsweep.screen import Asked, MethodLike, ScreenWork, get_asked
 from patchsweep.store import Store
@@ -211,13 +211,9 @@ def plan(
 def prepare_runner(request: Request, wanted: RunnerName, max_tokens: int) -> Choice:
     """The runner for `request`, its intervention prepared."""
     everything = range(len(request.pairs))
-    batches = make_batches(
-        request.pairs, everything, request.direction, request.read, device_of(request.bridge)
-    )
-    first = make_batches(
-        request.pairs, [0], request.direction, request.read, device_of(request.bridge)
-    )[0]
-    clean = {b.length: b.source if request.direction == "denoising" else b.base for b in batches}
+    batches = request.batches(everything)
+    first = request.batches([0])[0]
+    clean = clean_prompts(batches, request.direction)
     if wanted != "wave":  # the probe patches too, so the values must be ready before it
         hooked = HookedRunner(request.bridge, request.sites)
         request.intervention.prepare(clean, hooked.activations)

@@ -9,6 +9,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.attribution.method import Method
 from patchsweep.errors import MethodError
+from patchsweep.interventions import Custom
 from patchsweep.metrics import Logits, Metric
 from patchsweep.plan import SitePlan
 from patchsweep.request import Request
@@ -26,6 +27,11 @@ def check_request(request: Request, methods: Sequence[Method]) -> None:
             check_metric(metric, method)
         for plan in request.plans:
             _check_plan(plan, method)
+            if plan.site.name == "result" and isinstance(request.intervention, Custom):
+                raise MethodError(
+                    "values of your own at the site result are no values of z, where "
+                    f"method={method.name} works; give them for the site z, or use method=exact"
+                )
         if method.name == "ig_inputs" and not request.intervention.from_source:
             raise MethodError(
                 f"method=ig_inputs walks from the base prompt's embeddings to the source "

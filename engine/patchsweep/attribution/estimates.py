@@ -51,7 +51,10 @@ class Estimates:
     ) -> None:
         """Add `weight` times (values - base) · grad, all as `Place.flat` gives them."""
         plan = self.plans[place.site.name]
-        if place.site.name == "pattern":
+        if plan.axes.n_sources:
+            self.put(place, _by_cell(plan, values, base, grad), weight)
+            return
+        if place.is_pattern:
             dot = attribution_dot(values, base, grad).transpose(1, 2)  # [row, dest, head]
         elif plan.axes.units is None:
             dot = attribution_dot(values, base, grad).unsqueeze(-1)
@@ -100,6 +103,16 @@ class Estimates:
         return np.where(plan.live[patches], found, 0.0).astype(np.float32)
 
 
+def _by_cell(plan: SitePlan, values: Tensor, base: Tensor, grad: Tensor) -> Tensor:
+    """`[row, dest, unit set and src]` of single pattern cells, no sum taken."""
+    assert plan.axes.units is not None
+    n_sources = plan.axes.n_sources
+    product = (values.float() - base.float()) * grad.float()
+    cells = _sum_sets(product.movedim(1, -1), plan.axes.units[::n_sources], compact=False)
+    cells = cells.transpose(-1, -2)  # [row, dest, unit set, src]
+    return torch.nn.functional.pad(cells, (0, n_sources - cells.shape[-1])).flatten(-2)
+
+
 def _sum_sets(effect: Tensor, sets: Sequence[tuple[int, ...]], *, compact: bool) -> Tensor:
     """Sum the last axis by sets of its indices; `compact`: it holds the members in their order."""
     members = [unit for which in sets for unit in which]
@@ -138,7 +151,8 @@ class Work:
     @torch.no_grad()
     def values(self, site: Site, layer: int, base: Tensor) -> Tensor:
         """What a patch puts in place of `base`."""
-        return self.intervention.values(site, layer, base, self.source[site.name][layer])
+        source = self.source[site.name][layer]
+        return self.intervention.values(site, layer, base, source, self.batch.spans)
 
     def score(
         self,

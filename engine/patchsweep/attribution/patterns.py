@@ -25,9 +25,9 @@ from patchsweep.attribution.atp import Atp
 from patchsweep.attribution.check import check_request
 from patchsweep.attribution.estimates import Work
 from patchsweep.attribution.tape import Place, Tape
-from patchsweep.batch import make_batches
+from patchsweep.batch import clean_prompts
 from patchsweep.pairs import PromptPairs
-from patchsweep.request import MetricLike, Request, device_of, make_request
+from patchsweep.request import MetricLike, Request, make_request
 from patchsweep.sites import SITES
 
 
@@ -94,22 +94,20 @@ def pattern_scores(
     longest = int(request.plans[0].full_lengths.max())
     size = (len(request.metrics), len(pairs), shape.n_layers, shape.n_heads, longest, longest)
     zero, patch = np.full(size, np.nan, np.float32), np.full(size, np.nan, np.float32)
-    device = device_of(model)
-    batches = make_batches(
-        request.pairs, range(len(pairs)), request.direction, request.read, device
-    )
-    denoising = request.direction == "denoising"
+    batches = request.batches(range(len(pairs)))
     request.intervention.prepare(
-        {b.length: b.source if denoising else b.base for b in batches},
-        lambda tokens: tape.activations(tokens)[0],
+        clean_prompts(batches, request.direction), lambda tokens: tape.activations(tokens)[0]
     )
     for every in batches:
         for pair in every.pairs:  # [head, dest, src] of all layers: one pair at a time
-            batch = make_batches(request.pairs, [pair], request.direction, request.read, device)[0]
+            batch = request.batches([pair])[0]
             with tape.frozen():
                 _one(request, tape, batch, zero[:, pair], patch[:, pair])
     dims = ("metric", "pair", "layer", "head", "dest", "src")
-    tokens = [[*(p.corrupted_tokens if denoising else p.clean_tokens)][:longest] for p in pairs]
+    tokens = [
+        [*(p.corrupted_tokens if request.direction == "denoising" else p.clean_tokens)][:longest]
+        for p in pairs
+    ]
     return PatternScores(
         xr.Dataset(
             {"zero": (dims, zero), "patch": (dims, patch)},

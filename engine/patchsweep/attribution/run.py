@@ -12,9 +12,9 @@ from patchsweep.attribution.atp_star import AtpStar, check_intervention
 from patchsweep.attribution.estimates import Work
 from patchsweep.attribution.method import Method
 from patchsweep.attribution.tape import Tape
-from patchsweep.batch import Batch, make_batches
+from patchsweep.batch import Batch, clean_prompts
 from patchsweep.plan import SitePlan
-from patchsweep.request import Request, device_of
+from patchsweep.request import Request
 
 # tokens of the prompts that are attributed in one pass
 MAX_TOKENS = 2048
@@ -51,11 +51,8 @@ class Attribution:
         """Let the intervention see the clean prompts."""
         request = self.request
         numbers = range(len(request.pairs))
-        batches = make_batches(
-            request.pairs, numbers, request.direction, request.read, device_of(request.bridge)
-        )
-        denoising = request.direction == "denoising"
-        clean = {b.length: b.source if denoising else b.base for b in batches}
+        batches = request.batches(numbers)
+        clean = clean_prompts(batches, request.direction)
         request.intervention.prepare(clean, lambda tokens: self.tape.activations(tokens)[0])
 
     def run(self, method: Method, pairs: range) -> BlockOfPairs:
@@ -68,9 +65,7 @@ class Attribution:
             for plan in request.plans
         }
         references = np.full((2, len(request.metrics), len(pairs)), np.nan, np.float32)
-        for batch in make_batches(
-            request.pairs, pairs, request.direction, request.read, device_of(request.bridge)
-        ):
+        for batch in request.batches(pairs):
             with self.tape.frozen():
                 work = self._work(method, batch)
                 found = method.run(work)

@@ -23,6 +23,8 @@ from patchsweep.sites import SITES, Site
 from patchsweep.waves.capture import attention_pattern, locate, split_hidden, watch
 from patchsweep.waves.replica import Attend, Replica, Unsupported, attention_settings
 
+PATTERNS = ("pattern", "pattern_cell")
+
 
 @dataclass(frozen=True)
 class Place:
@@ -34,9 +36,14 @@ class Place:
     n_pos: int
     heads_first: bool  # [row, head, pos, d] as attention has it, not [row, pos, width]
 
+    @property
+    def is_pattern(self) -> bool:
+        """Whether the tensor is `[row, head, dest, src]`."""
+        return self.site.name in PATTERNS
+
     def flat(self, x: Tensor) -> Tensor:
         """`x` or its gradient as `[row, pos, width]`; a pattern as `[row, head, dest, src]`."""
-        if self.site.name == "pattern":
+        if self.is_pattern:
             return x
         if self.heads_first:
             return rearrange(x, "row head pos d -> row pos (head d)")
@@ -44,7 +51,7 @@ class Place:
 
     def write(self, x: Tensor, values: Tensor) -> None:
         """Put `values` (shaped as `flat` gives them) into `x` in place, for every reader of it."""
-        if self.heads_first and self.site.name != "pattern":
+        if self.heads_first and not self.is_pattern:
             values = rearrange(values, "row pos (head d) -> row head pos d", head=x.shape[1])
         x.copy_(values.reshape(x.shape))
 
@@ -164,8 +171,9 @@ class Tape:
                     on_attention(
                         layer, Heads(q.detach(), k.detach(), v.detach(), pattern, settings)
                     )
-                if "pattern" in inside:
-                    see(inside["pattern"], layer, pattern, heads_first=True)
+                for name in PATTERNS:
+                    if name in inside:
+                        see(inside[name], layer, pattern, heads_first=True)
                 values = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
                 return (pattern.to(v) @ values).transpose(1, 2)
 

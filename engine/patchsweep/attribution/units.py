@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from patchsweep.attribution.method import Method
 from patchsweep.attribution.run import Attribution, BlockOfPairs, pairs_per_block, token_layers
-from patchsweep.plan import SitePlan
-from patchsweep.request import Request, blocks_of
+from patchsweep.request import Request
 from patchsweep.results import dims_of, shape_of
 from patchsweep.store import Unit, Variable
 
@@ -22,19 +23,12 @@ def variable_name(site: str, method: str) -> str:
 
 def variables_of(request: Request, methods: Sequence[Method]) -> tuple[Variable, ...]:
     """One variable for each site and method; a unit is some pairs and all layers."""
-    # a shuffled source depends on which pairs share a batch, so there the exact blocks count
-    shuffled = request.intervention.name == "shuffle"
-    exact = blocks_of(request.plans)
-
-    def pairs_of(plan: SitePlan) -> int:
-        return exact[plan.site.name][0] if shuffled else pairs_per_block(plan)
-
     return tuple(
         Variable(
             name=variable_name(plan.site.name, method.name),
             dims=dims_of(plan),
             shape=shape_of(plan, len(request.metrics)),
-            unit=(pairs_of(plan), plan.shape[1]),
+            unit=(pairs_per_block(plan), plan.shape[1]),
             attrs={
                 "long_name": f"{method.name}: estimate of metric(patched) - metric(base) at "
                 f"{plan.site.name}" + (", absolute" if method.name.endswith("_drop") else "")
@@ -52,6 +46,8 @@ class Estimator:
         self, request: Request, methods: Sequence[Method], *, tells_references: bool = True
     ) -> None:
         self.tells_references = tells_references
+        # means of its own: the exact runner may keep them of other places (rotated q)
+        request = replace(request, intervention=deepcopy(request.intervention))
         self.attribution = Attribution(request, methods)
         self.request = request
         self._owner = {

@@ -10,12 +10,11 @@ import numpy as np
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from patchsweep.batch import make_batches
 from patchsweep.cli.console import stdout
 from patchsweep.config import RunConfig, from_identity
 from patchsweep.layout import Unit
 from patchsweep.plan import SitePlan
-from patchsweep.request import Request, device_of, make_request
+from patchsweep.request import Request, make_request
 from patchsweep.results import weights_hash
 from patchsweep.status import EXIT_COMPLETE, EXIT_INCOMPLETE
 from patchsweep.store import Store
@@ -99,10 +98,7 @@ def recompute(store: Store, n_cells: int, seed: int | None, console: Console) ->
     for unit, patches in by_unit.items():
         plan = plans[unit.variable]
         kept = _stored(store, plan, unit, patches)
-        # in the unit's own batches, since a shuffled source depends on who is in them
-        for batch in make_batches(
-            request.pairs, unit.pairs, request.direction, request.read, device_of(request.bridge)
-        ):
+        for batch in request.batches(unit.pairs):
             mine = np.array([p for p in patches if plan.pair[p] in batch.pairs], dtype=np.int64)
             if not len(mine):
                 continue

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM
 
-from patchsweep.batch import Batch, make_batches
+from patchsweep.batch import Batch
 from patchsweep.errors import ModelError, PatchsweepError, SiteError
 from patchsweep.families.configs import causal_architectures, tiny_config
 from patchsweep.hooked import HookedRunner
@@ -148,7 +148,7 @@ def measure(architecture: str, model_type: str, bridge: TransformerBridge) -> Ro
 
 def _cell(bridge: TransformerBridge, pairs: PromptPairs, site: str) -> Cell:
     request = make_request(bridge, pairs, site)
-    batch = make_batches(pairs, [0], request.direction, request.read, torch.device("cpu"))[0]
+    batch = request.batches([0])[0]
     try:
         choice = choose_runner(bridge, request.plans, batch, request.intervention)
         found = _values(choice.runner, request, batch, at_once=True)

@@ -79,6 +79,15 @@ def frozen(bridge: TransformerBridge) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def unfit(bridge: TransformerBridge, reason: Exception) -> MethodError:
+    """The error for a model whose blocks cannot be taken apart."""
+    text = str(reason) if isinstance(reason, Unsupported) else f"{type(reason).__name__}: {reason}"
+    return MethodError(
+        f"edges cannot be taken apart in {bridge.cfg.model_name}: {text}; sweep its sites with "
+        "method=exact instead"
+    )
+
+
 class _Stop(Exception):
     """All that was wanted of a block has been seen."""
 
@@ -94,30 +103,46 @@ class Blocks:
         try:
             self.replica = Replica(bridge)
             self._o = [point.module for point in locate(self.replica, SITES["z"]).points]
-            outs = {
-                name: locate(self.replica, SITES[name]).points for name in ("attn_out", "mlp_out")
-            }
+            self._modules = self._find(bridge)
         except Unsupported as reason:
-            raise MethodError(
-                f"edges cannot be taken apart in {bridge.cfg.model_name}: {reason}; "
-                "sweep its sites with method=exact instead"
-            ) from reason
-        self._modules: dict[tuple[int, Part], nn.Module] = {}
+            raise unfit(bridge, reason) from reason
+
+    def _find(self, bridge: TransformerBridge) -> dict[tuple[int, Part], nn.Module]:
+        """The modules at whose output each part ends.
+
+        Raises:
+            Unsupported: there is none.
+        """
+        found: dict[tuple[int, Part], nn.Module] = {}
+        outs = {name: self._outputs(name) for name in ("attn_out", "mlp_out")}
         for layer, block in enumerate(self.replica.blocks):
             attn = self.replica.module_of(bridge.blocks[layer].attn)
             mlp = self.replica.module_of(getattr(bridge.blocks[layer], "mlp", None))
-            attn_out, mlp_out = (outs[name][layer] for name in ("attn_out", "mlp_out"))
-            if attn is None or attn_out.side == "in" or mlp_out.side == "in":
-                raise MethodError(
-                    f"edges cannot be taken apart in {bridge.cfg.model_name}: block {layer} "
-                    "has no module of its own for attention or MLP; sweep its sites instead"
-                )
             if mlp is None or mlp is block:  # the block itself calls the MLP's two matrices
-                mlp = mlp_out.module
-            self._modules[layer, "attn"] = attn
-            self._modules[layer, "attn_out"] = attn_out.module
-            self._modules[layer, "mlp"] = mlp
-            self._modules[layer, "mlp_out"] = mlp_out.module
+                mlp = outs["mlp_out"][layer] if outs["mlp_out"] else None
+            if attn is None or mlp is None:
+                raise Unsupported(f"block {layer} has no module of its own for attention or MLP")
+            found[layer, "attn"], found[layer, "mlp"] = attn, mlp
+            found[layer, "attn_out"] = outs["attn_out"][layer] if outs["attn_out"] else attn
+            found[layer, "mlp_out"] = outs["mlp_out"][layer] if outs["mlp_out"] else mlp
+        return found
+
+    def _outputs(self, site: str) -> list[nn.Module]:
+        """Where the writes called `site` leave their last module; none: only a factor follows.
+
+        Raises:
+            Unsupported: what follows the part is not known to be linear.
+        """
+        try:
+            points = locate(self.replica, SITES[site]).points
+        except Unsupported:
+            # blocks that scale their writes do so outside of any module
+            if type(self.replica.bridge.blocks[0]).__name__ == "ScaledResidualBlockBridge":
+                return []
+            raise
+        if any(point.side == "in" for point in points):
+            raise Unsupported(f"{site} leaves no module of its own")
+        return [point.module for point in points]
 
     @property
     def n_layers(self) -> int:
@@ -154,7 +179,8 @@ class Blocks:
                 trace.q.append(q)
                 trace.k.append(k)
                 trace.v.append(v)
-                return _attended(module, q, k, v, kw).transpose(1, 2)
+                # models take it for contiguous
+                return _attended(module, q, k, v, kw).transpose(1, 2).contiguous()
 
             return attend
 
@@ -182,9 +208,17 @@ class Blocks:
 
     @torch.no_grad()
     def parallel(self) -> tuple[bool, ...]:
-        """Per layer whether the MLP reads the stream before attention has written into it."""
+        """Per layer whether the MLP reads the stream before attention has written into it.
+
+        Raises:
+            Unsupported: the model does not call every block's attention once.
+        """
         tokens = torch.zeros(1, 2, dtype=torch.long, device=self._device)
         trace = self.trace(tokens, [-1])
+        if not len(trace.q) == len(trace.z) == len(trace.resid) - 1 == self.n_layers:
+            raise Unsupported(
+                "its attention does not go through the attention interface of transformers"
+            )
         pair = torch.zeros(1, dtype=torch.long, device=self._device)
         found = []
         for layer in range(self.n_layers):
@@ -325,8 +359,10 @@ class Blocks:
             z = _attended(module, q, k, v, kw)[:, :, start:]
             return rearrange(z, "row head pos d -> 1 (row pos) head d")
 
-        def leave(y: Tensor) -> None:
-            replace("mlp", y.view(*x.shape[:2], -1))
+        def leave(y: Tensor) -> Tensor:
+            rows = y.reshape(*x.shape[:2], -1).clone()
+            replace("mlp", rows)
+            return rows.reshape(y.shape)
 
         mlp = Point(self._modules[layer, "mlp"], "out")
         with self._attending(lambda _: attend), watch(mlp, leave):

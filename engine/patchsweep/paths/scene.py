@@ -11,15 +11,16 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.attribution.check import check_model
-from patchsweep.batch import Batch, make_batches, pair_shape
-from patchsweep.errors import ConfigError, MethodError
-from patchsweep.interventions import Direction, Intervention, ValueFn, get_intervention
+from patchsweep.batch import Batch, clean_prompts, make_batches, pair_shape
+from patchsweep.errors import ConfigError, MethodError, PatchsweepError
+from patchsweep.interventions import Direction, Intervention, Spans, ValueFn, get_intervention
 from patchsweep.metrics import Logits, Metric, compute, get_metrics
 from patchsweep.pairs import PromptPairs
-from patchsweep.paths.blocks import Blocks, Trace
+from patchsweep.paths.blocks import Blocks, Trace, unfit
 from patchsweep.paths.nodes import Nodes
 from patchsweep.request import MetricLike, device_of, model_shape
 from patchsweep.sites import SITES
+from patchsweep.waves.replica import Unsupported
 
 # what all senders of one batch write stays within this many bytes
 WRITE_BYTES = 512 * 2**20
@@ -159,8 +160,21 @@ def scenes(question: Question, *, gradient: bool = False) -> Iterator[Scene]:
     Raises:
         MethodError: the model's blocks cannot be taken apart.
     """
-    blocks = Blocks(question.bridge)
-    nodes = nodes_of(question.bridge, blocks.parallel())
+    bridge = question.bridge
+    try:
+        blocks = Blocks(bridge)
+        nodes = nodes_of(bridge, blocks.parallel())
+    except PatchsweepError:
+        raise
+    except Exception as error:  # blocks of an unknown kind may break in any way here
+        raise unfit(bridge, error) from error
+    try:
+        yield from _batches(question, blocks, nodes, gradient)
+    except Unsupported as error:
+        raise unfit(bridge, error) from error
+
+
+def _batches(question: Question, blocks: Blocks, nodes: Nodes, gradient: bool) -> Iterator[Scene]:
     _prepare(question, blocks)
     device = device_of(question.bridge)
     longest = max(len(pair) for pair in question.pairs)
@@ -193,18 +207,20 @@ def _scene(question: Question, blocks: Blocks, nodes: Nodes, batch: Batch, gradi
         metrics=question.metrics,
         base=base,
         source=source,
-        changes=_changes(question.intervention, base, source),
+        changes=_changes(question.intervention, base, source, batch.spans),
         start=start,
     )
 
 
 @torch.no_grad()
-def _changes(intervention: Intervention, base: Trace, source: Trace) -> Changes:
+def _changes(
+    intervention: Intervention, base: Trace, source: Trace, spans: Sequence[Spans]
+) -> Changes:
     b, s = _activations(base), _activations(source)
 
     def change(site: str, layer: int) -> Tensor:
         old = b[site][layer]
-        return intervention.values(SITES[site], layer, old, s[site][layer]) - old
+        return intervention.values(SITES[site], layer, old, s[site][layer], spans) - old
 
     layers = range(len(base.z))
     return Changes(
@@ -225,12 +241,14 @@ def _activations(trace: Trace) -> Mapping[str, Sequence[Tensor]]:
 
 def _prepare(question: Question, blocks: Blocks) -> None:
     """Let the intervention see the clean prompts."""
-    clean: dict[int, list[tuple[int, ...]]] = {}
-    for pair in question.pairs:
-        prompt = (*pair.clean, *pair.answer[:-1])
-        clean.setdefault(len(prompt), []).append(prompt)
-    device = device_of(question.bridge)
+    batches = make_batches(
+        question.pairs,
+        range(len(question.pairs)),
+        question.direction,
+        question.read,
+        device_of(question.bridge),
+    )
     question.intervention.prepare(
-        {length: torch.tensor(prompts, device=device) for length, prompts in clean.items()},
+        clean_prompts(batches, question.direction),
         lambda tokens: _activations(blocks.trace(tokens, [-1])),
     )

@@ -17,7 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.batch import Batch
 from patchsweep.errors import ModelError
-from patchsweep.interventions import Custom, Intervention, Resample
+from patchsweep.interventions import Custom, Intervention, Resample, Spans
 from patchsweep.metrics import Logits, Metric, compute
 from patchsweep.plan import Ints, SitePlan, Wave
 from patchsweep.sites import Site
@@ -87,7 +87,7 @@ class WaveRunner:
             batch=batch,
             base=base,
             donors={
-                name: self._donors(point, intervention, base, source)
+                name: self._donors(point, intervention, base, source, batch.spans)
                 for name, point in self.points.items()
             },
             base_resid=base.resid[-1][:, reads],
@@ -100,7 +100,7 @@ class WaveRunner:
         return replace(
             loaded,
             donors={
-                name: self._donors(point, Resample(), base, base)
+                name: self._donors(point, Resample(), base, base, loaded.batch.spans)
                 for name, point in self.points.items()
             },
         )
@@ -214,7 +214,12 @@ class WaveRunner:
         return loaded._logits[which]
 
     def _donors(
-        self, point: SitePoint, intervention: Intervention, base: Run, source: Run
+        self,
+        point: SitePoint,
+        intervention: Intervention,
+        base: Run,
+        source: Run,
+        spans: Sequence[Spans],
     ) -> Sequence[Tensor]:
         """The values patched in, at the place where the wave writes them."""
         site = point.site
@@ -223,7 +228,7 @@ class WaveRunner:
             raise Unsupported("custom values of result are no values of z")
         pairs = zip(base.layers_of(site.name), source.layers_of(site.name), strict=True)
         values = [
-            intervention.values(site, layer, b, s).contiguous()
+            intervention.values(site, layer, b, s, spans).contiguous()
             for layer, (b, s) in enumerate(pairs)
         ]
         if site.name == "resid_post":
