@@ -415,3 +415,30 @@ def test_gpu_number_is_no_part_of_what_a_run_is() -> None:
     assert kept["model"]["device"] == "cuda"
     assert not {"store", "slice", "n_slices"} & set(kept)
     assert from_identity(kept).identity() == kept
+
+
+def test_metric_of_the_user_by_its_target(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "my_metrics.py").write_text(
+        "def top_logit(logits):\n    return logits[:, 0].max(dim=-1).values\n"
+    )
+    monkeypatch.syspath_prepend(here)
+    own = "metric.names=[logit_diff,{_target_: my_metrics.top_logit}]"
+    assert patchsweep("run", *TINY, "sites=[mlp_out]", own, "store=a.zarr") == EXIT_DONE
+    ds = xr.open_zarr("a.zarr", consolidated=False)
+    assert list(ds.metric.values) == ["logit_diff", "top_logit"]
+    assert float(ds["mlp_out"].sel(metric="top_logit").min()) > 0
+    assert patchsweep("verify", "a.zarr", "-n", "4") == EXIT_DONE
+
+
+def test_metric_target_that_does_not_exist_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    own = "metric.names=[{_target_: no_such_module.metric}]"
+    assert patchsweep("run", *TINY, own, "store=a.zarr") == EXIT_MISTAKE
+    assert "give _target_ as module.function" in capsys.readouterr().err
+
+
+def test_bf16_on_the_command_line(here: Path) -> None:
+    words = ["sites=heads", "precision=bf16", "store=a.zarr"]
+    assert patchsweep("run", *TINY, *words) == EXIT_DONE
+    assert {"z", "z_bf16", "z_noise"} <= set(xr.open_zarr("a.zarr", consolidated=False))
+    assert patchsweep("verify", "a.zarr", "-n", "6") == EXIT_DONE
+    assert patchsweep("report", "a.zarr") == EXIT_DONE

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
+from hydra.errors import InstantiationException
+from hydra.utils import get_object, instantiate
 from omegaconf import MISSING, OmegaConf
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -23,6 +25,7 @@ from patchsweep.errors import ConfigError
 from patchsweep.models import load_model
 from patchsweep.pairs import PromptPairs
 from patchsweep.records import PromptRecord
+from patchsweep.request import MetricLike
 from patchsweep.screen import MethodLike, Screen
 from patchsweep.tasks import load_task
 
@@ -176,8 +179,30 @@ class ScreenMethod(MethodConfig):
 class MetricConfig:
     """Which numbers are read off the logits."""
 
-    names: list[str] = MISSING
+    names: list[Any] = MISSING  # names, or {_target_: module.function} over [row, read, d_vocab]
     read: int = -1  # prompt position whose logits are read; -1 is the last
+
+    def metrics(self) -> list[MetricLike]:
+        """What `sweep(metrics=...)` takes.
+
+        Raises:
+            ConfigError: a `_target_` cannot be imported.
+        """
+        return [name if isinstance(name, str) else _own(name) for name in self.names]
+
+
+def _own(target: Mapping[str, Any]) -> MetricLike:
+    """A metric of the user's: a function, or an object of a class that is made with arguments."""
+    try:
+        if set(target) == {"_target_"}:
+            found = get_object(target["_target_"])
+            return found() if isinstance(found, type) else found
+        return instantiate(dict(target))
+    except (InstantiationException, ImportError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"metric {dict(target)!r} cannot be made: {error}; give _target_ as module.function, "
+            "on the Python path"
+        ) from error
 
 
 @dataclass

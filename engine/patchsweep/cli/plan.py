@@ -29,7 +29,7 @@ def job(cfg: DictConfig) -> None:
     model = config.model.load()
     pairs = config.task.load(model)
     request = make_request(
-        model, pairs, config.sites.names, config.metric.names, **config.selection()
+        model, pairs, config.sites.names, config.metric.metrics(), **config.selection()
     )
     asked = get_asked(config.method.asked())
     if asked.methods:

@@ -38,7 +38,7 @@ def execute(config: RunConfig) -> None:
             model,
             pairs,
             config.sites.names,
-            config.metric.names,
+            config.metric.metrics(),
             **config.selection(),
             method=config.method.asked(),
             store=config.store.path,

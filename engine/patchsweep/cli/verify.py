@@ -122,7 +122,9 @@ def recompute(store: Store, n_cells: int, seed: int | None, console: Console) ->
 def _request(config: RunConfig) -> Request:
     model = config.model.load()
     pairs = config.task.load(model)
-    return make_request(model, pairs, config.sites.names, config.metric.names, **config.selection())
+    return make_request(
+        model, pairs, config.sites.names, config.metric.metrics(), **config.selection()
+    )
 
 
 def _sample(

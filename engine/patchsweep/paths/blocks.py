@@ -219,6 +219,8 @@ class Blocks:
             raise Unsupported(
                 "its attention does not go through the attention interface of transformers"
             )
+        if len(trace.parts) < len(self._modules):
+            raise Unsupported("a block does not call its attention or its MLP as a module")
         pair = torch.zeros(1, dtype=torch.long, device=self._device)
         found = []
         for layer in range(self.n_layers):
