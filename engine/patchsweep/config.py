@@ -149,7 +149,7 @@ class IntegratedMethod(MethodConfig):
     """Integrated gradients."""
 
     over: str = MISSING  # site: over the site's activation; inputs: over the embedding
-    n_steps: int = 5  # points of the path
+    n_steps: int = 10  # points of the path
 
     def asked(self) -> list[MethodLike]:
         if self.over == "site":
