@@ -2,31 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from functools import cache
-
 import pytest
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-from patchsweep.models import load_model
-from patchsweep.pairs import PromptPairs
+from subjects import model
 from transformer_lens.model_bridge import TransformerBridge
-
-CLEAN = "When John and Mary went to the shops, John gave a bottle of milk to"
-CORRUPTED = "When John and Mary went to the shops, Mary gave a bottle of milk to"
-
-
-@cache
-def model(name: str) -> TransformerBridge:
-    return load_model(name, device="cpu")
-
-
-@cache
-def demo_pairs(name: str) -> PromptPairs:
-    return PromptPairs.from_strings(
-        model(name), clean=[CLEAN], corrupted=[CORRUPTED], answers=[(" Mary", " John")]
-    )
 
 
 @pytest.fixture(scope="session")

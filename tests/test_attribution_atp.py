@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from attribution_setup import block, cells
-from conftest import model
 from oracle import hook_of
 from patchsweep.sites import SITES
+from subjects import model
 from torch import Tensor
 
 FAMILIES = ["gpt2", "gpt_neox", "llama", "qwen3", "gemma2", "gemma3", "mistral", "phi3"]

@@ -10,11 +10,11 @@ import patchsweep as ps
 import pytest
 import torch
 from attribution_setup import pairs_of
-from conftest import model
 from patchsweep.attribution import METHODS, IntegratedInputs, IntegratedSite
 from patchsweep.attribution.check import check_model
 from patchsweep.errors import MethodError, PatchsweepError
 from patchsweep.screen import Screen
+from subjects import model
 
 NAME = "tiny:llama"
 

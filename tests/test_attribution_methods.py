@@ -7,7 +7,6 @@ import patchsweep as ps
 import pytest
 import torch
 from attribution_setup import block, cells, pairs_of
-from conftest import model
 from patchsweep.attribution import AtpStar, IntegratedInputs, IntegratedSite
 from patchsweep.attribution.atp_star import key_effect, query_effect
 from patchsweep.attribution.patterns import pattern_scores
@@ -15,6 +14,7 @@ from patchsweep.attribution.relp import HalfRule, graft, relevance_rules
 from patchsweep.attribution.tape import Heads
 from patchsweep.waves.capture import attention_pattern
 from patchsweep.waves.replica import Replica
+from subjects import model
 from torch import Tensor, nn
 
 SETTINGS = {

@@ -10,12 +10,12 @@ import patchsweep as ps
 import pytest
 import xarray as xr
 from attribution_setup import pairs_of
-from conftest import model
 from patchsweep.compare import as_dict, compare, render, verdict
 from patchsweep.errors import StoreError
 from patchsweep.screen import Screen
 from rich.console import Console
 from scipy import stats
+from subjects import model
 
 
 def _dataset(exact: np.ndarray, **estimates: np.ndarray) -> xr.Dataset:

@@ -11,7 +11,7 @@ import pandas as pd
 import patchsweep.transformer_lens as ours
 import pytest
 import torch
-from conftest import CLEAN, CORRUPTED, model
+from subjects import CLEAN, CORRUPTED, model
 from torch import Tensor
 from transformer_lens import patching as theirs
 from transformer_lens.ActivationCache import ActivationCache

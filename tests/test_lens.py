@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CLEAN, CORRUPTED, demo_pairs, model
 from patchsweep.errors import MethodError, PlanError
 from patchsweep.lens import lens
 from patchsweep.pairs import PromptPairs
+from subjects import CLEAN, CORRUPTED, demo_pairs, model
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.analysis.logit_lens import logit_lens
 

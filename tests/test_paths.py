@@ -8,7 +8,6 @@ import numpy as np
 import patchsweep.paths.scene as scene_module
 import pytest
 import torch
-from conftest import CLEAN, CORRUPTED, demo_pairs, model
 from patchsweep.batch import Batch, make_batches
 from patchsweep.errors import ConfigError, MethodError, MetricError, PlanError
 from patchsweep.families import tiny_bridge
@@ -16,6 +15,7 @@ from patchsweep.models import load_model
 from patchsweep.pairs import PromptPairs
 from patchsweep.paths import Edge, Nodes, Reader, Sender, edges, exact_edges, screen_edges
 from patchsweep.paths.blocks import Blocks
+from subjects import CLEAN, CORRUPTED, demo_pairs, model
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.patching import get_act_patch_direct_path

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import CLEAN, CORRUPTED, demo_pairs, model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from patchsweep.batch import make_batches
@@ -18,6 +17,7 @@ from patchsweep.plan import Axes, ModelShape, PairShape, plan_site
 from patchsweep.request import make_request
 from patchsweep.sites import SITES
 from patchsweep.waves.packing import pack
+from subjects import CLEAN, CORRUPTED, demo_pairs, model
 
 SHAPE = ModelShape(
     n_layers=4, n_heads=3, n_kv_heads=3, d_head=4, d_model=12, d_mlp=16, d_vocab=50,

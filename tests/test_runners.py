@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import demo_pairs, model
 from oracle import donors, hook_of, loop_logit_diff, oracle_activations
 from patchsweep.batch import make_batches
 from patchsweep.errors import SiteError
@@ -16,6 +15,7 @@ from patchsweep.models import TINY_FAMILIES
 from patchsweep.request import make_request
 from patchsweep.sites import SITES
 from patchsweep.waves import Unsupported, WaveRunner
+from subjects import demo_pairs, model
 
 # fp32 logits of order 10 carry about 1e-6 each; a dozen products and norms stay far below this
 TOLERANCE = 1e-4

@@ -6,9 +6,9 @@ import numpy as np
 import patchsweep as ps
 import pytest
 import torch
-from conftest import demo_pairs, model
 from patchsweep.errors import ConfigError, MetricError, ModelError, PromptError, SiteError
 from patchsweep.pairs import PromptPairs
+from subjects import demo_pairs, model
 
 NAME = "tiny:llama"
 PROMPTS = [

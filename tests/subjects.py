@@ -1,0 +1,27 @@
+"""What most tests sweep: the demo pair, on models that are loaded once."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from patchsweep.models import load_model
+from patchsweep.pairs import PromptPairs
+from transformer_lens.model_bridge import TransformerBridge
+
+CLEAN = "When John and Mary went to the shops, John gave a bottle of milk to"
+CORRUPTED = "When John and Mary went to the shops, Mary gave a bottle of milk to"
+
+
+@cache
+def model(name: str) -> TransformerBridge:
+    return load_model(name, device="cpu")
+
+
+@cache
+def demo_pairs(name: str) -> PromptPairs:
+    return PromptPairs.from_strings(
+        model(name), clean=[CLEAN], corrupted=[CORRUPTED], answers=[(" Mary", " John")]
+    )
