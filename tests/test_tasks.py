@@ -100,7 +100,7 @@ def test_demo_pair_is_the_task_ioi_demo(smollm2: TransformerBridge) -> None:
         "S1+1": (3, 4),
         "IO": (4, 5),
         "S2": (10, 11),
-        "end": (14, 15),
+        "end": (16, 17),
     }
     with pytest.raises(PromptError, match=r"n_pairs=2.*got 1.*repeats an earlier pair"):
         load_task(smollm2, "ioi_demo", 2)
