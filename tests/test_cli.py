@@ -442,3 +442,16 @@ def test_bf16_on_the_command_line(here: Path) -> None:
     assert {"z", "z_bf16", "z_noise"} <= set(xr.open_zarr("a.zarr", consolidated=False))
     assert patchsweep("verify", "a.zarr", "-n", "6") == EXIT_DONE
     assert patchsweep("report", "a.zarr") == EXIT_DONE
+
+
+def test_compare_draws_an_exact_sample_for_estimates_alone(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["sites=[z,mlp_out]", "method=atp", "store=a.zarr"]
+    assert patchsweep("run", *TINY, *words) == EXIT_DONE
+    assert patchsweep("compare", "a.zarr") == EXIT_MISTAKE  # nothing to compare with
+    capsys.readouterr()
+    assert patchsweep("compare", "a.zarr", "--sample", "12", "--json") == EXIT_DONE
+    found = json.loads(capsys.readouterr().out)
+    assert {site["site"] for site in found["sites"]} == {"z", "mlp_out"}
+    assert patchsweep("compare", "a.zarr", "--sample", "-1") == EXIT_MISTAKE

@@ -15,7 +15,7 @@ from patchsweep.errors import StoreError
 from patchsweep.screen import Screen
 from rich.console import Console
 from scipy import stats
-from subjects import model
+from subjects import demo_pairs, model
 
 
 def _dataset(exact: np.ndarray, **estimates: np.ndarray) -> xr.Dataset:
@@ -189,3 +189,18 @@ def test_a_screened_run_compares_what_was_run() -> None:
     found = compare(ds).of("z", "atp")
     assert found.n_cells == 20
     assert found.n_exact_missing > 0
+
+
+def test_random_exact_sample_holds_what_the_whole_sweep_holds() -> None:
+    from patchsweep.sample import sample_exact
+
+    name = "tiny:llama"
+    whole = ps.sweep(model(name), demo_pairs(name), "z")
+    sample = sample_exact(model(name), demo_pairs(name), "z", n=20, seed=1)
+    ran = ~np.isnan(sample["z"].values)
+    plan = whole.attrs["plan"]["z"]
+    assert ran.sum() == plan["n_dead"] + 20
+    np.testing.assert_allclose(sample["z"].values[ran], whole["z"].values[ran], atol=1e-5)
+    estimates = ps.sweep(model(name), demo_pairs(name), "z", method="atp")
+    found = compare(estimates.merge(sample, compat="override"))
+    assert found.sites[0].site == "z"

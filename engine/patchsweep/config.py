@@ -25,7 +25,7 @@ from patchsweep.errors import ConfigError
 from patchsweep.models import load_model
 from patchsweep.pairs import PromptPairs
 from patchsweep.records import PromptRecord
-from patchsweep.request import MetricLike
+from patchsweep.request import MetricLike, Request, make_request
 from patchsweep.screen import MethodLike, Screen
 from patchsweep.tasks import load_task
 
@@ -328,3 +328,12 @@ def from_identity(config: Mapping[str, Any]) -> RunConfig:
             "the store holds no config of a `patchsweep run`, so its cells cannot be run again; "
             "only stores of the command line can"
         ) from None
+
+
+def request_of(config: RunConfig) -> Request:
+    """The request of a run, its model and pairs loaded."""
+    model = config.model.load()
+    pairs = config.task.load(model)
+    return make_request(
+        model, pairs, config.sites.names, config.metric.metrics(), **config.selection()
+    )

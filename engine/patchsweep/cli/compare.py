@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
+
+import xarray as xr
 
 from patchsweep.cli.console import stdout
 from patchsweep.compare import as_dict, compare, render
+from patchsweep.config import from_identity, request_of
+from patchsweep.sample import draw
+from patchsweep.store import Store
 
 
 def main(arguments: list[str]) -> int:
@@ -16,12 +22,37 @@ def main(arguments: list[str]) -> int:
         description="Attribution's estimates beside the exact effects of one store: correlations, "
         "the largest misses by name, and which sites they may be trusted on.",
     )
-    parser.add_argument("store", help="folder or URL, of a run with method=[exact,atp] or screen")
+    parser.add_argument("store", help="folder or URL, of a run with estimates")
+    parser.add_argument(
+        "--sample",
+        type=int,
+        default=0,
+        metavar="N",
+        help="run N random patches of each site exactly, where the store holds estimates alone",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of that sample (0)")
     parser.add_argument("--json", action="store_true", help="all numbers, for scripts")
     options = parser.parse_args(arguments)
-    found = compare(options.store)
+    found = compare(
+        with_sample(options.store, options.sample, options.seed)
+        if options.sample
+        else options.store
+    )
     if options.json:
         print(json.dumps(as_dict(found), indent=2))
     else:
         stdout().print(render(found))
     return 0
+
+
+def with_sample(url: str, n: int, seed: int) -> xr.Dataset:
+    """The store's values, and exact ones of random patches of the sites that have none."""
+    store = Store.open(url)
+    config = from_identity(store.attrs["provenance"]["config"])
+    request = request_of(config)
+    ds = store.dataset().load()
+    missing = tuple(plan for plan in request.plans if plan.site.name not in ds)
+    if not missing:
+        return ds
+    sample = draw(replace(request, plans=missing), n, seed, config.runner.name)  # type: ignore[arg-type]
+    return ds.assign({plan.site.name: sample[plan.site.name] for plan in missing})

@@ -11,10 +11,9 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from patchsweep.cli.console import stdout
-from patchsweep.config import RunConfig, from_identity
+from patchsweep.config import from_identity, request_of
 from patchsweep.layout import Unit
 from patchsweep.plan import SitePlan
-from patchsweep.request import Request, make_request
 from patchsweep.results import weights_hash
 from patchsweep.status import EXIT_COMPLETE, EXIT_INCOMPLETE
 from patchsweep.store import Store
@@ -74,7 +73,7 @@ def recompute(store: Store, n_cells: int, seed: int | None, console: Console) ->
     transformers_logging.disable_progress_bar()
     provenance = store.attrs["provenance"]
     config = from_identity(provenance["config"])
-    request = _request(config)
+    request = request_of(config)
     if (found := weights_hash(request.bridge)) != provenance["weights_hash"]:
         return [
             f"the weights of {config.model.name} have hash {found} here, and the store was "
@@ -117,14 +116,6 @@ def recompute(store: Store, n_cells: int, seed: int | None, console: Console) ->
                     )
     console.print(f"values: {n_again} run again, largest difference {worst:.1e}")
     return problems
-
-
-def _request(config: RunConfig) -> Request:
-    model = config.model.load()
-    pairs = config.task.load(model)
-    return make_request(
-        model, pairs, config.sites.names, config.metric.metrics(), **config.selection()
-    )
 
 
 def _sample(

@@ -1,0 +1,77 @@
+"""A random exact sample: what estimates are compared with where no exact sweep was run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.errors import PlanError
+from patchsweep.exact import Block, Captures, check_numbers, split
+from patchsweep.pairs import PromptPairs
+from patchsweep.probe import RunnerName
+from patchsweep.request import MetricLike, Request, make_request
+from patchsweep.results import Memory, make_layout
+from patchsweep.sweep import MAX_TOKENS, prepare_runner
+
+
+def sample_exact(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    sites: str | Sequence[str],
+    metrics: MetricLike | Sequence[MetricLike] = "logit_diff",
+    *,
+    n: int = 200,
+    seed: int = 0,
+    runner: RunnerName = "auto",
+    max_tokens: int = MAX_TOKENS,
+    **selection: Any,
+) -> xr.Dataset:
+    """Exact values of `n` random live patches of each site, as `sweep` gives them.
+
+    Live patches that were not drawn are NaN; dead ones are known. To compare estimates with it:
+    `compare(estimates.merge(sample, compat="override"))`.
+
+    Raises:
+        PatchsweepError: an argument breaks a rule; nothing has run then.
+    """
+    request = make_request(model, pairs, sites, metrics, **selection)
+    return draw(request, n, seed, runner, max_tokens)
+
+
+def draw(
+    request: Request, n: int, seed: int, runner: RunnerName, max_tokens: int = MAX_TOKENS
+) -> xr.Dataset:
+    """`sample_exact` for a request.
+
+    Raises:
+        PlanError: `n` is not positive.
+    """
+    if n < 1:
+        raise PlanError(f"a sample of {n} patches says nothing; draw at least one")
+    rng = np.random.default_rng(seed)
+    drawn = {}
+    for plan in request.plans:
+        live = np.flatnonzero(plan.live)
+        drawn[plan.site.name] = rng.choice(live, size=min(n, len(live)), replace=False)
+    choice = prepare_runner(request, runner, max_tokens)
+    memory = Memory(make_layout(request, choice, {}))
+    captures = Captures(request, choice.runner)
+    plans = {plan.site.name: plan for plan in request.plans}
+    for unit in sorted(memory.pending(), key=lambda unit: unit.first_pair):
+        plan = plans[unit.variable]
+        block = Block(plan, unit, len(request.metrics))
+        for captured, dead, live in split(plan, unit, captures):
+            block.put(dead, captured.base_of(plan, dead))
+            mine = live[np.isin(live, drawn[plan.site.name])]
+            if len(mine):
+                found = choice.runner.run(captured.loaded, plan, mine, request.metrics)
+                block.put(mine, check_numbers(found.numpy(), plan, mine))
+            for row, pair in enumerate(captured.batch.pairs):
+                memory.write_fixed("base_metric", pair, captured.base[:, row : row + 1])
+                memory.write_fixed("source_metric", pair, captured.source[:, row : row + 1])
+        memory.write(unit, block.values())
+    return memory.dataset()
