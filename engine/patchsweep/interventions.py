@@ -48,15 +48,20 @@ class Intervention(Protocol):
         """
 
 
+class _Plain:
+    """Learns nothing from the prompts."""
+
+    def prepare(self, prompts: Sequence[Prompts], activations: Activations) -> None:
+        """See `Intervention`."""
+
+
 @dataclass
-class Resample:
+class Resample(_Plain):
     """The paired prompt's activation at the same place."""
 
     name: str = "resample"
     from_source: bool = True
     default_direction: Direction = "denoising"
-
-    def prepare(self, prompts: Sequence[Prompts], activations: Activations) -> None: ...
 
     def values(
         self, site: Site, layer: int, base: Tensor, source: Tensor, spans: Sequence[Spans]
@@ -65,14 +70,12 @@ class Resample:
 
 
 @dataclass
-class Zero:
+class Zero(_Plain):
     """Zeros. The base is the clean run unless said otherwise."""
 
     name: str = "zero"
     from_source: bool = False
     default_direction: Direction = "noising"
-
-    def prepare(self, prompts: Sequence[Prompts], activations: Activations) -> None: ...
 
     def values(
         self, site: Site, layer: int, base: Tensor, source: Tensor, spans: Sequence[Spans]
@@ -150,31 +153,21 @@ def _chunks(spans: Sequence[Spans], size: int) -> list[Sequence[Spans]]:
 
 
 @dataclass
-class Shuffle:
+class Shuffle(Resample):
     """Another pair's source activation: the source run is the next pair's of the same length."""
 
     name: str = "shuffle"
     from_source: bool = False
-    default_direction: Direction = "denoising"
-
-    def prepare(self, prompts: Sequence[Prompts], activations: Activations) -> None: ...
-
-    def values(
-        self, site: Site, layer: int, base: Tensor, source: Tensor, spans: Sequence[Spans]
-    ) -> Tensor:
-        return source
 
 
 @dataclass
-class Custom:
+class Custom(_Plain):
     """Values of the user's own: a constant, or a function of base and source activations."""
 
     value: float | Tensor | ValueFn
     name: str = "custom"
     from_source: bool = False
     default_direction: Direction = "noising"
-
-    def prepare(self, prompts: Sequence[Prompts], activations: Activations) -> None: ...
 
     def values(
         self, site: Site, layer: int, base: Tensor, source: Tensor, spans: Sequence[Spans]
