@@ -1,10 +1,15 @@
-"""Shared fixtures: models are loaded once."""
+"""Shared fixtures: models are loaded once. Shapes in signatures are checked while tests run."""
 
 from __future__ import annotations
 
 import pytest
-from subjects import model
-from transformer_lens.model_bridge import TransformerBridge
+from jaxtyping import install_import_hook
+
+CHECKED = ("waves", "metrics", "batch", "hooked", "plan", "exact")
+install_import_hook([f"patchsweep.{module}" for module in CHECKED], "beartype.beartype")
+
+from subjects import model  # noqa: E402  # the hook must come first
+from transformer_lens.model_bridge import TransformerBridge  # noqa: E402
 
 
 @pytest.fixture(scope="session")

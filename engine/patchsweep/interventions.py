@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class Prompts:
     spans: tuple[Spans, ...]  # of each prompt
 
 
+@runtime_checkable
 class Intervention(Protocol):
     """Turns the activations of a base and a source run into the values patched in."""
 

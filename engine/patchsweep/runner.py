@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -15,6 +15,7 @@ from patchsweep.plan import Ints, SitePlan
 from patchsweep.sites import Site
 
 
+@runtime_checkable
 class Runner(Protocol):
     """Runs patches of some sites on one model. Both runners give the same numbers."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ WAIT_S = 1.0  # between two looks at units that other processes hold
 Values = NDArray[np.float32]
 
 
+@runtime_checkable
 class Work(Protocol):
     """Knows how to fill the units of some variables."""
 
@@ -38,6 +39,7 @@ class Work(Protocol):
         one that tells them: their last bits must not depend on which unit came first."""
 
 
+@runtime_checkable
 class Progress(Protocol):
     """Told how far a run is; token-layers are the unit of cost.
 

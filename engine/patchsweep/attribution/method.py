@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from patchsweep.attribution.estimates import Found, Work
 from patchsweep.plan import SitePlan
 from patchsweep.sites import Site
 
 
+@runtime_checkable
 class Method(Protocol):
     """Estimates metric(patched) - metric(base) for every patch of some sites.
 
