@@ -72,19 +72,20 @@ class Captured:
 
 
 class Captures:
-    """Captured batches, the last few kept: the units of a pair follow each other."""
+    """The captured batches of the present pairs: their units follow each other."""
 
-    def __init__(self, request: Request, runner: Runner, keep: int = 2) -> None:
-        self.request, self.runner, self.keep = request, runner, keep
+    def __init__(self, request: Request, runner: Runner) -> None:
+        self.request, self.runner = request, runner
         self._kept: dict[tuple[int, ...], Captured] = {}
 
     def of(self, pairs: range) -> Iterator[Captured]:
         """The batches of `pairs`, one for each length."""
         request = self.request
-        for batch in request.batches(pairs):
+        batches = request.batches(pairs)
+        present = {batch.pairs for batch in batches}
+        self._kept = {key: kept for key, kept in self._kept.items() if key in present}
+        for batch in batches:
             if batch.pairs not in self._kept:
-                while len(self._kept) >= self.keep:
-                    self._kept.pop(next(iter(self._kept)))
                 loaded = self.runner.load(batch, request.intervention)
                 base, source = self.runner.references(loaded, request.metrics)
                 self._kept[batch.pairs] = Captured(

@@ -12,7 +12,6 @@ from patchsweep.batch import Batch
 from patchsweep.interventions import Intervention
 from patchsweep.metrics import Metric
 from patchsweep.plan import Ints, SitePlan
-from patchsweep.sites import Site
 
 
 @runtime_checkable
@@ -36,8 +35,3 @@ class Runner(Protocol):
         self, loaded: Any, plan: SitePlan, patches: Ints, metrics: Sequence[Metric]
     ) -> Float[Tensor, "metric patch"]:
         """The metrics of the patched runs `patches` (indices into `plan`), in that order."""
-
-
-def site_names(sites: Sequence[Site]) -> str:
-    """For messages."""
-    return ", ".join(site.name for site in sites)
