@@ -164,3 +164,19 @@ def compute(metrics: Sequence[Metric], logits: Logits) -> Float[Tensor, "metric 
             )
         values.append(value)
     return torch.stack(values)
+
+
+def has_gradient(metric: Metric) -> bool:
+    """Whether the metric's value keeps a gradient, tried on a few numbers.
+
+    True too where they do not suffice, since the metric wants a real vocabulary: then the run
+    will say what is wrong, if anything is.
+    """
+    with torch.enable_grad():
+        full = torch.linspace(-1, 1, 16).view(2, 1, 8).requires_grad_()
+        fixed = full.detach().flip(-1)
+        try:
+            value = metric.compute(Logits(full[..., 0], full[..., 1], full, fixed, fixed))
+        except (RuntimeError, IndexError):
+            return True
+    return bool(value.requires_grad)

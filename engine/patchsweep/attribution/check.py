@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.attribution.method import Method
 from patchsweep.errors import MethodError
 from patchsweep.interventions import Custom
-from patchsweep.metrics import Logits, Metric
+from patchsweep.metrics import Metric, has_gradient
 from patchsweep.plan import SitePlan
 from patchsweep.request import Request
 
@@ -75,15 +74,7 @@ def check_metric(metric: Metric, method: Method) -> None:
             f"method={method.name} would give 0 everywhere; use the metric logit_diff, or "
             "method=ig"
         )
-    # a user's metric shows whether it has a gradient on a few numbers
-    with torch.enable_grad():
-        full = torch.linspace(-1, 1, 16).view(2, 1, 8).requires_grad_()
-        fixed = full.detach().flip(-1)
-        try:
-            value = metric.compute(Logits(full[..., 0], full[..., 1], full, fixed, fixed))
-        except (RuntimeError, IndexError):
-            return  # it needs a real vocabulary; the run will say what is wrong, if anything
-    if not value.requires_grad:
+    if not has_gradient(metric):
         raise MethodError(
             f"metric {metric.name} returns numbers that have no gradient; write it in torch "
             "operations that keep one (no argmax, item or detach), or use method=exact"

@@ -7,7 +7,6 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-import torch
 import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor
@@ -17,7 +16,7 @@ from patchsweep.attribution.integrated import nodes as quadrature
 from patchsweep.batch import base_and_source
 from patchsweep.errors import MethodError, PlanError
 from patchsweep.interventions import Direction, Intervention, ValueFn
-from patchsweep.metrics import Logits, Metric
+from patchsweep.metrics import Metric, has_gradient
 from patchsweep.pairs import PromptPairs
 from patchsweep.paths.blocks import frozen
 from patchsweep.paths.eap import eap
@@ -290,15 +289,7 @@ def _check_metric(metric: Metric, steps: int | None) -> None:
             f"metric {metric.name} is smallest at the base run, where its gradient is zero, so "
             "every edge would get 0; use the metric logit_diff, or steps=5"
         )
-    # a user's metric shows whether it has a gradient on a few numbers
-    with torch.enable_grad():
-        full = torch.linspace(-1, 1, 16).view(2, 1, 8).requires_grad_()
-        fixed = full.detach().flip(-1)
-        try:
-            value = metric.compute(Logits(full[..., 0], full[..., 1], full, fixed, fixed))
-        except (RuntimeError, IndexError):
-            return  # it needs a real vocabulary; the run will say what is wrong, if anything
-    if not value.requires_grad:
+    if not has_gradient(metric):
         raise MethodError(
             f"metric {metric.name} returns numbers that have no gradient; write it in torch "
             "operations that keep one (no argmax, item or detach), or use exact_edges"
