@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from jaxtyping import install_import_hook
 
-CHECKED = ("waves", "metrics", "batch", "hooked", "plan", "exact")
+CHECKED = ("waves", "metrics", "batch", "hooked", "planner", "exact")
 install_import_hook([f"patchsweep.{module}" for module in CHECKED], "beartype.beartype")
 
 from subjects import model  # noqa: E402  # the hook must come first

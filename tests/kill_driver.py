@@ -25,7 +25,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import patchsweep as ps
 import torch
 from patchsweep import request, work
-from patchsweep.store_check import checksums
+from patchsweep.store.check import checksums
 
 torch.set_num_threads(1)
 request.UNIT_TOKENS = 40  # many small units, so that kills fall between and inside them

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from patchsweep.batch import Batch
 from patchsweep.interventions import Intervention
-from patchsweep.plan import SitePlan
+from patchsweep.planner import SitePlan
 from patchsweep.sites import Site
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge

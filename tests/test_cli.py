@@ -32,10 +32,10 @@ from patchsweep.config import (
     from_identity,
 )
 from patchsweep.errors import ConfigError
-from patchsweep.journal import read_journal
-from patchsweep.status import EXIT_INCOMPLETE
 from patchsweep.store import Store
-from patchsweep.store_check import checksums
+from patchsweep.store.check import checksums
+from patchsweep.store.journal import read_journal
+from patchsweep.store.status import EXIT_INCOMPLETE
 from patchsweep.tasks import TASKS
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -204,7 +204,7 @@ def test_mistake_is_told_in_one_line(
     def never(*args: object, **options: object) -> None:
         raise AssertionError("a mistake was noticed only after a forward pass")
 
-    monkeypatch.setattr(sys.modules["patchsweep.sweep"], "prepare_runner", never)
+    monkeypatch.setattr(sys.modules["patchsweep.api"], "prepare_runner", never)
     assert part in refused(capsys, *words)
 
 

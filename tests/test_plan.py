@@ -13,7 +13,7 @@ from patchsweep.hooked import HookedRunner
 from patchsweep.interventions import Resample
 from patchsweep.metrics import METRICS
 from patchsweep.pairs import PromptPair, PromptPairs
-from patchsweep.plan import Axes, ModelShape, PairShape, plan_site
+from patchsweep.planner import Axes, ModelShape, PairShape, plan_site
 from patchsweep.request import make_request
 from patchsweep.sites import SITES
 from patchsweep.waves.packing import pack

@@ -7,10 +7,10 @@ import patchsweep as ps
 import pytest
 import xarray as xr
 from attribution_setup import block, pairs_of
+from patchsweep.api import prepare_runner
 from patchsweep.attribution.tape import Tape
 from patchsweep.request import make_request
 from patchsweep.screen import Screen, _Subsets, draw_members, run_screen, upper_bound
-from patchsweep.sweep import prepare_runner
 from scipy import stats
 from scipy.stats import binom
 from subjects import demo_pairs, model

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from patchsweep.journal import Journal
-from patchsweep.layout import FIXED
-from patchsweep.lease import Leases
-from patchsweep.status import (
+from patchsweep.store import Store
+from patchsweep.store.journal import Journal
+from patchsweep.store.layout import FIXED
+from patchsweep.store.lease import Leases
+from patchsweep.store.status import (
     EXIT_COMPLETE,
     EXIT_INCOMPLETE,
     SILENT_AFTER_S,
@@ -19,7 +20,6 @@ from patchsweep.status import (
     render,
     store_status,
 )
-from patchsweep.store import Store
 from rich.console import Console
 from store_faults.runs import run, small_layout, values_of
 

@@ -22,17 +22,18 @@ import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from patchsweep import layout as layout_module
-from patchsweep import process
-from patchsweep.credentials import scrub
 from patchsweep.errors import StoreError
-from patchsweep.folder import PARTIAL, LocalFolder, open_folder
-from patchsweep.journal import Journal, read_journal
-from patchsweep.layout import COMPLETE, Variable
-from patchsweep.lease import Leases, read_leases
-from patchsweep.process import is_gone, process_name
-from patchsweep.store import Layout, Store
-from patchsweep.store_check import checksums, verify_structure
+from patchsweep.store import Layout, Store, process
+from patchsweep.store import layout as layout_module
+from patchsweep.store.address import open_folder
+from patchsweep.store.check import checksums, verify_structure
+from patchsweep.store.credentials import scrub
+from patchsweep.store.folder import PARTIAL
+from patchsweep.store.journal import Journal, read_journal
+from patchsweep.store.layout import COMPLETE, Variable
+from patchsweep.store.lease import Leases, read_leases
+from patchsweep.store.local_folder import LocalFolder
+from patchsweep.store.process import is_gone, process_name
 from store_faults.runs import run, small_layout, values_of
 
 

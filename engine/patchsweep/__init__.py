@@ -1,9 +1,34 @@
-"""patchsweep: exact activation-patching sweeps of language models in a few packed passes."""
+"""patchsweep: exact activation-patching sweeps of language models in a few packed passes.
 
-from patchsweep import metrics, summary  # summary registers the accessor `dataset.patchsweep`
+Names that need torch are loaded when they are first used, so that `patchsweep status` and a
+notebook that reads a store start at once.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from patchsweep import summary  # registers the accessor `dataset.patchsweep`
 from patchsweep.errors import PatchsweepError
-from patchsweep.models import load_model
-from patchsweep.pairs import PromptPairs
-from patchsweep.sweep import plan, sweep
+
+if TYPE_CHECKING:
+    from patchsweep import metrics
+    from patchsweep.api import plan, sweep
+    from patchsweep.models import load_model
+    from patchsweep.pairs import PromptPairs
 
 __all__ = ["PatchsweepError", "PromptPairs", "load_model", "metrics", "plan", "summary", "sweep"]
+
+_LATER = {
+    "PromptPairs": "patchsweep.pairs",
+    "load_model": "patchsweep.models",
+    "plan": "patchsweep.api",
+    "sweep": "patchsweep.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "metrics":
+        return import_module("patchsweep.metrics")
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
+    raise AttributeError(f"module 'patchsweep' has no attribute {name!r}")

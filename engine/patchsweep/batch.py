@@ -13,7 +13,7 @@ from torch import Tensor
 from patchsweep.errors import PlanError, PromptError
 from patchsweep.interventions import Direction, Prompts, Spans
 from patchsweep.pairs import PromptPair
-from patchsweep.plan import PairShape
+from patchsweep.planner import PairShape
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from patchsweep.plan import SitePlan
+from patchsweep.planner import SitePlan
 from patchsweep.request import Request, blocks_of, bytes_of, device_of
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from patchsweep.batch import Batch
 from patchsweep.errors import ModelError
-from patchsweep.plan import Ints, SitePlan
+from patchsweep.planner import Ints, SitePlan
 from patchsweep.request import Request
 from patchsweep.results import shape_of
 from patchsweep.runner import Runner

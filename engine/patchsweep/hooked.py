@@ -22,7 +22,7 @@ from patchsweep.batch import Batch
 from patchsweep.errors import SiteError
 from patchsweep.interventions import Intervention
 from patchsweep.metrics import Logits, Metric, compute
-from patchsweep.plan import Ints, SitePlan
+from patchsweep.planner import Ints, SitePlan
 from patchsweep.sites import SITES, Site
 
 # the logits of one batched forward pass stay within this many bytes

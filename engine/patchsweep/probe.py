@@ -14,7 +14,7 @@ from patchsweep.errors import ConfigError, PatchsweepError, SiteError
 from patchsweep.hooked import HookedRunner
 from patchsweep.interventions import Intervention
 from patchsweep.metrics import METRICS
-from patchsweep.plan import SitePlan
+from patchsweep.planner import SitePlan
 from patchsweep.runner import Runner
 from patchsweep.waves import Unsupported, WaveRunner
 

@@ -23,7 +23,7 @@ from patchsweep.exact import (
     references_of,
     split,
 )
-from patchsweep.plan import Ints, SitePlan
+from patchsweep.planner import Ints, SitePlan
 from patchsweep.probe import Choice
 from patchsweep.request import Request, blocks_of
 from patchsweep.results import dims_of, shape_of

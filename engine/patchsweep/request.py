@@ -16,7 +16,7 @@ from patchsweep.errors import ConfigError, ModelError, PlanError
 from patchsweep.interventions import Direction, Intervention, ValueFn, get_intervention
 from patchsweep.metrics import Metric, get_metrics
 from patchsweep.pairs import PromptPairs
-from patchsweep.plan import Axes, ModelShape, SitePlan, plan_site
+from patchsweep.planner import Axes, ModelShape, SitePlan, plan_site
 from patchsweep.sites import Site, get_sites
 
 MetricLike = str | Metric | Callable[[Tensor], Tensor]
@@ -70,7 +70,7 @@ def make_request(
     neurons: Sets | Literal["all"] | None = None,
     read: int = -1,
 ) -> Request:
-    """Check the arguments of a sweep and plan it; see `patchsweep.sweep` for their meaning.
+    """Check the arguments of a sweep and plan it; see `patchsweep.api` for their meaning.
 
     Raises:
         PatchsweepError: an argument breaks a rule; the text says which, and what to do.

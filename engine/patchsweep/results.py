@@ -12,7 +12,7 @@ import xarray as xr
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.batch import base_and_source
-from patchsweep.plan import SitePlan
+from patchsweep.planner import SitePlan
 from patchsweep.probe import Choice
 from patchsweep.request import Request, blocks_of
 from patchsweep.store import Layout, Unit, Variable

@@ -11,7 +11,7 @@ from torch import Tensor
 from patchsweep.batch import Batch
 from patchsweep.interventions import Intervention
 from patchsweep.metrics import Metric
-from patchsweep.plan import Ints, SitePlan
+from patchsweep.planner import Ints, SitePlan
 
 
 @runtime_checkable

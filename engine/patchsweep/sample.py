@@ -9,13 +9,13 @@ import numpy as np
 import xarray as xr
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.api import MAX_TOKENS, prepare_runner
 from patchsweep.errors import PlanError
 from patchsweep.exact import Block, Captures, check_numbers, split
 from patchsweep.pairs import PromptPairs
 from patchsweep.probe import RunnerName
 from patchsweep.request import MetricLike, Request, make_request
 from patchsweep.results import Memory, make_layout
-from patchsweep.sweep import MAX_TOKENS, prepare_runner
 
 
 def sample_exact(

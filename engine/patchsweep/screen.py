@@ -32,7 +32,7 @@ from patchsweep.attribution.units import variable_name, variables_of
 from patchsweep.batch import Batch
 from patchsweep.errors import MethodError
 from patchsweep.metrics import Logits, compute
-from patchsweep.plan import SitePlan
+from patchsweep.planner import SitePlan
 from patchsweep.probe import Choice
 from patchsweep.request import Request
 from patchsweep.results import shape_of

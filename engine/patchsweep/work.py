@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchsweep.errors import ConfigError
-from patchsweep.journal import Journal
 from patchsweep.results import Memory
 from patchsweep.store import Store, Unit
+from patchsweep.store.journal import Journal
 
 WAIT_S = 1.0  # between two looks at units that other processes hold
 Values = NDArray[np.float32]

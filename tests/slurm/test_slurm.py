@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from patchsweep.journal import UNIT, read_journal
 from patchsweep.store import Store
-from patchsweep.store_check import checksums, verify_structure
+from patchsweep.store.check import checksums, verify_structure
+from patchsweep.store.journal import UNIT, read_journal
 
 from slurm import cluster
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from patchsweep.errors import StoreError
-from patchsweep.layout import Variable
 from patchsweep.store import Layout, Store
-from patchsweep.store_check import checksums, verify_structure
+from patchsweep.store.check import checksums, verify_structure
+from patchsweep.store.layout import Variable
 
 from store_faults.runs import run, small_layout, values_of
 

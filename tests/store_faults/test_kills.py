@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from patchsweep.layout import COMPLETE
 from patchsweep.store import Store
-from patchsweep.store_check import checksums, verify_structure
+from patchsweep.store.check import checksums, verify_structure
+from patchsweep.store.layout import COMPLETE
 
 from store_faults.runs import kill_at_random, run, small_layout, start
 
@@ -107,7 +107,8 @@ def test_stopped_writer_that_lost_its_lease_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, observed: Observed
 ) -> None:
     path = tmp_path / "run.zarr"
-    monkeypatch.setattr("patchsweep.lease.Leases._keep_beating", lambda self: None)  # it hangs
+    # it hangs
+    monkeypatch.setattr("patchsweep.store.lease.Leases._keep_beating", lambda self: None)
     sleeper, rival = (Store.create_or_resume(path, small_layout()) for _ in range(2))
     unit = sleeper.pending()[0]
     assert sleeper.claim([unit]) == [unit]

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import xarray as xr
 from patchsweep.errors import StoreError
-from patchsweep.folder import open_folder
-from patchsweep.journal import Journal, read_journal
-from patchsweep.lease import Leases
-from patchsweep.status import store_status
 from patchsweep.store import Store
-from patchsweep.store_check import checksums, verify_structure
+from patchsweep.store.address import open_folder
+from patchsweep.store.check import checksums, verify_structure
+from patchsweep.store.journal import Journal, read_journal
+from patchsweep.store.lease import Leases
+from patchsweep.store.status import store_status
 
 from store_faults.runs import run, small_layout, values_of
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from patchsweep.attribution.estimates import Estimates, Found, Work, backward_each
 from patchsweep.attribution.tape import Heads, Place
-from patchsweep.plan import SitePlan
+from patchsweep.planner import SitePlan
 from patchsweep.sites import Site
 
 

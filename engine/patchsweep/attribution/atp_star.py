@@ -32,7 +32,7 @@ from patchsweep.attribution.estimates import Estimates, Found, Work, backward_ea
 from patchsweep.attribution.tape import Heads, Place, Tape
 from patchsweep.errors import MethodError
 from patchsweep.interventions import Intervention
-from patchsweep.plan import SitePlan
+from patchsweep.planner import SitePlan
 from patchsweep.sites import SITES, Site
 from patchsweep.waves.capture import attention_pattern
 

@@ -10,7 +10,7 @@ from patchsweep.attribution.method import Method
 from patchsweep.errors import MethodError
 from patchsweep.interventions import Custom
 from patchsweep.metrics import Metric, has_gradient
-from patchsweep.plan import SitePlan
+from patchsweep.planner import SitePlan
 from patchsweep.request import Request
 
 

@@ -16,7 +16,7 @@ from patchsweep.attribution.tape import Place, Tape
 from patchsweep.batch import Batch
 from patchsweep.interventions import Intervention
 from patchsweep.metrics import Logits, Metric, compute
-from patchsweep.plan import Ints, ModelShape, SitePlan
+from patchsweep.planner import Ints, ModelShape, SitePlan
 from patchsweep.sites import Site
 
 

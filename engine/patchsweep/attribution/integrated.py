@@ -26,7 +26,7 @@ from torch import Tensor
 from patchsweep.attribution.estimates import Estimates, Found, Work, backward_each
 from patchsweep.attribution.tape import Place
 from patchsweep.errors import MethodError
-from patchsweep.plan import SitePlan
+from patchsweep.planner import SitePlan
 from patchsweep.sites import SITES, Site
 
 # tokens of one forward pass; steps are stacked as rows up to this many

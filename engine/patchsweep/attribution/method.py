@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol, runtime_checkable
 
 from patchsweep.attribution.estimates import Found, Work
-from patchsweep.plan import SitePlan
+from patchsweep.planner import SitePlan
 from patchsweep.sites import Site
 
 

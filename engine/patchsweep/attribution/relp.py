@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from patchsweep.attribution.atp import differentiable_run
 from patchsweep.attribution.estimates import Found, Work, backward_each
 from patchsweep.errors import MethodError
-from patchsweep.plan import SitePlan
+from patchsweep.planner import SitePlan
 from patchsweep.sites import Site
 from patchsweep.waves.replica import Replica
 

@@ -13,7 +13,7 @@ from patchsweep.attribution.estimates import Work
 from patchsweep.attribution.method import Method
 from patchsweep.attribution.tape import Tape
 from patchsweep.batch import Batch, clean_prompts
-from patchsweep.plan import SitePlan
+from patchsweep.planner import SitePlan
 from patchsweep.request import Request
 
 # tokens of the prompts that are attributed in one pass

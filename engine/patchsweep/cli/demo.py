@@ -20,6 +20,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers.utils import logging as transformers_logging
 
 from patchsweep import summary
+from patchsweep.api import sweep
 from patchsweep.cli.console import stdout
 from patchsweep.cli.progress import Bar
 from patchsweep.config import (
@@ -34,7 +35,6 @@ from patchsweep.config import (
 )
 from patchsweep.pairs import PromptPair
 from patchsweep.report import write_report
-from patchsweep.sweep import sweep
 
 SITES = ("resid_pre", "attn_out", "mlp_out", "z")
 N_CELLS = 24  # checked against TransformerLens

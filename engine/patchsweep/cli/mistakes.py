@@ -7,8 +7,8 @@ import re
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from patchsweep.credentials import scrub
 from patchsweep.errors import PatchsweepError
+from patchsweep.store.credentials import scrub
 
 # a launcher's name in Hydra's message -> what brings it
 _EXTRAS = {"submitit": "slurm", "joblib": "joblib", "ray": "ray"}

@@ -5,13 +5,13 @@ from __future__ import annotations
 from omegaconf import DictConfig
 from transformers.utils import logging as transformers_logging
 
+from patchsweep.api import sweep
 from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.console import stdout
 from patchsweep.cli.progress import Bar
 from patchsweep.cli.stop import STOPPER
 from patchsweep.config import RunConfig
-from patchsweep.credentials import scrub
-from patchsweep.sweep import sweep
+from patchsweep.store.credentials import scrub
 
 
 def main(arguments: list[str]) -> int:

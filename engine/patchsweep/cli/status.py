@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from patchsweep.cli.console import stdout
-from patchsweep.status import render, store_status
+from patchsweep.store.status import render, store_status
 
 
 def main(arguments: list[str]) -> int:

@@ -10,15 +10,15 @@ import numpy as np
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
+from patchsweep.api import prepare_runner
 from patchsweep.cli.console import stdout
 from patchsweep.config import from_identity, request_of
-from patchsweep.layout import Unit
-from patchsweep.plan import SitePlan
+from patchsweep.planner import SitePlan
 from patchsweep.results import weights_hash
-from patchsweep.status import EXIT_COMPLETE, EXIT_INCOMPLETE
 from patchsweep.store import Store
-from patchsweep.store_check import verify_structure
-from patchsweep.sweep import prepare_runner
+from patchsweep.store.check import verify_structure
+from patchsweep.store.layout import Unit
+from patchsweep.store.status import EXIT_COMPLETE, EXIT_INCOMPLETE
 
 EXIT_PROBLEMS = 4  # files are damaged, or values differ
 # in the metric's unit: far more than the order of summation changes in fp32; half precision gets

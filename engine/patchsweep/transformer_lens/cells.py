@@ -12,7 +12,7 @@ from torch import Tensor
 from transformer_lens import patching as tl
 from transformer_lens.utilities import get_act_name
 
-from patchsweep.plan import Bools, Ints
+from patchsweep.planner import Bools, Ints
 from patchsweep.sites import SITES, Site
 from patchsweep.waves import Unsupported
 

@@ -12,7 +12,7 @@ from einops import repeat
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.plan import Axes, Ints, SitePlan
+from patchsweep.planner import Axes, Ints, SitePlan
 from patchsweep.transformer_lens.cells import Cells, Rows
 from patchsweep.waves import Unsupported
 from patchsweep.waves.capture import capture, locate

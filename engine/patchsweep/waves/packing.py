@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from patchsweep.plan import Ints, Wave
+from patchsweep.planner import Ints, Wave
 
 
 @dataclass(frozen=True)

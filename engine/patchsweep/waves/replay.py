@@ -13,7 +13,7 @@ from patchsweep_kernels.attention import Rows, prefix_attention
 from patchsweep_kernels.scatter import scatter_patch
 from torch import Tensor, nn
 
-from patchsweep.plan import Ints, Wave
+from patchsweep.planner import Ints, Wave
 from patchsweep.waves.capture import (
     STREAM_SITES,
     Run,

@@ -19,7 +19,7 @@ from patchsweep.batch import Batch
 from patchsweep.errors import ModelError
 from patchsweep.interventions import Custom, Intervention, Resample, Spans
 from patchsweep.metrics import Logits, Metric, compute
-from patchsweep.plan import Ints, SitePlan, Wave
+from patchsweep.planner import Ints, SitePlan, Wave
 from patchsweep.sites import Site
 from patchsweep.waves.capture import Run, SitePoint, capture, embed_to_stream, locate
 from patchsweep.waves.precision import use_bf16_products

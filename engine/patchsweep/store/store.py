@@ -21,8 +21,9 @@ import xarray as xr
 import zarr
 
 from patchsweep.errors import StoreError
-from patchsweep.folder import Folder, open_folder
-from patchsweep.layout import (
+from patchsweep.store.address import open_folder
+from patchsweep.store.folder import Folder
+from patchsweep.store.layout import (
     COMPLETE,
     FIXED,
     FORMAT,
@@ -39,9 +40,7 @@ from patchsweep.layout import (
     layout_files,
     read_variables,
 )
-from patchsweep.lease import Leases
-
-__all__ = ["Layout", "Store", "Unit", "Variable"]
+from patchsweep.store.lease import Leases
 
 _FILE_BYTES = 4096  # what a small file takes on a disk
 

@@ -13,9 +13,9 @@ from typing import Any
 from zarr.abc.store import Store as ZarrStore
 from zarr.storage import FsspecStore
 
-from patchsweep.credentials import scrub
 from patchsweep.errors import StoreError
-from patchsweep.folder import Folder
+from patchsweep.store.credentials import scrub
+from patchsweep.store.folder import Folder
 
 
 class RemoteFolder(Folder):

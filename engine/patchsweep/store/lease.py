@@ -29,8 +29,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from patchsweep.errors import StoreError
-from patchsweep.folder import PARTIAL, Folder
-from patchsweep.process import is_gone, process_name
+from patchsweep.store.folder import PARTIAL, Folder
+from patchsweep.store.process import is_gone, process_name
 
 EXPIRY_S = 120.0
 

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import zarr
 
-from patchsweep.credentials import scrub
-from patchsweep.folder import PARTIAL, open_folder
-from patchsweep.layout import COMPLETE, PROGRESS, Variable, array_names, fixed_key
-from patchsweep.store import Store
+from patchsweep.store.address import open_folder
+from patchsweep.store.credentials import scrub
+from patchsweep.store.folder import PARTIAL
+from patchsweep.store.layout import COMPLETE, PROGRESS, Variable, array_names, fixed_key
+from patchsweep.store.store import Store
 
 
 def checksums(

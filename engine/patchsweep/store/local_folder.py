@@ -1,8 +1,7 @@
-"""A folder of whole files, on a local disk or behind any fsspec URL, with one interface.
+"""A folder on a disk.
 
-A file is put at once or not at all. On a local disk it is on the platter when `put` returns:
-written under a `*.partial` name, synced, renamed, and the directory synced. For object stores see
-`remote_folder`. No credential is ever shown (see `credentials`).
+A file is on the platter when `put` returns: written under a `*.partial` name, synced, renamed,
+and the directory synced.
 """
 
 from __future__ import annotations
@@ -12,119 +11,19 @@ import itertools
 import os
 import shutil
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from zarr.abc.store import Store as ZarrStore
 from zarr.storage import LocalStore
 
-from patchsweep.credentials import refuse_credentials
 from patchsweep.errors import StoreError
-from patchsweep.process import is_gone, process_name
+from patchsweep.store.folder import PARTIAL, Folder
+from patchsweep.store.process import is_gone, process_name
 
-PARTIAL = ".partial"
 _COUNTER = itertools.count()  # no two partial files of this process have one name
 PARTIAL_AGE_S = 3600.0  # after this long, another machine's partial file is taken for a leftover
-
-
-def open_folder(
-    url: str | Path, storage_options: Mapping[str, Any] | None = None, *, sync: bool = True
-) -> Folder:
-    """The folder at `url`, which need not exist yet.
-
-    `sync=False` skips the waits for the disk, for files that may be lost with the power.
-
-    Raises:
-        StoreError: `url` or `storage_options` carry credentials, or fsspec cannot open `url`.
-    """
-    text = str(url)
-    if text.startswith("file://"):
-        text = text.removeprefix("file://")
-    if "://" not in text:
-        return LocalFolder(Path(text).expanduser(), sync=sync)
-    options = dict(storage_options or {})
-    refuse_credentials(text, options)
-    from patchsweep.remote_folder import RemoteFolder  # fsspec, and that only where there is a URL
-
-    return RemoteFolder(text.rstrip("/"), options)
-
-
-class Folder(ABC):
-    """Whole files under keys such as `z/c/0/1`."""
-
-    shown: str  # the address, fit for people to see
-    appends: bool  # whether `append` costs the new line alone, not the whole file again
-
-    @abstractmethod
-    def beside(self, suffix: str) -> Folder:
-        """The folder called `<this one><suffix>`; its files are not waited for (`sync=False`)."""
-
-    @abstractmethod
-    def make(self) -> None:
-        """Make the folder if it is missing, parents included."""
-
-    @abstractmethod
-    def check(self) -> None:
-        """Raise a StoreError if the folder is no longer what it was at the first check or put."""
-
-    @abstractmethod
-    def read(self, key: str) -> bytes | None:
-        """The file's content; None if there is no such file."""
-
-    @abstractmethod
-    def put(self, key: str, data: bytes) -> None:
-        """Write or replace a whole file."""
-
-    @abstractmethod
-    def put_new(self, key: str, data: bytes) -> bool:
-        """Write a file that is not there yet. False if one is, with other content than `data`."""
-
-    @abstractmethod
-    def append(self, key: str, so_far: bytes, line: bytes) -> None:
-        """Add `line` to a file of which this process alone has written everything (`so_far`)."""
-
-    @abstractmethod
-    def delete(self, key: str) -> None:
-        """Remove a file; nothing happens if there is none."""
-
-    @abstractmethod
-    def list(self, prefix: str = "") -> list[str]:
-        """Keys of all files in the folder `prefix`, sorted; empty if there is no such folder."""
-
-    @abstractmethod
-    def modified(self, key: str) -> float | None:
-        """Unix time at which the file was last put, by the clock of the storage; None: unknown."""
-
-    @abstractmethod
-    def zarr_store(self) -> ZarrStore:
-        """The folder as Zarr reads it."""
-
-    @abstractmethod
-    def is_empty(self) -> bool:
-        """Whether nothing lies there, partial files aside."""
-
-    @abstractmethod
-    def guard(self) -> AbstractContextManager[None]:
-        """Turns what goes wrong inside with the storage into a StoreError that says what to do."""
-
-    def free_bytes(self) -> int | None:
-        """Bytes that can still be written; None where the storage does not tell."""
-        return None
-
-    @abstractmethod
-    def sweep(self) -> None:
-        """Delete partial files that killed processes left behind."""
-
-    @abstractmethod
-    def sweep_file(self, key: str) -> None:
-        """Delete all partial files of `key`, which nobody else may write now."""
-
-    def exists(self, key: str) -> bool:
-        """Whether there is such a file."""
-        return self.read(key) is not None
 
 
 class LocalFolder(Folder):

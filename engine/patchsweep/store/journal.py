@@ -25,10 +25,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from patchsweep.credentials import scrub
-from patchsweep.folder import open_folder
-from patchsweep.layout import Unit
-from patchsweep.process import process_name
+from patchsweep.store.address import open_folder
+from patchsweep.store.credentials import scrub
+from patchsweep.store.layout import Unit
+from patchsweep.store.process import process_name
 
 PUT_EVERY_S = 5.0
 

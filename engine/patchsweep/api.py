@@ -19,8 +19,6 @@ from patchsweep.estimate import Cost, estimate
 from patchsweep.exact import ExactWork
 from patchsweep.hooked import HookedRunner
 from patchsweep.interventions import Direction, Intervention, ValueFn
-from patchsweep.journal import Journal
-from patchsweep.layout import Layout
 from patchsweep.pairs import PromptPairs
 from patchsweep.probe import Choice, RunnerName, choose_runner
 from patchsweep.proof import ProvenWork, proof_variables
@@ -28,6 +26,8 @@ from patchsweep.request import MetricLike, Positions, Request, Sets, make_reques
 from patchsweep.results import Memory, make_layout
 from patchsweep.screen import Asked, MethodLike, ScreenWork, get_asked
 from patchsweep.store import Store
+from patchsweep.store.journal import Journal
+from patchsweep.store.layout import Layout
 from patchsweep.work import Journalled, Progress, Quiet, Share, Work, run_work
 
 # tokens of a wave where no budget is given: large enough for full matrix-product speed
