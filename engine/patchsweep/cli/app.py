@@ -8,6 +8,7 @@ from collections.abc import Callable
 from importlib import resources
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from patchsweep.config import RunConfig, register
@@ -24,12 +25,22 @@ _MAIN_KEYS = {
 }
 
 
-def compose(verb: str, arguments: list[str], job: Callable[[DictConfig], None]) -> None:
+def compose(
+    verb: str,
+    arguments: list[str],
+    job: Callable[[DictConfig], None],
+    schema: type[RunConfig] = RunConfig,
+) -> None:
     """Let Hydra call `job` with the config of `arguments`, once or (with -m) many times.
 
-    Errors come out as they are, Hydra's own among them, to be told in one line.
+    The config is `schema` with the values of `conf/<verb>.yaml`; of a plain `RunConfig`, those of
+    `conf/config.yaml`. Errors come out as they are, Hydra's own among them, to be told in one line.
     """
     register()
+    name = "config"
+    if schema is not RunConfig:
+        name = verb
+        ConfigStore.instance().store(name=f"{verb}_schema", node=schema)
     failed: list[Exception] = []
 
     def once(cfg: DictConfig) -> None:
@@ -42,7 +53,7 @@ def compose(verb: str, arguments: list[str], job: Callable[[DictConfig], None]) 
     # Hydra then raises its errors instead of printing them with a stack of its own
     os.environ["HYDRA_FULL_ERROR"] = "1"
     before, sys.argv = sys.argv, [f"patchsweep {verb}", *expand(arguments)]
-    main = hydra.main(version_base="1.3", config_path="pkg://patchsweep.conf", config_name="config")
+    main = hydra.main(version_base="1.3", config_path="pkg://patchsweep.conf", config_name=name)
     try:
         main(job if many else once)()  # `job` as it is, since launchers pickle it
     finally:
