@@ -47,8 +47,9 @@ bench: setup ## beside a TransformerLens loop, on this machine; writes runs/benc
 	$(BIN)/python -m pytest benchmarks -q --benchmark-json=runs/bench.json
 	$(BIN)/python benchmarks/table.py runs/bench.json
 
-bench-gpu: setup ## the kernels on this machine's GPU
+bench-gpu: setup ## kernels and whole sweeps on this machine's GPU; writes docs/gpu.md
 	$(BIN)/python benchmarks/gpu/run_kernels.py
+	$(BIN)/python benchmarks/gpu/run_sweeps.py
 
 wheel: setup ## dist/patchsweep-*.whl
 	$(PIP) wheel --quiet --no-deps --wheel-dir dist .

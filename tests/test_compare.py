@@ -12,7 +12,7 @@ import xarray as xr
 from attribution_setup import pairs_of
 from patchsweep.compare import as_dict, compare, render, verdict
 from patchsweep.errors import StoreError
-from patchsweep.screen import Screen
+from patchsweep.screening import Screen
 from rich.console import Console
 from scipy import stats
 from subjects import demo_pairs, model

@@ -10,7 +10,11 @@ from attribution_setup import block, pairs_of
 from patchsweep.api import prepare_runner
 from patchsweep.attribution.tape import Tape
 from patchsweep.request import make_request
-from patchsweep.screen import Screen, _Subsets, draw_members, run_screen, upper_bound
+from patchsweep.screening import Screen
+from patchsweep.screening.bound import Subsets, draw_members, upper_bound
+from patchsweep.screening.work import ScreenWork
+from patchsweep.store import Unit
+from patchsweep.waves.runner import WaveRunner
 from scipy import stats
 from scipy.stats import binom
 from subjects import demo_pairs, model
@@ -75,11 +79,11 @@ def test_a_subset_of_one_is_the_exact_patch(family: str, site: str) -> None:
     chosen = live[np.random.default_rng(0).permutation(len(live))[:8]]
     loaded = runner.load(batch, request.intervention)
     expected = runner.run(loaded, plan, np.sort(chosen), request.metrics).numpy()
-    subsets = _Subsets(request, Tape(request.bridge, [plan.site]), plan, Screen())
-    run = subsets._capture(batch)
+    subsets = Subsets(request, Tape(request.bridge, [plan.site]), plan, Screen())
+    run = subsets.capture(batch)
     start = int(min(plan.start[chosen].min(), batch.reads[0]))
     assert start > 0  # the shared tokens are read, not run again
-    found = subsets._patched(batch, 0, np.sort(chosen), np.eye(8, dtype=bool), run, start)
+    found = subsets.patched(batch, 0, np.sort(chosen), np.eye(8, dtype=bool), run, start)
     assert np.abs(found - expected).max() < 1e-4  # logits of order 10 in fp32
 
 
@@ -87,11 +91,11 @@ def test_a_joint_patch_of_all_positions_is_the_layer_patch() -> None:
     request, batch = block(NAME, ["resid_pre"])
     plan = request.plans[0]
     together = ps.sweep(model(NAME), pairs_of(NAME, 1), ["resid_pre"], positions="all")
-    subsets = _Subsets(request, Tape(request.bridge, [plan.site]), plan, Screen())
-    run = subsets._capture(batch)
+    subsets = Subsets(request, Tape(request.bridge, [plan.site]), plan, Screen())
+    run = subsets.capture(batch)
     live = np.flatnonzero(plan.live & (plan.layer_set == 1))
     start = int(plan.start[live].min())
-    found = subsets._patched(batch, 0, live, np.ones((1, len(live)), bool), run, start)
+    found = subsets.patched(batch, 0, live, np.ones((1, len(live)), bool), run, start)
     assert float(found[0, 0]) == pytest.approx(float(together.resid_pre[0, 0, 1]), abs=1e-4)
 
 
@@ -155,14 +159,58 @@ def test_screen_finds_the_top_of_the_z_sweep_of_smollm2(smollm2) -> None:
     exact = ps.sweep(smollm2, pairs, ["z"])
     effects = np.abs(_effects(exact, "z")).ravel()
     top = set(np.argsort(-effects)[:20].tolist())
-    request = make_request(smollm2, pairs, ["z"])
-    choice = prepare_runner(request, "wave", 4096)
-    found = run_screen(request, choice, Screen(by="atp", k=60, subsets=32, share=0.1))
-    ran = np.abs(found.values["z"] - found.base[..., None, None, None]).ravel()
-    ran = np.nan_to_num(ran)
+    screen = Screen(by="atp", k=60, subsets=32, share=0.1)
+    ds = ps.sweep(smollm2, pairs, ["z"], method=screen, runner="wave")
+    ran = np.nan_to_num(np.abs(_effects(ds, "z")).ravel())
     assert len(top & set(np.argsort(-ran)[:20].tolist())) >= 19
-    whole = request.plans[0].token_layers
-    # patches and subsets together
-    assert found.exact_token_layers["z"] + found.subset_token_layers["z"] <= 0.1 * whole
-    left = effects[ran == 0]
-    assert left.max() <= found.values["z_bound"][0, 0]
+    request = make_request(smollm2, pairs, ["z"])
+    plan = request.plans[0]
+    finite = np.isfinite(ds.z.values).ravel()
+    cost = int(plan.cost[plan.live & finite[plan.cell]].sum())
+    work = ScreenWork(request, prepare_runner(request, "wave", None), screen)
+    cost += work.cost(Unit("z_bound", 0, 0, range(1), range(1)))
+    assert cost <= 0.1 * plan.token_layers  # patches and subsets together
+    left = effects[~finite]
+    assert left.max() <= float(ds["z_bound"][0, 0])
+
+
+def test_a_screen_that_was_stopped_runs_the_missing_patches_alone(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"sites": ["z"], "method": Screen(k=40, subsets=8), "runner": "wave"}
+    pairs = pairs_of(NAME, 3)
+    monkeypatch.setattr("patchsweep.request.UNIT_TOKENS", 40)  # several units
+    whole = ps.sweep(model(NAME), pairs, **options, store=tmp_path / "whole.zarr").load()
+    asked: list[int] = []
+    run = WaveRunner.run
+
+    def counted(self, loaded, plan, patches, metrics):
+        asked.append(len(patches))
+        return run(self, loaded, plan, patches, metrics)
+
+    class Stop:
+        """Ends the run after its first unit of exact patches."""
+
+        def begin(self, n_units: int, total: int, done: int) -> None: ...
+
+        def advance(self, unit: Unit, token_layers: int, n_live: int, seconds: float) -> None:
+            if unit.variable == "z":
+                raise KeyboardInterrupt
+
+        def waiting(self, n_units: int) -> None: ...
+
+    monkeypatch.setattr(WaveRunner, "run", counted)
+    cut = tmp_path / "cut.zarr"
+    with pytest.raises(KeyboardInterrupt):
+        ps.sweep(model(NAME), pairs, **options, store=cut, progress=Stop())
+    before = sum(asked)
+    assert before > 0
+    ps.sweep(model(NAME), pairs, **options, store=cut)
+    assert sum(asked) == int(np.isfinite(whole.z.values).sum() - _dead(whole))
+    found = xr.open_zarr(cut, consolidated=False).load()
+    np.testing.assert_array_equal(found.z.values, whole.z.values)
+
+
+def _dead(ds: xr.Dataset) -> int:
+    """Cells of z known without running."""
+    return int(ds.attrs["plan"]["z"]["n_dead"])

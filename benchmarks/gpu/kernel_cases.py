@@ -153,14 +153,14 @@ def _attention(
         by_row = (count, suffix, -1, d)
 
         def expanded(shared: Tensor, own: Tensor) -> Tensor:
+            # heads too: with a mask and grouped heads SDPA has no fused kernel to choose
             own = own.reshape(by_row).transpose(1, 2)
-            return torch.cat([shared.expand(count, -1, -1, -1), own], 2)
+            whole = torch.cat([shared.expand(count, -1, -1, -1), own], 2)
+            return whole.repeat_interleave(n_heads // kv_heads, 1)
 
         def sdpa(keys: Tensor, values: Tensor) -> Tensor:
             queries = q.reshape(by_row).transpose(1, 2)
-            z = F.scaled_dot_product_attention(
-                queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=True
-            )
+            z = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
             return z.transpose(1, 2).reshape(n_tokens, n_heads, d)
 
         keys, values = expanded(p_k, k), expanded(p_v, v)

@@ -1,4 +1,4 @@
-"""Measure every kernel on this machine's GPU and write one JSON file (`make bench-gpu`).
+"""Measure every kernel on this machine's GPU and record it (`make bench-gpu`).
 
 Each case is checked against fp64 first; a wrong kernel is an error, not a fast one.
 """
@@ -6,18 +6,16 @@ Each case is checked against fp64 first; a wrong kernel is an error, not a fast 
 from __future__ import annotations
 
 import argparse
-import json
-import re
-import subprocess
 import sys
-import time
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 from kernel_cases import CASES, Case, Prepared
-from kernel_table import RESULTS, render
+from kernel_table import write_page
 from timing import Ceilings, measure_ceilings, time_calls
 from torch import Tensor
 
@@ -37,14 +35,20 @@ def measure_case(
     torch.manual_seed(0)
     prepared: Prepared = case.prepare(device, shrink)
     expected = prepared.exact()
-    errors = {"": _error(prepared.run(), expected)}
-    errors |= {name: _error(run(), expected) for name, run in prepared.rivals.items()}
-    for name, error in errors.items():
-        limit = TOLERANCE[case.dtype]
-        assert error <= limit, f"{case.kernel} {name or 'kernel'}: error {error:.2e} > {limit}"
+    limit = TOLERANCE[case.dtype]
+    largest_error = _error(prepared.run(), expected)
+    assert largest_error <= limit, f"{case.kernel} kernel: error {largest_error:.2e} > {limit}"
+    rivals: dict[str, dict[str, Any]] = {}
+    for name, run in prepared.rivals.items():
+        try:
+            error = _error(run(), expected)
+        except Exception as reason:  # a rival may refuse a shape or a device
+            rivals[name] = {"refuses": f"{type(reason).__name__}: {reason}"[:500]}
+            continue
+        assert error <= limit, f"{case.kernel} {name}: error {error:.2e} > {limit}"
+        rivals[name] = asdict(time_calls(run, device))
     del expected
     seconds = time_calls(prepared.run, device)
-    rivals = {name: asdict(time_calls(run, device)) for name, run in prepared.rivals.items()}
     dtype = str(case.dtype).removeprefix("torch.")
     by_flops = prepared.n_flops > 0
     rate = (prepared.n_flops or prepared.n_bytes) / seconds.median
@@ -60,7 +64,7 @@ def measure_case(
         "rate": rate,
         "of_ceiling": rate / ceiling,
         "rivals": rivals,
-        "largest_error": errors[""],
+        "largest_error": largest_error,
     }
 
 
@@ -70,28 +74,14 @@ def _error(out: Tensor, expected: Tensor) -> float:
     return float(((out.double() - expected).abs() / scale).max())
 
 
-def _commit() -> str:
-    """The short commit, with `-dirty` where files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    here = Path(__file__).parent
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=here)
-    return done.stdout.strip() or "unknown"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
+    parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder of the JSON")
     folder = parser.parse_args().results
     if not torch.cuda.is_available():
-        print(
-            "bench-gpu measures kernels on a GPU, and torch sees none here: "
-            "nothing was measured. Run it on a machine with a GPU and a torch built for it.",
-            file=sys.stderr,
-        )
+        print(record.NO_GPU, file=sys.stderr)
         return 2
-    try:
-        import triton
-    except ImportError:
+    if find_spec("triton") is None:
         print("bench-gpu needs triton: pip install 'patchsweep[gpu]'", file=sys.stderr)
         return 2
     device = torch.device("cuda")
@@ -101,22 +91,9 @@ def main() -> int:
         print(f"{case.kernel}: {case.name}, {case.dtype}", file=sys.stderr, flush=True)
         results.append(measure_case(case, device, ceilings))
         torch.cuda.empty_cache()
-    name = torch.cuda.get_device_name(device)
-    run = {
-        "device": name,
-        "commit": _commit(),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "ceilings": asdict(ceilings),
-        "results": results,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    path = folder / f"gpu-{slug}-{run['commit']}.json"
-    path.write_text(json.dumps(run, indent=1) + "\n")
-    print(f"wrote {path}", file=sys.stderr)
-    print(render(folder), end="")
+    part = {"ceilings": asdict(ceilings), "results": results}
+    record.add(folder, torch.cuda.get_device_name(device), part)
+    write_page(folder)
     return 0
 
 

@@ -18,20 +18,20 @@ from patchsweep.errors import ConfigError, ModelError, StoreError
 from patchsweep.estimate import Cost, estimate
 from patchsweep.exact import ExactWork
 from patchsweep.hooked import HookedRunner
-from patchsweep.interventions import Direction, Intervention, ValueFn
+from patchsweep.interventions import Direction, Intervention, Reader, ValueFn
+from patchsweep.means import keep_means
 from patchsweep.pairs import PromptPairs
 from patchsweep.probe import Choice, RunnerName, choose_runner
 from patchsweep.proof import ProvenWork, proof_variables
 from patchsweep.request import MetricLike, Positions, Request, Sets, make_request
 from patchsweep.results import Memory, make_layout
-from patchsweep.screen import Asked, MethodLike, ScreenWork, get_asked
+from patchsweep.screening.asked import Asked, MethodLike, get_asked
+from patchsweep.screening.work import ScreenWork
 from patchsweep.store import Store
 from patchsweep.store.journal import Journal
 from patchsweep.store.layout import Layout
 from patchsweep.work import Journalled, Progress, Quiet, Share, Work, run_work
 
-# tokens of a wave where no budget is given: large enough for full matrix-product speed
-MAX_TOKENS = 4096
 Precision = Literal["model", "bf16"]
 
 
@@ -54,7 +54,8 @@ def sweep(
     slice_index: int = 0,
     n_slices: int = 1,
     runner: RunnerName = "auto",
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int | None = None,
+    cache_budget: int | None = None,
     precision: Precision = "model",
     config: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
@@ -73,8 +74,8 @@ def sweep(
             `(site, layer, base, source) -> values`.
         layers, heads, neurons: indices, or tuples of indices that are patched together.
             Default: each by itself. `heads="all"`: all heads together, no head dim.
-        positions: indices, labels of the pairs, or `"all"` for one patch over all positions,
-            which drops the pos dim. Default: each position.
+        positions: indices, labels of the pairs (a label's whole span is one patch), or `"all"`
+            for one patch over all positions, which drops the pos dim. Default: each position.
         read: prompt position whose logits the metrics read; default the last.
         method: `exact`, or attribution: `atp`, `atp_star`, `ig`, `relp` and the others of
             `patchsweep.attribution.METHODS`; several at once share a Dataset. The variable
@@ -86,7 +87,10 @@ def sweep(
         slice_index, n_slices: do every n-th unit of work only, from this one on; all slices
             together write what one process would.
         runner: `auto` lets the probe choose; `wave` and `hooked` insist.
-        max_tokens: most tokens in one wave.
+        max_tokens: most tokens in one wave. Default: what suits where the weights are, see
+            `patchsweep.waves.budget`.
+        cache_budget: bytes of activations that may stay in memory; what exceeds it lies in files.
+            Default: a share of what is free.
         precision: `model` multiplies in the weights' own dtype; `bf16` multiplies in bf16 and
             runs the largest effects and a sample again, see `patchsweep.proof`.
 
@@ -132,8 +136,11 @@ def sweep(
         if recorded is not None:
             layout = layout_of(recorded)
             Store.create_or_resume(store, layout, storage_options=storage_options).close()
-    choice = prepare_runner(request, runner, max_tokens) if asked.exact else NO_RUNNER
-    works = _works(request, asked, choice, max_tokens if proven else None)
+        request = keep_means(request, store, storage_options)
+    choice = NO_RUNNER
+    if asked.exact:
+        choice = prepare_runner(request, runner, max_tokens, cache_budget)
+    works = _works(request, asked, choice, proven, max_tokens)
     progress = progress or Quiet()
     if store is None:
         memory = Memory(layout_of(choice))
@@ -151,13 +158,15 @@ def sweep(
         return sink.dataset()
 
 
-def _works(request: Request, asked: Asked, choice: Choice, bf16_tokens: int | None) -> list[Work]:
+def _works(
+    request: Request, asked: Asked, choice: Choice, proven: bool, max_tokens: int | None
+) -> list[Work]:
     """Who fills which variables; the first that tells the unpatched metrics is the one asked."""
     if asked.screen is not None:
         return [ScreenWork(request, choice, asked.screen)]
     works: list[Work] = []
-    if bf16_tokens is not None:
-        works.append(ProvenWork(request, choice, bf16_tokens))
+    if proven:
+        works.append(ProvenWork(request, choice, max_tokens))
     elif asked.exact:
         works.append(ExactWork(request, choice.runner))
     if asked.methods:
@@ -198,7 +207,7 @@ def plan(
     sites: str | Sequence[str] = ("resid_pre",),
     metrics: MetricLike | Sequence[MetricLike] = "logit_diff",
     *,
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int | None = None,
     **selection: Any,
 ) -> Cost:
     """What `sweep` with these arguments will cost; checks them all and runs no model."""
@@ -208,7 +217,12 @@ def plan(
     )
 
 
-def prepare_runner(request: Request, wanted: RunnerName, max_tokens: int) -> Choice:
+def prepare_runner(
+    request: Request,
+    wanted: RunnerName,
+    max_tokens: int | None,
+    cache_budget: int | None = None,
+) -> Choice:
     """The runner for `request`, its intervention prepared."""
     everything = range(len(request.pairs))
     batches = request.batches(everything)
@@ -216,7 +230,7 @@ def prepare_runner(request: Request, wanted: RunnerName, max_tokens: int) -> Cho
     clean = clean_prompts(batches, request.direction)
     if wanted != "wave":  # the probe patches too, so the values must be ready before it
         hooked = HookedRunner(request.bridge, request.sites)
-        request.intervention.prepare(clean, hooked.activations)
+        request.intervention.prepare(clean, Reader("hooked", request.sites, hooked.activations))
     choice = choose_runner(
         request.bridge,
         request.plans,
@@ -224,7 +238,9 @@ def prepare_runner(request: Request, wanted: RunnerName, max_tokens: int) -> Cho
         request.intervention,
         wanted=wanted,
         max_tokens=max_tokens,
+        cache_budget=cache_budget,
     )
     if wanted == "wave":
-        request.intervention.prepare(clean, choice.runner.activations)
+        reader = Reader("wave", request.sites, choice.runner.activations)
+        request.intervention.prepare(clean, reader)
     return choice

@@ -22,17 +22,20 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.attribution import IntegratedInputs, IntegratedSite
 from patchsweep.errors import ConfigError
-from patchsweep.models import load_model
+from patchsweep.models import load_model, sketch_model
 from patchsweep.pairs import PromptPairs
 from patchsweep.records import PromptRecord
 from patchsweep.request import MetricLike, Request, make_request
-from patchsweep.screen import MethodLike, Screen
+from patchsweep.screening import Screen
+from patchsweep.screening.asked import MethodLike
 from patchsweep.tasks import load_task
 
 T = TypeVar("T")
 
 # keys that say where and by whom a run is done, not what it is; they stay out of provenance
 PLACES = ("store", "slice", "n_slices")
+# how much of a machine it may fill: likewise
+ROOM = (("model", "max_memory"), ("model", "offload_folder"), ("runner", "cache_budget"))
 
 
 @dataclass
@@ -42,20 +45,19 @@ class ModelConfig:
     name: str = MISSING  # smollm2-135m, tiny:<family>, a Hugging Face name, a folder, a GGUF file
     device: str | None = None  # such as cuda:1; null: a GPU if there is one
     dtype: str = "float32"  # float32, bfloat16 or float16
-    device_map: str | None = None  # such as auto, for a model larger than one device
+    device_map: Any = None  # auto and its like, or modules to devices: for big models
+    max_memory: Any = None  # device to bytes that auto may fill, such as {0: 60GiB, cpu: 100GiB}
+    offload_folder: str | None = None  # for weights on disk that cannot stay in the model's files
     revision: str | None = None  # of a Hugging Face model
     trust_remote_code: bool = False  # run code from the model's repository
 
     def load(self) -> TransformerBridge:
         """The model."""
-        return load_model(
-            self.name,
-            device=self.device,
-            dtype=self.dtype,
-            device_map=self.device_map,
-            revision=self.revision,
-            trust_remote_code=self.trust_remote_code,
-        )
+        return load_model(**asdict(self))
+
+    def sketch(self) -> TransformerBridge:
+        """The model without its weights, where its architecture allows that: for plans."""
+        return sketch_model(**asdict(self))
 
 
 @dataclass
@@ -161,7 +163,7 @@ class IntegratedMethod(MethodConfig):
 
 @dataclass
 class ScreenMethod(MethodConfig):
-    """Attribution ranks, the foremost patches run exactly; see `patchsweep.screen.Screen`."""
+    """Attribution ranks, the foremost patches run exactly; see `patchsweep.screening.Screen`."""
 
     by: str = "atp"  # the method that ranks
     k: int = 100  # patches of each site that run exactly
@@ -218,14 +220,24 @@ class RunnerConfig:
     """What runs the patches."""
 
     name: str = MISSING  # auto (a probe chooses), wave or hooked
-    max_tokens: int = 4096  # most tokens of one wave
+    max_tokens: int | None = None  # most tokens of one wave; null: what suits the machine
+    cache_budget: float | None = None  # bytes of activations in memory; null: a share of the free
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """The budget as a whole number."""
+        return None if self.cache_budget is None else int(self.cache_budget)
 
     def __post_init__(self) -> None:
         if self.name not in ("auto", "wave", "hooked"):
             raise ConfigError(f"runner.name={self.name!r} is not known; use auto, wave or hooked")
-        if self.max_tokens < 1:
+        if self.max_tokens is not None and self.max_tokens < 1:
             raise ConfigError(
-                f"runner.max_tokens={self.max_tokens} must be at least 1; 4096 is usual"
+                f"runner.max_tokens={self.max_tokens} must be at least 1; null finds what suits"
+            )
+        if self.cache_budget is not None and self.cache_budget < 0:
+            raise ConfigError(
+                f"runner.cache_budget={self.cache_budget} is a number of bytes, such as 8e9"
             )
 
 
@@ -261,6 +273,8 @@ class RunConfig:
     def identity(self) -> dict[str, Any]:
         """What the run is: the same in every slice, and kept in the store's provenance."""
         kept = {key: value for key, value in asdict(self).items() if key not in PLACES}
+        for group, key in ROOM:
+            del kept[group][key]
         if self.model.device is not None:  # cuda, whichever of the GPUs it is
             kept["model"]["device"] = self.model.device.partition(":")[0]
         return kept
@@ -271,8 +285,14 @@ def file_name(text: str) -> str:
     return re.sub(r"[^\w.-]+", "-", text.rstrip("/").rpartition("/")[2]) or "model"
 
 
+def of_verb(job: str) -> str:
+    """What the default store of a verb other than `run` adds to its name."""
+    return "" if job == "patchsweep" else f"-{job}"
+
+
 # here, at import, since a launcher's process resolves the config without composing one
 OmegaConf.register_new_resolver("file_name", file_name, replace=True)
+OmegaConf.register_new_resolver("of_verb", of_verb, replace=True)
 
 _TASKS = (BuiltinTask, FileTask, TextTask)
 _METHODS = (NamedMethods, IntegratedMethod, ScreenMethod)

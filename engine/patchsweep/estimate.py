@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from patchsweep.planner import SitePlan
+from patchsweep.planner import SitePlan, Wave
+from patchsweep.reading import Weights, bytes_read, count_captures, weights_of
 from patchsweep.request import Request, blocks_of, bytes_of, device_of
+from patchsweep.waves.budget import default_cache, default_max_tokens
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,10 @@ class Cost:
     seconds: float  # at the matrix-product rate measured just now; attention and norms left out
     result_bytes: int  # values written
     cache_bytes: int  # activations kept of one pair's base and source runs
+    cache_budget: int  # bytes of activations that stay in memory; more of them lie in files
+    weights: Weights
+    n_captures: int  # passes that run unpatched prompts
+    read_bytes: int  # weights that captures and waves fetch from the CPU or from disk
 
     @property
     def n_patches(self) -> int:
@@ -56,10 +63,25 @@ class Cost:
         return sum(site.loop_token_layers for site in self.sites)
 
 
-def estimate(request: Request, max_tokens: int) -> Cost:
+def estimate(
+    request: Request, max_tokens: int | None = None, cache_budget: int | None = None
+) -> Cost:
     """The cost of `request` in waves of `max_tokens` tokens; runs no model."""
+    if max_tokens is None:
+        max_tokens = default_max_tokens(request.bridge)
+    if cache_budget is None:
+        cache_budget = default_cache(request.bridge)
     blocks = blocks_of(request.plans)
-    sites = tuple(_site_cost(plan, blocks[plan.site.name], max_tokens) for plan in request.plans)
+    waves = {
+        plan.site.name: list(_waves(plan, blocks[plan.site.name], max_tokens))
+        for plan in request.plans
+    }
+    sites = tuple(
+        _site_cost(plan, blocks[plan.site.name], len(waves[plan.site.name]))
+        for plan in request.plans
+    )
+    weights = weights_of(request)
+    n_captures = count_captures(request)
     token_layers = sum(site.token_layers for site in sites)
     flops = 2.0 * token_layers * request.shape.block_parameters
     shape = request.shape
@@ -75,12 +97,29 @@ def estimate(request: Request, max_tokens: int) -> Cost:
         seconds=flops / matmul_rate(device_of(request.bridge), dtype),
         result_bytes=bytes_of(request),
         cache_bytes=2 * longest * per_token * dtype.itemsize,
+        cache_budget=cache_budget,
+        weights=weights,
+        n_captures=n_captures,
+        read_bytes=bytes_read(
+            weights, request, n_captures, [wave for some in waves.values() for wave in some]
+        ),
     )
 
 
-def _site_cost(plan: SitePlan, unit: tuple[int, int], max_tokens: int) -> SiteCost:
+def _waves(plan: SitePlan, unit: tuple[int, int], max_tokens: int) -> Iterator[Wave]:
+    """The waves of all units of work; `unit` is its pairs and layer sets."""
+    pairs, layers = unit
     live = np.flatnonzero(plan.live)
-    n_waves = sum(1 for _ in plan.waves(live, max_tokens)) if len(live) else 0
+    n_layer_units = -(-plan.shape[1] // layers)
+    number = plan.pair[live] // pairs * n_layer_units + plan.layer_set[live] // layers
+    order = np.argsort(number, kind="stable")
+    live, number = live[order], number[order]
+    for patches in np.split(live, np.flatnonzero(np.diff(number)) + 1):
+        if len(patches):
+            yield from plan.waves(patches, max_tokens)
+
+
+def _site_cost(plan: SitePlan, unit: tuple[int, int], n_waves: int) -> SiteCost:
     pairs, layers = unit
     return SiteCost(
         site=plan.site.name,

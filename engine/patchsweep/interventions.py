@@ -19,6 +19,8 @@ ValueFn = Callable[[Site, int, Tensor, Tensor], Tensor]
 Spans = Mapping[str, tuple[int, int]]  # label -> [first, past last) position
 # tokens `[prompt, pos]` -> site name -> per layer activations `[prompt, pos, width]`
 Activations = Callable[[Tensor], Mapping[str, Sequence[Tensor]]]
+# (site, layer, of what): a number of tokens, a label, or "" for every position
+MeanKey = tuple[str, int, int | str]
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,31 @@ class Prompts:
 
     tokens: Tensor  # [prompt, pos]
     spans: tuple[Spans, ...]  # of each prompt
+
+
+@dataclass(frozen=True)
+class Reader:
+    """`Activations` that say where they come from, so that means of them can be kept."""
+
+    name: str  # who reads: runners may take one site at different places (q before, after rotary)
+    sites: tuple[Site, ...]  # of which there are activations
+    read: Activations
+
+    def __call__(self, tokens: Tensor) -> Mapping[str, Sequence[Tensor]]:
+        return self.read(tokens)
+
+
+class MeansKept(Protocol):
+    """Where means outlive the process."""
+
+    def get(
+        self,
+        per: str,
+        prompts: Sequence[Prompts],
+        reader: Reader,
+        compute: Callable[[], dict[MeanKey, Tensor]],
+    ) -> dict[MeanKey, Tensor]:
+        """The means that are kept; what `compute` gives, and from now on kept, if none are."""
 
 
 @runtime_checkable
@@ -84,6 +111,9 @@ class Zero(_Plain):
         return torch.zeros_like(base)
 
 
+_MEAN_NAMES = {"position": "mean", "all": "mean_all", "label": "mean_label"}
+
+
 @dataclass
 class Mean:
     """The mean over the sweep's clean prompts.
@@ -95,49 +125,42 @@ class Mean:
     """
 
     per: Literal["position", "all", "label"] = "position"
-    name: str = "mean"
+    name: str = ""  # default: that of `per`, so that a store tells the three apart
     from_source: bool = False
     default_direction: Direction = "noising"
-    _sums: dict[tuple[str, int, int | str], tuple[Tensor, int]] = field(
-        default_factory=dict, repr=False
-    )
+    kept: MeansKept | None = field(default=None, repr=False)  # None: computed by each process
+    _means: dict[MeanKey, Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        if self.per not in ("position", "all", "label"):
+        if self.per not in _MEAN_NAMES:
             raise ConfigError(
                 f"mean per={self.per!r} is not known; use 'position', 'all' or 'label'"
             )
+        self.name = self.name or _MEAN_NAMES[self.per]
 
     def prepare(self, prompts: Sequence[Prompts], activations: Activations) -> None:
+        """Take the means, from where they are kept if `activations` is a `Reader`.
+
+        Raises:
+            ConfigError: means by label, and no pair has labels.
+            StoreError: kept means are damaged.
+        """
         if self.per == "label" and not any(spans for group in prompts for spans in group.spans):
             raise ConfigError("mean per='label' needs labelled pairs; use per='position' or 'all'")
-        self._sums.clear()
-        for group in prompts:
-            parts = zip(group.tokens.split(16), _chunks(group.spans, 16), strict=True)
-            for tokens, spans in parts:  # streamed: only sums are kept
-                for name, layers in activations(tokens).items():
-                    for layer, x in enumerate(layers):
-                        self._add(name, layer, x.double(), spans)
 
-    def _add(self, name: str, layer: int, x: Tensor, spans: Sequence[Spans]) -> None:
-        if self.per == "position" or name.startswith("pattern"):
-            self._sum((name, layer, x.shape[-2] if x.ndim == 4 else x.shape[1]), x)
-            return
-        self._sum((name, layer, ""), x.flatten(0, 1))
-        for row, labels in enumerate(spans if self.per == "label" else ()):
-            for label, (first, stop) in labels.items():
-                self._sum((name, layer, label), x[row, first:stop])
+        def compute() -> dict[MeanKey, Tensor]:
+            return _means(self.per, prompts, activations)
 
-    def _sum(self, key: tuple[str, int, int | str], x: Tensor) -> None:
-        total, count = self._sums.get(key, (torch.zeros_like(x[0]), 0))
-        self._sums[key] = (total + x.sum(dim=0), count + len(x))
+        if self.kept is not None and isinstance(activations, Reader):
+            self._means = self.kept.get(self.per, prompts, activations, compute)
+        else:
+            self._means = compute()
 
     def values(
         self, site: Site, layer: int, base: Tensor, source: Tensor, spans: Sequence[Spans]
     ) -> Tensor:
         def mean(which: int | str) -> Tensor:
-            total, count = self._sums[site.name, layer, which]
-            return (total / count).to(base)
+            return self._means[site.name, layer, which].to(base)
 
         if self.per == "position" or site.is_pattern:
             return mean(base.shape[-2] if site.is_pattern else base.shape[1]).expand_as(base)
@@ -147,6 +170,32 @@ class Mean:
             for label, (first, stop) in longest_first:
                 values[row, first:stop] = mean(label)
         return values
+
+
+def _means(per: str, prompts: Sequence[Prompts], activations: Activations) -> dict[MeanKey, Tensor]:
+    """fp64 means of all activations; a few prompts at a time, of which only sums are kept."""
+    sums: dict[MeanKey, tuple[Tensor, int]] = {}
+
+    def add(key: MeanKey, x: Tensor) -> None:
+        total, count = sums.get(key, (torch.zeros_like(x[0]), 0))
+        sums[key] = (total + x.sum(dim=0), count + len(x))
+
+    def add_all(name: str, layer: int, x: Tensor, spans: Sequence[Spans]) -> None:
+        if per == "position" or name.startswith("pattern"):
+            add((name, layer, x.shape[-2] if x.ndim == 4 else x.shape[1]), x)
+            return
+        add((name, layer, ""), x.flatten(0, 1))
+        for row, labels in enumerate(spans if per == "label" else ()):
+            for label, (first, stop) in labels.items():
+                add((name, layer, label), x[row, first:stop])
+
+    for group in prompts:
+        parts = zip(group.tokens.split(16), _chunks(group.spans, 16), strict=True)
+        for tokens, spans in parts:
+            for name, layers in activations(tokens).items():
+                for layer, x in enumerate(layers):
+                    add_all(name, layer, x.double(), spans)
+    return {key: total / count for key, (total, count) in sums.items()}
 
 
 def _chunks(spans: Sequence[Spans], size: int) -> list[Sequence[Spans]]:

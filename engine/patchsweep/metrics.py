@@ -2,12 +2,20 @@
 
 `answer` is the right answer after the clean prompt, `wrong` the right one after the corrupted
 prompt; both stay what they are whichever run is the base. Sums over the vocabulary are fp32.
+
+Answers of several tokens are teacher-forced with the *right* answer: token i of both answers is read
+behind the right answer's first i tokens. `log_prob` is then that of the whole right answer.
+`logit_diff` adds the differences token by token; where the answers part early, the wrong one's later
+tokens are unlikely there whatever the model prefers, so prefer `log_prob` for such answers.
+
+Most metrics want of the vocabulary only a few sums, which can be had without `[row, d_vocab]`
+logits: `Metric.sums` names them, and a runner gives either them or the logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -15,6 +23,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from patchsweep.errors import MetricError
+
+Sum = Literal["log_z", "kl_base", "kl_source", "tv_base", "tv_source"]
 
 
 @dataclass(frozen=True)
@@ -26,12 +36,22 @@ class Logits:
     full: Float[Tensor, "row read d_vocab"] | None = None
     base: Float[Tensor, "row read d_vocab"] | None = None  # logits of the unpatched base run
     source: Float[Tensor, "row read d_vocab"] | None = None  # logits of the source run
+    # [row, read] sums over the vocabulary that were made without the three above
+    sums: Mapping[Sum, Tensor] = field(default_factory=dict)
 
-    @property
-    def log_z(self) -> Float[Tensor, "row read"]:
-        """log of the sum over the vocabulary of exp(logit)."""
+    def over_vocab(self, name: Sum) -> Float[Tensor, "row read"]:
+        """One of `sums`: as given, or made of the whole logits."""
+        if name in self.sums:
+            return self.sums[name]
         assert self.full is not None
-        return self.full.logsumexp(dim=-1)
+        if name == "log_z":
+            return self.full.logsumexp(dim=-1)
+        reference = self.base if name.endswith("_base") else self.source
+        assert reference is not None
+        if name.startswith("kl"):
+            p, q = reference.log_softmax(dim=-1), self.full.log_softmax(dim=-1)
+            return (p.exp() * (p - q)).sum(dim=-1)
+        return 0.5 * (reference.softmax(dim=-1) - self.full.softmax(dim=-1)).abs().sum(dim=-1)
 
 
 MetricFn = Callable[[Logits], Float[Tensor, " row"]]
@@ -46,6 +66,7 @@ class Metric:
     unit: str  # nats, probability, rank, ...
     needs: Needs  # the answers' logits, the whole vocabulary, or base and source logits too
     compute: MetricFn
+    sums: tuple[Sum, ...] = ()  # sums that do instead of the whole vocabulary; none: nothing does
     smooth: bool = True  # has a useful gradient
     flat_at_base: bool = False  # its gradient at the base run is zero
 
@@ -55,7 +76,7 @@ def _logit_diff(x: Logits) -> Tensor:
 
 
 def _log_prob(x: Logits) -> Tensor:
-    return (x.answer - x.log_z).sum(dim=1)
+    return (x.answer - x.over_vocab("log_z")).sum(dim=1)
 
 
 def _rank(x: Logits) -> Tensor:
@@ -70,19 +91,14 @@ def _top1_change(x: Logits) -> Tensor:
     return changed.any(dim=1).float()
 
 
-def _kl(reference: Tensor | None, patched: Tensor | None) -> Tensor:
-    """KL(reference || patched), summed over the vocabulary and the positions read."""
-    assert reference is not None
-    assert patched is not None
-    p, q = reference.log_softmax(dim=-1), patched.log_softmax(dim=-1)
-    return (p.exp() * (p - q)).sum(dim=(1, 2))
+def _kl(which: Sum) -> MetricFn:
+    """KL(reference || patched), summed over the positions read."""
+    return lambda x: x.over_vocab(which).sum(dim=1)
 
 
-def _total_variation(reference: Tensor | None, patched: Tensor | None) -> Tensor:
-    assert reference is not None
-    assert patched is not None
-    distance = (reference.softmax(dim=-1) - patched.softmax(dim=-1)).abs().sum(dim=-1)
-    return 0.5 * distance.amax(dim=1)
+def _total_variation(which: Sum) -> MetricFn:
+    """The largest distance among the positions read."""
+    return lambda x: x.over_vocab(which).amax(dim=1)
 
 
 METRICS: dict[str, Metric] = {
@@ -90,24 +106,28 @@ METRICS: dict[str, Metric] = {
     for metric in (
         Metric("logit_diff", "logits", "answers", _logit_diff),
         Metric("logit", "logits", "answers", lambda x: x.answer.sum(dim=1)),
-        Metric("log_prob", "nats", "vocab", _log_prob),
-        Metric("prob", "probability", "vocab", lambda x: _log_prob(x).exp()),
+        Metric("log_prob", "nats", "vocab", _log_prob, ("log_z",)),
+        Metric("prob", "probability", "vocab", lambda x: _log_prob(x).exp(), ("log_z",)),
         Metric("rank", "tokens above the answer", "vocab", _rank, smooth=False),
-        Metric("top1_change", "1 if the top token changed", "references", _top1_change, False),
-        Metric("kl_base", "nats", "references", lambda x: _kl(x.base, x.full), flat_at_base=True),
-        Metric("kl_source", "nats", "references", lambda x: _kl(x.source, x.full)),
+        Metric(
+            "top1_change", "1 if the top token changed", "references", _top1_change, smooth=False
+        ),
+        Metric("kl_base", "nats", "references", _kl("kl_base"), ("kl_base",), flat_at_base=True),
+        Metric("kl_source", "nats", "references", _kl("kl_source"), ("kl_source",)),
         Metric(
             "tv_base",
             "total variation",
             "references",
-            lambda x: _total_variation(x.base, x.full),
+            _total_variation("tv_base"),
+            ("tv_base",),
             flat_at_base=True,
         ),
         Metric(
             "tv_source",
             "total variation",
             "references",
-            lambda x: _total_variation(x.source, x.full),
+            _total_variation("tv_source"),
+            ("tv_source",),
         ),
     )
 }

@@ -14,13 +14,14 @@ from patchsweep.errors import ConfigError, PatchsweepError, SiteError
 from patchsweep.hooked import HookedRunner
 from patchsweep.interventions import Intervention
 from patchsweep.metrics import METRICS
+from patchsweep.models.homes import is_offloaded
 from patchsweep.planner import SitePlan
 from patchsweep.runner import Runner
 from patchsweep.waves import Unsupported, WaveRunner
 
 RunnerName = Literal["auto", "wave", "hooked"]
 # largest difference in logits that rounding may explain, by dtype of the weights
-TOLERANCE = {"torch.float32": 1e-3, "torch.float16": 0.05, "torch.bfloat16": 0.3}
+TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.3}
 N_PATCHES = 4
 
 
@@ -40,7 +41,8 @@ def choose_runner(
     intervention: Intervention,
     *,
     wanted: RunnerName = "auto",
-    max_tokens: int = 4096,
+    max_tokens: int | None = None,
+    cache_budget: int | None = None,
 ) -> Choice:
     """The wave runner where it agrees with the hooked one on a few patches per site.
 
@@ -53,7 +55,7 @@ def choose_runner(
     if wanted == "hooked":
         return Choice(HookedRunner(bridge, sites), "asked for", None)
     try:
-        wave = WaveRunner(bridge, sites, max_tokens)
+        wave = WaveRunner(bridge, sites, max_tokens, cache_budget=cache_budget)
         if wanted == "wave":
             return Choice(wave, "asked for", None)
         comparable, unseen = _comparable(bridge, plans, batch)
@@ -79,7 +81,7 @@ def choose_runner(
             raise
         text = f"the wave runner cannot: {type(error).__name__}: {error}"
         return Choice(HookedRunner(bridge, sites), text, None)
-    tolerance = TOLERANCE.get(str(bridge.cfg.dtype), 1e-3)
+    tolerance = TOLERANCE.get(str(bridge.cfg.dtype).removeprefix("torch."), 1e-3)
     if difference > tolerance:
         return Choice(
             HookedRunner(bridge, sites),
@@ -98,6 +100,12 @@ def _comparable(
     bridge: TransformerBridge, plans: Sequence[SitePlan], batch: Batch
 ) -> tuple[list[SitePlan], list[str]]:
     """The plans whose site the hooked runner can patch, and the names of the other sites."""
+    try:
+        HookedRunner(bridge, [plan.site for plan in plans]).check(batch.base[:1])
+    except SiteError:
+        pass  # one by one below, to see which
+    else:
+        return list(plans), []
     comparable, unseen = [], []
     for plan in plans:
         try:
@@ -128,8 +136,10 @@ def _difference(
         mine = np.flatnonzero(plan.live & np.isin(plan.pair, batch.pairs))
         if not len(mine):
             continue
-        # few layers, so that the hooked runner needs few forward passes
-        layers = rng.choice(np.unique(plan.layer_set[mine]), size=2)
+        # few layers, so that the hooked runner needs few forward passes: each of them reads the
+        # weights anew where they are offloaded
+        n_layers = 1 if is_offloaded(wave.replica.bridge.original_model) else 2
+        layers = rng.choice(np.unique(plan.layer_set[mine]), size=n_layers)
         mine = mine[np.isin(plan.layer_set[mine], layers)]
         chosen = np.sort(rng.choice(mine, size=min(N_PATCHES, len(mine)), replace=False))
         a = wave.run(ours, plan, chosen, metrics)

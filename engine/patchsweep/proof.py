@@ -71,14 +71,15 @@ class ProvenWork:
         ConfigError: the wave runner, which alone has bf16 products, does not suit the model.
     """
 
-    def __init__(self, request: Request, choice: Choice, max_tokens: int) -> None:
+    def __init__(self, request: Request, choice: Choice, max_tokens: int | None) -> None:
         if not isinstance(choice.runner, WaveRunner):
             raise ConfigError(
                 f"precision=bf16 needs the wave runner, but {choice.reason}; use precision=model"
             )
         self.request = request
-        self.runner = WaveRunner(request.bridge, request.sites, max_tokens, "bf16")
         self.exact = choice.runner
+        self.runner = WaveRunner(request.bridge, request.sites, max_tokens, "bf16")
+        self.runner.budget = self.exact.budget  # one for both
         self.plans = {plan.site.name: plan for plan in request.plans}
         self.captures = Captures(request, self.runner)
         self.exact_captures = Captures(request, self.exact)

@@ -12,6 +12,7 @@ import xarray as xr
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.batch import base_and_source
+from patchsweep.models.homes import named_weights
 from patchsweep.planner import SitePlan
 from patchsweep.probe import Choice
 from patchsweep.request import Request, blocks_of
@@ -83,10 +84,10 @@ def model_provenance(bridge: TransformerBridge) -> dict[str, Any]:
 def weights_hash(bridge: TransformerBridge) -> str:
     """A hash of every parameter's name, shape and a spread of its values."""
     digest = hashlib.sha256()
-    for name, parameter in bridge.original_model.named_parameters():
-        flat = parameter.detach().reshape(-1)
+    for name, weight in named_weights(bridge.original_model):
+        flat = weight.reshape(-1)
         step = max(1, flat.numel() // 1024)
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
         digest.update(flat[::step].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
 

@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.api import MAX_TOKENS, prepare_runner
+from patchsweep.api import prepare_runner
 from patchsweep.errors import PlanError
 from patchsweep.exact import Block, Captures, check_numbers, split
 from patchsweep.pairs import PromptPairs
@@ -27,7 +27,7 @@ def sample_exact(
     n: int = 200,
     seed: int = 0,
     runner: RunnerName = "auto",
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int | None = None,
     **selection: Any,
 ) -> xr.Dataset:
     """Exact values of `n` random live patches of each site, as `sweep` gives them.
@@ -43,7 +43,7 @@ def sample_exact(
 
 
 def draw(
-    request: Request, n: int, seed: int, runner: RunnerName, max_tokens: int = MAX_TOKENS
+    request: Request, n: int, seed: int, runner: RunnerName, max_tokens: int | None = None
 ) -> xr.Dataset:
     """`sample_exact` for a request.
 

@@ -299,9 +299,19 @@ class PatchsweepAccessor:
         """See `patchsweep.summary.recovered`."""
         return recovered(self._ds, site)
 
-    def largest(self, site: str, n: int = 10, *, metric: str | None = None) -> list[Effect]:
-        """See `patchsweep.summary.largest`; over the mean of all pairs."""
-        return largest(self._ds, site, metric, n)
+    def effect_mean(self, site: str) -> xr.DataArray:
+        """See `patchsweep.summary.effect_mean`."""
+        return effect_mean(self._ds, site)
+
+    def recovered_mean(self, site: str) -> xr.DataArray:
+        """See `patchsweep.summary.recovered_mean`."""
+        return recovered_mean(self._ds, site)
+
+    def largest(
+        self, site: str, n: int = 10, *, metric: str | None = None, pair: int | None = None
+    ) -> list[Effect]:
+        """See `patchsweep.summary.largest`; over the mean of all pairs, or of one `pair`."""
+        return largest(self._ds, site, metric, n, pair=pair)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ of the row itself. The prefix is stored once per pair; no row holds a copy of it
 
 from __future__ import annotations
 
+import math
 from typing import Any, no_type_check
 
 import torch
@@ -23,14 +24,16 @@ from patchsweep_kernels.dispatch import (
     jit,
     next_power_of_2,
     tl,
+    triton,
     use_triton,
 )
 from patchsweep_kernels.rows import Group, Rows
 
 __all__ = ["Group", "Rows", "prefix_attention"]
 
-# Score elements that the CPU path holds at once (64 MB in fp32).
-_SCORE_BUDGET = 1 << 24
+# Score elements that the CPU path holds at once: 8 MB in fp32, about what caches hold. Less would
+# fit them better, but make torch start its threads more often, which a busy machine feels.
+_SCORE_BUDGET = 1 << 21
 
 
 def prefix_attention(
@@ -136,6 +139,7 @@ def _reference(
     k_kv, v_kv = k.transpose(0, 1), v.transpose(0, 1)
     prefix_k, prefix_v = prefix_k.to(dtype).transpose(2, 3), prefix_v.to(dtype)
     unused = prefix_k.new_zeros(())  # baddbmm wants a summand even when beta is 0
+    scratch = _Scratch(prefix_k)
     # Minus infinity where a key of the row comes later than the query.
     later = prefix_k.new_full((rows.longest, rows.longest), -torch.inf).triu_(1).unsqueeze(1)
     for token, group_rows, length, pair, start in rows.groups:
@@ -154,15 +158,16 @@ def _reference(
             n_rows = min(step, group_rows - row)
             n, batch = n_rows * length, kv_heads * n_rows
             part = slice(token + row * length, token + row * length + n)
-            q_part = q_kv[:, part].to(dtype).reshape(kv_heads, n * share, d)
-            k_part = k_kv[:, part].to(dtype).reshape(batch, length, d)
-            v_part = v_kv[:, part].to(dtype).reshape(batch, length, d_v)
+            q_part = scratch("q", kv_heads, n * share, d)
+            q_part.view(kv_heads, n, share, d).copy_(q_kv[:, part])
+            k_part = scratch("k", kv_heads, n, d).copy_(k_kv[:, part]).view(batch, length, d)
+            v_part = scratch("v", kv_heads, n, d_v).copy_(v_kv[:, part]).view(batch, length, d_v)
 
-            scores = q_part.new_empty(kv_heads, n * share, width)
+            scores = scratch("scores", kv_heads, n * share, width)
             by_row = scores.view(batch, length, share, width)
             seen = scores[:, :, :past]
             torch.baddbmm(unused, q_part, p_k, beta=0, alpha=scale, out=seen)
-            q_row = q_part.reshape(batch, length * share, d)
+            q_row = q_part.view(batch, length * share, d)
             own = torch.bmm(q_row, k_part.transpose(1, 2)).view(batch, length, share, length)
             if softcap is not None:
                 seen.mul_(1 / softcap).tanh_().mul_(softcap)
@@ -176,11 +181,27 @@ def _reference(
                 by_head = scores.view(kv_heads, n, share, width)
                 by_head[..., n_keys] = sinks.view(kv_heads, 1, share)
             torch.softmax(scores, -1, out=scores)
-            result = torch.bmm(seen, p_v)
+            result = scratch("out", kv_heads, n * share, d_v)
+            torch.bmm(seen, p_v, out=result)
             own_weights = scores.view(batch, length * share, width)[:, :, past:n_keys]
             result.view(batch, length * share, d_v).baddbmm_(own_weights, v_part)
             out_kv[:, part] = result.view(kv_heads, n, share, d_v)
     return out.view(n_tokens, n_heads, d_v)
+
+
+class _Scratch:
+    """Memory that one part after the other uses: fresh pages cost as much as the products."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._stores: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        """Uninitialised `shape`; what `name` held before is gone."""
+        size = math.prod(shape)
+        if name not in self._stores or len(self._stores[name]) < size:
+            self._stores[name] = self._like.new_empty(size)
+        return self._stores[name][:size].view(shape)
 
 
 def _windowed(length: int, start: int, window: int, like: Tensor) -> Float[Tensor, "length 1 key"]:
@@ -214,10 +235,12 @@ def _triton(
     n_tokens, n_heads, d = q.shape
     kv_heads, d_v = v.shape[1:]
     out = torch.empty(n_tokens, n_heads, d_v, dtype=q.dtype, device=q.device)
-    settings = launch_settings(n_heads // kv_heads, d, d_v, q.dtype)
+    share = n_heads // kv_heads
+    settings = launch_settings(share, d, d_v, q.dtype)
     blocks = rows.block_table(settings["BLOCK_TOKENS"], q.device)
+    head_blocks = triton.cdiv(share, settings["BLOCK_HEADS"])
     with device_of(q):
-        _prefix_kernel[(len(blocks), kv_heads)](
+        _prefix_kernel[(len(blocks), kv_heads * head_blocks)](
             q,
             k,
             v,
@@ -228,7 +251,8 @@ def _triton(
             blocks,
             rows.token_table(q.device),
             n_tokens,
-            n_heads // kv_heads,
+            share,
+            head_blocks,
             d,
             d_v,
             *q.stride()[:2],
@@ -250,7 +274,6 @@ def _triton(
 
 def launch_settings(share: int, d: int, d_v: int, dtype: torch.dtype) -> dict[str, Any]:
     """Tile sizes of the kernel for `share` query heads per key head and these head sizes."""
-    heads = next_power_of_2(share)
     width = max(16, next_power_of_2(max(d, d_v)))
     # Queries, keys and warps: the largest tiles that keep the sums in registers (compile gate).
     if dtype == torch.float32:
@@ -259,8 +282,9 @@ def launch_settings(share: int, d: int, d_v: int, dtype: torch.dtype) -> dict[st
         queries, keys, warps = 64, 64, 4
     else:
         queries, keys, warps = (64, 32, 4) if width == 128 else (32, 32, 8)
+    heads = min(queries, next_power_of_2(share))
     return {
-        "BLOCK_TOKENS": max(1, queries // heads),
+        "BLOCK_TOKENS": queries // heads,
         "BLOCK_HEADS": heads,
         "BLOCK_KEYS": keys,
         "BLOCK_D": max(16, next_power_of_2(d)),
@@ -302,8 +326,9 @@ def _absorb(
     return new_top, mass * shrink + tl.sum(weight, 1), total
 
 
-# Grid (blocks, kv_head). A program owns a block of adjacent packed tokens of one pair and all query
-# heads of one key head: token by head is its query axis, so each key it loads serves all of them.
+# Grid (blocks, kv_head * head_blocks). A program owns a block of adjacent packed tokens of one pair
+# and the query heads of one key head (a block of them where one tile cannot hold all): token by
+# head is its query axis, so each key it loads serves all of them.
 # It walks over the pair's prefix up to the highest start in the block, then over the packed keys
 # from the block's first row to its last token, and masks what a query may not see: prefix
 # positions from its own start on, other rows, later tokens, keys out of the window. Running
@@ -323,6 +348,7 @@ def _prefix_kernel(
     tokens,
     n_tokens,
     share,
+    head_blocks,
     d,
     d_v,
     q_token,
@@ -354,7 +380,7 @@ def _prefix_kernel(
     PRECISION: tl.constexpr,
 ):
     block = blocks + tl.program_id(0).to(tl.int64) * 6
-    kv_head = tl.program_id(1).to(tl.int64)
+    kv_head = (tl.program_id(1) // head_blocks).to(tl.int64)
     first = tl.load(block)
     stop = tl.load(block + 1)
     pair = tl.load(block + 2)
@@ -364,7 +390,7 @@ def _prefix_kernel(
 
     query = tl.arange(0, BLOCK_TOKENS * BLOCK_HEADS)
     token = first + query // BLOCK_HEADS
-    head_in_share = query % BLOCK_HEADS
+    head_in_share = (tl.program_id(1) % head_blocks) * BLOCK_HEADS + query % BLOCK_HEADS
     head = kv_head * share + head_in_share
     real = (token < stop) & (head_in_share < share)
     row_first = tl.load(tokens + token, mask=real, other=0)
@@ -394,7 +420,7 @@ def _prefix_kernel(
     keys = prefix_k + pair * pk_pair + kv_head * pk_head
     values = prefix_v + pair * pv_pair + kv_head * pv_head
     for at_key in range(low, highest, BLOCK_KEYS):
-        j = at_key + tl.arange(0, BLOCK_KEYS)
+        j = at_key + tl.arange(0, BLOCK_KEYS).to(tl.int64)
         there = j < highest
         mask = in_d[:, None] & there[None, :]
         key = tl.load(keys + (j * pk_pos)[None, :] + element[:, None], mask=mask, other=0.0)
@@ -413,7 +439,7 @@ def _prefix_kernel(
     keys = k + kv_head * k_head
     values = v + kv_head * v_head
     for at_key in range(own_first, stop, BLOCK_KEYS):
-        j = at_key + tl.arange(0, BLOCK_KEYS)
+        j = at_key + tl.arange(0, BLOCK_KEYS).to(tl.int64)
         there = j < stop
         mask = in_d[:, None] & there[None, :]
         key = tl.load(keys + (j * k_token)[None, :] + element[:, None], mask=mask, other=0.0)

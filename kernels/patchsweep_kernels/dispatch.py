@@ -21,9 +21,19 @@ INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 """Kernels run in Triton's interpreter, on CPU tensors, when that variable was set before import."""
 
 
+# Arguments that differ from call to call. Triton compiles anew when an integer turns out to be 1
+# or a multiple of 16, which would stop a sweep for seconds again and again; none of these is
+# multiplied into the address of a vector, so nothing is lost.
+_COUNTS = ("n_tokens", "n_targets", "n_rows", "blocks_per_part", "window")
+
+
 def jit(kernel: Callable[..., Any]) -> Any:
     """`triton.jit`, or the plain function where Triton is missing and nothing will launch it."""
-    return kernel if triton is None else triton.jit(kernel)
+    if triton is None:
+        return kernel
+    code = kernel.__code__
+    named = code.co_varnames[: code.co_argcount]
+    return triton.jit(kernel, do_not_specialize=[name for name in _COUNTS if name in named])
 
 
 def use_triton(tensor: Tensor) -> bool:

@@ -67,9 +67,10 @@ def scatter_patch(
     _check_targets(x, values, token, source, head)
     if not len(token):
         return
-    token = token.to(x.device)
-    source = None if source is None else source.to(x.device)
-    head = None if head is None else head.to(x.device)
+    # the kernel reads a table entry by entry: a column of a larger one would be read wrongly
+    token = token.to(x.device).contiguous()
+    source = None if source is None else source.to(x.device).contiguous()
+    head = None if head is None else head.to(x.device).contiguous()
     write = _triton if use_triton(x) else _reference
     write(x, values, token, source, head, mode)
 

@@ -8,7 +8,8 @@ With logits a = logits(base) and b = logits(patched), Z = log sum exp, p = exp(a
     total_variation  1/2 sum_v |exp(a_v - Z_a) - exp(b_v - Z_b)|
 
 The vocabulary goes by in blocks. A block's logits are made, added to running sums, and dropped;
-Z grows by log-sum-exp, and the sum weighted with p is rescaled whenever Z grows.
+Z grows by log-sum-exp, and the sum weighted with p is rescaled whenever Z grows. The distance
+needs Z first: the kernel makes the logits a second time, the CPU keeps those of some rows.
 """
 
 from __future__ import annotations
@@ -33,9 +34,11 @@ from patchsweep_kernels.dispatch import (
 )
 from patchsweep_kernels.unembedding import Unembedding
 
-# Bytes of logits that the CPU path holds at once, and rows among which it shares them.
-_BLOCK_BYTES = 64 * 2**20
+# Bytes of one block of logits on the CPU, which its cache holds, and rows that share a block.
+_BLOCK_BYTES = 4 * 2**20
 _BLOCK_ROWS = 4096
+# Bytes of logits that the CPU keeps at once for the distance, where products would cost more.
+_KEPT_BYTES = 64 * 2**20
 
 # Programs that fill a large GPU; the vocabulary is cut into as many parts as that takes.
 _PROGRAMS = 512
@@ -95,7 +98,7 @@ def vocab_kl(
         return _triton(patched, _rows_of(base, base_row), unembedding, _KL)[0]
     kl = [
         _reference_kl(*_base_part(base, base_row, part), patched[part], unembedding)
-        for part in _parts(len(patched))
+        for part in _parts(len(patched), _BLOCK_ROWS)
     ]
     return torch.cat(kl) if kl else patched.new_zeros(0)
 
@@ -110,20 +113,18 @@ def total_variation(
 ) -> Float[Tensor, " row"]:
     """Half the summed absolute difference of the two distributions: 0 if equal, 1 if disjoint.
 
-    Arguments and errors as in `vocab_kl`; symmetric. Goes over the vocabulary twice.
+    Arguments and errors as in `vocab_kl`; symmetric.
     """
     base_row = _check_two(base, patched, unembedding, base_row)
-    base_z, patched_z = log_z(base, unembedding), log_z(patched, unembedding)
     if use_triton(patched):
+        base_z, patched_z = log_z(base, unembedding), log_z(patched, unembedding)
         z = torch.stack((patched_z, _rows_of(base_z, base_row)))
         return _triton(patched, _rows_of(base, base_row), unembedding, _DISTANCE, z)[0]
-    half = []
-    for part in _parts(len(patched)):
-        few, index = _base_part(base, base_row, part)
-        few_z = _base_part(base_z, base_row, part)[0]
-        half.append(
-            _reference_distance(few, few_z, index, patched[part], patched_z[part], unembedding)
-        )
+    kept_rows = max(1, _KEPT_BYTES // (4 * unembedding.d_vocab))
+    half = [
+        _reference_distance(*_base_part(base, base_row, part), patched[part], unembedding)
+        for part in _parts(len(patched), min(_BLOCK_ROWS, kept_rows))
+    ]
     return torch.cat(half) if half else patched.new_zeros(0)
 
 
@@ -149,9 +150,9 @@ def _rows_of(base: Tensor, base_row: Tensor | None) -> Tensor:
     return base if base_row is None else base[base_row]
 
 
-def _parts(n_rows: int) -> Iterator[slice]:
-    for first in range(0, n_rows, _BLOCK_ROWS):
-        yield slice(first, min(first + _BLOCK_ROWS, n_rows))
+def _parts(n_rows: int, size: int) -> Iterator[slice]:
+    for first in range(0, n_rows, size):
+        yield slice(first, min(first + size, n_rows))
 
 
 def _base_part(base: Tensor, base_row: Tensor | None, part: slice) -> tuple[Tensor, Tensor | None]:
@@ -202,17 +203,19 @@ def _reference_kl(
 
 
 def _reference_distance(
-    base: Tensor,
-    base_z: Tensor,
-    index: Tensor | None,
-    patched: Tensor,
-    patched_z: Tensor,
-    unembedding: Unembedding,
+    base: Tensor, index: Tensor | None, patched: Tensor, unembedding: Unembedding
 ) -> Tensor:
-    total = _nothing_yet(patched, 0.0)
+    z_a, z_b = _nothing_yet(base, -torch.inf), _nothing_yet(patched, -torch.inf)
+    kept = []
     for a, b in _blocks(len(patched), unembedding, base, patched):
-        p, q = (a - base_z[:, None]).exp_(), (b - patched_z[:, None]).exp_()
-        total += (_rows_of(p, index) - q).abs_().sum(1).double()
+        z_a = torch.logaddexp(z_a, a.logsumexp(1).double())
+        z_b = torch.logaddexp(z_b, b.logsumexp(1).double())
+        kept.append((a, b))
+    total = _nothing_yet(patched, 0.0)
+    for a, b in kept:
+        p = a.sub_(z_a[:, None].to(a.dtype)).exp_()
+        q = b.sub_(z_b[:, None].to(b.dtype)).exp_()
+        total += q.sub_(_rows_of(p, index)).abs_().sum(1).double()
     return (total / 2).to(torch.promote_types(patched.dtype, torch.float32))
 
 

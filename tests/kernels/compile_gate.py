@@ -88,6 +88,8 @@ def launches() -> Iterator[tuple[str, Any, str, Callable[[], object]]]:
         (bf16, 4, 128, {}),
         (bf16, 2, 256, {"window": 4, "softcap": 50.0}),
         (bf16, 8, 64, {"window": 4, "sinks": torch.zeros(16)}),
+        (fp32, 71, 64, {}),
+        (bf16, 48, 128, {}),
     )
     for dtype, share, d, variant in variants:
         yield (
@@ -148,15 +150,16 @@ def source_of(
     for place, name in enumerate(kernel.arg_names):
         value = given[name]
         is_constant = kernel.params[place].is_constexpr
+        specialised = not kernel.params[place].do_not_specialize
         if isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
             attributes[(place,)] = [["tt.divisibility", 16]]
-        elif is_constant or (type(value) is int and value == 1):
+        elif is_constant or (type(value) is int and value == 1 and specialised):
             signature[name] = "constexpr"
             constants[(place,)] = value
         elif type(value) is int:
             signature[name] = "i32"
-            if value % 16 == 0:
+            if value % 16 == 0 and specialised:
                 attributes[(place,)] = [["tt.divisibility", 16]]
         else:
             assert type(value) is float, (name, value)

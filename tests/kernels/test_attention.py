@@ -100,6 +100,11 @@ def test_attention_of_odd_heads_and_sizes(
     _assert_matches(_inputs(rows, n_heads, kv_heads, d, d_v, dtype), rows, {})
 
 
+def test_attention_of_more_heads_on_one_key_head_than_a_tile_holds() -> None:
+    rows = make_rows([2, 3], [0, 1], [4, 1])
+    _assert_matches(_inputs(rows, 70, 2, 16, 16, torch.float32), rows, {"sinks": torch.randn(70)})
+
+
 def test_attention_of_rows_longer_than_a_tile() -> None:
     rows = make_rows([70, 5, 70], [0, 0, 1], [9, 3, 0])
     _assert_matches(_inputs(rows, 2, 1, 16, 16, torch.float32), rows, {"window": 12})

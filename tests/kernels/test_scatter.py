@@ -44,6 +44,16 @@ def test_scatter_writes_whole_tokens(shape: tuple[int, ...]) -> None:
     assert torch.equal(x, expected)
 
 
+def test_scatter_takes_columns_of_a_table() -> None:
+    table = torch.tensor([[3, 1, 0], [0, 2, 1], [5, 0, 0]])  # token, head, source
+    x, values = torch.zeros(6, 3, 8), torch.randn(2, 8)
+    scatter_patch(x, values, table[:, 0], head=table[:, 1], source=table[:, 2])
+    expected = torch.zeros(6, 3, 8)
+    for token, head, source in table.tolist():
+        expected[token, head] = values[source]
+    assert torch.equal(x, expected)
+
+
 def test_scatter_leaves_other_vectors_alone_even_if_not_finite() -> None:
     store = torch.full((9, 4, 65), torch.nan)
     x = store[1:8, :, 1:64]  # a strided view with NaN all around

@@ -12,20 +12,22 @@ as where a head's effect comes from. Summed over a row, `patch` is the AtP estim
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
+from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.attribution.atp import Atp
 from patchsweep.attribution.check import check_request
 from patchsweep.attribution.estimates import Work
-from patchsweep.attribution.tape import Place, Tape
-from patchsweep.batch import clean_prompts
+from patchsweep.attribution.tape import Heads, Place, Tape
+from patchsweep.batch import Batch, clean_prompts
 from patchsweep.pairs import PromptPairs
 from patchsweep.request import MetricLike, Request, make_request
 from patchsweep.sites import SITES
@@ -122,10 +124,28 @@ def pattern_scores(
     )
 
 
-def _one(request: Request, tape: Tape, batch: Any, zero: np.ndarray, patch: np.ndarray) -> None:
+def _one(request: Request, tape: Tape, batch: Batch, zero: np.ndarray, patch: np.ndarray) -> None:
     """Fill `[metric, layer, head, dest, src]` of one pair."""
     source, source_logits = tape.activations(batch.source, batch.reads)
-    work = Work(
+    work = work_of(request, tape, batch, source, source_logits)
+    n = batch.length
+
+    def visit(metric: int, layer: int, base: Tensor, values: Tensor, grad: Tensor) -> None:
+        zero[metric, layer, :, :n, :n] = (-base * grad)[0].cpu().numpy()
+        patch[metric, layer, :, :n, :n] = ((values - base) * grad)[0].cpu().numpy()
+
+    visit_cells(work, visit)
+
+
+def work_of(
+    request: Request,
+    tape: Tape,
+    batch: Batch,
+    source: Mapping[str, list[Tensor]],
+    source_logits: Tensor,
+) -> Work:
+    """What `visit_cells` takes: a batch with the patterns and logits of its source run."""
+    return Work(
         tape,
         batch,
         request.plans,
@@ -135,21 +155,38 @@ def _one(request: Request, tape: Tape, batch: Any, zero: np.ndarray, patch: np.n
         source,
         source_logits,
     )
-    n = batch.length
+
+
+# metric, layer, then base pattern, patched pattern and gradient `[pair, head, dest, src]`
+VisitCells = Callable[[int, int, Tensor, Tensor, Tensor], None]
+
+
+def visit_cells(
+    work: Work, visit: VisitCells, on_attention: Callable[[int, Heads], None] | None = None
+) -> Float[Tensor, "pair read d_vocab"]:
+    """Show every layer's pattern with its gradient, metric by metric; gives the base run's logits.
+
+    `on_attention` is told of each layer's queries, keys, values and pattern on the way.
+    """
     metric = [0]
 
-    def visit(place: Place, x: Tensor) -> None:
+    def watch_gradient(place: Place, x: Tensor) -> None:
         base = x.detach()
 
         def on_gradient(grad: Tensor) -> None:
-            values = work.values(place.site, place.layer, base)
-            zero[metric[0], place.layer, :, :n, :n] = (-base * grad)[0].cpu().numpy()
-            patch[metric[0], place.layer, :, :n, :n] = ((values - base) * grad)[0].cpu().numpy()
+            visit(metric[0], place.layer, base, work.values(place.site, place.layer, base), grad)
 
         x.register_hook(on_gradient)
 
     with torch.enable_grad():
-        logits = tape.forward(batch.base, visit, batch.reads, gradient=True)
+        logits = work.tape.forward(
+            work.batch.base,
+            watch_gradient,
+            work.batch.reads,
+            gradient=True,
+            on_attention=on_attention,
+        )
         scores = work.score(logits, logits.detach())
         for metric[0], row in enumerate(scores):
             row.sum().backward(retain_graph=metric[0] + 1 < len(scores))
+    return logits.detach()

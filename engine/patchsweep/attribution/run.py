@@ -13,6 +13,7 @@ from patchsweep.attribution.estimates import Work
 from patchsweep.attribution.method import Method
 from patchsweep.attribution.tape import Tape
 from patchsweep.batch import Batch, clean_prompts
+from patchsweep.interventions import Reader
 from patchsweep.planner import SitePlan
 from patchsweep.request import Request
 
@@ -42,7 +43,8 @@ class Attribution:
         self.methods = tuple(methods)
         extra = {s.name: s for m in methods for s in m.extra_sites(request.sites)}
         sites = {site.name: site for site in request.sites} | extra
-        self.tape = Tape(request.bridge, [*sites.values()])
+        self.sites = tuple(sites.values())
+        self.tape = Tape(request.bridge, self.sites)
         if any(isinstance(method, AtpStar) for method in methods):
             check_intervention(self.tape, request.sites, request.intervention)
         self._prepare()
@@ -53,7 +55,8 @@ class Attribution:
         numbers = range(len(request.pairs))
         batches = request.batches(numbers)
         clean = clean_prompts(batches, request.direction)
-        request.intervention.prepare(clean, lambda tokens: self.tape.activations(tokens)[0])
+        reader = Reader("attribution", self.sites, lambda tokens: self.tape.activations(tokens)[0])
+        request.intervention.prepare(clean, reader)
 
     def run(self, method: Method, pairs: range) -> BlockOfPairs:
         """The estimates of `method` for the pairs of a block."""

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from patchsweep.attribution.method import Method
 from patchsweep.attribution.run import Attribution, BlockOfPairs, pairs_per_block, token_layers
+from patchsweep.planner import SitePlan
 from patchsweep.request import Request
 from patchsweep.results import dims_of, shape_of
 from patchsweep.store import Unit, Variable
@@ -78,11 +79,18 @@ class Estimator:
     def values(self, unit: Unit) -> NDArray[np.float32]:
         """The unit's block, without the axes that the site does not have."""
         plan, method = self._owner[unit.variable]
-        block = self._block(method, unit.pairs)
-        cells = block.cells[plan.site.name]
+        return self.as_stored(plan, self._block(method, unit.pairs).cells[plan.site.name])
+
+    def as_stored(self, plan: SitePlan, cells: NDArray[np.float32]) -> NDArray[np.float32]:
+        """`cells` `[metric, pair, layer, pos, unit]` without the axes that the site lacks."""
         shape = list(shape_of(plan, len(self.request.metrics)))
-        shape[1] = len(unit.pairs)
+        shape[1] = cells.shape[1]
         return cells.reshape(shape)
+
+    def blocks(self) -> list[range]:
+        """All pairs, in the blocks that are estimated at once."""
+        n, size = len(self.request.pairs), pairs_per_block(self.request.plans[0])
+        return [range(i, min(i + size, n)) for i in range(0, n, size)]
 
     def references(self, unit: Unit) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
         """Base and source metric of the unit's pairs; one method alone tells them, so that

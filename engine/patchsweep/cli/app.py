@@ -37,10 +37,9 @@ def compose(
     `conf/config.yaml`. Errors come out as they are, Hydra's own among them, to be told in one line.
     """
     register()
-    name = "config"
-    if schema is not RunConfig:
-        name = verb
-        ConfigStore.instance().store(name=f"{verb}_schema", node=schema)
+    # `conf/config.yaml` begins with it, and `conf/<verb>.yaml` with `conf/config.yaml`
+    ConfigStore.instance().store(name="run_schema", node=schema)
+    name = "config" if schema is RunConfig else verb
     failed: list[Exception] = []
 
     def once(cfg: DictConfig) -> None:

@@ -20,6 +20,11 @@ VERBS = {
     "plan": "say what a run will cost, without running it",
     "status": "how far the run of a store has come",
     "verify": "check a store: its files, and a sample of its values run again",
+    "edges": "score every edge between components, run the foremost exactly, store both",
+    "circuit": "grow circuits from node or edge scores, run each without the rest; store it",
+    "lens": "what the model would say at each layer, of a patched run too; store it",
+    "attention": "rank heads by attention attribution, store their patterns and predictions",
+    "heads": "ablate every head in several ways, class the heads, compare the ways; store it",
     "compare": "how far the attribution in a store agrees with its exact effects",
     "report": "write a store as one self-contained HTML page",
     "task": "list the built-in tasks, or score a model on one",
@@ -47,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def usage() -> str:
     """The verbs."""
-    lines = "\n".join(f"  {verb:8}{what}" for verb, what in VERBS.items())
+    lines = "\n".join(f"  {verb:10}{what}" for verb, what in VERBS.items())
     return (
         f"usage: patchsweep VERB ...\n\n{lines}\n\n"
         "patchsweep VERB --help says more; patchsweep --version says the version."

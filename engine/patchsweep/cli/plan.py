@@ -12,8 +12,9 @@ from patchsweep.attribution.run import token_layers
 from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.console import stdout
 from patchsweep.estimate import Cost, estimate
+from patchsweep.reading import Weights
 from patchsweep.request import make_request
-from patchsweep.screen import get_asked
+from patchsweep.screening.asked import get_asked
 
 
 def main(arguments: list[str]) -> int:
@@ -26,7 +27,7 @@ def job(cfg: DictConfig) -> None:
     """One plan."""
     config = as_config(cfg)
     transformers_logging.disable_progress_bar()
-    model = config.model.load()
+    model = config.model.sketch()
     pairs = config.task.load(model)
     request = make_request(
         model, pairs, config.sites.names, config.metric.metrics(), **config.selection()
@@ -35,7 +36,7 @@ def job(cfg: DictConfig) -> None:
     if asked.methods:
         check_request(request, asked.methods)
     console = stdout()
-    show(estimate(request, config.runner.max_tokens), console)
+    show(estimate(request, config.runner.max_tokens, config.runner.cache_bytes), console)
     for method in asked.methods:
         console.print(f"{method.name:15} {token_layers(request, method):,} token-layers besides")
 
@@ -74,9 +75,31 @@ def show(cost: Cost, console: Console) -> None:
         ("FLOPs", f"{cost.flops:.3g}"),
         ("seconds", f"{cost.seconds:.1f} at this device's matrix-product rate, attention left out"),
         ("values written", size(cost.result_bytes)),
-        ("kept in memory", f"{size(cost.cache_bytes)} of activations per pair"),
+        ("weights", weights(cost.weights)),
+        ("weights read", reading(cost)),
+        (
+            "activations",
+            f"{size(cost.cache_bytes)} per pair; more than {size(cost.cache_budget)} goes to disk",
+        ),
     ):
         console.print(f"{name:15} {value}")
+
+
+def weights(found: Weights) -> str:
+    """Such as `16.1 GB: 9.2 GB on cuda:0, 6.9 GB on disk`."""
+    places = ", ".join(f"{size(n)} on {place}" for place, n in sorted(found.places.items()))
+    return f"{size(found.n_bytes)}: {places}"
+
+
+def reading(cost: Cost) -> str:
+    """What is fetched, and how often."""
+    if not cost.weights.fetched:
+        return "once: all of them stay where they run"
+    n_passes = cost.n_captures + cost.n_waves
+    return (
+        f"{size(cost.read_bytes)}: {size(cost.weights.fetched)} are offloaded, and fetched in "
+        f"{n_passes} passes ({cost.n_captures} captures, {cost.n_waves} waves)"
+    )
 
 
 def size(n_bytes: float) -> str:

@@ -47,6 +47,7 @@ def execute(config: RunConfig) -> None:
             n_slices=config.n_slices,
             runner=config.runner.name,  # type: ignore[arg-type]  # checked by RunnerConfig
             max_tokens=config.runner.max_tokens,
+            cache_budget=config.runner.cache_bytes,
             precision=config.precision,  # type: ignore[arg-type]  # likewise
             config=config.identity(),
             progress=bar,

@@ -14,6 +14,7 @@ from patchsweep.api import prepare_runner
 from patchsweep.cli.console import stdout
 from patchsweep.config import from_identity, request_of
 from patchsweep.planner import SitePlan
+from patchsweep.probe import TOLERANCE
 from patchsweep.results import weights_hash
 from patchsweep.store import Store
 from patchsweep.store.check import verify_structure
@@ -21,9 +22,6 @@ from patchsweep.store.layout import Unit
 from patchsweep.store.status import EXIT_COMPLETE, EXIT_INCOMPLETE
 
 EXIT_PROBLEMS = 4  # files are damaged, or values differ
-# in the metric's unit: far more than the order of summation changes in fp32; half precision gets
-# what the probe grants it
-TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.3}
 
 
 @dataclass(frozen=True)

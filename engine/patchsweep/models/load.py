@@ -13,6 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from patchsweep.errors import ModelError
 from patchsweep.models.embedded import EMBEDDED, embedded_folder
 from patchsweep.models.gguf import dequantised_folder
+from patchsweep.models.homes import is_offloaded, main_device
+from patchsweep.models.places import DeviceMap, MaxMemory, Placement, as_placement
+from patchsweep.models.sketch import sketch_bridge
 from patchsweep.models.tiny import TINY_FAMILIES, tiny_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -23,59 +26,114 @@ def load_model(
     *,
     device: str | None = None,
     dtype: str | torch.dtype = "float32",
-    device_map: str | dict[str, str | int] | None = None,
+    device_map: DeviceMap | None = None,
+    max_memory: MaxMemory | None = None,
+    offload_folder: str | Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> TransformerBridge:
     """The model called `name`, wrapped by TransformerLens, in evaluation mode.
 
     `name` is `smollm2-135m` (embedded, no download), `tiny:<family>` (random weights,
-    no download), a GGUF file, a local folder, or a Hugging Face name. `device_map` places
-    the layers of a model that does not fit one device (accelerate); it excludes `device`.
-    Code from the model's repository runs only with `trust_remote_code=True`.
+    no download), a GGUF file, a local folder, or a Hugging Face name. Code from the model's
+    repository runs only with `trust_remote_code=True`.
+
+    A model that does not fit one device is placed by `accelerate`: `device_map` is `auto`,
+    `balanced`, `balanced_low_0`, `sequential`, or a mapping from module names to GPU numbers, `cpu`
+    and `disk`; it excludes `device`. `max_memory` says what `auto` and its like may fill, such as
+    `{0: "60GiB", "cpu": "100GiB"}`; default: most of what is free. Weights that stay on disk are
+    read from the model's safetensors files; `offload_folder` takes those that have to be
+    rewritten first (other formats, fused experts).
 
     Raises:
-        ModelError: the model, its file or its family is unknown, or `dtype` is.
+        ModelError: the model, its file or its family is unknown, `dtype` is, or the weights cannot
+            be placed so.
     """
-    torch_dtype = as_dtype(dtype)
-    if device is not None and device_map is not None:
-        raise ModelError(
-            f"device={device!r} and device_map={device_map!r} exclude each other; give one"
-        )
-    if device is None and device_map is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-
+    placement = as_placement(device_map, max_memory, offload_folder)
     if name.startswith("tiny:"):
-        family = name.removeprefix("tiny:")
-        if family not in TINY_FAMILIES:
-            known = ", ".join(sorted(TINY_FAMILIES))
-            raise ModelError(f"tiny family {family!r} is not known; use one of {known}")
-        hf_model, tokenizer = tiny_model(family)
-        hf_model.to(device=device, dtype=torch_dtype)
-        return as_bridge(name.replace(":", "-"), hf_model, tokenizer)
+        return _tiny(name, _device(device, placement), as_dtype(dtype), placement)
+    return _pretrained(
+        name,
+        device=_device(device, placement),
+        dtype=as_dtype(dtype),
+        placement=placement,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        weights=True,
+    )
 
-    source: str = name
+
+def sketch_model(
+    name: str,
+    *,
+    device: str | None = None,
+    dtype: str | torch.dtype = "float32",
+    device_map: DeviceMap | None = None,
+    max_memory: MaxMemory | None = None,
+    offload_folder: str | Path | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> TransformerBridge:
+    """What `load_model` gives, without the weights where the architecture allows it: for plans.
+
+    Raises:
+        ModelError: as `load_model`.
+    """
+    placement = as_placement(device_map, max_memory, offload_folder)
+    if name.startswith("tiny:"):
+        return _tiny(name, _device(device, placement), as_dtype(dtype), placement)
+    return _pretrained(
+        name,
+        device=_device(device, placement),
+        dtype=as_dtype(dtype),
+        placement=placement,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        weights=False,
+    )
+
+
+def _device(device: str | None, placement: Placement | None) -> str | None:
+    """The one device of a model without a placement."""
+    if device is not None and placement is not None:
+        raise ModelError(
+            f"device={device!r} and device_map={placement.device_map!r} exclude each other; "
+            "give one"
+        )
+    if device is None and placement is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def _tiny(
+    name: str, device: str | None, dtype: torch.dtype, placement: Placement | None
+) -> TransformerBridge:
+    family = name.removeprefix("tiny:")
+    if family not in TINY_FAMILIES:
+        known = ", ".join(sorted(TINY_FAMILIES))
+        raise ModelError(f"tiny family {family!r} is not known; use one of {known}")
+    if placement is not None:
+        raise ModelError(f"device_map is for models of files; {name} fits any device: use device")
+    hf_model, tokenizer = tiny_model(family)
+    hf_model.to(device=device, dtype=dtype)
+    return as_bridge(name.replace(":", "-"), hf_model, tokenizer)
+
+
+def _source_of(name: str) -> str:
+    """The folder or Hugging Face name that `name` means."""
     if name in EMBEDDED:
-        source = str(embedded_folder(name))
-    elif name.endswith(".gguf"):
-        source = str(dequantised_folder(Path(name)))
-    elif name.startswith((".", "/", "~")) or Path(name).is_dir():
+        return str(embedded_folder(name))
+    if name.endswith(".gguf"):
+        return str(dequantised_folder(Path(name)))
+    if name.startswith((".", "/", "~")) or Path(name).is_dir():
         folder = Path(name).expanduser()
         if not (folder / "config.json").is_file():
             raise ModelError(
                 f"{name!r} holds no config.json, so it is not a model folder; "
                 "give the folder that save_pretrained wrote"
             )
-        source = str(folder)
-    return _pretrained(
-        source,
-        name=name,
-        device=device,
-        dtype=torch_dtype,
-        device_map=device_map,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
+        return str(folder)
+    return name
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -88,15 +146,16 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def _pretrained(
-    source: str,
-    *,
     name: str,
+    *,
     device: str | None,
     dtype: torch.dtype,
-    device_map: str | dict[str, str | int] | None,
+    placement: Placement | None,
     revision: str | None,
     trust_remote_code: bool,
+    weights: bool,
 ) -> TransformerBridge:
+    source = _source_of(name)
     local = os.path.isdir(source)
     common: dict[str, Any] = {
         "revision": revision,
@@ -107,8 +166,21 @@ def _pretrained(
         # attention layers that the bridge rebuilds need the start token which the model was
         # trained with; tokenizers saved by hand often forget to add it
         tokenizer = AutoTokenizer.from_pretrained(source, add_bos_token=True, **common)
+        if not weights:
+            bridge = sketch_bridge(
+                name,
+                source,
+                tokenizer,
+                dtype=dtype,
+                device=device,
+                placement=placement,
+                common=common,
+            )
+            if bridge is not None:
+                return bridge
+        placed = {} if placement is None else placement.arguments()
         hf_model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, device_map=device_map, attn_implementation="eager", **common
+            source, dtype=dtype, attn_implementation="eager", **placed, **common
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
@@ -124,6 +196,21 @@ def _pretrained(
 def as_bridge(name: str, hf_model: PreTrainedModel, tokenizer: Any) -> TransformerBridge:
     """`hf_model` wrapped by TransformerLens, in evaluation mode."""
     hf_model.eval()
-    bridge = TransformerBridge.boot_transformers(name, hf_model=hf_model, tokenizer=tokenizer)
+    if not is_offloaded(hf_model):
+        bridge = TransformerBridge.boot_transformers(name, hf_model=hf_model, tokenizer=tokenizer)
+        bridge.eval()
+        return bridge
+    # oneDNN keeps up to 1024 matrix products, about 1 MB each, and every layer of a wave brings new
+    # shapes: memory that such a model's process does not have
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    # of a map with weights elsewhere, the bridge would take the place of the embedding's weights
+    # for the device of the tokens, and refuse GPUs; its components work where accelerate's do
+    device = main_device(hf_model)
+    device_map = hf_model.__dict__.pop("hf_device_map")
+    bridge = TransformerBridge.boot_transformers(
+        name, hf_model=hf_model, tokenizer=tokenizer, device=device
+    )
+    hf_model.hf_device_map = device_map
+    bridge.cfg.device = str(device)
     bridge.eval()
     return bridge

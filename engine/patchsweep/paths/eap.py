@@ -18,8 +18,9 @@ from torch import Tensor
 
 from patchsweep.attribution.integrated import nodes as quadrature
 from patchsweep.errors import MethodError
+from patchsweep.metrics import Metric, has_gradient
 from patchsweep.paths.blocks import Trace
-from patchsweep.paths.scene import Scene
+from patchsweep.paths.scene import Question, Scene
 from patchsweep.waves.capture import first_of
 
 # largest difference between a sender's summed edges and its own estimate, as a share of the
@@ -74,6 +75,42 @@ def eap(
     assert expected is not None
     _check_sums(scene, total, expected, positions)
     return total.masked_fill(~_possible(scene, positions), float("nan"))
+
+
+def check_gradients(question: Question, steps: int | None) -> None:
+    """Pass if gradients say something about every metric.
+
+    Raises:
+        MethodError: with what to use in its place.
+    """
+    if steps is not None:
+        quadrature(steps)
+        if not question.intervention.from_source:
+            raise MethodError(
+                f"steps={steps} walks from the base prompt's embeddings to the source prompt's, "
+                f"and intervention={question.intervention.name} has no source prompt; leave "
+                "steps out, or use intervention=resample"
+            )
+    for metric in question.metrics:
+        _check_metric(metric, steps)
+
+
+def _check_metric(metric: Metric, steps: int | None) -> None:
+    if not metric.smooth:
+        raise MethodError(
+            f"metric {metric.name} changes by jumps, so its gradient is zero or undefined; use "
+            "logit_diff, or exact_edges"
+        )
+    if metric.flat_at_base and steps is None:
+        raise MethodError(
+            f"metric {metric.name} is smallest at the base run, where its gradient is zero, so "
+            "every edge would get 0; use the metric logit_diff, or steps=5"
+        )
+    if not has_gradient(metric):
+        raise MethodError(
+            f"metric {metric.name} returns numbers that have no gradient; write it in torch "
+            "operations that keep one (no argmax, item or detach), or use exact_edges"
+        )
 
 
 def _possible(scene: Scene, positions: bool) -> Bool[Tensor, "sender reader ..."]:

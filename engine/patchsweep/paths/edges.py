@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -12,22 +13,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.attribution.integrated import nodes as quadrature
 from patchsweep.batch import base_and_source
-from patchsweep.errors import MethodError, PlanError
+from patchsweep.errors import PlanError
 from patchsweep.interventions import Direction, Intervention, ValueFn
-from patchsweep.metrics import Metric, has_gradient
 from patchsweep.pairs import PromptPairs
 from patchsweep.paths.blocks import frozen
-from patchsweep.paths.eap import eap
+from patchsweep.paths.eap import check_gradients, eap
 from patchsweep.paths.exact import exact
-from patchsweep.paths.nodes import Edge, Nodes
+from patchsweep.paths.nodes import Edge, EdgeLike, Nodes
 from patchsweep.paths.scene import Question, ask, nodes_of, scenes
-from patchsweep.request import MetricLike
+from patchsweep.request import MetricLike, model_shape
 from patchsweep.results import model_provenance
 
-EdgeLike = Edge | str | tuple[str, str]
 Values = NDArray[np.float32]
+
+_ENDS = ("edge_sender", "edge_reader")
 
 
 def edges(
@@ -63,7 +63,7 @@ def edges(
         MethodError: the metric has no use for gradients, or the model is not a sum of parts.
     """
     question = ask(model, pairs, metrics, direction, intervention, read)
-    _check_gradients(question, steps)
+    check_gradients(question, steps)
     return _edges(question, steps, positions)
 
 
@@ -75,21 +75,46 @@ def exact_edges(
     *,
     direction: Direction | None = None,
     intervention: str | Intervention | float | Tensor | ValueFn = "resample",
+    positions: bool = False,
     read: int = -1,
 ) -> xr.Dataset:
-    """Exact patches of `edges`: `edge` [metric, pair, edge], the raw patched metric.
+    """Exact patches of `edges`: `edge` [metric, pair, chosen(, pos)], the raw patched metric.
 
     The reader alone gets its base input plus what the sender's change adds to the stream, at all
     positions; nothing else changes but what follows from that. The coordinates `edge_sender` and
     `edge_reader` name the ends; `edge - base_metric` compares with the estimates of `edges`.
 
+    An edge may have a position of its own: of `("a3.h2", "a7.h1.q", 16)` or `"m5->logits@16"` the
+    reader sees the change at that position alone, and `edge_pos` stands beside the ends.
+
+    Args:
+        positions: run every edge at every position by itself; NaN beyond a pair's length.
+
     Raises:
-        PlanError: there is no edge, or no such edge; `edges` names one twice.
+        PlanError: there is no edge, or no such edge; `edges` names one twice, or gives some of
+            them a position and others none.
         PatchsweepError: another argument breaks a rule.
     """
     question = ask(model, pairs, metrics, direction, intervention, read)
-    chosen = _chosen(nodes_of(model), edges)
-    return _exact(question, chosen)
+    chosen = _chosen(nodes_of(model), edges, _length(question))
+    if not positions:
+        return _exact(question, chosen)
+    if chosen[0].pos is not None:
+        raise PlanError(
+            f"edge {edges[0]!r} has a position of its own, and positions=True runs each edge at "
+            "every position; leave one of them out"
+        )
+    every = [replace(edge, pos=pos) for edge in chosen for pos in range(_length(question))]
+    found = _exact(question, every)
+    ends = {name: ("chosen", found[name].values[:: _length(question)]) for name in _ENDS}
+    dims = ("metric", "pair", "chosen", "pos")
+    values = found["edge"].values.reshape(*found["base_metric"].shape, len(chosen), -1)
+    return (
+        found.drop_dims("chosen")
+        .assign_coords(ends)
+        .assign(edge=(dims, values, found["edge"].attrs))
+        .assign_attrs(positions=True)
+    )
 
 
 def screen_edges(
@@ -101,36 +126,61 @@ def screen_edges(
     direction: Direction | None = None,
     intervention: str | Intervention | float | Tensor | ValueFn = "resample",
     steps: int | None = None,
+    positions: bool = False,
     read: int = -1,
+    progress: Callable[[str], None] | None = None,
 ) -> xr.Dataset:
     """Estimates rank all edges, exact patches verify the foremost `top`.
 
-    They are ranked by their mean |estimate| over the pairs for the first metric. The dataset
-    holds `edge_eap` of all edges (see `edges`) and `edge` of the chosen, in the order of their
-    rank (see `exact_edges`), with `edge_estimate` [metric, pair, edge] beside it.
+    They are ranked by their mean |estimate| over the pairs for the first metric; ties go to the
+    earlier edge. The dataset holds `edge_eap` of all edges (see `edges`) and `edge` of the chosen,
+    in the order of their rank (see `exact_edges`), with `edge_estimate` [metric, pair, chosen]
+    beside it.
+
+    Args:
+        positions: rank and verify edges at single positions, counted from the start; a pair that
+            is too short for one counts as 0. The coordinate `edge_pos` names the positions.
+        progress: is told of each stage as it begins: "estimates", then "exact".
 
     Raises:
         PlanError: `top` is less than one or more than there are edges.
         PatchsweepError: another argument breaks a rule.
     """
     question = ask(model, pairs, metrics, direction, intervention, read)
-    _check_gradients(question, steps)
-    most = nodes_of(model).n_edges
+    check_gradients(question, steps)
+    nodes = nodes_of(model)
+    most = nodes.n_edges * (_length(question) if positions else 1)
     if not 1 <= top <= most:
         raise PlanError(f"top={top} edges of {most}; use 1..{most}")
-    scores = _edges(question, steps, positions=False)
+    tell = progress or (lambda stage: None)
+    tell("estimates")
+    scores = _edges(question, steps, positions)
+    tell("exact")
     name = _name(steps)
-    strength = np.nan_to_num(np.abs(scores[name].values[0]).mean(axis=0), nan=-1.0)
-    top = min(top, int((strength >= 0).sum()))  # parallel blocks have fewer edges
-    # stable, so that ties go to the earlier edge on every machine
-    ranked = np.argsort(-strength, axis=None, kind="stable")[:top]
-    at = np.unravel_index(ranked, strength.shape)
-    ends = [scores[dim].values[i] for dim, i in zip(("sender", "reader"), at, strict=True)]
-    nodes = nodes_of(model)
-    verified = _exact(question, [nodes.edge((str(u), str(v))) for u, v in zip(*ends, strict=True)])
-    estimate = scores[name].values[:, :, at[0], at[1]]
-    both = {"edge_estimate": (("metric", "pair", "edge"), estimate), name: scores[name]}
-    return verified.assign(both).assign_attrs(method=f"screen:{scores.attrs['method']}")
+    values = scores[name].values
+    ranked = _foremost(values[0], top)
+    at = np.unravel_index(ranked, values.shape[2:])
+    labels = [
+        [x.item() if dim == "pos" else str(x) for x in scores[dim].values[i]]
+        for dim, i in zip(("sender", "reader", "pos"), at, strict=False)
+    ]
+    verified = _exact(question, [nodes.edge(ends) for ends in zip(*labels, strict=True)])
+    dims = ("metric", "pair", "chosen")
+    estimate = values.reshape(*values.shape[:2], -1)[:, :, ranked]
+    both = {"edge_estimate": (dims, estimate), name: scores[name]}
+    return verified.assign(both).assign_attrs(
+        method=f"screen:{scores.attrs['method']}", positions=positions, steps=steps, top=top
+    )
+
+
+def _foremost(scores: Values, top: int) -> NDArray[np.intp]:
+    """The largest by mean |score| over the first axis, the pairs'; indices of the rest, flat."""
+    known = np.isfinite(scores).any(axis=0)
+    mean = np.nansum(np.abs(scores), axis=0, dtype=np.float64) / len(scores)
+    strength = np.where(known, mean, -1.0)
+    # parallel blocks have fewer edges than were counted beforehand; a stable order, so that ties
+    # go to the earlier edge on every machine
+    return np.argsort(-strength, axis=None, kind="stable")[: min(top, int(known.sum()))]
 
 
 def _edges(question: Question, steps: int | None, positions: bool) -> xr.Dataset:
@@ -140,19 +190,16 @@ def _edges(question: Question, steps: int | None, positions: bool) -> xr.Dataset
             nodes = scene.nodes
             values = eap(scene, steps=steps, positions=positions).cpu().numpy()
             found[scene.batch.pairs] = (values, *_references(scene))
-    dims = ["metric", "pair", "sender", "reader"]
-    if positions:
-        dims.append("pos")
+    dims = ["metric", "pair", "sender", "reader", *(["pos"] if positions else [])]
     coords: dict[str, Any] = {
         "sender": _strings([str(sender) for sender in nodes.senders]),
         "reader": _strings([str(reader) for reader in nodes.readers]),
         "sender_layer": ("sender", [sender.layer for sender in nodes.senders]),
         "reader_layer": ("reader", [reader.layer for reader in nodes.readers]),
     }
-    if positions:
-        coords |= _tokens(question)
-    attrs = {"long_name": "estimate of metric(patched) - metric(base) of an edge"}
-    return _dataset(question, _name(steps), dims, found, coords, attrs, method=_name(steps)[5:])
+    words = {"long_name": "estimate of metric(patched) - metric(base) of an edge"}
+    attrs = {"method": _name(steps)[5:], "positions": positions, "steps": steps}
+    return _dataset(question, _name(steps), dims, found, coords, words, attrs)
 
 
 def _exact(question: Question, chosen: Sequence[Edge]) -> xr.Dataset:
@@ -162,13 +209,17 @@ def _exact(question: Question, chosen: Sequence[Edge]) -> xr.Dataset:
             checked = [scene.nodes.edge(edge) for edge in chosen]  # parallel blocks have fewer
             values = exact(scene, checked).cpu().numpy()
             found[scene.batch.pairs] = (values, *_references(scene))
-    coords = {
-        "edge_sender": ("edge", _strings([str(edge.sender) for edge in chosen])),
-        "edge_reader": ("edge", _strings([str(edge.reader) for edge in chosen])),
+    positions = chosen[0].pos is not None
+    ends = ([getattr(edge, name) for edge in chosen] for name in ("sender", "reader"))
+    coords: dict[str, Any] = {
+        name: ("chosen", _strings([str(end) for end in column]))
+        for name, column in zip(_ENDS, ends, strict=True)
     }
-    attrs = {"long_name": "metric with one edge patched"}
-    dims = ["metric", "pair", "edge"]
-    return _dataset(question, "edge", dims, found, coords, attrs, method="exact")
+    if positions:
+        coords["edge_pos"] = ("chosen", np.array([edge.pos for edge in chosen]))
+    words = {"long_name": "metric with one edge patched"}
+    attrs = {"method": "exact", "positions": positions}
+    return _dataset(question, "edge", ["metric", "pair", "chosen"], found, coords, words, attrs)
 
 
 def _references(scene: Any) -> tuple[Values, Values]:
@@ -182,8 +233,8 @@ def _dataset(
     dims: list[str],
     found: dict[tuple[int, ...], tuple[Values, ...]],
     coords: dict[str, Any],
-    attrs: dict[str, str],
-    method: str,
+    words: dict[str, str],
+    attrs: dict[str, Any],
 ) -> xr.Dataset:
     n_metrics, n_pairs = len(question.metrics), len(question.pairs)
     shape = list(next(iter(found.values()))[0].shape)
@@ -201,7 +252,7 @@ def _dataset(
         references[:, :, which] = both
     return xr.Dataset(
         {
-            name: (dims, cells, attrs),
+            name: (dims, cells, words),
             "base_metric": (("metric", "pair"), references[0]),
             "source_metric": (("metric", "pair"), references[1]),
         },
@@ -211,13 +262,18 @@ def _dataset(
             "pair": np.arange(n_pairs),
             "answer": ("pair", _strings([pair.answer_text for pair in question.pairs])),
             "wrong_answer": ("pair", _strings([pair.wrong_answer_text for pair in question.pairs])),
+            **_tokens(question),
             **coords,
         },
         attrs={
+            "kind": "edges",
             "patchsweep_version": version("patchsweep"),
-            "method": method,
+            **attrs,
             "direction": question.direction,
             "intervention": question.intervention.name,
+            "read": question.read,
+            "n_heads": model_shape(question.bridge).n_heads,
+            "n_kv_heads": model_shape(question.bridge).n_kv_heads,
             "provenance": model_provenance(question.bridge),
         },
     )
@@ -246,7 +302,12 @@ def _name(steps: int | None) -> str:
     return "edge_eap" if steps is None else "edge_eap_ig"
 
 
-def _chosen(nodes: Nodes, given: Sequence[EdgeLike]) -> list[Edge]:
+def _length(question: Question) -> int:
+    """Positions of the longest pair, forced answer tokens included."""
+    return max(len(base_and_source(pair, question.direction)[0]) for pair in question.pairs)
+
+
+def _chosen(nodes: Nodes, given: Sequence[EdgeLike], length: int) -> list[Edge]:
     """The edges given, as far as their labels tell whether there are such edges."""
     if isinstance(given, str) or not given:
         raise PlanError(
@@ -257,40 +318,13 @@ def _chosen(nodes: Nodes, given: Sequence[EdgeLike]) -> list[Edge]:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise PlanError(f"edges names {twice} twice; name each edge once")
+    if len({edge.pos is None for edge in chosen}) > 1:
+        raise PlanError(
+            "some edges have a position and others have none; give all of them one, or none"
+        )
+    late = next((edge for edge in chosen if edge.pos is not None and edge.pos >= length), None)
+    if late is not None:
+        raise PlanError(
+            f"edge {late}: the longest prompt has {length} tokens; use positions 0..{length - 1}"
+        )
     return chosen
-
-
-def _check_gradients(question: Question, steps: int | None) -> None:
-    """Raise unless gradients say something about every metric.
-
-    Raises:
-        MethodError: with what to use in its place.
-    """
-    if steps is not None:
-        quadrature(steps)
-        if not question.intervention.from_source:
-            raise MethodError(
-                f"steps={steps} walks from the base prompt's embeddings to the source prompt's, "
-                f"and intervention={question.intervention.name} has no source prompt; leave "
-                "steps out, or use intervention=resample"
-            )
-    for metric in question.metrics:
-        _check_metric(metric, steps)
-
-
-def _check_metric(metric: Metric, steps: int | None) -> None:
-    if not metric.smooth:
-        raise MethodError(
-            f"metric {metric.name} changes by jumps, so its gradient is zero or undefined; use "
-            "logit_diff, or exact_edges"
-        )
-    if metric.flat_at_base and steps is None:
-        raise MethodError(
-            f"metric {metric.name} is smallest at the base run, where its gradient is zero, so "
-            "every edge would get 0; use the metric logit_diff, or steps=5"
-        )
-    if not has_gradient(metric):
-        raise MethodError(
-            f"metric {metric.name} returns numbers that have no gradient; write it in torch "
-            "operations that keep one (no argmax, item or detach), or use exact_edges"
-        )

@@ -2,9 +2,8 @@
 
 A row is one edge of one pair. It enters at its reader's block with the base run's stream; there
 the reader's q, k, v or MLP output is computed from the stream plus the sender's write and put in
-place of the base's. Rows of all edges travel on together, so that a block's weights are read once
-for all of them; positions before the first change are the base run's, whose keys and values all
-rows share.
+place of the base's. Rows travel on together, so that a block's weights are read once for all of
+them; positions before the first change are the base run's, whose keys and values all rows share.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from patchsweep.paths.nodes import Edge
 from patchsweep.paths.scene import Scene
@@ -27,50 +26,78 @@ MAX_TOKENS = 4096
 def exact(
     scene: Scene, edges: Sequence[Edge], max_tokens: int = MAX_TOKENS
 ) -> Float[Tensor, "metric pair edge"]:
-    """The metrics of the runs in which one edge each is patched, at all positions together."""
-    device = scene.batch.base.device
+    """The metrics of the runs in which one edge each is patched: at all positions together, or
+    where the edge has a position, there alone. NaN where the prompts have no such position."""
     writes = scene.writes(scene.base, exact=True)
-    n_pairs, n_edges = scene.base.n_pairs, len(edges)
-    # edge by edge in the order of their readers, so that a wave skips the blocks below
-    order = sorted(range(n_edges), key=lambda i: edges[i].reader.layer)
-    rows = [(pair, i) for i in order for pair in range(n_pairs)]
-    values = torch.empty(len(scene.metrics), n_pairs, n_edges, device=device)
+    n_pairs = scene.base.n_pairs
+    # an edge that is read before anything changes, or after the last logits, changes nothing
+    base, _ = scene.references()
+    values = base.unsqueeze(-1).repeat(1, 1, len(edges))
+    absent = [i for i, edge in enumerate(edges) if (edge.pos or 0) >= scene.base.length]
+    values[:, :, absent] = float("nan")
     readout = Readout(scene.blocks.replica)
     n_reads = len(scene.batch.reads)
-    size = max(1, max_tokens // (scene.base.length - scene.start))
-    for first in range(0, len(rows), size):
-        part = rows[first : first + size]
-        pair = torch.tensor([p for p, _ in part], device=device)
-        edge = torch.tensor([i for _, i in part], device=device)
-        final = _wave(scene, [edges[i] for _, i in part], pair, writes)
-        for chunk in readout.chunks(len(part), n_reads):
-            logits = readout.logits(final[chunk].flatten(0, 1)).float()
-            values[:, pair[chunk], edge[chunk]] = scene.score(
-                logits.unflatten(0, (-1, n_reads)), pair[chunk]
-            )
+    for start, members in _by_start(scene, edges).items():
+        rows = [(pair, i) for i in members for pair in range(n_pairs)]
+        size = max(1, max_tokens // (scene.base.length - start))
+        for first in range(0, len(rows), size):
+            part = rows[first : first + size]
+            pair = torch.tensor([p for p, _ in part], device=values.device)
+            edge = torch.tensor([i for _, i in part], device=values.device)
+            final = _wave(scene, [edges[i] for _, i in part], pair, writes, start)
+            for chunk in readout.chunks(len(part), n_reads):
+                logits = readout.logits(final[chunk].flatten(0, 1)).float()
+                values[:, pair[chunk], edge[chunk]] = scene.score(
+                    logits.unflatten(0, (-1, n_reads)), pair[chunk]
+                )
     return values
 
 
+def _by_start(scene: Scene, edges: Sequence[Edge]) -> dict[int, list[int]]:
+    """Edges that may change something, by the position from which their rows run; each list in
+    the order of their readers, so that a wave skips the blocks below."""
+    found: dict[int, list[int]] = {}
+    first_read, last_read = scene.batch.reads[0], scene.batch.reads[-1]
+    for i in sorted(range(len(edges)), key=lambda i: edges[i].reader.layer):
+        first = scene.start if (pos := edges[i].pos) is None else pos
+        if scene.start <= first <= last_read:
+            found.setdefault(min(first, first_read), []).append(i)
+    return found
+
+
 def _wave(
-    scene: Scene, edges: Sequence[Edge], pair: Tensor, writes: Tensor
+    scene: Scene, edges: Sequence[Edge], pair: Tensor, writes: Tensor, start: int
 ) -> Float[Tensor, "row read d_model"]:
     """The final residual at the positions read; `edges`, one a row, are sorted by reader layer."""
-    blocks, base, start = scene.blocks, scene.base, scene.start
+    blocks, base = scene.blocks, scene.base
     layers = [edge.reader.layer for edge in edges]
     x = base.resid[0].new_empty(0, *base.resid[0][0, start:].shape)
     for layer in range(layers[0], blocks.n_layers + 1):
         new = range(len(x), sum(at <= layer for at in layers))
         rows = slice(new.start, new.stop)
         entering = base.resid[layer].detach()[pair[rows], start:]
-        senders = [scene.nodes.sender_index(edges[i].sender) for i in new]
-        seen = entering + writes[pair[rows], senders].to(entering)
+        seen = entering + _gained(scene, edges[rows], pair[rows], writes, start).to(entering)
         if layer == blocks.n_layers:
             x = torch.cat([x, seen])
             break
-        replaced = _Replaced(scene, edges, new, seen, pair[rows]) if new else _nothing
+        replaced = _Replaced(scene, edges, new, seen, pair[rows], start) if new else _nothing
         x = torch.cat([x, entering])
         x = blocks.run(layer, x, base, pair[: len(x)], start, replaced)
     return x[:, [read - start for read in scene.batch.reads]]
+
+
+def _gained(
+    scene: Scene, edges: Sequence[Edge], pair: Tensor, writes: Tensor, start: int
+) -> Float[Tensor, "row pos d_model"]:
+    """What each row's reader sees more than in the base run, from `start` on."""
+    senders = [scene.nodes.sender_index(edge.sender) for edge in edges]
+    # a negative width cuts off what lies before `start`
+    gained = nn.functional.pad(writes[pair, senders], (0, 0, scene.start - start, 0))
+    for row, edge in zip(gained, edges, strict=True):
+        if edge.pos is not None:
+            row[: edge.pos - start] = 0.0
+            row[edge.pos - start + 1 :] = 0.0
+    return gained
 
 
 def _nothing(kind: str, x: Tensor) -> None:
@@ -81,21 +108,27 @@ class _Replaced:
     """What the readers of the rows `new` give when each sees its own stream."""
 
     def __init__(
-        self, scene: Scene, edges: Sequence[Edge], new: range, seen: Tensor, pair: Tensor
+        self,
+        scene: Scene,
+        edges: Sequence[Edge],
+        new: range,
+        seen: Tensor,
+        pair: Tensor,
+        start: int,
     ) -> None:
         self._values: list[tuple[str, int, int | None, Tensor]] = []
         layer = edges[new[0]].reader.layer
         heads = [i for i, row in enumerate(new) if edges[row].reader.kind != "mlp"]
         mlps = [i for i, row in enumerate(new) if edges[row].reader.kind == "mlp"]
         if heads:
-            qkv = scene.blocks.qkv_of(layer, seen[heads], scene.base, pair[heads], scene.start)
+            qkv = scene.blocks.qkv_of(layer, seen[heads], scene.base, pair[heads], start)
             by_kind = dict(zip("qkv", qkv, strict=True))
             for place, i in enumerate(heads):
                 reader = edges[new[i]].reader
                 own = by_kind[reader.kind][place, reader.head]
                 self._values.append((reader.kind, new[i], reader.head, own))
         if mlps:
-            out = scene.blocks.mlp_of(layer, seen[mlps], scene.base, pair[mlps], scene.start)
+            out = scene.blocks.mlp_of(layer, seen[mlps], scene.base, pair[mlps], start)
             self._values += [("mlp", new[i], None, out[place]) for place, i in enumerate(mlps)]
 
     def __call__(self, kind: str, x: Tensor) -> None:

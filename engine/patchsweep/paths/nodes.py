@@ -5,6 +5,7 @@ Pure: names and numbers, no tensor.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,9 +51,23 @@ class Edge:
 
     sender: Sender
     reader: Reader
+    pos: int | None = None  # the reader sees the change at this position alone; None: at all
 
     def __str__(self) -> str:
-        return f"{self.sender}->{self.reader}"
+        where = "" if self.pos is None else f"@{self.pos}"
+        return f"{self.sender}->{self.reader}{where}"
+
+
+EdgeLike = Edge | str | tuple[str, str] | tuple[str, str, int]
+_LABELS = re.compile(r"\s*(?P<sender>[\w.]+)\s*->\s*(?P<reader>[\w.]+)\s*(?:@\s*(?P<pos>\d+))?\s*")
+
+
+def _written(given: Edge | Sequence[str | int]) -> str:
+    """Its labels as one."""
+    if isinstance(given, Edge):
+        return str(given)
+    ends, pos = given[:2], given[2:]
+    return "->".join(str(end) for end in ends) + "".join(f"@{p}" for p in pos)
 
 
 @dataclass(frozen=True)
@@ -108,22 +123,20 @@ class Nodes:
     def n_edges(self) -> int:
         return int(self.possible.sum())
 
-    def edge(self, given: Edge | str | Sequence[str]) -> Edge:
-        """The edge of two labels such as `("a3.h2", "a7.h1.q")`, or of `"a3.h2->a7.h1.q"`.
+    def edge(self, given: EdgeLike) -> Edge:
+        """The edge of two labels such as `("a3.h2", "a7.h1.q")`, or of `"a3.h2->a7.h1.q"`; at one
+        position, `("a3.h2", "a7.h1.q", 16)` or `"a3.h2->a7.h1.q@16"`.
 
         Raises:
             PlanError: there is no such sender, reader or edge.
         """
-        if isinstance(given, Edge):
-            labels = [str(given.sender), str(given.reader)]
-        else:
-            labels = given.split("->") if isinstance(given, str) else [str(end) for end in given]
-        if len(labels) != 2:
+        found = _LABELS.fullmatch(given if isinstance(given, str) else _written(given))
+        if found is None:
             raise PlanError(
-                f"edge {given!r} does not name a sender and a reader; "
-                "write ('a3.h2', 'a7.h1.q') or 'a3.h2->a7.h1.q'"
+                f"edge {given!r} does not name a sender and a reader; write ('a3.h2', 'a7.h1.q') "
+                "or 'a3.h2->a7.h1.q', at position 16 ('a3.h2', 'a7.h1.q', 16)"
             )
-        sender, reader = (label.strip() for label in labels)
+        sender, reader = found["sender"], found["reader"]
         if sender not in self._senders:
             raise PlanError(
                 f"edge {given!r}: there is no sender {sender!r}; use embed, a0.h0 .. "
@@ -140,7 +153,11 @@ class Nodes:
                 f"edge {given!r}: {reader} reads the residual stream before {sender} writes "
                 "into it; choose a reader that comes later"
             )
-        return Edge(self.senders[self._senders[sender]], self.readers[self._readers[reader]])
+        return Edge(
+            self.senders[self._senders[sender]],
+            self.readers[self._readers[reader]],
+            None if found["pos"] is None else int(found["pos"]),
+        )
 
     def sender_index(self, sender: Sender) -> int:
         """Its place in `senders`."""

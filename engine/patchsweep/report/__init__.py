@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from os import PathLike, fspath
 from pathlib import Path
 
@@ -13,15 +14,25 @@ from patchsweep.report.tables import read_journal
 
 __all__ = ["write_report"]
 
+# kind of an analysis' results -> the module of this package whose `build(ds)` gives its page
+KINDS = {
+    "edges": "edges",
+    "circuit": "circuit",
+    "lens": "lens",
+    "heads": "heads",
+    "attention": "attention",
+}
+
 
 def write_report(store: str | PathLike[str], out: str | PathLike[str] = "report.html") -> Path:
     """Writes the report on `store` to `out` and returns its path.
 
-    `store` is a folder or any address that xarray opens. An unfinished store is reported as far
-    as it has got. The page replaces `out` in one step, so a reader never sees half of it.
+    `store` is a folder or any address that xarray opens; the attribute `kind` of what is there
+    says which page it gets, and a sweep has none. An unfinished sweep is reported as far as it
+    has got. The page replaces `out` in one step, so a reader never sees half of it.
 
     Raises:
-        StoreError: nothing can be opened at `store`, or it holds no sweep.
+        StoreError: nothing can be opened at `store`, or there is no page for what it holds.
     """
     address = fspath(store)
     try:
@@ -29,13 +40,26 @@ def write_report(store: str | PathLike[str], out: str | PathLike[str] = "report.
     except (OSError, ValueError, KeyError) as error:
         raise StoreError(
             f"store={address!r} cannot be opened as a Zarr group ({error}); give the folder that "
-            "a sweep wrote"
+            "a sweep or an analysis wrote"
         ) from error
     with ds:
-        page = build_page(ds, read_journal(address))
+        page = _page(ds, address)
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(page, encoding="utf-8", newline="\n")
     partial.replace(path)
     return path
+
+
+def _page(ds: xr.Dataset, address: str) -> str:
+    kind = ds.attrs.get("kind")
+    if kind is None:
+        return build_page(ds, read_journal(address))
+    if kind not in KINDS:
+        raise StoreError(
+            f"store={address!r} holds results of kind {kind!r}, for which there is no page; "
+            f"kinds with a page are {', '.join(KINDS)}"
+        )
+    page: str = import_module(f"patchsweep.report.{KINDS[kind]}").build(ds.load())
+    return page

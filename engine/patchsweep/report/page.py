@@ -1,11 +1,8 @@
-"""The page put together: one HTML text with its style, its scripts and its numbers inside."""
+"""The page of a sweep put together: maps, tables, comparison, cost and provenance."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Sequence
-from importlib import resources
 
 import xarray as xr
 from plotly.offline import get_plotlyjs
@@ -14,7 +11,8 @@ from patchsweep import summary
 from patchsweep.errors import StoreError
 from patchsweep.report import comparison, question
 from patchsweep.report.heatmap import Figure, draw_site
-from patchsweep.report.html import embed_json, esc, plural
+from patchsweep.report.html import esc, plural
+from patchsweep.report.shell import page, resource, section
 from patchsweep.report.tables import (
     Journal,
     bf16_table,
@@ -62,22 +60,18 @@ def build_page(ds: xr.Dataset, journal: Journal) -> str:
         ],
         "panels": [p.payload for p in panels],
     }
-    script, style = _resource("report.js"), _resource("style.css")
-    plotly = get_plotlyjs()
-    title = question.title(ds)
-    bf16 = bf16_table(ds)
     sections = [
         f"<header><h1>{question.headline(ds)}</h1>{question.lead(ds)}"
         f"{question.facts(ds, totals(ds), journal.total)}{question.banner(ds, names)}</header>",
         _controls(ds, metrics, views),
         _slot("prompts", first["prompts"], "section"),
         _maps(ds, figures, first),
-        _section("largest", "The largest effects", _slot("table", first["table"])),
+        section("largest", "The largest effects", _slot("table", first["table"])),
         _comparison(panels),
-        _section("bf16", "How exact bf16 was here", bf16) if bf16 else "",
-        _section("cost", "What the run cost", cost_table(ds, journal)),
-        _section("provenance", "Where the numbers come from", provenance_table(ds)),
-        _section("words", "Words", question.words()),
+        section("bf16", "How exact bf16 was here", bf16_table(ds)),
+        section("cost", "What the run cost", cost_table(ds, journal)),
+        section("provenance", "Where the numbers come from", provenance_table(ds)),
+        section("words", "Words", question.words()),
     ]
     templates = "".join(
         f'<template data-key="{esc(key)}">'
@@ -85,16 +79,12 @@ def build_page(ds: xr.Dataset, journal: Journal) -> str:
         + "</template>"
         for key, parts in fragments.items()
     )
-    return (
-        "<!DOCTYPE html>\n"
-        '<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_policy(plotly, script)}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{esc(title)}</title><style>{style}</style></head>\n<body><main>\n"
-        + "\n".join(s for s in sections if s)
-        + f"\n</main>{templates}\n"
-        f'<script type="application/json" id="report-data">{embed_json(data)}</script>\n'
-        f"<script>{plotly}</script>\n<script>{script}</script>\n</body></html>\n"
+    return page(
+        question.title(ds),
+        sections,
+        data=data,
+        scripts=[get_plotlyjs(), resource("report.js")],
+        templates=templates,
     )
 
 
@@ -183,7 +173,7 @@ def _maps(ds: xr.Dataset, figures: Sequence[Figure], first: dict[str, str]) -> s
         )
     how = f"<p>Each cell is one patch. {colours} Point at a cell for its numbers.</p>"
     grid = f'<div class="grid">{"".join(drawn)}</div>'
-    return _section("maps", "What each patch does", how + grid)
+    return section("maps", "What each patch does", how + grid)
 
 
 def _comparison(panels: Sequence[comparison.Panel]) -> str:
@@ -194,29 +184,8 @@ def _comparison(panels: Sequence[comparison.Panel]) -> str:
         f"the estimate is right. {comparison.thresholds()}</p>"
     )
     grid = f'<div class="grid">{"".join(p.html for p in panels)}</div>'
-    return _section("comparison", "How far the estimates can be trusted", how + grid)
-
-
-def _section(name: str, heading: str, html: str) -> str:
-    return f'<section id="{name}"><h2>{heading}</h2>{html}</section>'
+    return section("comparison", "How far the estimates can be trusted", how + grid)
 
 
 def _slot(name: str, html: str, tag: str = "div") -> str:
     return f'<{tag} data-slot="{name}">{html}</{tag}>'
-
-
-def _policy(*scripts: str) -> str:
-    """A policy under which only these inline scripts run and nothing is fetched."""
-    hashes = " ".join(
-        f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'"
-        for s in scripts
-    )
-    # plotly writes its own style element, and draws maps as images in data: addresses
-    return (
-        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; "
-        "img-src data: blob:; base-uri 'none'; form-action 'none'"
-    )
-
-
-def _resource(name: str) -> str:
-    return resources.files("patchsweep.report").joinpath(name).read_text(encoding="utf-8")

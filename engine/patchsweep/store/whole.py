@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
+import os
 import shutil
 from collections.abc import Mapping
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +16,14 @@ import xarray as xr
 
 from patchsweep.errors import StoreError
 from patchsweep.store.address import open_folder
+from patchsweep.store.folder import PARTIAL, Folder
 from patchsweep.store.local_folder import LocalFolder
-from patchsweep.store.process import process_name
+from patchsweep.store.process import is_gone, process_name
 
 KIND = "kind"  # the attribute that says what a store holds: edges, circuit, lens, heads
+ROOT = "zarr.json"  # without it nothing is read
+WRITING = f"whole{PARTIAL}"  # behind a URL: the attributes of results that are being put there
+_COUNTER = itertools.count()  # no two partial folders of this process have one name
 
 
 def write_whole(
@@ -23,66 +31,141 @@ def write_whole(
 ) -> None:
     """Write `ds`, whose attributes name its `kind`, to a store that is not there yet.
 
-    On a disk it is there whole or not at all; behind a URL its `zarr.json`, without which nothing
-    is read, comes last.
+    On a disk it is there whole or not at all, also after a loss of power. Behind a URL the root
+    `zarr.json`, without which nothing is read, comes last; what an interrupted write left there is
+    written over by the next one with the same attributes.
 
     Raises:
         StoreError: something lies there already, or it cannot be written.
     """
+    assert KIND in ds.attrs, "results that are stored whole say what they are"
     folder = open_folder(url, storage_options)
-    if not folder.is_empty():
-        raise StoreError(
-            f"results are written to an empty place, and something lies at {folder.shown}; give "
-            "another path, or delete it"
-        )
     made = ds.copy()
-    made.attrs = {key: _plain(value) for key, value in ds.attrs.items()}
-    with folder.guard():
-        if isinstance(folder, LocalFolder):
-            partial = folder.path.with_name(f"{folder.path.name}~{process_name()}.partial")
-            try:
-                made.to_zarr(partial, zarr_format=3, consolidated=False)
-                partial.replace(folder.path)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-            return
-        memory: dict[str, Any] = {}
-        made.to_zarr(_in_memory(memory), zarr_format=3, consolidated=False)
-        for key in sorted(memory, key=lambda key: key == "zarr.json"):
-            folder.put(key, memory[key].to_bytes())
+    made.attrs = _plain(ds.attrs)
+    if not _is_free(folder, made.attrs):
+        raise _occupied(folder)
+    files = _files(made)
+    if isinstance(folder, LocalFolder):
+        _put_at_once(folder, files)
+        return
+    folder.put(WRITING, json.dumps(made.attrs).encode())
+    for key in sorted(files, key=lambda key: key == ROOT):
+        folder.put(key, files[key])
+    folder.delete(WRITING)
 
 
 def read_whole(
     url: str | Path, attrs: Mapping[str, Any], storage_options: Mapping[str, Any] | None = None
 ) -> xr.Dataset | None:
-    """What lies at `url` if it was made with these attributes; None if nothing lies there.
+    """What lies at `url`, loaded, if it was made with these attributes; None if the place is free.
+
+    It may have further attributes. Attributes are compared as JSON gives them back, so that a
+    tuple equals a list.
 
     Raises:
-        StoreError: something else lies there; the first attribute that differs is named.
+        StoreError: something else lies there; the first difference is named.
     """
     folder = open_folder(url, storage_options)
-    if folder.is_empty():
+    if _is_free(folder, _plain(attrs)):
         return None
+    if not folder.exists(ROOT):
+        raise StoreError(
+            f"{folder.shown} holds no results that are whole; give another path, or delete it"
+        )
     with folder.guard():
         try:
             found = xr.open_zarr(folder.zarr_store(), consolidated=False, chunks=None).load()
-        except (FileNotFoundError, KeyError, ValueError):
-            found = xr.Dataset()
-    for key, value in attrs.items():
-        if found.attrs.get(key) != _plain(value):
+        except (KeyError, ValueError) as error:
             raise StoreError(
-                f"{folder.shown} holds other results ({key} differs); give another path, or "
+                f"{folder.shown} cannot be read as a Zarr group ({error}); give another path, or "
                 "delete it"
+            ) from error
+    for key, value in _plain(attrs).items():
+        difference = _difference(key, found.attrs.get(key), value)
+        if difference:
+            raise StoreError(
+                f"{folder.shown} holds other results ({difference}); give another path, or delete "
+                "it"
             )
     return found
+
+
+def _is_free(folder: Folder, attrs: Mapping[str, Any]) -> bool:
+    """Whether nothing lies there, or what a write of results with `attrs` left as it broke off."""
+    if folder.is_empty():
+        return True
+    if isinstance(folder, LocalFolder) or folder.exists(ROOT):
+        return False
+    begun = folder.read(WRITING)
+    if begun is None:
+        return False
+    told = json.loads(begun)
+    return all(told.get(key) == value for key, value in attrs.items())
+
+
+def _put_at_once(folder: LocalFolder, files: Mapping[str, bytes]) -> None:
+    """Write the files to a folder beside, each to the platter, and give that folder the name."""
+    place = folder.path
+    for left in place.parent.glob(f"{escape(place.name)}~*~*{PARTIAL}"):
+        if is_gone(left.name.removesuffix(PARTIAL).rsplit("~", 2)[1]):
+            shutil.rmtree(left, ignore_errors=True)
+    mark = f"~{process_name()}~{next(_COUNTER)}{PARTIAL}"
+    partial = LocalFolder(place.with_name(place.name + mark))
+    partial.shown = folder.shown
+    try:
+        partial.make()
+        for key, data in files.items():
+            partial.put(key, data)
+        with folder.guard():
+            try:
+                partial.path.rename(place)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                raise _occupied(folder) from None  # another process was quicker
+            handle = os.open(place.parent, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+    finally:
+        shutil.rmtree(partial.path, ignore_errors=True)
+
+
+def _occupied(folder: Folder) -> StoreError:
+    return StoreError(
+        f"results are written to an empty place, and something lies at {folder.shown}; give "
+        "another path, or delete it"
+    )
+
+
+def _files(ds: xr.Dataset) -> dict[str, bytes]:
+    """The files of the Zarr group that holds `ds`."""
+    from zarr.storage import MemoryStore
+
+    memory: dict[str, Any] = {}
+    ds.to_zarr(MemoryStore(memory), zarr_format=3, consolidated=False)
+    return {key: buffer.to_bytes() for key, buffer in memory.items()}
+
+
+def _difference(key: str, found: Any, wanted: Any) -> str:
+    """The first place where the two differ, such as "provenance.dtype is 'a', not 'b'"; or ""."""
+    if found == wanted:
+        return ""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        inside = (
+            _difference(f"{key}.{name}", found.get(name), wanted.get(name))
+            for name in dict.fromkeys([*wanted, *found])
+        )
+        return next((text for text in inside if text), f"{key} differs")
+    return f"{key} is {_short(found)}, not {_short(wanted)}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _plain(value: Any) -> Any:
     """As JSON gives it back."""
     return json.loads(json.dumps(value))
-
-
-def _in_memory(memory: dict[str, Any]) -> Any:
-    from zarr.storage import MemoryStore
-
-    return MemoryStore(memory)

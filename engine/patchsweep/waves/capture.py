@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from patchsweep.sites import SITES, Site
+from patchsweep.waves.cache import Shelf
 from patchsweep.waves.replica import Attend, Point, Replica, Unsupported, attention_settings
 
 # sites that are written at the input of a block, or into the final residual
@@ -53,8 +54,14 @@ class Call:
 
 @dataclass
 class Run:
-    """What was kept of one batch of prompts of equal length."""
+    """What was kept of one batch of prompts of equal length.
 
+    The tensors of a block lie on its device, or on the CPU where a budget was used up.
+    """
+
+    shape: tuple[int, int]  # prompts, positions
+    shelf: Shelf = field(default_factory=Shelf)  # keeps the tensors below
+    devices: list[torch.device] = field(default_factory=list)  # per block; + of the final residual
     resid: list[Tensor] = field(default_factory=list)  # per block [pair, pos, d_model]; + final
     keys: list[Tensor] = field(default_factory=list)  # per block [pair, kv_head, pos, d_head]
     values: list[Tensor] = field(default_factory=list)  # per block [pair, kv_head, pos, d_head]
@@ -70,6 +77,9 @@ class Run:
     def half(self, which: slice) -> Run:
         """The prompts `which` of the batch."""
         return Run(
+            shape=(len(range(*which.indices(self.shape[0]))), self.shape[1]),
+            shelf=self.shelf,
+            devices=self.devices,
             resid=[x[which] for x in self.resid],
             keys=[x[which] for x in self.keys],
             values=[x[which] for x in self.values],
@@ -125,9 +135,12 @@ def locate(replica: Replica, site: Site) -> SitePoint:
 
 
 @torch.no_grad()
-def capture(replica: Replica, tokens: Tensor, sites: Sequence[SitePoint] = ()) -> Run:
+def capture(
+    replica: Replica, tokens: Tensor, sites: Sequence[SitePoint] = (), shelf: Shelf | None = None
+) -> Run:
     """One forward pass over `tokens` `[pair, pos]`, keeping every block's input, K, V and sites."""
-    run = Run()
+    shelf = shelf or Shelf()
+    run = Run((len(tokens), tokens.shape[1]), shelf)
     for site in sites:
         if site.points or site.in_attention:
             run.sites[site.site.name] = []
@@ -138,11 +151,13 @@ def capture(replica: Replica, tokens: Tensor, sites: Sequence[SitePoint] = ()) -
 
     def keep_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden, rest_args, rest_kwargs = split_hidden(args, kwargs)
-        run.resid.append(hidden.clone())
+        run.devices.append(hidden.device)
+        run.resid.append(shelf.copy(hidden))
         run.calls.append(Call(rest_args, rest_kwargs))
 
     def keep_final(module: nn.Module, args: Any, output: Any) -> None:
-        run.resid.append(first_of(output).clone())
+        run.devices.append(first_of(output).device)
+        run.resid.append(shelf.copy(first_of(output)))
 
     with ExitStack() as stack:
         for block in replica.blocks:
@@ -156,7 +171,7 @@ def capture(replica: Replica, tokens: Tensor, sites: Sequence[SitePoint] = ()) -
 
                 def keep(x: Tensor, kept: list[Tensor] | None = kept) -> None:
                     assert kept is not None
-                    kept.append(x.reshape(*tokens.shape, -1).clone())
+                    kept.append(shelf.copy(x.reshape(*tokens.shape, -1)))
 
                 stack.enter_context(watch(point, keep))
         replica.attend_with(attention)
@@ -181,16 +196,17 @@ def _causal(
 ) -> Tensor:
     """Plain causal attention over whole prompts; keeps K, V and the sites that live here."""
     settings = attention_settings(module, q.shape[-1], kw)
-    run.keys.append(k)
-    run.values.append(v)
+    run.keys.append(run.shelf.keep(k))
+    run.values.append(run.shelf.keep(v))
     for name, x in (("q", q), ("rot_q", q), ("k", k), ("rot_k", k), ("v", v)):
         if name in inside:
-            run.sites[name].append(rearrange(x, "pair head pos d -> pair pos (head d)").clone())
+            flat = rearrange(x, "pair head pos d -> pair pos (head d)")
+            run.sites[name].append(run.shelf.copy(flat))
     patterns = inside & {"pattern", "pattern_cell"}
     if patterns:
         pattern = attention_pattern(q, k, **settings)
         for name in patterns:
-            run.sites[name].append(pattern)
+            run.sites[name].append(run.shelf.keep(pattern))
     n_pairs, _, length, _ = q.shape
     rows = Rows(
         offsets=torch.arange(n_pairs + 1) * length,

@@ -47,8 +47,16 @@ def use_bf16_products(blocks: Sequence[nn.Module]) -> int:
 
 
 def _product(module: nn.Linear | Conv1D, cast: _Cast) -> Callable[[Tensor], Tensor]:
+    if module.weight.is_meta:  # fetched for each visit, and cast then
+        return lambda x: F.linear(cast(x), *_in_bf16(module)).float()
+    weight, bias = _in_bf16(module)
+    return lambda x: F.linear(cast(x), weight, bias).float()
+
+
+def _in_bf16(module: nn.Linear | Conv1D) -> tuple[Tensor, Tensor | None]:
+    """Weight `[out, in]` and bias."""
     weight = module.weight.detach()
     # contiguous as [out, in], which is what the product wants
     weight = (weight.T if isinstance(module, Conv1D) else weight).to(torch.bfloat16).contiguous()
     bias = None if module.bias is None else module.bias.detach().to(torch.bfloat16)
-    return lambda x: F.linear(cast(x), weight, bias)
+    return weight, bias

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from patchsweep_kernels.answer_logits import answer_logits
 from patchsweep_kernels.unembedding import Unembedding
+from patchsweep_kernels.vocab import log_z, total_variation, vocab_kl
 from torch import Tensor, nn
 
+from patchsweep.metrics import Sum
 from patchsweep.waves.replica import Replica, Unsupported
 
 # a chunk of logits stays within this many bytes
@@ -20,8 +22,8 @@ class Readout:
     """Logits of final residuals: `[row, d_model]` to `[row, d_vocab]`, or chosen tokens only.
 
     The whole vocabulary goes through the model's own tail: its forward pass, with one stand-in
-    block that hands over the residual. Chosen tokens go through the final norm and a few rows
-    of the unembedding, where that was checked to give the same logits.
+    block that hands over the residual. Chosen tokens, and sums over the vocabulary, go through
+    the final norm and the unembedding itself, where that was checked to give the same logits.
     """
 
     def __init__(self, replica: Replica) -> None:
@@ -43,7 +45,7 @@ class Readout:
             output = self.replica.model(tokens, use_cache=False)
         finally:
             setattr(parent, name, blocks)
-        logits: Tensor = output.logits[:, 0]
+        logits: Tensor = output.logits[:, 0].to(resid.device)
         return logits
 
     def chunk_rows(self, n_reads: int = 1) -> int:
@@ -59,39 +61,100 @@ class Readout:
     @torch.no_grad()
     def token_logits(self, resid: Tensor, tokens: Tensor) -> Tensor:
         """fp32 logits `[row, k]` of `tokens` `[row, k]` for final residuals `[row, d_model]`."""
-        if self._direct is None:
-            self._direct = self._check(resid[:4], tokens[:4])
-        if self._direct:
-            return self._direct_logits(resid, tokens)
-        return self._gathered(resid, tokens)
-
-    def _gathered(self, resid: Tensor, tokens: Tensor) -> Tensor:
-        parts = [
-            self.logits(resid[rows]).float().gather(1, tokens[rows])
-            for rows in self.chunks(len(resid))
-        ]
+        if self.is_direct(resid):
+            # the model's own norm, whatever kind it is
+            final = self._final(resid)
+            unembedding, rows = self._rows_of(tokens, final.device)
+            return answer_logits(final, unembedding, rows).to(resid.device)
+        with self.replica.tail_at_hand():
+            parts = [
+                self.logits(resid[rows]).float().gather(1, tokens[rows])
+                for rows in self.chunks(len(resid))
+            ]
         return torch.cat(parts) if parts else resid.new_zeros(tokens.shape)
 
-    def _direct_logits(self, resid: Tensor, tokens: Tensor) -> Tensor:
+    @torch.no_grad()
+    def sum_over_vocab(
+        self, name: Sum, resid: Tensor, reference: Tensor, reference_row: Tensor
+    ) -> Tensor:
+        """A sum over the vocabulary `[row]` of final residuals, fp32, without `[row, d_vocab]`.
+
+        Row i of `resid` `[row, d_model]` is held against row `reference_row[i]` of `reference`;
+        `log_z` needs neither. Only where `is_direct`.
+        """
+        with self.replica.tail_at_hand():
+            unembedding = self._unembedding()
+            device = unembedding.w_u.device
+            final = self._final(resid).to(device)
+            if name == "log_z":
+                return log_z(final, unembedding).to(resid.device)
+            compare = vocab_kl if name.startswith("kl") else total_variation
+            base = self._final(reference).to(device)
+            found = compare(base, final, unembedding, base_row=reference_row.to(device))
+            return found.to(resid.device)
+
+    @torch.no_grad()
+    def is_direct(self, resid: Tensor) -> bool:
+        """Whether final norm and unembedding give the model's logits; tried on the first rows."""
+        if self._direct is None:
+            with self.replica.tail_at_hand():
+                self._direct = self._check(resid[:4])
+        return self._direct
+
+    def _check(self, resid: Tensor) -> bool:
+        if self._norm is None or self._unembed is None:
+            return False
+        if not isinstance(getattr(self._unembed, "weight", None), Tensor):
+            return False
+        unembedding = self._unembedding()
+        product = nn.functional.linear(
+            self._final(resid).to(unembedding.w_u.device), unembedding.w_u
+        )
+        mine = unembedding.finish(product.float(), unembedding.bias).to(resid.device)
+        whole = self.logits(resid).float()
+        if mine.shape != whole.shape:
+            return False
+        # 16-bit logits are rounded, by the model at the end and here before bias and soft-cap
+        wide = resid.dtype in (torch.float32, torch.float64)
+        atol, rtol = (1e-4, 1e-5) if wide else (0.1, 2**-6)
+        return bool(torch.allclose(mine, whole, atol=atol, rtol=rtol))
+
+    def _final(self, resid: Tensor) -> Tensor:
+        """Final residuals after the model's last norm."""
         assert self._norm is not None
+        final: Tensor = self._norm(resid)
+        return final
+
+    def _unembedding(self) -> Unembedding:
         assert self._unembed is not None
-        unembedding = Unembedding(
+        return Unembedding(
             self._unembed.weight.detach(),  # type: ignore[operator]
             getattr(self._unembed, "bias", None),
             self._scale,
             self._softcap,
         )
-        # the model's own norm, whatever kind it is
-        return answer_logits(self._norm(resid), unembedding, tokens)
 
-    def _check(self, resid: Tensor, tokens: Tensor) -> bool:
-        if self._norm is None or self._unembed is None:
-            return False
-        if not isinstance(getattr(self._unembed, "weight", None), Tensor):
-            return False
-        whole = self._gathered(resid, tokens)
-        tolerance = 1e-4 if resid.dtype == torch.float32 else 0.1
-        return bool(torch.allclose(self._direct_logits(resid, tokens), whole, atol=tolerance))
+    def _rows_of(self, tokens: Tensor, device: torch.device) -> tuple[Unembedding, Tensor]:
+        """The unembedding on `device`, and `tokens` as its rows.
+
+        Of one that is elsewhere only the rows of `tokens` are fetched, and numbered anew.
+        """
+        assert self._unembed is not None
+        weight = self.replica.values_of(self._unembed, "weight")
+        bias = self.replica.values_of(self._unembed, "bias")
+        assert weight is not None
+        if weight.device == device and not self.replica.is_away(self._unembed):
+            return Unembedding(weight, bias, self._scale, self._softcap), tokens
+        chosen, numbers = tokens.cpu().unique(return_inverse=True)
+
+        def few(x: Tensor) -> Tensor:
+            return x[chosen.to(x.device)].to(device)
+
+        some = Unembedding(
+            few(weight), None if bias is None else few(bias), self._scale, self._softcap
+        )
+        self.replica.traffic.n_bytes += some.w_u.numel() * some.w_u.element_size()
+        return some, numbers
 
 
 class _StandIn(nn.Module):

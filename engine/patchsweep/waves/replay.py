@@ -62,7 +62,7 @@ class _State:
 
     def __init__(self, replica: Replica, point: SitePoint, wave: Wave, given: WaveInput) -> None:
         self.replica, self.point, self.wave, self.given = replica, point, wave, given
-        self.device = given.base.resid[0].device
+        self.device = given.base.devices[0]  # of the present block
         self.local = np.array([given.local.get(p, -1) for p in range(wave.plan.shape[0])])
         self.packing: Packing
         self.rows: Rows
@@ -71,7 +71,9 @@ class _State:
 
     def enter(self, packing: Packing, carried: Tensor | None) -> Tensor:
         """The wave's tokens `[token, d_model]` at the input of the packing's block."""
-        if carried is None or not packing.same:
+        device = self.given.base.devices[packing.layer]
+        if carried is None or not packing.same or device != self.device:
+            self.device = device
             self.token_pair = self._index(self.local[packing.token_pair])
             self.token_pos = self._index(packing.token_pos)
             self.rows = Rows(
@@ -80,7 +82,7 @@ class _State:
                 start=torch.from_numpy(packing.start),
             )
         self.packing = packing
-        hidden = self._carry(packing, carried)
+        hidden = self._carry(packing, None if carried is None else carried.to(device))
         if self.point.site.name in STREAM_SITES:
             self.write(hidden)
         return hidden
@@ -89,7 +91,7 @@ class _State:
         """The tokens that come from the block before, and the base run's for all others."""
         if carried is not None and packing.same:
             return carried
-        base = self.given.base.resid[packing.layer]
+        base = self.given.base.resid[packing.layer].to(self.device)
         if carried is None:
             return base[self.token_pair, self.token_pos]
         hidden = base.new_empty(packing.n_tokens, base.shape[-1])
@@ -108,8 +110,8 @@ class _State:
         call = self.given.base.calls[layer].at(
             self.token_pair,
             self.token_pos,
-            n_pairs=len(self.given.base.resid[0]),
-            length=self.given.base.resid[0].shape[1],
+            n_pairs=self.given.base.shape[0],
+            length=self.given.base.shape[1],
         )
         output = self.replica.blocks[layer](hidden.unsqueeze(0), *call.args, **call.kwargs)
         return first_of(output).squeeze(0)
@@ -119,7 +121,7 @@ class _State:
         packing, wave = self.packing, self.wave
         if not len(packing.write_token):
             return
-        donor = self.given.donors[packing.layer]
+        donor = self.given.donors[packing.layer].to(x)
         length, width = donor.shape[-2:]
         if self.given.donor_row is None:
             pair = self.local[wave.pair[packing.write_row]]
@@ -128,7 +130,7 @@ class _State:
             source = self.given.donor_row[wave.patches[packing.write_row]]
         units = wave.plan.axes.units
         flat = x.view(-1, width)
-        values = donor.reshape(-1, width).to(x.dtype)
+        values = donor.reshape(-1, width)
         if units is None:
             scatter_patch(
                 flat, values, self._index(packing.write_token), source=self._index(source)
@@ -200,9 +202,8 @@ class _State:
             elif name == "v":
                 v = self._written(v)
             base = self.given.base
-            z = prefix_attention(
-                q, k, v, base.keys[layer], base.values[layer], self.rows, **settings
-            )
+            prefix_k, prefix_v = (x[layer].to(q.device) for x in (base.keys, base.values))
+            z = prefix_attention(q, k, v, prefix_k, prefix_v, self.rows, **settings)
             if name in ("pattern", "pattern_cell"):
                 z = self._written(z)
             return z.unsqueeze(0)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformers import AttentionInterface, AttentionMaskInterface
+
+from patchsweep.models.homes import Home, home_of
+from patchsweep.waves.stations import SplitBlock, Traffic, build_stations
 
 ATTENTION = "patchsweep"
 Attend = Callable[..., Tensor]
@@ -38,9 +42,13 @@ class Point:
 class Replica:
     """Plain modules that share every parameter and buffer with `bridge`.
 
+    Where `accelerate` placed the model on several devices, or keeps weights on the CPU or on disk
+    until they are needed, each block is visited on its device and its weights are fetched once a
+    visit; `traffic` counts them.
+
     Raises:
         Unsupported: the model has no list of blocks with attention that takes
-            a registered attention function.
+            a registered attention function, or a block is split over devices.
     """
 
     model: nn.Module
@@ -54,6 +62,8 @@ class Replica:
             self._names[id(hook)] += [name, str(hook.name)]
         self._copies: dict[int, nn.Module] = {}
         self._configs: dict[int, Any] = {}
+        self._homes: dict[nn.Module, Home] = {}
+        self.traffic = Traffic()
         self.model = self._copy(bridge.original_model)
         self.model.eval()
         if not hasattr(bridge, "blocks"):
@@ -64,10 +74,44 @@ class Replica:
                 # its state runs from token to token: there is no prefix that rows could share
                 raise Unsupported(f"block {layer} mixes tokens by a convolution, not by attention")
         self._attentions = tuple(self._attention_of(i) for i in range(len(self.blocks)))
+        try:
+            self._stations = build_stations(self.model, self.blocks, self._homes, self.traffic)
+        except SplitBlock as error:
+            raise Unsupported(str(error)) from None
 
     @property
     def n_layers(self) -> int:
         return len(self.blocks)
+
+    @contextmanager
+    def tail_at_hand(self) -> Iterator[None]:
+        """Keep what lies around the blocks fetched, for several calls of it one after another."""
+        around = [s for module, s in self._stations.items() if module not in self.blocks]
+        for station in around:
+            station.fetch()
+        try:
+            yield
+        finally:
+            for station in around:
+                station.release()
+
+    def is_away(self, module: nn.Module) -> bool:
+        """Whether weights of one of the plain modules are elsewhere until it runs."""
+        station = self._stations.get(module)
+        return station is not None and bool(station.away)
+
+    def values_of(self, module: nn.Module, name: str) -> Tensor | None:
+        """The values of a weight of one of the plain modules, where they are: nothing is fetched.
+
+        None if the module has no weight of that name.
+        """
+        weight = getattr(module, name, None)
+        if not isinstance(weight, Tensor):
+            return None
+        home = self._homes.get(module)
+        if weight.is_meta and home is not None and home.away is not None:
+            return home.away[name]
+        return weight.detach()
 
     def attend_with(self, layer_fns: Callable[[int], Attend] | None) -> None:
         """Let layer i's attention call `layer_fns(i)`; None takes the functions away."""
@@ -112,6 +156,12 @@ class Replica:
         new = type(module).__new__(type(module))
         self._copies[id(module)] = new
         state = dict(module.__dict__)
+        home = home_of(module)
+        if home is not None:
+            self._homes[new] = home
+            # accelerate's own wrapper runs the module that it was made for, not the copy
+            for name in ("_hf_hook", "_old_forward", "forward"):
+                state.pop(name, None)
         for name, value in state.items():
             if name in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
                 state[name] = value.copy()

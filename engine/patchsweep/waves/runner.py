@@ -18,9 +18,11 @@ from transformer_lens.model_bridge import TransformerBridge
 from patchsweep.batch import Batch
 from patchsweep.errors import ModelError
 from patchsweep.interventions import Custom, Intervention, Resample, Spans
-from patchsweep.metrics import Logits, Metric, compute
+from patchsweep.metrics import Logits, Metric, Sum, compute
 from patchsweep.planner import Ints, SitePlan, Wave
 from patchsweep.sites import Site
+from patchsweep.waves.budget import default_cache, default_max_tokens
+from patchsweep.waves.cache import Budget, Shelf
 from patchsweep.waves.capture import Run, SitePoint, capture, embed_to_stream, locate
 from patchsweep.waves.precision import use_bf16_products
 from patchsweep.waves.readout import Readout
@@ -44,8 +46,10 @@ class Loaded:
 
 
 class WaveRunner:
-    """Patches in packed waves of at most `max_tokens` tokens.
+    """Patches in packed waves of at most `max_tokens` tokens (None: what suits the machine).
 
+    Activations of the present batches stay in memory up to `cache_budget` bytes (None: a share of
+    what is free); what exceeds it lies in memory-mapped files, see `cache`.
     Exact in the model's own precision; `precision="bf16"` multiplies in bf16 (see `precision`).
 
     Raises:
@@ -58,15 +62,17 @@ class WaveRunner:
         self,
         bridge: TransformerBridge,
         sites: Sequence[Site],
-        max_tokens: int = 4096,
+        max_tokens: int | None = None,
         precision: Precision = "model",
+        cache_budget: int | None = None,
     ) -> None:
         self.replica = Replica(bridge)
         if precision == "bf16":
             use_bf16_products(self.replica.blocks)
         self.points: dict[str, SitePoint] = {s.name: locate(self.replica, s) for s in sites}
         self.readout = Readout(self.replica)
-        self.max_tokens = max_tokens
+        self.max_tokens = default_max_tokens(bridge) if max_tokens is None else max_tokens
+        self.budget = Budget(default_cache(bridge) if cache_budget is None else cache_budget)
 
     def activations(self, tokens: Tensor) -> Mapping[str, Sequence[Tensor]]:
         """See `Runner`."""
@@ -77,7 +83,10 @@ class WaveRunner:
         """See `Runner`. One forward pass over all base and source prompts."""
         n = len(batch.base)
         both = capture(
-            self.replica, torch.cat([batch.base, batch.source]), list(self.points.values())
+            self.replica,
+            torch.cat([batch.base, batch.source]),
+            list(self.points.values()),
+            Shelf(self.budget),
         )
         base, source = both.half(slice(0, n)), both.half(slice(n, 2 * n))
         _check_finite(base, "base", batch)
@@ -90,8 +99,8 @@ class WaveRunner:
                 name: self._donors(point, intervention, base, source, batch.spans)
                 for name, point in self.points.items()
             },
-            base_resid=base.resid[-1][:, reads],
-            source_resid=source.resid[-1][:, reads],
+            base_resid=base.resid[-1][:, reads].to(base.devices[-1]),
+            source_resid=source.resid[-1][:, reads].to(base.devices[-1]),
         )
 
     def with_own_values(self, loaded: Loaded) -> Loaded:
@@ -178,30 +187,45 @@ class WaveRunner:
     ) -> Float[Tensor, "metric row"]:
         batch = loaded.batch
         n_reads = len(batch.reads)
-        targets = torch.stack([batch.answer, batch.wrong], dim=-1)  # [pair, read, 2]
-        if all(metric.needs == "answers" for metric in metrics):
+        targets = torch.stack([batch.answer, batch.wrong], dim=-1).to(resid.device)
+        flat = resid.flatten(0, 1)
+        sums = sorted({name for metric in metrics for name in metric.sums})
+        few = all(metric.needs == "answers" or metric.sums for metric in metrics)
+        # every sum makes all logits again, block by block: for two, keeping them costs less
+        if few and (not sums or (len(sums) == 1 and self.readout.is_direct(flat))):
             chosen = rearrange(targets[pair], "row read k -> (row read) k")
-            logits = self.readout.token_logits(resid.flatten(0, 1), chosen)
+            logits = self.readout.token_logits(flat, chosen)
             both = rearrange(logits, "(row read) k -> k row read", read=n_reads)
-            return compute(metrics, Logits(both[0], both[1]))
+            made = {name: self._sum(name, loaded, flat, pair).view(-1, n_reads) for name in sums}
+            return compute(metrics, Logits(both[0], both[1], sums=made))
         references = any(metric.needs == "references" for metric in metrics)
         parts = []
-        for rows in self.readout.chunks(len(resid), n_reads):
-            full = self._full(resid[rows])
-            chosen = full.gather(2, targets[pair[rows]])
-            parts.append(
-                compute(
-                    metrics,
-                    Logits(
-                        chosen[..., 0],
-                        chosen[..., 1],
-                        full,
-                        self._reference(loaded, "base")[pair[rows]] if references else None,
-                        self._reference(loaded, "source")[pair[rows]] if references else None,
-                    ),
+        with self.replica.tail_at_hand():
+            for rows in self.readout.chunks(len(resid), n_reads):
+                full = self._full(resid[rows])
+                chosen = full.gather(2, targets[pair[rows]])
+                parts.append(
+                    compute(
+                        metrics,
+                        Logits(
+                            chosen[..., 0],
+                            chosen[..., 1],
+                            full,
+                            self._reference(loaded, "base")[pair[rows]] if references else None,
+                            self._reference(loaded, "source")[pair[rows]] if references else None,
+                        ),
+                    )
                 )
-            )
         return torch.cat(parts, dim=1)
+
+    def _sum(
+        self, name: Sum, loaded: Loaded, final: Float[Tensor, "row_read d_model"], pair: Tensor
+    ) -> Float[Tensor, " row_read"]:
+        base = name.endswith("_base")
+        reference = (loaded.base_resid if base else loaded.source_resid).flatten(0, 1)
+        n_reads = len(loaded.batch.reads)
+        row = pair[:, None] * n_reads + torch.arange(n_reads, device=pair.device)
+        return self.readout.sum_over_vocab(name, final, reference, row.flatten())
 
     def _full(self, resid: Float[Tensor, "row read d_model"]) -> Float[Tensor, "row read d_vocab"]:
         logits = self.readout.logits(resid.flatten(0, 1)).float()
@@ -227,10 +251,11 @@ class WaveRunner:
             # resample, zero and mean commute with W_O; other values need not
             raise Unsupported("custom values of result are no values of z")
         pairs = zip(base.layers_of(site.name), source.layers_of(site.name), strict=True)
-        values = [
-            intervention.values(site, layer, b, s, spans).contiguous()
-            for layer, (b, s) in enumerate(pairs)
-        ]
+        values = []
+        for layer, (b, s) in enumerate(pairs):
+            value = intervention.values(site, layer, b, s, spans)
+            # the source's own values lie on its shelf already
+            values.append(s if value is s else base.shelf.keep(value.contiguous()))
         if site.name == "resid_post":
             return [values[0], *values]  # written at the next block's input, never at block 0
         if site.name == "embed":
@@ -239,12 +264,17 @@ class WaveRunner:
             return _CellDonors(base.sites[site.name], values, base.values)
         if site.name == "pattern":
             # a patched pattern changes its own token's z alone, so its value is a z
-            return [_attend(pattern, v) for pattern, v in zip(values, base.values, strict=True)]
+            return [
+                base.shelf.keep(_attend(pattern, v))
+                for pattern, v in zip(values, base.values, strict=True)
+            ]
         return values
 
 
 def _check_finite(run: Run, name: str, batch: Batch) -> None:
     """Raises ModelError where a run's residual stream first holds NaN or infinity."""
+    if bool(torch.isfinite(run.resid[-1]).all()):
+        return  # nothing that is not finite leaves a stream that blocks only add to
     for layer, resid in enumerate(run.resid):
         if not bool(torch.isfinite(resid).all()):
             row, pos = torch.nonzero(~torch.isfinite(resid).all(dim=-1))[0].tolist()

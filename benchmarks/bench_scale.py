@@ -1,0 +1,61 @@
+"""What a live patch costs as the pairs and the slices of a run grow: one process, by turns.
+
+    make bench
+
+Slices run one after the other here, so that the figure is work done and not cores shared. What a
+process spends on loading the model and on the probe is left out.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+
+import patchsweep as ps
+import pytest
+from conftest import Subject, machine
+from patchsweep.request import make_request
+from patchsweep.tasks import load_task
+
+SITE = "resid_pre"
+
+
+@pytest.mark.parametrize("n_pairs", [1, 4, 16, 64])
+def bench_pairs(benchmark, subject: Subject, n_pairs: int) -> None:
+    pairs = load_task(subject.model, "ioi", n_pairs)
+    rounds = {1: 8, 4: 4, 16: 2, 64: 1}[n_pairs]
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        ps.sweep(subject.model, pairs, SITE, runner="wave")
+        times.append(time.perf_counter() - start)
+    _record(benchmark, subject, pairs, statistics.median(times))
+
+
+@pytest.mark.parametrize("n_slices", [1, 2, 4])
+def bench_slices(benchmark, subject: Subject, tmp_path: Path, n_slices: int) -> None:
+    pairs = load_task(subject.model, "ioi", 16)
+    start = time.perf_counter()
+    for i in range(n_slices):
+        ps.sweep(
+            subject.model,
+            pairs,
+            SITE,
+            runner="wave",
+            store=tmp_path / "run.zarr",
+            slice_index=i,
+            n_slices=n_slices,
+        )
+    _record(benchmark, subject, pairs, time.perf_counter() - start)
+
+
+def _record(benchmark, subject: Subject, pairs: ps.PromptPairs, seconds: float) -> None:
+    plan = make_request(subject.model, pairs, SITE).plans[0]
+    benchmark.extra_info.update(
+        machine(),
+        seconds=seconds,
+        ms_per_live_patch=1e3 * seconds / int(plan.live.sum()),
+        us_per_token_layer=1e6 * seconds / plan.token_layers,
+    )
+    benchmark.pedantic(lambda: None, rounds=1)  # the figures are those above

@@ -1,0 +1,141 @@
+"""`patchsweep attention`: the foremost heads' patterns and attributions, in a store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import xarray as xr
+from omegaconf import DictConfig
+from rich.table import Table
+from transformers.utils import logging as transformers_logging
+
+from patchsweep.attention import attention, identity, ranked_heads
+from patchsweep.cli.app import as_config, compose
+from patchsweep.cli.console import stdout
+from patchsweep.config import RunConfig
+from patchsweep.errors import ConfigError
+from patchsweep.store.credentials import scrub
+from patchsweep.store.whole import read_whole, write_whole
+
+# keys of a sweep that say nothing about attention views
+UNUSED = ("sites", "method", "intervention", "runner", "precision", "slice", "n_slices")
+N_SHOWN = 5  # next tokens that are printed
+
+
+@dataclass
+class AttentionRun(RunConfig):
+    """One ranking of heads, and the patterns of the foremost."""
+
+    top: int = 16  # foremost heads whose patterns are kept
+    heads: Any = None  # [layer, head] pairs to keep instead
+    predictions: int = 10  # most probable next tokens kept of each run
+
+    def __post_init__(self) -> None:
+        for name, usual in (("top", 16), ("predictions", 10)):
+            if getattr(self, name) < 1:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} must be at least 1; {usual} is usual"
+                )
+        self.chosen()
+
+    def chosen(self) -> list[tuple[int, int]] | None:
+        """The heads asked for."""
+        if self.heads is None:
+            return None
+        try:
+            return [(int(layer), int(head)) for layer, head in self.heads]
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"heads={self.heads} must be pairs of layer and head, such as [[24,4],[17,4]]"
+            ) from None
+
+    def identity(self) -> dict[str, Any]:
+        """What the results depend on."""
+        return {key: value for key, value in super().identity().items() if key not in UNUSED}
+
+
+def main(arguments: list[str]) -> int:
+    """Look with these overrides; 0 when the results are in the store.
+
+    Raises:
+        ConfigError: an override is of a sweep, and says nothing about attention.
+    """
+    for word in arguments:
+        key = word.lstrip("+~").partition("=")[0].partition(".")[0]
+        if key in UNUSED:
+            raise ConfigError(
+                f"{word}: attention views have no {key}; leave it out (`patchsweep attention -h`)"
+            )
+    compose("attention", arguments, job, schema=AttentionRun)
+    return 0
+
+
+def job(cfg: DictConfig) -> None:
+    """One look; Hydra calls it, in this process or wherever a launcher takes it."""
+    execute(cast(AttentionRun, as_config(cfg)))
+
+
+def execute(config: AttentionRun) -> None:
+    """Look and say what was found; what is in the store already is not computed again."""
+    console = stdout()
+    transformers_logging.disable_progress_bar()
+    model = config.model.load()
+    pairs = config.task.load(model)
+    path, options = config.store.path, config.store.storage_options
+    ds = read_whole(path, identity(model, pairs, config.identity()), options)
+    known = ds is not None
+    if ds is None:
+        with console.status("reading patterns and their gradients"):
+            ds = attention(
+                model,
+                pairs,
+                config.metric.metrics(),
+                direction=config.direction,  # type: ignore[arg-type]  # checked there
+                read=config.metric.read,
+                heads=config.chosen(),
+                top=config.top,
+                predictions=config.predictions,
+                config=config.identity(),
+            )
+        write_whole(ds, path, options)
+    for run in ("base", "source"):
+        console.print(_guess(ds, run))
+    console.print(_table(ds))
+    shown = scrub(path)
+    console.print(f"{shown}: {'already there, nothing was run' if known else 'written'}")
+    console.print(f"patchsweep report {shown}")
+
+
+def _guess(ds: xr.Dataset, run: str) -> str:
+    """The first pair's next tokens."""
+    mine = ds.sel(run=run).isel(pair=0, top=slice(N_SHOWN))
+    guesses = ", ".join(
+        f"{str(token)!r} {float(prob):.3f}"
+        for token, prob in zip(mine["top_token"].values, mine["top_prob"].values, strict=True)
+    )
+    return f"{run} run of pair 0 goes on: {guesses}"
+
+
+def _table(ds: xr.Dataset) -> Table:
+    """The heads, and where each one's largest cell lies in the first pair."""
+    metric, unit = (str(ds[name].values[0]) for name in ("metric", "metric_unit"))
+    n_pairs = ds.sizes["pair"]
+    over = "" if n_pairs == 1 else f", mean of {n_pairs} pairs; cells of the first"
+    table = Table(title=f"attention attribution to {metric}, {unit}{over}", title_justify="left")
+    table.add_column("head")
+    for name in ("attribution", "sum of |cells|", "largest cell"):
+        table.add_column(name, justify="right")
+    table.add_column("which is")
+    table.add_column("probability, base to source")
+    tokens = ds["token"].sel(run="base").isel(pair=0).values
+    for head in ranked_heads(ds):
+        table.add_row(
+            f"L{head.layer} H{head.head}",
+            f"{head.attribution:+.3f}",
+            f"{head.size:.3f}",
+            f"{head.cell:+.3f}",
+            f"{tokens[head.dest]!r} {head.dest} looks at {tokens[head.src]!r} {head.src}",
+            f"{head.base:.3f} to {head.source:.3f}",
+        )
+    return table

@@ -1,0 +1,97 @@
+"""`patchsweep circuit`: circuits of several sizes, run without the rest of the model."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import xarray as xr
+from omegaconf import DictConfig
+from rich.table import Table
+from transformers.utils import logging as transformers_logging
+
+from patchsweep.cli.app import as_config, compose
+from patchsweep.cli.console import stdout
+from patchsweep.errors import ConfigError
+from patchsweep.paths.circuit import circuit
+from patchsweep.paths.circuit_config import UNUSED, CircuitRun
+from patchsweep.results import model_provenance
+from patchsweep.store.credentials import scrub
+from patchsweep.store.whole import read_whole, write_whole
+
+
+def main(arguments: list[str]) -> int:
+    """Grow and run with these overrides; 0 when the results are in the store.
+
+    Raises:
+        ConfigError: an override is of a sweep, and says nothing about circuits.
+    """
+    for word in arguments:
+        key = word.lstrip("+~").partition("=")[0].partition(".")[0]
+        if key == "intervention":
+            raise ConfigError(f"{word}: circuits call it ablation; give ablation=mean, say")
+        if key in UNUSED:
+            raise ConfigError(
+                f"{word}: circuits have no {key}; leave it out (`patchsweep circuit -h`)"
+            )
+    compose("circuit", arguments, job, schema=CircuitRun)
+    return 0
+
+
+def job(cfg: DictConfig) -> None:
+    """One run; Hydra calls it, in this process or wherever a launcher takes it."""
+    execute(cast(CircuitRun, as_config(cfg)))
+
+
+def execute(config: CircuitRun) -> None:
+    """Do the run and say what was found; what is in the store already is not computed again."""
+    console = stdout()
+    transformers_logging.disable_progress_bar()
+    method = config.scored_by()
+    model = config.model.load()
+    pairs = config.task.load(model)
+    path, options = config.store.path, config.store.storage_options
+    provenance = {**model_provenance(model), "config": config.identity()}
+    ds = read_whole(path, {"kind": "circuit", "provenance": provenance}, options)
+    known = ds is not None
+    if ds is None:
+        with console.status(f"ranking {config.level} and running circuits of them"):
+            ds = circuit(
+                model,
+                pairs,
+                config.metric.metrics(),
+                level=config.level,  # type: ignore[arg-type]  # checked by CircuitRun
+                method=method,
+                growth=config.growth,  # type: ignore[arg-type]  # likewise
+                sizes=config.sizes,
+                ablation=config.ablation,
+                read=config.metric.read,
+            )
+        ds = ds.assign_attrs(provenance=provenance)
+        write_whole(ds, path, options)
+    for metric in map(str, ds["metric"].values):
+        console.print(_table(ds, metric))
+        if metric in ds.attrs["cpr"]:
+            cpr, cmd = (float(ds.attrs[name][metric]) for name in ("cpr", "cmd"))
+            console.print(f"{metric}: CPR {cpr:.3f} (more is better), CMD {cmd:.3f} (0 is best)")
+    shown = scrub(path)
+    console.print(f"{shown}: {'already there, nothing was run' if known else 'written'}")
+    console.print(f"patchsweep report {shown}")
+
+
+def _table(ds: xr.Dataset, metric: str) -> Table:
+    """Size after size what the circuit does, and what the rest does without it."""
+    level = ds.attrs["level"]
+    table = Table(title=f"circuits of {level}, {metric}", title_justify="left")
+    connected = "n_connected" in ds
+    columns = ["share", level, *(["connected"] if connected else [])]
+    for name in (*columns, "faithfulness", "completeness"):
+        table.add_column(name, justify="right")
+    for i, share in enumerate(ds["size"].values):
+        at = ds.isel(size=i).sel(metric=metric)
+        counts = [at["count"], *([at["n_connected"]] if connected else [])]
+        # + 0: no minus before 0.000
+        curves = [
+            f"{round(float(at[name]), 3) + 0:.3f}" for name in ("faithfulness", "completeness")
+        ]
+        table.add_row(f"{share:.4g}", *(f"{int(n):,}" for n in counts), *curves)
+    return table

@@ -1,0 +1,142 @@
+"""`patchsweep edges`: every edge estimated, the foremost run exactly, all of it in a store."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager
+from typing import Any, cast
+
+import numpy as np
+import xarray as xr
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging as transformers_logging
+
+from patchsweep.cli.app import as_config, compose
+from patchsweep.cli.console import stdout
+from patchsweep.errors import ConfigError
+from patchsweep.paths.config import UNUSED, EdgesRun
+from patchsweep.paths.edges import screen_edges
+from patchsweep.report.edges import Row, correlation, rows_of
+from patchsweep.results import model_provenance
+from patchsweep.store.credentials import scrub
+from patchsweep.store.whole import read_whole, write_whole
+
+N_SHOWN = 12
+_STAGES = {"estimates": "scoring all edges", "exact": "running the foremost exactly"}
+
+
+def main(arguments: list[str]) -> int:
+    """Score and verify with these overrides; 0 when the results are in the store.
+
+    Raises:
+        ConfigError: an override is of a sweep, and says nothing about edges.
+    """
+    for word in arguments:
+        key = word.lstrip("+~").partition("=")[0].partition(".")[0]
+        if key in UNUSED:
+            raise ConfigError(f"{word}: edges have no {key}; leave it out (`patchsweep edges -h`)")
+    compose("edges", arguments, job, schema=EdgesRun)
+    return 0
+
+
+def job(cfg: DictConfig) -> None:
+    """One run; Hydra calls it, in this process or wherever a launcher takes it."""
+    execute(cast(EdgesRun, as_config(cfg)))
+
+
+def execute(config: EdgesRun) -> None:
+    """Do the run and say what was found; what is in the store already is not computed again."""
+    console = stdout()
+    transformers_logging.disable_progress_bar()
+    model = config.model.load()
+    pairs = config.task.load(model)
+    path, options = config.store.path, config.store.storage_options
+    provenance = {**model_provenance(model), "config": config.identity()}
+    ds = read_whole(path, {"kind": "edges", "provenance": provenance}, options)
+    known = ds is not None
+    if ds is None:
+        with _Clock(console) as clock:
+            ds = screen_edges(
+                model,
+                pairs,
+                config.metric.metrics(),
+                top=config.top,
+                direction=config.direction,  # type: ignore[arg-type]  # checked there
+                intervention=config.intervention,
+                steps=config.steps,
+                positions=config.positions,
+                read=config.metric.read,
+                progress=clock,
+            )
+        ds = ds.assign_attrs(provenance=provenance)
+        write_whole(ds, path, options)
+        console.print(_done(ds, clock.seconds))
+    console.print(_table(ds))
+    shown = scrub(path)
+    console.print(f"{shown}: {'already there, nothing was run' if known else 'written'}")
+    console.print(f"patchsweep report {shown}")
+
+
+class _Clock:
+    """Shows the stage that runs, and keeps how long each took."""
+
+    def __init__(self, console: Console) -> None:
+        self.seconds: dict[str, float] = {}
+        self._console = console
+        self._stage: tuple[str, float] | None = None
+        self._shown: AbstractContextManager[Any] | None = None
+
+    def __enter__(self) -> _Clock:
+        return self
+
+    def __call__(self, stage: str) -> None:
+        """`stage` begins."""
+        self._end()
+        self._shown = self._console.status(_STAGES[stage])
+        self._shown.__enter__()
+        self._stage = (stage, time.perf_counter())
+
+    def __exit__(self, *error: object) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        if self._stage is not None and self._shown is not None:
+            self._shown.__exit__(None, None, None)
+            stage, began = self._stage
+            self.seconds[stage] = time.perf_counter() - began
+            self._stage = None
+
+
+def _done(ds: xr.Dataset, seconds: dict[str, float]) -> str:
+    name = "edge_eap" if "edge_eap" in ds else "edge_eap_ig"
+    scored = int(np.isfinite(ds[name].values[0, 0]).sum())
+    where = " at single positions" if ds.attrs["positions"] else ""
+    agreement = correlation(rows_of(ds, str(ds["metric"].values[0])))
+    return (
+        f"{scored:,} edges{where} scored in {seconds['estimates']:.1f} s, the foremost "
+        f"{ds.sizes['chosen']:,} of them run exactly in {seconds['exact']:.1f} s; over those, "
+        f"estimates and exact effects correlate at {agreement:.2f}"
+    )
+
+
+def _table(ds: xr.Dataset) -> Table:
+    """The largest exact effects, of the first metric."""
+    metric, unit = (str(ds[name].values[0]) for name in ("metric", "metric_unit"))
+    over = "" if ds.sizes["pair"] == 1 else f", mean over {ds.sizes['pair']} pairs"
+    unit = f" [{unit}]" if unit else ""
+    table = Table(title=f"largest effects on {metric}{unit}{over}", title_justify="left")
+    positions = bool(ds.attrs["positions"])
+    for name in ("sender", "reader", *(["position"] if positions else [])):
+        table.add_column(name)
+    for name in ("estimate", "exact"):
+        table.add_column(name, justify="right")
+    for row in rows_of(ds, metric)[:N_SHOWN]:
+        where = [_where(row)] if positions else []
+        table.add_row(row.sender, row.reader, *where, f"{row.estimate:+.3f}", f"{row.exact:+.3f}")
+    return table
+
+
+def _where(row: Row) -> str:
+    return f"{row.pos} {row.token!r}" if row.token else str(row.pos)

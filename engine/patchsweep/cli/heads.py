@@ -1,0 +1,138 @@
+"""`patchsweep heads`: every head ablated in several ways, classed, and the ways compared."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import numpy as np
+import xarray as xr
+from omegaconf import DictConfig
+from rich.table import Table
+from transformers.utils import logging as transformers_logging
+
+from patchsweep.cli.app import as_config, compose
+from patchsweep.cli.console import stdout
+from patchsweep.cli.progress import Bar
+from patchsweep.cli.stop import STOPPER
+from patchsweep.errors import ConfigError
+from patchsweep.heads import effects, study
+from patchsweep.heads.analysis import KIND
+from patchsweep.heads.config import UNUSED, HeadsRun
+from patchsweep.heads.table import ALL, TRAINED
+from patchsweep.results import model_provenance
+from patchsweep.store.credentials import scrub
+from patchsweep.store.whole import read_whole, write_whole
+
+N_SHOWN = 8  # heads of a class that are named
+
+
+def main(arguments: list[str]) -> int:
+    """Do the study of these overrides; 0 when it is in the store.
+
+    Raises:
+        ConfigError: an override is of a sweep, and says nothing about heads.
+    """
+    for word in arguments:
+        key = word.lstrip("+~").partition("=")[0].partition(".")[0]
+        if key in UNUSED:
+            raise ConfigError(f"{word}: heads have no {key}; leave it out (`patchsweep heads -h`)")
+    compose("heads", arguments, job, schema=HeadsRun)
+    return 0
+
+
+def job(cfg: DictConfig) -> None:
+    """One run; Hydra calls it, in this process or wherever a launcher takes it."""
+    STOPPER.listen()
+    execute(cast(HeadsRun, as_config(cfg)))
+
+
+def execute(config: HeadsRun) -> None:
+    """Do the study and say what was found; what is in the store already is not computed again."""
+    console = stdout()
+    transformers_logging.disable_progress_bar()
+    model = config.model.load()
+    pairs = config.task.load(model)
+    path, options = config.store.path, config.store.storage_options
+    provenance = {**model_provenance(model), "config": config.identity()}
+    ds = read_whole(path, {"kind": KIND, "provenance": provenance}, options)
+    known = ds is not None
+    if ds is None:
+        with _Sweeps(console) as bar:
+            ds = study(
+                model,
+                pairs,
+                config.metric.metrics(),
+                ablations=config.ablations,
+                positions=config.sites.positions,
+                optimal=config.optimal,
+                thresholds=config.thresholds,
+                read=config.metric.read,
+                runner=config.runner.name,  # type: ignore[arg-type]  # checked by RunnerConfig
+                max_tokens=config.runner.max_tokens,
+                config=config.identity(),
+                progress=bar,
+                stage=lambda words: console.print(f"{words} ..."),
+            )
+        write_whole(ds, path, options)
+    console.print(_classes(ds))
+    if ds.attrs["task_classes"] != "measured":
+        console.print(f"no classes by behaviour on the task: {ds.attrs['task_classes']}")
+    console.print(_ablations(ds))
+    shown = scrub(path)
+    console.print(f"{shown}: {'already there, nothing was run' if known else 'written'}")
+    console.print(f"patchsweep report {shown}")
+
+
+class _Sweeps(Bar):
+    """The progress of one sweep after the other."""
+
+    def begin(self, n_units: int, total: int, done: int) -> None:
+        """See `work.Progress`."""
+        super().begin(self.n_units + n_units, total, done)
+
+
+def _classes(ds: xr.Dataset) -> Table:
+    """Which heads are of which class, the ones that resample moves most first."""
+    effect = effects(ds).isel(ablation=0, metric=0).mean("pair").transpose("layer", "head", ...)
+    size = np.abs(effect.values).reshape(*effect.shape[:2], -1).max(axis=-1)
+    table = Table(title="classes of heads; a head may be of several", title_justify="left")
+    table.add_column("class")
+    table.add_column("heads", justify="right")
+    table.add_column("largest effects first")
+    for name in ds["head_class"].values:
+        member = ds["member"].sel(head_class=name).transpose("layer", "head").values.astype(bool)
+        heads = sorted(np.argwhere(member).tolist(), key=lambda at: -size[tuple(at)])
+        more = " ..." if len(heads) > N_SHOWN else ""
+        named = ", ".join(f"L{layer} H{head}" for layer, head in heads[:N_SHOWN]) + more
+        table.add_row(str(name), str(len(heads)), named if heads else "none")
+    return table
+
+
+def _ablations(ds: xr.Dataset) -> Table:
+    """Each ablation beside resample, of the first metric."""
+    metric, unit = (str(ds[name].values[0]) for name in ("metric", "metric_unit"))
+    title = (
+        f"how much each ablation disagrees with resample on {metric} [{unit}]: mean |difference| "
+        "of effects (rank correlation)"
+    )
+    table = Table(title=title, title_justify="left")
+    table.add_column("class")
+    table.add_column("resample effect", justify="right")
+    names = [str(name) for name in ds["ablation"].values]
+    for name in names[1:]:
+        table.add_column(name, justify="right")
+    one = ds.isel(metric=0)
+    classes = [str(name) for name in ds["table_class"].values]
+    for c in sorted(classes, key=lambda name: name not in (ALL, TRAINED)):
+        row = one.sel(table_class=c)
+        if not int(row["n_heads"].values[0]):
+            continue
+        cells = [
+            f"{float(row['disagreement'].values[a]):.3f} "
+            f"({float(row['rank_correlation'].values[a]):.2f})"
+            if int(row["n_heads"].values[a])
+            else "-"
+            for a in range(1, len(names))
+        ]
+        table.add_row(str(c), f"{float(row['mean_effect'].values[0]):+.3f}", *cells)
+    return table

@@ -1,0 +1,152 @@
+"""`patchsweep lens`: predictions layer by layer, of a patched run too, all of it in a store."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import numpy as np
+import xarray as xr
+from omegaconf import DictConfig
+from rich.table import Table
+from transformers.utils import logging as transformers_logging
+
+from patchsweep.cli.app import as_config, compose
+from patchsweep.cli.console import stdout
+from patchsweep.cli.progress import Bar
+from patchsweep.errors import ConfigError
+from patchsweep.lens import describe, lens, sublayers
+from patchsweep.lens.config import UNUSED, LensRun
+from patchsweep.report import lens_findings
+from patchsweep.store.credentials import scrub
+from patchsweep.store.whole import read_whole, write_whole
+
+N_SHOWN = 10
+
+
+def main(arguments: list[str]) -> int:
+    """Look with these overrides; 0 when the results are in the store.
+
+    Raises:
+        ConfigError: an override is of a sweep, and says nothing about a lens.
+    """
+    for word in arguments:
+        key = word.lstrip("+~").partition("=")[0].partition(".")[0]
+        if key in UNUSED:
+            raise ConfigError(f"{word}: a lens has no {key}; leave it out (`patchsweep lens -h`)")
+    compose("lens", arguments, job, schema=LensRun)
+    return 0
+
+
+def job(cfg: DictConfig) -> None:
+    """One lens; Hydra calls it, in this process or wherever a launcher takes it."""
+    execute(cast(LensRun, as_config(cfg)))
+
+
+def execute(config: LensRun) -> None:
+    """Look and say what was found; what is in the store already is not computed again."""
+    console = stdout()
+    transformers_logging.disable_progress_bar()
+    model = config.model.load()
+    pairs = config.task.load(model)
+    path, options = config.store.path, config.store.storage_options
+    asked = {**config.asked(), "config": config.identity()}
+    attrs = {**describe(model, pairs, **asked), "sublayers": config.sublayers}
+    ds = read_whole(path, attrs, options)
+    known = ds is not None
+    if ds is None:
+        with console.status("reading every layer"):
+            ds = lens(model, pairs, **asked).assign_attrs(sublayers=config.sublayers)
+        if config.sublayers:
+            with Bar(console) as bar:
+                removed = sublayers(
+                    model,
+                    pairs,
+                    which=ds.attrs["prompt"],
+                    runner=config.runner.name,  # type: ignore[arg-type]  # RunnerConfig's check
+                    max_tokens=config.runner.max_tokens,
+                    progress=bar,
+                )
+            ds = ds.merge(removed, compat="no_conflicts", combine_attrs="override")
+            used = removed.attrs["provenance"]
+            ds.attrs |= {key: used[key] for key in ("runner", "runner_reason")}
+        write_whole(ds, path, options)
+    for line in _ends(ds):
+        console.print(line)
+    console.print(_layers(ds))
+    if "without" in ds:
+        console.print(_removals(ds))
+    shown = scrub(path)
+    console.print(f"{shown}: {'already there, nothing was run' if known else 'written'}")
+    console.print(f"patchsweep report {shown}")
+
+
+def _ends(ds: xr.Dataset) -> list[str]:
+    """A line on each run: what becomes of the answer."""
+    pairs = [int(pair) for pair in ds["pair"].values]
+    found = []
+    for run in (str(run) for run in ds["run"].values):
+        ends = [lens_findings.at_answer(ds, "answer_prob", run, pair)[-1] for pair in pairs]
+        up = [lens_findings.comes_up(ds, run, pair) for pair in pairs]
+        name = f"{run}, {ds.attrs['prompt']} prompt"
+        if len(pairs) == 1:
+            rank = int(lens_findings.at_answer(ds, "answer_rank", run, pairs[0])[-1])
+            where = f"the first guess from {up[0].words} on" if up[0] else f"rank {rank}"
+            answer = str(ds["answer"].values[0])
+            found.append(f"{name}: {answer!r} ends at probability {ends[0]:.3f}, {where}")
+        else:
+            n_first = sum(place is not None for place in up)
+            found.append(
+                f"{name}: the answer ends at a mean probability of {np.mean(ends):.3f}, the first "
+                f"guess in {n_first} of {len(pairs)} pairs"
+            )
+    return found
+
+
+def _layers(ds: xr.Dataset) -> Table:
+    """The last layers where the answer is expected."""
+    pairs, runs = [int(p) for p in ds["pair"].values], [str(r) for r in ds["run"].values]
+    over = "" if len(pairs) == 1 else f", mean probability and median rank of {len(pairs)} pairs"
+    table = Table(title=f"what the last layers would say{over}", title_justify="left")
+    table.add_column("after")
+    for run in runs:
+        if len(pairs) == 1:
+            table.add_column(f"first guess, {run}")
+        table.add_column("P(answer)", justify="right")
+        table.add_column("rank", justify="right")
+    every = lens_findings.places(ds)
+    values = {
+        (run, name): np.stack([lens_findings.at_answer(ds, name, run, pair) for pair in pairs])
+        for run in runs
+        for name in ("top_token", "top_prob", "answer_prob", "answer_rank")
+    }
+    for i in range(max(0, len(every) - N_SHOWN), len(every)):
+        cells = []
+        for run in runs:
+            if len(pairs) == 1:
+                token, prob = (values[run, name][0, i, 0] for name in ("top_token", "top_prob"))
+                cells.append(f"{str(token)!r} {prob:.3f}")
+            cells.append(f"{values[run, 'answer_prob'][:, i].mean():.3f}")
+            cells.append(f"{np.median(values[run, 'answer_rank'][:, i]):.0f}")
+        table.add_row(every[i].words, *cells)
+    return table
+
+
+def _removals(ds: xr.Dataset) -> Table:
+    """The sublayers without which the answer loses the most."""
+    whole = ds["whole"].mean("pair")
+    prob, rank = (float(whole.sel(metric=m)) for m in ("prob", "rank"))
+    over = "" if ds.sizes["pair"] == 1 else f", means of {ds.sizes['pair']} pairs"
+    title = f"without one sublayer (whole: P(answer) {prob:.3f}, rank {rank:.3g}){over}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("without")
+    for name in ("P(answer)", "rank", "change of log P", "of logit_diff"):
+        table.add_column(name, justify="right")
+    for one in lens_findings.removals(ds)[:N_SHOWN]:
+        table.add_row(
+            one.words,
+            f"{one.values['prob']:.3f}",
+            f"{one.values['rank']:.0f}",
+            f"{one.changes['log_prob']:+.2f}",
+            f"{one.changes['logit_diff']:+.2f}",
+        )
+    return table

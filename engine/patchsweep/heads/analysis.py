@@ -1,0 +1,138 @@
+"""`study`: ablations side by side, classes of heads, and how far the ablations disagree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.errors import MethodError
+from patchsweep.heads.ablations import (
+    ABLATIONS,
+    MEANING,
+    OPTIMAL,
+    Ask,
+    ablate,
+    check_ablations,
+    prepare,
+)
+from patchsweep.heads.behaviour import LABELS, PLACES, Behaviour, has_labels
+from patchsweep.heads.classes import Thresholds, detected_classes, member_table, task_classes
+from patchsweep.heads.optimal import OptimalSettings
+from patchsweep.heads.scores import detect
+from patchsweep.heads.table import disagreement
+from patchsweep.metrics import Metric, get_metrics
+from patchsweep.pairs import PromptPairs
+from patchsweep.probe import RunnerName
+from patchsweep.request import MetricLike, Positions
+from patchsweep.results import model_provenance
+from patchsweep.work import Progress
+
+KIND = "heads"
+TRAINED = OptimalSettings()
+USUAL = Thresholds()
+
+
+def study(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    metrics: MetricLike | Sequence[MetricLike] = "logit_diff",
+    *,
+    ablations: Sequence[str] = ABLATIONS,
+    positions: Positions = "all",
+    optimal: OptimalSettings | None = TRAINED,
+    thresholds: Thresholds = USUAL,
+    read: int = -1,
+    runner: RunnerName = "auto",
+    max_tokens: int | None = None,
+    config: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    stage: Callable[[str], None] | None = None,
+) -> xr.Dataset:
+    """Every head ablated in several ways, its class, and how much the ways disagree.
+
+    `ablated` [ablation, metric, pair, layer, head] is the raw metric of the clean run with one
+    head's z replaced; `base_metric` [metric, pair] that of the clean run and `source_metric` of
+    the corrupted one. `member` [head_class, layer, head] says which head is of which class;
+    `detected` [pattern, layer, head] and, on tasks that label IO, S2 and end, `attention`,
+    `direct`, `direct_without_movers` and `through_queries` are what the classes follow from (see
+    `heads.classes`). `disagreement`, `rank_correlation`, `mean_effect` [metric, ablation,
+    table_class] and `n_heads` compare each ablation with resample (see `heads.table`).
+
+    Args:
+        ablations: of `resample` (needed: the others are compared with it), `mean` (one vector a
+            head: over every position of every clean prompt), `mean_label`, `zero`, `optimal`.
+        positions: `"all"` replaces z at every position at once; indices or labels give each
+            position a patch of its own, and a `pos` dim. Not with optimal.
+        optimal: how constants are trained; None leaves optimal ablation out. With it the metric
+            `kl_base`, which it minimises, is measured too, for all ablations.
+        thresholds: from where on a head counts as one of a class.
+        read, runner, max_tokens, progress: as in `patchsweep.sweep`.
+        config: what a command line was told, kept in the provenance.
+        stage: told in words what begins.
+
+    Raises:
+        PatchsweepError: an argument breaks a rule; nothing has run then.
+    """
+    one_metric = isinstance(metrics, str | Metric) or callable(metrics)
+    ask = Ask(
+        model=model,
+        pairs=pairs,
+        metrics=get_metrics([metrics] if one_metric else metrics),  # type: ignore
+        ablations=check_ablations(ablations, positions, optimal),
+        positions=positions,
+        read=read,
+        runner=runner,
+        max_tokens=max_tokens,
+        optimal=optimal,
+    )
+    trainer = prepare(ask)
+    tell = stage or (lambda words: None)
+    tell("attention on repeated words")
+    scores = detect(model)  # before the sweeps, since it refuses models
+    ds = ablate(ask, trainer, progress, tell)
+    ran = ds.attrs
+    masks = detected_classes(scores, thresholds)
+    measured, reason = xr.Dataset(), ""
+    if has_labels(pairs):
+        try:
+            behaviour = Behaviour(model, pairs, read)
+        except MethodError as error:
+            reason = str(error)
+        else:
+            tell("paths to the logits and to the name movers' queries")
+            found, measured = task_classes(behaviour, thresholds)
+            masks |= found
+            measured = measured.assign_coords(place=np.array(PLACES, dtype=object))
+    else:
+        reason = f"not every pair has the labels {', '.join(LABELS)}"
+    ds = ds.assign(detected=scores, member=member_table(masks))
+    ds = ds.assign({str(name): values for name, values in measured.data_vars.items()})
+    ds = ds.merge(disagreement(ds))
+    ds.attrs = {
+        **identity(ask, thresholds, config),
+        **ran,
+        "task_classes": reason or "measured",
+        **measured.attrs,
+    }
+    return ds
+
+
+def identity(ask: Ask, thresholds: Thresholds, config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The attributes that are known before anything runs: whose study, of what, and how."""
+    return {
+        "kind": KIND,
+        "patchsweep_version": version("patchsweep"),
+        "method": "exact",
+        "direction": "noising",
+        "ablations": {name: MEANING[name] for name in ask.ablations},
+        "positions": ask.positions if isinstance(ask.positions, str) else list(ask.positions or ()),
+        "optimal": asdict(ask.optimal) if ask.optimal and OPTIMAL in ask.ablations else None,
+        "thresholds": asdict(thresholds),
+        "provenance": {**model_provenance(ask.model), "config": dict(config or {})},
+    }

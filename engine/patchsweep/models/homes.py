@@ -1,0 +1,129 @@
+"""Where the weights of a dispatched model are, as `accelerate` left it on the model's modules."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Protocol, runtime_checkable
+
+import torch
+from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook
+from accelerate.utils import PrefixedDataset
+from torch import Tensor, nn
+
+
+@runtime_checkable
+class Stored(Protocol):
+    """Weights by name, each fetched when it is asked for."""
+
+    def __getitem__(self, name: str, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where one module runs, and where its own weights are meanwhile."""
+
+    device: torch.device  # where it runs
+    away: Stored | None  # weights that are fetched whenever it runs
+
+
+def home_of(module: nn.Module) -> Home | None:
+    """Where `accelerate` wants `module` to run; None if it has no say in it."""
+    align = _align_hook(getattr(module, "_hf_hook", None))
+    if align is None or align.execution_device is None:
+        return None
+    device = align.execution_device
+    name = f"cuda:{device}" if isinstance(device, int) else device
+    return Home(torch.device(name), align.weights_map if align.offload else None)
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Where in a file the values of a weight lie."""
+
+    file: str
+    first: int  # byte
+    n_bytes: int
+
+
+def extent_of(stored: Stored, name: str) -> Extent | None:
+    """Where the weight called `name` lies on disk; None if it lies in memory."""
+    if not isinstance(stored, PrefixedDataset):
+        return None
+    entry = getattr(stored.dataset, "index", {}).get(f"{stored.prefix}{name}", {})
+    if "safetensors_file" not in entry:
+        return None
+    file = entry["safetensors_file"]
+    first, last = _offsets(file)[entry.get("weight_name", f"{stored.prefix}{name}")]
+    return Extent(file, first, last - first)
+
+
+@cache
+def _offsets(file: str) -> dict[str, tuple[int, int]]:
+    """First byte, and the one after the last, of every tensor of a safetensors file."""
+    with open(file, "rb") as opened:
+        header = int.from_bytes(opened.read(8), "little")
+        entries = json.loads(opened.read(header))
+    entries.pop("__metadata__", None)
+    start = 8 + header
+    return {
+        name: (start + entry["data_offsets"][0], start + entry["data_offsets"][1])
+        for name, entry in entries.items()
+    }
+
+
+def _align_hook(hook: ModelHook | None) -> AlignDevicesHook | None:
+    if isinstance(hook, AlignDevicesHook):
+        return hook
+    if isinstance(hook, SequentialHook):
+        found = [_align_hook(inner) for inner in hook.hooks]
+        kept = [inner for inner in found if inner is not None]
+        # the one that fetches weights is the one that matters
+        return next((inner for inner in kept if inner.offload), kept[0] if kept else None)
+    return None
+
+
+def main_device(model: nn.Module) -> torch.device:
+    """Where a model with a device map takes its tokens: its first GPU, else the CPU."""
+    for place in model.hf_device_map.values():  # type: ignore[operator]
+        if str(place) not in ("cpu", "disk"):
+            return torch.device(f"cuda:{place}" if isinstance(place, int) else place)
+    return torch.device("cpu")
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether some weights of `model` are fetched anew whenever their module runs."""
+    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    return "disk" in places or ("cpu" in places and len(places) > 1)
+
+
+def place_of(device_map: Mapping[str, str | int], name: str) -> str:
+    """Where the weight called `name` rests: `cpu`, `disk`, or a GPU such as `cuda:0`."""
+    parts = name.split(".")
+    places = (device_map.get(".".join(parts[:n])) for n in range(len(parts), -1, -1))
+    place = next(place for place in places if place is not None)
+    return f"cuda:{place}" if isinstance(place, int) else str(place)
+
+
+def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and values of every parameter of `model`, those of offloaded modules too, one by one.
+
+    Weights that are tied to others come once, as in `named_parameters`.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta:
+            yield name, parameter.detach()
+        elif not is_tied(model, name):
+            module, _, leaf = name.rpartition(".")
+            home = home_of(model.get_submodule(module))
+            assert home is not None
+            assert home.away is not None
+            yield name, home.away[leaf]
+
+
+def is_tied(model: nn.Module, name: str) -> bool:
+    """Whether the weight called `name` is another one's second name."""
+    tied = getattr(model, "all_tied_weights_keys", {})
+    return name.replace("_original_component.", "") in tied

@@ -1,0 +1,293 @@
+"""Runs with everything outside a circuit ablated; a row is one circuit on one pair.
+
+Nodes: outside the circuit a head's z and an MLP's output take the ablated value, at every
+position. Edges: every reader sees a stream of its own,
+
+    in_v = sum of what its senders write, those of removed edges as ablated
+
+so that a sender reaches some readers as it is in this run and others as it is when ablated. What
+attention's heads of one layer write passes their norm together where there is one (Gemma 2 and
+3, OLMo 2), as that reader sees them. Then a circuit that has all edges of some nodes and no
+others equals the circuit of these nodes.
+
+All rows go through each block of the model at once, from the first position that can differ.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Literal
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from patchsweep.paths.scene import Scene
+from patchsweep.sites import SITES
+from patchsweep.waves.capture import locate, watch
+from patchsweep.waves.readout import Readout
+from patchsweep.waves.replica import Point
+
+# what the rows that travel together write stays within this many bytes
+ROW_BYTES = 512 * 2**20
+
+Kind = Literal["q", "k", "v", "mlp"]
+# from a head's write to the stream: nothing between, a factor, or a norm over all heads together
+Way = Literal["as it is", "linear", "normed"]
+
+
+@torch.no_grad()
+def run_nodes(
+    scene: Scene, keep: Bool[Tensor, "row node"], pair: Int[Tensor, " row"]
+) -> Float[Tensor, "metric row"]:
+    """The metrics of runs on `pair` in which the nodes that are not kept are ablated.
+
+    Nodes stand in the order of `Nodes.senders` without embed, which every circuit keeps.
+    """
+    width = scene.base.resid[0][0, scene.start :].numel()
+    # the stream, q, k, v, z and what the MLP makes of it
+    size = max(1, ROW_BYTES // (4 * 16 * width))
+    ablation = _Nodes(scene)
+    parts = [
+        _score(scene, ablation.run(keep[rows], pair[rows]), pair[rows])
+        for rows in _chunks(len(pair), size)
+    ]
+    return torch.cat(parts, dim=1)
+
+
+@torch.no_grad()
+def run_edges(
+    scene: Scene, keep: Bool[Tensor, "row sender reader"], pair: Int[Tensor, " row"]
+) -> Float[Tensor, "metric row"]:
+    """The metrics of runs on `pair` in which the edges that are not kept are ablated."""
+    width = scene.base.resid[0][0].numel()
+    nodes = scene.nodes
+    n_readers = nodes.n_heads + 2 * nodes.n_kv_heads
+    size = max(1, ROW_BYTES // (4 * width * (len(nodes.senders) + 8 * n_readers)))
+    ablated = _Ablated(scene)
+    parts = []
+    for rows in _chunks(len(pair), size):
+        final = _Edges(ablated, keep[rows], pair[rows]).run()
+        parts.append(_score(scene, final, pair[rows]))
+    return torch.cat(parts, dim=1)
+
+
+def _chunks(n: int, size: int) -> list[slice]:
+    return [slice(first, first + size) for first in range(0, n, size)]
+
+
+def _score(
+    scene: Scene, final: Float[Tensor, "row pos d_model"], pair: Tensor
+) -> Float[Tensor, "metric row"]:
+    """The metrics of runs that end in the residual `final`, from the start on."""
+    readout = Readout(scene.blocks.replica)
+    reads = [read - scene.start for read in scene.batch.reads]
+    parts = []
+    for rows in readout.chunks(len(final), len(reads)):
+        logits = readout.logits(final[rows][:, reads].flatten(0, 1)).float()
+        parts.append(scene.score(logits.unflatten(0, (-1, len(reads))), pair[rows]))
+    return torch.cat(parts, dim=1)
+
+
+class _Nodes:
+    """What node circuits of one scene share."""
+
+    def __init__(self, scene: Scene) -> None:
+        self.scene = scene
+        self.z_points = _z_points(scene)
+        every = torch.arange(scene.base.n_pairs, device=scene.batch.base.device)
+        # An ablated MLP gives what it gave in the source run, so that a norm behind it, if any,
+        # is passed as there; what the ablated value is beyond that is added where it is linear.
+        self.beyond = []
+        for layer, change in enumerate(scene.changes.mlp):
+            source, base = (run.part(layer, "mlp_out") for run in (scene.source, scene.base))
+            rest = base + change - source
+            self.beyond.append(scene.blocks.push(layer, "mlp_out", rest, scene.base, every))
+
+    def run(self, keep: Bool[Tensor, "row node"], pair: Tensor) -> Float[Tensor, "row pos d_model"]:
+        """The final residual of every row, from the start on."""
+        scene, start = self.scene, self.scene.start
+        n_heads = scene.nodes.n_heads
+        by_layer = keep.unflatten(1, (scene.nodes.n_layers, n_heads + 1))
+        x = scene.base.resid[0][pair, start:]
+        for layer in range(scene.nodes.n_layers):
+            heads, gone = by_layer[:, layer, :n_heads], ~by_layer[:, layer, n_heads]
+            new_z = (scene.base.z[layer] + scene.changes.z[layer])[pair, start:]
+
+            def put(z: Tensor, heads: Tensor = heads, new_z: Tensor = new_z) -> Tensor:
+                own = z.reshape(*new_z.shape[:2], n_heads, -1)
+                mixed = torch.where(heads[:, None, :, None], own, new_z.view_as(own))
+                return mixed.reshape(z.shape)
+
+            def replace(kind: Kind, y: Tensor, layer: int = layer, gone: Tensor = gone) -> None:
+                if kind == "mlp":
+                    y[gone] = scene.source.part(layer, "mlp")[pair[gone], start:]
+
+            with watch(self.z_points[layer], put):
+                x = scene.blocks.run(layer, x, scene.base, pair, start, replace)
+            x = x + gone[:, None, None] * self.beyond[layer][pair, start:]
+        return x
+
+
+class _Ablated:
+    """What edge circuits of one scene share: what each sender writes when it is ablated.
+
+    Everything is told as the difference from what the sender writes in the base run.
+    """
+
+    def __init__(self, scene: Scene) -> None:
+        self.scene = scene
+        self.z_points = _z_points(scene)
+        blocks, nodes = scene.blocks, scene.nodes
+        self.ways = [_way_of(scene, layer) for layer in range(nodes.n_layers)]
+        self.normed = [layer for layer, way in enumerate(self.ways) if way == "normed"]
+        self.writes = scene.writes(scene.base, exact=True)
+        self.gains: dict[int, Float[Tensor, "pair head pos d_model"]] = {}
+        for layer in self.normed:  # these are told before the norm, where they add up
+            gained = blocks.head_writes(layer, scene.changes.z[layer], nodes.n_heads)
+            self.gains[layer] = gained[:, :, scene.start :].transpose(0, 1).float()
+            self.writes[:, self.heads(layer)] = 0
+
+    def heads(self, layer: int) -> slice:
+        """The senders that are heads of `layer`."""
+        first = 1 + layer * (self.scene.nodes.n_heads + 1)
+        return slice(first, first + self.scene.nodes.n_heads)
+
+
+class _Edges:
+    """Rows of edge circuits on their way through the blocks."""
+
+    def __init__(
+        self, ablated: _Ablated, keep: Bool[Tensor, "row sender reader"], pair: Tensor
+    ) -> None:
+        self.ablated, self.scene, self.pair = ablated, ablated.scene, pair
+        self.keep = keep.to(ablated.writes)
+        # per sender what it writes in this row, less what it writes when ablated
+        self.more = torch.zeros(len(pair), *ablated.writes.shape[1:]).to(ablated.writes)
+        self.more[:, 0] = -ablated.writes[pair, 0]
+        self.gained: dict[int, Float[Tensor, "row head pos d_model"]] = {}
+
+    def run(self) -> Float[Tensor, "row pos d_model"]:
+        """The final residual of every row as the logits see it, from the start on."""
+        for layer in range(self.scene.nodes.n_layers):
+            self._attention(layer)
+            self._mlp(layer)
+        last = len(self.scene.nodes.readers) - 1
+        return self._seen(slice(last, last + 1))[:, 0]
+
+    def _seen(self, readers: slice) -> Float[Tensor, "row reader pos d_model"]:
+        """The stream that each of these readers of one layer sees."""
+        scene, ablated, pair = self.scene, self.ablated, self.pair
+        reader = scene.nodes.readers[readers.start]
+        n_seen = scene.nodes.n_seen(reader)
+        base = scene.base.resid[reader.layer][:, scene.start :]
+        removed = base + ablated.writes[:, :n_seen].sum(dim=1)
+        kept = self.keep[:, :n_seen, readers].transpose(1, 2) @ self.more[:, :n_seen].flatten(2)
+        seen = removed[pair].unsqueeze(1) + kept.unflatten(-1, base.shape[1:])
+        for layer in ablated.normed:
+            heads = ablated.heads(layer)
+            if heads.stop > n_seen:
+                break
+            gains = ablated.gains[layer][pair]
+            own = self.keep[:, heads, readers].transpose(1, 2) @ (
+                self.gained[layer] - gains
+            ).flatten(2)
+            gained = gains.sum(dim=1).unsqueeze(1) + own.unflatten(-1, base.shape[1:])
+            rows = pair.repeat_interleave(gained.shape[1])
+            seen += self._attention_write(layer, gained.flatten(0, 1), rows).view_as(seen)
+        return seen.to(base)
+
+    def _attention(self, layer: int) -> None:
+        """Attention of `layer`, each of its q, k and v from a stream of its own."""
+        scene, pair, start = self.scene, self.pair, self.scene.start
+        n_heads, n_kv = scene.nodes.n_heads, scene.nodes.n_kv_heads
+        readers = scene.nodes.of_layer(layer)
+        n_readers = n_heads + 2 * n_kv
+        x = self._seen(slice(readers.start, readers.start + n_readers))
+        rows = pair.repeat_interleave(n_readers)
+        qkv = scene.blocks.qkv_of(layer, x.flatten(0, 1), scene.base, rows, start)
+        # reader i is head i among those of its kind
+        own = {}
+        first = 0
+        for kind, every in zip(("q", "k", "v"), qkv, strict=True):
+            head = torch.arange(every.shape[1], device=x.device)
+            own[kind] = every.unflatten(0, (len(pair), n_readers))[:, first + head, head]
+            first += len(head)
+        z = self._z(layer, own)
+        change = z - scene.base.z[layer][pair, start:]
+        gained = scene.blocks.head_writes(layer, change, n_heads)
+        heads = self.ablated.heads(layer)
+        if layer in self.ablated.normed:
+            self.gained[layer] = gained.transpose(0, 1).float()
+            return
+        writes = self._attention_write(layer, gained.flatten(0, 1), pair.repeat(n_heads))
+        by_head = rearrange(writes, "(head row) pos d -> row head pos d", head=n_heads)
+        self.more[:, heads] = by_head - self.ablated.writes[pair, heads]
+
+    def _z(self, layer: int, own: dict[str, Tensor]) -> Float[Tensor, "row pos width"]:
+        """What attention makes of these q, k and v `[row, head, pos, d]`."""
+        scene, pair, start = self.scene, self.pair, self.scene.start
+        x = scene.base.resid[layer][pair, start:]
+        seen: list[Tensor] = []
+
+        def stop(z: Tensor) -> None:
+            seen.append(z.reshape(*x.shape[:2], -1))
+            raise _Seen
+
+        def replace(kind: Kind, value: Tensor) -> None:
+            value.copy_(own[kind])
+
+        with watch(self.ablated.z_points[layer], stop), suppress(_Seen):
+            scene.blocks.run(layer, x, scene.base, pair, start, replace)
+        return seen[0]
+
+    def _mlp(self, layer: int) -> None:
+        """The MLP of `layer` on the stream that it sees."""
+        scene, pair, start = self.scene, self.pair, self.scene.start
+        reader = scene.nodes.of_layer(layer).stop - 1
+        (seen,) = self._seen(slice(reader, reader + 1)).unbind(1)
+        y = scene.blocks.mlp_of(layer, seen, scene.base, pair, start)
+
+        def replace(kind: Kind, value: Tensor) -> None:
+            if kind == "mlp":
+                value.copy_(y)
+
+        x = scene.base.resid[layer][pair, start:]
+        out = scene.blocks.run(layer, x, scene.base, pair, start, replace)
+        sender = self.ablated.heads(layer).stop
+        write = out - scene.base.resid[layer + 1][pair, start:]
+        self.more[:, sender] = write - self.ablated.writes[pair, sender]
+
+    def _attention_write(
+        self, layer: int, gained: Float[Tensor, "row pos d_model"], pair: Tensor
+    ) -> Float[Tensor, "row pos d_model"]:
+        """What the stream gains when attention's output gains `gained` over the base run's."""
+        if self.ablated.ways[layer] == "as it is":
+            return gained
+        base, start = self.scene.base, self.scene.start
+        # blocks take whole prompts here
+        whole = nn.functional.pad(gained, (0, 0, start, 0)).to(base.resid[0])
+        return self.scene.blocks.exact_head_writes(layer, whole, base, pair)[:, start:]
+
+
+class _Seen(Exception):
+    """All that was wanted of a block has been seen."""
+
+
+def _z_points(scene: Scene) -> tuple[Point, ...]:
+    return locate(scene.blocks.replica, SITES["z"]).points
+
+
+def _way_of(scene: Scene, layer: int) -> Way:
+    """How what the heads write reaches the stream, found by sending something along."""
+    # any change that is no multiple of the output itself, which a norm would not see
+    gained = scene.base.part(layer, "attn")[:1].roll(1, dims=-1)
+    first = torch.zeros(1, dtype=torch.long, device=gained.device)
+    once, twice = (
+        scene.blocks.exact_head_writes(layer, factor * gained, scene.base, first)
+        for factor in (1, 2)
+    )
+    if torch.equal(once, gained):
+        return "as it is"
+    return "linear" if torch.equal(2 * once, twice) else "normed"

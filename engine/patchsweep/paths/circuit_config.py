@@ -1,0 +1,54 @@
+"""What `patchsweep circuit` is told besides what every run is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from patchsweep.attribution import Method
+from patchsweep.config import RunConfig
+from patchsweep.errors import ConfigError
+
+# keys of a sweep that say nothing about circuits; what is ablated by is called ablation here
+UNUSED = ("sites", "runner", "precision", "slice", "n_slices", "intervention", "direction")
+
+
+@dataclass
+class CircuitRun(RunConfig):
+    """Circuits of several sizes, each run without the rest of the model."""
+
+    level: str = "edges"  # nodes or edges
+    growth: str = "top"  # top: the largest first; greedy: edges, from the logits backwards
+    sizes: Any = None  # shares of all (up to 1) or numbers of nodes or edges; null: MIB's
+    ablation: str = "resample"  # resample, mean or zero: what the rest is replaced by
+
+    def __post_init__(self) -> None:
+        if self.level not in ("nodes", "edges"):
+            raise ConfigError(f"level={self.level!r} is not known; use nodes or edges")
+        if self.growth not in ("top", "greedy"):
+            raise ConfigError(f"growth={self.growth!r} is not known; use top or greedy")
+        if self.sizes is not None and not (
+            isinstance(self.sizes, list) and all(isinstance(x, int | float) for x in self.sizes)
+        ):
+            raise ConfigError(
+                f"sizes={self.sizes!r} must be a list of shares or numbers, such as [0.01,0.1,1] "
+                "or [50,200]; null takes those of the MIB benchmark"
+            )
+
+    def scored_by(self) -> str | Method:
+        """The one method that ranks nodes or edges.
+
+        Raises:
+            ConfigError: there are several, or it leaves some of them without a score.
+        """
+        asked = self.method.asked()
+        if len(asked) != 1 or not isinstance(asked[0], str | Method):
+            raise ConfigError(
+                "a circuit is ranked by one method that scores all; give method=atp, ig or exact "
+                "for nodes, method=eap, eap_ig or exact for edges"
+            )
+        return asked[0]
+
+    def identity(self) -> dict[str, Any]:
+        """What the results depend on."""
+        return {key: value for key, value in super().identity().items() if key not in UNUSED}

@@ -1,0 +1,147 @@
+"""What nodes and edges are ranked by, before circuits are made of them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.api import sweep
+from patchsweep.attribution import IntegratedInputs, Method
+from patchsweep.errors import MethodError
+from patchsweep.interventions import Intervention, ValueFn
+from patchsweep.pairs import PromptPairs
+from patchsweep.paths.blocks import Blocks
+from patchsweep.paths.edges import edges, exact_edges
+from patchsweep.paths.scene import nodes_of
+from patchsweep.request import MetricLike
+
+Level = Literal["nodes", "edges"]
+Ablation = str | Intervention | float | Tensor | ValueFn
+
+# nodes of the EAP-IG path when it is asked for by its name, as its authors have it
+IG_STEPS = 5
+# what a method of nodes is called for edges
+_OF_EDGES = {
+    "atp": "eap",
+    "eap": "eap",
+    "ig_inputs": "eap_ig",
+    "eap_ig": "eap_ig",
+    "exact": "exact",
+}
+
+
+def method_name(level: Level, method: str | Method) -> str:
+    """The method as the results name it.
+
+    Raises:
+        MethodError: nodes or edges have no such method.
+    """
+    if level == "nodes":
+        if method == "screen":
+            raise MethodError(
+                "method=screen leaves most nodes without an exact effect; use method=exact or "
+                "method=atp"
+            )
+        return method if isinstance(method, str) else method.name
+    if isinstance(method, IntegratedInputs):
+        return "eap_ig"
+    name = method if isinstance(method, str) else method.name
+    if name not in _OF_EDGES:
+        raise MethodError(
+            f"method={name} does not score edges; use eap, eap_ig or exact, or level=nodes"
+        )
+    return _OF_EDGES[name]
+
+
+def circuit_scores(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    metric: MetricLike = "logit_diff",
+    *,
+    level: Level = "edges",
+    method: str | Method = "atp",
+    ablation: Ablation = "resample",
+    read: int = -1,
+) -> xr.DataArray:
+    """What circuits are ranked by: [node] or [sender, reader], signed, in the metric's unit.
+
+    The mean over `pairs` of the effect that ablating the node or edge in the clean run has on the
+    metric, estimated or exact; NaN where there is no such edge. Arguments as of `circuit`.
+    """
+    name = method_name(level, method)
+    if level == "nodes":
+        return _node_scores(model, pairs, metric, method, ablation, read).assign_attrs(method=name)
+    if name == "exact":
+        return _exact_scores(model, pairs, metric, ablation, read)
+    steps = None
+    if name == "eap_ig":
+        steps = method.n_steps if isinstance(method, IntegratedInputs) else IG_STEPS
+    ds = edges(
+        model, pairs, metric, direction="noising", intervention=ablation, steps=steps, read=read
+    )
+    values = ds[f"edge_{name}"].values[0].mean(axis=0)
+    return _edge_array(ds["sender"].values, ds["reader"].values, values, name)
+
+
+def _node_scores(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    metric: MetricLike,
+    method: str | Method,
+    ablation: Ablation,
+    read: int,
+) -> xr.DataArray:
+    ds = sweep(
+        model,
+        pairs,
+        ["z", "mlp_out"],
+        metric,
+        direction="noising",
+        intervention=ablation,
+        positions="all",
+        read=read,
+        method=method,
+    )
+    effects = {}
+    for site in ("z", "mlp_out"):
+        if site in ds:
+            effect = ds[site] - ds["base_metric"]
+        else:
+            effect = next(ds[name] for name in ds.data_vars if str(name).startswith(f"{site}_"))
+        effects[site] = effect.isel(metric=0).mean("pair", skipna=False).values
+    by_layer = np.concatenate([effects["z"], effects["mlp_out"][:, None]], axis=1)
+    labels = [str(sender) for sender in nodes_of(model).senders[1:]]
+    return xr.DataArray(by_layer.ravel(), dims="node", coords={"node": _strings(labels)})
+
+
+def _exact_scores(
+    model: TransformerBridge, pairs: PromptPairs, metric: MetricLike, ablation: Ablation, read: int
+) -> xr.DataArray:
+    nodes = nodes_of(model, Blocks(model).parallel())
+    at = np.nonzero(nodes.possible)
+    every = [(str(nodes.senders[u]), str(nodes.readers[v])) for u, v in zip(*at, strict=True)]
+    ds = exact_edges(
+        model, pairs, every, metric, direction="noising", intervention=ablation, read=read
+    )
+    values = np.full(nodes.possible.shape, np.nan, np.float32)
+    values[at] = (ds["edge"] - ds["base_metric"]).values[0].mean(axis=0)
+    senders, readers = ([str(end) for end in ends] for ends in (nodes.senders, nodes.readers))
+    return _edge_array(senders, readers, values, "exact")
+
+
+def _edge_array(senders: Any, readers: Any, values: Any, method: str) -> xr.DataArray:
+    return xr.DataArray(
+        values,
+        dims=("sender", "reader"),
+        coords={"sender": _strings(senders), "reader": _strings(readers)},
+        attrs={"method": method},
+    )
+
+
+def _strings(values: Any) -> NDArray[Any]:
+    return np.array(values, dtype=object)

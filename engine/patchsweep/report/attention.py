@@ -1,0 +1,265 @@
+"""The page of attention views: the foremost heads' patterns in both runs, and what cells do."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from patchsweep.attention import RankedHead, ranked_heads
+from patchsweep.report.figure import BLUES, RED_BLUE
+from patchsweep.report.html import count, esc, number, percent, plural, token_html, visible
+from patchsweep.report.shell import page, resource, section
+
+N_PAIRS = 8
+"""Pairs whose maps are on the page, as far as they stay within `MAP_BYTES`."""
+
+MAP_BYTES = 6 * 2**20
+
+
+def build(ds: xr.Dataset) -> str:
+    """The whole page of what `patchsweep.attention.attention` gave."""
+    model = str(ds.attrs["provenance"]["model"]).rpartition("/")[2]
+    metrics = [str(name) for name in ds["metric"].values]
+    n_shown = _n_shown(ds)
+    title = f"Attention in {model}: the heads that matter to {metrics[0]}"
+    blocks = [
+        f'<div data-pair="{pair}"{"" if pair == 0 else " hidden"}>{_pair(ds, pair)}</div>'
+        for pair in range(n_shown)
+    ]
+    tables = [
+        f'<div data-pair="{pair}" data-metric="{number_}"'
+        f"{'' if pair == number_ == 0 else ' hidden'}>{_ranking(ds, metric, pair)}</div>"
+        for pair in range(n_shown)
+        for number_, metric in enumerate(metrics)
+    ]
+    parts = [
+        _header(ds, model),
+        _controls(ds, n_shown),
+        section("prompts", "What the model says next", "".join(blocks)),
+        section("ranking", "The heads", _READING + "".join(tables)),
+        section("maps", "Where they look", _MAPS + _cards(ds)),
+    ]
+    return page(
+        title,
+        parts,
+        data=_data(ds, n_shown),
+        scripts=[resource("attention.js")],
+        style=resource("attention.css"),
+    )
+
+
+_READING = (
+    "<p><b>Attribution</b> of a cell is (source pattern &minus; base pattern) &times; gradient: "
+    "to first order, what the metric of the base run would gain if that query looked at that key "
+    "as strongly as it does in the source run. A head's number is the sum over its cells, the mean "
+    "over all pairs; heads are ordered by the sum of absolute values. Patterns alone move: what "
+    "is read at a key stays that of the base run.</p>"
+)
+_MAPS = (
+    "<p>Rows are queries (the token that looks), columns keys (the token looked at); only earlier "
+    "tokens can be looked at. Blue on the left maps is attention probability; on the third, blue "
+    "raises the metric and red lowers it. The frame marks the cell of largest attribution. Point "
+    "at a cell for its tokens and numbers. Attention to the first token is mostly rest: choose "
+    "<i>weighted by |v|</i> to see what the value there is worth.</p>"
+)
+
+
+def _header(ds: xr.Dataset, model: str) -> str:
+    denoising = ds.attrs["direction"] == "denoising"
+    base, source = ("corrupted", "clean") if denoising else ("clean", "corrupted")
+    n_heads = ds.sizes["layer"] * ds.sizes["head"]
+    return (
+        f'<header><h1>Attention in <span class="name">{esc(model)}</span></h1>'
+        f'<p class="lead">{plural(ds.sizes["rank"], "head")} of {count(n_heads)}, and how '
+        f"each attends in the <b>base</b> run (the {base} prompt) and in the <b>source</b> run "
+        f"(the {source} prompt). Which of the differences move the answer is what attribution "
+        "tells.</p></header>"
+    )
+
+
+def _controls(ds: xr.Dataset, n_shown: int) -> str:
+    pairs = [
+        f'<option value="{pair}">{pair}: {esc(visible(str(ds["answer"].values[pair])))} or '
+        f"{esc(visible(str(ds['wrong_answer'].values[pair])))}</option>"
+        for pair in range(n_shown)
+    ]
+    metrics = [
+        f'<option value="{i}">{esc(str(name))}</option>'
+        for i, name in enumerate(ds["metric"].values)
+    ]
+    n_pairs = ds.sizes["pair"]
+    note = f"<span>{plural(n_pairs, 'pair')} in the store; here the first {n_shown}.</span>"
+    return (
+        '<div class="controls">'
+        f'<label>pair <select id="pair">{"".join(pairs)}</select></label>'
+        f'<label>metric <select id="metric">{"".join(metrics)}</select></label>'
+        '<label>patterns <select id="weighted"><option value="">probability</option>'
+        '<option value="1">weighted by |v|</option></select></label>'
+        f"{note if n_shown < n_pairs else ''}</div>"
+    )
+
+
+def _pair(ds: xr.Dataset, pair: int) -> str:
+    """Both prompts, and what follows them."""
+    base, source = (_tokens(ds, run, pair) for run in ("base", "source"))
+    rows = []
+    for run, tokens, others in (("base", base, source), ("source", source, base)):
+        marked = "".join(
+            token_html(token) if token == other else f"<mark>{token_html(token)}</mark>"
+            for token, other in zip(tokens, others, strict=True)
+        )
+        rows.append(f"<tr><th>{run}</th><td>{marked}</td></tr>")
+    values = ", ".join(
+        f"{esc(str(name))} {number(float(ds['base_metric'][i, pair]), sign=True)} in the base run, "
+        f"{number(float(ds['source_metric'][i, pair]), sign=True)} in the source run"
+        for i, name in enumerate(ds["metric"].values)
+    )
+    guesses = "".join(_guesses(ds, run, pair) for run in ("base", "source"))
+    return (
+        f'<table class="prompt">{"".join(rows)}</table><p class="ends">{values}</p>'
+        f'<div class="guess">{guesses}</div>'
+    )
+
+
+def _guesses(ds: xr.Dataset, run: str, pair: int) -> str:
+    mine = ds.sel(run=run).isel(pair=pair)
+    answers = {str(mine["answer"].values), str(mine["wrong_answer"].values)}
+    rows = []
+    for token, prob, logit in zip(
+        mine["top_token"].values, mine["top_prob"].values, mine["top_logit"].values, strict=True
+    ):
+        mark = ' class="right"' if str(token) in answers else ""
+        rows.append(
+            f"<tr{mark}><th>{token_html(str(token))}</th>"
+            f'<td class="n">{percent(float(prob))}</td>'
+            f'<td><span class="bar" style="width:{8 * float(prob):.2f}rem"></span></td>'
+            f'<td class="n">{number(float(logit))}</td></tr>'
+        )
+    both = " and ".join(
+        f"{token_html(str(mine[name].values))} {percent(float(mine[of]))}"
+        for name, of in (("answer", "answer_prob"), ("wrong_answer", "wrong_prob"))
+    )
+    return (
+        f"<div><h3>after the {run} prompt</h3><p class='note'>the answers: {both}</p>"
+        '<div class="scroll"><table><thead><tr><th>next token</th><th class="n">probability</th>'
+        f'<th></th><th class="n">logit</th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
+        "</div></div>"
+    )
+
+
+def _ranking(ds: xr.Dataset, metric: str, pair: int) -> str:
+    tokens = _tokens(ds, "base", pair)
+    rows = "".join(
+        f"<tr><th>{rank + 1}</th><td>L{head.layer} H{head.head}</td>"
+        f'<td class="n {_side(head.attribution)}">{number(head.attribution, sign=True)}</td>'
+        f'<td class="n">{number(head.size)}</td>'
+        f"<td>{_place(head, tokens)}</td>"
+        f'<td class="n {_side(head.cell)}">{number(head.cell, sign=True)}</td>'
+        f'<td class="n">{number(head.base)} → {number(head.source)}</td></tr>'
+        for rank, head in enumerate(ranked_heads(ds, metric, pair))
+    )
+    unit = str(ds["metric_unit"].values[list(ds["metric"].values).index(metric)])
+    head = (
+        f'<th></th><th>head</th><th class="n">attribution, {esc(unit)}</th>'
+        '<th class="n">sum of |cells|</th><th>largest cell of this pair</th>'
+        '<th class="n">its attribution</th><th class="n">probability, base → source</th>'
+    )
+    return (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+        "</div>"
+    )
+
+
+def _place(head: RankedHead, tokens: list[str]) -> str:
+    return (
+        f"{token_html(tokens[head.dest])} <small>{head.dest}</small> looks at "
+        f"{token_html(tokens[head.src])} <small>{head.src}</small>"
+    )
+
+
+def _side(value: float) -> str:
+    return "up" if value > 0 else "down"
+
+
+def _cards(ds: xr.Dataset) -> str:
+    cards = []
+    for rank in range(ds.sizes["rank"]):
+        name = f"L{int(ds['rank_layer'][rank])} H{int(ds['rank_head'][rank])}"
+        maps = "".join(
+            f'<figure><figcaption data-caption="{kind}"></figcaption><div class="map">'
+            f'<canvas data-map="{kind}" role="img" aria-label="{name}, {words}"></canvas>'
+            "</div></figure>"
+            for kind, words in (
+                ("base", "pattern of the base run"),
+                ("source", "pattern of the source run"),
+                ("attribution", "attribution of each cell"),
+            )
+        )
+        cards.append(
+            f'<article class="head" data-rank="{rank}"><h3>{name}<small></small>'
+            f'<button type="button" aria-pressed="false">enlarge</button></h3>'
+            f'<div class="maps">{maps}</div></article>'
+        )
+    return (
+        f'<div class="heads">{"".join(cards)}</div><div class="tip" hidden></div>'
+        "<noscript><p>The maps are drawn by a script inside this page.</p></noscript>"
+    )
+
+
+def _tokens(ds: xr.Dataset, run: str, pair: int) -> list[str]:
+    tokens = [str(token) for token in ds["token"].sel(run=run).isel(pair=pair).values]
+    return tokens[: _length(ds, pair)]
+
+
+def _length(ds: xr.Dataset, pair: int) -> int:
+    """Tokens of the pair's prompts: the last query that has a pattern, and one."""
+    pattern = ds["pattern"].isel(run=0, pair=pair, rank=0, src=0).values
+    return int(np.flatnonzero(~np.isnan(pattern))[-1]) + 1
+
+
+def _n_shown(ds: xr.Dataset) -> int:
+    n = ds.sizes["dest"]
+    size = 2 * (2 + ds.sizes["metric"]) * ds.sizes["rank"] * n * (n + 1) // 2
+    return max(1, min(ds.sizes["pair"], N_PAIRS, MAP_BYTES // size))
+
+
+def _data(ds: xr.Dataset, n_shown: int) -> dict[str, Any]:
+    """What attention.js draws: maps as 16-bit numbers of the cells on and below the diagonal."""
+    units = zip(ds["metric"].values, ds["metric_unit"].values, strict=True)
+    return {
+        "colours": {
+            "pattern": [colour for _, colour in BLUES],
+            "attribution": [colour for _, colour in RED_BLUE],
+        },
+        "metrics": [{"name": str(name), "unit": str(unit)} for name, unit in units],
+        "pairs": [_pair_data(ds.isel(pair=pair), _length(ds, pair)) for pair in range(n_shown)],
+    }
+
+
+def _pair_data(one: xr.Dataset, n: int) -> dict[str, Any]:
+    rows, columns = np.tril_indices(n)
+    cut = {"dest": slice(n), "src": slice(n)}
+    pattern = one["pattern"].isel(cut).transpose("run", "rank", "dest", "src").values
+    cells = one["attribution"].isel(cut).transpose("metric", "rank", "dest", "src").values
+    limit = np.abs(cells).max(axis=(-2, -1))
+    scaled = cells / np.where(limit > 0, limit, 1)[..., None, None]
+    norm = one["value_norm"].isel(src=slice(n)).transpose("run", "rank", "src").values
+    return {
+        "n": n,
+        "tokens": [
+            [visible(str(token)) for token in one["token"].sel(run=run).values[:n]]
+            for run in ("base", "source")
+        ],
+        # [run, rank, cell] in 0..1 and [metric, rank, cell] in -1..1 of `limit`
+        "pattern": _pack(np.rint(pattern[..., rows, columns] * 65535), "<u2"),
+        "attribution": _pack(np.rint(scaled[..., rows, columns] * 32767), "<i2"),
+        "limit": [[float(f"{x:.6g}") for x in row] for row in limit],
+        "norm": [[[float(f"{x:.4g}") for x in row] for row in run] for run in norm],
+    }
+
+
+def _pack(array: np.ndarray, dtype: str) -> str:
+    return base64.b64encode(np.ascontiguousarray(array, dtype=dtype).tobytes()).decode("ascii")

@@ -1,0 +1,339 @@
+"""The page of circuits: how much they do without the rest, at which size, and one of them drawn."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import xarray as xr
+
+from patchsweep.report import question
+from patchsweep.report.figure import RED_BLUE, SERIES, figure, figure_scripts, plain
+from patchsweep.report.graph import Drawn, draw_graph
+from patchsweep.report.html import count, esc, number, percent, plural
+from patchsweep.report.shell import page, section
+from patchsweep.report.tables import provenance_table
+from patchsweep.report.views import choose_views
+
+FAITHFUL = 0.8  # the smallest circuit that does this share of the metric is drawn
+N_DRAWN = 60  # edges that one picture holds
+N_LISTED = 30
+
+_STYLE = """
+.graph { display: block; }
+.scroll.figure { border: 1px solid var(--line); border-radius: 4px; padding: .5rem; }
+tr.chosen td { font-weight: 600; }
+"""
+_ABLATED = {
+    "resample": "is what it would be on the <b>corrupted</b> prompt",
+    "mean": "is its mean over the clean prompts",
+    "zero": "is zero",
+}
+
+
+def chosen_size(ds: xr.Dataset) -> int:
+    """Which size is drawn: the smallest that is faithful by the first metric, else the last."""
+    faithful = np.flatnonzero(ds["faithfulness"].values[0] >= FAITHFUL)
+    return int(faithful[0]) if faithful.size else ds.sizes["size"] - 1
+
+
+def build(ds: xr.Dataset) -> str:
+    """The page of a store of circuits, as HTML that needs nothing from outside itself."""
+    metrics = [str(m) for m in ds["metric"].values]
+    model = str(ds.attrs["provenance"]["model"]).rstrip("/").rpartition("/")[2]
+    parts = [_header(ds, model, metrics)]
+    for n, metric in enumerate(metrics):
+        of = f" of <code>{esc(metric)}</code>" if len(metrics) > 1 else ""
+        parts.append(section(f"curves-{n}", f"How much a circuit does{of}", _curves(ds, n)))
+        parts.append(section(f"sizes-{n}", f"Size by size{of}", _sizes(ds, n)))
+    drawn = _edges(ds) if ds.attrs["level"] == "edges" else _nodes(ds)
+    parts += [
+        section("circuit", "The circuit", drawn),
+        section("first", "The first to join", _first(ds)),
+        section("provenance", "Where the numbers come from", provenance_table(ds)),
+    ]
+    return page(f"Circuits of {model}", parts, scripts=figure_scripts(), style=_STYLE)
+
+
+def _header(ds: xr.Dataset, model: str, metrics: list[str]) -> str:
+    level, ablation = str(ds.attrs["level"]), str(ds.attrs["intervention"])
+    outside = _ABLATED.get(ablation, f"is given by the user ({esc(ablation)})")
+    what = (
+        "An <b>edge</b> is what one part writes into the residual stream, as far as one other part "
+        "reads it"
+        if level == "edges"
+        else "A <b>node</b> is a head or an MLP"
+    )
+    names = " and ".join(f"<code>{esc(metric)}</code>" for metric in metrics)
+    order = (
+        "from the logits backwards, the largest first"
+        if ds.attrs["growth"] == "greedy"
+        else "the largest first"
+    )
+    facts = [
+        ("model", esc(model)),
+        ("pairs", count(ds.sizes["pair"])),
+        (level, count(_n_all(ds))),
+        ("ranked by", f"{esc(ds.attrs['method'])}, {order}"),
+        *((name.upper(), _area(ds, name, metrics[0])) for name in ("cpr", "cmd")),
+    ]
+    shown = "".join(f"<div><dt>{key}</dt><dd>{value}</dd></div>" for key, value in facts)
+    prompts = question.prompts(ds, metrics[0], choose_views(ds, ())[0])
+    return (
+        f'<header><h1>How much of what <span class="name">{esc(model)}</span> does is done by a '
+        f'few of its {level}?</h1><p class="lead">{what}. A circuit is the foremost of them. The '
+        "model reads the <b>clean</b> prompt with every other one ablated, so that what it passes "
+        f"on {outside}, and {names} is read. <b>Faithfulness</b> is the share that is left: 1 "
+        "where the circuit does as the whole model, 0 where it does as a model with everything "
+        "ablated. <b>Completeness</b> asks the reverse: the circuit is ablated and all else kept, "
+        "and 0 says that nothing of it happens elsewhere.</p>"
+        f'<dl class="facts">{shown}</dl>{prompts}</header>'
+    )
+
+
+def _n_all(ds: xr.Dataset) -> int:
+    return int((ds["rank"].values >= 0).sum())
+
+
+def _area(ds: xr.Dataset, name: str, metric: str) -> str:
+    value = ds.attrs[name].get(metric)
+    return number(math.nan if value is None else float(value))
+
+
+def _curves(ds: xr.Dataset, n: int) -> str:
+    metric, level = str(ds["metric"].values[n]), str(ds.attrs["level"])
+    share = 100 * ds["size"].values
+    told = [
+        f"{count(k)} of {count(_n_all(ds))} {level}<br>faithfulness {_share(f)}"
+        f"<br>completeness {_share(c)}"
+        for k, f, c in zip(
+            ds["count"].values,
+            ds["faithfulness"].values[n],
+            ds["completeness"].values[n],
+            strict=True,
+        )
+    ]
+    traces = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "name": words,
+            "x": share,
+            "y": ds[name].values[n],
+            "text": told,
+            "hovertemplate": "%{text}<extra></extra>",
+            "line": {"color": colour, "dash": dash},
+            "marker": {"symbol": symbol, "size": 8},
+        }
+        for name, words, colour, dash, symbol in (
+            ("faithfulness", "the circuit alone (faithfulness)", SERIES[0], "solid", "circle"),
+            ("completeness", "all but the circuit (completeness)", SERIES[1], "dot", "diamond"),
+        )
+    ]
+    layout = {
+        "xaxis": {
+            "type": "log",
+            "title": {"text": f"share of the {level} in the circuit [%]"},
+            "tickvals": [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100],
+        },
+        "yaxis": {"title": {"text": f"share of {plain(metric)}"}},
+        "shapes": [
+            {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y, "layer": "below",
+             "line": {"color": "#7c8894", "width": 1, "dash": "dash"}}
+            for y in (0, 1)
+        ],
+        "height": 380,
+    }  # fmt: skip
+    drawn = figure(f"curve-{n}", traces, layout, caption="Point at a size for its numbers.")
+    return f'<p>{_words(ds, metric)}</p><div class="grid">{drawn}</div>'
+
+
+def _words(ds: xr.Dataset, metric: str) -> str:
+    """What the curve says, and its areas, in a few sentences of HTML."""
+    level = str(ds.attrs["level"])
+    at = ds.sel(metric=metric)
+    found = np.flatnonzero(at["faithfulness"].values >= FAITHFUL)
+    if found.size:
+        i = int(found[0])
+        n, f = int(at["count"].values[i]), float(at["faithfulness"].values[i])
+        first = (
+            f"{count(n)} of {count(_n_all(ds))} {level} ({percent(n / _n_all(ds))}) keep "
+            f"{number(f)} of the metric; of the sizes that were run it is the smallest with "
+            f"{FAITHFUL} or more."
+        )
+    else:
+        first = f"No circuit that was run keeps {FAITHFUL} of the metric."
+    if metric not in ds.attrs["cpr"]:
+        return f"{first} Where clean runs and fully ablated ones agree there is no such share."
+    cpr, cmd = (number(float(ds.attrs[name][metric])) for name in ("cpr", "cmd"))
+    best = number(float(ds["size"].values[-1] - ds["size"].values[0]))
+    return (
+        f"{first} The area under the faithfulness curve (<b>CPR</b>) is {cpr}, where circuits that "
+        f"do as the model at every size have {best}; more than that is possible, by circuits that "
+        "leave out what works against the metric. The area between the curve and 1 "
+        f"(<b>CMD</b>) is {cmd}; 0 is best. Both are taken over the share itself, as the MIB "
+        "benchmark does, not over its logarithm as drawn: the large circuits count most. They can "
+        "be compared with those of circuits of the same sizes alone."
+    )
+
+
+def _sizes(ds: xr.Dataset, n: int) -> str:
+    level, chosen = str(ds.attrs["level"]), chosen_size(ds)
+    whole = "n_connected" in ds
+    heads = ["share", level, *(["on a whole way"] if whole else []), "metric, mean"]
+    heads += ["faithfulness", "completeness"]
+    columns = "".join(f'<th scope="col" class="n">{name}</th>' for name in heads)
+    body = []
+    for i, share in enumerate(ds["size"].values):
+        at = ds.isel(metric=n, size=i)
+        cells = [percent(float(share)), count(int(at["count"]))]
+        if whole:
+            cells.append(count(int(at["n_connected"])))
+        cells.append(number(float(at["circuit_metric"].mean()), sign=True))
+        cells += [_share(float(at[name])) for name in ("faithfulness", "completeness")]
+        row = "".join(f'<td class="n">{cell}</td>' for cell in cells)
+        body.append(f"<tr{' class=chosen' if i == chosen else ''}>{row}</tr>")
+    ends = ", ".join(
+        f"{words} {number(float(ds[name].values[n].mean()), sign=True)}"
+        for name, words in (("base_metric", "clean"), ("empty_metric", "everything ablated"))
+    )
+    note = (
+        " Edges on no whole way from the embeddings to the logits count for the size, and are "
+        "ablated in the run."
+        if whole
+        else ""
+    )
+    return (
+        f"<p>Means over {plural(ds.sizes['pair'], 'pair')}: {ends}.{note} The bold row is the "
+        'circuit below.</p><div class="scroll"><table><thead><tr>'
+        f"{columns}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def _share(x: float) -> str:
+    """Three decimals, however small."""
+    return number(x if not abs(x) < 5e-4 else 0.0)
+
+
+def _edges(ds: xr.Dataset) -> str:
+    """The chosen circuit of edges as a graph."""
+    size = chosen_size(ds)
+    n = int(ds["count"].values[size])
+    ranks, scores = ds["rank"].values, ds["score"].values
+    at = np.argwhere((ranks >= 0) & (ranks < min(n, N_DRAWN)))
+    if not len(at):
+        return '<p class="empty">The circuit has no edge.</p>'
+    drawn = []
+    for sender, reader in sorted(at.tolist(), key=lambda ends: int(ranks[tuple(ends)])):
+        u, v = str(ds["sender"].values[sender]), str(ds["reader"].values[reader])
+        score, rank = float(scores[sender, reader]), int(ranks[sender, reader])
+        title = f"{u} → {v}: number {rank + 1}, {_effect(score)}"
+        drawn.append(Drawn(u, v, -score, title))
+    group = int(ds.attrs["n_heads"]) // int(ds.attrs["n_kv_heads"])
+    shared = (
+        f" Keys and values are read once for {group} heads: they have boxes of their own (kv)."
+        if group > 1
+        else ""
+    )
+    part = (
+        f"Too many to draw: these are the first {count(len(drawn))} that joined"
+        if n > len(drawn)
+        else f"All {plural(len(drawn), 'edge')} are drawn"
+    )
+    svg = draw_graph(["embed", "logits"], drawn, group=group, label="The circuit as a graph")
+    return (
+        f"<p>{_which(ds, size, plural(n, 'edge'))} {part}. Read it upwards: tokens enter at the "
+        "bottom, each row is a layer (rows without a box are left out), the logits are on top. "
+        '<b class="blue">Blue</b>: the metric falls without the edge. <b class="red">Red</b>: it '
+        "rises. The wider, the more, by the score that ranked it. Letters below a head say what "
+        f"reads: q, k or v.{shared} Point at a line for its numbers.</p>"
+        f'<div class="scroll figure">{svg}</div>'
+    )
+
+
+def _which(ds: xr.Dataset, size: int, size_in_words: str) -> str:
+    f = float(ds["faithfulness"].values[0][size])
+    if f >= FAITHFUL:
+        return (
+            f"The smallest circuit that was run with a faithfulness of {FAITHFUL} or more has "
+            f"{size_in_words} ({number(f)})."
+        )
+    return f"No circuit that was run is as faithful as {FAITHFUL}; the largest has {size_in_words}."
+
+
+def _effect(score: float) -> str:
+    return f"{number(score, sign=True)} when it is ablated"
+
+
+def _nodes(ds: xr.Dataset) -> str:
+    """The chosen circuit of nodes as a map of layers and heads."""
+    size = chosen_size(ds)
+    n, n_heads = int(ds["count"].values[size]), int(ds.attrs["n_heads"])
+    inside = ds["member"].values[size].astype(bool)
+    effect = np.where(inside, -ds["score"].values, np.nan).reshape(-1, n_heads + 1)
+    told = [
+        f"{plain(name)}: number {rank + 1}, {_effect(float(score))}"
+        + ("" if kept else "<br>not in the circuit")
+        for name, rank, score, kept in zip(
+            ds["node"].values, ds["rank"].values, ds["score"].values, inside, strict=True
+        )
+    ]
+    limit = float(np.nanmax(np.abs(effect))) if inside.any() else 1.0
+    columns = [*(f"h{head}" for head in range(n_heads)), "MLP"]
+    layers = [str(layer) for layer in range(len(effect))]
+    trace = {
+        "type": "heatmap",
+        "x": columns,
+        "y": layers,
+        "z": effect,
+        "text": np.array(told, dtype=object).reshape(effect.shape),
+        "hovertemplate": "%{text}<extra></extra>",
+        "hoverongaps": True,
+        "colorscale": RED_BLUE,
+        "zmin": -limit or -1.0,
+        "zmax": limit or 1.0,
+        "xgap": 2,
+        "ygap": 2,
+        "colorbar": {"title": {"text": "falls by"}, "thickness": 12},
+    }
+    layout = {
+        "height": max(260, 90 + 18 * len(layers)),
+        "xaxis": {"type": "category", "showgrid": False},
+        "yaxis": {"type": "category", "title": {"text": "layer"}, "showgrid": False},
+        "plot_bgcolor": "#ccd3da",
+    }
+    drawn = figure("nodes", [trace], layout, caption="Point at a node for its numbers.")
+    return (
+        f"<p>{_which(ds, size, plural(n, 'node'))} Each cell is a head or an MLP, the last layer "
+        'on top; grey ones are outside and ablated. <b class="blue">Blue</b>: the metric falls '
+        'when the node alone is ablated. <b class="red">Red</b>: it rises. The embeddings belong '
+        f'to every circuit.</p><div class="grid">{drawn}</div>'
+    )
+
+
+def _first(ds: xr.Dataset) -> str:
+    ranks, scores = ds["rank"].values, ds["score"].values
+    edges = ds.attrs["level"] == "edges"
+    names = ["sender", "reader"] if edges else ["node"]
+    body = []
+    for place in sorted(np.argwhere((ranks >= 0) & (ranks < N_LISTED)).tolist(),
+                        key=lambda place: int(ranks[tuple(place)])):  # fmt: skip
+        labels = "".join(
+            f"<td>{esc(ds[dim].values[i])}</td>" for dim, i in zip(names, place, strict=True)
+        )
+        rank, score = int(ranks[tuple(place)]), float(scores[tuple(place)])
+        assert math.isfinite(score)
+        body.append(
+            f'<tr><td class="n">{rank + 1}</td>{labels}<td class="n">{number(score, sign=True)}'
+            "</td></tr>"
+        )
+    unit = str(ds["metric_unit"].values[0])
+    inside = f" [{esc(unit)}]" if unit else ""
+    columns = "".join(f'<th scope="col">{name}</th>' for name in names)
+    return (
+        f"<p>What ranked them: the effect on <code>{esc(ds['metric'].values[0])}</code> of "
+        f"ablating it alone, by {esc(ds.attrs['method'])}, mean over the pairs. Below zero: the "
+        'metric falls without it.</p><div class="scroll"><table><thead><tr>'
+        f'<th scope="col" class="n">turn</th>{columns}<th scope="col" class="n">effect{inside}'
+        f"</th></tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+    )

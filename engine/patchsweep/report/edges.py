@@ -1,0 +1,348 @@
+"""The page of edges: the foremost drawn, estimates beside exact effects, and the numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+
+from patchsweep.report import question
+from patchsweep.report.graph import Drawn, draw_graph
+from patchsweep.report.html import count, esc, number, plural, token_html, visible
+from patchsweep.report.shell import page, section
+from patchsweep.report.tables import provenance_table
+from patchsweep.report.views import choose_views
+
+N_DRAWN = 40
+N_LISTED = 40  # rows of the table that are not behind a fold
+N_ESTIMATED = 200  # rows where nothing was run exactly
+
+# kind of reader -> what it is called, and its colour and shape in the scatter
+_KINDS = {
+    "q": ("queries", "#2166ac"),
+    "k": ("keys", "#7b3294"),
+    "v": ("values", "#1f7a4d"),
+    "mlp": ("MLPs", "#b35c00"),
+    "logits": ("the logits", "#1c2126"),
+}
+_STYLE = """
+.graph, .points { display: block; margin: 0 auto; }
+.points { max-width: 100%; height: auto; }
+.scroll.figure { border: 1px solid var(--line); border-radius: 4px; padding: .5rem; }
+.side { display: flex; flex-wrap: wrap; gap: 1.5rem 2.5rem; align-items: flex-start; }
+.side > * { min-width: 0; max-width: 100%; }
+.dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .4em; }
+td .token { white-space: nowrap; }
+td.flip { color: #a8152a; font-weight: 600; }
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One edge, for one metric, its effects meaned over the pairs that have it."""
+
+    sender: str
+    reader: str
+    pos: int | None  # the position where it is read; None: all together
+    token: str  # of the base run there; "" where pairs differ
+    estimate: float  # of the effect, in the metric's unit; NaN: not estimated
+    exact: float  # NaN: not run
+
+    @property
+    def value(self) -> float:
+        """The exact effect; where there is none, the estimate."""
+        return self.exact if math.isfinite(self.exact) else self.estimate
+
+    @property
+    def kind(self) -> str:
+        """q, k, v, mlp or logits."""
+        if self.reader == "logits":
+            return "logits"
+        return "mlp" if self.reader.startswith("m") else self.reader[-1]
+
+
+def rows_of(ds: xr.Dataset, metric: str) -> list[Row]:
+    """The edges that were run exactly, else the foremost by their estimates; largest first."""
+    one = ds.sel(metric=metric)
+    if "edge" in one:
+        exact = _over_pairs(one["edge"] - one["base_metric"])
+        estimate = exact * np.nan
+        if "edge_estimate" in one:
+            estimate = _over_pairs(one["edge_estimate"])
+        ends = [one[name].values for name in ("edge_sender", "edge_reader")]
+    else:
+        estimate = _over_pairs(one["edge_eap" if "edge_eap" in one else "edge_eap_ig"])
+        exact = estimate * np.nan
+        ends = [one[name].values for name in ("sender", "reader")]
+    x, y = exact.values.ravel(), estimate.values.ravel()
+    size = np.abs(np.where(np.isfinite(x), x, y))
+    order = np.argsort(-np.nan_to_num(size, nan=-1.0), kind="stable")
+    found = [i for i in order if np.isfinite(size[i])]
+    if "edge" not in one:
+        found = found[:N_ESTIMATED]
+    tokens = _tokens(one)
+    rows = []
+    for i in found:
+        at = dict(zip(exact.dims, np.unravel_index(i, exact.shape), strict=True))
+        if "chosen" in at:
+            sender, reader = (end[at["chosen"]] for end in ends)
+        else:
+            sender, reader = ends[0][at["sender"]], ends[1][at["reader"]]
+        pos = int(at["pos"]) if "pos" in at else None
+        if "edge_pos" in one.coords:
+            pos = int(one["edge_pos"].values[at["chosen"]])
+        token = "" if pos is None else tokens[pos]
+        rows.append(Row(str(sender), str(reader), pos, token, float(y[i]), float(x[i])))
+    return rows
+
+
+def correlation(rows: Sequence[Row]) -> float:
+    """Pearson's, of estimates and exact effects; NaN where one of them does not vary."""
+    both = [(r.estimate, r.exact) for r in rows if math.isfinite(r.estimate + r.exact)]
+    if len(both) < 3:
+        return math.nan
+    x, y = np.array(both).T
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return math.nan
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def build(ds: xr.Dataset) -> str:
+    """The page of a store of edges, as HTML that needs nothing from outside itself."""
+    metrics = [str(m) for m in ds["metric"].values]
+    model = str(ds.attrs["provenance"]["model"]).rstrip("/").rpartition("/")[2]
+    parts = [_header(ds, model, metrics)]
+    for n, metric in enumerate(metrics):
+        unit = str(ds["metric_unit"].values[n])
+        rows = rows_of(ds, metric)
+        of = f": <code>{esc(metric)}</code>" if len(metrics) > 1 else ""
+        parts += [
+            section(f"graph-{n}", f"The foremost edges{of}", _graph(ds, rows, unit)),
+            section(f"agreement-{n}", f"How far the estimates go{of}", _agreement(rows, unit)),
+            section(f"table-{n}", f"The numbers{of}", _listed(rows, metric, unit)),
+        ]
+    parts.append(section("provenance", "Where the numbers come from", provenance_table(ds)))
+    return page(f"Edges of {model}", parts, style=_STYLE)
+
+
+def _over_pairs(values: xr.DataArray) -> xr.DataArray:
+    return values.astype(np.float64).mean("pair", skipna=True)
+
+
+def _tokens(ds: xr.Dataset) -> list[str]:
+    """The base run's tokens; "" where the pairs differ."""
+    columns = ds["base_token"].values.T
+    return [str(column[0]) if len(set(column)) == 1 else "" for column in columns]
+
+
+def _header(ds: xr.Dataset, model: str, metrics: Sequence[str]) -> str:
+    noising = ds.attrs.get("direction") == "noising"
+    base = "clean" if noising else "corrupted"
+    resampled = ds.attrs.get("intervention") == "resample"
+    change = (
+        "what it writes in the <b>source</b> run, on the other prompt of the pair"
+        if resampled
+        else f"another value ({esc(ds.attrs.get('intervention'))})"
+    )
+    where = (
+        " An edge here is read at one position alone." if ds.attrs.get("positions") is True else ""
+    )
+    names = " and ".join(f"<code>{esc(metric)}</code>" for metric in metrics)
+    view = choose_views(ds, ())[0]
+    prompts = "".join(question.prompts(ds, metric, view) for metric in metrics[:1])
+    rows = rows_of(ds, metrics[0])
+    facts = [("model", esc(model)), ("pairs", count(ds.sizes["pair"]))]
+    name = next((n for n in ("edge_eap", "edge_eap_ig") if n in ds), None)
+    if name is not None:
+        scored = int(np.isfinite(ds[name].values[0]).any(axis=0).sum())
+        facts.append(("edges scored", count(scored)))
+    if "edge" in ds:
+        facts.append(("run exactly", count(len(rows))))
+        if math.isfinite(correlation(rows)):
+            facts.append(("correlation", number(correlation(rows))))
+    shown = "".join(f"<div><dt>{key}</dt><dd>{value}</dd></div>" for key, value in facts)
+    return (
+        f'<header><h1>Which parts of <span class="name">{esc(model)}</span> listen to which?</h1>'
+        f'<p class="lead">An edge leads from a part that writes into the residual stream (a '
+        "<b>sender</b>: the embeddings, a head, an MLP) to a part that reads it (a <b>reader</b>: "
+        "the queries, keys or values of a head, an MLP, the logits). The <b>base</b> run reads the "
+        f"{base} prompt. One reader at a time is shown {change} for one sender, all else stays, "
+        f"and {names} is read again: the change is the edge's effect.{where}</p>"
+        f'<dl class="facts">{shown}</dl>{prompts}</header>'
+    )
+
+
+def _graph(ds: xr.Dataset, rows: Sequence[Row], unit: str) -> str:
+    if not rows:
+        return ""
+    chosen = rows[:N_DRAWN]
+    drawn = [Drawn(row.sender, row.reader, row.value, _title(row, unit)) for row in chosen]
+    group = int(ds.attrs["n_heads"]) // int(ds.attrs["n_kv_heads"])
+    over = "" if ds.sizes["pair"] == 1 else f", mean over {plural(ds.sizes['pair'], 'pair')}"
+    shared = (
+        f" Keys and values are read once for {group} heads: they have boxes of their own (kv), "
+        "which dashed lines join to the heads."
+        if group > 1
+        else ""
+    )
+    svg = draw_graph(
+        ["embed", "logits"], drawn, group=group, label=f"The {len(drawn)} largest edges as a graph"
+    )
+    return (
+        f"<p>The {plural(len(drawn), 'edge')} with the largest "
+        f"{'exact effects' if math.isfinite(chosen[0].exact) else 'estimates'}{over}. Read it "
+        "upwards: tokens enter at the bottom, each row is a layer (rows without a box are left "
+        'out), the logits are on top. <b class="blue">Blue</b>: the edge raises the metric. '
+        '<b class="red">Red</b>: it lowers it. The wider, the larger. Letters below a head say '
+        f"what reads: q, k or v.{shared} Point at a line for its numbers.</p>"
+        f'<div class="scroll figure">{svg}</div>'
+    )
+
+
+def _title(row: Row, unit: str) -> str:
+    where = "" if row.pos is None else f" at {_where(row)}"
+    numbers = [
+        f"{name} {number(value, sign=True)}"
+        for name, value in (("exact", row.exact), ("estimate", row.estimate))
+        if math.isfinite(value)
+    ]
+    return f"{row.sender} → {row.reader}{where}: {', '.join(numbers)} {unit}".rstrip()
+
+
+def _where(row: Row) -> str:
+    return f"{row.pos} {visible(row.token)}".rstrip()
+
+
+def _agreement(rows: Sequence[Row], unit: str) -> str:
+    """The scatter, and how the kinds of readers fare; "" unless both numbers are there."""
+    both = [row for row in rows if math.isfinite(row.estimate + row.exact)]
+    if not both:
+        return ""
+    body = []
+    for kind, (name, colour) in _KINDS.items():
+        mine = [row for row in both if row.kind == kind]
+        if not mine:
+            continue
+        same = sum(row.estimate * row.exact > 0 for row in mine)
+        ratios = [row.estimate / row.exact for row in mine if row.exact]
+        body.append(
+            f'<tr><td><span class="dot" style="background:{colour}"></span>{name}</td>'
+            f'<td class="n">{count(len(mine))}</td><td class="n">{number(correlation(mine))}</td>'
+            f'<td class="n">{number(float(np.median(ratios or [math.nan])))}</td>'
+            f'<td class="n">{count(len(mine) - same)}</td></tr>'
+        )
+    table = (
+        '<div class="scroll"><table><thead><tr><th scope="col">read by</th>'
+        '<th scope="col" class="n">edges</th><th scope="col" class="n">correlation</th>'
+        '<th scope="col" class="n">estimate / exact</th>'
+        f'<th scope="col" class="n">sign wrong</th></tr></thead><tbody>{"".join(body)}</tbody>'
+        "</table></div>"
+    )
+    return (
+        "<p>Each point is one edge: its exact effect across, its estimate up. On the diagonal the "
+        "estimate is right. Both axes are stretched near zero (square roots), so that small "
+        "effects can be told apart. Estimates are slopes at the base run, and edges were chosen "
+        "by them: what they put too low is missing here. In the table the ratio is the median.</p>"
+        f'<div class="side"><div>{_scatter(both, unit)}</div>{table}</div>'
+    )
+
+
+def _scatter(rows: Sequence[Row], unit: str) -> str:
+    """Exact effect across, estimate up, both as signed square roots on one scale."""
+    values = [v for row in rows for v in (row.exact, row.estimate)]
+    ends = _root(min(0.0, *values)), _root(max(0.0, *values))
+    room = 0.05 * ((ends[1] - ends[0]) or 1.0)
+    low, high = ends[0] - room, ends[1] + room
+    size, left, below = 400, 56, 44
+
+    def at(value: float) -> float:
+        return size * (_root(value) - low) / (high - low)
+
+    parts = []
+    for tick in _ticks(min(0.0, *values), max(0.0, *values)):
+        x, y, axis = left + at(tick), 8 + size - at(tick), "#7c8894" if tick == 0 else "#e6eaee"
+        parts.append(
+            f'<path d="M{x:.1f} 8V{8 + size}M{left} {y:.1f}H{left + size}" stroke="{axis}"/>'
+            f'<text x="{x:.1f}" y="{size + 24}" text-anchor="middle">{tick:g}</text>'
+            f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>'
+        )
+    parts.append(
+        f'<path d="M{left} {8 + size}L{left + size} 8" stroke="#7c8894" stroke-dasharray="4 4"/>'
+    )
+    for row in reversed(rows):  # the largest on top
+        parts.append(
+            f'<circle cx="{left + at(row.exact):.1f}" cy="{8 + size - at(row.estimate):.1f}" '
+            f'r="4" fill="{_KINDS[row.kind][1]}" fill-opacity=".7" stroke="#fff" '
+            f'stroke-width=".6"><title>{esc(_title(row, unit))}</title></circle>'
+        )
+    inside = f" [{esc(unit)}]" if unit else ""
+    parts.append(
+        f'<text x="{left + size / 2}" y="{size + below}" text-anchor="middle">exact{inside}</text>'
+        f'<text transform="translate(14 {8 + size / 2}) rotate(-90)" text-anchor="middle">'
+        f"estimate{inside}</text>"
+    )
+    width, height = left + size + 10, size + below + 10
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="points" role="img" '
+        f'aria-label="Estimates against exact effects" width="{width}" height="{height}" '
+        f'viewBox="0 0 {width} {height}" font-size="12" fill="#545d66">{"".join(parts)}</svg>'
+    )
+
+
+def _root(value: float) -> float:
+    return math.copysign(math.sqrt(abs(value)), value)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """0 and, to both sides as far as they reach, 1 and 3 times powers of ten."""
+    largest = max(-low, high)
+    if largest == 0:
+        return [0.0]
+    top = math.floor(math.log10(largest))
+    sizes = [m * 10.0**k for k in (top - 1, top) for m in (1, 3) if m * 10.0**k >= largest / 40]
+    return [0.0, *(sign * x for x in sizes for sign in (-1, 1) if low <= sign * x <= high)]
+
+
+def _listed(rows: Sequence[Row], metric: str, unit: str) -> str:
+    if not rows:
+        return '<p class="empty">The store holds no edge.</p>'
+    positions = any(row.pos is not None for row in rows)
+    head = ["sender", "reader", *(["position"] if positions else [])]
+    columns = "".join(f'<th scope="col">{name}</th>' for name in head) + "".join(
+        f'<th scope="col" class="n">{name}</th>' for name in ("estimate", "exact", "agreement")
+    )
+
+    def table(some: Sequence[Row]) -> str:
+        body = "".join(_tr(row, positions) for row in some)
+        return (
+            f'<div class="scroll"><table><thead><tr>{columns}</tr></thead><tbody>{body}</tbody>'
+            "</table></div>"
+        )
+
+    rest = rows[N_LISTED:]
+    fold = (
+        f"<details><summary>{plural(len(rest), 'more edge')}</summary>{table(rest)}</details>"
+        if rest
+        else ""
+    )
+    inside = f", in {esc(unit)}" if unit else ""
+    return (
+        f"<p>Effects on <code>{esc(metric)}</code>{inside}, the largest first. Agreement is the "
+        "estimate as a share of the exact effect: 1 is right, below 0 has the wrong sign.</p>"
+        f"{table(rows[:N_LISTED])}{fold}"
+    )
+
+
+def _tr(row: Row, positions: bool) -> str:
+    where = f"<td>{row.pos} {token_html(row.token) if row.token else ''}</td>" if positions else ""
+    share = row.estimate / row.exact if row.exact else math.nan
+    side = "up" if row.value > 0 else "down"
+    return (
+        f'<tr><th scope="row">{esc(row.sender)}</th><td><code>{esc(row.reader)}</code></td>{where}'
+        f'<td class="n">{number(row.estimate, sign=True)}</td>'
+        f'<td class="n {side}">{number(row.exact, sign=True)}</td>'
+        f'<td class="n{" flip" if share < 0 else ""}">{number(share)}</td></tr>'
+    )

@@ -1,0 +1,128 @@
+"""Plotly figures from Python data: scatter plots, curves and heat maps without a script each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from plotly.offline import get_plotlyjs
+
+from patchsweep.report.html import embed_json, esc
+from patchsweep.report.shell import resource
+
+# ColorBrewer, as in the maps of sweeps: blue for more, red for less; one hue where nothing is less
+RED_BLUE = [
+    [i / 10, colour]
+    for i, colour in enumerate(
+        "#67001f #b2182b #d6604d #f4a582 #fddbc7 #f7f7f7 #d1e5f0 #92c5de #4393c3 #2166ac "
+        "#053061".split()
+    )
+]
+BLUES = [
+    [i / 8, colour]
+    for i, colour in enumerate(
+        "#ffffff #deebf7 #c6dbef #9ecae1 #6baed6 #4292c6 #2171b5 #08519c #08306b".split()
+    )
+]
+SERIES = ("#2166ac", "#b35c00", "#1f7a4d", "#7b3294", "#a8152a", "#545d66")
+"""Colours of lines and points that stand beside each other, apart for the colour-blind too."""
+
+_INK, _SOFT, _GRID = "#1c2126", "#545d66", "#e6eaee"
+_AXIS = {
+    "gridcolor": _GRID,
+    "zeroline": False,
+    "fixedrange": True,
+    "ticks": "",
+    "linecolor": "#d9dee3",
+    "automargin": True,
+}
+_LAYOUT: dict[str, Any] = {
+    "height": 340,
+    "margin": {"l": 56, "r": 12, "t": 14, "b": 46},
+    "paper_bgcolor": "#fff",
+    "plot_bgcolor": "#fff",
+    "font": {"size": 12, "color": _INK},
+    "colorway": list(SERIES),
+    "hoverlabel": {
+        "bgcolor": "#fff",
+        "bordercolor": _SOFT,
+        "align": "left",
+        "font": {"size": 13, "color": _INK},
+    },
+    "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+    "xaxis": {},
+    "yaxis": {},
+}
+
+
+def figure(
+    name: str,
+    traces: Sequence[Mapping[str, Any]],
+    layout: Mapping[str, Any] | None = None,
+    *,
+    title: str = "",
+    caption: str = "",
+    wide: bool = True,
+) -> str:
+    """A plotly figure as HTML; `figure_scripts` draws it when the page is opened.
+
+    Arrays of numpy and xarray become lists, numbers that are not finite become gaps. `layout`
+    goes over the defaults of every page, key by key; axes have a grid and no zoom. Labels are
+    read by plotly as a small HTML of its own: put `plain` around text that comes from a store.
+
+    Args:
+        name: id in the page, and the name of the file when a reader saves the picture.
+        title: plain text, for a heading and for readers who do not see; escaped here.
+        caption: HTML under the figure.
+        wide: takes the page's whole width inside a `<div class="grid">`.
+    """
+    merged = _over(_LAYOUT, layout or {})
+    for key in [key for key in merged if key.startswith(("xaxis", "yaxis"))]:
+        merged[key] = _over(_AXIS, merged[key])
+    heading = f"<h3>{esc(title)}</h3>" if title else ""
+    under = f"<figcaption>{caption}</figcaption>" if caption else ""
+    spec = {"data": [_json(trace) for trace in traces], "layout": _json(merged)}
+    return (
+        f'<figure class="{"wide" if wide else "half"}">{heading}'
+        f'<div class="plot" id="{esc(name)}" data-figure role="img" '
+        f'aria-label="{esc(title or name)}"></div>'
+        f'<script type="application/json" id="{esc(name)}-figure">{embed_json(spec)}</script>'
+        f"{under}</figure>"
+    )
+
+
+def figure_scripts() -> list[str]:
+    """The scripts that a page with figures gives to `shell.page`: plotly, and what draws them."""
+    return [get_plotlyjs(), resource("figures.js")]
+
+
+def plain(text: object) -> str:
+    """`text` for plotly's labels, in which it cannot be markup."""
+    return str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _over(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid on `under`, mappings key by key."""
+    both = dict(under)
+    for key, value in over.items():
+        deep = isinstance(value, Mapping) and isinstance(both.get(key), Mapping)
+        both[key] = _over(both[key], value) if deep else value
+    return both
+
+
+def _json(value: Any) -> Any:
+    """`value` as JSON takes it; six digits are more than a picture shows."""
+    if isinstance(value, Mapping):
+        return {str(key): _json(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray | xr.DataArray):
+        return _json(np.asarray(value).tolist())
+    if isinstance(value, list | tuple):
+        return [_json(item) for item in value]
+    if isinstance(value, np.generic):
+        return _json(value.item())
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value

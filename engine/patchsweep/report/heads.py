@@ -1,0 +1,479 @@
+"""The page of a study of heads: maps of every ablation, classes, and where the ablations part."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from patchsweep.report import question
+from patchsweep.report.figure import RED_BLUE, SERIES
+from patchsweep.report.html import count, esc, number, plural
+from patchsweep.report.shell import page, section
+from patchsweep.report.tables import provenance_table
+from patchsweep.report.views import choose_views
+
+N_LISTED = 12  # heads of a class in its row
+N_HEADS = 30  # rows of the table of single heads
+_ALL = "all"
+# rows of the table that are no class
+_WHOLE = {_ALL: "all heads", "with_constant": "heads with an optimal constant"}
+_REFERENCE = "resample"
+# ablation -> what takes the place of z
+_ABLATIONS = {
+    "resample": "its z on the corrupted prompt",
+    "mean": "its mean z over all positions of all clean prompts",
+    "mean_label": "its mean z over the positions with the same label",
+    "zero": "zeros",
+    "optimal": "the constant that changes the predictions least",
+}
+# class -> what a head of it does
+_CLASSES = {
+    "induction": "after a repeated word, looks at what came after it the first time",
+    "previous_token": "looks at the token before",
+    "duplicate_token": "looks at the same word earlier on",
+    "name_mover": "looks at IO from the end, and writes directly in favour of its name",
+    "negative": "looks at IO from the end, and writes directly against its name",
+    "s_inhibition": "looks at S2 from the end, and works through the queries of name movers",
+    "backup": "writes directly for the name only when the name movers are held at their means",
+    "other": "none of these",
+}
+# class -> the thresholds that it depends on
+_RULES = {
+    "induction": ("induction",),
+    "previous_token": ("previous_token",),
+    "duplicate_token": ("duplicate_token",),
+    "name_mover": ("attention", "direct"),
+    "negative": ("attention", "direct"),
+    "s_inhibition": ("attention", "queries"),
+    "backup": ("direct", "rise"),
+}
+_STYLE = """
+.heads {
+  display: grid; gap: 1.6rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 16rem), 1fr));
+}
+.heads svg { display: block; width: 100%; height: auto; }
+.heads text { font: 11px var(--sans); fill: var(--soft); }
+.heads h3 { margin-bottom: .3rem; }
+.key { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; font-size: .9rem; }
+.dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .4em; }
+.scroll td { vertical-align: baseline; }
+td.wide { white-space: normal !important; min-width: 16rem; }
+"""
+_COLOURS = (*SERIES, "#d6609a")  # one for each class
+_SIZE = 15  # of a cell
+_LEFT, _TOP = 30, 6
+
+
+@dataclass(frozen=True)
+class Heads:
+    """One metric of a study as plain arrays, means over pairs."""
+
+    metric: str
+    unit: str
+    ablations: tuple[str, ...]
+    layers: tuple[int, ...]
+    heads: tuple[int, ...]
+    effect: NDArray[np.float64]  # [ablation, layer, head]; of the position where it is largest
+    pos: NDArray[np.object_] | None  # [ablation, layer, head] that position's name, if any
+    classes: dict[tuple[int, int], list[str]]  # head -> its classes, `other` left out
+
+    @property
+    def limit(self) -> float:
+        """Where the colours of all maps end."""
+        sizes = np.abs(self.effect[np.isfinite(self.effect)])
+        return float(sizes.max()) if sizes.size and sizes.max() > 0 else 1.0
+
+
+def build(ds: xr.Dataset) -> str:
+    """The page of a study of heads, as HTML that needs nothing from outside itself."""
+    model = str(ds.attrs["provenance"]["model"]).rstrip("/").rpartition("/")[2]
+    metrics = [str(m) for m in ds["metric"].values]
+    parts = [_header(ds, model, metrics)]
+    for n, metric in enumerate(metrics):
+        found = heads_of(ds, metric)
+        of = f": <code>{esc(metric)}</code>" if len(metrics) > 1 else ""
+        maps = section(f"maps-{n}", f"What each ablation does{of}", _maps(found))
+        table = section(f"table-{n}", f"How much each disagrees with resample{of}", _table(ds, n))
+        scatter = section(f"points-{n}", f"Head by head{of}", _scatter(found))
+        first = section("classes", "What the heads are", _classes(ds, found)) if n == 0 else ""
+        parts += [maps, first, table, scatter]
+    parts += [
+        section("heads", "The heads that matter most", _single(ds, heads_of(ds, metrics[0]))),
+        section("optimal", "Optimal constants", _optimal(ds)),
+        section("provenance", "Where the numbers come from", provenance_table(ds)),
+    ]
+    return page(f"Heads of {model}", parts, style=_STYLE)
+
+
+def heads_of(ds: xr.Dataset, metric: str) -> Heads:
+    """What the page shows of one metric."""
+    one = ds.sel(metric=metric)
+    effect = (one["ablated"] - one["base_metric"]).mean("pair", skipna=False)
+    effect = effect.transpose("ablation", "layer", "head", ...)
+    values, pos = effect.values.astype(np.float64), None
+    if values.ndim > 3:
+        # a position that some prompt does not have is left out
+        at = np.nan_to_num(np.abs(values), nan=-1).argmax(axis=-1)
+        values = np.take_along_axis(values, at[..., None], axis=-1)[..., 0]
+        pos = ds["pos"].values.astype(str).astype(object)[at]
+    layers, heads = (tuple(int(i) for i in ds[dim].values) for dim in ("layer", "head"))
+    classes: dict[tuple[int, int], list[str]] = {}
+    for name in ds["head_class"].values:
+        member = ds["member"].sel(head_class=name).transpose("layer", "head").values
+        for layer, head in np.argwhere(member.astype(bool)).tolist():
+            if name != "other":
+                classes.setdefault((layer, head), []).append(str(name))
+    unit = str(one["metric_unit"].values)
+    ablations = tuple(str(name) for name in ds["ablation"].values)
+    return Heads(metric, unit, ablations, layers, heads, values, pos, classes)
+
+
+def _header(ds: xr.Dataset, model: str, metrics: Sequence[str]) -> str:
+    n_heads = ds.sizes["layer"] * ds.sizes["head"]
+    facts = [
+        ("model", esc(model)),
+        ("pairs", count(ds.sizes["pair"])),
+        ("heads", count(n_heads)),
+        ("of some class", count(len(heads_of(ds, metrics[0]).classes))),
+    ]
+    shown = "".join(f"<div><dt>{key}</dt><dd>{value}</dd></div>" for key, value in facts)
+    names = " and ".join(f"<code>{esc(metric)}</code>" for metric in metrics)
+    view = choose_views(ds, ())[0]
+    reason = str(ds.attrs.get("task_classes", "measured"))
+    notice = (
+        ""
+        if reason == "measured"
+        else f'<p class="notice">Classes by what heads do on the task were not measured: '
+        f"{esc(reason)}.</p>"
+    )
+    where = (
+        "at every position at once"
+        if ds.attrs.get("positions") == "all"
+        else "at one position at a time"
+    )
+    return (
+        f'<header><h1>What do the heads of <span class="name">{esc(model)}</span> do, and does it '
+        "matter how they are taken away?</h1>"
+        f'<p class="lead">The <b>base</b> run reads the clean prompt. One head at a time is '
+        f"ablated: its output z is replaced {where}, in several ways, and {names} is read again. "
+        "The change is the head's effect under that ablation. Heads are classed by where they "
+        "look and what they write, and the ablations are compared class by class.</p>"
+        f'<dl class="facts">{shown}</dl>{notice}{question.prompts(ds, metrics[0], view)}</header>'
+    )
+
+
+def _maps(found: Heads) -> str:
+    unit = f" {esc(found.unit)}" if found.unit else ""
+    drawn = "".join(
+        f"<figure><h3>{esc(name)}</h3>{_map(found, i)}"
+        f"<figcaption>z becomes {esc(_ABLATIONS.get(name, name))}.</figcaption></figure>"
+        for i, name in enumerate(found.ablations)
+    )
+    where = "" if found.pos is None else " Each cell shows the position of its largest effect."
+    return (
+        "<p>Each cell is one head: layers upwards, heads across; its colour is the mean effect "
+        f'over pairs. <b class="red">Red</b>: without the head <code>{esc(found.metric)}</code> '
+        f'falls. <b class="blue">Blue</b>: it rises. Colours end at ±{number(found.limit)}{unit} '
+        "in all maps, so they can be compared, and go with the square root. A head with an outline "
+        f"is of some class; grey was not run.{where} Point at a cell for its numbers.</p>"
+        f'<div class="heads">{drawn}</div>'
+    )
+
+
+def _map(found: Heads, ablation: int) -> str:
+    n_layers, n_heads = len(found.layers), len(found.heads)
+    # few heads make a map narrow: cells may be wider than high
+    width = _SIZE * max(1.0, min(3.0, 14 / n_heads))
+    cells = []
+    for i, layer in enumerate(found.layers):
+        y = _TOP + (n_layers - 1 - i) * _SIZE
+        for j, head in enumerate(found.heads):
+            value = found.effect[ablation, i, j]
+            edge = ' stroke="#1c2126" stroke-width="1.2"' if (layer, head) in found.classes else ""
+            cells.append(
+                f'<rect x="{_LEFT + j * width + 0.5:.1f}" y="{y + 0.5:.1f}" '
+                f'width="{width - 1:.1f}" height="{_SIZE - 1}" '
+                f'fill="{_colour(value, found.limit)}"{edge}>'
+                f"<title>{esc(_told(found, ablation, i, j))}</title></rect>"
+            )
+        if layer % 5 == 0 or n_layers < 10:
+            cells.append(
+                f'<text x="{_LEFT - 6}" y="{y + _SIZE - 3}" text-anchor="end">{layer}</text>'
+            )
+    bottom = _TOP + n_layers * _SIZE
+    for j, head in enumerate(found.heads):
+        if n_heads <= 12 or head % 4 == 0:
+            x = _LEFT + (j + 0.5) * width
+            cells.append(f'<text x="{x:.1f}" y="{bottom + 13}" text-anchor="middle">{head}</text>')
+    label = f"Effect of {found.ablations[ablation]} ablation of each head"
+    return (
+        f'<svg viewBox="0 0 {_LEFT + n_heads * width + 4:.0f} {bottom + 18}" role="img" '
+        f'aria-label="{esc(label)}">{"".join(cells)}</svg>'
+    )
+
+
+def _told(found: Heads, ablation: int, i: int, j: int) -> str:
+    layer, head = found.layers[i], found.heads[j]
+    lines = [f"L{layer} H{head}, {found.ablations[ablation]}"]
+    value = found.effect[ablation, i, j]
+    if math.isfinite(value):
+        lines.append(f"effect {number(value, sign=True)} {found.unit}".rstrip())
+    else:
+        lines.append("not run")
+    if found.pos is not None:
+        lines.append(f"at {found.pos[ablation, i, j]}")
+    lines += [_name(name) for name in found.classes.get((layer, head), [])]
+    return "\n".join(lines)
+
+
+def _colour(value: float, limit: float) -> str:
+    """A colour of the scale from -limit to limit; grey for NaN."""
+    if not math.isfinite(value):
+        return "#e3e6e9"
+    # the square root, since a few heads do most and the rest would all look white
+    share = math.copysign(math.sqrt(min(1.0, abs(value) / limit)), value)
+    at = (share + 1) / 2 * (len(RED_BLUE) - 1)
+    low = min(int(at), len(RED_BLUE) - 2)
+    ends = [_rgb(str(RED_BLUE[k][1])) for k in (low, low + 1)]
+    mixed = [round(a + (b - a) * (at - low)) for a, b in zip(*ends, strict=True)]
+    return "#" + "".join(f"{c:02x}" for c in mixed)
+
+
+def _rgb(colour: str) -> list[int]:
+    return [int(colour[k : k + 2], 16) for k in (1, 3, 5)]
+
+
+def _name(head_class: str) -> str:
+    return {"s_inhibition": "S-inhibition", "negative": "negative name mover"}.get(
+        head_class, head_class.replace("_", " ")
+    )
+
+
+def _classes(ds: xr.Dataset, found: Heads) -> str:
+    thresholds = ds.attrs.get("thresholds", {})
+    rows = []
+    strength = found.effect[found.ablations.index(_REFERENCE)]
+    for name in ds["head_class"].values:
+        if name == "other":
+            continue
+        members = [at for at, names in found.classes.items() if name in names]
+        members.sort(key=lambda at: -abs(strength[at]))
+        listed = ", ".join(f"L{layer} H{head}" for layer, head in members[:N_LISTED])
+        if len(members) > N_LISTED:
+            listed += f" and {len(members) - N_LISTED} more"
+        rule = ", ".join(_rule(name, key, thresholds[key]) for key in _RULES.get(name, ()))
+        rows.append(
+            f'<tr><th scope="row">{esc(_name(name))}</th><td class="n">{len(members)}</td>'
+            f'<td class="wide">{esc(listed) or "none"}</td>'
+            f'<td class="wide">{esc(_CLASSES.get(name, ""))}</td><td>{esc(rule)}</td></tr>'
+        )
+    gap = ds.attrs.get("gap")
+    shares = (
+        ""
+        if gap is None
+        else f" Shares are of the gap between the clean and the corrupted logit difference, "
+        f"{number(float(gap))} logits."
+    )
+    return (
+        "<p>Induction, previous-token and duplicate-token heads are known by their attention on "
+        "random words said twice (TransformerLens's <code>detect_head</code>, attention to the "
+        "first position left out). The others are measured on this task, by patching single paths "
+        f"with the corrupted prompt's values.{shares} A head may be of several classes; the ones "
+        "that resample moves most come first.</p>"
+        '<div class="scroll"><table><thead><tr><th>class</th><th class="n">heads</th>'
+        "<th>which</th><th>what they do</th><th>counts from</th></tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _rule(head_class: str, threshold: str, value: float) -> str:
+    against = head_class == "negative" and threshold == "direct"
+    bound = f"≤ {number(-value)}" if against else f"≥ {number(value)}"
+    return f"{threshold.replace('_', ' ')} {bound}"
+
+
+def _table(ds: xr.Dataset, metric: int) -> str:
+    one = ds.isel(metric=metric)
+    names = [str(name) for name in ds["ablation"].values]
+    others = [name for name in names if name != _REFERENCE]
+    if not others:
+        return ""
+    unit = esc(str(one["metric_unit"].values))
+    head = "".join(f'<th class="n">{esc(name)}</th>' for name in others)
+    rows = []
+    classes = [str(name) for name in ds["table_class"].values]
+    for c in sorted(classes, key=lambda name: name not in _WHOLE):
+        row = one.sel(table_class=c)
+        n = row["n_heads"].sel(ablation=_REFERENCE).item()
+        if not n:
+            continue
+        cells = [
+            f'<td class="n">{number(float(row["mean_effect"].sel(ablation=_REFERENCE)), sign=True)}'
+            "</td>"
+        ]
+        for name in others:
+            this = row.sel(ablation=name)
+            few = int(this["n_heads"])
+            if not few:
+                cells.append('<td class="n">&ndash;</td>')
+                continue
+            rank = number(float(this["rank_correlation"]))
+            of = f", {few} of {n}" if few < n else ""
+            cells.append(
+                f'<td class="n">{number(float(this["disagreement"]))} '
+                f"<small>rank {rank}{of}</small></td>"
+            )
+        kind = ' class="total"' if c in _WHOLE else ""
+        label = _WHOLE.get(c) or _name(c)
+        rows.append(
+            f'<tr{kind}><th scope="row">{esc(label)}</th><td class="n">{int(n)}</td>'
+            f"{''.join(cells)}</tr>"
+        )
+    return (
+        "<p>For each class the mean over its heads of |effect under it &minus; effect under "
+        f"resample|{f', in {unit}' if unit else ''}, and the rank correlation of the two. "
+        "Beside it the mean effect under resample, against which a difference is large or small. "
+        "Where the rank correlation is near 0, the two ablations name other heads as important; "
+        "it needs three heads. Optimal ablation is run for a few heads only: compare it with the "
+        "others in the row of heads that have a constant."
+        '</p><div class="scroll"><table><thead><tr><th>class</th><th class="n">heads</th>'
+        f'<th class="n">resample effect</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody>'
+        "</table></div>"
+    )
+
+
+def _scatter(found: Heads) -> str:
+    reference = found.ablations.index(_REFERENCE)
+    kinds = list(dict.fromkeys(name for names in found.classes.values() for name in names))
+    colours = {name: _COLOURS[k % len(_COLOURS)] for k, name in enumerate(kinds)}
+    key = "".join(
+        f'<span><i class="dot" style="background:{colour}"></i>{esc(_name(name))}</span>'
+        for name, colour in colours.items()
+    )
+    drawn = []
+    for i, name in enumerate(found.ablations):
+        if i != reference:
+            drawn.append(
+                f"<figure><h3>{esc(name)}</h3>{_points(found, i, reference, colours)}</figure>"
+            )
+    if not drawn:
+        return ""
+    return (
+        "<p>Each point is one head: its effect under resample across, under the other ablation "
+        "upwards, both on one scale. On the diagonal the two agree; a point on the level line is a "
+        "head that the other ablation says does nothing. A head of several classes has the colour "
+        f'of the first.</p><p class="key">{key}</p><div class="heads">{"".join(drawn)}</div>'
+    )
+
+
+def _points(found: Heads, ablation: int, reference: int, colours: dict[str, str]) -> str:
+    side, margin = 280, 24
+    x, y = found.effect[reference], found.effect[ablation]
+    # points without a class first, so that they lie below
+    order = sorted(np.ndindex(x.shape), key=lambda at: (found.layers[at[0]], found.heads[at[1]]))
+    order.sort(key=lambda at: (found.layers[at[0]], found.heads[at[1]]) in found.classes)
+
+    def place(value: float) -> float:
+        return margin + (value / found.limit + 1) / 2 * (side - 2 * margin)
+
+    low, high, middle = margin, side - margin, side / 2
+    shapes = [
+        f'<path d="M{low} {middle}H{high}M{middle} {low}V{high}" stroke="#d9dee3"/>',
+        f'<path d="M{low} {high}L{high} {low}" stroke="#7c8894" stroke-dasharray="3 3"/>',
+        f'<text x="{high}" y="{middle + 13}" text-anchor="end">resample</text>',
+        f'<text x="{middle + 4}" y="{low + 9}">{esc(found.ablations[ablation])}</text>',
+    ]
+    for i, j in order:
+        if not math.isfinite(x[i, j] + y[i, j]):
+            continue
+        names = found.classes.get((found.layers[i], found.heads[j]), [])
+        colour, radius = (colours[names[0]], 4) if names else ("#9aa4ad", 2.5)
+        told = f"{_told(found, ablation, i, j)}\nunder resample {number(float(x[i, j]), sign=True)}"
+        shapes.append(
+            f'<circle cx="{place(x[i, j]):.1f}" cy="{side - place(y[i, j]):.1f}" r="{radius}" '
+            f'fill="{colour}" fill-opacity=".8"><title>{esc(told)}</title></circle>'
+        )
+    label = f"Effects under {found.ablations[ablation]} against effects under resample"
+    return (
+        f'<svg viewBox="0 0 {side} {side}" role="img" aria-label="{esc(label)}">'
+        f"{''.join(shapes)}</svg>"
+    )
+
+
+def _single(ds: xr.Dataset, found: Heads) -> str:
+    strength = np.abs(found.effect[found.ablations.index(_REFERENCE)])
+    order = np.argsort(-np.nan_to_num(strength, nan=-1), axis=None, kind="stable")[:N_HEADS]
+    measured = "direct" in ds
+    names = [*found.ablations, *([_IO, _S2, _DIRECT, _HELD, _QUERIES] if measured else [])]
+    columns: list[NDArray[np.float64]] = list(found.effect)
+    if measured:
+        looks = ds["attention"].mean("pair").transpose("place", "layer", "head").values
+        columns += [looks[0], looks[1]]
+        for name in ("direct", "direct_without_movers", "through_queries"):
+            columns.append(ds[name].mean("pair", skipna=False).transpose("layer", "head").values)
+    rows = []
+    for i, j in zip(*np.unravel_index(order, strength.shape), strict=True):
+        at = (found.layers[i], found.heads[j])
+        classes = ", ".join(_name(name) for name in found.classes.get(at, []))
+        cells = "".join(
+            f'<td class="n">{number(float(column[i, j]), sign=name not in (_IO, _S2))}</td>'
+            for name, column in zip(names, columns, strict=True)
+        )
+        rows.append(
+            f'<tr><th scope="row">L{at[0]} H{at[1]}</th>{cells}<td>{esc(classes)}</td></tr>'
+        )
+    head = "".join(f'<th class="n">{esc(name)}</th>' for name in names)
+    more = (
+        " Then shares of the end's attention, what the head gives to the logit difference by its "
+        "direct path to the logits, the same with the name movers held at their means, and what "
+        "it gives through the name movers' queries (&ndash; where not measured)."
+        if measured
+        else ""
+    )
+    return (
+        f"<p>The {plural(len(rows), 'head')} with the largest effect under resample: the effect "
+        f"of every ablation on <code>{esc(found.metric)}</code>.{more}</p>"
+        f'<div class="scroll"><table><thead><tr><th>head</th>{head}<th>class</th></tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+_IO, _S2, _DIRECT = "end→IO", "end→S2", "direct"
+_HELD, _QUERIES = "direct, movers held", "via queries"
+
+
+def _optimal(ds: xr.Dataset) -> str:
+    if "optimal_loss" not in ds:
+        return ""
+    losses = ds["ablated"].sel(metric="kl_base").mean("pair", skipna=False)
+    losses = losses.transpose("ablation", "layer", "head")
+    trained = ds["optimal_loss"].transpose("training", "layer", "head").values
+    chosen = np.argwhere(np.isfinite(trained[1])).tolist()
+    chosen.sort(key=lambda at: -trained[(0, *at)])
+    names = [str(name) for name in ds["ablation"].values]
+    rows = []
+    for i, j in chosen:
+        cells = "".join(f'<td class="n">{number(float(x))}</td>' for x in losses.values[:, i, j])
+        ends = "".join(f'<td class="n">{number(float(x))}</td>' for x in trained[:, i, j])
+        layer, head = int(ds["layer"].values[i]), int(ds["head"].values[j])
+        rows.append(f'<tr><th scope="row">L{layer} H{head}</th>{cells}{ends}</tr>')
+    head_cells = "".join(f'<th class="n">{esc(name)}</th>' for name in names)
+    settings = ds.attrs["optimal"]
+    n_prompts = min(int(settings["prompts"]), ds.sizes["pair"])
+    return (
+        "<p>KL divergence of the ablated model's predictions from the original's on the clean "
+        "prompts, in nats, mean over pairs. Optimal ablation puts in the constant for which it is "
+        f"least: trained by {settings['steps']} steps of Adam on the first "
+        f"{plural(n_prompts, 'prompt')}, from the mean. What remains is what no constant can "
+        "that was met could replace.</p>"
+        '<div class="scroll"><table><thead><tr><th>head</th>'
+        f'{head_cells}<th class="n">training: mean</th>'
+        '<th class="n">training: end</th></tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )

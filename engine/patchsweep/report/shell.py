@@ -1,0 +1,94 @@
+"""The frame of every page: one HTML text with its style, scripts and data inside, fetching nothing.
+
+A page of a new kind of result is a module `report/<kind>.py` with `build(ds) -> str`:
+
+    from patchsweep.report.figure import figure, figure_scripts
+    from patchsweep.report.html import esc, token_html
+    from patchsweep.report.shell import page, resource, section
+
+    def build(ds: xr.Dataset) -> str:
+        curve = {"type": "scatter", "x": ds["layer"].values, "y": ds["answer_prob"].values}
+        drawn = figure("curve", [curve], {"yaxis": {"title": {"text": "probability"}}})
+        parts = [
+            "<header><h1>What the model would say</h1><p>How to read it.</p></header>",
+            section("curves", "Layer by layer", drawn),
+        ]
+        return page("Lens of a model", parts, scripts=figure_scripts())
+
+Plain plotly figures need no JavaScript of their own. A page that does keeps it in a file beside
+this one, gives `scripts=[*figure_scripts(), resource("lens.js")]` and `data=...`, and reads the
+data with `JSON.parse(document.getElementById("report-data").textContent)`. Its policy lets those
+very scripts run and nothing else: no inline handlers, no addresses. Text from a store is escaped
+with `html.esc` or `html.token_html`, and in plotly's labels with `figure.plain`. Small pictures
+are SVG or tables in the sections. Rules of style for a kind go to `style.css`, or into `style`.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from importlib import resources
+
+from patchsweep.report.html import embed_json, esc
+
+
+def page(
+    title: str,
+    sections: Sequence[str],
+    *,
+    data: object | None = None,
+    scripts: Sequence[str] = (),
+    templates: str = "",
+    style: str = "",
+) -> str:
+    """A whole page as HTML that needs nothing from outside itself.
+
+    Args:
+        title: plain text; escaped here.
+        sections: HTML, one after the other inside <main>; empty ones are left out.
+        data: what the scripts read, as JSON in the element `report-data`.
+        scripts: JavaScript texts, run in this order after everything else is there.
+        templates: HTML of <template> elements that the scripts take from.
+        style: rules that follow the shared style.
+    """
+    embedded = (
+        ""
+        if data is None
+        else f'<script type="application/json" id="report-data">{embed_json(data)}</script>\n'
+    )
+    return (
+        "<!DOCTYPE html>\n"
+        '<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_policy(scripts)}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{esc(title)}</title><style>{resource('style.css')}{style}</style></head>\n"
+        "<body><main>\n"
+        + "\n".join(s for s in sections if s)
+        + f"\n</main>{templates}\n{embedded}"
+        + "\n".join(f"<script>{script}</script>" for script in scripts)
+        + "\n</body></html>\n"
+    )
+
+
+def section(name: str, heading: str, html: str) -> str:
+    """A part of a page; `name` is its id, `heading` and `html` are HTML. "" if `html` is empty."""
+    return f'<section id="{name}"><h2>{heading}</h2>{html}</section>' if html else ""
+
+
+def resource(name: str) -> str:
+    """The text of a file of this package, such as `lens.js`."""
+    return resources.files("patchsweep.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _policy(scripts: Sequence[str]) -> str:
+    """A policy under which only these inline scripts run and nothing is fetched."""
+    hashes = " ".join(
+        f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'"
+        for s in scripts
+    )
+    # plotly writes its own style element, and draws maps as images in data: addresses
+    return (
+        f"default-src 'none'; script-src {hashes or chr(39) + 'none' + chr(39)}; "
+        "style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
+    )

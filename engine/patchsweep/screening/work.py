@@ -1,0 +1,102 @@
+"""A screen as work: estimates first, then the foremost patches, then the bound on the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+
+import numpy as np
+
+from patchsweep.attribution.units import Estimator, variable_name
+from patchsweep.exact import patches_of
+from patchsweep.planner import SitePlan
+from patchsweep.probe import Choice
+from patchsweep.request import Request
+from patchsweep.screening.asked import bound_name
+from patchsweep.screening.bound import Subsets
+from patchsweep.screening.foremost import Foremost
+from patchsweep.screening.settings import Screen, live_of
+from patchsweep.store import Unit
+from patchsweep.work import Values
+
+
+class ScreenWork:
+    """Every unit of a screen. The estimates of all pairs are made when the first is asked for;
+    a run that was stopped makes them again and goes on with the patches that are missing.
+    """
+
+    def __init__(self, request: Request, choice: Choice, screen: Screen) -> None:
+        self.request, self.screen = request, screen
+        self.estimator = Estimator(request, (screen.method,), tells_references=False)
+        self.foremost = Foremost(
+            request, choice.runner, screen, lambda plan: self._estimates[plan.site.name]
+        )
+        self._plans = {plan.site.name: plan for plan in request.plans}
+        self._estimated = {
+            variable_name(name, screen.method.name): plan for name, plan in self._plans.items()
+        }
+        self._bounded = {bound_name(name): plan for name, plan in self._plans.items()}
+
+    def __contains__(self, variable: str) -> bool:
+        return any(variable in known for known in (self._plans, self._estimated, self._bounded))
+
+    def cost(self, unit: Unit) -> int:
+        """See `Work`; of exact units the mean cost of a patch times how many run at least."""
+        if unit.variable in self._estimated:
+            return self.estimator.cost(unit)
+        if unit.variable in self._bounded:
+            plan = self._bounded[unit.variable]
+            starts = np.full(len(self.request.pairs), plan.full_lengths.max())
+            np.minimum.at(starts, plan.pair[plan.live], plan.start[plan.live])
+            tokens = np.maximum(0, plan.full_lengths - starts)[unit.pairs.start : unit.pairs.stop]
+            return int(self.screen.subsets * plan.n_layers * tokens.sum())
+        plan = self._plans[unit.variable]
+        patches = patches_of(plan, unit)
+        live = patches[plan.live[patches]]
+        return round(float(plan.cost[live].sum()) * self._share(plan))
+
+    def n_live(self, unit: Unit) -> int:
+        """See `Work`; of exact units how many run, as nearly as is known before the ranking."""
+        if unit.variable in self._plans:
+            plan = self._plans[unit.variable]
+            return round(int(plan.live[patches_of(plan, unit)].sum()) * self._share(plan))
+        return 0
+
+    def values(self, unit: Unit) -> Values:
+        """See `Work`."""
+        if unit.variable in self._estimated:
+            return self._estimate(unit)
+        if unit.variable in self._bounded:
+            return self._bound(self._bounded[unit.variable], unit)
+        return self.foremost.values(self._plans[unit.variable], unit)
+
+    def references(self, unit: Unit) -> tuple[Values, Values]:
+        """See `Work`."""
+        return self.foremost.references(unit)
+
+    @cached_property
+    def _estimates(self) -> Mapping[str, Values]:
+        """Site -> `[metric, pair, layer, pos, unit]`, of all pairs."""
+        found = [
+            self.estimator.attribution.run(self.screen.method, pairs)
+            for pairs in self.estimator.blocks()
+        ]
+        return {
+            name: np.concatenate([block.cells[name] for block in found], axis=1)
+            for name in self._plans
+        }
+
+    def _estimate(self, unit: Unit) -> Values:
+        plan = self._estimated[unit.variable]
+        cells = self._estimates[plan.site.name][:, unit.pairs.start : unit.pairs.stop]
+        return self.estimator.as_stored(plan, cells)
+
+    def _bound(self, plan: SitePlan, unit: Unit) -> Values:
+        rest = np.flatnonzero(plan.live & ~self.foremost.chosen(plan))
+        tape = self.estimator.attribution.tape
+        subsets = Subsets(self.estimator.request, tape, plan, self.screen)
+        return subsets.bounds(rest, unit.pairs)
+
+    def _share(self, plan: SitePlan) -> float:
+        """Of the live places, how many run at least."""
+        return self.screen.k / int(live_of(plan).any(axis=0).sum())

@@ -1,0 +1,51 @@
+"""How much memory a sweep may take: tokens of a wave, bytes of caches."""
+
+from __future__ import annotations
+
+import torch
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.memory import free_memory
+from patchsweep.models.homes import is_offloaded
+
+# tokens of a wave on a CPU whose memory holds the weights: what the caches of the CPU like best
+CPU_TOKENS = 1024
+# a GPU is busy with that many tokens at any width of a model; more of them gain nothing
+GPU_TOKENS = 16384
+# no wave is smaller, unless it is asked for
+LEAST_TOKENS = 256
+# shares of the memory that is free: the activations of one wave, the caches of a batch
+WAVE_SHARE = 0.2
+CACHE_SHARE = 0.3
+
+
+def default_max_tokens(bridge: TransformerBridge) -> int:
+    """Most tokens of one wave where nobody said how many.
+
+    Weights in the memory of a CPU: few, for its caches. On a GPU: as many as keep it busy and fit
+    a share of its free memory. Weights that are loaded for each wave: as many as fit, since every
+    further wave reads the weights again.
+    """
+    offloaded = is_offloaded(bridge.original_model)
+    device = torch.device(str(bridge.cfg.device or "cpu"))
+    if device.type == "cpu" and not offloaded:
+        return CPU_TOKENS
+    fitting = int(WAVE_SHARE * free_memory(device) / bytes_per_token(bridge))
+    return max(LEAST_TOKENS, fitting if offloaded else min(GPU_TOKENS, fitting))
+
+
+def default_cache(bridge: TransformerBridge) -> int:
+    """Bytes of activations that stay in memory where nobody said how many."""
+    device = torch.device(str(bridge.cfg.device or "cpu"))
+    return int(CACHE_SHARE * free_memory(device))
+
+
+def bytes_per_token(bridge: TransformerBridge) -> int:
+    """Bytes that one token of a wave takes at the widest place of a block, roughly."""
+    cfg = bridge.cfg
+    d_mlp = int(cfg.d_mlp or 4 * cfg.d_model)
+    heads = int(cfg.n_heads) * int(cfg.d_head)
+    # the stream, its norm, the residual sum; q, k, v and z; gate, up and their product; and fp32
+    # copies, in which norms and attention are computed
+    width = 4 * int(cfg.d_model) + 4 * heads + 3 * d_mlp
+    return 4 * width

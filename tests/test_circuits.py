@@ -1,0 +1,548 @@
+"""Circuits: runs without the rest equal hooks and explicit sums, growth is as told, areas too."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from patchsweep.attribution import IntegratedInputs
+from patchsweep.cli.main import EXIT_MISTAKE, main
+from patchsweep.errors import ConfigError, MethodError, PatchsweepError, PlanError
+from patchsweep.pairs import PromptPairs
+from patchsweep.paths.ablate import run_edges, run_nodes
+from patchsweep.paths.blocks import frozen
+from patchsweep.paths.circuit import circuit
+from patchsweep.paths.growth import areas, connected, rank_greedy, rank_top, sizes_of
+from patchsweep.paths.nodes import Nodes, Reader
+from patchsweep.paths.scene import Scene, ask, scenes
+from patchsweep.paths.scores import circuit_scores
+from patchsweep.report import write_report
+from patchsweep.report.circuit import build, chosen_size
+from subjects import CLEAN, CORRUPTED, demo_pairs, model
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+# learned and rotary positions, grouped heads, parallel blocks, norms after attention and MLP,
+# query and key norms, experts
+FAMILIES = ["gpt2", "gpt_neox", "llama", "qwen3", "gemma2", "gemma3", "mixtral", "phi3"]
+# fp32 runs of the same sums in another order
+TOLERANCE = 1e-4
+
+
+def scene_of(name: str, pairs: PromptPairs | None = None, ablation: str = "resample") -> Scene:
+    given = demo_pairs(name) if pairs is None else pairs
+    question = ask(model(name), given, "logit_diff", "noising", ablation, -1)
+    with frozen(question.bridge):
+        return next(scenes(question))
+
+
+def random_edges(nodes: Nodes, shares: Sequence[float]) -> np.ndarray:
+    """[row, sender, reader] circuits of random edges."""
+    rng = np.random.default_rng(0)
+    draws = rng.random((len(shares), *nodes.possible.shape))
+    return (draws < np.array(shares)[:, None, None]) & nodes.possible
+
+
+def ran(scene: Scene, keep: np.ndarray, pair: int = 0) -> list[float]:
+    """logit_diff of these circuits on one pair."""
+    run = run_nodes if keep.ndim == 2 else run_edges
+    pairs = torch.full((len(keep),), pair)
+    return run(scene, torch.from_numpy(keep), pairs)[0].tolist()
+
+
+# --- the oracles: nothing but the bridge and its hooks ---
+
+
+def seen(bridge: TransformerBridge, tokens: Tensor, name: str, *hooks: tuple[str, Any]) -> Tensor:
+    """The activation at a hook point of a run with hooks."""
+    found: list[Tensor] = []
+    keep = (name, lambda x, hook: found.append(x.clone()))
+    with torch.no_grad():
+        bridge.run_with_hooks(tokens, fwd_hooks=[*hooks, keep])
+    return found[-1]
+
+
+def put(value: Tensor) -> Callable[[Tensor, Any], Tensor]:
+    # in place, so that the skip connection has it too
+    return lambda x, hook: x.copy_(value)
+
+
+class Hooked:
+    """One pair's runs and what ablated nodes give, all by hooks."""
+
+    def __init__(self, scene: Scene, pair: int = 0, mean: bool = False) -> None:
+        self.bridge, self.nodes = scene.blocks.replica.bridge, scene.nodes
+        batch = scene.batch
+        self.clean, self.corrupted = batch.base[pair : pair + 1], batch.source[pair : pair + 1]
+        self.answers = int(batch.answer[pair, 0]), int(batch.wrong[pair, 0])
+        others = batch.base if mean else self.corrupted
+
+        def ablated(name: str) -> Tensor:
+            return seen(self.bridge, others, name).mean(dim=0, keepdim=True)
+
+        layers = range(self.nodes.n_layers)
+        self.embed = ablated("blocks.0.hook_resid_pre")
+        self.z = [ablated(f"blocks.{layer}.attn.hook_z") for layer in layers]
+        self.mlp = [ablated(f"blocks.{layer}.hook_mlp_out") for layer in layers]
+
+    def metric(self, tokens: Tensor, *hooks: tuple[str, Any]) -> float:
+        with torch.no_grad():
+            logits = self.bridge.run_with_hooks(tokens, fwd_hooks=[*hooks])[0, -1]
+        return float(logits[self.answers[0]] - logits[self.answers[1]])
+
+    def of_nodes(self, keep: np.ndarray) -> float:
+        """The metric with the nodes outside `keep` `[node]` ablated, one hook each."""
+        hooks: list[tuple[str, Any]] = []
+        for node, kept in zip(self.nodes.senders[1:], keep, strict=True):
+            if kept:
+                continue
+            if node.kind == "mlp":
+                hooks.append((f"blocks.{node.layer}.hook_mlp_out", put(self.mlp[node.layer])))
+                continue
+
+            def one_head(x: Tensor, hook: Any, node: Any = node) -> Tensor:
+                x[:, :, node.head] = self.z[node.layer][:, :, node.head]
+                return x
+
+            hooks.append((f"blocks.{node.layer}.attn.hook_z", one_head))
+        return self.metric(self.clean, *hooks)
+
+    def of_edges(self, keep: np.ndarray) -> float:
+        """The metric with the edges outside `keep` `[sender, reader]` ablated.
+
+        Reader after reader: its stream is summed up from its senders' outputs, as they are in
+        this run or ablated, and it is run on that.
+        """
+        nodes = self.nodes
+        embed = seen(self.bridge, self.clean, "blocks.0.hook_resid_pre")
+        z: list[Tensor] = []
+        mlp: list[Tensor] = []
+        place = {str(sender): i for i, sender in enumerate(nodes.senders)}
+
+        def stream(reader: Reader) -> Tensor:
+            kept = keep[:, nodes.readers.index(reader)]
+            total = embed if kept[0] else self.embed
+            last = reader.layer
+            mixes_own = reader.kind == "mlp" and not nodes.parallel[last]
+            for layer in range(last + 1 if mixes_own else last):
+                heads = [bool(kept[place[f"a{layer}.h{h}"]]) for h in range(nodes.n_heads)]
+                mixed = torch.where(torch.tensor(heads)[:, None], z[layer], self.z[layer])
+                total = total + seen(
+                    self.bridge,
+                    self.corrupted,
+                    f"blocks.{layer}.hook_attn_out",
+                    (f"blocks.{layer}.attn.hook_z", put(mixed)),
+                )
+                if layer < last:
+                    total = total + (mlp if kept[place[f"m{layer}"]] else self.mlp)[layer]
+            return total
+
+        for layer in range(nodes.n_layers):
+            block = f"blocks.{layer}."
+            own = {}
+            for kind, n in (("q", nodes.n_heads), ("k", nodes.n_kv_heads), ("v", nodes.n_kv_heads)):
+                parts = []
+                for head in range(n):
+                    x = stream(Reader(kind, layer, head))  # type: ignore[arg-type]
+                    entering = (f"{block}hook_resid_pre", put(x))
+                    name = f"{block}attn.hook_{kind}"
+                    every = seen(self.bridge, self.corrupted, name, entering)
+                    parts.append(every[:, :, head])
+                own[kind] = torch.stack(parts, dim=2)
+            hooks = [(f"{block}attn.hook_{kind}", put(value)) for kind, value in own.items()]
+            z.append(seen(self.bridge, self.corrupted, f"{block}attn.hook_z", *hooks))
+            x = stream(Reader("mlp", layer))
+            entering = (f"{block}hook_resid_pre", put(x))
+            nothing = (f"{block}hook_attn_out", lambda x, hook: torch.zeros_like(x))
+            out = seen(self.bridge, self.corrupted, f"{block}hook_mlp_out", entering, nothing)
+            mlp.append(out)
+        final = stream(Reader("logits", nodes.n_layers))
+        last = f"blocks.{nodes.n_layers - 1}.hook_resid_post"
+        return self.metric(self.corrupted, (last, put(final)))
+
+
+# --- runs ---
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_node_circuits_equal_hooks(family: str) -> None:
+    name = f"tiny:{family}"
+    ds = circuit(model(name), demo_pairs(name), level="nodes", sizes=[0.2, 0.5, 0.8])
+    hooked = Hooked(scene_of(name))
+    for i in range(3):
+        member = ds["member"].values[i]
+        kept, gone = hooked.of_nodes(member), hooked.of_nodes(~member)
+        assert ds["circuit_metric"].values[0, 0, i] == pytest.approx(kept, abs=TOLERANCE)
+        assert ds["complement_metric"].values[0, 0, i] == pytest.approx(gone, abs=TOLERANCE)
+    nothing = hooked.of_nodes(np.zeros_like(member))
+    assert ds["empty_metric"].item() == pytest.approx(nothing, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_edge_circuits_equal_explicit_sums(family: str) -> None:
+    scene = scene_of(f"tiny:{family}")
+    keep = random_edges(scene.nodes, [0.2, 0.5, 0.8])
+    hooked = Hooked(scene)
+    wanted = [hooked.of_edges(row) for row in keep]
+    assert ran(scene, keep) == pytest.approx(wanted, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
+def test_mean_ablation_equals_hooks(family: str) -> None:
+    name = f"tiny:{family}"
+    pairs = PromptPairs.from_strings(
+        model(name),
+        clean=[CLEAN, CORRUPTED],
+        corrupted=[CORRUPTED, CLEAN],
+        answers=[(" Mary", " John"), (" John", " Mary")],
+    )
+    scene = scene_of(name, pairs, ablation="mean")
+    edges = random_edges(scene.nodes, [0.3, 0.7])
+    nodes = np.random.default_rng(1).random((2, len(scene.nodes.senders) - 1)) < 0.5
+    for pair in range(2):
+        hooked = Hooked(scene, pair, mean=True)
+        wanted = [hooked.of_edges(row) for row in edges]
+        assert ran(scene, edges, pair) == pytest.approx(wanted, abs=TOLERANCE)
+        wanted = [hooked.of_nodes(row) for row in nodes]
+        assert ran(scene, nodes, pair) == pytest.approx(wanted, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_edges_of_some_nodes_are_the_circuit_of_these_nodes(family: str) -> None:
+    scene = scene_of(f"tiny:{family}")
+    nodes = np.random.default_rng(2).random((3, len(scene.nodes.senders) - 1)) < 0.6
+    with_embed = np.concatenate([np.ones((3, 1), dtype=bool), nodes], axis=1)
+    edges = with_embed[:, :, None] & scene.nodes.possible
+    assert ran(scene, edges) == pytest.approx(ran(scene, nodes), abs=TOLERANCE)
+
+
+def test_edges_on_no_way_change_nothing_when_resampled() -> None:
+    scene = scene_of("tiny:llama")
+    keep = random_edges(scene.nodes, [0.02, 0.1, 0.2])
+    fewer = connected(scene.nodes, keep)
+    assert fewer.sum() < keep.sum()
+    assert ran(scene, fewer) == pytest.approx(ran(scene, keep), abs=TOLERANCE)
+
+
+def test_rows_in_parts_equal_rows_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = scene_of("tiny:llama")
+    edges = random_edges(scene.nodes, [0.2, 0.5, 0.8])
+    nodes = edges[:, 1:, -1]
+    together = ran(scene, edges), ran(scene, nodes)
+    monkeypatch.setattr("patchsweep.paths.ablate.ROW_BYTES", 1)
+    apart = ran(scene, edges), ran(scene, nodes)
+    assert apart == (pytest.approx(together[0], abs=1e-5), pytest.approx(together[1], abs=1e-5))
+
+
+def smollm2_edges(scene: Scene, keep: np.ndarray) -> float:
+    """The metric of one circuit by the Llama formulas written out, one reader after the other."""
+    bridge, nodes = scene.blocks.replica.bridge, scene.nodes
+    hf = scene.blocks.replica.model.model
+    n_heads, group = nodes.n_heads, nodes.n_heads // nodes.n_kv_heads
+    d = int(bridge.cfg.d_head)
+    tokens = {"clean": scene.batch.base[:1], "corrupted": scene.batch.source[:1]}
+    length = tokens["clean"].shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    cos, sin = hf.rotary_emb(hf.embed_tokens(tokens["clean"]), torch.arange(length)[None])
+
+    def attend(attn: Any, streams: dict[tuple[str, int], Tensor], norm: Any) -> list[Tensor]:
+        """What each head writes, q, k and v of every head read from a stream of its own."""
+        made = {}
+        for (kind, head), x in streams.items():
+            w = getattr(attn, f"{kind}_proj").weight[head * d : (head + 1) * d]
+            made[kind, head] = norm(x) @ w.T
+            if kind != "v":
+                y = made[kind, head][None, None]
+                made[kind, head] = apply_rotary_pos_emb(y, y, cos, sin)[0][0, 0]
+        writes = []
+        for head in range(n_heads):
+            q, k, v = (made[kind, head // (1 if kind == "q" else group)] for kind in "qkv")
+            scores = (q @ k.T / d**0.5).masked_fill(~causal, float("-inf"))
+            z = scores.softmax(dim=-1) @ v
+            writes.append(z @ attn.o_proj.weight[:, head * d : (head + 1) * d].T)
+        return writes
+
+    def run(
+        embed: Tensor, mix: Callable[[int, list[Tensor]], Tensor]
+    ) -> tuple[list[Tensor], float]:
+        """All that is written, when reader i sees `mix(i, what was written before)`."""
+        writes, reader = [embed], 0
+        for block in hf.layers:
+            streams = {}
+            for kind, n in (("q", n_heads), ("k", nodes.n_kv_heads), ("v", nodes.n_kv_heads)):
+                for head in range(n):
+                    streams[kind, head] = mix(reader, writes)
+                    reader += 1
+            writes += attend(block.self_attn, streams, block.input_layernorm)
+            x = mix(reader, writes)
+            reader += 1
+            writes.append(block.mlp(block.post_attention_layernorm(x)))
+        final = hf.norm(mix(reader, writes))[-1]
+        answer, wrong = (int(x[0, 0]) for x in (scene.batch.answer, scene.batch.wrong))
+        w = scene.blocks.replica.model.lm_head.weight
+        return writes, float(final @ (w[answer] - w[wrong]))
+
+    with torch.no_grad():
+        embeds = {which: hf.embed_tokens(t)[0] for which, t in tokens.items()}
+        ablated, _ = run(embeds["corrupted"], lambda reader, writes: sum(writes))
+
+        def mixed(reader: int, writes: list[Tensor]) -> Tensor:
+            terms = zip(writes, ablated, keep[:, reader], strict=False)
+            return sum(own if kept else other for own, other, kept in terms)  # type: ignore
+
+        return run(embeds["clean"], mixed)[1]
+
+
+@pytest.mark.slow
+def test_smollm2_circuits_equal_hooks_and_formulas() -> None:
+    name = "smollm2-135m"
+    scene = scene_of(name)
+    scores = circuit_scores(model(name), demo_pairs(name))
+    ds = circuit(model(name), demo_pairs(name), scores=scores, sizes=[0.002, 0.02, 0.2])
+    rank = ds["rank"].values
+    for i, count in enumerate(ds["count"].values):
+        wanted = smollm2_edges(scene, (rank >= 0) & (rank < count))
+        assert ds["circuit_metric"].values[0, 0, i] == pytest.approx(wanted, abs=TOLERANCE)
+    ds = circuit(model(name), demo_pairs(name), level="nodes", sizes=[0.05, 0.2, 0.5])
+    hooked = Hooked(scene)
+    for i in range(3):
+        wanted = hooked.of_nodes(ds["member"].values[i])
+        assert ds["circuit_metric"].values[0, 0, i] == pytest.approx(wanted, abs=TOLERANCE)
+
+
+# --- growth, sizes, areas ---
+
+
+def test_greedy_growth_takes_the_largest_edge_that_leads_to_the_logits() -> None:
+    nodes = Nodes(n_layers=2, n_heads=4, n_kv_heads=2, parallel=(False, True))
+    scores = np.random.default_rng(3).normal(size=nodes.possible.shape)
+    scores[~nodes.possible] = np.nan
+    ranks = rank_greedy(nodes, scores)
+    assert sorted(ranks[nodes.possible]) == [*range(nodes.n_edges)]
+    # the same by looking at all edges each time
+    kept = np.zeros_like(nodes.possible)
+    for turn in range(nodes.n_edges):
+        joined = {str(nodes.senders[i]) for i in np.flatnonzero(kept.any(axis=1))}
+        open_readers = [
+            reader.kind == "logits"
+            or (reader.kind == "mlp" and str(reader) in joined)
+            or (reader.kind == "q" and f"a{reader.layer}.h{reader.head}" in joined)
+            or any(
+                f"a{reader.layer}.h{2 * (reader.head or 0) + i}" in joined
+                for i in range(2)
+                if reader.kind in ("k", "v")
+            )
+            for reader in nodes.readers
+        ]
+        free = nodes.possible & ~kept & np.array(open_readers)
+        best = np.unravel_index(np.argmax(np.where(free, np.abs(scores), -1)), free.shape)
+        assert ranks[best] == turn
+        kept[best] = True
+
+
+def test_connected_keeps_whole_ways_alone() -> None:
+    nodes = Nodes(n_layers=2, n_heads=2, n_kv_heads=1, parallel=(False, False))
+    keep = np.zeros((1, *nodes.possible.shape), dtype=bool)
+
+    def name(*edges: str) -> None:
+        for text in edges:
+            edge = nodes.edge(text)
+            keep[0, nodes.sender_index(edge.sender), nodes.readers.index(edge.reader)] = True
+
+    name("embed->m0", "m0->a1.h0.v", "a1.h1->logits")  # a1.h1 shares the key-value head
+    whole = keep.copy()
+    name("m1->logits", "embed->a0.h0.q", "a0.h1->m1")  # no input, no output, neither
+    assert np.array_equal(connected(nodes, keep), whole)
+
+
+def test_ranks_go_by_size_and_ties_to_the_earlier() -> None:
+    scores = np.array([0.5, -2.0, np.nan, 0.5, 0.0])
+    assert rank_top(scores).tolist() == [1, 0, -1, 2, 3]
+
+
+def test_sizes_are_shares_or_numbers() -> None:
+    assert sizes_of([50, 0.29, 1], 100, "nodes").counts == (29, 50, 100)
+    assert sizes_of(None, 32491, "edges").counts[:3] == (32, 64, 162)
+    for wrong, words in (([0.0], "neither"), ([101], "neither"), ([0.5, 50], "twice")):
+        with pytest.raises(PlanError, match=words):
+            sizes_of(wrong, 100, "nodes")
+
+
+def test_areas_are_those_of_mib() -> None:
+    # a curve that overshoots: 1 to 1.5, then back to 1
+    cpr, cmd = areas([0.001, 0.5, 1.0], [1.0, 1.5, 1.0])
+    assert cpr == pytest.approx(0.499 * 1.25 + 0.5 * 1.25)
+    assert cmd == pytest.approx(0.999 * 0.25)
+
+
+# --- what comes back ---
+
+
+def test_curves_are_ratios_of_means() -> None:
+    name = "tiny:llama"
+    pairs = PromptPairs.from_strings(
+        model(name),
+        clean=[CLEAN, "When John and Mary left, John gave it to"],
+        corrupted=[CORRUPTED, "When John and Mary left, Mary gave it to"],
+        answers=[(" Mary", " John")] * 2,
+    )
+    ds = circuit(model(name), pairs, ["logit_diff", "log_prob"], sizes=[0.2, 1.0])
+    base, empty = ds["base_metric"].mean("pair"), ds["empty_metric"].mean("pair")
+    for curve, raw in (("faithfulness", "circuit"), ("completeness", "complement")):
+        wanted = (ds[f"{raw}_metric"].mean("pair") - empty) / (base - empty)
+        np.testing.assert_allclose(ds[curve].values, wanted.values, atol=1e-5)
+    np.testing.assert_allclose(ds["faithfulness"].values[:, 1], 1, atol=1e-3)
+    np.testing.assert_allclose(ds["completeness"].values[:, 1], 0, atol=1e-3)
+    np.testing.assert_allclose(ds["empty_metric"], ds["source_metric"], atol=1e-4)
+    for i, metric in enumerate(("logit_diff", "log_prob")):
+        both = areas([0.2, 1.0], ds["faithfulness"].values[i])
+        assert (ds.attrs["cpr"][metric], ds.attrs["cmd"][metric]) == pytest.approx(both)
+
+
+@pytest.mark.parametrize(
+    ("level", "method", "name"),
+    [
+        ("edges", "eap", "eap"),
+        ("edges", "eap_ig", "eap_ig"),
+        ("edges", IntegratedInputs(n_steps=3), "eap_ig"),
+        ("edges", "exact", "exact"),
+        ("nodes", "ig", "ig"),
+        ("nodes", "exact", "exact"),
+    ],
+)
+def test_every_method_ranks_all(level: Any, method: Any, name: str) -> None:
+    ds = circuit(model("tiny:gpt2"), demo_pairs("tiny:gpt2"), level=level, method=method)
+    ranks = ds["rank"].values
+    assert sorted(ranks[ranks >= 0]) == [*range(int((ranks >= 0).sum()))]
+    assert ds.attrs["method"] == name
+    strength = np.abs(ds["score"].values[ranks >= 0])[np.argsort(ranks[ranks >= 0])]
+    assert (np.diff(strength) <= 0).all()
+
+
+def test_scores_of_other_pairs_rank_these() -> None:
+    name = "tiny:llama"
+    scores = circuit_scores(model(name), demo_pairs(name))
+    ds = circuit(model(name), demo_pairs(name), scores=scores[::-1, ::-1], sizes=[0.1])
+    own = circuit(model(name), demo_pairs(name), sizes=[0.1])
+    xr.testing.assert_identical(ds["rank"], own["rank"])
+    with pytest.raises(PlanError, match="dims"):
+        circuit(model(name), demo_pairs(name), level="nodes", scores=scores)
+    with pytest.raises(PlanError, match="other senders"):
+        circuit(model(name), demo_pairs(name), scores=scores[1:])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"level": "neurons"}, PlanError, "use nodes or edges"),
+        ({"growth": "random"}, PlanError, "use top or greedy"),
+        ({"level": "nodes", "growth": "greedy"}, PlanError, "growth=top"),
+        ({"sizes": [2.5]}, PlanError, "2.5"),
+        ({"method": "relp"}, MethodError, "use eap"),
+        ({"ablation": "shuffle"}, MethodError, "shuffle"),
+        ({"ablation": "noise"}, ConfigError, "noise"),
+    ],
+)
+def test_mistakes_end_before_anything_runs(
+    arguments: dict[str, Any],
+    error: type[PatchsweepError],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the model ran")
+
+    monkeypatch.setattr(model("tiny:llama").original_model, "forward", never)
+    monkeypatch.setattr("patchsweep.paths.blocks.Blocks.trace", never)
+    with pytest.raises(error, match=words):
+        circuit(model("tiny:llama"), demo_pairs("tiny:llama"), **arguments)
+
+
+def test_a_model_that_is_not_the_sum_of_its_parts_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def off(scene: Scene, keep: Tensor, pair: Tensor) -> Tensor:
+        return run_nodes(scene, keep, pair) + 0.1
+
+    monkeypatch.setattr(sys.modules["patchsweep.paths.circuit"], "run_nodes", off)
+    with pytest.raises(MethodError, match="with nothing ablated, differs"):
+        circuit(model("tiny:llama"), demo_pairs("tiny:llama"), level="nodes")
+
+
+# --- from the command line to the page ---
+
+
+@pytest.mark.parametrize("level", ["nodes", "edges"])
+def test_one_command_stores_circuits_that_a_page_shows(
+    level: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "c.zarr"
+    words = ["circuit", "model=tiny:llama", "task.n_pairs=2", f"level={level}", f"store={store}"]
+    words.append("sizes=[0.2,0.5,1]")
+    assert main(words) == 0
+    told = capsys.readouterr().out
+    assert "CPR" in told
+    assert "written" in told
+    ds = xr.open_zarr(store, consolidated=False).load()
+    assert ds.attrs["kind"] == "circuit"
+    assert ds.attrs["provenance"]["config"]["level"] == level
+    assert f"CPR {ds.attrs['cpr']['logit_diff']:.3f}" in told
+
+    page = write_report(store, tmp_path / "c.html").read_text(encoding="utf-8")
+    i = chosen_size(ds)
+    assert ds["faithfulness"].values[0, i] >= 0.8
+    # the bold row of the table is the circuit that is drawn
+    row = re.search(r"<tr class=chosen>(.*?)</tr>", page)
+    assert row is not None
+    assert f">{int(ds['count'].values[i])}<" in row[1]
+    if level == "edges":
+        n_lines = page.count("when it is ablated</title></path>")
+        assert n_lines == min(60, int(ds["count"].values[i]))
+
+    # the second time nothing is computed
+    monkeypatch.setattr(sys.modules["patchsweep.cli.circuit"], "circuit", None)
+    assert main(words) == 0
+    assert "nothing was run" in capsys.readouterr().out
+    assert main([*words, "growth=top", "ablation=mean"]) == EXIT_MISTAKE
+    assert "ablation" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("sites=z", "circuits have no sites"),
+        ("intervention=mean", "call it ablation"),
+        ("level=neurons", "use nodes or edges"),
+        ("sizes=0.5", "must be a list"),
+        ("method=[atp,exact]", "one method"),
+        ("method=screen", "one method"),
+    ],
+)
+def test_wrong_words_end_in_one_line(
+    word: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["circuit", "model=tiny:llama", word]) == EXIT_MISTAKE
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+
+
+def test_page_escapes_tokens_and_tells_of_what_is_missing() -> None:
+    name = "tiny:llama"
+    ds = circuit(model(name), demo_pairs(name), sizes=[0.01])
+    tokens = ds["base_token"].values.copy()
+    tokens[0, 0] = "<script>alert(1)</script>"
+    ds = ds.assign_coords(base_token=(("pair", "pos"), tokens))
+    page = build(ds)
+    assert "<script>alert" not in page
+    assert "No circuit that was run keeps 0.8" in page
+    same = ds.assign(faithfulness=ds["faithfulness"] * np.nan).assign_attrs(cpr={}, cmd={})
+    assert "there is no such share" in build(same)

@@ -1,0 +1,207 @@
+"""Models whose weights are elsewhere until a block runs: equal values, each weight once a wave."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import patchsweep as ps
+import pytest
+import torch
+from patchsweep.errors import ModelError
+from patchsweep.estimate import estimate
+from patchsweep.models import load_model, sketch_model
+from patchsweep.models.homes import is_offloaded
+from patchsweep.models.tiny import tiny_model
+from patchsweep.reading import weights_of
+from patchsweep.request import Request, make_request
+from patchsweep.results import weights_hash
+from patchsweep.waves import Unsupported, WaveRunner
+from patchsweep.waves.replica import Replica
+from subjects import CLEAN, CORRUPTED
+from transformer_lens.model_bridge import TransformerBridge
+
+# one split over CPU and disk, of a Llama; all of it on disk for the others
+MAPS: dict[str, dict[str, str | int]] = {
+    "llama": {
+        "model.embed_tokens": "cpu",
+        "model.layers.0": "cpu",
+        "model.layers.1": "disk",
+        "model.layers.2": "disk",
+        "model.norm": "disk",
+        "model.rotary_emb": "cpu",
+        "lm_head": "disk",
+    },
+    "gpt2": {"": "disk"},  # learned positions, fused q, k and v
+    "gemma3": {"": "disk"},  # norms inside the attention, two rotary tables
+    "mixtral": {"": "disk"},  # experts, which are rewritten to the offload folder
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@cache
+def saved(folder: Path, family: str) -> Path:
+    path = folder / family
+    for part in tiny_model(family):
+        part.save_pretrained(path)
+    return path
+
+
+@cache
+def offloaded(folder: Path, family: str) -> TransformerBridge:
+    return load_model(
+        str(saved(folder, family)),
+        device_map=MAPS[family],
+        offload_folder=folder / f"{family}-rewritten",
+    )
+
+
+@cache
+def in_memory(folder: Path, family: str) -> TransformerBridge:
+    return load_model(str(saved(folder, family)), device="cpu")
+
+
+def pairs_of(bridge: TransformerBridge) -> ps.PromptPairs:
+    return ps.PromptPairs.from_strings(bridge, [CLEAN], [CORRUPTED], [(" Mary", " John")])
+
+
+def request_of(bridge: TransformerBridge, sites: list[str]) -> Request:
+    return make_request(bridge, pairs_of(bridge), sites, ["logit_diff"])
+
+
+@pytest.mark.parametrize("family", list(MAPS))
+def test_offloaded_sweep_equals_in_memory_sweep_bit_for_bit(folder: Path, family: str) -> None:
+    sites = ["embed", "resid_pre", "resid_post", "z", "q", "pattern", "mlp_out"]
+    found = [
+        ps.sweep(bridge, pairs_of(bridge), sites, ["logit_diff", "kl_base", "rank"], runner="wave")
+        for bridge in (in_memory(folder, family), offloaded(folder, family))
+    ]
+    assert is_offloaded(offloaded(folder, family).original_model)
+    for name in sites:
+        assert float(np.ptp(found[0][name].values)) > 0
+        np.testing.assert_array_equal(found[0][name], found[1][name], err_msg=name)
+    provenance = [ds.attrs["provenance"]["weights_hash"] for ds in found]
+    assert provenance[0] == provenance[1]
+
+
+def test_a_wave_fetches_each_offloaded_weight_once_and_keeps_none(folder: Path) -> None:
+    bridge = offloaded(folder, "llama")
+    request = request_of(bridge, ["resid_pre"])
+    runner = WaveRunner(bridge, request.sites, max_tokens=10_000)
+    traffic, weights = runner.replica.traffic, weights_of(request)
+    loaded = runner.load(request.batches([0])[0], request.intervention)
+    assert traffic.n_bytes == weights.fetched > 0
+    runner.references(loaded, request.metrics)  # which tries the readout out, once
+    plan = request.plans[0]
+    live = np.flatnonzero(plan.live)
+    for first in (0, 1, 2):  # the first block that a wave visits: those below are not fetched
+        patches = live[plan.entry[live] >= first]
+        before = traffic.n_bytes
+        runner.run(loaded, plan, patches, request.metrics)
+        # besides the blocks, the last norm and two rows of the unembedding
+        rows = 3 * 4 * int(bridge.cfg.d_model)
+        assert traffic.n_bytes - before == sum(weights.blocks[first:]) + rows
+    assert all(p.is_meta for p in runner.replica.blocks[2].parameters())
+    assert not any(p.is_meta for p in runner.replica.blocks[0].parameters())
+
+
+def test_weights_are_let_go_when_a_block_fails(folder: Path) -> None:
+    replica = Replica(offloaded(folder, "llama"))
+    with pytest.raises(TypeError):
+        replica.blocks[1](torch.zeros(1, 2, 32), no_such_argument=1)
+    assert all(p.is_meta for p in replica.blocks[1].parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_probe_takes_the_wave_runner_for_an_offloaded_model(folder: Path, family: str) -> None:
+    bridge = offloaded(folder, family)
+    ds = ps.sweep(bridge, pairs_of(bridge), ["resid_pre", "z"])
+    assert ds.attrs["provenance"]["runner"] == "wave"
+
+
+def test_bf16_products_of_an_offloaded_model_equal_those_in_memory(folder: Path) -> None:
+    found = [
+        ps.sweep(bridge, pairs_of(bridge), "z", runner="wave", precision="bf16")["z"]
+        for bridge in (in_memory(folder, "llama"), offloaded(folder, "llama"))
+    ]
+    np.testing.assert_array_equal(*found)
+
+
+def test_plan_knows_what_will_be_fetched_without_the_weights(folder: Path) -> None:
+    path = str(saved(folder, "llama"))
+    sketch = sketch_model(path, device_map=MAPS["llama"])
+    assert all(p.is_meta for p in sketch.original_model.parameters())
+    costs = [
+        estimate(request_of(bridge, ["resid_pre", "z"]), max_tokens=200)
+        for bridge in (sketch, offloaded(folder, "llama"))
+    ]
+    assert costs[0].weights == costs[1].weights
+    assert costs[0].read_bytes == costs[1].read_bytes
+    bridge = offloaded(folder, "llama")
+    runner = WaveRunner(bridge, request_of(bridge, ["resid_pre", "z"]).sites, max_tokens=200)
+    request = request_of(bridge, ["resid_pre", "z"])
+    loaded = runner.load(request.batches([0])[0], request.intervention)
+    for plan in request.plans:
+        runner.run(loaded, plan, np.flatnonzero(plan.live), request.metrics)
+    # the plan leaves out what the readout takes: the norm, a few rows, one trial of the whole
+    norm_and_head = weights_of(request).around + 4 * 32
+    left_out = runner.replica.traffic.n_bytes - costs[1].read_bytes
+    assert 0 < left_out < norm_and_head + costs[1].n_waves * 3 * 4 * 32
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_auto_fills_the_cpu_up_to_max_memory_and_leaves_the_rest_on_disk(
+    folder: Path, family: str
+) -> None:
+    path = str(saved(folder, family))
+    arguments = {"device_map": "auto", "max_memory": {"cpu": "150KB"}}
+    maps = [
+        make(path, **arguments).original_model.hf_device_map  # type: ignore[arg-type]
+        for make in (load_model, sketch_model)
+    ]
+    assert {"cpu", "disk"} == set(maps[0].values())
+    assert maps[0] == maps[1]
+
+
+def test_a_block_split_over_devices_is_left_to_the_hooked_runner(folder: Path) -> None:
+    bridge = load_model(str(saved(folder, "llama")), device_map={"": "disk"})
+    q = bridge.blocks[1].attn.q.original_component
+    q._hf_hook.execution_device = "cuda:1"
+    with pytest.raises(Unsupported, match=r"block 1 is split over cpu and cuda:1"):
+        Replica(bridge)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"device_map": "everywhere"}, "auto, balanced"),
+        ({"max_memory": {"cpu": "1GB"}}, "is for a device_map"),
+        ({"device": "cpu", "device_map": "auto"}, "exclude each other"),
+        ({"device_map": "auto"}, "fits any device"),
+    ],
+)
+def test_impossible_places_are_refused(arguments: dict[str, object], text: str) -> None:
+    with pytest.raises(ModelError, match=text):
+        load_model("tiny:llama", **arguments)  # type: ignore[arg-type]
+
+
+def test_weights_that_must_be_rewritten_need_a_folder(folder: Path) -> None:
+    with pytest.raises(ModelError, match="offload_folder"):
+        load_model(str(saved(folder, "mixtral")), device_map={"": "disk"})
+
+
+def test_plainly_loaded_weights_are_mapped_from_the_file(folder: Path) -> None:
+    bridge = in_memory(folder, "llama")
+    mapped = [
+        [int(end, 16) for end in line.split()[0].split("-")]
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if str(saved(folder, "llama")) in line
+    ]
+    address = bridge.blocks[0].mlp.gate.original_component.weight.data_ptr()
+    assert any(first <= address < last for first, last in mapped)
+    assert weights_hash(bridge) == weights_hash(offloaded(folder, "llama"))
