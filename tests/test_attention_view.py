@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -102,6 +103,33 @@ def test_rows_sum_to_the_attribution_of_the_pattern_site(direction: str) -> None
     total = swept.pattern_atp.fillna(0).sum("pos").transpose("metric", "pair", "layer", "head")
     np.testing.assert_allclose(ds.head_attribution, total, atol=1e-5)
     np.testing.assert_allclose(ds.base_metric, swept.base_metric, atol=1e-5)
+
+
+def test_exact_is_the_patch_of_the_whole_pattern() -> None:
+    name = "tiny:llama"
+    bridge, pair = model(name), demo_pairs(name)[0]
+    ds = attention(bridge, demo_pairs(name), heads=[(2, 1), (0, 3), (2, 0)])
+    base, source = torch.tensor([pair.corrupted]), torch.tensor([pair.clean])
+
+    def read(logits: torch.Tensor) -> float:
+        return float(logits[0, -1, pair.answer[0]] - logits[0, -1, pair.wrong_answer[0]])
+
+    for rank, (layer, head) in enumerate([(2, 1), (0, 3), (2, 0)]):
+        at = f"blocks.{layer}.attn.hook_pattern"
+
+        with torch.no_grad():
+            _, clean = bridge.run_with_cache(source, names_filter=at)
+
+            def put(x: torch.Tensor, hook: object, head: int, new: torch.Tensor) -> torch.Tensor:
+                x[:, head] = new[:, head]
+                return x
+
+            hook = partial(put, head=head, new=clean[at])
+            patched = read(bridge.run_with_hooks(base, fwd_hooks=[(at, hook)]))
+            assert float(ds.exact[0, 0, rank]) == pytest.approx(
+                patched - read(bridge(base)), abs=1e-4
+            )
+    assert float(np.abs(ds.exact).max()) > 1e-3
 
 
 def test_heads_are_ranked_by_their_mean_size() -> None:
@@ -248,6 +276,7 @@ def test_page_stays_light_with_long_prompts() -> None:
         value_norm=(("run", "pair", "rank", "src"), cells[None, :, :, 0].repeat(2, axis=0)),
     )
     every = np.zeros((1, n_pairs, 3, 4), np.float32)
+    grown["exact"] = (("metric", "pair", "rank"), np.ones((1, n_pairs, 16), np.float32))
     texts = np.full((n_pairs,), " word", dtype=object)
     grown = grown.assign(
         head_attribution=(("metric", "pair", "layer", "head"), every),

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.api import sweep
 from patchsweep.attribution.atp import Atp
 from patchsweep.attribution.check import check_request
 from patchsweep.attribution.patterns import visit_cells, work_of
@@ -60,14 +61,16 @@ def attention(
     the cells of its attribution and of its absolute value, in the metric's unit. Of the heads
     `rank` (with their `rank_layer` and `rank_head`): `pattern` [run, pair, rank, dest, src],
     probabilities; `value_norm` [run, pair, rank, src], the lengths of the values attended to;
-    `attribution` [metric, pair, rank, dest, src], signed. `top_token`, `top_prob`, `top_logit`
-    [run, pair, top] are the most probable next tokens where the metric is read, `answer_prob`
-    and `wrong_prob` [run, pair] the probabilities of the two answers (of their first tokens),
-    `base_metric` and `source_metric` [metric, pair] the metric itself. NaN, and "", beyond the
-    length of a pair.
+    `attribution` [metric, pair, rank, dest, src], signed; `exact` [metric, pair, rank], the
+    effect of replacing a head's whole pattern by the source run's, run and not estimated.
+    `top_token`, `top_prob`, `top_logit` [run, pair, top] are the most probable next tokens where
+    the metric is read, `answer_prob` and `wrong_prob` [run, pair] the probabilities of the two
+    answers (of their first tokens), `base_metric` and `source_metric` [metric, pair] the metric
+    itself. NaN, and "", beyond the length of a pair.
 
     A cell of positive attribution would raise the metric of the base run if its probability were
-    the source run's. Sums are first-order estimates of replacing the whole pattern of a head.
+    the source run's. Sums are first-order estimates of replacing the whole pattern of a head, and
+    may have the wrong sign: `exact` tells.
 
     Args:
         metrics: heads are ranked by the first one.
@@ -90,7 +93,7 @@ def attention(
         views.run(keep=())  # patterns of all heads at once would not fit for long prompts
         heads = views.foremost(top)
     views.run(keep=heads)
-    ds = views.dataset(heads)
+    ds = views.dataset(heads).assign(exact=_exact(request, heads))
     ds.attrs = {
         **identity(model, pairs, config),
         "direction": request.direction,
@@ -119,6 +122,7 @@ class RankedHead:
     layer: int
     head: int
     attribution: float  # mean over pairs of the sum over cells, signed
+    exact: float  # mean over pairs of the effect of the whole pattern, run
     size: float  # mean over pairs of the sum over cells of the absolute values
     dest: int  # its largest cell: the query's position
     src: int  # and the key's
@@ -142,6 +146,7 @@ def ranked_heads(ds: xr.Dataset, metric: str | None = None, pair: int = 0) -> li
             RankedHead(
                 layer=layer,
                 head=head,
+                exact=float(ds["exact"].sel(metric=name).isel(rank=rank).mean("pair")),
                 attribution=float(totals["head_attribution"].isel(layer=layer, head=head)),
                 size=float(totals["head_size"].isel(layer=layer, head=head)),
                 dest=int(dest),
@@ -172,6 +177,27 @@ def _check(request: Request, heads: Sequence[Head] | None, top: int, predictions
         raise PlanError(
             f"predictions={predictions} of {shape.d_vocab} tokens; use 1..{shape.d_vocab}"
         )
+
+
+def _exact(request: Request, heads: Sequence[Head]) -> xr.DataArray:
+    """Effects [metric, pair, rank] of patching the heads' whole patterns."""
+    layers, units = (sorted({head[i] for head in heads}) for i in (0, 1))
+    ds = sweep(
+        request.bridge,
+        request.pairs,
+        "pattern",
+        request.metrics,
+        direction=request.direction,
+        layers=layers,
+        heads=units,
+        positions="all",
+        read=request.read,
+    )
+    effect = (ds["pattern"] - ds["base_metric"]).transpose("metric", "pair", "layer", "head")
+    rows, columns = (
+        [axis.index(head[i]) for head in heads] for i, axis in ((0, layers), (1, units))
+    )
+    return xr.DataArray(effect.values[:, :, rows, columns], dims=("metric", "pair", "rank"))
 
 
 class _Views:

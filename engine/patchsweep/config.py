@@ -252,7 +252,7 @@ class RunConfig:
     metric: MetricConfig = MISSING
     store: StoreConfig = MISSING
     runner: RunnerConfig = MISSING
-    intervention: str = "resample"  # resample, zero, mean or shuffle
+    intervention: str = "resample"  # resample, zero, mean, mean_all, mean_label or shuffle
     direction: str | None = None  # denoising or noising; null: what suits the intervention
     precision: str = "model"  # model: the weights' dtype; bf16: bf16 products, proven in the run
     slice: int = 0  # this process does every n_slices-th unit of work, from this one on

@@ -57,7 +57,8 @@ def weights_of(request: Request) -> Weights:
             place = _place(request, f"{path}.{name}")
             if not is_tied(model, f"{path}.{name}"):  # rests once, and is fetched twice
                 places[place] += n_bytes
-            if not offloaded or not (place == "disk" or (place == "cpu" and here != "cpu")):
+            away = place == "disk" or (place == "cpu" and here != "cpu")
+            if not offloaded or not away or weight.ndim < 2:  # a replica keeps vectors
                 continue
             if module in layer_of:
                 of_block[layer_of[module]] += n_bytes

@@ -124,15 +124,16 @@ def _table(ds: xr.Dataset) -> Table:
     over = "" if n_pairs == 1 else f", mean of {n_pairs} pairs; cells of the first"
     table = Table(title=f"attention attribution to {metric}, {unit}{over}", title_justify="left")
     table.add_column("head")
-    for name in ("attribution", "sum of |cells|", "largest cell"):
+    for name in ("attribution", "exact", "sum of |cells|", "largest cell"):
         table.add_column(name, justify="right")
     table.add_column("which is")
-    table.add_column("probability, base to source")
+    table.add_column("probability")
     tokens = ds["token"].sel(run="base").isel(pair=0).values
     for head in ranked_heads(ds):
         table.add_row(
             f"L{head.layer} H{head.head}",
             f"{head.attribution:+.3f}",
+            f"{head.exact:+.3f}",
             f"{head.size:.3f}",
             f"{head.cell:+.3f}",
             f"{tokens[head.dest]!r} {head.dest} looks at {tokens[head.src]!r} {head.src}",

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Protocol, runtime_checkable
 
 import torch
 from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook
-from accelerate.utils import PrefixedDataset
 from torch import Tensor, nn
 
 
@@ -37,41 +34,6 @@ def home_of(module: nn.Module) -> Home | None:
     device = align.execution_device
     name = f"cuda:{device}" if isinstance(device, int) else device
     return Home(torch.device(name), align.weights_map if align.offload else None)
-
-
-@dataclass(frozen=True)
-class Extent:
-    """Where in a file the values of a weight lie."""
-
-    file: str
-    first: int  # byte
-    n_bytes: int
-
-
-def extent_of(stored: Stored, name: str) -> Extent | None:
-    """Where the weight called `name` lies on disk; None if it lies in memory."""
-    if not isinstance(stored, PrefixedDataset):
-        return None
-    entry = getattr(stored.dataset, "index", {}).get(f"{stored.prefix}{name}", {})
-    if "safetensors_file" not in entry:
-        return None
-    file = entry["safetensors_file"]
-    first, last = _offsets(file)[entry.get("weight_name", f"{stored.prefix}{name}")]
-    return Extent(file, first, last - first)
-
-
-@cache
-def _offsets(file: str) -> dict[str, tuple[int, int]]:
-    """First byte, and the one after the last, of every tensor of a safetensors file."""
-    with open(file, "rb") as opened:
-        header = int.from_bytes(opened.read(8), "little")
-        entries = json.loads(opened.read(header))
-    entries.pop("__metadata__", None)
-    start = 8 + header
-    return {
-        name: (start + entry["data_offsets"][0], start + entry["data_offsets"][1])
-        for name, entry in entries.items()
-    }
 
 
 def _align_hook(hook: ModelHook | None) -> AlignDevicesHook | None:

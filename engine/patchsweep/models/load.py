@@ -14,6 +14,7 @@ from patchsweep.errors import ModelError
 from patchsweep.models.embedded import EMBEDDED, embedded_folder
 from patchsweep.models.gguf import dequantised_folder
 from patchsweep.models.homes import is_offloaded, main_device
+from patchsweep.models.pages import forget_after_use
 from patchsweep.models.places import DeviceMap, MaxMemory, Placement, as_placement
 from patchsweep.models.sketch import sketch_bridge
 from patchsweep.models.tiny import TINY_FAMILIES, tiny_model
@@ -196,10 +197,19 @@ def _pretrained(
 def as_bridge(name: str, hf_model: PreTrainedModel, tokenizer: Any) -> TransformerBridge:
     """`hf_model` wrapped by TransformerLens, in evaluation mode."""
     hf_model.eval()
-    if not is_offloaded(hf_model):
-        bridge = TransformerBridge.boot_transformers(name, hf_model=hf_model, tokenizer=tokenizer)
-        bridge.eval()
-        return bridge
+    # the bridge records a dtype of its own and does not ask the model
+    arguments: dict[str, Any] = {"hf_model": hf_model, "tokenizer": tokenizer}
+    arguments["dtype"] = hf_model.dtype
+    if is_offloaded(hf_model):
+        return _offloaded_bridge(name, hf_model, arguments)
+    bridge = TransformerBridge.boot_transformers(name, **arguments)
+    bridge.eval()
+    return bridge
+
+
+def _offloaded_bridge(
+    name: str, hf_model: PreTrainedModel, arguments: dict[str, Any]
+) -> TransformerBridge:
     # oneDNN keeps up to 1024 matrix products, about 1 MB each, and every layer of a wave brings new
     # shapes: memory that such a model's process does not have
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
@@ -207,10 +217,9 @@ def as_bridge(name: str, hf_model: PreTrainedModel, tokenizer: Any) -> Transform
     # for the device of the tokens, and refuse GPUs; its components work where accelerate's do
     device = main_device(hf_model)
     device_map = hf_model.__dict__.pop("hf_device_map")
-    bridge = TransformerBridge.boot_transformers(
-        name, hf_model=hf_model, tokenizer=tokenizer, device=device
-    )
+    bridge = TransformerBridge.boot_transformers(name, device=device, **arguments)
     hf_model.hf_device_map = device_map
+    forget_after_use(hf_model)
     bridge.cfg.device = str(device)
     bridge.eval()
     return bridge

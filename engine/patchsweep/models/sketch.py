@@ -47,7 +47,7 @@ def sketch_bridge(
         del model.hf_device_map
     try:
         bridge = TransformerBridge.boot_transformers(
-            name, hf_model=model, tokenizer=tokenizer, device=device
+            name, hf_model=model, tokenizer=tokenizer, device=device, dtype=dtype
         )
     except NotImplementedError:
         return None

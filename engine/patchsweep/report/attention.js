@@ -170,10 +170,10 @@
           ? `${run} pattern × |v|, darkest: ${most}` : `${run} pattern, 0 to 1`;
       if (map.kind === "attribution") map.caption.append(` ${unit}`);
     }
-    let total = 0;
-    for (let cell = 0; cell < pair.size; cell++) total += at(pair, head.rank, "attribution", cell);
     const note = head.card.querySelector("h3 small");
-    note.textContent = `attribution in this pair: ${signed(total)} ${unit}`;
+    const [total, exact] = [pair.total, pair.exact].map((of) => of[chosen.metric][head.rank]);
+    note.textContent =
+      `attribution in this pair: ${signed(total)} ${unit}, exact: ${signed(exact)}`;
   };
   const drawHead = (head, cursor) => head.maps.forEach((map) => draw(head, map, cursor));
   const drawAll = () => heads.forEach((head) => drawHead(head));

@@ -55,8 +55,9 @@ _READING = (
     "<p><b>Attribution</b> of a cell is (source pattern &minus; base pattern) &times; gradient: "
     "to first order, what the metric of the base run would gain if that query looked at that key "
     "as strongly as it does in the source run. A head's number is the sum over its cells, the mean "
-    "over all pairs; heads are ordered by the sum of absolute values. Patterns alone move: what "
-    "is read at a key stays that of the base run.</p>"
+    "over all pairs; heads are ordered by the sum of absolute values. <b>Exact</b> is the "
+    "effect of replacing the head's whole pattern, run and not estimated; where the two disagree, "
+    "believe it. In both, patterns alone move: what is read at a key stays the base run's.</p>"
 )
 _MAPS = (
     "<p>Rows are queries (the token that looks), columns keys (the token looked at); only earlier "
@@ -155,6 +156,7 @@ def _ranking(ds: xr.Dataset, metric: str, pair: int) -> str:
     rows = "".join(
         f"<tr><th>{rank + 1}</th><td>L{head.layer} H{head.head}</td>"
         f'<td class="n {_side(head.attribution)}">{number(head.attribution, sign=True)}</td>'
+        f'<td class="n {_side(head.exact)}">{number(head.exact, sign=True)}</td>'
         f'<td class="n">{number(head.size)}</td>'
         f"<td>{_place(head, tokens)}</td>"
         f'<td class="n {_side(head.cell)}">{number(head.cell, sign=True)}</td>'
@@ -164,7 +166,8 @@ def _ranking(ds: xr.Dataset, metric: str, pair: int) -> str:
     unit = str(ds["metric_unit"].values[list(ds["metric"].values).index(metric)])
     head = (
         f'<th></th><th>head</th><th class="n">attribution, {esc(unit)}</th>'
-        '<th class="n">sum of |cells|</th><th>largest cell of this pair</th>'
+        f'<th class="n">exact, {esc(unit)}</th><th class="n">sum of |cells|</th>'
+        "<th>largest cell of this pair</th>"
         '<th class="n">its attribution</th><th class="n">probability, base → source</th>'
     )
     return (
@@ -257,6 +260,8 @@ def _pair_data(one: xr.Dataset, n: int) -> dict[str, Any]:
         "pattern": _pack(np.rint(pattern[..., rows, columns] * 65535), "<u2"),
         "attribution": _pack(np.rint(scaled[..., rows, columns] * 32767), "<i2"),
         "limit": [[float(f"{x:.6g}") for x in row] for row in limit],
+        "total": [[float(f"{x:.6g}") for x in row] for row in cells.sum(axis=(-2, -1))],
+        "exact": [[float(f"{x:.6g}") for x in row] for row in one["exact"].values],
         "norm": [[[float(f"{x:.4g}") for x in row] for row in run] for run in norm],
     }
 

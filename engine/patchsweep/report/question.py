@@ -21,6 +21,14 @@ _INTERVENTIONS = {
     ),
     "zero": ("set to zero", "zero ablation"),
     "mean": ("replaced by its mean over the clean prompts", "mean ablation"),
+    "mean_all": (
+        "replaced by its mean over every position of the clean prompts",
+        "mean ablation",
+    ),
+    "mean_label": (
+        "replaced by its mean over the clean prompts' positions of the same label",
+        "mean ablation",
+    ),
     "shuffle": ("replaced by its value in another pair's source run", "shuffling pairs"),
 }
 

@@ -1,8 +1,9 @@
 """bf16 matrix products in a replica; everything else of a block stays in fp32.
 
 The linear layers of the blocks take their input in bf16, against weights cast once, and hand on
-bf16. Norms, rotary tables and residual streams are fp32 tensors, so by type promotion residual
-adds, norms and rotations stay in fp32; attention is given fp32.
+the model's dtype, fp32 as a rule, so that norms, gates, rotations, attention and residual adds stay
+as exact as they were. That is also the faster way on a CPU, where activation functions on bf16 are
+several times as slow as on fp32.
 """
 
 from __future__ import annotations
@@ -47,10 +48,11 @@ def use_bf16_products(blocks: Sequence[nn.Module]) -> int:
 
 
 def _product(module: nn.Linear | Conv1D, cast: _Cast) -> Callable[[Tensor], Tensor]:
+    dtype = module.weight.dtype
     if module.weight.is_meta:  # fetched for each visit, and cast then
-        return lambda x: F.linear(cast(x), *_in_bf16(module)).float()
+        return lambda x: F.linear(cast(x), *_in_bf16(module)).to(dtype)
     weight, bias = _in_bf16(module)
-    return lambda x: F.linear(cast(x), weight, bias).float()
+    return lambda x: F.linear(cast(x), weight, bias).to(dtype)
 
 
 def _in_bf16(module: nn.Linear | Conv1D) -> tuple[Tensor, Tensor | None]:

@@ -132,9 +132,7 @@ class _State:
         flat = x.view(-1, width)
         values = donor.reshape(-1, width)
         if units is None:
-            scatter_patch(
-                flat, values, self._index(packing.write_token), source=self._index(source)
-            )
+            scatter_patch(flat, values, _table(packing.write_token), source=_table(source))
             return
         n_units = self.n_units(width)
         which = wave.plan.unit_set[wave.patches[packing.write_row]]
@@ -149,9 +147,9 @@ class _State:
         scatter_patch(
             flat.view(len(flat), n_units, -1),
             values.view(len(values) * n_units, -1),
-            self._index(packing.write_token[repeat]),
-            source=self._index(source[repeat] * n_units + unit),
-            head=self._index(unit),
+            _table(packing.write_token[repeat]),
+            source=_table(source[repeat] * n_units + unit),
+            head=_table(unit),
         )
 
     def n_units(self, width: int) -> int:
@@ -249,4 +247,9 @@ class _State:
         stack.callback(mlp.register_forward_hook(put_back).remove)
 
     def _index(self, array: Any) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        return _table(array).to(self.device)
+
+
+def _table(array: Any) -> Tensor:
+    """On the CPU, where `scatter_patch` checks it without waiting for the device."""
+    return torch.from_numpy(np.ascontiguousarray(array))

@@ -8,7 +8,6 @@ of a wave, and what comes in is moved to the device where the block runs.
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -18,10 +17,8 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
-from patchsweep.memory import free_memory
-from patchsweep.models.homes import Extent, Home, Stored, extent_of
-
-_CPU = torch.device("cpu")
+from patchsweep.models.homes import Home, Stored
+from patchsweep.models.pages import extent_of, forget, overflows
 
 
 class SplitBlock(Exception):
@@ -58,17 +55,14 @@ class Station:
         self.away = tuple(away)
         self._traffic = traffic
         self._n_users = 0
-        self._passing: tuple[Extent, ...] = ()  # of files, not worth keeping in memory
+        found = (extent_of(weight.stored, weight.name) for weight in self.away)
+        self.extents = tuple(extent for extent in found if extent is not None)  # of its files
+        self.forgetful = False  # whether their pages leave memory after each visit
 
     @property
     def n_bytes(self) -> int:
         """What one visit fetches."""
         return sum(weight.n_bytes for weight in self.away)
-
-    def pass_by(self) -> None:
-        """Take the pages of its weights out of memory after each visit."""
-        extents = (extent_of(weight.stored, weight.name) for weight in self.away)
-        self._passing = tuple(extent for extent in extents if extent is not None)
 
     def fetch(self) -> None:
         """Bring the weights together, if nobody has."""
@@ -89,8 +83,8 @@ class Station:
             return
         for weight in self.away:
             weight.owner._parameters[weight.name] = weight.placeholder
-        for extent in self._passing:
-            forget(extent)
+        if self.forgetful:
+            forget(self.extents)
         if self.device.type == "cpu":
             give_memory_back()
 
@@ -107,14 +101,6 @@ class Station:
         module.register_forward_pre_hook(before, with_kwargs=True)
         # a call that fails lets go too
         module.register_forward_hook(after, always_call=True)
-
-
-def forget(extent: Extent) -> None:
-    """Take the pages of `extent` out of memory, those that no process has mapped."""
-    if not hasattr(os, "posix_fadvise"):  # not Linux
-        return
-    with open(extent.file, "rb") as opened:
-        os.posix_fadvise(opened.fileno(), extent.first, extent.n_bytes, os.POSIX_FADV_DONTNEED)
 
 
 def give_memory_back() -> None:
@@ -143,6 +129,7 @@ def build_stations(
     Raises:
         SplitBlock: a block has weights on several devices.
     """
+    _settle(homes)
     stations: dict[nn.Module, Station] = {}
     inside: set[nn.Module] = set()
     for layer, block in enumerate(blocks):
@@ -157,18 +144,28 @@ def build_stations(
     for module in model.modules():
         if module not in inside and module in homes and _has_tensors(module):
             stations[module] = Station(homes[module].device, _away([module], homes), traffic)
-    # whoever goes round and round through more than memory holds finds no page again; but the old
-    # pages crowd out the new ones before they are used
-    too_many = sum(station.n_bytes for station in stations.values()) > free_memory(_CPU)
+    forgetful = overflows(extent for station in stations.values() for extent in station.extents)
     for module, station in stations.items():
+        station.forgetful = forgetful
         station.serve(module)
-        if too_many:
-            station.pass_by()
     return stations
 
 
 def _has_tensors(module: nn.Module) -> bool:
     return bool(module._parameters) or bool(module._buffers)
+
+
+def _settle(homes: Mapping[nn.Module, Home]) -> None:
+    """Fetch vectors (norms, biases) for good: they are small, and may be looked at at any time."""
+    for module, home in homes.items():
+        for name, parameter in module._parameters.items():
+            if home.away is not None and parameter is not None and _is_vector(parameter):
+                values = home.away[name].to(home.device, copy=True)
+                module._parameters[name] = nn.Parameter(values, requires_grad=False)
+
+
+def _is_vector(parameter: nn.Parameter) -> bool:
+    return parameter.is_meta and parameter.ndim < 2
 
 
 def _away(members: Sequence[nn.Module], homes: Mapping[nn.Module, Home]) -> list[Away]:
