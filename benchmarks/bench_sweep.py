@@ -67,9 +67,9 @@ def bench_transformer_lens_loop(benchmark, subject: Subject, cells: dict, site: 
     rows = every if site == "resid_pre" else every.sample(120, random_state=0)
     _, cache = subject.model.run_with_cache(subject.clean)
     setter = (
-        tl_patching.layer_pos_patch_setter
-        if site == "resid_pre"
-        else tl_patching.layer_pos_head_vector_patch_setter
+        tl_patching.layer_pos_head_vector_patch_setter
+        if site == "z"
+        else tl_patching.layer_pos_patch_setter
     )
 
     @torch.no_grad()

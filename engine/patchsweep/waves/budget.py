@@ -8,8 +8,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from patchsweep.memory import free_memory
 from patchsweep.models.homes import is_offloaded
 
-# tokens of a wave on a CPU whose memory holds the weights: what the caches of the CPU like best
-CPU_TOKENS = 1024
+# tokens of a wave on a CPU whose memory holds the weights: from there on more of them gain nothing
+CPU_TOKENS = 4096
 # a GPU is busy with that many tokens at any width of a model; more of them gain nothing
 GPU_TOKENS = 16384
 # no wave is smaller, unless it is asked for
@@ -22,16 +22,14 @@ CACHE_SHARE = 0.3
 def default_max_tokens(bridge: TransformerBridge) -> int:
     """Most tokens of one wave where nobody said how many.
 
-    Weights in the memory of a CPU: few, for its caches. On a GPU: as many as keep it busy and fit
-    a share of its free memory. Weights that are loaded for each wave: as many as fit, since every
-    further wave reads the weights again.
+    As many as keep the device busy and fit a share of its free memory; where weights are loaded for
+    each wave as many as fit, since every further wave reads the weights again.
     """
     offloaded = is_offloaded(bridge.original_model)
     device = torch.device(str(bridge.cfg.device or "cpu"))
-    if device.type == "cpu" and not offloaded:
-        return CPU_TOKENS
     fitting = int(WAVE_SHARE * free_memory(device) / bytes_per_token(bridge))
-    return max(LEAST_TOKENS, fitting if offloaded else min(GPU_TOKENS, fitting))
+    enough = CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
+    return max(LEAST_TOKENS, fitting if offloaded else min(enough, fitting))
 
 
 def default_cache(bridge: TransformerBridge) -> int:
