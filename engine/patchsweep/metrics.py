@@ -3,10 +3,10 @@
 `answer` is the right answer after the clean prompt, `wrong` the right one after the corrupted
 prompt; both stay what they are whichever run is the base. Sums over the vocabulary are fp32.
 
-Answers of several tokens are teacher-forced with the *right* answer: token i of both answers is read
-behind the right answer's first i tokens. `log_prob` is then that of the whole right answer.
-`logit_diff` adds the differences token by token; where the answers part early, the wrong one's later
-tokens are unlikely there whatever the model prefers, so prefer `log_prob` for such answers.
+Answers of several tokens are teacher-forced with the *right* answer: token i of both answers is
+read behind the right answer's first i tokens. `log_prob` is then that of the whole right answer.
+`logit_diff` adds the differences token by token; where the answers part early, the wrong one's
+later tokens are unlikely there whatever the model prefers, so prefer `log_prob` for such answers.
 
 Most metrics want of the vocabulary only a few sums, which can be had without `[row, d_vocab]`
 logits: `Metric.sums` names them, and a runner gives either them or the logits.

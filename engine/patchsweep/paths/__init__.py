@@ -1,4 +1,4 @@
-"""Paths: edges between the components of a model, estimated and exact, and circuits made of them."""
+"""Paths: edges between the components of a model, estimated and exact, and circuits of them."""
 
 from patchsweep.paths.circuit import circuit
 from patchsweep.paths.edges import edges, exact_edges, screen_edges
