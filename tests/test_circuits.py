@@ -18,7 +18,7 @@ from patchsweep.errors import ConfigError, MethodError, PatchsweepError, PlanErr
 from patchsweep.pairs import PromptPairs
 from patchsweep.paths.ablate import run_edges, run_nodes
 from patchsweep.paths.blocks import frozen
-from patchsweep.paths.circuit import circuit
+from patchsweep.paths.circuits import circuit
 from patchsweep.paths.growth import areas, connected, rank_greedy, rank_top, sizes_of
 from patchsweep.paths.nodes import Nodes, Reader
 from patchsweep.paths.scene import Scene, ask, scenes
@@ -472,7 +472,7 @@ def test_a_model_that_is_not_the_sum_of_its_parts_is_refused(
     def off(scene: Scene, keep: Tensor, pair: Tensor) -> Tensor:
         return run_nodes(scene, keep, pair) + 0.1
 
-    monkeypatch.setattr(sys.modules["patchsweep.paths.circuit"], "run_nodes", off)
+    monkeypatch.setattr(sys.modules["patchsweep.paths.circuits"], "run_nodes", off)
     with pytest.raises(MethodError, match="with nothing ablated, differs"):
         circuit(model("tiny:llama"), demo_pairs("tiny:llama"), level="nodes")
 

@@ -12,8 +12,8 @@ from transformers.utils import logging as transformers_logging
 from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.console import stdout
 from patchsweep.errors import ConfigError
-from patchsweep.paths.circuit import circuit
 from patchsweep.paths.circuit_config import UNUSED, CircuitRun
+from patchsweep.paths.circuits import circuit
 from patchsweep.results import model_provenance
 from patchsweep.store.credentials import scrub
 from patchsweep.store.whole import read_whole, write_whole
