@@ -18,19 +18,18 @@ from conftest import Subject, machine
 from patchsweep.request import make_request
 from patchsweep.tasks import load_task
 
-SITE = "resid_pre"
 
-
+@pytest.mark.parametrize("site", ["resid_pre", "z"])
 @pytest.mark.parametrize("n_pairs", [1, 4, 16, 64])
-def bench_pairs(benchmark, subject: Subject, n_pairs: int) -> None:
+def bench_pairs(benchmark, subject: Subject, n_pairs: int, site: str) -> None:
     pairs = load_task(subject.model, "ioi", n_pairs)
     rounds = {1: 8, 4: 4, 16: 2, 64: 1}[n_pairs]
     times = []
     for _ in range(rounds):
         start = time.perf_counter()
-        ps.sweep(subject.model, pairs, SITE, runner="wave")
+        ps.sweep(subject.model, pairs, site, runner="wave")
         times.append(time.perf_counter() - start)
-    _record(benchmark, subject, pairs, statistics.median(times))
+    _record(benchmark, subject, pairs, site, statistics.median(times))
 
 
 @pytest.mark.parametrize("n_slices", [1, 2, 4])
@@ -41,17 +40,17 @@ def bench_slices(benchmark, subject: Subject, tmp_path: Path, n_slices: int) -> 
         ps.sweep(
             subject.model,
             pairs,
-            SITE,
+            "resid_pre",
             runner="wave",
             store=tmp_path / "run.zarr",
             slice_index=i,
             n_slices=n_slices,
         )
-    _record(benchmark, subject, pairs, time.perf_counter() - start)
+    _record(benchmark, subject, pairs, "resid_pre", time.perf_counter() - start)
 
 
-def _record(benchmark, subject: Subject, pairs: ps.PromptPairs, seconds: float) -> None:
-    plan = make_request(subject.model, pairs, SITE).plans[0]
+def _record(benchmark, subject: Subject, pairs: ps.PromptPairs, site: str, seconds: float) -> None:
+    plan = make_request(subject.model, pairs, site).plans[0]
     benchmark.extra_info.update(
         machine(),
         seconds=seconds,
