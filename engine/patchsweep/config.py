@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from hydra.core.config_store import ConfigStore
 from hydra.errors import InstantiationException
@@ -278,6 +278,17 @@ class RunConfig:
         if self.model.device is not None:  # cuda, whichever of the GPUs it is
             kept["model"]["device"] = self.model.device.partition(":")[0]
         return kept
+
+
+@dataclass
+class AnalysisRun(RunConfig):
+    """A run of another verb than `run`; what it is does not depend on a sweep's own keys."""
+
+    unused: ClassVar[tuple[str, ...]] = ()  # keys of a sweep that say nothing about it
+
+    def identity(self) -> dict[str, Any]:
+        """What the results depend on."""
+        return {key: value for key, value in super().identity().items() if key not in self.unused}
 
 
 def file_name(text: str) -> str:

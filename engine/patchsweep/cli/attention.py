@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import xarray as xr
 from omegaconf import DictConfig
@@ -11,21 +11,29 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from patchsweep.attention import attention, identity, ranked_heads
+from patchsweep.cli.analysis import refuse_unused, say_where, stored
 from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.console import stdout
-from patchsweep.config import RunConfig
+from patchsweep.config import AnalysisRun
 from patchsweep.errors import ConfigError
-from patchsweep.store.credentials import scrub
-from patchsweep.store.whole import read_whole, write_whole
 
-# keys of a sweep that say nothing about attention views
-UNUSED = ("sites", "method", "intervention", "runner", "precision", "slice", "n_slices")
 N_SHOWN = 5  # next tokens that are printed
 
 
 @dataclass
-class AttentionRun(RunConfig):
+class AttentionRun(AnalysisRun):
     """One ranking of heads, and the patterns of the foremost."""
+
+    # keys of a sweep that say nothing about attention views
+    unused: ClassVar[tuple[str, ...]] = (
+        "sites",
+        "method",
+        "intervention",
+        "runner",
+        "precision",
+        "slice",
+        "n_slices",
+    )
 
     top: int = 16  # foremost heads whose patterns are kept
     heads: Any = None  # [layer, head] pairs to keep instead
@@ -50,10 +58,6 @@ class AttentionRun(RunConfig):
                 f"heads={self.heads} must be pairs of layer and head, such as [[24,4],[17,4]]"
             ) from None
 
-    def identity(self) -> dict[str, Any]:
-        """What the results depend on."""
-        return {key: value for key, value in super().identity().items() if key not in UNUSED}
-
 
 def main(arguments: list[str]) -> int:
     """Look with these overrides; 0 when the results are in the store.
@@ -61,12 +65,7 @@ def main(arguments: list[str]) -> int:
     Raises:
         ConfigError: an override is of a sweep, and says nothing about attention.
     """
-    for word in arguments:
-        key = word.lstrip("+~").partition("=")[0].partition(".")[0]
-        if key in UNUSED:
-            raise ConfigError(
-                f"{word}: attention views have no {key}; leave it out (`patchsweep attention -h`)"
-            )
+    refuse_unused("attention", "attention views have", arguments, AttentionRun.unused)
     compose("attention", arguments, job, schema=AttentionRun)
     return 0
 
@@ -82,12 +81,10 @@ def execute(config: AttentionRun) -> None:
     transformers_logging.disable_progress_bar()
     model = config.model.load()
     pairs = config.task.load(model)
-    path, options = config.store.path, config.store.storage_options
-    ds = read_whole(path, identity(model, pairs, config.identity()), options)
-    known = ds is not None
-    if ds is None:
+
+    def compute() -> xr.Dataset:
         with console.status("reading patterns and their gradients"):
-            ds = attention(
+            return attention(
                 model,
                 pairs,
                 config.metric.metrics(),
@@ -98,13 +95,12 @@ def execute(config: AttentionRun) -> None:
                 predictions=config.predictions,
                 config=config.identity(),
             )
-        write_whole(ds, path, options)
+
+    ds, known = stored(config.store, identity(model, pairs, config.identity()), compute)
     for run in ("base", "source"):
         console.print(_guess(ds, run))
     console.print(_table(ds))
-    shown = scrub(path)
-    console.print(f"{shown}: {'already there, nothing was run' if known else 'written'}")
-    console.print(f"patchsweep report {shown}")
+    say_where(console, config.store, known)
 
 
 def _guess(ds: xr.Dataset, run: str) -> str:

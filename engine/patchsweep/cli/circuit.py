@@ -9,14 +9,12 @@ from omegaconf import DictConfig
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from patchsweep.cli.analysis import refuse_unused, say_where, stored
 from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.console import stdout
-from patchsweep.errors import ConfigError
-from patchsweep.paths.circuit_config import UNUSED, CircuitRun
+from patchsweep.paths.circuit_config import CircuitRun
 from patchsweep.paths.circuits import circuit
 from patchsweep.results import model_provenance
-from patchsweep.store.credentials import scrub
-from patchsweep.store.whole import read_whole, write_whole
 
 
 def main(arguments: list[str]) -> int:
@@ -25,14 +23,13 @@ def main(arguments: list[str]) -> int:
     Raises:
         ConfigError: an override is of a sweep, and says nothing about circuits.
     """
-    for word in arguments:
-        key = word.lstrip("+~").partition("=")[0].partition(".")[0]
-        if key == "intervention":
-            raise ConfigError(f"{word}: circuits call it ablation; give ablation=mean, say")
-        if key in UNUSED:
-            raise ConfigError(
-                f"{word}: circuits have no {key}; leave it out (`patchsweep circuit -h`)"
-            )
+    refuse_unused(
+        "circuit",
+        "circuits have",
+        arguments,
+        CircuitRun.unused,
+        instead={"intervention": "circuits call it ablation; give ablation=mean, say"},
+    )
     compose("circuit", arguments, job, schema=CircuitRun)
     return 0
 
@@ -49,11 +46,9 @@ def execute(config: CircuitRun) -> None:
     method = config.scored_by()
     model = config.model.load()
     pairs = config.task.load(model)
-    path, options = config.store.path, config.store.storage_options
     provenance = {**model_provenance(model), "config": config.identity()}
-    ds = read_whole(path, {"kind": "circuit", "provenance": provenance}, options)
-    known = ds is not None
-    if ds is None:
+
+    def compute() -> xr.Dataset:
         with console.status(f"ranking {config.level} and running circuits of them"):
             ds = circuit(
                 model,
@@ -66,16 +61,15 @@ def execute(config: CircuitRun) -> None:
                 ablation=config.ablation,
                 read=config.metric.read,
             )
-        ds = ds.assign_attrs(provenance=provenance)
-        write_whole(ds, path, options)
+        return ds.assign_attrs(provenance=provenance)
+
+    ds, known = stored(config.store, {"kind": "circuit", "provenance": provenance}, compute)
     for metric in map(str, ds["metric"].values):
         console.print(_table(ds, metric))
         if metric in ds.attrs["cpr"]:
             cpr, cmd = (float(ds.attrs[name][metric]) for name in ("cpr", "cmd"))
             console.print(f"{metric}: CPR {cpr:.3f} (more is better), CMD {cmd:.3f} (0 is best)")
-    shown = scrub(path)
-    console.print(f"{shown}: {'already there, nothing was run' if known else 'written'}")
-    console.print(f"patchsweep report {shown}")
+    say_where(console, config.store, known)
 
 
 def _table(ds: xr.Dataset, metric: str) -> Table:

@@ -13,15 +13,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from patchsweep.cli.analysis import refuse_unused, say_where, stored
 from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.console import stdout
-from patchsweep.errors import ConfigError
-from patchsweep.paths.config import UNUSED, EdgesRun
+from patchsweep.paths.config import EdgesRun
 from patchsweep.paths.edges import screen_edges
 from patchsweep.report.edges import Row, correlation, rows_of
 from patchsweep.results import model_provenance
-from patchsweep.store.credentials import scrub
-from patchsweep.store.whole import read_whole, write_whole
 
 N_SHOWN = 12
 _STAGES = {"estimates": "scoring all edges", "exact": "running the foremost exactly"}
@@ -33,10 +31,7 @@ def main(arguments: list[str]) -> int:
     Raises:
         ConfigError: an override is of a sweep, and says nothing about edges.
     """
-    for word in arguments:
-        key = word.lstrip("+~").partition("=")[0].partition(".")[0]
-        if key in UNUSED:
-            raise ConfigError(f"{word}: edges have no {key}; leave it out (`patchsweep edges -h`)")
+    refuse_unused("edges", "edges have", arguments, EdgesRun.unused)
     compose("edges", arguments, job, schema=EdgesRun)
     return 0
 
@@ -52,12 +47,11 @@ def execute(config: EdgesRun) -> None:
     transformers_logging.disable_progress_bar()
     model = config.model.load()
     pairs = config.task.load(model)
-    path, options = config.store.path, config.store.storage_options
     provenance = {**model_provenance(model), "config": config.identity()}
-    ds = read_whole(path, {"kind": "edges", "provenance": provenance}, options)
-    known = ds is not None
-    if ds is None:
-        with _Clock(console) as clock:
+    clock = _Clock(console)
+
+    def compute() -> xr.Dataset:
+        with clock:
             ds = screen_edges(
                 model,
                 pairs,
@@ -70,13 +64,13 @@ def execute(config: EdgesRun) -> None:
                 read=config.metric.read,
                 progress=clock,
             )
-        ds = ds.assign_attrs(provenance=provenance)
-        write_whole(ds, path, options)
+        return ds.assign_attrs(provenance=provenance)
+
+    ds, known = stored(config.store, {"kind": "edges", "provenance": provenance}, compute)
+    if not known:
         console.print(_done(ds, clock.seconds))
     console.print(_table(ds))
-    shown = scrub(path)
-    console.print(f"{shown}: {'already there, nothing was run' if known else 'written'}")
-    console.print(f"patchsweep report {shown}")
+    say_where(console, config.store, known)
 
 
 class _Clock:

@@ -10,18 +10,16 @@ from omegaconf import DictConfig
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from patchsweep.cli.analysis import refuse_unused, say_where, stored
 from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.console import stdout
 from patchsweep.cli.progress import Bar
 from patchsweep.cli.stop import STOPPER
-from patchsweep.errors import ConfigError
 from patchsweep.heads import effects, study
 from patchsweep.heads.analysis import KIND
-from patchsweep.heads.config import UNUSED, HeadsRun
+from patchsweep.heads.config import HeadsRun
 from patchsweep.heads.table import ALL, TRAINED
 from patchsweep.results import model_provenance
-from patchsweep.store.credentials import scrub
-from patchsweep.store.whole import read_whole, write_whole
 
 N_SHOWN = 8  # heads of a class that are named
 
@@ -32,10 +30,7 @@ def main(arguments: list[str]) -> int:
     Raises:
         ConfigError: an override is of a sweep, and says nothing about heads.
     """
-    for word in arguments:
-        key = word.lstrip("+~").partition("=")[0].partition(".")[0]
-        if key in UNUSED:
-            raise ConfigError(f"{word}: heads have no {key}; leave it out (`patchsweep heads -h`)")
+    refuse_unused("heads", "heads have", arguments, HeadsRun.unused)
     compose("heads", arguments, job, schema=HeadsRun)
     return 0
 
@@ -52,13 +47,11 @@ def execute(config: HeadsRun) -> None:
     transformers_logging.disable_progress_bar()
     model = config.model.load()
     pairs = config.task.load(model)
-    path, options = config.store.path, config.store.storage_options
     provenance = {**model_provenance(model), "config": config.identity()}
-    ds = read_whole(path, {"kind": KIND, "provenance": provenance}, options)
-    known = ds is not None
-    if ds is None:
+
+    def compute() -> xr.Dataset:
         with _Sweeps(console) as bar:
-            ds = study(
+            return study(
                 model,
                 pairs,
                 config.metric.metrics(),
@@ -73,14 +66,13 @@ def execute(config: HeadsRun) -> None:
                 progress=bar,
                 stage=lambda words: console.print(f"{words} ..."),
             )
-        write_whole(ds, path, options)
+
+    ds, known = stored(config.store, {"kind": KIND, "provenance": provenance}, compute)
     console.print(_classes(ds))
     if ds.attrs["task_classes"] != "measured":
         console.print(f"no classes by behaviour on the task: {ds.attrs['task_classes']}")
     console.print(_ablations(ds))
-    shown = scrub(path)
-    console.print(f"{shown}: {'already there, nothing was run' if known else 'written'}")
-    console.print(f"patchsweep report {shown}")
+    say_where(console, config.store, known)
 
 
 class _Sweeps(Bar):

@@ -10,15 +10,13 @@ from omegaconf import DictConfig
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from patchsweep.cli.analysis import refuse_unused, say_where, stored
 from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.console import stdout
 from patchsweep.cli.progress import Bar
-from patchsweep.errors import ConfigError
 from patchsweep.lens import describe, lens, sublayers
-from patchsweep.lens.config import UNUSED, LensRun
+from patchsweep.lens.config import LensRun
 from patchsweep.report import lens_findings
-from patchsweep.store.credentials import scrub
-from patchsweep.store.whole import read_whole, write_whole
 
 N_SHOWN = 10
 
@@ -29,10 +27,7 @@ def main(arguments: list[str]) -> int:
     Raises:
         ConfigError: an override is of a sweep, and says nothing about a lens.
     """
-    for word in arguments:
-        key = word.lstrip("+~").partition("=")[0].partition(".")[0]
-        if key in UNUSED:
-            raise ConfigError(f"{word}: a lens has no {key}; leave it out (`patchsweep lens -h`)")
+    refuse_unused("lens", "a lens has", arguments, LensRun.unused)
     compose("lens", arguments, job, schema=LensRun)
     return 0
 
@@ -48,12 +43,10 @@ def execute(config: LensRun) -> None:
     transformers_logging.disable_progress_bar()
     model = config.model.load()
     pairs = config.task.load(model)
-    path, options = config.store.path, config.store.storage_options
     asked = {**config.asked(), "config": config.identity()}
     attrs = {**describe(model, pairs, **asked), "sublayers": config.sublayers}
-    ds = read_whole(path, attrs, options)
-    known = ds is not None
-    if ds is None:
+
+    def compute() -> xr.Dataset:
         with console.status("reading every layer"):
             ds = lens(model, pairs, **asked).assign_attrs(sublayers=config.sublayers)
         if config.sublayers:
@@ -69,15 +62,15 @@ def execute(config: LensRun) -> None:
             ds = ds.merge(removed, compat="no_conflicts", combine_attrs="override")
             used = removed.attrs["provenance"]
             ds.attrs |= {key: used[key] for key in ("runner", "runner_reason")}
-        write_whole(ds, path, options)
+        return ds
+
+    ds, known = stored(config.store, attrs, compute)
     for line in _ends(ds):
         console.print(line)
     console.print(_layers(ds))
     if "without" in ds:
         console.print(_removals(ds))
-    shown = scrub(path)
-    console.print(f"{shown}: {'already there, nothing was run' if known else 'written'}")
-    console.print(f"patchsweep report {shown}")
+    say_where(console, config.store, known)
 
 
 def _ends(ds: xr.Dataset) -> list[str]:

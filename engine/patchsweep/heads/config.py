@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import ClassVar
 
-from patchsweep.config import RunConfig
+from patchsweep.config import AnalysisRun
 from patchsweep.errors import ConfigError
 from patchsweep.heads.ablations import ABLATIONS, check_ablations
 from patchsweep.heads.classes import Thresholds
 from patchsweep.heads.optimal import OptimalSettings
 
-# keys of a sweep that say nothing about a study of heads
-UNUSED = ("method", "intervention", "direction", "precision", "slice", "n_slices")
-
 
 @dataclass
-class HeadsRun(RunConfig):
+class HeadsRun(AnalysisRun):
     """One study of all heads."""
+
+    # keys of a sweep that say nothing about a study of heads
+    unused: ClassVar[tuple[str, ...]] = (
+        "method",
+        "intervention",
+        "direction",
+        "precision",
+        "slice",
+        "n_slices",
+    )
 
     ablations: list[str] = field(default_factory=lambda: list(ABLATIONS))  # resample among them
     optimal: OptimalSettings = field(default_factory=OptimalSettings)  # how constants are trained
@@ -31,7 +38,3 @@ class HeadsRun(RunConfig):
                     "out"
                 )
         check_ablations(self.ablations, self.sites.positions, self.optimal)
-
-    def identity(self) -> dict[str, Any]:
-        """What the results depend on."""
-        return {key: value for key, value in super().identity().items() if key not in UNUSED}

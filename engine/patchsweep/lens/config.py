@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
-from patchsweep.config import RunConfig
+from patchsweep.config import AnalysisRun
 from patchsweep.errors import ConfigError
 from patchsweep.lens.patches import Patch, Sublayer
-
-# keys of a sweep that say nothing about a lens
-UNUSED = ("sites", "method", "metric", "precision", "slice", "n_slices")
 
 
 @dataclass
@@ -25,8 +22,18 @@ class PatchConfig:
 
 
 @dataclass
-class LensRun(RunConfig):
+class LensRun(AnalysisRun):
     """One lens: a grid of predictions, perhaps of a patched run too, and the sublayers' part."""
+
+    # keys of a sweep that say nothing about a lens
+    unused: ClassVar[tuple[str, ...]] = (
+        "sites",
+        "method",
+        "metric",
+        "precision",
+        "slice",
+        "n_slices",
+    )
 
     which: str | None = None  # clean, corrupted, base or source
     remove: str | None = None  # such as mlp:19 or attn:23; null: nothing
@@ -58,7 +65,3 @@ class LensRun(RunConfig):
             "patch": patches,
             "top": self.top,
         }
-
-    def identity(self) -> dict[str, Any]:
-        """What the results depend on."""
-        return {key: value for key, value in super().identity().items() if key not in UNUSED}

@@ -51,17 +51,7 @@ def load_model(
             be placed so.
     """
     placement = as_placement(device_map, max_memory, offload_folder)
-    if name.startswith("tiny:"):
-        return _tiny(name, _device(device, placement), as_dtype(dtype), placement)
-    return _pretrained(
-        name,
-        device=_device(device, placement),
-        dtype=as_dtype(dtype),
-        placement=placement,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        weights=True,
-    )
+    return _load(name, device, dtype, placement, revision, trust_remote_code, weights=True)
 
 
 def sketch_model(
@@ -81,6 +71,19 @@ def sketch_model(
         ModelError: as `load_model`.
     """
     placement = as_placement(device_map, max_memory, offload_folder)
+    return _load(name, device, dtype, placement, revision, trust_remote_code, weights=False)
+
+
+def _load(
+    name: str,
+    device: str | None,
+    dtype: str | torch.dtype,
+    placement: Placement | None,
+    revision: str | None,
+    trust_remote_code: bool,
+    *,
+    weights: bool,
+) -> TransformerBridge:
     if name.startswith("tiny:"):
         return _tiny(name, _device(device, placement), as_dtype(dtype), placement)
     return _pretrained(
@@ -90,7 +93,7 @@ def sketch_model(
         placement=placement,
         revision=revision,
         trust_remote_code=trust_remote_code,
-        weights=False,
+        weights=weights,
     )
 
 

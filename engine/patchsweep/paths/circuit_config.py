@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from patchsweep.attribution import Method
-from patchsweep.config import RunConfig
+from patchsweep.config import AnalysisRun
 from patchsweep.errors import ConfigError
-
-# keys of a sweep that say nothing about circuits; what is ablated by is called ablation here
-UNUSED = ("sites", "runner", "precision", "slice", "n_slices", "intervention", "direction")
 
 
 @dataclass
-class CircuitRun(RunConfig):
+class CircuitRun(AnalysisRun):
     """Circuits of several sizes, each run without the rest of the model."""
+
+    # keys of a sweep that say nothing about circuits; what is ablated by is called ablation here
+    unused: ClassVar[tuple[str, ...]] = (
+        "sites",
+        "runner",
+        "precision",
+        "slice",
+        "n_slices",
+        "intervention",
+        "direction",
+    )
 
     level: str = "edges"  # nodes or edges
     growth: str = "top"  # top: the largest first; greedy: edges, from the logits backwards
@@ -48,7 +56,3 @@ class CircuitRun(RunConfig):
                 "for nodes, method=eap, eap_ig or exact for edges"
             )
         return asked[0]
-
-    def identity(self) -> dict[str, Any]:
-        """What the results depend on."""
-        return {key: value for key, value in super().identity().items() if key not in UNUSED}

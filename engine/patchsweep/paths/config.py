@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
-from patchsweep.config import RunConfig
+from patchsweep.config import AnalysisRun
 from patchsweep.errors import ConfigError
-
-# keys of a sweep that say nothing about edges
-UNUSED = ("sites", "method", "runner", "precision", "slice", "n_slices")
 
 
 @dataclass
-class EdgesRun(RunConfig):
+class EdgesRun(AnalysisRun):
     """One scoring of all edges, and the verification of the foremost."""
+
+    # keys of a sweep that say nothing about edges
+    unused: ClassVar[tuple[str, ...]] = (
+        "sites",
+        "method",
+        "runner",
+        "precision",
+        "slice",
+        "n_slices",
+    )
 
     top: int = 200  # foremost edges that are run exactly
     positions: bool = False  # rank and run edges at single positions
@@ -25,7 +32,3 @@ class EdgesRun(RunConfig):
             raise ConfigError(f"top={self.top} must be at least 1; 200 is usual")
         if self.steps is not None and self.steps < 1:
             raise ConfigError(f"steps={self.steps} must be at least 1, or null for plain EAP")
-
-    def identity(self) -> dict[str, Any]:
-        """What the results depend on."""
-        return {key: value for key, value in super().identity().items() if key not in UNUSED}

@@ -1,0 +1,59 @@
+"""What the verbs of analyses share: keys that are a sweep's alone, and results that are there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import xarray as xr
+from rich.console import Console
+
+from patchsweep.config import StoreConfig
+from patchsweep.errors import ConfigError
+from patchsweep.store.credentials import scrub
+from patchsweep.store.whole import read_whole, write_whole
+
+
+def refuse_unused(
+    verb: str,
+    subject: str,
+    arguments: list[str],
+    unused: Collection[str],
+    instead: Mapping[str, str] | None = None,
+) -> None:
+    """Refuse overrides of keys that say nothing about what `verb` does.
+
+    `subject` begins the message, such as `edges have`; `instead` holds messages of single keys.
+
+    Raises:
+        ConfigError: an override is of such a key.
+    """
+    for word in arguments:
+        key = word.lstrip("+~").partition("=")[0].partition(".")[0]
+        if instead and key in instead:
+            raise ConfigError(f"{word}: {instead[key]}")
+        if key in unused:
+            raise ConfigError(f"{word}: {subject} no {key}; leave it out (`patchsweep {verb} -h`)")
+
+
+def stored(
+    store: StoreConfig, attrs: Mapping[str, Any], compute: Callable[[], xr.Dataset]
+) -> tuple[xr.Dataset, bool]:
+    """The results in `store` and True, or what `compute` gives, now stored, and False.
+
+    Raises:
+        StoreError: something else than results with `attrs` lies there.
+    """
+    ds = read_whole(store.path, attrs, store.storage_options)
+    if ds is not None:
+        return ds, True
+    ds = compute()
+    write_whole(ds, store.path, store.storage_options)
+    return ds, False
+
+
+def say_where(console: Console, store: StoreConfig, known: bool) -> None:
+    """The last lines: where the results are, and how to look at them."""
+    shown = scrub(store.path)
+    console.print(f"{shown}: {'already there, nothing was run' if known else 'written'}")
+    console.print(f"patchsweep report {shown}")
