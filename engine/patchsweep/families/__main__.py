@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -12,7 +13,11 @@ from patchsweep.families.table import compatibility_table, families_table
 
 def main(arguments: list[str]) -> None:
     """Write the page to the file named, by default `docs/families.md`. Takes two minutes."""
-    path = Path(arguments[0] if arguments else "docs/families.md")
+    parser = argparse.ArgumentParser(
+        "python -m patchsweep.families", description="Try every architecture, write the table."
+    )
+    parser.add_argument("file", nargs="?", default="docs/families.md", help="(docs/families.md)")
+    path = Path(parser.parse_args(arguments).file)
     text = page(families_table(), compatibility_table(), left_out())
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
