@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.memory import free_memory
+from patchsweep.memory import free_memory, keep_freed_memory
 from patchsweep.models.homes import is_offloaded
 
 # tokens of a wave on a CPU whose memory holds the weights: from there on more of them gain nothing
@@ -36,6 +36,13 @@ def default_cache(bridge: TransformerBridge) -> int:
     """Bytes of activations that stay in memory where nobody said how many."""
     device = torch.device(str(bridge.cfg.device or "cpu"))
     return int(CACHE_SHARE * free_memory(device))
+
+
+def keep_wave_memory(bridge: TransformerBridge) -> None:
+    """Keep what one wave frees for the next one, where the model runs on a CPU that holds it."""
+    device = torch.device(str(bridge.cfg.device or "cpu"))
+    if device.type == "cpu" and not is_offloaded(bridge.original_model):
+        keep_freed_memory(int(WAVE_SHARE * free_memory(device)))
 
 
 def bytes_per_token(bridge: TransformerBridge) -> int:

@@ -21,6 +21,7 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from patchsweep.models.homes import Home, home_of
+from patchsweep.waves.layers import leaner
 from patchsweep.waves.stations import SplitBlock, Traffic, build_stations
 
 ATTENTION = "patchsweep"
@@ -153,7 +154,8 @@ class Replica:
         known = self._copies.get(id(module))
         if known is not None:
             return known
-        new = type(module).__new__(type(module))
+        cls = leaner(type(module))  # type: ignore[arg-type]  # mypy takes classes for unhashable
+        new = cls.__new__(cls)
         self._copies[id(module)] = new
         state = dict(module.__dict__)
         home = home_of(module)

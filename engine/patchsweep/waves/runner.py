@@ -21,7 +21,7 @@ from patchsweep.interventions import Custom, Intervention, Resample, Spans
 from patchsweep.metrics import Logits, Metric, Sum, compute
 from patchsweep.planner import Ints, SitePlan, Wave
 from patchsweep.sites import Site
-from patchsweep.waves.budget import default_cache, default_max_tokens
+from patchsweep.waves.budget import default_cache, default_max_tokens, keep_wave_memory
 from patchsweep.waves.cache import Budget, Shelf
 from patchsweep.waves.capture import Run, SitePoint, capture, embed_to_stream, locate
 from patchsweep.waves.precision import use_bf16_products
@@ -66,6 +66,7 @@ class WaveRunner:
         precision: Precision = "model",
         cache_budget: int | None = None,
     ) -> None:
+        keep_wave_memory(bridge)
         self.replica = Replica(bridge)
         if precision == "bf16":
             use_bf16_products(self.replica.blocks)

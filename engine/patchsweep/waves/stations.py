@@ -7,16 +7,15 @@ of a wave, and what comes in is moved to the device where the block runs.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
+from patchsweep.memory import give_memory_back
 from patchsweep.models.homes import Home, Stored
 from patchsweep.models.pages import extent_of, forget, overflows
 
@@ -101,21 +100,6 @@ class Station:
         module.register_forward_pre_hook(before, with_kwargs=True)
         # a call that fails lets go too
         module.register_forward_hook(after, always_call=True)
-
-
-def give_memory_back() -> None:
-    """Return what was freed to the system: between blocks glibc would keep hundreds of MB."""
-    trim = getattr(_libc(), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-@cache
-def _libc() -> ctypes.CDLL | None:
-    try:
-        return ctypes.CDLL(None)
-    except (OSError, TypeError):  # no libc that can be named so, such as on Windows
-        return None
 
 
 def build_stations(
