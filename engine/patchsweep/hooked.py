@@ -53,9 +53,10 @@ class HookedRunner:
         self.sites = tuple(sites)
         self.n_layers = int(bridge.cfg.n_layers)
         self._checked = False
+        known = bridge.hook_dict
         for site in sites:
             for hook in self._hooks(site):
-                if hook not in bridge.hook_dict:
+                if hook not in known:
                     raise SiteError(
                         f"site {site.name}: this model has no hook {hook}; "
                         "leave the site out for this architecture"

@@ -79,7 +79,8 @@ class ProvenWork:
         self.request = request
         self.exact = choice.runner
         self.runner = WaveRunner(request.bridge, request.sites, max_tokens, "bf16")
-        self.runner.budget = self.exact.budget  # one for both
+        # one for both: how much may be kept in memory, and the unembedding, which stays exact
+        self.runner.budget, self.runner.readout = self.exact.budget, self.exact.readout
         self.plans = {plan.site.name: plan for plan in request.plans}
         self.captures = Captures(request, self.runner)
         self.exact_captures = Captures(request, self.exact)

@@ -54,10 +54,11 @@ def run_streams(
     def keep(place: Place) -> Any:
         return lambda x, hook: kept.update({place: x.detach().clone()})
 
+    known = model.hook_dict
     keeping = [
         (f"blocks.{layer}.hook_{point}", keep((layer, point)))
         for layer, point in wanted
-        if f"blocks.{layer}.hook_{point}" in model.hook_dict
+        if f"blocks.{layer}.hook_{point}" in known
     ]
     # patches first: what is kept of a place is what follows a patch there
     logits: Tensor = model.run_with_hooks(tokens, fwd_hooks=[*hooks, *keeping])

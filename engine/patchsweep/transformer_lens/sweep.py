@@ -187,8 +187,7 @@ def _base_run(
         needs_grad.append(x.requires_grad)
 
     hooks = [(name, lambda x, hook, layer=layer: keep(x, layer)) for layer, name in names.items()]
-    missing = [name for name in names.values() if name not in model.hook_dict]
-    if missing:
+    if not set(names.values()) <= set(model.hook_dict):
         raise _NothingToGain  # TransformerLens names the missing hook
     logits = model.run_with_hooks(tokens, fwd_hooks=hooks)
     if len(kept) < len(names):

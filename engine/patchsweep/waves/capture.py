@@ -121,7 +121,7 @@ def locate(replica: Replica, site: Site) -> SitePoint:
         return SitePoint(site, (point,))
     for layer in range(replica.n_layers):
         hook = site.hook_name(layer)
-        if hook not in replica.bridge.hook_dict:
+        if not replica.has_hook(hook):
             if site.in_attention:  # without rotary tables rot_q is q
                 return SitePoint(site, ())
             raise Unsupported(f"this architecture has no {hook}")

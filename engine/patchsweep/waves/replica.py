@@ -122,6 +122,10 @@ class Replica:
             else:
                 module.__dict__["patchsweep_attend"] = layer_fns(layer)
 
+    def has_hook(self, hook_name: str) -> bool:
+        """Whether the bridge has a hook of that name. Its own table is made anew at every look."""
+        return hook_name in self._hooks
+
     def point(self, hook_name: str) -> Point | None:
         """Where the bridge's hook `hook_name` sits among the plain modules.
 
