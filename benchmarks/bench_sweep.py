@@ -42,7 +42,9 @@ def bench_patchsweep(benchmark, subject: Subject, cells: dict, site: str) -> Non
     request = make_request(subject.model, subject.pairs, sites)
     patches = sum(plan.n_patches for plan in request.plans)
     token_layers = sum(plan.token_layers for plan in request.plans)
-    flops = 2 * token_layers * request.shape.block_parameters
+    # what passes the blocks: the patches, and the two prompts once
+    captured = 2 * subject.clean.shape[1] * subject.model.cfg.n_layers
+    flops = 2 * (token_layers + captured) * request.shape.block_parameters
     peak = matmul_peak()
     seconds = benchmark.stats.stats.median
     benchmark.extra_info.update(
