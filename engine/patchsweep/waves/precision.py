@@ -68,8 +68,8 @@ def use_bf16_products(blocks: Sequence[nn.Module]) -> int:
     parameter are left in fp32.
     """
     n_changed = 0
+    cast = _Cast()  # one for all: what it keeps is as large as a wave
     for block in blocks:
-        cast = _Cast()
         layers: dict[nn.Module, _Layer] = {}
         for module in block.modules():
             if isinstance(module, nn.Linear | Conv1D):
