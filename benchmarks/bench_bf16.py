@@ -19,7 +19,7 @@ from conftest import Subject, machine
 from scipy.stats import spearmanr
 
 EFFECT = 0.05  # cells with smaller effects, in logits, do not count for the rank agreement
-ROUNDS = 4
+ROUNDS = 7
 
 
 def has_bf16_products() -> bool:
