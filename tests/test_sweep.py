@@ -264,6 +264,16 @@ def test_bf16_sweep_proves_itself() -> None:
     assert set(largest) == set(top)
 
 
+def test_a_unit_has_one_proof_however_many_lengths_its_prompts_have() -> None:
+    exact = ps.sweep(model(NAME), mixed_pairs(), "z")
+    fast = ps.sweep(model(NAME), mixed_pairs(), "z", precision="bf16")
+    again = (fast["z"] != fast["z_bf16"]).values & fast["z"].notnull().values
+    assert 12 <= int(again.sum()) <= 24 + 8  # the largest and the sample of the whole unit
+    np.testing.assert_allclose(fast["z"].values[again], exact["z"].values[again], atol=1e-5)
+    effect = np.nan_to_num(abs(exact["z"] - exact.base_metric).values).ravel()
+    assert again.ravel()[np.argsort(-effect)[:10]].all()
+
+
 def test_bf16_needs_the_wave_runner() -> None:
     with pytest.raises(ConfigError, match="precision=bf16 needs the wave runner"):
         ps.sweep(model(NAME), demo_pairs(NAME), "z", precision="bf16", runner="hooked")

@@ -10,13 +10,14 @@ and pair: effects below it are rounding.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from patchsweep.errors import ConfigError
 from patchsweep.exact import (
     Block,
+    Captured,
     Captures,
     check_numbers,
     patches_of,
@@ -129,6 +130,7 @@ class ProvenWork:
         both = zip(
             split(plan, unit, self.captures), split(plan, unit, self.exact_captures), strict=True
         )
+        ran: list[tuple[Captured, Ints, Values]] = []  # the fp32 runs, live patches, effects
         for (low, _, _), (exact, dead, live) in both:
             base = exact.base_of(plan, dead)
             merged.put(dead, base)
@@ -140,7 +142,8 @@ class ProvenWork:
             values = exact.base_of(plan, live) + effect
             raw.put(live, values)
             merged.put(live, values)
-            again = live[_chosen(effect, _seed(plan, unit))]
+            ran.append((exact, live, effect))
+        for exact, again in _chosen(ran, _seed(plan, unit)):
             values = self.exact.run(exact.loaded, plan, again, metrics).numpy()
             merged.put(again, check_numbers(values, plan, again))
         return merged.values(), raw.values()
@@ -172,9 +175,22 @@ def _seed(plan: SitePlan, unit: Unit) -> Sequence[int]:
     return [zlib.crc32(plan.site.name.encode()), unit.pair_block, unit.layer_block]
 
 
-def _chosen(effect: Values, seed: Sequence[int]) -> Ints:
-    """Columns of `effect` `[metric, patch]`: the largest of each metric, and a random sample."""
+def _chosen(
+    ran: Sequence[tuple[Captured, Ints, Values]], seed: Sequence[int]
+) -> Iterator[tuple[Captured, Ints]]:
+    """The patches to run again: the largest effects of each metric, and a random sample.
+
+    `ran` has for each batch of a unit its patches and their effects `[metric, patch]`.
+    """
+    if not ran:
+        return
+    effect = np.concatenate([effect for _, _, effect in ran], axis=1)
     n = effect.shape[1]
     largest = np.argsort(-np.abs(effect), axis=1)[:, :N_LARGEST].ravel()
     sample = np.random.default_rng(seed).choice(n, min(N_SAMPLE, n), replace=False)
-    return np.unique(np.concatenate([largest, sample]))
+    chosen = np.zeros(n, dtype=bool)
+    chosen[largest] = chosen[sample] = True
+    ends = np.cumsum([len(live) for _, live, _ in ran])[:-1]
+    for (exact, live, _), again in zip(ran, np.split(chosen, ends), strict=True):
+        if again.any():
+            yield exact, live[again]

@@ -43,7 +43,7 @@ class _Cast:
     def __call__(self, x: Tensor) -> Tensor:
         if x is not self._source or self._result is None:
             flat = x.reshape(-1, x.shape[-1])
-            n_rows = len(flat) if x.is_cuda else _round_up(len(flat))
+            n_rows = _round_up(len(flat)) if x.device.type == "cpu" else len(flat)
             self._result = flat.new_empty(n_rows, x.shape[-1], dtype=torch.bfloat16)
             self._result[: len(flat)] = flat
             self._source = x
@@ -112,6 +112,7 @@ def _is_fusible(mlp: GatedMLP, layers: Mapping[nn.Module, _Layer]) -> bool:
     return (
         type(mlp.act_fn) in _ACTIVATIONS
         and all(part in layers for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        and torch.backends.mkldnn.is_available()
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
 
@@ -124,12 +125,12 @@ def _gated(mlp: GatedMLP, cast: _Cast, layers: Mapping[nn.Module, _Layer]) -> _F
     product = torch.ops.mkldnn._linear_pointwise
 
     def forward(x: Tensor) -> Tensor:
-        if x.is_cuda:
-            joined = act(gate(x)).mul_(up(x))
-        else:
+        if x.device.type == "cpu":
             wide = cast(x)
             gates = product(wide, *gate_layer(), attribute, [], algorithm)
             joined = cast.first_rows(product.binary(wide, gates, *up_layer(), "mul"), x.shape[:-1])
+        else:
+            joined = act(gate(x)).mul_(up(x))
         output: Tensor = down(joined)
         return output
 
