@@ -78,7 +78,7 @@ def test_where_gradients_are_taken_the_models_own_forward_runs() -> None:
 
 
 class ScaledNorm(llama.LlamaRMSNorm):
-    """Nearly Llama's: it scales by 2."""
+    """Nearly Llama's: the fourth power instead of the square."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         input_dtype = hidden_states.dtype

@@ -26,7 +26,7 @@ def default_max_tokens(bridge: TransformerBridge) -> int:
     each wave as many as fit, since every further wave reads the weights again.
     """
     offloaded = is_offloaded(bridge.original_model)
-    device = torch.device(str(bridge.cfg.device or "cpu"))
+    device = _device(bridge)
     fitting = int(WAVE_SHARE * free_memory(device) / bytes_per_token(bridge))
     enough = CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
     return max(LEAST_TOKENS, fitting if offloaded else min(enough, fitting))
@@ -34,13 +34,12 @@ def default_max_tokens(bridge: TransformerBridge) -> int:
 
 def default_cache(bridge: TransformerBridge) -> int:
     """Bytes of activations that stay in memory where nobody said how many."""
-    device = torch.device(str(bridge.cfg.device or "cpu"))
-    return int(CACHE_SHARE * free_memory(device))
+    return int(CACHE_SHARE * free_memory(_device(bridge)))
 
 
 def keep_wave_memory(bridge: TransformerBridge) -> None:
     """Keep what one wave frees for the next one, where the model runs on a CPU that holds it."""
-    device = torch.device(str(bridge.cfg.device or "cpu"))
+    device = _device(bridge)
     if device.type == "cpu" and not is_offloaded(bridge.original_model):
         keep_freed_memory(int(WAVE_SHARE * free_memory(device)))
 
@@ -54,3 +53,7 @@ def bytes_per_token(bridge: TransformerBridge) -> int:
     # copies, in which norms and attention are computed
     width = 4 * int(cfg.d_model) + 4 * heads + 3 * d_mlp
     return 4 * width
+
+
+def _device(bridge: TransformerBridge) -> torch.device:
+    return torch.device(str(bridge.cfg.device or "cpu"))

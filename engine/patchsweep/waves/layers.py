@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -77,16 +77,16 @@ def _same(function: Any, other: Any) -> bool:
     if not (isinstance(function, FunctionType) and isinstance(other, FunctionType)):
         return False
     ours, theirs = function.__code__, other.__code__
-    return (ours.co_code, ours.co_names, _constants(ours)) == (
+    return (ours.co_code, ours.co_names, _constants(function)) == (
         theirs.co_code,
         theirs.co_names,
-        _constants(theirs),
+        _constants(other),
     )
 
 
-def _constants(code: CodeType) -> list[Any]:
+def _constants(function: FunctionType) -> list[Any]:
     """Without the docstring."""
-    return [value for value in code.co_consts if not isinstance(value, str)]
+    return [value for value in function.__code__.co_consts if value is not function.__doc__]
 
 
 def _with_global(function: FunctionType, name: str, value: Any) -> FunctionType:

@@ -3,7 +3,7 @@
 The linear layers of the blocks take their input in bf16, against weights cast once, and hand on
 the model's dtype, fp32 as a rule, so that norms, rotations, attention and residual adds stay as
 exact as they were. Where oneDNN multiplies, the gate of a gated MLP is applied to the fp32 sums
-within the two products that it joins: fewer roundings, and a fifth of the passes over memory.
+within the two products that it joins: fewer roundings, and fewer passes over memory.
 """
 
 from __future__ import annotations
@@ -61,13 +61,11 @@ def _round_up(n: int) -> int:
     return -(-n // step) * step
 
 
-def use_bf16_products(blocks: Sequence[nn.Module]) -> int:
+def use_bf16_products(blocks: Sequence[nn.Module]) -> None:
     """Let the linear layers of `blocks` (of a replica: they are changed) multiply in bf16.
 
-    Returns how many layers were changed. Experts that keep their weights in one three-axis
-    parameter are left in fp32.
+    Experts that keep their weights in one three-axis parameter are left in fp32.
     """
-    n_changed = 0
     cast = _Cast()  # one for all: what it keeps is as large as a wave
     for block in blocks:
         layers: dict[nn.Module, _Layer] = {}
@@ -75,11 +73,9 @@ def use_bf16_products(blocks: Sequence[nn.Module]) -> int:
             if isinstance(module, nn.Linear | Conv1D):
                 layers[module] = _layer(module)
                 module.forward = _product(module, cast, layers[module])  # type: ignore[method-assign]
-                n_changed += 1
         for module in block.modules():
             if isinstance(module, GatedMLP) and _is_fusible(module, layers):
                 module.forward = _gated(module, cast, layers)  # type: ignore[assignment, method-assign]
-    return n_changed
 
 
 def _layer(module: nn.Linear | Conv1D) -> _Layer:
