@@ -15,6 +15,7 @@ import pytest
 from patchsweep.store import Store
 from patchsweep.store.check import checksums, verify_structure
 from patchsweep.store.layout import COMPLETE
+from patchsweep.store.local_folder import LocalFolder
 
 from store_faults.runs import kill_at_random, run, small_layout, start
 
@@ -136,3 +137,20 @@ def test_half_made_store_is_completed_by_the_next_run(
     shutil.rmtree(path / "z")
     run(path)
     assert_equal(path, undisturbed)
+
+
+def test_store_made_by_a_rival_between_two_looks_is_joined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.zarr"
+    look = LocalFolder.is_empty
+
+    def late_look(folder: LocalFolder) -> bool:
+        with monkeypatch.context() as patch:
+            patch.setattr(LocalFolder, "is_empty", look)
+            Store.create_or_resume(path, small_layout())
+        return look(folder)
+
+    monkeypatch.setattr(LocalFolder, "is_empty", late_look)
+    store = Store.create_or_resume(path, small_layout())
+    assert len(store.pending()) == len(store.units())

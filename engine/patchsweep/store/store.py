@@ -89,7 +89,8 @@ class Store:
         files = layout_files(layout)
         root = _read_root(folder)
         if fresh := root is None:
-            if not folder.is_empty():
+            # made between two looks it is a rival's work, which begins with its root
+            if not folder.is_empty() and _read_root(folder) is None:
                 raise StoreError(
                     f"a store starts in an empty folder, and {folder.shown} holds other things; "
                     "give another path"
