@@ -114,7 +114,7 @@ def sweep(folder: Path) -> dict[str, Any]:
 
     WaveRunner.load = counted("load", lambda *_: 0)  # type: ignore[method-assign]
     WaveRunner._run_wave = counted(  # type: ignore[method-assign]
-        "_run_wave", lambda loaded, wave, metrics: int(wave.entry.min())
+        "_run_wave", lambda loaded, wave, given, metrics: int(wave.entry.min())
     )
     watch = Watch()
     # the probe would run the bridge too: it is tried by other tests

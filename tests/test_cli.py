@@ -252,8 +252,9 @@ def test_unpatched_metrics_do_not_depend_on_the_order_of_slices(here: Path) -> N
 
 
 def test_status_and_verify_tell_incomplete_by_their_exit_codes(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("patchsweep.request.UNIT_TOKENS", 250)  # too few for both sites at once
     sweep = ["run", *TINY, "sites=[resid_pre,z]", "store=a.zarr", "n_slices=2"]
     assert patchsweep(*sweep, "slice=0") == EXIT_DONE
     assert patchsweep("status", "a.zarr") == EXIT_INCOMPLETE

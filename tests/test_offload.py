@@ -22,6 +22,7 @@ from patchsweep.estimate import estimate
 from patchsweep.models import load_model, sketch_model
 from patchsweep.models.homes import is_offloaded
 from patchsweep.models.tiny import tiny_model
+from patchsweep.planner import PatchSet
 from patchsweep.reading import weights_of
 from patchsweep.request import Request, make_request
 from patchsweep.results import weights_hash
@@ -165,8 +166,8 @@ def test_plan_knows_what_will_be_fetched_without_the_weights(folder: Path) -> No
     runner = WaveRunner(bridge, request_of(bridge, ["resid_pre", "z"]).sites, max_tokens=200)
     request = request_of(bridge, ["resid_pre", "z"])
     loaded = runner.load(request.batches([0])[0], request.intervention)
-    for plan in request.plans:
-        runner.run(loaded, plan, np.flatnonzero(plan.live), request.metrics)
+    sets = [PatchSet(plan, np.flatnonzero(plan.live)) for plan in request.plans]
+    runner.run_together(loaded, sets, request.metrics)
     # the plan leaves out what the readout takes: a few rows a wave, and one trial of the whole
     left_out = runner.replica.traffic.n_bytes - costs[1].read_bytes
     assert left_out == weights_of(request).around + costs[1].n_waves * 2 * 4 * 32

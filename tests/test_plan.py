@@ -13,10 +13,11 @@ from patchsweep.hooked import HookedRunner
 from patchsweep.interventions import Resample
 from patchsweep.metrics import METRICS
 from patchsweep.pairs import PromptPair, PromptPairs
-from patchsweep.planner import Axes, ModelShape, PairShape, plan_site
+from patchsweep.planner import Axes, ModelShape, PairShape, PatchSet, plan_site
 from patchsweep.request import make_request
 from patchsweep.sites import SITES
 from patchsweep.waves.packing import pack
+from patchsweep.waves.schedule import make_waves
 from subjects import CLEAN, CORRUPTED, demo_pairs, model
 
 SHAPE = ModelShape(
@@ -74,8 +75,8 @@ def test_waves_hold_every_live_patch_once_and_cost_what_the_plan_says(drawn, max
     live = np.flatnonzero(plan.live)
     if not len(live):
         return
-    waves = list(plan.waves(live, max_tokens))
-    assert sorted(p for wave in waves for p in wave.patches.tolist()) == live.tolist()
+    waves = list(make_waves([PatchSet(plan, live)], max_tokens))
+    assert sorted(p for wave in waves for p in wave.patch.tolist()) == live.tolist()
     passed = 0
     for wave in waves:
         for packing in pack(wave):

@@ -189,10 +189,10 @@ def test_out_of_memory_halves_the_wave_and_loses_nothing(monkeypatch, caplog) ->
     whole = ps.sweep(model(NAME), demo_pairs(NAME), "z", runner="wave")
     run_wave = wave_runner.run_wave
 
-    def scarce(replica, point, wave, given):
+    def scarce(replica, wave, given):
         if wave.n_tokens > 60:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")
-        return run_wave(replica, point, wave, given)
+        return run_wave(replica, wave, given)
 
     monkeypatch.setattr(wave_runner, "run_wave", scarce)
     halved = ps.sweep(model(NAME), demo_pairs(NAME), "z", runner="wave")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from patchsweep.planner import SitePlan, Wave
+from patchsweep.planner import PatchSet, SitePlan
 from patchsweep.reading import Weights, bytes_read, count_captures, weights_of
-from patchsweep.request import Request, blocks_of, bytes_of, device_of
+from patchsweep.request import Request, blocks_of, bytes_of, convoys_of, device_of
 from patchsweep.waves.budget import default_cache, default_max_tokens
+from patchsweep.waves.schedule import Wave, make_waves
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,6 @@ class SiteCost:
     n_patches: int
     n_live: int
     n_units: int  # units of work, each of which owns whole shards of a store
-    n_waves: int
     token_layers: int
     loop_token_layers: int  # what one full forward pass per patch would need
 
@@ -33,6 +34,7 @@ class Cost:
     """The cost of a sweep."""
 
     sites: tuple[SiteCost, ...]
+    n_waves: int  # several sites may share one
     flops: float  # multiplications and additions of the blocks' weights, for all waves
     seconds: float  # at the matrix-product rate measured just now; attention and norms left out
     result_bytes: int  # values written
@@ -49,10 +51,6 @@ class Cost:
     @property
     def n_live(self) -> int:
         return sum(site.n_live for site in self.sites)
-
-    @property
-    def n_waves(self) -> int:
-        return sum(site.n_waves for site in self.sites)
 
     @property
     def token_layers(self) -> int:
@@ -72,14 +70,8 @@ def estimate(
     if cache_budget is None:
         cache_budget = default_cache(request.bridge)
     blocks = blocks_of(request.plans)
-    waves = {
-        plan.site.name: list(_waves(plan, blocks[plan.site.name], max_tokens))
-        for plan in request.plans
-    }
-    sites = tuple(
-        _site_cost(plan, blocks[plan.site.name], len(waves[plan.site.name]))
-        for plan in request.plans
-    )
+    waves = list(_waves(request, max_tokens))
+    sites = tuple(_site_cost(plan, blocks[plan.site.name]) for plan in request.plans)
     weights = weights_of(request)
     n_captures = count_captures(request)
     token_layers = sum(site.token_layers for site in sites)
@@ -93,6 +85,7 @@ def estimate(
     dtype = next(request.bridge.original_model.parameters()).dtype
     return Cost(
         sites=sites,
+        n_waves=len(waves),
         flops=flops,
         seconds=flops / matmul_rate(device_of(request.bridge), dtype),
         result_bytes=bytes_of(request),
@@ -100,33 +93,36 @@ def estimate(
         cache_budget=cache_budget,
         weights=weights,
         n_captures=n_captures,
-        read_bytes=bytes_read(
-            weights, request, n_captures, [wave for some in waves.values() for wave in some]
-        ),
+        read_bytes=bytes_read(weights, request, n_captures, waves),
     )
 
 
-def _waves(plan: SitePlan, unit: tuple[int, int], max_tokens: int) -> Iterator[Wave]:
-    """The waves of all units of work; `unit` is its pairs and layer sets."""
-    pairs, layers = unit
-    live = np.flatnonzero(plan.live)
-    n_layer_units = -(-plan.shape[1] // layers)
-    number = plan.pair[live] // pairs * n_layer_units + plan.layer_set[live] // layers
-    order = np.argsort(number, kind="stable")
-    live, number = live[order], number[order]
-    for patches in np.split(live, np.flatnonzero(np.diff(number)) + 1):
-        if len(patches):
-            yield from plan.waves(patches, max_tokens)
+def _waves(request: Request, max_tokens: int) -> Iterator[Wave]:
+    """The waves of all jobs of exact work."""
+    blocks, convoys = blocks_of(request.plans), convoys_of(request.plans)
+    jobs: dict[tuple[int, int, int], list[PatchSet]] = defaultdict(list)
+    for plan in request.plans:
+        pairs, layers = blocks[plan.site.name]
+        live = np.flatnonzero(plan.live)
+        block = np.stack([plan.pair[live] // pairs, plan.layer_set[live] // layers])
+        order = np.lexsort(block[::-1])
+        live, block = live[order], block[:, order]
+        ends = np.flatnonzero(np.diff(block, axis=1).any(axis=0)) + 1
+        for patches, job in zip(np.split(live, ends), np.split(block, ends, axis=1), strict=True):
+            if len(patches):
+                key = convoys[plan.site.name], int(job[0, 0]), int(job[1, 0])
+                jobs[key].append(PatchSet(plan, patches))
+    for sets in jobs.values():
+        yield from make_waves(sets, max_tokens)
 
 
-def _site_cost(plan: SitePlan, unit: tuple[int, int], n_waves: int) -> SiteCost:
+def _site_cost(plan: SitePlan, unit: tuple[int, int]) -> SiteCost:
     pairs, layers = unit
     return SiteCost(
         site=plan.site.name,
         n_patches=plan.n_patches,
         n_live=plan.n_live,
         n_units=-(-plan.shape[0] // pairs) * -(-plan.shape[1] // layers),
-        n_waves=n_waves,
         token_layers=plan.token_layers,
         loop_token_layers=plan.loop_token_layers,
     )

@@ -1,8 +1,8 @@
-"""Exact patches as work: each unit's live patches are run, its dead ones known."""
+"""Exact patches as work: the live patches of units are run, the dead ones known."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,8 @@ import numpy as np
 
 from patchsweep.batch import Batch
 from patchsweep.errors import ModelError
-from patchsweep.planner import Ints, SitePlan
-from patchsweep.request import Request
+from patchsweep.planner import Ints, PatchSet, SitePlan
+from patchsweep.request import Request, convoys_of
 from patchsweep.results import shape_of
 from patchsweep.runner import Runner
 from patchsweep.store import Unit
@@ -24,6 +24,7 @@ class ExactWork:
     def __init__(self, request: Request, runner: Runner) -> None:
         self.request, self.runner = request, runner
         self.plans = {plan.site.name: plan for plan in request.plans}
+        self.convoys = convoys_of(request.plans)
         self.captures = Captures(request, runner)
 
     def __contains__(self, variable: str) -> bool:
@@ -40,16 +41,20 @@ class ExactWork:
         plan = self.plans[unit.variable]
         return int(plan.live[patches_of(plan, unit)].sum())
 
-    def values(self, unit: Unit) -> Values:
+    def together(self, unit: Unit) -> Hashable:
         """See `Work`."""
-        plan = self.plans[unit.variable]
-        block = Block(plan, unit, len(self.request.metrics))
-        for captured, dead, live in split(plan, unit, self.captures):
-            block.put(dead, captured.base_of(plan, dead))
-            if len(live):
-                found = self.runner.run(captured.loaded, plan, live, self.request.metrics)
-                block.put(live, check_numbers(found.numpy(), plan, live))
-        return block.values()
+        return self.convoys[unit.variable], unit.pair_block, unit.layer_block
+
+    def values(self, units: Sequence[Unit]) -> list[Values]:
+        """See `Work`."""
+        metrics = self.request.metrics
+        blocks = [Block(self.plans[unit.variable], unit, len(metrics)) for unit in units]
+        for captured in self.captures.of(units[0].pairs):
+            sets = [PatchSet(block.plan, block.fill_dead(captured)) for block in blocks]
+            found = self.runner.run_together(captured.loaded, sets, metrics)
+            for block, ran, values in zip(blocks, sets, found, strict=True):
+                block.put(ran.patches, check_numbers(values.numpy(), ran.plan, ran.patches))
+        return [block.values() for block in blocks]
 
     def references(self, unit: Unit) -> tuple[Values, Values]:
         """See `Work`."""
@@ -94,14 +99,6 @@ class Captures:
             yield self._kept[batch.pairs]
 
 
-def split(plan: SitePlan, unit: Unit, captures: Captures) -> Iterator[tuple[Captured, Ints, Ints]]:
-    """The unit's batches, each with its dead and its live patches."""
-    patches = patches_of(plan, unit)
-    for captured in captures.of(unit.pairs):
-        mine = patches[np.isin(plan.pair[patches], captured.batch.pairs)]
-        yield captured, mine[~plan.live[mine]], mine[plan.live[mine]]
-
-
 def references_of(captures: Captures, unit: Unit, n_metrics: int) -> tuple[Values, Values]:
     """Base and source metric `[metric, pair]` of the unit's pairs."""
     base, source = np.empty((2, n_metrics, len(unit.pairs)), np.float32)
@@ -143,6 +140,15 @@ class Block:
         self.plan, self.unit = plan, unit
         self.shape = (len(unit.pairs), len(unit.layers), *plan.shape[2:])
         self._cells = np.full((n_metrics, int(np.prod(self.shape))), np.nan, np.float32)
+
+    def fill_dead(self, captured: Captured) -> Ints:
+        """Put the base metric where a patch of the batch changes nothing; gives the others."""
+        plan = self.plan
+        patches = patches_of(plan, self.unit)
+        patches = patches[np.isin(plan.pair[patches], captured.batch.pairs)]
+        dead = patches[~plan.live[patches]]
+        self.put(dead, captured.base_of(plan, dead))
+        return patches[plan.live[patches]]
 
     def put(self, patches: Ints, values: Values) -> None:
         """Keep `values` `[metric, patch]`."""

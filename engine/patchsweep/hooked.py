@@ -22,7 +22,7 @@ from patchsweep.batch import Batch
 from patchsweep.errors import SiteError
 from patchsweep.interventions import Intervention
 from patchsweep.metrics import Logits, Metric, compute
-from patchsweep.planner import Ints, SitePlan
+from patchsweep.planner import Ints, PatchSet, SitePlan
 from patchsweep.sites import SITES, Site
 
 # the logits of one batched forward pass stay within this many bytes
@@ -211,6 +211,12 @@ class HookedRunner:
                 read = logits[:, list(batch.reads)].float()
                 values[:, part] = self._metrics(loaded, read, pair, metrics).cpu()
         return values
+
+    def run_together(
+        self, loaded: Loaded, sets: Sequence[PatchSet], metrics: Sequence[Metric]
+    ) -> list[Float[Tensor, "metric patch"]]:
+        """See `Runner`."""
+        return [self.run(loaded, chosen.plan, chosen.patches, metrics) for chosen in sets]
 
     def _patch(
         self, loaded: Loaded, plan: SitePlan, rows: Ints, pair: Tensor, layer: int

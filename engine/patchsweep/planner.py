@@ -1,13 +1,13 @@
 """The planner: which patches a sweep has, which are known without running, and what it costs.
 
 Pure: plain data in, plain data out, no tensor and no file. A plan of one site is a table with
-one row per patch; `waves` packs its live rows into batches that travel through the layers
+one row per patch; `waves.schedule` packs live rows into batches that travel through the layers
 together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -138,62 +138,13 @@ class SitePlan:
         suffix_layers = self.n_layers - self.entry - self.token_entry
         return suffix_layers * self.suffix + self.token_entry * (self.stop - self.start)
 
-    def waves(self, patches: Ints, max_tokens: int) -> Iterator[Wave]:
-        """Pack `patches` (indices) into waves of at most about `max_tokens` tokens.
 
-        A wave holds prompts of one length. Patches are taken in the order of their entry, so
-        that later waves skip the lower blocks altogether.
-        """
-        lengths = self.lengths[self.pair[patches]]
-        for length in np.unique(lengths):
-            chosen = patches[lengths == length]
-            order = np.lexsort((self.start[chosen], self.pair[chosen], self.entry[chosen]))
-            chosen = chosen[order]
-            total = np.cumsum(self.suffix[chosen])
-            n_waves = max(1, -(-int(total[-1]) // max_tokens))
-            # equal shares rather than full waves and a small last one
-            which = np.minimum((total - 1) * n_waves // total[-1], n_waves - 1)
-            for i in range(n_waves):
-                if (which == i).any():
-                    yield self._wave(chosen[which == i], int(length))
-
-    def _wave(self, patches: Ints, length: int) -> Wave:
-        # rows that read the same prefix lie together, so that their queries fold into one product
-        order = np.lexsort((self.entry[patches], self.start[patches], self.pair[patches]))
-        patches = patches[order]
-        return Wave(
-            plan=self,
-            length=length,
-            patches=patches,
-            pair=self.pair[patches],
-            entry=self.entry[patches],
-            token_entry=self.token_entry[patches],
-            start=self.start[patches],
-            stop=self.stop[patches],
-        )
-
-
-@dataclass(frozen=True)
-class Wave:
-    """Patches that travel through the layers in one packed batch."""
+@dataclass(frozen=True, eq=False)
+class PatchSet:
+    """Some patches of one site."""
 
     plan: SitePlan
-    length: int  # tokens of each prompt, up to the last that is read
-    patches: Ints  # [row] index into the plan; rows are sorted by pair, start, entry
-    pair: Ints  # [row]
-    entry: Ints  # [row] first block that the row passes
-    token_entry: Bools  # [row]
-    start: Ints  # [row]
-    stop: Ints  # [row]
-
-    @property
-    def n_tokens(self) -> int:
-        """Most tokens alive at one layer."""
-        return int((self.length - self.start).sum())
-
-    @property
-    def token_layers(self) -> int:
-        return int(self.plan.cost[self.patches].sum())
+    patches: Ints  # indices into the plan
 
 
 def plan_site(

@@ -10,7 +10,7 @@ and pair: effects below it are rounding.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
@@ -22,11 +22,10 @@ from patchsweep.exact import (
     check_numbers,
     patches_of,
     references_of,
-    split,
 )
-from patchsweep.planner import Ints, SitePlan
+from patchsweep.planner import Ints, PatchSet, SitePlan
 from patchsweep.probe import Choice
-from patchsweep.request import Request, blocks_of
+from patchsweep.request import Request, blocks_of, convoys_of
 from patchsweep.results import dims_of, shape_of
 from patchsweep.store import Unit, Variable
 from patchsweep.waves import WaveRunner
@@ -85,7 +84,7 @@ class ProvenWork:
         self.plans = {plan.site.name: plan for plan in request.plans}
         self.captures = Captures(request, self.runner)
         self.exact_captures = Captures(request, self.exact)
-        self._kept: dict[str, tuple[Unit, Values]] = {}  # the other variable's block of a unit
+        self.convoys = convoys_of(request.plans)
 
     def __contains__(self, variable: str) -> bool:
         return _site_of(variable) in self.plans
@@ -109,88 +108,103 @@ class ProvenWork:
         """See `Work`: those of the fp32 runs."""
         return references_of(self.exact_captures, unit, len(self.request.metrics))
 
-    def values(self, unit: Unit) -> Values:
+    def together(self, unit: Unit) -> Hashable:
+        """See `Work`: a site's variables come from the same waves."""
+        return self.convoys[_site_of(unit.variable)], unit.pair_block, unit.layer_block
+
+    def values(self, units: Sequence[Unit]) -> list[Values]:
         """See `Work`."""
-        site = _site_of(unit.variable)
-        plan = self.plans[site]
-        if unit.variable == site + NOISE:
-            return self._noise(plan, unit)
-        kept = self._kept.pop(unit.variable, None)
-        if kept is not None and (kept[0].pairs, kept[0].layers) == (unit.pairs, unit.layers):
-            return kept[1]
-        merged, raw = self._blocks(plan, unit)
-        other = site if unit.variable != site else site + SUFFIX
-        self._kept = {other: (unit, merged if other == site else raw)}
-        return raw if other == site else merged
+        metrics, pairs = self.request.metrics, units[0].pairs
+        proofs = [
+            _Proof(self.plans[unit.variable], unit, len(metrics))
+            for unit in units
+            if unit.variable in self.plans
+        ]
+        both = list(zip(self.captures.of(pairs), self.exact_captures.of(pairs), strict=True))
+        for low, exact in both:
+            live = [proof.fill_dead(exact) for proof in proofs]
+            null = [proof.null_patches(low) for proof in proofs]
+            found = self.runner.run_together(low.loaded, live, metrics, null)
+            for i, proof in enumerate(proofs):
+                proof.put_bf16(low, exact, live[i].patches, found[i].numpy())
+                proof.put_noise(low, null[i].patches, found[len(live) + i].numpy())
+        again = [proof.foremost() for proof in proofs]
+        for (_, exact), sets in zip(both, zip(*again, strict=True), strict=True):
+            found = self.exact.run_together(exact.loaded, sets, metrics)
+            for proof, ran, values in zip(proofs, sets, found, strict=True):
+                proof.put_exact(ran.patches, values.numpy())
+        blocks = {name: block for proof in proofs for name, block in proof.blocks().items()}
+        return [blocks[unit.variable] for unit in units]
 
-    def _blocks(self, plan: SitePlan, unit: Unit) -> tuple[Values, Values]:
-        """The unit's block with the fp32 values, and the one of the bf16 waves alone."""
-        metrics = self.request.metrics
-        merged, raw = Block(plan, unit, len(metrics)), Block(plan, unit, len(metrics))
-        both = zip(
-            split(plan, unit, self.captures), split(plan, unit, self.exact_captures), strict=True
-        )
-        ran: list[tuple[Captured, Ints, Values]] = []  # the fp32 runs, live patches, effects
-        for (low, _, _), (exact, dead, live) in both:
-            base = exact.base_of(plan, dead)
-            merged.put(dead, base)
-            raw.put(dead, base)
-            if not len(live):
-                continue
-            found = self.runner.run(low.loaded, plan, live, metrics).numpy()
-            effect = check_numbers(found, plan, live) - low.base_of(plan, live)
-            values = exact.base_of(plan, live) + effect
-            raw.put(live, values)
-            merged.put(live, values)
-            ran.append((exact, live, effect))
-        for exact, again in _chosen(ran, _seed(plan, unit)):
-            values = self.exact.run(exact.loaded, plan, again, metrics).numpy()
-            merged.put(again, check_numbers(values, plan, again))
-        return merged.values(), raw.values()
 
-    def _noise(self, plan: SitePlan, unit: Unit) -> Values:
-        """Largest |change| per metric and pair when runs are patched with their own values."""
-        metrics = self.request.metrics
-        noise = np.zeros((len(metrics), len(unit.pairs)), np.float32)
-        whole = Unit(plan.site.name, 0, 0, unit.pairs, range(plan.shape[1]))
-        for captured, _, live in split(plan, whole, self.captures):
-            loaded = self.runner.with_own_values(captured.loaded)
-            rng = np.random.default_rng(_seed(plan, unit))
-            for pair in captured.batch.pairs:
-                mine = live[plan.pair[live] == pair]
-                some = np.sort(rng.choice(mine, min(N_SAMPLE, len(mine)), replace=False))
-                if len(some):
-                    found = self.runner.run(loaded, plan, some, metrics).numpy()
-                    change = np.abs(found - captured.base_of(plan, some)).max(axis=1)
-                    noise[:, pair - unit.pairs.start] = change
-        return noise
+class _Proof:
+    """One unit of a site: its bf16 values, what was run again, and the noise."""
+
+    def __init__(self, plan: SitePlan, unit: Unit, n_metrics: int) -> None:
+        self.plan, self.unit = plan, unit
+        # the same sample in every run of a unit, whichever process does it
+        self._seed = [zlib.crc32(plan.site.name.encode()), unit.pair_block, unit.layer_block]
+        self._merged, self._raw = Block(plan, unit, n_metrics), Block(plan, unit, n_metrics)
+        self._noise = np.zeros((n_metrics, len(unit.pairs)), np.float32)
+        self._ran: list[tuple[Ints, Values]] = []  # per batch: live patches, effects
+
+    def fill_dead(self, exact: Captured) -> PatchSet:
+        """Put the base metric where nothing changes; gives the patches to run."""
+        self._raw.fill_dead(exact)
+        return PatchSet(self.plan, self._merged.fill_dead(exact))
+
+    def null_patches(self, low: Captured) -> PatchSet:
+        """A sample of each pair's patches, of all layers; one unit of a pair tells the noise."""
+        found = [np.empty(0, np.int64)]
+        rng = np.random.default_rng(self._seed)
+        for pair in low.batch.pairs if self.unit.layer_block == 0 else ():
+            mine = np.flatnonzero(self.plan.live & (self.plan.pair == pair))
+            found.append(np.sort(rng.choice(mine, min(N_SAMPLE, len(mine)), replace=False)))
+        return PatchSet(self.plan, np.concatenate(found))
+
+    def put_bf16(self, low: Captured, exact: Captured, live: Ints, values: Values) -> None:
+        """Keep what the bf16 waves gave, on the fp32 base run."""
+        plan = self.plan
+        effect = check_numbers(values, plan, live) - low.base_of(plan, live)
+        on_exact = exact.base_of(plan, live) + effect
+        self._raw.put(live, on_exact)
+        self._merged.put(live, on_exact)
+        self._ran.append((live, effect))
+
+    def put_noise(self, low: Captured, patches: Ints, values: Values) -> None:
+        """Keep what patches with a run's own values changed."""
+        change = np.abs(values - low.base_of(self.plan, patches))
+        column = self.plan.pair[patches] - self.unit.pairs.start
+        np.maximum.at(self._noise.T, column, change.T)
+
+    def foremost(self) -> list[PatchSet]:
+        """Per batch the patches to run again: the largest effects of each metric of the whole
+        unit, and a random sample."""
+        effect = np.concatenate([effect for _, effect in self._ran], axis=1)
+        n = effect.shape[1]
+        largest = np.argsort(-np.abs(effect), axis=1)[:, :N_LARGEST].ravel()
+        sample = np.random.default_rng(self._seed).choice(n, min(N_SAMPLE, n), replace=False)
+        chosen = np.zeros(n, dtype=bool)
+        chosen[largest] = chosen[sample] = True
+        ends = np.cumsum([len(live) for live, _ in self._ran])[:-1]
+        return [
+            PatchSet(self.plan, live[again])
+            for (live, _), again in zip(self._ran, np.split(chosen, ends), strict=True)
+        ]
+
+    def put_exact(self, again: Ints, values: Values) -> None:
+        """Keep fp32 values where patches were run again."""
+        self._merged.put(again, check_numbers(values, self.plan, again))
+
+    def blocks(self) -> dict[str, Values]:
+        """Variable -> values of its unit."""
+        name = self.plan.site.name
+        return {
+            name: self._merged.values(),
+            name + SUFFIX: self._raw.values(),
+            name + NOISE: self._noise,
+        }
 
 
 def _site_of(variable: str) -> str:
     return variable.removesuffix(SUFFIX).removesuffix(NOISE)
-
-
-def _seed(plan: SitePlan, unit: Unit) -> Sequence[int]:
-    """The same sample in every run of a unit, whichever process does it."""
-    return [zlib.crc32(plan.site.name.encode()), unit.pair_block, unit.layer_block]
-
-
-def _chosen(
-    ran: Sequence[tuple[Captured, Ints, Values]], seed: Sequence[int]
-) -> Iterator[tuple[Captured, Ints]]:
-    """The patches to run again: the largest effects of each metric, and a random sample.
-
-    `ran` has for each batch of a unit its patches and their effects `[metric, patch]`.
-    """
-    if not ran:
-        return
-    effect = np.concatenate([effect for _, _, effect in ran], axis=1)
-    n = effect.shape[1]
-    largest = np.argsort(-np.abs(effect), axis=1)[:, :N_LARGEST].ravel()
-    sample = np.random.default_rng(seed).choice(n, min(N_SAMPLE, n), replace=False)
-    chosen = np.zeros(n, dtype=bool)
-    chosen[largest] = chosen[sample] = True
-    ends = np.cumsum([len(live) for _, live, _ in ran])[:-1]
-    for (exact, live, _), again in zip(ran, np.split(chosen, ends), strict=True):
-        if again.any():
-            yield exact, live[again]

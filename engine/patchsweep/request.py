@@ -204,10 +204,35 @@ def blocks_of(plans: Sequence[SitePlan]) -> dict[str, tuple[int, int]]:
     return {name: (n_pairs, layers) for name, (_, layers) in blocks.items()}
 
 
+def convoys_of(plans: Sequence[SitePlan]) -> dict[str, int]:
+    """Per site the number of its convoy: sites whose units are small run in common waves.
+
+    Alone, their first and last blocks would hold a few hundred tokens, too few for the full speed
+    of a matrix product. Like the units, convoys follow from the plans alone.
+    """
+    blocks = blocks_of(plans)
+    found: dict[str, int] = {}
+    sizes: list[float] = []  # tokens of each convoy
+    for plan in plans:
+        n_pairs, n_layers = blocks[plan.site.name]
+        whole = n_layers == plan.shape[1]
+        mine = _tokens_per_pair(plan) * n_pairs if whole else np.inf
+        room = (i for i, size in enumerate(sizes) if size + mine <= UNIT_TOKENS)
+        number = next(room, len(sizes))
+        if number == len(sizes):
+            sizes.append(0.0)
+        sizes[number] += mine
+        found[plan.site.name] = number
+    return found
+
+
+def _tokens_per_pair(plan: SitePlan) -> float:
+    return max(1, int(plan.suffix[plan.live].sum())) / plan.shape[0]
+
+
 def _blocks_of(plan: SitePlan) -> tuple[int, int]:
     n_pairs, n_layers = plan.shape[:2]
-    tokens = max(1, int(plan.suffix[plan.live].sum()))
-    per_pair = tokens / n_pairs
+    per_pair = _tokens_per_pair(plan)
     if per_pair <= UNIT_TOKENS:
         return min(n_pairs, max(1, int(UNIT_TOKENS // per_pair))), n_layers
     n_blocks = min(n_layers, -(-int(per_pair) // UNIT_TOKENS))

@@ -11,7 +11,7 @@ from torch import Tensor
 from patchsweep.batch import Batch
 from patchsweep.interventions import Intervention
 from patchsweep.metrics import Metric
-from patchsweep.planner import Ints, SitePlan
+from patchsweep.planner import Ints, PatchSet, SitePlan
 
 
 @runtime_checkable
@@ -35,3 +35,8 @@ class Runner(Protocol):
         self, loaded: Any, plan: SitePlan, patches: Ints, metrics: Sequence[Metric]
     ) -> Float[Tensor, "metric patch"]:
         """The metrics of the patched runs `patches` (indices into `plan`), in that order."""
+
+    def run_together(
+        self, loaded: Any, sets: Sequence[PatchSet], metrics: Sequence[Metric]
+    ) -> list[Float[Tensor, "metric patch"]]:
+        """`run` for each of `sets`, in one go where that saves passes."""

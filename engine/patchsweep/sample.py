@@ -11,7 +11,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.api import prepare_runner
 from patchsweep.errors import PlanError
-from patchsweep.exact import Block, Captures, check_numbers, split
+from patchsweep.exact import Block, Captures, check_numbers
 from patchsweep.pairs import PromptPairs
 from patchsweep.probe import RunnerName
 from patchsweep.request import MetricLike, Request, make_request
@@ -64,8 +64,8 @@ def draw(
     for unit in sorted(memory.pending(), key=lambda unit: unit.first_pair):
         plan = plans[unit.variable]
         block = Block(plan, unit, len(request.metrics))
-        for captured, dead, live in split(plan, unit, captures):
-            block.put(dead, captured.base_of(plan, dead))
+        for captured in captures.of(unit.pairs):
+            live = block.fill_dead(captured)
             mine = live[np.isin(live, drawn[plan.site.name])]
             if len(mine):
                 found = choice.runner.run(captured.loaded, plan, mine, request.metrics)

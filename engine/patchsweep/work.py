@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -31,8 +31,11 @@ class Work(Protocol):
     def n_live(self, unit: Unit) -> int:
         """Live patches in the unit."""
 
-    def values(self, unit: Unit) -> Values:
-        """The unit's block, in the shape that the store keeps."""
+    def together(self, unit: Unit) -> Hashable:
+        """Units for which this is equal are one job; it follows from the layout alone."""
+
+    def values(self, units: Sequence[Unit]) -> list[Values]:
+        """The blocks of all units of one job, in the shapes that the store keeps."""
 
     def references(self, unit: Unit) -> tuple[Values, Values] | None:
         """Base and source metric `[metric, pair]` of the unit's pairs, where this work is the
@@ -67,7 +70,7 @@ class Quiet:
 
 @dataclass(frozen=True)
 class Share:
-    """Which units of a run one process does: every n-th."""
+    """Which jobs of a run one process does: every n-th."""
 
     index: int = 0
     n: int = 1
@@ -80,48 +83,83 @@ class Share:
             )
 
 
+@dataclass(frozen=True)
+class Job:
+    """Units that are computed together, whichever of them are missing.
+
+    The last bits of a value depend on the patches that shared its matrix products; so a run that
+    was stopped, or shared out, ends in the bytes of one that was not.
+    """
+
+    work: Work
+    units: tuple[Unit, ...]
+
+
+def jobs_of(works: Sequence[Work], units: Sequence[Unit]) -> list[Job]:
+    """All of `units` in jobs, in the order of their pairs."""
+    found: dict[tuple[int, Hashable], list[Unit]] = {}
+    for unit in sorted(units, key=lambda unit: (unit.first_pair, unit.variable)):
+        i = next(i for i, work in enumerate(works) if unit.variable in work)
+        found.setdefault((i, works[i].together(unit)), []).append(unit)
+    return [Job(works[i], tuple(members)) for (i, _), members in found.items()]
+
+
 def run_work(works: Sequence[Work], sink: Memory | Store, progress: Progress, share: Share) -> None:
-    """Fill every unit of the `share` that `sink` still misses.
+    """Fill every unit of the share's jobs that `sink` still misses.
 
     Units that another process holds are waited for, and taken over if it dies.
     """
     every = sink.pending() if isinstance(sink, Memory) else sink.units()
-    mine = sorted(every, key=lambda unit: (unit.first_pair, unit.variable))[share.index :: share.n]
-    work_of = {v: next(w for w in works if v in w) for v in {unit.variable for unit in mine}}
-    costs = {unit: work_of[unit.variable].cost(unit) for unit in mine}
+    jobs = jobs_of(works, every)[share.index :: share.n]
+    costs = {unit: job.work.cost(unit) for job in jobs for unit in job.units}
     missing = set(sink.pending())
-    pending = [unit for unit in mine if unit in missing]
+    pending = [unit for unit in costs if unit in missing]
     total = sum(costs.values())
     progress.begin(len(pending), total, total - sum(costs[unit] for unit in pending))
     told: set[int] = set()  # pairs whose unpatched metrics were written
-    for unit in _claimed(sink, pending, progress):
+    for job, claimed in _claimed(sink, jobs, progress):
         start = time.perf_counter()
-        work = work_of[unit.variable]
-        values = work.values(unit)
-        found = None if told.issuperset(unit.pairs) else work.references(unit)
-        if found is not None:
-            for name, metrics in zip(("base_metric", "source_metric"), found, strict=True):
-                for row, pair in enumerate(unit.pairs):
-                    sink.write_fixed(name, pair, metrics[:, row : row + 1])
-            told.update(unit.pairs)
-        sink.write(unit, values)
-        progress.advance(unit, costs[unit], work.n_live(unit), time.perf_counter() - start)
+        values = dict(zip(job.units, job.work.values(job.units), strict=True))
+        seconds = time.perf_counter() - start
+        shares = _shares([costs[unit] for unit in claimed])
+        for unit, part in zip(claimed, shares, strict=True):
+            found = None if told.issuperset(unit.pairs) else job.work.references(unit)
+            if found is not None:
+                for name, metrics in zip(("base_metric", "source_metric"), found, strict=True):
+                    for row, pair in enumerate(unit.pairs):
+                        sink.write_fixed(name, pair, metrics[:, row : row + 1])
+                told.update(unit.pairs)
+            sink.write(unit, values[unit])
+            progress.advance(unit, costs[unit], job.work.n_live(unit), seconds * part)
 
 
-def _claimed(sink: Memory | Store, units: Sequence[Unit], progress: Progress) -> Iterator[Unit]:
-    """Each of `units` when it is ours to do; ends when all are done, by us or by others."""
+def _claimed(
+    sink: Memory | Store, jobs: Sequence[Job], progress: Progress
+) -> Iterator[tuple[Job, Sequence[Unit]]]:
+    """Each job when it is ours to do, with those of its units that are; ends when all are done,
+    by us or by others."""
     if isinstance(sink, Memory):
-        yield from units
+        yield from ((job, job.units) for job in jobs)
         return
-    left = list(units)
-    while left:
-        for unit in left:
-            yield from sink.claim([unit])
-        missing = set(sink.pending())
-        left = [unit for unit in left if unit in missing]
-        if left:
-            progress.waiting(len(left))
+    every = {unit for job in jobs for unit in job.units}
+    missing = every.intersection(sink.pending())
+    while missing:
+        for job in jobs:
+            wanted = [unit for unit in job.units if unit in missing]
+            # who has the first goes on to the others, so that no two do one job at once
+            mine = sink.claim(wanted[:1])
+            if mine:
+                yield job, mine + sink.claim(wanted[1:])
+        missing = every.intersection(sink.pending())
+        if missing:
+            progress.waiting(len(missing))
             time.sleep(WAIT_S)
+
+
+def _shares(costs: Sequence[int]) -> list[float]:
+    """What part of a job's time is told of each of its units."""
+    total = sum(costs)
+    return [cost / total if total else 1 / len(costs) for cost in costs]
 
 
 class Journalled:

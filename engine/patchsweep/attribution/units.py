@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from copy import deepcopy
 from dataclasses import replace
 
@@ -76,8 +76,16 @@ class Estimator:
         inside = (plan.pair >= unit.pairs.start) & (plan.pair < unit.pairs.stop)
         return int((inside & plan.live).sum())
 
-    def values(self, unit: Unit) -> NDArray[np.float32]:
-        """The unit's block, without the axes that the site does not have."""
+    def together(self, unit: Unit) -> Hashable:
+        """See `Work`: a pass gives all sites at once."""
+        _, method = self._owner[unit.variable]
+        return method.name, unit.pair_block
+
+    def values(self, units: Sequence[Unit]) -> list[NDArray[np.float32]]:
+        """See `Work`."""
+        return [self._values(unit) for unit in units]
+
+    def _values(self, unit: Unit) -> NDArray[np.float32]:
         plan, method = self._owner[unit.variable]
         return self.as_stored(plan, self._block(method, unit.pairs).cells[plan.site.name])
 

@@ -45,7 +45,7 @@ def show(cost: Cost, console: Console) -> None:
     """The cost as a table and a few lines."""
     table = Table()
     table.add_column("site")
-    heads = ("patches", "live", "units", "waves", "token-layers", "a loop needs", "ratio")
+    heads = ("patches", "live", "units", "token-layers", "a loop needs", "ratio")
     for head in heads:
         table.add_column(head, justify="right")
     for site in cost.sites:
@@ -54,7 +54,6 @@ def show(cost: Cost, console: Console) -> None:
             site.n_patches,
             site.n_live,
             site.n_units,
-            site.n_waves,
             site.token_layers,
             site.loop_token_layers,
         )
@@ -63,7 +62,6 @@ def show(cost: Cost, console: Console) -> None:
         cost.n_patches,
         cost.n_live,
         sum(site.n_units for site in cost.sites),
-        cost.n_waves,
         cost.token_layers,
         cost.loop_token_layers,
     )
@@ -72,6 +70,7 @@ def show(cost: Cost, console: Console) -> None:
     table.add_row("all", *(f"{n:,}" for n in totals), f"{ratio:,.0f}")
     console.print(table)
     for name, value in (
+        ("waves", f"{cost.n_waves:,}"),
         ("FLOPs", f"{cost.flops:.3g}"),
         ("seconds", f"{cost.seconds:.1f} at this device's matrix-product rate, attention left out"),
         ("values written", size(cost.result_bytes)),

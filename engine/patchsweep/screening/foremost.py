@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from patchsweep.exact import Block, Captured, Captures, check_numbers, references_of, split
+from patchsweep.exact import Block, Captured, Captures, check_numbers, references_of
 from patchsweep.planner import Ints, SitePlan
 from patchsweep.request import Request
 from patchsweep.runner import Runner
@@ -46,8 +46,8 @@ class Foremost:
         """The unit's block: exact where a patch was chosen or is dead, NaN elsewhere."""
         chosen = self.chosen(plan)
         block = Block(plan, unit, len(self.request.metrics))
-        for captured, dead, live in split(plan, unit, self.captures):
-            block.put(dead, captured.base_of(plan, dead))
+        for captured in self.captures.of(unit.pairs):
+            live = block.fill_dead(captured)
             mine = live[chosen[live]]
             if len(mine):
                 block.put(mine, self._run(captured, plan, mine))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -62,8 +62,15 @@ class ScreenWork:
             return round(int(plan.live[patches_of(plan, unit)].sum()) * self._share(plan))
         return 0
 
-    def values(self, unit: Unit) -> Values:
+    def together(self, unit: Unit) -> Hashable:
+        """See `Work`: each unit is a job of its own."""
+        return unit
+
+    def values(self, units: Sequence[Unit]) -> list[Values]:
         """See `Work`."""
+        return [self._values(unit) for unit in units]
+
+    def _values(self, unit: Unit) -> Values:
         if unit.variable in self._estimated:
             return self._estimate(unit)
         if unit.variable in self._bounded:

@@ -12,13 +12,14 @@ from einops import repeat
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.planner import Axes, Ints, SitePlan
+from patchsweep.planner import Axes, Ints, PatchSet, SitePlan
 from patchsweep.transformer_lens.cells import Cells, Rows
 from patchsweep.waves import Unsupported
 from patchsweep.waves.capture import capture, locate
 from patchsweep.waves.readout import Readout
-from patchsweep.waves.replay import WaveInput, run_wave
+from patchsweep.waves.replay import Donors, WaveInput, run_wave
 from patchsweep.waves.replica import Replica
+from patchsweep.waves.schedule import make_waves
 
 # tokens of a wave: enough for full matrix-product speed
 MAX_TOKENS = 4096
@@ -103,17 +104,16 @@ class CellWaves:
             donors = self._place(self._entry_values(rows))
         given = WaveInput(
             base=self.run,
-            donors=donors,
+            donors=[Donors(self.point, donors, donor_row)],
             local={prompt: prompt for prompt in range(self.plan.shape[0])},
-            donor_row=donor_row,
         )
         found: dict[int, Tensor] = {}
         if not len(rows):
             return found
-        for wave in self.plan.waves(rows, MAX_TOKENS):
-            hidden = run_wave(self.replica, self.point, wave, given)
+        for wave in make_waves([PatchSet(self.plan, rows)], MAX_TOKENS):
+            hidden = run_wave(self.replica, wave, given)
             sizes = (wave.length - wave.start).tolist()
-            found.update(zip(wave.patches.tolist(), hidden.split(sizes), strict=True))
+            found.update(zip(wave.patch.tolist(), hidden.split(sizes), strict=True))
         return found
 
     def _plan(self, tokens: Tensor) -> SitePlan:

@@ -24,6 +24,7 @@ from patchsweep.waves.replica import Attend, Point, Replica, Unsupported, attent
 
 # sites that are written at the input of a block, or into the final residual
 STREAM_SITES = ("resid_pre", "resid_post", "embed")
+_NO_LOGITS = torch.empty(0, dtype=torch.long)  # positions whose logits are made
 _OWN_ATTENTION = "its attention does not go through the attention interface of transformers"
 
 
@@ -177,7 +178,7 @@ def capture(
         replica.attend_with(attention)
         stack.callback(replica.attend_with, None)
         try:
-            replica.model(tokens, use_cache=False, logits_to_keep=1)
+            replica.model(tokens, use_cache=False, logits_to_keep=_NO_LOGITS)
         except Unsupported:
             raise
         except Exception as error:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from patchsweep.planner import Ints, Wave
+from patchsweep.planner import Ints
+from patchsweep.waves.schedule import Wave
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,10 @@ def pack(wave: Wave) -> Iterator[Packing]:
     After the last block only the tokens that can be read are kept: each row's last one is the
     last position read, so rows are kept whole here and the readout picks its positions.
     """
-    n_layers = wave.plan.n_layers
-    write_layers = wave.plan.write_layers[wave.plan.layer_set[wave.patches]]  # [row, layer]
-    before = np.zeros(len(wave.patches), dtype=np.int64)  # tokens per row in the block before
-    before_offsets = np.zeros(len(wave.patches) + 1, dtype=np.int64)
-    for layer in range(int(wave.entry.min()), n_layers + 1):
+    n_rows = len(wave.patch)
+    before = np.zeros(n_rows, dtype=np.int64)  # tokens per row in the block before
+    before_offsets = np.zeros(n_rows + 1, dtype=np.int64)
+    for layer in range(int(wave.entry.min()), wave.n_layers + 1):
         only_patched = wave.token_entry & (wave.entry == layer)
         counts = np.where(only_patched, wave.stop - wave.start, wave.length - wave.start)
         counts[wave.entry > layer] = 0
@@ -51,7 +51,7 @@ def pack(wave: Wave) -> Iterator[Packing]:
         within = np.arange(offsets[-1]) - offsets[row]
         carried = within < before[row]
         position = wave.start[row] + within
-        write = write_layers[row, layer] & (position < wave.stop[row])
+        write = wave.write_layers[row, layer] & (position < wave.stop[row])
         active = np.flatnonzero(counts)
         yield Packing(
             layer=layer,

@@ -13,7 +13,8 @@ from patchsweep_kernels.attention import Rows, prefix_attention
 from patchsweep_kernels.scatter import scatter_patch
 from torch import Tensor, nn
 
-from patchsweep.planner import Ints, Wave
+from patchsweep.planner import Ints
+from patchsweep.sites import Site
 from patchsweep.waves.capture import (
     STREAM_SITES,
     Run,
@@ -25,6 +26,17 @@ from patchsweep.waves.capture import (
 )
 from patchsweep.waves.packing import Packing, pack
 from patchsweep.waves.replica import Attend, Replica, attention_settings
+from patchsweep.waves.schedule import Wave
+
+
+@dataclass(frozen=True)
+class Donors:
+    """What is patched in, and where."""
+
+    point: SitePoint
+    layers: Sequence[Tensor]  # per layer of writing [pair, pos, width]: the values
+    # [patch] row of the values, then [row, width] per layer: a vector for each one-token patch
+    row: Ints | None = None
 
 
 @dataclass(frozen=True)
@@ -32,20 +44,18 @@ class WaveInput:
     """What one wave needs besides the model: prompts of one length, indexed by pair."""
 
     base: Run
-    donors: Sequence[Tensor]  # per layer of writing [pair, pos, width]: the values patched in
-    local: dict[int, int]  # pair of the plan -> row of `base` and `donors`
-    # [patch] row of `donors`, then [row, width] per layer: a vector for each one-token patch
-    donor_row: Ints | None = None
+    donors: Sequence[Donors]  # for each of the wave's sets
+    local: dict[int, int]  # pair of the plan -> row of `base` and of the values
 
 
 @torch.no_grad()
-def run_wave(replica: Replica, point: SitePoint, wave: Wave, given: WaveInput) -> Tensor:
+def run_wave(replica: Replica, wave: Wave, given: WaveInput) -> Tensor:
     """The final residual of every row of `wave`, from its start to its last read position.
 
     Returns `[token, d_model]`, packed like the last packing: row i's tokens, then row i+1's;
     the readout knows them by `wave.length - wave.start`.
     """
-    state = _State(replica, point, wave, given)
+    state = _State(replica, wave, given)
     hidden: Tensor | None = None
     with ExitStack() as stack:
         stack.enter_context(state.hooks())
@@ -60,10 +70,13 @@ def run_wave(replica: Replica, point: SitePoint, wave: Wave, given: WaveInput) -
 class _State:
     """The wave at its present layer; hooks and attention functions read it."""
 
-    def __init__(self, replica: Replica, point: SitePoint, wave: Wave, given: WaveInput) -> None:
-        self.replica, self.point, self.wave, self.given = replica, point, wave, given
+    def __init__(self, replica: Replica, wave: Wave, given: WaveInput) -> None:
+        self.replica, self.wave, self.given = replica, wave, given
         self.device = given.base.devices[0]  # of the present block
-        self.local = np.array([given.local.get(p, -1) for p in range(wave.plan.shape[0])])
+        self.local = np.array([given.local.get(p, -1) for p in range(wave.n_pairs)])
+        self.members: dict[str, list[int]] = {}  # site -> which of the wave's sets patch it
+        for i, donors in enumerate(given.donors):
+            self.members.setdefault(donors.point.site.name, []).append(i)
         self.packing: Packing
         self.rows: Rows
         self.token_pair: Tensor
@@ -83,8 +96,8 @@ class _State:
             )
         self.packing = packing
         hidden = self._carry(packing, None if carried is None else carried.to(device))
-        if self.point.site.name in STREAM_SITES:
-            self.write(hidden)
+        for name in STREAM_SITES:
+            self.write(hidden, name)
         return hidden
 
     def _carry(self, packing: Packing, carried: Tensor | None) -> Tensor:
@@ -116,26 +129,32 @@ class _State:
         output = self.replica.blocks[layer](hidden.unsqueeze(0), *call.args, **call.kwargs)
         return first_of(output).squeeze(0)
 
-    def write(self, x: Tensor) -> None:
-        """Replace the patched vectors of `x` `[.., token, width]` in place, in one launch."""
-        packing, wave = self.packing, self.wave
-        if not len(packing.write_token):
-            return
-        donor = self.given.donors[packing.layer].to(x)
+    def write(self, x: Tensor, *sites: str) -> None:
+        """Replace what is patched at `sites` in `x` `[.., token, width]`, in place."""
+        packing = self.packing
+        for i in (i for site in sites for i in self.members.get(site, ())):
+            mine = self.wave.set[packing.write_row] == i
+            if mine.any():
+                self._write_set(x, i, packing.write_token[mine], packing.write_row[mine])
+
+    def _write_set(self, x: Tensor, i: int, token: Ints, row: Ints) -> None:
+        """Replace the vectors that set i patches, in one launch."""
+        wave, donors = self.wave, self.given.donors[i]
+        plan, patch = wave.sets[i].plan, wave.patch[row]
+        donor = donors.layers[self.packing.layer].to(x)
         length, width = donor.shape[-2:]
-        if self.given.donor_row is None:
-            pair = self.local[wave.pair[packing.write_row]]
-            source = pair * length + packing.token_pos[packing.write_token]
+        if donors.row is None:
+            source = self.local[wave.pair[row]] * length + self.packing.token_pos[token]
         else:
-            source = self.given.donor_row[wave.patches[packing.write_row]]
-        units = wave.plan.axes.units
+            source = donors.row[patch]
+        units = plan.axes.units
         flat = x.view(-1, width)
         values = donor.reshape(-1, width)
         if units is None:
-            scatter_patch(flat, values, _table(packing.write_token), source=_table(source))
+            scatter_patch(flat, values, _table(token), source=_table(source))
             return
-        n_units = self.n_units(width)
-        which = wave.plan.unit_set[wave.patches[packing.write_row]]
+        n_units = self._n_units(plan.site, width)
+        which = plan.unit_set[patch]
         sizes = np.array([len(unit) for unit in units])
         flat_units = np.concatenate([np.array(unit) for unit in units])
         first = np.concatenate([[0], np.cumsum(sizes)])
@@ -147,15 +166,14 @@ class _State:
         scatter_patch(
             flat.view(len(flat), n_units, -1),
             values.view(len(values) * n_units, -1),
-            _table(packing.write_token[repeat]),
+            _table(token[repeat]),
             source=_table(source[repeat] * n_units + unit),
             head=_table(unit),
         )
 
-    def n_units(self, width: int) -> int:
-        """Heads (or neurons) in one vector of the swept site."""
+    def _n_units(self, site: Site, width: int) -> int:
+        """Heads (or neurons) in one vector of `site`."""
         base = self.given.base
-        site = self.point.site
         if site.unit == "head":
             return width // base.values[0].shape[-1]
         if site.unit == "kv_head":
@@ -164,54 +182,54 @@ class _State:
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
-        """Attention on packed rows, and the writes at the swept site, while the wave runs."""
+        """Attention on packed rows, and the writes at the patched sites, while the wave runs."""
         with ExitStack() as stack:
             self._drop_unread_tokens(stack)
-            points = () if self.point.site.name in STREAM_SITES else self.point.points
-            for layer, point in enumerate(points):
-                stack.enter_context(watch(point, self._write_at(layer)))
+            for name, members in self.members.items():
+                point = self.given.donors[members[0]].point
+                for layer, place in enumerate(() if name in STREAM_SITES else point.points):
+                    stack.enter_context(watch(place, self._write_at(layer, point)))
             self.replica.attend_with(self._attention)
             stack.callback(self.replica.attend_with, None)
             yield
 
-    def _write_at(self, layer: int) -> Any:
+    def _write_at(self, layer: int, point: SitePoint) -> Any:
         def write(x: Tensor) -> Tensor | None:
             if self.packing.layer != layer:
                 return None
-            if self.point.in_place:
-                self.write(x)
+            if point.in_place:
+                self.write(x, point.site.name)
                 return None
             x = x.clone()
-            self.write(x)
+            self.write(x, point.site.name)
             return x
 
         return write
 
     def _attention(self, layer: int) -> Attend:
-        name = self.point.site.name if self.point.in_attention else None
+        inside = {
+            donors.point.site.name for donors in self.given.donors if donors.point.in_attention
+        }
+
+        def written(x: Tensor, *sites: str) -> Tensor:
+            here = inside.intersection(sites)
+            if here:
+                x = x.contiguous()
+                self.write(x.view(len(x), -1), *here)
+            return x
 
         def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
             settings = attention_settings(module, q.shape[-1], kwargs)
             q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-            if name in ("q", "rot_q"):
-                q = self._written(q)
-            elif name in ("k", "rot_k"):
-                k = self._written(k)
-            elif name == "v":
-                v = self._written(v)
+            q = written(q, "q", "rot_q")
+            k = written(k, "k", "rot_k")
+            v = written(v, "v")
             base = self.given.base
             prefix_k, prefix_v = (x[layer].to(q.device) for x in (base.keys, base.values))
             z = prefix_attention(q, k, v, prefix_k, prefix_v, self.rows, **settings)
-            if name in ("pattern", "pattern_cell"):
-                z = self._written(z)
-            return z.unsqueeze(0)
+            return written(z, "pattern", "pattern_cell").unsqueeze(0)
 
         return attend
-
-    def _written(self, x: Tensor) -> Tensor:
-        x = x.contiguous()
-        self.write(x.view(len(x), -1))
-        return x
 
     def _drop_unread_tokens(self, stack: ExitStack) -> None:
         """In the last block only tokens that are read need the MLP: gather them, put them back.
@@ -220,10 +238,10 @@ class _State:
         """
         last = self.replica.n_layers - 1
         mlp = self.replica.module_of(getattr(self.replica.bridge.blocks[last], "mlp", None))
-        if mlp in (None, self.replica.blocks[last]) or self.point.site.name == "mlp_post":
+        if mlp in (None, self.replica.blocks[last]) or "mlp_post" in self.members:
             return
         assert mlp is not None
-        reads = self.wave.plan.reads
+        reads = self.wave.reads
 
         def gather(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if self.packing.layer != last:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -19,15 +19,16 @@ from patchsweep.batch import Batch
 from patchsweep.errors import ModelError
 from patchsweep.interventions import Custom, Intervention, Resample, Spans
 from patchsweep.metrics import Logits, Metric, Sum, compute
-from patchsweep.planner import Ints, SitePlan, Wave
+from patchsweep.planner import Ints, PatchSet, SitePlan
 from patchsweep.sites import Site
 from patchsweep.waves.budget import default_cache, default_max_tokens, keep_wave_memory
 from patchsweep.waves.cache import Budget, Shelf
 from patchsweep.waves.capture import Run, SitePoint, capture, embed_to_stream, locate
 from patchsweep.waves.precision import use_bf16_products
 from patchsweep.waves.readout import Readout
-from patchsweep.waves.replay import WaveInput, run_wave
+from patchsweep.waves.replay import Donors, WaveInput, run_wave
 from patchsweep.waves.replica import Replica, Unsupported
+from patchsweep.waves.schedule import Wave, make_waves
 
 log = logging.getLogger("patchsweep")
 Precision = Literal["model", "bf16"]
@@ -104,17 +105,6 @@ class WaveRunner:
             source_resid=source.resid[-1][:, reads].to(base.devices[-1]),
         )
 
-    def with_own_values(self, loaded: Loaded) -> Loaded:
-        """The same batch, patched with the values that the base run has anyway."""
-        base = loaded.base
-        return replace(
-            loaded,
-            donors={
-                name: self._donors(point, Resample(), base, base, loaded.batch.spans)
-                for name, point in self.points.items()
-            },
-        )
-
     def references(
         self, loaded: Loaded, metrics: Sequence[Metric]
     ) -> tuple[Float[Tensor, "metric pair"], Float[Tensor, "metric pair"]]:
@@ -129,42 +119,62 @@ class WaveRunner:
         self, loaded: Loaded, plan: SitePlan, patches: Ints, metrics: Sequence[Metric]
     ) -> Float[Tensor, "metric patch"]:
         """See `Runner`."""
-        column = {patch: i for i, patch in enumerate(patches.tolist())}
-        values = torch.empty(len(metrics), len(patches))
-        waves = deque(plan.waves(patches, self.max_tokens))
+        return self.run_together(loaded, [PatchSet(plan, patches)], metrics)[0]
+
+    def run_together(
+        self,
+        loaded: Loaded,
+        sets: Sequence[PatchSet],
+        metrics: Sequence[Metric],
+        null: Sequence[PatchSet] = (),
+    ) -> list[Float[Tensor, "metric patch"]]:
+        """See `Runner`; all sets share waves.
+
+        `null`: sets, told of after the others, that are patched with the values which the base
+        run has anyway. What they change is rounding.
+        """
+        batch = loaded.batch
+        donors = [self._donors_of(chosen, loaded, loaded.donors) for chosen in sets]
+        if null:
+            own = {
+                name: self._donors(point, Resample(), loaded.base, loaded.base, batch.spans)
+                for name, point in self.points.items()
+                if any(chosen.plan.site.name == name for chosen in null)
+            }
+            donors += [self._donors_of(chosen, loaded, own) for chosen in null]
+        every = (*sets, *null)
+        sizes = [len(chosen.patches) for chosen in every]
+        values = torch.empty(len(metrics), sum(sizes))
+        given = WaveInput(loaded.base, donors, batch.local)
+        waves = deque(make_waves(every, self.max_tokens))
         while waves:
             wave = waves.popleft()
             try:
-                result = self._run_wave(loaded, wave, metrics)
+                result = self._run_wave(loaded, wave, given, metrics)
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error) or len(wave.patches) == 1:
+                if not _is_out_of_memory(error) or len(wave.patch) == 1:
                     raise
                 # later waves are no larger; nothing that was computed is lost
                 self.max_tokens = max(1, wave.n_tokens // 2)
                 log.warning("out of memory: waves are halved to %d tokens", self.max_tokens)
-                waiting = np.concatenate([w.patches for w in (wave, *waves)])
-                waves = deque(plan.waves(waiting, self.max_tokens))
+                waiting = np.concatenate([w.place for w in (wave, *waves)])
+                waves = deque(make_waves(every, self.max_tokens, waiting))
                 torch.cuda.empty_cache()  # does nothing without CUDA
                 continue
-            values[:, [column[p] for p in wave.patches.tolist()]] = result.cpu()
-        return values
+            values[:, wave.place] = result.cpu()
+        return list(values.split(sizes, dim=1))
+
+    def _donors_of(
+        self, chosen: PatchSet, loaded: Loaded, values: Mapping[str, Sequence[Tensor]]
+    ) -> Donors:
+        name = chosen.plan.site.name
+        return Donors(self.points[name], values[name], _cell_rows(chosen.plan, loaded.batch))
 
     def _run_wave(
-        self, loaded: Loaded, wave: Wave, metrics: Sequence[Metric]
+        self, loaded: Loaded, wave: Wave, given: WaveInput, metrics: Sequence[Metric]
     ) -> Float[Tensor, "metric row"]:
-        name = wave.plan.site.name
         local = loaded.batch.local
-        hidden = run_wave(
-            self.replica,
-            self.points[name],
-            wave,
-            WaveInput(
-                base=loaded.base,
-                donors=loaded.donors[name],
-                local=local,
-                donor_row=_cell_rows(wave.plan, loaded.batch),
-            ),
-        )
+        hidden = run_wave(self.replica, wave, given)
         device = hidden.device
         pair = torch.tensor([local[p] for p in wave.pair.tolist()], device=device)
         # a row ends with the last position read; positions before its start are the base run's

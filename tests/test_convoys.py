@@ -1,0 +1,163 @@
+"""Sites that share waves: the same numbers as alone, and the same bytes whoever computes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import patchsweep as ps
+import pytest
+import torch
+from patchsweep import request as requests
+from patchsweep.batch import make_batches
+from patchsweep.exact import ExactWork
+from patchsweep.metrics import METRICS
+from patchsweep.models import TINY_FAMILIES
+from patchsweep.planner import PatchSet
+from patchsweep.probe import Choice
+from patchsweep.proof import ProvenWork, proof_variables
+from patchsweep.request import convoys_of, make_request
+from patchsweep.sites import SITES
+from patchsweep.store import Store
+from patchsweep.store.check import checksums
+from patchsweep.waves import Unsupported, WaveRunner
+from patchsweep.waves.capture import locate
+from patchsweep.work import Job, Quiet, Share, jobs_of, run_work
+from subjects import demo_pairs, model
+from test_sweep import mixed_pairs
+
+NAME = "tiny:llama"
+SMALL_UNITS = 300  # two pairs of the mixed ones; resid_pre and mlp_out together, z alone
+METRIC = (METRICS["logit_diff"],)
+# fp32 logits of order 10, in batches of another shape
+TOLERANCE = 1e-4
+
+
+def _sites_of(family: str) -> list[str]:
+    """Every site that waves can patch there without choosing neurons."""
+    found, replica = [], WaveRunner(model(f"tiny:{family}"), ()).replica
+    for name, site in SITES.items():
+        try:
+            locate(replica, site)
+        except (Unsupported, KeyError):
+            continue
+        if site.unit != "neuron":
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_all_sites_in_common_waves_equal_each_alone(family: str) -> None:
+    name = f"tiny:{family}"
+    sites = [site for site in _sites_of(family) if site != "pattern_cell"]
+    assert len(sites) > 5
+    request = make_request(model(name), demo_pairs(name), sites)
+    (batch,) = make_batches(request.pairs, [0], request.direction, -1, torch.device("cpu"))
+    runner = WaveRunner(model(name), request.sites, max_tokens=150)  # several waves
+    loaded = runner.load(batch, request.intervention)
+    rng = np.random.default_rng(0)
+    sets = []
+    for plan in request.plans:
+        live = np.flatnonzero(plan.live)
+        sets.append(PatchSet(plan, rng.choice(live, min(12, len(live)), replace=False)))
+    null = [PatchSet(s.plan, np.concatenate([s.patches[:4], s.patches[:1]])) for s in sets]
+    base = float(runner.references(loaded, METRIC)[0])
+    found = runner.run_together(loaded, sets, METRIC, null)
+    largest = 0.0
+    for chosen, together in zip(sets, found, strict=False):
+        alone = runner.run(loaded, chosen.plan, chosen.patches, METRIC)
+        largest = max(largest, float((alone - base).abs().max()))
+        torch.testing.assert_close(together, alone, atol=TOLERANCE, rtol=0)
+    assert largest > 0.05
+    for chosen, together in zip(null, found[len(sets) :], strict=True):
+        assert together.shape == (1, len(chosen.patches))
+        torch.testing.assert_close(
+            together, torch.full_like(together, base), atol=TOLERANCE, rtol=0
+        )
+
+
+def test_small_sites_travel_together_and_large_ones_alone() -> None:
+    whole = make_request(model(NAME), demo_pairs(NAME), ["resid_pre", "z", "attn_out", "mlp_out"])
+    assert set(convoys_of(whole.plans).values()) == {0}
+    tokens = [int(plan.suffix[plan.live].sum()) for plan in whole.plans]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(requests, "UNIT_TOKENS", tokens[1] + 1)
+        assert list(convoys_of(whole.plans).values()) == [0, 1, 0, 0]
+        patch.setattr(requests, "UNIT_TOKENS", tokens[0] + 1)  # z is cut into blocks of layers
+        assert list(convoys_of(whole.plans).values()) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("precision", ["model", "bf16"])
+def test_missing_units_are_made_again_in_the_same_company(tmp_path: Path, precision: str) -> None:
+    def sweep(path: Path, **options) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(requests, "UNIT_TOKENS", SMALL_UNITS)
+            ps.sweep(
+                model(NAME), mixed_pairs(), ["resid_pre", "z", "mlp_out"], runner="wave",
+                precision=precision, store=path, **options,
+            )  # fmt: skip
+
+    sweep(tmp_path / "whole.zarr")
+    whole = checksums(tmp_path / "whole.zarr")
+    with Store.open(tmp_path / "whole.zarr") as store:
+        units, variables = store.units(), store.variables
+    assert len({unit.pair_block for unit in units}) > 1
+    assert len({unit.variable for unit in units}) == (3 if precision == "model" else 9)
+    for index in range(2):
+        sweep(tmp_path / "shared.zarr", slice_index=index, n_slices=2)
+    assert checksums(tmp_path / "shared.zarr") == whole
+    for unit in units:
+        variable = variables[unit.variable]
+        for key in (variable.shard_key(unit), variable.flag_key(unit)):
+            (tmp_path / "whole.zarr" / key).unlink()
+        assert checksums(tmp_path / "whole.zarr") != whole
+        sweep(tmp_path / "whole.zarr")
+        assert checksums(tmp_path / "whole.zarr") == whole, unit.name
+
+
+def test_every_unit_has_one_job_and_a_proof_stays_together() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(requests, "UNIT_TOKENS", SMALL_UNITS)
+        request = make_request(model(NAME), mixed_pairs(), ["resid_pre", "z", "mlp_out"])
+        choice = Choice(WaveRunner(request.bridge, request.sites), "", None)
+        work = ProvenWork(request, choice, None)
+        units = [unit for variable in proof_variables(request) for unit in variable.units()]
+        jobs = jobs_of([work], units)
+    assert sorted(u.name for job in jobs for u in job.units) == sorted(u.name for u in units)
+    for job in jobs:
+        sites = {unit.variable.removesuffix("_bf16").removesuffix("_noise") for unit in job.units}
+        assert sites in ({"z"}, {"resid_pre", "mlp_out"})
+        assert {unit.variable for unit in job.units} == {
+            site + end for site in sites for end in ("_bf16", "_noise")
+        }
+        assert len({unit.pair_block for unit in job.units}) == 1
+
+
+def test_a_job_whose_first_unit_is_held_is_left_to_its_holder(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "run.zarr"
+    ps.sweep(model(NAME), demo_pairs(NAME), ["resid_pre", "mlp_out"], runner="wave", store=path)
+    whole = checksums(path)
+    request = make_request(model(NAME), demo_pairs(NAME), ["resid_pre", "mlp_out"])
+    work = ExactWork(request, WaveRunner(request.bridge, request.sites))
+    with Store.open(path) as ours, Store.open(path) as theirs:
+        (job,) = jobs_of([work], ours.units())
+        assert len(job.units) == 2
+        for unit in job.units:
+            variable = ours.variables[unit.variable]
+            (path / variable.shard_key(unit)).unlink()
+            (path / variable.flag_key(unit)).unlink()
+        assert theirs.claim(job.units[:1]) == [job.units[0]]
+        computed: list[Job] = []
+        inner = work.values
+        monkeypatch.setattr(work, "values", lambda units: computed.append(units) or inner(units))
+
+        class HandOver(Quiet):
+            def waiting(self, n_units: int) -> None:
+                assert n_units == 2
+                assert not computed  # the second unit was free, its job was not
+                theirs.release(job.units)
+
+        monkeypatch.setattr("patchsweep.work.WAIT_S", 0.0)
+        run_work([work], ours, HandOver(), Share())
+    assert len(computed) == 1
+    assert checksums(path) == whole
