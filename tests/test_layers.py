@@ -33,12 +33,13 @@ def _own_and_lean(own: nn.Module) -> tuple[nn.Module, nn.Module]:
     [llama.LlamaRMSNorm(48), qwen2.Qwen2RMSNorm(48), llama.LlamaMLP(CONFIG)],
     ids=lambda module: type(module).__name__,
 )
-def test_norms_and_gates_give_the_same_bits(own: nn.Module) -> None:
+def test_norms_differ_in_the_last_bits_at_most_and_gates_not_at_all(own: nn.Module) -> None:
     own, lean = _own_and_lean(own)
     assert isinstance(lean, RMSNorm | GatedMLP)
-    x = torch.randn(1, 5, 48)
+    x = torch.randn(1, 5, 48) * torch.tensor([1e-6, 1e-2, 1, 1e3, 1e6]).view(5, 1)
+    tolerance = 1e-6 if isinstance(lean, RMSNorm) else 0.0
     with torch.no_grad():
-        assert torch.equal(lean(x), own(x))
+        torch.testing.assert_close(lean(x), own(x), rtol=tolerance, atol=0)
     for each in (x.bfloat16(), x.double()):
         own.to(each.dtype)
         with torch.no_grad():

@@ -10,13 +10,13 @@ of the row itself. The prefix is stored once per pair; no row holds a copy of it
 
 from __future__ import annotations
 
-import math
 from typing import Any, no_type_check
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from patchsweep_kernels import attention_torch
 from patchsweep_kernels.dispatch import (
     check_alike,
     device_of,
@@ -30,10 +30,6 @@ from patchsweep_kernels.dispatch import (
 from patchsweep_kernels.rows import Group, Rows
 
 __all__ = ["Group", "Rows", "prefix_attention"]
-
-# Score elements that the CPU path holds at once: 8 MB in fp32, about what caches hold. Less would
-# fit them better, but make torch start its threads more often, which a busy machine feels.
-_SCORE_BUDGET = 1 << 21
 
 
 def prefix_attention(
@@ -66,7 +62,7 @@ def prefix_attention(
     _check(q, k, v, prefix_k, prefix_v, rows, window, softcap, sinks)
     if window is not None and rows.deepest + rows.longest <= window:
         window = None
-    compute = _triton if use_triton(q) else _reference
+    compute = _triton if use_triton(q) else attention_torch.attend
     return compute(q, k, v, prefix_k, prefix_v, rows, scale, window, softcap, sinks)
 
 
@@ -113,107 +109,6 @@ def _check(
         raise ValueError(f"window must be at least 1, got {window}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
-
-
-@torch.no_grad()
-def _reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    rows: Rows,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """Group by group: all rows and the heads of a key head are folded into one query axis, so the
-    prefix takes part in one matrix product; the rows' own keys in a second one; one softmax."""
-    n_tokens, n_heads, d = q.shape
-    kv_heads, d_v = v.shape[1:]
-    share = n_heads // kv_heads  # query heads per key head
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = q.new_empty(n_tokens, kv_heads, share, d_v)
-    out_kv, q_kv = out.transpose(0, 1), q.unflatten(1, (kv_heads, share)).transpose(0, 1)
-    k_kv, v_kv = k.transpose(0, 1), v.transpose(0, 1)
-    prefix_k, prefix_v = prefix_k.to(dtype).transpose(2, 3), prefix_v.to(dtype)
-    unused = prefix_k.new_zeros(())  # baddbmm wants a summand even when beta is 0
-    scratch = _Scratch(prefix_k)
-    # Minus infinity where a key of the row comes later than the query.
-    later = prefix_k.new_full((rows.longest, rows.longest), -torch.inf).triu_(1).unsqueeze(1)
-    for token, group_rows, length, pair, start in rows.groups:
-        near = window is None or start + length <= window  # every query sees all before it
-        hidden = later[:length, :, :length]
-        if not near:
-            hidden = _windowed(length, start, window or 0, later)
-        # Prefix keys before `low` are outside the window of every query of the group.
-        past = start if near else hidden.shape[2] - length
-        low, n_keys = start - past, past + length
-        # torch's softmax takes three times as long when its axis is no multiple of 16.
-        width = -(-(n_keys + (sinks is not None)) // 16) * 16
-        p_k, p_v = prefix_k[pair, :, :, low:start], prefix_v[pair, :, low:start]
-        step = max(1, _SCORE_BUDGET // (n_heads * length * width))
-        for row in range(0, group_rows, step):
-            n_rows = min(step, group_rows - row)
-            n, batch = n_rows * length, kv_heads * n_rows
-            part = slice(token + row * length, token + row * length + n)
-            q_part = scratch("q", kv_heads, n * share, d)
-            q_part.view(kv_heads, n, share, d).copy_(q_kv[:, part])
-            k_part = scratch("k", kv_heads, n, d).copy_(k_kv[:, part]).view(batch, length, d)
-            v_part = scratch("v", kv_heads, n, d_v).copy_(v_kv[:, part]).view(batch, length, d_v)
-
-            scores = scratch("scores", kv_heads, n * share, width)
-            by_row = scores.view(batch, length, share, width)
-            seen = scores[:, :, :past]
-            torch.baddbmm(unused, q_part, p_k, beta=0, alpha=scale, out=seen)
-            q_row = q_part.view(batch, length * share, d)
-            own = torch.bmm(q_row, k_part.transpose(1, 2)).view(batch, length, share, length)
-            if softcap is not None:
-                seen.mul_(1 / softcap).tanh_().mul_(softcap)
-                own.mul_(scale / softcap).tanh_().mul_(softcap / scale)
-            torch.add(hidden[:, :, -length:], own, alpha=scale, out=by_row[..., past:n_keys])
-            if not near:
-                by_row[..., :past] += hidden[:, :, :past]
-            if n_keys < width:
-                scores[:, :, n_keys:] = -torch.inf
-            if sinks is not None:
-                by_head = scores.view(kv_heads, n, share, width)
-                by_head[..., n_keys] = sinks.view(kv_heads, 1, share)
-            torch.softmax(scores, -1, out=scores)
-            result = scratch("out", kv_heads, n * share, d_v)
-            torch.bmm(seen, p_v, out=result)
-            own_weights = scores.view(batch, length * share, width)[:, :, past:n_keys]
-            result.view(batch, length * share, d_v).baddbmm_(own_weights, v_part)
-            out_kv[:, part] = result.view(kv_heads, n, share, d_v)
-    return out.view(n_tokens, n_heads, d_v)
-
-
-class _Scratch:
-    """Memory that one part after the other uses: fresh pages cost as much as the products."""
-
-    def __init__(self, like: Tensor) -> None:
-        self._like = like
-        self._stores: dict[str, Tensor] = {}
-
-    def __call__(self, name: str, *shape: int) -> Tensor:
-        """Uninitialised `shape`; what `name` held before is gone."""
-        size = math.prod(shape)
-        if name not in self._stores or len(self._stores[name]) < size:
-            self._stores[name] = self._like.new_empty(size)
-        return self._stores[name][:size].view(shape)
-
-
-def _windowed(length: int, start: int, window: int, like: Tensor) -> Float[Tensor, "length 1 key"]:
-    """0 where a row's token sees a key, else minus infinity.
-
-    Keys are the prefix's from the first that any token of the row sees, then the row's own.
-    """
-    low = min(start, max(0, start - window + 1))
-    position = torch.arange(low, start + length, device=like.device)
-    age = position[-length:, None] - position
-    hidden = like.new_zeros(age.shape)
-    return hidden.masked_fill_((age < 0) | (age >= window), -torch.inf).unsqueeze(1)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -20,6 +20,17 @@ class Group(NamedTuple):
     n_tokens: int  # tokens per row
     pair: int
     start: int  # prefix positions 0 .. start-1 are read
+
+
+class Blocks(NamedTuple):
+    """Blocks of adjacent tokens of one pair, padded to one shape, and the keys they read."""
+
+    query: Int[Tensor, "block query"]  # packed token
+    # prefix position, counted through pairs 0 .. n_pairs-1 with `Rows.deepest` positions each; from
+    # their end on: packed token
+    key: Int[Tensor, "block key"]
+    mask: Float[Tensor, "block 1 query key"]  # 0 where the query sees the key, else minus infinity
+    place: Int[Tensor, " token"] | None  # query of each packed token; None: the first ones in order
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +57,7 @@ class Rows:
                 f"rows.pair and rows.start must have one entry for each of the {n_rows} rows of "
                 f"rows.offsets, got {len(self.pair)} and {len(self.start)}"
             )
-        if int(self.offsets[0]) != 0 or int(self.offsets.diff().min()) < 1:
+        if int(self.offsets[0]) != 0 or int(self._lengths.min()) < 1:
             raise ValueError("rows.offsets must begin at 0 and grow: no row is empty or overlaps")
         if int(self.pair.min()) < 0:
             raise ValueError(f"rows.pair holds {int(self.pair.min())}; pairs count from 0")
@@ -66,7 +77,7 @@ class Rows:
     @cached_property
     def longest(self) -> int:
         """Tokens of the longest row."""
-        return int(self.offsets.diff().max())
+        return int(self._lengths.max())
 
     @cached_property
     def deepest(self) -> int:
@@ -74,22 +85,30 @@ class Rows:
         return int(self.start.max())
 
     @cached_property
+    def reach(self) -> int:
+        """Keys that the last token of a row sees, at most."""
+        return int((self.start + self._lengths).max())
+
+    @cached_property
     def groups(self) -> tuple[Group, ...]:
         """Runs of adjacent rows with equal pair, start and length, in packed order."""
-        lengths = self.offsets.diff()
-        keys = torch.stack((self.pair, self.start, lengths))
-        first = torch.ones(len(lengths), dtype=torch.bool)
-        first[1:] = (keys[:, 1:] != keys[:, :-1]).any(0)
+        first = torch.cat((self._turns.new_ones(1), self._turns))
         rows = first.nonzero().flatten()
-        counts = torch.diff(rows, append=rows.new_tensor([len(lengths)]))
-        columns = (self.offsets[rows], counts, lengths[rows], self.pair[rows], self.start[rows])
+        counts = torch.diff(rows, append=rows.new_tensor([len(first)]))
+        lengths = self._lengths[rows]
+        columns = (self.offsets[rows], counts, lengths, self.pair[rows], self.start[rows])
         return tuple(itertools.starmap(Group, zip(*(c.tolist() for c in columns), strict=True)))
+
+    @cached_property
+    def n_groups(self) -> int:
+        """How many groups there are; to list them takes ten times as long."""
+        return 1 + int(self._turns.sum())
 
     def token_table(self, device: torch.device) -> Int[Tensor, "2 token"]:
         """For each packed token: the first token of its row, and the row's start."""
         if device not in self._on_device:
-            lengths = self.offsets.diff()
-            table = torch.stack((self.offsets[:-1], self.start)).repeat_interleave(lengths, 1)
+            table = torch.stack((self.offsets[:-1], self.start))
+            table = table.repeat_interleave(self._lengths, 1, output_size=self.n_tokens)
             self._on_device[device] = table.to(device, non_blocking=True)
         return self._on_device[device]
 
@@ -101,23 +120,99 @@ class Rows:
         """
         key = (size, device)
         if key not in self._on_device:
-            lengths = self.offsets.diff()
-            turns = (self.pair[1:] != self.pair[:-1]).nonzero().flatten() + 1
-            bounds = self.offsets[torch.cat((turns.new_zeros(1), turns, turns.new_tensor([-1])))]
-            spans = itertools.pairwise(bounds.tolist())
-            first = torch.cat([torch.arange(low, high, size) for low, high in spans])
-            stop = torch.cat((first[1:], bounds[-1:]))
-            row = torch.arange(len(lengths)).repeat_interleave(lengths)
-            block = torch.arange(len(first)).repeat_interleave(stop - first)
-            start = self.start[row]
-            lowest = torch.full_like(first, self.deepest).scatter_reduce(0, block, start, "amin")
-            highest = torch.zeros_like(first).scatter_reduce(0, block, start, "amax")
-            columns = (first, stop, self.pair[row[first]], self.offsets[row[first]])
-            table = torch.stack((*columns, lowest, highest), 1)
-            self._on_device[key] = table.to(device, non_blocking=True)
+            token, stop, pair = self._cut(size)
+            row_first, start = self.token_table(token.device)[:, token]
+            columns = (token[:, 0], stop, pair, row_first[:, 0], *start.aminmax(dim=1))
+            self._on_device[key] = torch.stack(columns, 1).to(device, non_blocking=True)
         return self._on_device[key]
+
+    def blocks(self, size: int, window: int | None, device: torch.device) -> Blocks:
+        """The blocks of `block_table` padded to one shape, with the keys that each of them reads.
+
+        `window`: a query sees at most that many keys, itself included.
+        """
+        key = (size, window, device)
+        if key not in self._blocks:
+            query, keys, mask, place = self._make_blocks(size, window)
+            self._blocks[key] = Blocks(
+                query.to(device),
+                keys.to(device),
+                mask.to(device),
+                None if place is None else place.to(device),
+            )
+        return self._blocks[key]
+
+    def _make_blocks(self, size: int, window: int | None) -> Blocks:
+        token, stop, pair = self._cut(min(size, self.n_tokens))
+        row_first, start = self.token_table(token.device)[:, token]
+        stop, own_first = stop.unsqueeze(1), row_first[:, :1]
+        low: Tensor | int = 0  # first prefix position that a block reads
+        if window is not None:
+            low = (start.amin(1, keepdim=True) - window + 1).clamp_(min=0)
+
+        # Columns of a block: prefix positions low .. highest start - 1, then packed tokens from the
+        # first of its first row to its last, then padding that repeats the last.
+        n_prefix = start.amax(1, keepdim=True) - low
+        to_column = n_prefix - own_first  # what takes a packed token to its column
+        # SDPA takes up to twice as long when the number of keys is no multiple of 16.
+        n_keys = -(-int((to_column + stop).max()) // 16) * 16
+        column = torch.arange(n_keys)
+        in_prefix = (pair * self.deepest).unsqueeze(1) + low + column
+        in_packed = (column - to_column).minimum(stop - 1) + self.n_pairs * self.deepest
+        key = torch.where(column < n_prefix, in_prefix, in_packed)
+
+        # Row i of `since` hides the columns from i on, row i of `until` those before i.
+        hidden = torch.full((n_keys + 1, n_keys), -torch.inf)
+        since, until = hidden.triu(), hidden.tril(-1)
+
+        def hide(table: Tensor, at: Tensor) -> Tensor:
+            return table.index_select(0, at.flatten())
+
+        prefix, first_own = hide(since, start - low), row_first
+        if window is not None:
+            first_own = row_first.maximum(token - window + 1)
+            first_seen = start - row_first + token - window + 1 - low
+            prefix += hide(until, first_seen.clamp_(min=0))
+        own = hide(until, first_own + to_column)
+        own += hide(since, token + to_column + 1)
+        mask = torch.maximum(prefix, own, out=own).view(len(token), 1, -1, n_keys)
+
+        flat, packed = token.flatten(), torch.arange(self.n_tokens)
+        in_order = torch.equal(flat[: self.n_tokens], packed)
+        place = None if in_order else torch.searchsorted(flat, packed)
+        return Blocks(token, key, mask, place)
+
+    def _cut(
+        self, size: int
+    ) -> tuple[Int[Tensor, "block token"], Int[Tensor, " block"], Int[Tensor, " block"]]:
+        """Blocks of at most `size` adjacent tokens of one pair: tokens, past-last token, pair.
+
+        A shorter block repeats its last token.
+        """
+        turns = (self.pair[1:] != self.pair[:-1]).nonzero().flatten() + 1
+        bounds = [0, *self.offsets[turns].tolist(), self.n_tokens]
+        spans = itertools.pairwise(bounds)
+        first = torch.cat([torch.arange(low, high, size) for low, high in spans])
+        stop = torch.cat((first[1:], self.offsets[-1:]))
+        token = (first.unsqueeze(1) + torch.arange(size)).minimum(stop.unsqueeze(1) - 1)
+        return token, stop, self.pair[torch.searchsorted(self.offsets, first, right=True) - 1]
+
+    @cached_property
+    def _lengths(self) -> Int[Tensor, " row"]:
+        return self.offsets.diff()
+
+    @cached_property
+    def _turns(self) -> Bool[Tensor, " row_less_1"]:
+        """Where a row differs in pair, start or length from the one before it."""
+        columns = (self.pair, self.start, self._lengths)
+        pair, start, length = (column[1:] != column[:-1] for column in columns)
+        return pair | start | length
 
     @cached_property
     def _on_device(self) -> dict[Any, Tensor]:
         """Tables for the kernel, made once and kept while the rows stay the same."""
+        return {}
+
+    @cached_property
+    def _blocks(self) -> dict[Any, Blocks]:
         return {}

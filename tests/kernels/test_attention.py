@@ -8,6 +8,7 @@ import naive
 import pytest
 import torch
 from naive import DTYPES, TOLERANCE, make_rows, refused
+from patchsweep_kernels import attention_torch
 from patchsweep_kernels.attention import Rows, prefix_attention
 from torch import Tensor
 
@@ -19,6 +20,10 @@ ROWS = {
         [3, 3, 3, 1, 5, 2, 2, 7], [0, 0, 0, 2, 2, 1, 1, 0], [4, 4, 5, 0, 7, 1, 1, 8]
     ),
     "tokens37": make_rows([7, 7, 6, 5, 4, 4, 3, 1], [0] * 8, [2, 2, 3, 4, 5, 5, 6, 8]),
+    # more than one block of adjacent tokens for each pair, and rows that span blocks
+    "tokens224": make_rows(
+        [1, 60, 2, 2, 33, 1, 1, 40, 9, 75], [0] * 5 + [2] * 5, [9, 0, 3, 4, 1, 0, 7, 2, 9, 0]
+    ),
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -117,31 +122,110 @@ def test_attention_reads_a_prefix_longer_than_a_tile() -> None:
     _assert_matches(inputs, rows, {})
 
 
-def test_attention_of_many_rows_in_slices_of_the_score_budget(
-    monkeypatch: pytest.MonkeyPatch,
+def _in_groups(**arguments: Any) -> Tensor:
+    return attention_torch.in_groups(**arguments, softcap=None, sinks=None)
+
+
+WAYS = {"groups": _in_groups, "blocks": attention_torch.in_blocks}
+
+
+def _assert_way_matches(
+    way: str, inputs: dict[str, Any], rows: Rows, window: int | None = None
 ) -> None:
-    monkeypatch.setattr("patchsweep_kernels.attention._SCORE_BUDGET", 1000)
-    rows = make_rows([3] * 11, [0] * 11, [5] * 11)
-    _assert_matches(_inputs(rows, 6, 2, 16, 16, torch.float32), rows, {"window": 4})
+    inputs = {**inputs, "rows": rows, "scale": 0.3, "window": window}
+    out, expected = WAYS[way](**inputs), naive.attention(**inputs)
+    dtype = inputs["q"].dtype
+    assert out.dtype == dtype
+    exact = {"atol": 1e-13, "rtol": 0.0}  # some hundred terms of order 1
+    tolerance = exact if dtype == torch.float64 else TOLERANCE[dtype]
+    torch.testing.assert_close(out.double(), expected, **tolerance, equal_nan=False)
 
 
-def test_attention_in_fp64_is_exact() -> None:
-    rows = ROWS["mixed"]
-    inputs = _inputs(rows, 4, 2, 24, 24, torch.float64)
-    out = prefix_attention(**inputs, rows=rows, scale=0.2)
-    torch.testing.assert_close(
-        out, naive.attention(**inputs, rows=rows, scale=0.2), atol=1e-13, rtol=0.0
-    )
+@pytest.mark.parametrize("window", [None, 1, 3, 20])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("way", WAYS)
+def test_each_way_equals_row_by_row(way: str, rows: str, window: int | None) -> None:
+    _assert_way_matches(way, _inputs(ROWS[rows], 6, 2, 16, 16, torch.float32), ROWS[rows], window)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES.values(), torch.float64], ids=[*DTYPES.keys(), "fp64"])
+@pytest.mark.parametrize(
+    ("n_heads", "kv_heads", "d", "d_v"),
+    [(9, 3, 64, 64), (1, 1, 1, 1), (4, 1, 63, 40), (2, 2, 123, 123)],
+    ids=lambda n: str(n),
+)
+@pytest.mark.parametrize("way", WAYS)
+def test_each_way_with_odd_heads_and_sizes(
+    way: str, n_heads: int, kv_heads: int, d: int, d_v: int, dtype: torch.dtype
+) -> None:
+    rows = ROWS["tokens224"]
+    _assert_way_matches(way, _inputs(rows, n_heads, kv_heads, d, d_v, dtype), rows)
+
+
+@pytest.mark.parametrize("window", [None, 30])
+@pytest.mark.parametrize("way", WAYS)
+def test_each_way_with_a_block_of_which_some_read_no_prefix_and_some_a_long_one(
+    way: str, window: int | None
+) -> None:
+    # fused attention takes 512 keys at a time: the first rows see none of the first 512
+    rows = make_rows([2, 1, 3], [0, 0, 0], [0, 1, 700])
+    inputs = _inputs(make_rows([2, 1, 3], [0, 0, 0], [0, 1, 9]), 2, 1, 16, 16, torch.float32)
+    inputs |= {name: torch.randn(1, 1, 700, 16) for name in ("prefix_k", "prefix_v")}
+    _assert_way_matches(way, inputs, rows, window)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_way_in_slices_of_its_budget(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_torch, "_SCORE_BUDGET", 1000)
+    monkeypatch.setattr(attention_torch, "_KEY_BUDGET", 4000)
+    rows = make_rows([3] * 41, [0] * 30 + [1] * 11, [5] * 41)
+    _assert_way_matches(way, _inputs(rows, 6, 2, 16, 16, torch.float32), rows, 4)
+
+
+# The price of a way is its copies or its groups; see `blocks_pay`.
+FASTER = {
+    "one_group": ("groups", make_rows([3] * 50, [0] * 50, [5] * 50)),
+    "few_rows_of_many_lengths": ("blocks", make_rows([7, 6, 5, 4], [0] * 4, [2, 3, 4, 5])),
+    "many_rows_of_few_lengths": ("groups", make_rows([9] * 999 + [1], [0] * 1000, [0] * 1000)),
+}
+
+
+@pytest.mark.parametrize("case", FASTER)
+def test_attention_takes_the_faster_way(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    way, rows = FASTER[case]
+    taken = []
+
+    def record(name: str) -> Any:
+        return lambda q, *_: [q, taken.append(name)][0]
+
+    for name in WAYS:
+        monkeypatch.setattr(attention_torch, f"in_{name}", record(name))
+    inputs = _inputs(rows, 6, 2, 16, 16, torch.float32).values()
+    for softcap, sinks in ((None, None), (1.0, None), (None, torch.zeros(6))):
+        attention_torch.attend(*inputs, rows, 1.0, None, softcap, sinks)
+    assert taken == [way, "groups", "groups"]
+
+
+def test_blocks_hold_every_token_at_its_place_and_keys_by_the_sixteen() -> None:
+    rows = ROWS["tokens224"]
+    blocks = rows.blocks(24, None, torch.device("cpu"))
+    assert blocks.place is not None
+    assert blocks.query.flatten()[blocks.place].tolist() == list(range(rows.n_tokens))
+    assert blocks.key.shape[1] % 16 == 0
+    # a token sees its prefix and its row up to itself
+    row_first, start = rows.token_table(torch.device("cpu"))
+    seen = (blocks.mask == 0).sum(-1).flatten()[blocks.place]
+    assert torch.equal(seen, start + torch.arange(rows.n_tokens) - row_first + 1)
 
 
 @pytest.mark.parametrize("window", [None, 4])
-def test_reference_keeps_all_it_makes_on_the_device_of_q(window: int | None) -> None:
+def test_each_way_keeps_all_it_makes_on_the_device_of_q(window: int | None) -> None:
     # On a GPU without Triton, and there in fp64. Mixing CPU and meta tensors is an error.
     rows = ROWS["mixed"]
     inputs = {name: x.to("meta") for name, x in _inputs(rows, 4, 2, 16, 16, torch.float64).items()}
-    sinks = torch.zeros(4, device="meta")
-    out = prefix_attention(**inputs, rows=rows, scale=1.0, window=window, softcap=1.0, sinks=sinks)
-    assert out.device.type == "meta"
+    for capped in ({}, {"softcap": 1.0, "sinks": torch.zeros(4, device="meta")}):
+        out = prefix_attention(**inputs, rows=rows, scale=1.0, window=window, **capped)
+        assert out.device.type == "meta"
 
 
 def test_attention_carries_no_gradient() -> None:

@@ -28,7 +28,7 @@ class Home:
 
 def home_of(module: nn.Module) -> Home | None:
     """Where `accelerate` wants `module` to run; None if it has no say in it."""
-    align = _align_hook(getattr(module, "_hf_hook", None))
+    align = _align_hook(module.__dict__.get("_hf_hook"))
     if align is None or align.execution_device is None:
         return None
     device = align.execution_device

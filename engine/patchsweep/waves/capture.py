@@ -147,8 +147,10 @@ def capture(
             run.sites[site.site.name] = []
     inside = {s.site.name for s in sites if s.in_attention}
 
+    rows = _whole_prompts(*tokens.shape)
+
     def attention(layer: int) -> Attend:
-        return lambda module, q, k, v, **kw: _causal(run, inside, module, q, k, v, kw)
+        return lambda module, q, k, v, **kw: _causal(run, rows, inside, module, q, k, v, kw)
 
     def keep_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden, rest_args, rest_kwargs = split_hidden(args, kwargs)
@@ -192,8 +194,23 @@ def capture(
     return run
 
 
+def _whole_prompts(n_pairs: int, length: int) -> Rows:
+    return Rows(
+        offsets=torch.arange(n_pairs + 1) * length,
+        pair=torch.arange(n_pairs),
+        start=torch.zeros(n_pairs, dtype=torch.int64),
+    )
+
+
 def _causal(
-    run: Run, inside: set[str], module: nn.Module, q: Tensor, k: Tensor, v: Tensor, kw: Any
+    run: Run,
+    rows: Rows,
+    inside: set[str],
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kw: Any,
 ) -> Tensor:
     """Plain causal attention over whole prompts; keeps K, V and the sites that live here."""
     settings = attention_settings(module, q.shape[-1], kw)
@@ -208,17 +225,11 @@ def _causal(
         pattern = attention_pattern(q, k, **settings)
         for name in patterns:
             run.sites[name].append(run.shelf.keep(pattern))
-    n_pairs, _, length, _ = q.shape
-    rows = Rows(
-        offsets=torch.arange(n_pairs + 1) * length,
-        pair=torch.arange(n_pairs),
-        start=torch.zeros(n_pairs, dtype=torch.int64),
-    )
     flat_q, flat_k, flat_v = (
         rearrange(x, "pair head pos d -> (pair pos) head d") for x in (q, k, v)
     )
     z = prefix_attention(flat_q, flat_k, flat_v, k, v, rows, **settings)
-    return rearrange(z, "(pair pos) head d -> pair pos head d", pair=n_pairs)
+    return rearrange(z, "(pair pos) head d -> pair pos head d", pair=len(q))
 
 
 def attention_pattern(

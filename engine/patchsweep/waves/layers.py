@@ -2,8 +2,8 @@
 
 Between its matrix products a block of a wave passes over its activations again and again, and on a
 CPU those passes take a quarter of a sweep. Hugging Face's models repeat the same few forwards word
-for word, so their compiled code tells them; a layer that is none of them stays as it is. Norms and
-gates give the same bits as the model's own, rotary positions differ in the last one. Where
+for word, so their compiled code tells them; a layer that is none of them stays as it is. Gates give
+the same bits as the model's own, norms and rotary positions differ in the last ones. Where
 gradients are taken, the model's own forwards run.
 """
 
@@ -22,7 +22,7 @@ ROTARY = "apply_rotary_pos_emb"
 
 
 class RMSNorm(nn.Module):
-    """A mixin: weight · x / sqrt(mean(x²) + epsilon), the weight multiplied in place."""
+    """A mixin: weight · x / sqrt(mean(x²) + epsilon), with fewer passes over x."""
 
     weight: Tensor
     variance_epsilon: float
@@ -31,8 +31,10 @@ class RMSNorm(nn.Module):
         if torch.is_grad_enabled() or x.dtype != torch.float32 or self.weight.dtype != x.dtype:
             own: Tensor = super().forward(x)
             return own
-        mean = x.pow(2).mean(-1, keepdim=True)
-        return (x * torch.rsqrt(mean + self.variance_epsilon)).mul_(self.weight)
+        # one pass over x, and nothing written
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        mean = norm.square_().mul_(1 / x.shape[-1])
+        return (x * mean.add_(self.variance_epsilon).rsqrt_()).mul_(self.weight)
 
 
 class GatedMLP(nn.Module):

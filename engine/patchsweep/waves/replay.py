@@ -132,6 +132,8 @@ class _State:
     def write(self, x: Tensor, *sites: str) -> None:
         """Replace what is patched at `sites` in `x` `[.., token, width]`, in place."""
         packing = self.packing
+        if not len(packing.write_token):
+            return
         for i in (i for site in sites for i in self.members.get(site, ())):
             mine = self.wave.set[packing.write_row] == i
             if mine.any():
