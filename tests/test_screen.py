@@ -197,6 +197,8 @@ def test_a_screen_that_was_stopped_runs_the_missing_patches_alone(
             if unit.variable == "z":
                 raise KeyboardInterrupt
 
+        def job_done(self) -> None: ...
+
         def waiting(self, n_units: int) -> None: ...
 
     monkeypatch.setattr(WaveRunner, "run", counted)

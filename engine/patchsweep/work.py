@@ -46,13 +46,17 @@ class Work(Protocol):
 class Progress(Protocol):
     """Told how far a run is; token-layers are the unit of cost.
 
-    An exception raised here ends the run between two units; nothing is lost then.
+    An exception raised by `begin`, `job_done` or `waiting` ends the run, and nothing is lost then.
     """
 
     def begin(self, n_units: int, total: int, done: int) -> None:
         """`n_units` are to do; `total` token-layers are this process's, `done` of them before."""
 
-    def advance(self, unit: Unit, token_layers: int, n_live: int, seconds: float) -> None: ...
+    def advance(self, unit: Unit, token_layers: int, n_live: int, seconds: float) -> None:
+        """A unit was written; `seconds` are its share of its job's."""
+
+    def job_done(self) -> None:
+        """All units of a job were written and told of."""
 
     def waiting(self, n_units: int) -> None:
         """Other processes are at work on the last `n_units`; called again and again."""
@@ -64,6 +68,8 @@ class Quiet:
     def begin(self, n_units: int, total: int, done: int) -> None: ...
 
     def advance(self, unit: Unit, token_layers: int, n_live: int, seconds: float) -> None: ...
+
+    def job_done(self) -> None: ...
 
     def waiting(self, n_units: int) -> None: ...
 
@@ -123,14 +129,22 @@ def run_work(works: Sequence[Work], sink: Memory | Store, progress: Progress, sh
         seconds = time.perf_counter() - start
         shares = _shares([costs[unit] for unit in claimed])
         for unit, part in zip(claimed, shares, strict=True):
-            found = None if told.issuperset(unit.pairs) else job.work.references(unit)
-            if found is not None:
-                for name, metrics in zip(("base_metric", "source_metric"), found, strict=True):
-                    for row, pair in enumerate(unit.pairs):
-                        sink.write_fixed(name, pair, metrics[:, row : row + 1])
+            if not told.issuperset(unit.pairs) and _write_references(sink, job.work, unit):
                 told.update(unit.pairs)
             sink.write(unit, values[unit])
             progress.advance(unit, costs[unit], job.work.n_live(unit), seconds * part)
+        progress.job_done()
+
+
+def _write_references(sink: Memory | Store, work: Work, unit: Unit) -> bool:
+    """Write the unpatched metrics of the unit's pairs, if `work` is the one that tells them."""
+    found = work.references(unit)
+    if found is None:
+        return False
+    for name, metrics in zip(("base_metric", "source_metric"), found, strict=True):
+        for row, pair in enumerate(unit.pairs):
+            sink.write_fixed(name, pair, metrics[:, row : row + 1])
+    return True
 
 
 def _claimed(
@@ -190,6 +204,9 @@ class Journalled:
     def advance(self, unit: Unit, token_layers: int, n_live: int, seconds: float) -> None:
         self._journal.unit_done(unit, seconds=seconds, token_layers=token_layers, n_live=n_live)
         self._inner.advance(unit, token_layers, n_live, seconds)
+
+    def job_done(self) -> None:
+        self._inner.job_done()
 
     def waiting(self, n_units: int) -> None:
         self._inner.waiting(n_units)

@@ -12,7 +12,7 @@ from importlib.metadata import version
 EXIT_DONE = 0
 EXIT_FAILED = 1  # the program's own failure, with a traceback
 EXIT_MISTAKE = 2  # a mistake in the command or in what it names
-EXIT_STOPPED = 75  # a signal ended the run after the unit in hand; the same command goes on
+EXIT_STOPPED = 75  # a signal ended the run after the units in hand; the same command goes on
 
 # verb -> what it does; each is a module of this package with `main(arguments) -> exit code`
 VERBS = {

@@ -69,6 +69,9 @@ class Bar:
                 f"{self.n_units}/{self._to_do} {unit.name}: {token_layers} token-layers, "
                 f"{seconds:.2f} s"
             )
+
+    def job_done(self) -> None:
+        """See `work.Progress`."""
         self._check()
 
     def waiting(self, n_units: int) -> None:

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT end a run after the unit in hand, so that no work is lost."""
+"""SIGTERM and SIGINT end a run after the job in hand, so that no work is lost."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and has stopped between two units."""
+    """The run was asked to stop, and has stopped between two jobs."""
 
 
 class Stopper:
@@ -31,7 +31,7 @@ class Stopper:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         print(
-            f"patchsweep: {self._heard}: stopping after the unit in hand (again: at once)",
+            f"patchsweep: {self._heard}: stopping after the units in hand (again: at once)",
             file=sys.stderr,
             flush=True,
         )

@@ -98,7 +98,7 @@ class WaveRunner:
             batch=batch,
             base=base,
             donors={
-                name: self._donors(point, intervention, base, source, batch.spans)
+                name: self._values(point, intervention, base, source, batch.spans)
                 for name, point in self.points.items()
             },
             base_resid=base.resid[-1][:, reads].to(base.devices[-1]),
@@ -133,19 +133,12 @@ class WaveRunner:
         `null`: sets, told of after the others, that are patched with the values which the base
         run has anyway. What they change is rounding.
         """
-        batch = loaded.batch
-        donors = [self._donors_of(chosen, loaded, loaded.donors) for chosen in sets]
-        if null:
-            own = {
-                name: self._donors(point, Resample(), loaded.base, loaded.base, batch.spans)
-                for name, point in self.points.items()
-                if any(chosen.plan.site.name == name for chosen in null)
-            }
-            donors += [self._donors_of(chosen, loaded, own) for chosen in null]
         every = (*sets, *null)
+        donors = [self._donors(chosen, loaded) for chosen in sets]
+        donors += [self._donors(chosen, loaded, own=True) for chosen in null]
         sizes = [len(chosen.patches) for chosen in every]
         values = torch.empty(len(metrics), sum(sizes))
-        given = WaveInput(loaded.base, donors, batch.local)
+        given = WaveInput(loaded.base, donors, loaded.batch.local)
         waves = deque(make_waves(every, self.max_tokens))
         while waves:
             wave = waves.popleft()
@@ -164,11 +157,13 @@ class WaveRunner:
             values[:, wave.place] = result.cpu()
         return list(values.split(sizes, dim=1))
 
-    def _donors_of(
-        self, chosen: PatchSet, loaded: Loaded, values: Mapping[str, Sequence[Tensor]]
-    ) -> Donors:
-        name = chosen.plan.site.name
-        return Donors(self.points[name], values[name], _cell_rows(chosen.plan, loaded.batch))
+    def _donors(self, chosen: PatchSet, loaded: Loaded, *, own: bool = False) -> Donors:
+        """What the patches of `chosen` put in; `own`: what is there in the base run anyway."""
+        point, base = self.points[chosen.plan.site.name], loaded.base
+        values = loaded.donors[point.site.name]
+        if own:
+            values = self._values(point, Resample(), base, base, loaded.batch.spans)
+        return Donors(point, values, _cell_rows(chosen.plan, loaded.batch))
 
     def _run_wave(
         self, loaded: Loaded, wave: Wave, given: WaveInput, metrics: Sequence[Metric]
@@ -247,7 +242,7 @@ class WaveRunner:
             loaded._logits[which] = self._full(resid)
         return loaded._logits[which]
 
-    def _donors(
+    def _values(
         self,
         point: SitePoint,
         intervention: Intervention,
