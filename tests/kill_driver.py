@@ -25,12 +25,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import patchsweep as ps
 import torch
 from patchsweep import request, work
+from patchsweep.request import convoys_of, make_request
 from patchsweep.store.check import checksums
 
 torch.set_num_threads(1)
-request.UNIT_TOKENS = 40  # many small units, so that kills fall between and inside them
+request.UNIT_TOKENS = 150  # many small units, so that kills fall between and inside them
 work.WAIT_S = 0.05
 NAME = "tiny:llama"
+SITES = ["resid_pre", "z", "mlp_out"]
 
 
 def main(folder: Path, n_kills: int, n_slices: int) -> None:
@@ -46,7 +48,7 @@ def main(folder: Path, n_kills: int, n_slices: int) -> None:
         ps.sweep(
             model,
             pairs,
-            ["resid_pre", "z", "mlp_out"],
+            SITES,
             store=store,
             runner="wave",
             slice_index=index,
@@ -63,6 +65,9 @@ def main(folder: Path, n_kills: int, n_slices: int) -> None:
             finally:
                 os._exit(code)
         return pid
+
+    convoys = convoys_of(make_request(model, pairs, SITES).plans).values()
+    assert 1 < len(set(convoys)) < len(SITES)  # some units are computed together, some are not
 
     start = time.perf_counter()
     run(folder / "whole.zarr")

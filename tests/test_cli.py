@@ -230,8 +230,9 @@ def test_plan_prints_the_cost_and_writes_nothing(
     assert os.listdir(here) == []
 
 
-def test_slices_write_what_one_process_writes(here: Path) -> None:
-    # three of the sites have one block of pairs each, so that slices are uneven
+def test_slices_write_what_one_process_writes(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # a bundle of three sites, and z in two blocks of layers
+    monkeypatch.setattr("patchsweep.request.UNIT_TOKENS", 400)
     sweep = ["run", *TINY, "sites=[resid_pre,attn_out,mlp_out,z]"]
     assert patchsweep(*sweep, "store=one.zarr") == EXIT_DONE
     sliced = ["-m", "slice=range(0,3)", "n_slices=3", "hydra.sweep.dir=jobs", "store=many.zarr"]

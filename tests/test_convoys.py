@@ -9,6 +9,7 @@ import patchsweep as ps
 import pytest
 import torch
 from patchsweep import request as requests
+from patchsweep.api import prepare_runner
 from patchsweep.batch import make_batches
 from patchsweep.exact import ExactWork
 from patchsweep.metrics import METRICS
@@ -17,12 +18,13 @@ from patchsweep.planner import PatchSet
 from patchsweep.probe import Choice
 from patchsweep.proof import ProvenWork, proof_variables
 from patchsweep.request import convoys_of, make_request
+from patchsweep.results import make_layout
 from patchsweep.sites import SITES
-from patchsweep.store import Store
+from patchsweep.store import Store, Unit
 from patchsweep.store.check import checksums
 from patchsweep.waves import Unsupported, WaveRunner
 from patchsweep.waves.capture import locate
-from patchsweep.work import Job, Quiet, Share, jobs_of, run_work
+from patchsweep.work import Quiet, Share, bundles_of, run_work
 from subjects import demo_pairs, model
 from test_sweep import mixed_pairs
 
@@ -76,15 +78,47 @@ def test_all_sites_in_common_waves_equal_each_alone(family: str) -> None:
         )
 
 
+@pytest.mark.parametrize("max_tokens", [4096, 60])
+@pytest.mark.parametrize(
+    ("layers", "sites"),
+    [
+        ([[0, 1], 2], ["mlp_post", "k", "z", "embed", "resid_post", "q"]),
+        ([1, 2], ["mlp_post", "pattern_cell", "v", "pattern", "resid_mid"]),
+    ],
+    ids=["joint layers", "patterns"],
+)
+def test_mixed_pairs_and_sites_of_every_kind_share_waves(
+    max_tokens: int, layers: list, sites: list[str]
+) -> None:
+    """Against the hooked runner; pairs of several lengths, layers and neurons patched together."""
+    asked = {"neurons": [0, [3, 5]], "layers": layers, "positions": [10, 12, 13]}
+    found = [
+        ps.sweep(model(NAME), mixed_pairs(), sites, runner=runner, max_tokens=max_tokens, **asked)
+        for runner in ("wave", "hooked")
+    ]
+    for site in sites:
+        effect = found[1][site] - found[1].base_metric
+        assert float(abs(effect).max()) > 1e-3, site
+        np.testing.assert_allclose(found[0][site], found[1][site], atol=TOLERANCE, err_msg=site)
+
+
+def test_hooked_sites_stay_units_of_their_own() -> None:
+    request = make_request(model(NAME), demo_pairs(NAME), ["resid_pre", "mlp_out"])
+    choice = prepare_runner(request, "hooked", None)
+    units = [u for variable in make_layout(request, choice, {}).variables for u in variable.units()]
+    assert len(bundles_of([ExactWork(request, choice.runner)], units)) == len(units) == 2
+
+
 def test_small_sites_travel_together_and_large_ones_alone() -> None:
     whole = make_request(model(NAME), demo_pairs(NAME), ["resid_pre", "z", "attn_out", "mlp_out"])
     assert set(convoys_of(whole.plans).values()) == {0}
     tokens = [int(plan.suffix[plan.live].sum()) for plan in whole.plans]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(requests, "UNIT_TOKENS", tokens[1] + 1)
-        assert list(convoys_of(whole.plans).values()) == [0, 1, 0, 0]
+        assert convoys_of(whole.plans) == {"attn_out": 0, "mlp_out": 0, "resid_pre": 0, "z": 1}
+        assert convoys_of(whole.plans[::-1]) == convoys_of(whole.plans)
         patch.setattr(requests, "UNIT_TOKENS", tokens[0] + 1)  # z is cut into blocks of layers
-        assert list(convoys_of(whole.plans).values()) == [0, 1, 2, 3]
+        assert sorted(convoys_of(whole.plans).values()) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("precision", ["model", "bf16"])
@@ -115,47 +149,51 @@ def test_missing_units_are_made_again_in_the_same_company(tmp_path: Path, precis
         assert checksums(tmp_path / "whole.zarr") == whole, unit.name
 
 
-def test_every_unit_has_one_job_and_a_proof_stays_together() -> None:
+def test_every_unit_has_one_bundle_and_a_proof_stays_together() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(requests, "UNIT_TOKENS", SMALL_UNITS)
         request = make_request(model(NAME), mixed_pairs(), ["resid_pre", "z", "mlp_out"])
         choice = Choice(WaveRunner(request.bridge, request.sites), "", None)
         work = ProvenWork(request, choice, None)
         units = [unit for variable in proof_variables(request) for unit in variable.units()]
-        jobs = jobs_of([work], units)
-    assert sorted(u.name for job in jobs for u in job.units) == sorted(u.name for u in units)
-    for job in jobs:
-        sites = {unit.variable.removesuffix("_bf16").removesuffix("_noise") for unit in job.units}
+        bundles = bundles_of([work], units)
+    covered = [unit for bundle in bundles for unit in bundle.units]
+    assert sorted(unit.name for unit in covered) == sorted(unit.name for unit in units)
+    for bundle in bundles:
+        names = (unit.variable for unit in bundle.units)
+        sites = {name.removesuffix("_bf16").removesuffix("_noise") for name in names}
         assert sites in ({"z"}, {"resid_pre", "mlp_out"})
-        assert {unit.variable for unit in job.units} == {
+        assert {unit.variable for unit in bundle.units} == {
             site + end for site in sites for end in ("_bf16", "_noise")
         }
-        assert len({unit.pair_block for unit in job.units}) == 1
+        assert len({unit.pair_block for unit in bundle.units}) == 1
 
 
-def test_a_job_whose_first_unit_is_held_is_left_to_its_holder(tmp_path: Path, monkeypatch) -> None:
+def test_a_bundle_whose_first_unit_is_held_is_left_to_its_holder(
+    tmp_path: Path, monkeypatch
+) -> None:
     path = tmp_path / "run.zarr"
     ps.sweep(model(NAME), demo_pairs(NAME), ["resid_pre", "mlp_out"], runner="wave", store=path)
     whole = checksums(path)
     request = make_request(model(NAME), demo_pairs(NAME), ["resid_pre", "mlp_out"])
     work = ExactWork(request, WaveRunner(request.bridge, request.sites))
     with Store.open(path) as ours, Store.open(path) as theirs:
-        (job,) = jobs_of([work], ours.units())
-        assert len(job.units) == 2
-        for unit in job.units:
+        (bundle,) = bundles_of([work], ours.units())
+        assert len(bundle.units) == 2
+        for unit in bundle.units:
             variable = ours.variables[unit.variable]
             (path / variable.shard_key(unit)).unlink()
             (path / variable.flag_key(unit)).unlink()
-        assert theirs.claim(job.units[:1]) == [job.units[0]]
-        computed: list[Job] = []
+        assert theirs.claim(bundle.units[:1]) == [bundle.units[0]]
+        computed: list[tuple[Unit, ...]] = []
         inner = work.values
         monkeypatch.setattr(work, "values", lambda units: computed.append(units) or inner(units))
 
         class HandOver(Quiet):
             def waiting(self, n_units: int) -> None:
                 assert n_units == 2
-                assert not computed  # the second unit was free, its job was not
-                theirs.release(job.units)
+                assert not computed  # the second unit was free, its bundle was not
+                theirs.release(bundle.units)
 
         monkeypatch.setattr("patchsweep.work.WAIT_S", 0.0)
         run_work([work], ours, HandOver(), Share())

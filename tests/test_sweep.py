@@ -186,7 +186,8 @@ def test_training_mode_is_refused() -> None:
 def test_out_of_memory_halves_the_wave_and_loses_nothing(monkeypatch, caplog) -> None:
     from patchsweep.waves import runner as wave_runner
 
-    whole = ps.sweep(model(NAME), demo_pairs(NAME), "z", runner="wave")
+    sites = ["resid_pre", "mlp_out", "z"]
+    whole = ps.sweep(model(NAME), demo_pairs(NAME), sites, runner="wave")
     run_wave = wave_runner.run_wave
 
     def scarce(replica, wave, given):
@@ -195,9 +196,9 @@ def test_out_of_memory_halves_the_wave_and_loses_nothing(monkeypatch, caplog) ->
         return run_wave(replica, wave, given)
 
     monkeypatch.setattr(wave_runner, "run_wave", scarce)
-    halved = ps.sweep(model(NAME), demo_pairs(NAME), "z", runner="wave")
-    # waves of another size round differently
-    np.testing.assert_allclose(halved["z"], whole["z"], atol=1e-5)
+    halved = ps.sweep(model(NAME), demo_pairs(NAME), sites, runner="wave")
+    for site in sites:  # waves of another size round differently
+        np.testing.assert_allclose(halved[site], whole[site], atol=1e-5)
     assert "halved" in caplog.text
 
 
@@ -248,6 +249,17 @@ def test_single_cells_of_the_pattern(intervention: str) -> None:
     effect = found[0]["pattern_cell"] - found[0].base_metric
     assert float(abs(effect).max()) > 1e-2
     assert float(abs(effect.sel(pos=3, src=slice(4, None))).max()) == 0  # causality
+
+
+@pytest.mark.parametrize("site", ["pattern", "pattern_cell"])
+def test_patterns_of_several_layers_at_once_are_left_to_the_hooked_runner(site: str) -> None:
+    asked = {"layers": [[0, 1], 2], "positions": [12, 16]}
+    with pytest.raises(ConfigError, match=f"{site} is patched in several layers at once"):
+        ps.sweep(model(NAME), demo_pairs(NAME), site, runner="wave", **asked)
+    auto = ps.sweep(model(NAME), demo_pairs(NAME), site, **asked)
+    assert auto.attrs["provenance"]["runner"] == "hooked"
+    hooked = ps.sweep(model(NAME), demo_pairs(NAME), site, runner="hooked", **asked)
+    np.testing.assert_array_equal(auto[site], hooked[site])
 
 
 def test_bf16_sweep_proves_itself() -> None:

@@ -84,7 +84,7 @@ def sweep(
         store: folder or URL of a Zarr store; results stream there, and a second call with the
             same arguments goes on where the first stopped. Many processes may do so at once.
         storage_options: what the storage library is told (endpoint, retries); no credentials.
-        slice_index, n_slices: do every n-th job only, from this one on; all slices
+        slice_index, n_slices: do every n-th bundle of units only, from this one on; all slices
             together write what one process would.
         runner: `auto` lets the probe choose; `wave` and `hooked` insist.
         max_tokens: most tokens in one wave. Default: what suits where the weights are, see

@@ -255,7 +255,7 @@ class RunConfig:
     intervention: str = "resample"  # resample, zero, mean, mean_all, mean_label or shuffle
     direction: str | None = None  # denoising or noising; null: what suits the intervention
     precision: str = "model"  # model: the weights' dtype; bf16: bf16 products, proven in the run
-    slice: int = 0  # this process does every n_slices-th job, from this one on
+    slice: int = 0  # this process does every n_slices-th bundle of units, from this one on
     n_slices: int = 1
 
     def selection(self) -> dict[str, Any]:

@@ -98,9 +98,9 @@ def estimate(
 
 
 def _waves(request: Request, max_tokens: int) -> Iterator[Wave]:
-    """The waves of all jobs of exact work."""
+    """The waves of all bundles of exact work."""
     blocks, convoys = blocks_of(request.plans), convoys_of(request.plans)
-    jobs: dict[tuple[int, int, int], list[PatchSet]] = defaultdict(list)
+    bundles: dict[tuple[int, int, int], list[PatchSet]] = defaultdict(list)
     for plan in request.plans:
         pairs, layers = blocks[plan.site.name]
         live = np.flatnonzero(plan.live)
@@ -108,11 +108,11 @@ def _waves(request: Request, max_tokens: int) -> Iterator[Wave]:
         order = np.lexsort(block[::-1])
         live, block = live[order], block[:, order]
         ends = np.flatnonzero(np.diff(block, axis=1).any(axis=0)) + 1
-        for patches, job in zip(np.split(live, ends), np.split(block, ends, axis=1), strict=True):
+        for patches, of in zip(np.split(live, ends), np.split(block, ends, axis=1), strict=True):
             if len(patches):
-                key = convoys[plan.site.name], int(job[0, 0]), int(job[1, 0])
-                jobs[key].append(PatchSet(plan, patches))
-    for sets in jobs.values():
+                key = convoys[plan.site.name], int(of[0, 0]), int(of[1, 0])
+                bundles[key].append(PatchSet(plan, patches))
+    for sets in bundles.values():
         yield from make_waves(sets, max_tokens)
 
 

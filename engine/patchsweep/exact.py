@@ -43,6 +43,8 @@ class ExactWork:
 
     def together(self, unit: Unit) -> Hashable:
         """See `Work`."""
+        if not self.runner.joins:
+            return unit
         return self.convoys[unit.variable], unit.pair_block, unit.layer_block
 
     def values(self, units: Sequence[Unit]) -> list[Values]:
@@ -127,8 +129,8 @@ def check_numbers(values: Values, plan: SitePlan, patches: Ints) -> Values:
         pair, layer, pos, unit = np.unravel_index(int(plan.cell[patch]), plan.shape)
         raise ModelError(
             f"the patch of {plan.site.name} in pair {pair}, layers {plan.axes.layers[layer]}, "
-            f"position {pos}, unit {unit} gave NaN; check the values patched in and the metric, "
-            "or use float32"
+            f"position {pos}, unit {unit}, or one that shared its wave, gave NaN; check the values "
+            "patched in and the metric, or use float32"
         )
     return values
 

@@ -47,6 +47,7 @@ class HookedRunner:
     """
 
     name = "hooked"
+    joins = False
 
     def __init__(self, bridge: TransformerBridge, sites: Sequence[Site]) -> None:
         self.bridge = bridge

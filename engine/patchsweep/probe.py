@@ -55,6 +55,7 @@ def choose_runner(
     if wanted == "hooked":
         return Choice(HookedRunner(bridge, sites), "asked for", None)
     try:
+        WaveRunner.check(plans)
         wave = WaveRunner(bridge, sites, max_tokens, cache_budget=cache_budget)
         if wanted == "wave":
             return Choice(wave, "asked for", None)

@@ -213,7 +213,7 @@ def convoys_of(plans: Sequence[SitePlan]) -> dict[str, int]:
     blocks = blocks_of(plans)
     found: dict[str, int] = {}
     sizes: list[float] = []  # tokens of each convoy
-    for plan in plans:
+    for plan in sorted(plans, key=lambda plan: plan.site.name):  # in whatever order they were asked
         n_pairs, n_layers = blocks[plan.site.name]
         whole = n_layers == plan.shape[1]
         mine = _tokens_per_pair(plan) * n_pairs if whole else np.inf

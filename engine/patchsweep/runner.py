@@ -19,6 +19,7 @@ class Runner(Protocol):
     """Runs patches of some sites on one model. Both runners give the same numbers."""
 
     name: str
+    joins: bool  # whether patches of several sites share passes
 
     def activations(self, tokens: Tensor) -> Mapping[str, Sequence[Tensor]]:
         """Per site and layer `[prompt, pos, width]`; `pattern`: `[prompt, head, dest, src]`."""

@@ -32,10 +32,10 @@ class Work(Protocol):
         """Live patches in the unit."""
 
     def together(self, unit: Unit) -> Hashable:
-        """Units for which this is equal are one job; it follows from the layout alone."""
+        """Units for which this is equal are one bundle; it follows from the layout alone."""
 
     def values(self, units: Sequence[Unit]) -> list[Values]:
-        """The blocks of all units of one job, in the shapes that the store keeps."""
+        """The blocks of all units of one bundle, in the shapes that the store keeps."""
 
     def references(self, unit: Unit) -> tuple[Values, Values] | None:
         """Base and source metric `[metric, pair]` of the unit's pairs, where this work is the
@@ -46,17 +46,18 @@ class Work(Protocol):
 class Progress(Protocol):
     """Told how far a run is; token-layers are the unit of cost.
 
-    An exception raised by `begin`, `job_done` or `waiting` ends the run, and nothing is lost then.
+    An exception raised by `begin`, `bundle_done` or `waiting` ends the run, and nothing is lost
+    then; one raised by `advance` loses what the bundle's other units hold.
     """
 
     def begin(self, n_units: int, total: int, done: int) -> None:
         """`n_units` are to do; `total` token-layers are this process's, `done` of them before."""
 
     def advance(self, unit: Unit, token_layers: int, n_live: int, seconds: float) -> None:
-        """A unit was written; `seconds` are its share of its job's."""
+        """A unit was written; `seconds` are its share of its bundle's."""
 
-    def job_done(self) -> None:
-        """All units of a job were written and told of."""
+    def bundle_done(self) -> None:
+        """All units of a bundle were written and told of."""
 
     def waiting(self, n_units: int) -> None:
         """Other processes are at work on the last `n_units`; called again and again."""
@@ -69,14 +70,14 @@ class Quiet:
 
     def advance(self, unit: Unit, token_layers: int, n_live: int, seconds: float) -> None: ...
 
-    def job_done(self) -> None: ...
+    def bundle_done(self) -> None: ...
 
     def waiting(self, n_units: int) -> None: ...
 
 
 @dataclass(frozen=True)
 class Share:
-    """Which jobs of a run one process does: every n-th."""
+    """Which bundles of a run one process does: every n-th."""
 
     index: int = 0
     n: int = 1
@@ -90,7 +91,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Job:
+class Bundle:
     """Units that are computed together, whichever of them are missing.
 
     The last bits of a value depend on the patches that shared its matrix products; so a run that
@@ -101,39 +102,39 @@ class Job:
     units: tuple[Unit, ...]
 
 
-def jobs_of(works: Sequence[Work], units: Sequence[Unit]) -> list[Job]:
-    """All of `units` in jobs, in the order of their pairs."""
+def bundles_of(works: Sequence[Work], units: Sequence[Unit]) -> list[Bundle]:
+    """All of `units` in bundles, in the order of their pairs."""
     found: dict[tuple[int, Hashable], list[Unit]] = {}
     for unit in sorted(units, key=lambda unit: (unit.first_pair, unit.variable)):
         i = next(i for i, work in enumerate(works) if unit.variable in work)
         found.setdefault((i, works[i].together(unit)), []).append(unit)
-    return [Job(works[i], tuple(members)) for (i, _), members in found.items()]
+    return [Bundle(works[i], tuple(members)) for (i, _), members in found.items()]
 
 
 def run_work(works: Sequence[Work], sink: Memory | Store, progress: Progress, share: Share) -> None:
-    """Fill every unit of the share's jobs that `sink` still misses.
+    """Fill every unit of the share's bundles that `sink` still misses.
 
     Units that another process holds are waited for, and taken over if it dies.
     """
     every = sink.pending() if isinstance(sink, Memory) else sink.units()
-    jobs = jobs_of(works, every)[share.index :: share.n]
-    costs = {unit: job.work.cost(unit) for job in jobs for unit in job.units}
+    bundles = bundles_of(works, every)[share.index :: share.n]
+    costs = {unit: bundle.work.cost(unit) for bundle in bundles for unit in bundle.units}
     missing = set(sink.pending())
     pending = [unit for unit in costs if unit in missing]
     total = sum(costs.values())
     progress.begin(len(pending), total, total - sum(costs[unit] for unit in pending))
     told: set[int] = set()  # pairs whose unpatched metrics were written
-    for job, claimed in _claimed(sink, jobs, progress):
+    for bundle, claimed in _claimed(sink, bundles, progress):
         start = time.perf_counter()
-        values = dict(zip(job.units, job.work.values(job.units), strict=True))
+        values = dict(zip(bundle.units, bundle.work.values(bundle.units), strict=True))
         seconds = time.perf_counter() - start
         shares = _shares([costs[unit] for unit in claimed])
         for unit, part in zip(claimed, shares, strict=True):
-            if not told.issuperset(unit.pairs) and _write_references(sink, job.work, unit):
+            if not told.issuperset(unit.pairs) and _write_references(sink, bundle.work, unit):
                 told.update(unit.pairs)
             sink.write(unit, values[unit])
-            progress.advance(unit, costs[unit], job.work.n_live(unit), seconds * part)
-        progress.job_done()
+            progress.advance(unit, costs[unit], bundle.work.n_live(unit), seconds * part)
+        progress.bundle_done()
 
 
 def _write_references(sink: Memory | Store, work: Work, unit: Unit) -> bool:
@@ -148,22 +149,22 @@ def _write_references(sink: Memory | Store, work: Work, unit: Unit) -> bool:
 
 
 def _claimed(
-    sink: Memory | Store, jobs: Sequence[Job], progress: Progress
-) -> Iterator[tuple[Job, Sequence[Unit]]]:
-    """Each job when it is ours to do, with those of its units that are; ends when all are done,
+    sink: Memory | Store, bundles: Sequence[Bundle], progress: Progress
+) -> Iterator[tuple[Bundle, Sequence[Unit]]]:
+    """Each bundle when it is ours to do, with those of its units that are; ends when all are done,
     by us or by others."""
     if isinstance(sink, Memory):
-        yield from ((job, job.units) for job in jobs)
+        yield from ((bundle, bundle.units) for bundle in bundles)
         return
-    every = {unit for job in jobs for unit in job.units}
+    every = {unit for bundle in bundles for unit in bundle.units}
     missing = every.intersection(sink.pending())
     while missing:
-        for job in jobs:
-            wanted = [unit for unit in job.units if unit in missing]
-            # who has the first goes on to the others, so that no two do one job at once
+        for bundle in bundles:
+            wanted = [unit for unit in bundle.units if unit in missing]
+            # who has the first goes on to the others, so that no two do one bundle at once
             mine = sink.claim(wanted[:1])
             if mine:
-                yield job, mine + sink.claim(wanted[1:])
+                yield bundle, mine + sink.claim(wanted[1:])
         missing = every.intersection(sink.pending())
         if missing:
             progress.waiting(len(missing))
@@ -171,7 +172,7 @@ def _claimed(
 
 
 def _shares(costs: Sequence[int]) -> list[float]:
-    """What part of a job's time is told of each of its units."""
+    """What part of a bundle's time is told of each of its units."""
     total = sum(costs)
     return [cost / total if total else 1 / len(costs) for cost in costs]
 
@@ -205,8 +206,8 @@ class Journalled:
         self._journal.unit_done(unit, seconds=seconds, token_layers=token_layers, n_live=n_live)
         self._inner.advance(unit, token_layers, n_live, seconds)
 
-    def job_done(self) -> None:
-        self._inner.job_done()
+    def bundle_done(self) -> None:
+        self._inner.bundle_done()
 
     def waiting(self, n_units: int) -> None:
         self._inner.waiting(n_units)

@@ -161,21 +161,19 @@ class Rows:
         in_packed = (column - to_column).minimum(stop - 1) + self.n_pairs * self.deepest
         key = torch.where(column < n_prefix, in_prefix, in_packed)
 
-        # Row i of `since` hides the columns from i on, row i of `until` those before i.
-        hidden = torch.full((n_keys + 1, n_keys), -torch.inf)
-        since, until = hidden.triu(), hidden.tril(-1)
+        narrow = column.int()  # twice as fast to compare
 
-        def hide(table: Tensor, at: Tensor) -> Tensor:
-            return table.index_select(0, at.flatten())
+        def before(bound: Tensor) -> Tensor:
+            return narrow < bound.int().unsqueeze(2)
 
-        prefix, first_own = hide(since, start - low), row_first
+        first_own, prefix = row_first, before(start - low)
         if window is not None:
             first_own = row_first.maximum(token - window + 1)
-            first_seen = start - row_first + token - window + 1 - low
-            prefix += hide(until, first_seen.clamp_(min=0))
-        own = hide(until, first_own + to_column)
-        own += hide(since, token + to_column + 1)
-        mask = torch.maximum(prefix, own, out=own).view(len(token), 1, -1, n_keys)
+            prefix &= ~before(start - row_first + token - window + 1 - low)
+        own = before(token + to_column + 1)
+        own &= ~before(first_own + to_column)
+        seen = prefix.logical_or_(own)
+        mask = torch.where(seen, 0.0, -torch.inf).unsqueeze(1)
 
         flat, packed = token.flatten(), torch.arange(self.n_tokens)
         in_order = torch.equal(flat[: self.n_tokens], packed)

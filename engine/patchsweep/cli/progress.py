@@ -23,7 +23,7 @@ from patchsweep.store import Unit
 class Bar:
     """The progress of one run; a bar on a terminal, at most one line a unit elsewhere.
 
-    Between units it looks whether a signal has come.
+    Between bundles of units it looks whether a signal has come.
     """
 
     def __init__(self, console: Console) -> None:
@@ -70,7 +70,7 @@ class Bar:
                 f"{seconds:.2f} s"
             )
 
-    def job_done(self) -> None:
+    def bundle_done(self) -> None:
         """See `work.Progress`."""
         self._check()
 

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT end a run after the job in hand, so that no work is lost."""
+"""SIGTERM and SIGINT end a run after the units in hand, so that no work is lost."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and has stopped between two jobs."""
+    """The run was asked to stop, and has stopped between two bundles of units."""
 
 
 class Stopper:

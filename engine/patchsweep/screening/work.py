@@ -63,7 +63,7 @@ class ScreenWork:
         return 0
 
     def together(self, unit: Unit) -> Hashable:
-        """See `Work`: each unit is a job of its own."""
+        """See `Work`: each unit stands alone."""
         return unit
 
     def values(self, units: Sequence[Unit]) -> list[Values]:

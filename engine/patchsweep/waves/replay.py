@@ -135,7 +135,7 @@ class _State:
         if not len(packing.write_token):
             return
         for i in (i for site in sites for i in self.members.get(site, ())):
-            mine = self.wave.set[packing.write_row] == i
+            mine = self.wave.which[packing.write_row] == i
             if mine.any():
                 self._write_set(x, i, packing.write_token[mine], packing.write_row[mine])
 

@@ -58,6 +58,7 @@ class WaveRunner:
     """
 
     name = "wave"
+    joins = True
 
     def __init__(
         self,
@@ -75,6 +76,18 @@ class WaveRunner:
         self.readout = Readout(self.replica)
         self.max_tokens = default_max_tokens(bridge) if max_tokens is None else max_tokens
         self.budget = Budget(default_cache(bridge) if cache_budget is None else cache_budget)
+
+    @staticmethod
+    def check(plans: Sequence[SitePlan]) -> None:
+        """See that the patches of `plans` can be run in waves.
+
+        Raises:
+            Unsupported: attention patterns of several layers at once. A pattern is patched as the
+                z that it makes of the base run's values; behind another patch the values differ.
+        """
+        for plan in plans:
+            if plan.site.is_pattern and any(len(layers) > 1 for layers in plan.axes.layers):
+                raise Unsupported(f"{plan.site.name} is patched in several layers at once")
 
     def activations(self, tokens: Tensor) -> Mapping[str, Sequence[Tensor]]:
         """See `Runner`."""
@@ -161,7 +174,7 @@ class WaveRunner:
         """What the patches of `chosen` put in; `own`: what is there in the base run anyway."""
         point, base = self.points[chosen.plan.site.name], loaded.base
         values = loaded.donors[point.site.name]
-        if own:
+        if own and len(chosen.patches):
             values = self._values(point, Resample(), base, base, loaded.batch.spans)
         return Donors(point, values, _cell_rows(chosen.plan, loaded.batch))
 

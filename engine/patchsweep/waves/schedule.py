@@ -28,7 +28,7 @@ class Wave:
     sets: tuple[PatchSet, ...]
     length: int  # tokens of each prompt, up to the last that is read
     place: Ints  # [row] where its patch stands among those of all sets, one set after the other
-    set: Ints  # [row] which of `sets` the patch is of
+    which: Ints  # [row] which of `sets` the patch is of
     patch: Ints  # [row] index into the plan of that set
     pair: Ints  # [row]
     entry: Ints  # [row] first block that the row passes
@@ -61,7 +61,7 @@ class Wave:
         """[row, layer] where the value is written, see `SitePlan.write_layers`."""
         found = np.zeros((len(self.patch), self.n_layers + 1), dtype=bool)
         for i, chosen in enumerate(self.sets):
-            mine, plan = self.set == i, chosen.plan
+            mine, plan = self.which == i, chosen.plan
             found[mine] = plan.write_layers[plan.layer_set[self.patch[mine]]]
         return found
 
@@ -104,7 +104,7 @@ def make_waves(
                 sets=sets,
                 length=int(length),
                 place=places[rows],
-                set=which[rows],
+                which=which[rows],
                 patch=patch[rows],
                 pair=pair[rows],
                 entry=entry[rows],
