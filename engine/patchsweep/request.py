@@ -23,7 +23,7 @@ MetricLike = str | Metric | Callable[[Tensor], Tensor]
 Sets = Sequence[int | Sequence[int]]
 Positions = Sequence[int | str] | Literal["all"] | None
 # tokens of live patches in one unit of work: a few waves, so that a kill loses little
-UNIT_TOKENS = 8192
+UNIT_TOKENS = 10_240
 
 
 @dataclass(frozen=True)
