@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from patchsweep.models.homes import device_of
 from patchsweep.planner import PatchSet, SitePlan
 from patchsweep.reading import Weights, bytes_read, count_captures, weights_of
-from patchsweep.request import Request, blocks_of, bytes_of, convoys_of, device_of
+from patchsweep.request import Request, blocks_of, bytes_of, convoys_of
 from patchsweep.waves.budget import default_cache, default_max_tokens
 from patchsweep.waves.schedule import Wave, make_waves
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -19,13 +20,12 @@ from patchsweep.exact import (
     Block,
     Captured,
     Captures,
+    ExactWork,
     check_numbers,
-    patches_of,
-    references_of,
 )
 from patchsweep.planner import Ints, PatchSet, SitePlan
 from patchsweep.probe import Choice
-from patchsweep.request import Request, blocks_of, convoys_of
+from patchsweep.request import Request, blocks_of
 from patchsweep.results import dims_of, shape_of
 from patchsweep.store import Unit, Variable
 from patchsweep.waves import WaveRunner
@@ -77,40 +77,31 @@ class ProvenWork:
                 f"precision=bf16 needs the wave runner, but {choice.reason}; use precision=model"
             )
         self.request = request
-        self.exact = choice.runner
+        self.exact = ExactWork(request, choice.runner)
+        self.plans = self.exact.plans
         self.runner = WaveRunner(request.bridge, request.sites, max_tokens, "bf16")
         # one for both: how much may be kept in memory, and the unembedding, which stays exact
-        self.runner.budget, self.runner.readout = self.exact.budget, self.exact.readout
-        self.plans = {plan.site.name: plan for plan in request.plans}
+        self.runner.budget, self.runner.readout = choice.runner.budget, choice.runner.readout
         self.captures = Captures(request, self.runner)
-        self.exact_captures = Captures(request, self.exact)
-        self.convoys = convoys_of(request.plans)
 
     def __contains__(self, variable: str) -> bool:
         return _site_of(variable) in self.plans
 
     def cost(self, unit: Unit) -> int:
         """See `Work`; the proof is a few patches more and not counted."""
-        if unit.variable not in self.plans:
-            return 0
-        plan = self.plans[unit.variable]
-        patches = patches_of(plan, unit)
-        return int(plan.cost[patches][plan.live[patches]].sum())
+        return self.exact.cost(unit) if unit.variable in self.plans else 0
 
     def n_live(self, unit: Unit) -> int:
         """See `Work`."""
-        if unit.variable not in self.plans:
-            return 0
-        plan = self.plans[unit.variable]
-        return int(plan.live[patches_of(plan, unit)].sum())
+        return self.exact.n_live(unit) if unit.variable in self.plans else 0
 
     def references(self, unit: Unit) -> tuple[Values, Values]:
         """See `Work`: those of the fp32 runs."""
-        return references_of(self.exact_captures, unit, len(self.request.metrics))
+        return self.exact.references(unit)
 
     def together(self, unit: Unit) -> Hashable:
         """See `Work`: a site's variables come from the same waves."""
-        return self.convoys[_site_of(unit.variable)], unit.pair_block, unit.layer_block
+        return self.exact.together(replace(unit, variable=_site_of(unit.variable)))
 
     def values(self, units: Sequence[Unit]) -> list[Values]:
         """See `Work`."""
@@ -120,7 +111,7 @@ class ProvenWork:
             for unit in units
             if unit.variable in self.plans
         ]
-        both = list(zip(self.captures.of(pairs), self.exact_captures.of(pairs), strict=True))
+        both = list(zip(self.captures.of(pairs), self.exact.captures.of(pairs), strict=True))
         for low, exact in both:
             live = [proof.fill_dead(exact) for proof in proofs]
             null = [proof.null_patches(low) for proof in proofs]
@@ -130,7 +121,7 @@ class ProvenWork:
                 proof.put_noise(low, null[i].patches, found[len(live) + i].numpy())
         again = [proof.foremost() for proof in proofs]
         for (_, exact), sets in zip(both, zip(*again, strict=True), strict=True):
-            found = self.exact.run_together(exact.loaded, sets, metrics)
+            found = self.exact.runner.run_together(exact.loaded, sets, metrics)
             for proof, ran, values in zip(proofs, sets, found, strict=True):
                 proof.put_exact(ran.patches, values.numpy())
         blocks = {name: block for proof in proofs for name, block in proof.blocks().items()}

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from patchsweep.models.homes import is_offloaded, is_tied, main_device, place_of
-from patchsweep.request import Request, blocks_of, device_of
+from patchsweep.models.homes import device_of, is_offloaded, is_tied, main_device, place_of
+from patchsweep.request import Request, blocks_of
 from patchsweep.waves.replica import Replica, Unsupported
 from patchsweep.waves.schedule import Wave
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -15,6 +14,7 @@ from patchsweep.batch import Batch, make_batches, next_of_length, pair_shape
 from patchsweep.errors import ConfigError, ModelError, PlanError
 from patchsweep.interventions import Direction, Intervention, ValueFn, get_intervention
 from patchsweep.metrics import Metric, get_metrics
+from patchsweep.models.homes import device_of
 from patchsweep.pairs import PromptPairs
 from patchsweep.planner import Axes, ModelShape, SitePlan, plan_site
 from patchsweep.sites import Site, get_sites
@@ -242,8 +242,3 @@ def _blocks_of(plan: SitePlan) -> tuple[int, int]:
 def bytes_of(request: Request) -> int:
     """Bytes of the values that the sweep writes."""
     return 4 * len(request.metrics) * sum(int(np.prod(plan.shape)) for plan in request.plans)
-
-
-def device_of(model: TransformerBridge) -> torch.device:
-    """Where the model takes its tokens."""
-    return torch.device(str(model.cfg.device or "cpu"))

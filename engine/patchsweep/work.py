@@ -119,12 +119,11 @@ def run_work(works: Sequence[Work], sink: Memory | Store, progress: Progress, sh
     every = sink.pending() if isinstance(sink, Memory) else sink.units()
     bundles = bundles_of(works, every)[share.index :: share.n]
     costs = {unit: bundle.work.cost(unit) for bundle in bundles for unit in bundle.units}
-    missing = set(sink.pending())
-    pending = [unit for unit in costs if unit in missing]
+    missing = costs.keys() & set(sink.pending())
     total = sum(costs.values())
-    progress.begin(len(pending), total, total - sum(costs[unit] for unit in pending))
+    progress.begin(len(missing), total, total - sum(costs[unit] for unit in missing))
     told: set[int] = set()  # pairs whose unpatched metrics were written
-    for bundle, claimed in _claimed(sink, bundles, progress):
+    for bundle, claimed in _claimed(sink, bundles, missing, progress):
         start = time.perf_counter()
         values = dict(zip(bundle.units, bundle.work.values(bundle.units), strict=True))
         seconds = time.perf_counter() - start
@@ -149,15 +148,13 @@ def _write_references(sink: Memory | Store, work: Work, unit: Unit) -> bool:
 
 
 def _claimed(
-    sink: Memory | Store, bundles: Sequence[Bundle], progress: Progress
+    sink: Memory | Store, bundles: Sequence[Bundle], missing: set[Unit], progress: Progress
 ) -> Iterator[tuple[Bundle, Sequence[Unit]]]:
-    """Each bundle when it is ours to do, with those of its units that are; ends when all are done,
-    by us or by others."""
+    """Each bundle when it is ours to do, with those of its units that are; ends when none of the
+    `missing` is left, done by us or by others."""
     if isinstance(sink, Memory):
         yield from ((bundle, bundle.units) for bundle in bundles)
         return
-    every = {unit for bundle in bundles for unit in bundle.units}
-    missing = every.intersection(sink.pending())
     while missing:
         for bundle in bundles:
             wanted = [unit for unit in bundle.units if unit in missing]
@@ -165,7 +162,7 @@ def _claimed(
             mine = sink.claim(wanted[:1])
             if mine:
                 yield bundle, mine + sink.claim(wanted[1:])
-        missing = every.intersection(sink.pending())
+        missing = missing.intersection(sink.pending())
         if missing:
             progress.waiting(len(missing))
             time.sleep(WAIT_S)

@@ -21,13 +21,13 @@ from patchsweep.batch import Batch, make_batches
 from patchsweep.errors import PatchsweepError
 from patchsweep.heads.optimal import Head
 from patchsweep.metrics import METRICS
+from patchsweep.models.homes import device_of
 from patchsweep.pairs import PromptPairs
 from patchsweep.paths import exact_edges
 from patchsweep.paths.blocks import Blocks, Trace, frozen, unfit
 from patchsweep.paths.exact import exact
 from patchsweep.paths.nodes import Edge, Reader
 from patchsweep.paths.scene import Changes, Scene, nodes_of
-from patchsweep.request import device_of
 from patchsweep.sites import SITES
 from patchsweep.waves.capture import capture, locate, watch
 

@@ -19,8 +19,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from patchsweep.attribution.tape import Place, Tape
 from patchsweep.batch import make_batches
 from patchsweep.errors import ConfigError
+from patchsweep.models.homes import device_of
 from patchsweep.pairs import PromptPairs
-from patchsweep.request import device_of
 from patchsweep.sites import SITES
 
 Head = tuple[int, int]  # layer, head

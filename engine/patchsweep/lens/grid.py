@@ -25,8 +25,9 @@ from patchsweep.lens.stream import (
     place_index,
     run_streams,
 )
+from patchsweep.models.homes import device_of
 from patchsweep.pairs import PromptPairs
-from patchsweep.request import device_of, model_shape
+from patchsweep.request import model_shape
 from patchsweep.results import model_provenance
 
 Which = Literal["clean", "corrupted", "base", "source"]

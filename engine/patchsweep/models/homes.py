@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook
 from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
 
 
 @runtime_checkable
@@ -45,6 +46,11 @@ def _align_hook(hook: ModelHook | None) -> AlignDevicesHook | None:
         # the one that fetches weights is the one that matters
         return next((inner for inner in kept if inner.offload), kept[0] if kept else None)
     return None
+
+
+def device_of(model: TransformerBridge) -> torch.device:
+    """Where the model takes its tokens."""
+    return torch.device(str(model.cfg.device or "cpu"))
 
 
 def main_device(model: nn.Module) -> torch.device:

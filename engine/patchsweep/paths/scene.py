@@ -15,10 +15,11 @@ from patchsweep.batch import Batch, clean_prompts, make_batches, pair_shape
 from patchsweep.errors import ConfigError, MethodError, PatchsweepError
 from patchsweep.interventions import Direction, Intervention, Spans, ValueFn, get_intervention
 from patchsweep.metrics import Logits, Metric, compute, get_metrics
+from patchsweep.models.homes import device_of
 from patchsweep.pairs import PromptPairs
 from patchsweep.paths.blocks import Blocks, Trace, unfit
 from patchsweep.paths.nodes import Nodes
-from patchsweep.request import MetricLike, device_of, model_shape
+from patchsweep.request import MetricLike, model_shape
 from patchsweep.sites import SITES
 from patchsweep.waves.replica import Unsupported
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.memory import free_memory, keep_freed_memory
-from patchsweep.models.homes import is_offloaded
+from patchsweep.models.homes import device_of, is_offloaded
 
 # tokens of a wave on a CPU whose memory holds the weights: from there on more of them gain nothing
 CPU_TOKENS = 4096
@@ -26,7 +25,7 @@ def default_max_tokens(bridge: TransformerBridge) -> int:
     each wave as many as fit, since every further wave reads the weights again.
     """
     offloaded = is_offloaded(bridge.original_model)
-    device = _device(bridge)
+    device = device_of(bridge)
     fitting = int(WAVE_SHARE * free_memory(device) / bytes_per_token(bridge))
     enough = CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
     return max(LEAST_TOKENS, fitting if offloaded else min(enough, fitting))
@@ -34,12 +33,12 @@ def default_max_tokens(bridge: TransformerBridge) -> int:
 
 def default_cache(bridge: TransformerBridge) -> int:
     """Bytes of activations that stay in memory where nobody said how many."""
-    return int(CACHE_SHARE * free_memory(_device(bridge)))
+    return int(CACHE_SHARE * free_memory(device_of(bridge)))
 
 
 def keep_wave_memory(bridge: TransformerBridge) -> None:
     """Keep what one wave frees for the next one, where the model runs on a CPU that holds it."""
-    device = _device(bridge)
+    device = device_of(bridge)
     if device.type == "cpu" and not is_offloaded(bridge.original_model):
         keep_freed_memory(int(WAVE_SHARE * free_memory(device)))
 
@@ -53,7 +52,3 @@ def bytes_per_token(bridge: TransformerBridge) -> int:
     # copies, in which norms and attention are computed
     width = 4 * int(cfg.d_model) + 4 * heads + 3 * d_mlp
     return 4 * width
-
-
-def _device(bridge: TransformerBridge) -> torch.device:
-    return torch.device(str(bridge.cfg.device or "cpu"))
