@@ -7,6 +7,7 @@ import patchsweep as ps
 import pytest
 import xarray as xr
 from attribution_setup import pairs_of
+from patchsweep.attributes import attributes
 from patchsweep.attribution import METHODS, Attribution, IntegratedSite, get_methods
 from patchsweep.attribution.run import token_layers
 from patchsweep.pairs import PromptPairs
@@ -48,7 +49,7 @@ def test_every_method_has_its_variable_and_dead_cells_are_zero() -> None:
         assert np.abs(values[~dead & ~outside]).max() > 0
     assert np.isfinite(ds.base_metric.values).all()
     assert ds.attrs["method"] == ", ".join(names)
-    assert ds.attrs["attribution"]["atp"]["token_layers"] == sum(
+    assert attributes(ds)["attribution"]["atp"]["token_layers"] == sum(
         3 * 3 * len(pair.clean) for pair in _mixed_pairs()
     )
 

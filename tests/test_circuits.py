@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from patchsweep.attributes import attributes
 from patchsweep.attribution import IntegratedInputs
 from patchsweep.cli.main import EXIT_MISTAKE, main
 from patchsweep.errors import ConfigError, MethodError, PatchsweepError, PlanError
@@ -404,7 +405,8 @@ def test_curves_are_ratios_of_means() -> None:
     np.testing.assert_allclose(ds["empty_metric"], ds["source_metric"], atol=1e-4)
     for i, metric in enumerate(("logit_diff", "log_prob")):
         both = areas([0.2, 1.0], ds["faithfulness"].values[i])
-        assert (ds.attrs["cpr"][metric], ds.attrs["cmd"][metric]) == pytest.approx(both)
+        told = attributes(ds)
+        assert (told["cpr"][metric], told["cmd"][metric]) == pytest.approx(both)
 
 
 @pytest.mark.parametrize(
@@ -493,8 +495,8 @@ def test_one_command_stores_circuits_that_a_page_shows(
     assert "written" in told
     ds = xr.open_zarr(store, consolidated=False).load()
     assert ds.attrs["kind"] == "circuit"
-    assert ds.attrs["provenance"]["config"]["level"] == level
-    assert f"CPR {ds.attrs['cpr']['logit_diff']:.3f}" in told
+    assert attributes(ds)["provenance"]["config"]["level"] == level
+    assert f"CPR {attributes(ds)['cpr']['logit_diff']:.3f}" in told
 
     page = write_report(store, tmp_path / "c.html").read_text(encoding="utf-8")
     i = chosen_size(ds)

@@ -10,6 +10,7 @@ import patchsweep as ps
 import pytest
 import xarray as xr
 from attribution_setup import pairs_of
+from patchsweep.attributes import attributes
 from patchsweep.compare import as_dict, compare, render, verdict
 from patchsweep.errors import StoreError
 from patchsweep.screening import Screen
@@ -198,7 +199,7 @@ def test_random_exact_sample_holds_what_the_whole_sweep_holds() -> None:
     whole = ps.sweep(model(name), demo_pairs(name), "z")
     sample = sample_exact(model(name), demo_pairs(name), "z", n=20, seed=1)
     ran = ~np.isnan(sample["z"].values)
-    plan = whole.attrs["plan"]["z"]
+    plan = attributes(whole)["plan"]["z"]
     assert ran.sum() == plan["n_dead"] + 20
     np.testing.assert_allclose(sample["z"].values[ran], whole["z"].values[ran], atol=1e-5)
     estimates = ps.sweep(model(name), demo_pairs(name), "z", method="atp")

@@ -15,6 +15,7 @@ import patchsweep.cli.edges as verb
 import pytest
 import torch
 import xarray as xr
+from patchsweep.attributes import attributes
 from patchsweep.cli import main
 from patchsweep.cli.main import EXIT_DONE, EXIT_MISTAKE
 from patchsweep.paths import edges, exact_edges, screen_edges
@@ -53,7 +54,7 @@ def test_edges_are_scored_verified_stored_and_shown(capsys: pytest.CaptureFixtur
     expected = screen_edges(model("tiny:llama"), demo_pairs("tiny:llama"), top=8)
     for name in ("edge", "edge_estimate", "edge_eap", "base_metric"):
         np.testing.assert_array_equal(ds[name], expected[name])
-    config = ds.attrs["provenance"]["config"]
+    config = attributes(ds)["provenance"]["config"]
     assert (ds.attrs["kind"], config["top"], config["positions"]) == ("edges", 8, False)
     assert not {"sites", "method", "runner", "slice"} & set(config)
     assert main(["report", "e.zarr"]) == EXIT_DONE

@@ -10,6 +10,7 @@ import pytest
 import subjects
 import torch
 import xarray as xr
+from patchsweep.attributes import attributes
 from patchsweep.errors import ConfigError, ModelError, PatchsweepError
 from patchsweep.heads import OptimalSettings, Thresholds, disagreement, effects, study
 from patchsweep.heads.behaviour import Behaviour
@@ -347,7 +348,7 @@ def test_task_classes_follow_from_what_was_measured() -> None:
     assert measured.asked == ([(0, 1), (1, 0), (3, 1)], [(2, 0)])
     assert measured.without == [(2, 0)]
     assert ds.attrs["gap"] == 10
-    assert ds.attrs["movers"] == ["a2.h0"]
+    assert attributes(ds)["movers"] == ["a2.h0"]
     members = member_table(masks)
     assert members.sel(head_class="other").values.sum() == 8 - 4
 
@@ -416,9 +417,9 @@ def test_disagreement_of_a_class_is_the_mean_distance_of_its_heads() -> None:
 def test_the_study_says_what_it_was_asked() -> None:
     ds = studied("tiny:llama")
     assert ds.attrs["kind"] == "heads"
-    assert list(ds.attrs["ablations"]) == ["resample", "mean", "zero", "optimal"]
-    assert ds.attrs["thresholds"]["induction"] == Thresholds().induction
-    assert ds.attrs["optimal"]["steps"] == 20
+    assert list(attributes(ds)["ablations"]) == ["resample", "mean", "zero", "optimal"]
+    assert attributes(ds)["thresholds"]["induction"] == Thresholds().induction
+    assert attributes(ds)["optimal"]["steps"] == 20
     assert ds["metric"].values.tolist() == ["logit_diff", "logit", "kl_base"]
     assert (ds["member"].any("head_class")).all()
     # the last row compares all ablations on the same heads

@@ -11,6 +11,7 @@ import pytest
 import subjects
 import xarray as xr
 import yaml
+from patchsweep.attributes import attributes
 from patchsweep.cli import main
 from patchsweep.cli.main import EXIT_DONE, EXIT_MISTAKE
 from patchsweep.heads import OptimalSettings, Thresholds, study
@@ -55,7 +56,7 @@ def test_one_command_gives_classes_and_tables_and_the_same_again_runs_nothing(
     assert ds.attrs["kind"] == "heads"
     assert ds["ablated"].dims[0] == "ablation"
     assert ds["ablation"].values.tolist() == list(ABLATIONS)
-    assert ds.attrs["provenance"]["config"]["optimal"]["heads"] == 2
+    assert attributes(ds)["provenance"]["config"]["optimal"]["heads"] == 2
 
     monkeypatch.setattr("patchsweep.cli.heads.study", lambda *a, **k: pytest.fail("it ran again"))
     assert main(["heads", *SMALL]) == EXIT_DONE

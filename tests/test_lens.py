@@ -10,6 +10,7 @@ import patchsweep
 import pytest
 import torch
 import xarray as xr
+from patchsweep.attributes import attributes
 from patchsweep.errors import MethodError, PlanError
 from patchsweep.lens import Patch, describe, lens, sublayers
 from patchsweep.pairs import PromptPairs
@@ -224,8 +225,12 @@ def test_several_patches_act_in_one_run() -> None:
     two = [Patch("resid_pre", 1, 10), Patch("z", 2, head=(0, 2), intervention="zero")]
     found = lens(bridge, pairs, patch=two, remove=("mlp", 2)).isel(pair=0)
     assert found.attrs["prompt"] == "corrupted"
-    assert [patch["site"] for patch in found.attrs["patches"]] == ["resid_pre", "z", "mlp_out"]
-    assert found.attrs["patches"][1]["head"] == [0, 2]
+    assert [patch["site"] for patch in attributes(found)["patches"]] == [
+        "resid_pre",
+        "z",
+        "mlp_out",
+    ]
+    assert attributes(found)["patches"][1]["head"] == [0, 2]
     pair = pairs[0]
 
     def zero(x: torch.Tensor, hook: Any) -> torch.Tensor:
@@ -310,7 +315,7 @@ def test_description_is_what_the_results_carry() -> None:
         "config": {"seed": 3},
     }
     told = describe(bridge, pairs, **arguments)
-    assert told == lens(bridge, pairs, **arguments).attrs
+    assert told == attributes(lens(bridge, pairs, **arguments))
     assert told["kind"] == "lens"
     assert json.loads(json.dumps(told)) == told
 

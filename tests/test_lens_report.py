@@ -11,6 +11,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import xarray as xr
+from patchsweep.attributes import attributes
 from patchsweep.cli.main import main
 from patchsweep.errors import StoreError
 from patchsweep.lens import Patch, lens, sublayers
@@ -217,7 +218,7 @@ def test_the_same_command_again_computes_nothing(
     assert run(*words, "top=3") == 2
     assert "holds other results (top is 5, not 3)" in capsys.readouterr().err
     ds = xr.open_zarr(store, consolidated=False)
-    assert ds.attrs["patches"][0]["head"] == [0, 3]
+    assert attributes(ds)["patches"][0]["head"] == [0, 3]
     assert ds.attrs["removed"] == "mlp 2"
     assert set(ds.sizes) >= {"run", "pair", "layer", "point", "pos", "top", "sublayer", "metric"}
     path = write_report(store, tmp_path / "page.html")

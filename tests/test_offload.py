@@ -17,6 +17,7 @@ import patchsweep as ps
 import pytest
 import torch
 from big_model import write_model
+from patchsweep.attributes import attributes
 from patchsweep.errors import ModelError
 from patchsweep.estimate import estimate
 from patchsweep.models import load_model, sketch_model
@@ -94,7 +95,7 @@ def test_offloaded_sweep_equals_in_memory_sweep_bit_for_bit(folder: Path, family
     for name in sites:
         assert float(np.ptp(found[0][name].values)) > 0
         np.testing.assert_array_equal(found[0][name], found[1][name], err_msg=name)
-    provenance = [ds.attrs["provenance"]["weights_hash"] for ds in found]
+    provenance = [attributes(ds)["provenance"]["weights_hash"] for ds in found]
     assert provenance[0] == provenance[1]
 
 
@@ -131,7 +132,7 @@ def test_weights_are_let_go_when_a_block_fails(folder: Path) -> None:
 def test_probe_takes_the_wave_runner_for_an_offloaded_model(folder: Path, family: str) -> None:
     bridge = offloaded(folder, family)
     ds = ps.sweep(bridge, pairs_of(bridge), ["resid_pre", "z"])
-    assert ds.attrs["provenance"]["runner"] == "wave"
+    assert attributes(ds)["provenance"]["runner"] == "wave"
 
 
 @pytest.mark.parametrize("method", ["atp", "ig", "relp"])
@@ -234,8 +235,8 @@ def test_bridge_knows_the_dtype_of_its_weights(
     bridge = load_model(str(saved(folder, "llama")), dtype="bfloat16", device_map=device_map)
     assert bridge.cfg.dtype == torch.bfloat16
     ds = ps.sweep(bridge, pairs_of(bridge), ["resid_pre", "z"])
-    assert ds.attrs["provenance"]["dtype"] == "bfloat16"
-    assert ds.attrs["provenance"]["runner"] == "wave"
+    assert attributes(ds)["provenance"]["dtype"] == "bfloat16"
+    assert attributes(ds)["provenance"]["runner"] == "wave"
 
 
 CAP = 768 * 2**20  # bytes, for everything that the process has: interpreter, libraries' data, pages

@@ -11,6 +11,7 @@ import patchsweep.paths.scene as scene_module
 import pytest
 import torch
 import xarray as xr
+from patchsweep.attributes import attributes
 from patchsweep.batch import Batch, make_batches
 from patchsweep.errors import ConfigError, MethodError, MetricError, PlanError
 from patchsweep.families import tiny_bridge
@@ -388,7 +389,7 @@ def test_screening_positions_verifies_the_highest_estimates() -> None:
     again = exact_edges(model(name), demo_pairs(name), labels)
     np.testing.assert_allclose(found["edge"], again["edge"], atol=1e-5)
     assert found.attrs["kind"] == "edges"
-    assert found.attrs["positions"] is True
+    assert attributes(found)["positions"] is True
 
 
 def test_pairs_too_short_for_a_position_are_nan_there_and_count_as_nothing() -> None:

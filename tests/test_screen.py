@@ -8,6 +8,7 @@ import pytest
 import xarray as xr
 from attribution_setup import block, pairs_of
 from patchsweep.api import prepare_runner
+from patchsweep.attributes import attributes
 from patchsweep.attribution.tape import Tape
 from patchsweep.request import make_request
 from patchsweep.screening import Screen
@@ -65,7 +66,7 @@ def test_screened_store_resumes_to_the_same_numbers(tmp_path) -> None:
     xr.testing.assert_identical(first, again.load())
     assert first.z_bound.dims == ("metric", "pair")
     assert np.isfinite(first.z_bound.values).all()
-    assert "assumption" in first.attrs["screen"]
+    assert "assumption" in attributes(first)["screen"]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "gemma2", "gemma3", "opt"])
@@ -215,4 +216,4 @@ def test_a_screen_that_was_stopped_runs_the_missing_patches_alone(
 
 def _dead(ds: xr.Dataset) -> int:
     """Cells of z known without running."""
-    return int(ds.attrs["plan"]["z"]["n_dead"])
+    return int(attributes(ds)["plan"]["z"]["n_dead"])

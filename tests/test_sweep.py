@@ -6,6 +6,7 @@ import numpy as np
 import patchsweep as ps
 import pytest
 import torch
+from patchsweep.attributes import attributes
 from patchsweep.errors import ConfigError, MetricError, ModelError, PromptError, SiteError
 from patchsweep.pairs import PromptPairs
 from subjects import demo_pairs, model
@@ -55,7 +56,7 @@ def test_runners_agree_on_every_metric(family: str) -> None:
     for metric in metrics:
         a, b = (ds["resid_pre"].sel(metric=metric).values for ds in found)
         np.testing.assert_allclose(a, b, atol=1e-4, err_msg=metric)
-    assert found[0].attrs["provenance"]["runner"] == "wave"
+    assert attributes(found[0])["provenance"]["runner"] == "wave"
     assert float(np.ptp(found[0]["resid_pre"].sel(metric="kl_base").values)) > 1e-3
 
 
@@ -157,8 +158,8 @@ def test_kv_sites_have_kv_heads_and_no_padding() -> None:
 def test_plan_and_sweep_agree_on_cost() -> None:
     cost = ps.plan(model(NAME), demo_pairs(NAME), ["resid_pre", "z"])
     ds = ps.sweep(model(NAME), demo_pairs(NAME), ["resid_pre", "z"])
-    assert cost.token_layers == sum(p["token_layers"] for p in ds.attrs["plan"].values())
-    assert cost.n_live == sum(p["n_live"] for p in ds.attrs["plan"].values())
+    assert cost.token_layers == sum(p["token_layers"] for p in attributes(ds)["plan"].values())
+    assert cost.n_live == sum(p["n_live"] for p in attributes(ds)["plan"].values())
 
 
 @pytest.mark.parametrize(
@@ -214,7 +215,7 @@ def test_nan_in_activations_is_reported_with_its_first_place() -> None:
 
 def test_any_hook_point_can_be_swept_by_its_full_name() -> None:
     found = ps.sweep(model(NAME), demo_pairs(NAME), ["blocks.{layer}.mlp.hook_pre", "mlp_out"])
-    assert found.attrs["provenance"]["runner"] == "hooked"
+    assert attributes(found)["provenance"]["runner"] == "hooked"
     assert found["blocks_layer_mlp_hook_pre"].dims == ("metric", "pair", "layer", "pos")
     one = ps.sweep(model(NAME), demo_pairs(NAME), "blocks.1.hook_mlp_out")
     np.testing.assert_allclose(
@@ -229,7 +230,7 @@ def test_any_hook_point_can_be_swept_by_its_full_name() -> None:
 @pytest.mark.parametrize("intervention", ["resample", "zero"])
 def test_result_of_a_head_is_patched_as_its_z(intervention: str) -> None:
     ds = ps.sweep(model(NAME), demo_pairs(NAME), ["result", "z"], intervention=intervention)
-    assert ds.attrs["provenance"]["runner"] == "wave"
+    assert attributes(ds)["provenance"]["runner"] == "wave"
     np.testing.assert_allclose(ds["result"], ds["z"], atol=1e-5)
     hooked = ps.sweep(
         model(NAME), demo_pairs(NAME), "result", intervention=intervention, runner="hooked"
@@ -257,7 +258,7 @@ def test_patterns_of_several_layers_at_once_are_left_to_the_hooked_runner(site: 
     with pytest.raises(ConfigError, match=f"{site} is patched in several layers at once"):
         ps.sweep(model(NAME), demo_pairs(NAME), site, runner="wave", **asked)
     auto = ps.sweep(model(NAME), demo_pairs(NAME), site, **asked)
-    assert auto.attrs["provenance"]["runner"] == "hooked"
+    assert attributes(auto)["provenance"]["runner"] == "hooked"
     hooked = ps.sweep(model(NAME), demo_pairs(NAME), site, runner="hooked", **asked)
     np.testing.assert_array_equal(auto[site], hooked[site])
 

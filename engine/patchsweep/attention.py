@@ -22,6 +22,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.api import sweep
+from patchsweep.attributes import flat_attributes
 from patchsweep.attribution.atp import Atp
 from patchsweep.attribution.check import check_request
 from patchsweep.attribution.patterns import visit_cells, work_of
@@ -94,12 +95,14 @@ def attention(
         heads = views.foremost(top)
     views.run(keep=heads)
     ds = views.dataset(heads).assign(exact=_exact(request, heads))
-    ds.attrs = {
-        **identity(model, pairs, config),
-        "direction": request.direction,
-        "intervention": request.intervention.name,
-        "method": "atp",
-    }
+    ds.attrs = flat_attributes(
+        {
+            **identity(model, pairs, config),
+            "direction": request.direction,
+            "intervention": request.intervention.name,
+            "method": "atp",
+        }
+    )
     return ds
 
 

@@ -33,6 +33,7 @@ from patchsweep.agreement import (
     slope,
     spearman,
 )
+from patchsweep.attributes import attributes
 from patchsweep.errors import StoreError
 
 TRUST = 0.95
@@ -261,8 +262,9 @@ def _agree(
     kind, words = verdict(len(x), found["pearson"].value, found["slope"].value)
     pairwise = [np.concatenate([getattr(c, side).ravel() for c in cells]) for side in _SIDES]
     known = np.isfinite(pairwise[0]) & ((pairwise[0] != 0) | (pairwise[1] != 0))
-    plan: Mapping[str, Any] = ds.attrs.get("plan", {})
-    costs: Mapping[str, Any] = ds.attrs.get("attribution", {})
+    told = attributes(ds)
+    plan: Mapping[str, Any] = told.get("plan", {})
+    costs: Mapping[str, Any] = told.get("attribution", {})
     exact_cost = [plan.get(c.site, {}).get("token_layers") for c in cells]
     exact_total = None if None in exact_cost else sum(exact_cost)
     method_cost = costs.get(method, {}).get("token_layers")

@@ -11,6 +11,7 @@ import numpy as np
 import xarray as xr
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.attributes import flat_attributes
 from patchsweep.batch import base_and_source
 from patchsweep.models.homes import named_weights
 from patchsweep.planner import SitePlan
@@ -241,4 +242,6 @@ class Memory:
         }
         for name, values in self._fixed.items():
             arrays[name] = (("metric", "pair"), values)
-        return xr.Dataset(arrays, coords=dict(self.layout.coords), attrs=dict(self.layout.attrs))
+        return xr.Dataset(
+            arrays, coords=dict(self.layout.coords), attrs=flat_attributes(self.layout.attrs)
+        )

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import xarray as xr
 from scipy.stats import rankdata
 
+from patchsweep.attributes import attributes
 from patchsweep.errors import MetricError, PlanError, SiteError, StoreError
 
 SMALL_GAP = 0.1
@@ -290,6 +292,11 @@ class PatchsweepAccessor:
 
     def __init__(self, ds: xr.Dataset) -> None:
         self._ds = ds
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """See `patchsweep.attributes.attributes`."""
+        return attributes(self._ds)
 
     def effect(self, site: str) -> xr.DataArray:
         """See `patchsweep.summary.effect`."""

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from patchsweep.attributes import attributes, flat_attributes
 from patchsweep.cli.analysis import refuse_unused, say_where, stored
 from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.console import stdout
@@ -61,13 +62,14 @@ def execute(config: CircuitRun) -> None:
                 ablation=config.ablation,
                 read=config.metric.read,
             )
-        return ds.assign_attrs(provenance=provenance)
+        return ds.assign_attrs(flat_attributes({"provenance": provenance}))
 
     ds, known = stored(config.store, {"kind": "circuit", "provenance": provenance}, compute)
+    told = attributes(ds)
     for metric in map(str, ds["metric"].values):
         console.print(_table(ds, metric))
-        if metric in ds.attrs["cpr"]:
-            cpr, cmd = (float(ds.attrs[name][metric]) for name in ("cpr", "cmd"))
+        if metric in told["cpr"]:
+            cpr, cmd = (float(told[name][metric]) for name in ("cpr", "cmd"))
             console.print(f"{metric}: CPR {cpr:.3f} (more is better), CMD {cmd:.3f} (0 is best)")
     say_where(console, config.store, known)
 

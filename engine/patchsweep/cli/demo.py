@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from patchsweep import summary
 from patchsweep.api import sweep
+from patchsweep.attributes import attributes
 from patchsweep.cli.console import stdout
 from patchsweep.cli.progress import Bar
 from patchsweep.config import (
@@ -142,7 +143,8 @@ def _cost(ds: xr.Dataset, seconds: dict[str, float]) -> Table:
     for head in ("patches", "live", "token-layers", "a loop needs", "ratio", "seconds"):
         table.add_column(head, justify="right")
     keys = ("n_patches", "n_live", "token_layers", "loop_token_layers")
-    rows = {site: [ds.attrs["plan"][site][key] for key in keys] for site in SITES}
+    plan = attributes(ds)["plan"]
+    rows = {site: [plan[site][key] for key in keys] for site in SITES}
     rows["all"] = [sum(column) for column in zip(*rows.values(), strict=True)]
     seconds = {**seconds, "all": sum(seconds.values())}
     for site, numbers in rows.items():

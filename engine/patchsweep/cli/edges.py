@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from patchsweep.attributes import attributes, flat_attributes
 from patchsweep.cli.analysis import refuse_unused, say_where, stored
 from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.console import stdout
@@ -64,7 +65,7 @@ def execute(config: EdgesRun) -> None:
                 read=config.metric.read,
                 progress=clock,
             )
-        return ds.assign_attrs(provenance=provenance)
+        return ds.assign_attrs(flat_attributes({"provenance": provenance}))
 
     ds, known = stored(config.store, {"kind": "edges", "provenance": provenance}, compute)
     if not known:
@@ -106,7 +107,7 @@ class _Clock:
 def _done(ds: xr.Dataset, seconds: dict[str, float]) -> str:
     name = "edge_eap" if "edge_eap" in ds else "edge_eap_ig"
     scored = int(np.isfinite(ds[name].values[0, 0]).sum())
-    where = " at single positions" if ds.attrs["positions"] else ""
+    where = " at single positions" if attributes(ds)["positions"] else ""
     agreement = correlation(rows_of(ds, str(ds["metric"].values[0])))
     return (
         f"{scored:,} edges{where} scored in {seconds['estimates']:.1f} s, the foremost "
@@ -121,7 +122,7 @@ def _table(ds: xr.Dataset) -> Table:
     over = "" if ds.sizes["pair"] == 1 else f", mean over {ds.sizes['pair']} pairs"
     unit = f" [{unit}]" if unit else ""
     table = Table(title=f"largest effects on {metric}{unit}{over}", title_justify="left")
-    positions = bool(ds.attrs["positions"])
+    positions = bool(attributes(ds)["positions"])
     for name in ("sender", "reader", *(["position"] if positions else [])):
         table.add_column(name)
     for name in ("estimate", "exact"):

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from patchsweep.attributes import attributes, flat_attributes
 from patchsweep.cli.analysis import refuse_unused, say_where, stored
 from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.console import stdout
@@ -48,7 +49,7 @@ def execute(config: LensRun) -> None:
 
     def compute() -> xr.Dataset:
         with console.status("reading every layer"):
-            ds = lens(model, pairs, **asked).assign_attrs(sublayers=config.sublayers)
+            ds = lens(model, pairs, **asked)
         if config.sublayers:
             with Bar(console) as bar:
                 removed = sublayers(
@@ -60,9 +61,9 @@ def execute(config: LensRun) -> None:
                     progress=bar,
                 )
             ds = ds.merge(removed, compat="no_conflicts", combine_attrs="override")
-            used = removed.attrs["provenance"]
+            used = attributes(removed)["provenance"]
             ds.attrs |= {key: used[key] for key in ("runner", "runner_reason")}
-        return ds
+        return ds.assign_attrs(flat_attributes({"sublayers": config.sublayers}))
 
     ds, known = stored(config.store, attrs, compute)
     for line in _ends(ds):

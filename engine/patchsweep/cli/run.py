@@ -6,6 +6,7 @@ from omegaconf import DictConfig
 from transformers.utils import logging as transformers_logging
 
 from patchsweep.api import sweep
+from patchsweep.attributes import attributes
 from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.console import stdout
 from patchsweep.cli.progress import Bar
@@ -52,13 +53,14 @@ def execute(config: RunConfig) -> None:
             config=config.identity(),
             progress=bar,
         )
-    provenance = ds.attrs["provenance"]
+    told = attributes(ds)
+    provenance = told["provenance"]
     share = f"slice {config.slice} of {config.n_slices}: " if config.n_slices > 1 else ""
     console.print(
         f"{share}{bar.n_units} units, {bar.n_live} live patches, {bar.token_layers} token-layers "
         f"in {sum(bar.seconds.values()):.1f} s by the {provenance['runner']} runner "
         f"({provenance['runner_reason']})"
     )
-    plan = ds.attrs["plan"]
+    plan = told["plan"]
     live, patches = (sum(site[key] for site in plan.values()) for key in ("n_live", "n_patches"))
     console.print(f"{scrub(config.store.path)}: {patches} patches, {live} of them live")

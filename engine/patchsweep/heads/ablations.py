@@ -18,6 +18,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.api import prepare_runner, sweep
+from patchsweep.attributes import attributes, flat_attributes
 from patchsweep.errors import ConfigError
 from patchsweep.exact import Captures, check_numbers
 from patchsweep.heads.optimal import Constants, Head, OptimalSettings, Trainer
@@ -143,11 +144,14 @@ def ablate(
     ds = ds.assign_coords(ablation=np.array(ask.ablations, dtype=object))
     if extra:
         ds = ds.assign_coords(training=np.array(["start", "end"], dtype=object))
-    ds.attrs = {
-        "runner": first.attrs["provenance"]["runner"],
-        "runner_reason": first.attrs["provenance"]["runner_reason"],
-        "plan": {name: one.attrs["plan"]["z"] for name, one in swept.items()},
-    }
+    used = attributes(first)["provenance"]
+    ds.attrs = flat_attributes(
+        {
+            "runner": used["runner"],
+            "runner_reason": used["runner_reason"],
+            "plan": {name: attributes(one)["plan"]["z"] for name, one in swept.items()},
+        }
+    )
     return ds
 
 

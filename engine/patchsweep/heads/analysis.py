@@ -11,6 +11,7 @@ import numpy as np
 import xarray as xr
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.attributes import flat_attributes
 from patchsweep.errors import MethodError
 from patchsweep.heads.ablations import (
     ABLATIONS,
@@ -114,12 +115,10 @@ def study(
     ds = ds.assign(detected=scores, member=member_table(masks))
     ds = ds.assign({str(name): values for name, values in measured.data_vars.items()})
     ds = ds.merge(disagreement(ds))
-    ds.attrs = {
-        **identity(ask, thresholds, config),
-        **ran,
-        "task_classes": reason or "measured",
-        **measured.attrs,
-    }
+    told = identity(ask, thresholds, config)
+    ds.attrs = flat_attributes(
+        {**told, **ran, "task_classes": reason or "measured", **measured.attrs}
+    )
     return ds
 
 

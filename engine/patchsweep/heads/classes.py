@@ -8,6 +8,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from patchsweep.attributes import flat_attributes
 from patchsweep.errors import ConfigError
 from patchsweep.heads.behaviour import METRIC, Behaviour
 from patchsweep.heads.optimal import Head
@@ -99,11 +100,13 @@ def task_classes(
             "direct_without_movers": (dims, held),
             "through_queries": (dims, through),
         },
-        attrs={
-            "gap": gap,
-            "task_metric": METRIC,
-            "movers": [f"a{layer}.h{head}" for layer, head in strongest],
-        },
+        attrs=flat_attributes(
+            {
+                "gap": gap,
+                "task_metric": METRIC,
+                "movers": [f"a{layer}.h{head}" for layer, head in strongest],
+            }
+        ),
     )
     masks = (mover, negative, inhibition, backup)
     return dict(zip(ON_TASK, masks, strict=True)), measured

@@ -12,6 +12,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.attributes import flat_attributes
 from patchsweep.batch import Batch, make_batches
 from patchsweep.errors import ModelError, PlanError
 from patchsweep.interventions import Direction, get_intervention
@@ -264,7 +265,7 @@ class _Grid:
                 "wrong_answer": ("pair", _strings([p.wrong_answer_text for p in self.pairs])),
                 "answer_pos": ("pair", np.array([len(p.clean) - 1 for p in self.pairs])),
             },
-            attrs=dict(attrs),
+            attrs=flat_attributes(attrs),
         )
 
 

@@ -79,6 +79,6 @@ def sublayers(
             "patchsweep_version": version("patchsweep"),
             "kind": "lens",
             "prompt": prompt,
-            "provenance": ds.attrs["provenance"],
+            "provenance": ds.attrs["provenance"],  # flat, as it is
         },
     )

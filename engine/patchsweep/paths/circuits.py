@@ -14,6 +14,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.attributes import flat_attributes
 from patchsweep.attribution import Method
 from patchsweep.errors import MethodError, PlanError
 from patchsweep.pairs import PromptPairs
@@ -288,21 +289,23 @@ def _dataset(
             "count": ("size", np.array(plan.sizes.counts)),
             **coords,
         },
-        attrs={
-            "patchsweep_version": version("patchsweep"),
-            "kind": "circuit",
-            "level": plan.level,
-            "method": method,
-            "growth": plan.growth,
-            "direction": question.direction,
-            "intervention": question.intervention.name,
-            "read": question.read,
-            "n_heads": plan.nodes.n_heads,
-            "n_kv_heads": plan.nodes.n_kv_heads,
-            "cpr": {name: cpr for name, (cpr, _) in both.items()},
-            "cmd": {name: cmd for name, (_, cmd) in both.items()},
-            "provenance": model_provenance(question.bridge),
-        },
+        attrs=flat_attributes(
+            {
+                "patchsweep_version": version("patchsweep"),
+                "kind": "circuit",
+                "level": plan.level,
+                "method": method,
+                "growth": plan.growth,
+                "direction": question.direction,
+                "intervention": question.intervention.name,
+                "read": question.read,
+                "n_heads": plan.nodes.n_heads,
+                "n_kv_heads": plan.nodes.n_kv_heads,
+                "cpr": {name: cpr for name, (cpr, _) in both.items()},
+                "cmd": {name: cmd for name, (_, cmd) in both.items()},
+                "provenance": model_provenance(question.bridge),
+            }
+        ),
     )  # fmt: skip
 
 

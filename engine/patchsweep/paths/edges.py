@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.attributes import flat_attributes
 from patchsweep.batch import base_and_source
 from patchsweep.errors import PlanError
 from patchsweep.interventions import Direction, Intervention, ValueFn
@@ -113,7 +114,7 @@ def exact_edges(
         found.drop_dims("chosen")
         .assign_coords(ends)
         .assign(edge=(dims, values, found["edge"].attrs))
-        .assign_attrs(positions=True)
+        .assign_attrs(flat_attributes({"positions": True}))
     )
 
 
@@ -168,9 +169,9 @@ def screen_edges(
     dims = ("metric", "pair", "chosen")
     estimate = values.reshape(*values.shape[:2], -1)[:, :, ranked]
     both = {"edge_estimate": (dims, estimate), name: scores[name]}
-    return verified.assign(both).assign_attrs(
-        method=f"screen:{scores.attrs['method']}", positions=positions, steps=steps, top=top
-    )
+    method = f"screen:{scores.attrs['method']}"
+    told = {"method": method, "positions": positions, "steps": steps, "top": top}
+    return verified.assign(both).assign_attrs(flat_attributes(told))
 
 
 def _foremost(scores: Values, top: int) -> NDArray[np.intp]:
@@ -265,17 +266,19 @@ def _dataset(
             **_tokens(question),
             **coords,
         },
-        attrs={
-            "kind": "edges",
-            "patchsweep_version": version("patchsweep"),
-            **attrs,
-            "direction": question.direction,
-            "intervention": question.intervention.name,
-            "read": question.read,
-            "n_heads": model_shape(question.bridge).n_heads,
-            "n_kv_heads": model_shape(question.bridge).n_kv_heads,
-            "provenance": model_provenance(question.bridge),
-        },
+        attrs=flat_attributes(
+            {
+                "kind": "edges",
+                "patchsweep_version": version("patchsweep"),
+                **attrs,
+                "direction": question.direction,
+                "intervention": question.intervention.name,
+                "read": question.read,
+                "n_heads": model_shape(question.bridge).n_heads,
+                "n_kv_heads": model_shape(question.bridge).n_kv_heads,
+                "provenance": model_provenance(question.bridge),
+            }
+        ),
     )
 
 

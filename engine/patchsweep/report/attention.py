@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 
 from patchsweep.attention import RankedHead, ranked_heads
+from patchsweep.attributes import attributes
 from patchsweep.report.figure import BLUES, RED_BLUE
 from patchsweep.report.html import count, esc, number, percent, plural, token_html, visible
 from patchsweep.report.shell import page, resource, section
@@ -21,7 +22,7 @@ MAP_BYTES = 6 * 2**20
 
 def build(ds: xr.Dataset) -> str:
     """The whole page of what `patchsweep.attention.attention` gave."""
-    model = str(ds.attrs["provenance"]["model"]).rpartition("/")[2]
+    model = str(attributes(ds)["provenance"]["model"]).rpartition("/")[2]
     metrics = [str(name) for name in ds["metric"].values]
     n_shown = _n_shown(ds)
     title = f"Attention in {model}: the heads that matter to {metrics[0]}"

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import xarray as xr
 
+from patchsweep.attributes import attributes
 from patchsweep.report import question
 from patchsweep.report.figure import RED_BLUE, SERIES, figure, figure_scripts, plain
 from patchsweep.report.graph import Drawn, draw_graph
@@ -40,7 +41,7 @@ def chosen_size(ds: xr.Dataset) -> int:
 def build(ds: xr.Dataset) -> str:
     """The page of a store of circuits, as HTML that needs nothing from outside itself."""
     metrics = [str(m) for m in ds["metric"].values]
-    model = str(ds.attrs["provenance"]["model"]).rstrip("/").rpartition("/")[2]
+    model = str(attributes(ds)["provenance"]["model"]).rstrip("/").rpartition("/")[2]
     parts = [_header(ds, model, metrics)]
     for n, metric in enumerate(metrics):
         of = f" of <code>{esc(metric)}</code>" if len(metrics) > 1 else ""
@@ -96,7 +97,7 @@ def _n_all(ds: xr.Dataset) -> int:
 
 
 def _area(ds: xr.Dataset, name: str, metric: str) -> str:
-    value = ds.attrs[name].get(metric)
+    value = attributes(ds)[name].get(metric)
     return number(math.nan if value is None else float(value))
 
 
@@ -163,9 +164,10 @@ def _words(ds: xr.Dataset, metric: str) -> str:
         )
     else:
         first = f"No circuit that was run keeps {FAITHFUL} of the metric."
-    if metric not in ds.attrs["cpr"]:
+    told = attributes(ds)
+    if metric not in told["cpr"]:
         return f"{first} Where clean runs and fully ablated ones agree there is no such share."
-    cpr, cmd = (number(float(ds.attrs[name][metric])) for name in ("cpr", "cmd"))
+    cpr, cmd = (number(float(told[name][metric])) for name in ("cpr", "cmd"))
     best = number(float(ds["size"].values[-1] - ds["size"].values[0]))
     return (
         f"{first} The area under the faithfulness curve (<b>CPR</b>) is {cpr}, where circuits that "

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
+from patchsweep.attributes import attributes
 from patchsweep.report import question
 from patchsweep.report.graph import Drawn, draw_graph
 from patchsweep.report.html import count, esc, number, plural, token_html, visible
@@ -113,7 +114,7 @@ def correlation(rows: Sequence[Row]) -> float:
 def build(ds: xr.Dataset) -> str:
     """The page of a store of edges, as HTML that needs nothing from outside itself."""
     metrics = [str(m) for m in ds["metric"].values]
-    model = str(ds.attrs["provenance"]["model"]).rstrip("/").rpartition("/")[2]
+    model = str(attributes(ds)["provenance"]["model"]).rstrip("/").rpartition("/")[2]
     parts = [_header(ds, model, metrics)]
     for n, metric in enumerate(metrics):
         unit = str(ds["metric_unit"].values[n])
@@ -147,9 +148,8 @@ def _header(ds: xr.Dataset, model: str, metrics: Sequence[str]) -> str:
         if resampled
         else f"another value ({esc(ds.attrs.get('intervention'))})"
     )
-    where = (
-        " An edge here is read at one position alone." if ds.attrs.get("positions") is True else ""
-    )
+    positions = attributes(ds).get("positions")
+    where = " An edge here is read at one position alone." if positions is True else ""
     names = " and ".join(f"<code>{esc(metric)}</code>" for metric in metrics)
     view = choose_views(ds, ())[0]
     prompts = "".join(question.prompts(ds, metric, view) for metric in metrics[:1])

@@ -10,6 +10,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from patchsweep.attributes import attributes
 from patchsweep.report import question
 from patchsweep.report.figure import RED_BLUE, SERIES
 from patchsweep.report.html import count, esc, number, plural
@@ -92,7 +93,7 @@ class Heads:
 
 def build(ds: xr.Dataset) -> str:
     """The page of a study of heads, as HTML that needs nothing from outside itself."""
-    model = str(ds.attrs["provenance"]["model"]).rstrip("/").rpartition("/")[2]
+    model = str(attributes(ds)["provenance"]["model"]).rstrip("/").rpartition("/")[2]
     metrics = [str(m) for m in ds["metric"].values]
     parts = [_header(ds, model, metrics)]
     for n, metric in enumerate(metrics):
@@ -256,7 +257,7 @@ def _name(head_class: str) -> str:
 
 
 def _classes(ds: xr.Dataset, found: Heads) -> str:
-    thresholds = ds.attrs.get("thresholds", {})
+    thresholds = attributes(ds).get("thresholds", {})
     rows = []
     strength = found.effect[found.ablations.index(_REFERENCE)]
     for name in ds["head_class"].values:
@@ -464,7 +465,7 @@ def _optimal(ds: xr.Dataset) -> str:
         layer, head = int(ds["layer"].values[i]), int(ds["head"].values[j])
         rows.append(f'<tr><th scope="row">L{layer} H{head}</th>{cells}{ends}</tr>')
     head_cells = "".join(f'<th class="n">{esc(name)}</th>' for name in names)
-    settings = ds.attrs["optimal"]
+    settings = attributes(ds)["optimal"]
     n_prompts = min(int(settings["prompts"]), ds.sizes["pair"])
     return (
         "<p>KL divergence of the ablated model's predictions from the original's on the clean "

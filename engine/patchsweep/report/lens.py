@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from patchsweep.attributes import attributes
 from patchsweep.report import lens_findings
 from patchsweep.report.figure import SERIES, figure, figure_scripts, plain
 from patchsweep.report.html import esc, number, plural, token_html, visible
@@ -65,7 +66,7 @@ def _header(ds: xr.Dataset) -> str:
 def _done(ds: xr.Dataset) -> str:
     """The patches in words, as HTML."""
     found = []
-    for patch in ds.attrs.get("patches", []):
+    for patch in attributes(ds).get("patches", []):
         layers, heads = _listed(patch.get("layer")), _listed(patch.get("head"))
         pos = patch.get("pos", "all")
         words = f"<code>{esc(patch['site'])}</code>"
@@ -375,7 +376,7 @@ def _short_answer(ds: xr.Dataset, pair: int) -> str:
 
 
 def _model(ds: xr.Dataset) -> str:
-    provenance = ds.attrs.get("provenance")
+    provenance = attributes(ds).get("provenance")
     known = provenance.get("model") if isinstance(provenance, Mapping) else None
     return str(known or "the model")
 

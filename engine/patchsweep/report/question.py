@@ -8,6 +8,7 @@ import numpy as np
 import xarray as xr
 
 from patchsweep import summary
+from patchsweep.attributes import attributes
 from patchsweep.report.html import count, esc, number, percent, plural, token_html
 from patchsweep.report.views import View, has_source
 
@@ -250,6 +251,6 @@ def _intervention(ds: xr.Dataset) -> str:
 
 def _model(ds: xr.Dataset) -> str:
     """The last part of its name: the rest is a folder or an owner, and in the provenance."""
-    known = ds.attrs.get("provenance")
+    known = attributes(ds).get("provenance")
     name = str(known.get("model", "")) if isinstance(known, dict) else ""
     return name.rstrip("/").rsplit("/", 1)[-1] or "the model"

@@ -11,6 +11,7 @@ import numpy as np
 import xarray as xr
 
 from patchsweep import summary
+from patchsweep.attributes import attributes
 from patchsweep.report.html import count, esc, number, plural, token_html
 from patchsweep.report.views import View
 
@@ -103,7 +104,7 @@ def largest_table(ds: xr.Dataset, names: tuple[str, ...], metric: str, view: Vie
 
 def cost_table(ds: xr.Dataset, journal: Journal) -> str:
     """Patches and token-layers per site, beside what a loop of full forwards needs."""
-    plan = ds.attrs.get("plan")
+    plan = attributes(ds).get("plan")
     if not isinstance(plan, Mapping) or not plan:
         return '<p class="empty">The store does not say what the run planned.</p>'
     timed = bool(journal.seconds)
@@ -147,7 +148,7 @@ def bf16_table(ds: xr.Dataset) -> str:
 
 def totals(ds: xr.Dataset) -> dict[str, float]:
     """Sums of the plan over sites; empty when the store has no plan."""
-    plan = ds.attrs.get("plan")
+    plan = attributes(ds).get("plan")
     if not isinstance(plan, Mapping):
         return {}
     return {key: sum(float(entry.get(key, 0)) for entry in plan.values()) for key in _PLAN}
@@ -155,7 +156,7 @@ def totals(ds: xr.Dataset) -> dict[str, float]:
 
 def provenance_table(ds: xr.Dataset) -> str:
     """What the run was made of; nested parts as indented JSON behind a fold."""
-    known = ds.attrs.get("provenance")
+    known = attributes(ds).get("provenance")
     parts: dict[str, object] = {"patchsweep": ds.attrs.get("patchsweep_version", "unknown")}
     parts |= known if isinstance(known, Mapping) else {}
     rows = []

@@ -21,6 +21,8 @@ from zarr.buffer.cpu import Buffer
 from zarr.codecs import ZstdCodec
 from zarr.storage import MemoryStore
 
+from patchsweep.attributes import attributes, flat_attributes
+
 FORMAT = 1
 FORMAT_KEY = "patchsweep_store"  # root attribute by which a store is known
 PROGRESS = "progress"  # subgroup of the flags; xarray's reading of the root passes it over
@@ -157,7 +159,7 @@ def layout_files(layout: Layout) -> dict[str, bytes]:
     The root group comes first: whoever puts it owns the address. `COMPLETE` comes last.
     """
     files: dict[str, Any] = {}
-    attrs = json.loads(json.dumps(dict(layout.attrs), allow_nan=False))
+    attrs = flat_attributes(layout.attrs)
     attrs[FORMAT_KEY] = FORMAT
     # xarray knows the coordinates that bear their dimension's name, and looks here for the others
     others = [name for name, (dims, _) in layout.coords.items() if tuple(dims) != (name,)]
@@ -322,7 +324,7 @@ def _inner_chunks(shard: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _group_differences(mine: zarr.Group, theirs: zarr.Group) -> Iterator[str]:
-    yield from differences("attrs", dict(mine.attrs), dict(theirs.attrs))
+    yield from differences("attrs", attributes(mine.attrs), attributes(theirs.attrs))
     ours, others = array_names(mine), array_names(theirs)
     for name in dict.fromkeys([*ours, *others]):
         if name not in ours or name not in others:

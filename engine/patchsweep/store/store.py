@@ -20,6 +20,7 @@ import numpy as np
 import xarray as xr
 import zarr
 
+from patchsweep.attributes import attributes
 from patchsweep.errors import StoreError
 from patchsweep.store.address import open_folder
 from patchsweep.store.folder import Folder
@@ -63,7 +64,7 @@ class Store:
                     "or give another path and start afresh"
                 ) from None
             self.n_metrics, self.n_pairs = shape
-            self.attrs: dict[str, Any] = dict(root.attrs)
+            self.attrs: dict[str, Any] = attributes(root.attrs)
         self._encoders: dict[str, Encoder] = {}
         self._leases = Leases(folder.beside(".leases"))
         self._fixed_there: set[str] = set()
@@ -101,7 +102,7 @@ class Store:
             root = _read_root(folder)
         if not folder.exists(COMPLETE):  # its maker was killed, or is at work right now
             mine = json.loads(files["zarr.json"])
-            _refuse(folder, next(differences("attrs", mine["attributes"], root), None))
+            _refuse(folder, next(differences("attrs", attributes(mine["attributes"]), root), None))
             for key, data in files.items():
                 if key != "zarr.json" and not folder.put_new(key, data):
                     raise StoreError(
@@ -284,7 +285,7 @@ def _read_root(folder: Folder) -> dict[str, Any] | None:
             f"{folder.shown} has store format {found!r}, and this patchsweep reads {FORMAT}; use "
             "the version that wrote it, or give another path"
         )
-    return dict(attrs)
+    return attributes(attrs)
 
 
 def _refuse(folder: Folder, difference: str | None) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import xarray as xr
 
+from patchsweep.attributes import attributes, flat_attributes
 from patchsweep.errors import StoreError
 from patchsweep.store.address import open_folder
 from patchsweep.store.folder import PARTIAL, Folder
@@ -41,8 +42,8 @@ def write_whole(
     assert KIND in ds.attrs, "results that are stored whole say what they are"
     folder = open_folder(url, storage_options)
     made = ds.copy()
-    made.attrs = _plain(ds.attrs)
-    if not _is_free(folder, made.attrs):
+    made.attrs = flat_attributes(ds.attrs)
+    if not _is_free(folder, _plain(made.attrs)):
         raise _occupied(folder)
     files = _files(made)
     if isinstance(folder, LocalFolder):
@@ -80,8 +81,9 @@ def read_whole(
                 f"{folder.shown} cannot be read as a Zarr group ({error}); give another path, or "
                 "delete it"
             ) from error
+    told = attributes(found)
     for key, value in _plain(attrs).items():
-        difference = _difference(key, found.attrs.get(key), value)
+        difference = _difference(key, told.get(key), value)
         if difference:
             raise StoreError(
                 f"{folder.shown} holds other results ({difference}); give another path, or delete "
@@ -99,7 +101,7 @@ def _is_free(folder: Folder, attrs: Mapping[str, Any]) -> bool:
     begun = folder.read(WRITING)
     if begun is None:
         return False
-    told = json.loads(begun)
+    told = attributes(json.loads(begun))
     return all(told.get(key) == value for key, value in attrs.items())
 
 
@@ -166,6 +168,6 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
-    return json.loads(json.dumps(value))
+def _plain(attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested attributes as they are read back."""
+    return attributes(flat_attributes(attrs))
