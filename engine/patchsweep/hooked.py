@@ -188,58 +188,77 @@ class HookedRunner:
             self._metrics(loaded, loaded.source_logits, pair, metrics),
         )
 
-    @torch.no_grad()
     def run(
         self, loaded: Loaded, plan: SitePlan, patches: Ints, metrics: Sequence[Metric]
     ) -> Float[Tensor, "metric patch"]:
         """See `Runner`."""
-        batch = loaded.batch
-        values = torch.empty(len(metrics), len(patches))
-        size = max(1, LOGIT_BYTES // (4 * batch.length * self.bridge.cfg.d_vocab))
-        for layer_set in np.unique(plan.layer_set[patches]):
-            columns = np.flatnonzero(plan.layer_set[patches] == layer_set)
-            for part in np.array_split(columns, -(-len(columns) // size)):
-                rows = patches[part]
-                local = batch.local
-                pair = torch.tensor(
-                    [local[p] for p in plan.pair[rows].tolist()], device=batch.base.device
-                )
-                hooks = [
-                    (plan.site.hook_name(layer), self._patch(loaded, plan, rows, pair, layer))
-                    for layer in plan.axes.layers[layer_set]
-                ]
-                logits = self._forward(batch.base[pair], fwd_hooks=hooks)
-                read = logits[:, list(batch.reads)].float()
-                values[:, part] = self._metrics(loaded, read, pair, metrics).cpu()
-        return values
+        return self.run_together(loaded, [PatchSet(plan, patches)], metrics)[0]
 
+    @torch.no_grad()
     def run_together(
         self, loaded: Loaded, sets: Sequence[PatchSet], metrics: Sequence[Metric]
     ) -> list[Float[Tensor, "metric patch"]]:
-        """See `Runner`."""
-        return [self.run(loaded, chosen.plan, chosen.patches, metrics) for chosen in sets]
+        """See `Runner`; a row of a forward pass is one patch, whatever its site and layer."""
+        batch = loaded.batch
+        local = batch.local
+        sizes = [len(chosen.patches) for chosen in sets]
+        which = np.repeat(np.arange(len(sets)), sizes)  # [patch of all sets] its set
+        patch = np.concatenate([chosen.patches for chosen in sets])
+        values = torch.empty(len(metrics), len(patch))
+        size = max(1, LOGIT_BYTES // (4 * batch.length * self.bridge.cfg.d_vocab))
+        for part in np.array_split(np.arange(len(patch)), -(-len(patch) // size) or 1):
+            if not len(part):
+                continue
+            hooks: list[Any] = []
+            pair = np.empty(len(part), dtype=np.int64)  # row of the batch
+            for i, chosen in enumerate(sets):
+                rows = np.flatnonzero(which[part] == i)
+                patches = patch[part[rows]]
+                pair[rows] = [local[p] for p in chosen.plan.pair[patches].tolist()]
+                hooks += self._hooks_of(loaded, chosen.plan, patches, rows)
+            index = torch.from_numpy(pair).to(batch.base.device)
+            logits = self._forward(batch.base[index], fwd_hooks=hooks)
+            read = logits[:, list(batch.reads)].float()
+            values[:, part] = self._metrics(loaded, read, index, metrics).cpu()
+        return list(values.split(sizes, dim=1))
+
+    def _hooks_of(
+        self, loaded: Loaded, plan: SitePlan, patches: Ints, rows: Ints
+    ) -> list[tuple[str, Callable[[Tensor, Any], Tensor]]]:
+        """Hooks that put patch `patches[i]` of `plan` into row `rows[i]` of a forward pass."""
+        local = loaded.batch.local
+        pair = [local[p] for p in plan.pair[patches].tolist()]
+        layers_of = plan.axes.layers
+        by_layer: dict[int, list[tuple[int, int, int]]] = {}  # layer -> row, patch, pair
+        for row, patch, p in zip(rows.tolist(), patches.tolist(), pair, strict=True):
+            for layer in layers_of[plan.layer_set[patch]]:
+                by_layer.setdefault(layer, []).append((row, patch, p))
+        return [
+            (plan.site.hook_name(layer), self._patch(loaded, plan, written, layer))
+            for layer, written in by_layer.items()
+        ]
 
     def _patch(
-        self, loaded: Loaded, plan: SitePlan, rows: Ints, pair: Tensor, layer: int
+        self, loaded: Loaded, plan: SitePlan, written: Sequence[tuple[int, int, int]], layer: int
     ) -> Callable[[Tensor, Any], Tensor]:
-        """A hook that replaces, in row i of the batch, what patch `rows[i]` covers."""
+        """A hook that replaces, for each (row, patch, pair) of `written`, what the patch covers."""
         donor = loaded.donors[plan.site.name][layer]
         units = plan.axes.units
 
         # in place, so that a residual stream is replaced for every reader of it
         def patch(x: Tensor, hook: Any) -> Tensor:
-            for i, row in enumerate(rows.tolist()):
+            for i, row, pair in written:
                 span = slice(int(plan.start[row]), int(plan.stop[row]))
                 which = slice(None) if units is None else list(units[plan.unit_set[row]])
                 if plan.axes.n_sources:
                     src = int(plan.unit_set[row]) % plan.axes.n_sources
-                    x[i, which, span, src] = donor[pair[i], which, span, src].to(x)
+                    x[i, which, span, src] = donor[pair, which, span, src].to(x)
                     continue
                 if plan.site.is_pattern:
-                    x[i, which, span] = donor[pair[i], which, span].to(x)
+                    x[i, which, span] = donor[pair, which, span].to(x)
                     continue
                 target = x[i].reshape(x.shape[1], -1) if x.ndim == 4 else x[i]
-                new = donor[pair[i]]
+                new = donor[pair]
                 if units is not None:
                     n_units = self._n_units(plan.site, x)
                     target = rearrange(target, "pos (unit d) -> pos unit d", unit=n_units)

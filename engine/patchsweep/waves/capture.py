@@ -184,9 +184,9 @@ def capture(
         except Unsupported:
             raise
         except Exception as error:
-            if run.keys:
-                raise
-            raise Unsupported(_OWN_ATTENTION) from error
+            if run.keys or replica.takes_attention_functions:
+                raise  # no matter of attention: out of memory, tensors on two devices, ...
+            raise Unsupported(f"{_OWN_ATTENTION} ({type(error).__name__}: {error})") from error
     if not run.keys:
         raise Unsupported(_OWN_ATTENTION)
     if len(run.resid) != replica.n_layers + 1 or len(run.keys) != replica.n_layers:

@@ -8,6 +8,7 @@ and leaves the bridge as it is.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -83,6 +84,12 @@ class Replica:
     @property
     def n_layers(self) -> int:
         return len(self.blocks)
+
+    @property
+    def takes_attention_functions(self) -> bool:
+        """Whether the code of every block's attention calls a registered attention function."""
+        codes = [inspect.unwrap(type(m).forward).__code__ for m in self._attentions]
+        return all("ALL_ATTENTION_FUNCTIONS" in code.co_names for code in codes)
 
     @contextmanager
     def tail_at_hand(self) -> Iterator[None]:
