@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from patchsweep.batch import Batch
-from patchsweep.errors import ModelError
+from patchsweep.finite import check_cells, check_references
 from patchsweep.planner import Ints, PatchSet, SitePlan
 from patchsweep.request import Request, convoys_of
 from patchsweep.results import shape_of
@@ -55,7 +55,8 @@ class ExactWork:
             sets = [PatchSet(block.plan, block.fill_dead(captured)) for block in blocks]
             found = self.runner.run_together(captured.loaded, sets, metrics)
             for block, ran, values in zip(blocks, sets, found, strict=True):
-                block.put(ran.patches, check_numbers(values.numpy(), ran.plan, ran.patches))
+                numbers = check_cells(values.numpy(), ran.plan, ran.patches, metrics)
+                block.put(ran.patches, numbers)
         return [block.values() for block in blocks]
 
     def references(self, unit: Unit) -> tuple[Values, Values]:
@@ -94,10 +95,12 @@ class Captures:
         for batch in batches:
             if batch.pairs not in self._kept:
                 loaded = self.runner.load(batch, request.intervention)
-                base, source = self.runner.references(loaded, request.metrics)
-                self._kept[batch.pairs] = Captured(
-                    batch, loaded, base.cpu().numpy(), source.cpu().numpy()
+                base, source = (
+                    metrics.cpu().numpy()
+                    for metrics in self.runner.references(loaded, request.metrics)
                 )
+                check_references(base, source, batch.pairs, request.metrics)
+                self._kept[batch.pairs] = Captured(batch, loaded, base, source)
             yield self._kept[batch.pairs]
 
 
@@ -115,24 +118,6 @@ def patches_of(plan: SitePlan, unit: Unit) -> Ints:
     inside = (plan.pair >= unit.pairs.start) & (plan.pair < unit.pairs.stop)
     inside &= (plan.layer_set >= unit.layers.start) & (plan.layer_set < unit.layers.stop)
     return np.flatnonzero(inside)
-
-
-def check_numbers(values: Values, plan: SitePlan, patches: Ints) -> Values:
-    """`values` `[metric, patch]` themselves.
-
-    Raises:
-        ModelError: one is NaN, which in a store would mean that it has not run.
-    """
-    bad = np.flatnonzero(np.isnan(values).any(axis=0))
-    if len(bad):
-        patch = patches[bad[0]]
-        pair, layer, pos, unit = np.unravel_index(int(plan.cell[patch]), plan.shape)
-        raise ModelError(
-            f"the patch of {plan.site.name} in pair {pair}, layers {plan.axes.layers[layer]}, "
-            f"position {pos}, unit {unit}, or one that shared its wave, gave NaN; check the values "
-            "patched in and the metric, or use float32"
-        )
-    return values
 
 
 class Block:

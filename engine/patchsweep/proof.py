@@ -16,13 +16,9 @@ from dataclasses import replace
 import numpy as np
 
 from patchsweep.errors import ConfigError
-from patchsweep.exact import (
-    Block,
-    Captured,
-    Captures,
-    ExactWork,
-    check_numbers,
-)
+from patchsweep.exact import Block, Captured, Captures, ExactWork
+from patchsweep.finite import check_cells
+from patchsweep.metrics import Metric
 from patchsweep.planner import Ints, PatchSet, SitePlan
 from patchsweep.probe import Choice
 from patchsweep.request import Request, blocks_of
@@ -107,7 +103,7 @@ class ProvenWork:
         """See `Work`."""
         metrics, pairs = self.request.metrics, units[0].pairs
         proofs = [
-            _Proof(self.plans[unit.variable], unit, len(metrics))
+            _Proof(self.plans[unit.variable], unit, metrics)
             for unit in units
             if unit.variable in self.plans
         ]
@@ -131,8 +127,9 @@ class ProvenWork:
 class _Proof:
     """One unit of a site: its bf16 values, what was run again, and the noise."""
 
-    def __init__(self, plan: SitePlan, unit: Unit, n_metrics: int) -> None:
-        self.plan, self.unit = plan, unit
+    def __init__(self, plan: SitePlan, unit: Unit, metrics: Sequence[Metric]) -> None:
+        self.plan, self.unit, self.metrics = plan, unit, metrics
+        n_metrics = len(metrics)
         # the same sample in every run of a unit, whichever process does it
         self._seed = [zlib.crc32(plan.site.name.encode()), unit.pair_block, unit.layer_block]
         self._merged, self._raw = Block(plan, unit, n_metrics), Block(plan, unit, n_metrics)
@@ -156,7 +153,7 @@ class _Proof:
     def put_bf16(self, low: Captured, exact: Captured, live: Ints, values: Values) -> None:
         """Keep what the bf16 waves gave, on the fp32 base run."""
         plan = self.plan
-        effect = check_numbers(values, plan, live) - low.base_of(plan, live)
+        effect = check_cells(values, plan, live, self.metrics) - low.base_of(plan, live)
         on_exact = exact.base_of(plan, live) + effect
         self._raw.put(live, on_exact)
         self._merged.put(live, on_exact)
@@ -185,7 +182,7 @@ class _Proof:
 
     def put_exact(self, again: Ints, values: Values) -> None:
         """Keep fp32 values where patches were run again."""
-        self._merged.put(again, check_numbers(values, self.plan, again))
+        self._merged.put(again, check_cells(values, self.plan, again, self.metrics))
 
     def blocks(self) -> dict[str, Values]:
         """Variable -> values of its unit."""

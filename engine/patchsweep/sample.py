@@ -11,7 +11,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.api import prepare_runner
 from patchsweep.errors import PlanError
-from patchsweep.exact import Block, Captures, check_numbers
+from patchsweep.exact import Block, Captures
+from patchsweep.finite import check_cells
 from patchsweep.pairs import PromptPairs
 from patchsweep.probe import RunnerName
 from patchsweep.request import MetricLike, Request, make_request
@@ -69,7 +70,7 @@ def draw(
             mine = live[np.isin(live, drawn[plan.site.name])]
             if len(mine):
                 found = choice.runner.run(captured.loaded, plan, mine, request.metrics)
-                block.put(mine, check_numbers(found.numpy(), plan, mine))
+                block.put(mine, check_cells(found.numpy(), plan, mine, request.metrics))
             for row, pair in enumerate(captured.batch.pairs):
                 memory.write_fixed("base_metric", pair, captured.base[:, row : row + 1])
                 memory.write_fixed("source_metric", pair, captured.source[:, row : row + 1])

@@ -28,6 +28,7 @@ from patchsweep.attribution.check import check_request
 from patchsweep.attribution.estimates import Work
 from patchsweep.attribution.tape import Heads, Place, Tape
 from patchsweep.batch import Batch, clean_prompts
+from patchsweep.finite import check_finite
 from patchsweep.pairs import PromptPairs
 from patchsweep.request import MetricLike, Request, make_request
 from patchsweep.sites import SITES
@@ -161,6 +162,20 @@ def work_of(
 VisitCells = Callable[[int, int, Tensor, Tensor, Tensor], None]
 
 
+def _check_gradient(work: Work, metric: int, layer: int, grad: Tensor) -> None:
+    """Raises ModelError if a number of `grad` `[pair, head, dest, src]` is NaN or infinite."""
+    if bool(torch.isfinite(grad).all()):
+        return
+    check_finite(
+        grad.unsqueeze(0).float().cpu().numpy(),
+        [work.metrics[metric].name],
+        lambda pair, head, dest, src: (
+            f"the gradient of pattern at pair {work.batch.pairs[pair]}, layer {layer}, "
+            f"head {head}, dest {dest}, src {src}"
+        ),
+    )
+
+
 def visit_cells(
     work: Work, visit: VisitCells, on_attention: Callable[[int, Heads], None] | None = None
 ) -> Float[Tensor, "pair read d_vocab"]:
@@ -174,6 +189,7 @@ def visit_cells(
         base = x.detach()
 
         def on_gradient(grad: Tensor) -> None:
+            _check_gradient(work, metric[0], place.layer, grad)
             visit(metric[0], place.layer, base, work.values(place.site, place.layer, base), grad)
 
         x.register_hook(on_gradient)

@@ -13,6 +13,7 @@ from patchsweep.attribution.estimates import Work
 from patchsweep.attribution.method import Method
 from patchsweep.attribution.tape import Tape
 from patchsweep.batch import Batch, clean_prompts
+from patchsweep.finite import check_cells, check_references
 from patchsweep.interventions import Reader
 from patchsweep.planner import SitePlan
 from patchsweep.request import Request
@@ -73,11 +74,19 @@ class Attribution:
                 work = self._work(method, batch)
                 found = method.run(work)
             rows = [pair - pairs.start for pair in batch.pairs]
-            references[:, :, rows] = work.references(found.base_logits)
+            references[:, :, rows] = check_references(
+                *work.references(found.base_logits), batch.pairs, request.metrics
+            )
             for plan in request.plans:
                 mine = np.flatnonzero(np.isin(plan.pair, batch.pairs))
                 pair, layer, pos, unit = np.unravel_index(plan.cell[mine], plan.shape)
-                values = found.estimates.cells(plan, mine, batch)
+                values = check_cells(
+                    found.estimates.cells(plan, mine, batch),
+                    plan,
+                    mine,
+                    request.metrics,
+                    f"the {method.name} estimate",
+                )
                 cells[plan.site.name][:, pair - pairs.start, layer, pos, unit] = values
         return BlockOfPairs(pairs, cells, references[0], references[1])
 

@@ -109,7 +109,7 @@ def recompute(store: Store, n_cells: int, seed: int | None, console: Console) ->
                 worst = max(worst, difference)
                 if not difference <= tolerance:  # NaN included
                     problems.append(
-                        f"{unit.name}: {_place(plan, patch)} holds {kept[patch].tolist()}, and "
+                        f"{unit.name}: {plan.place_of(patch)} holds {kept[patch].tolist()}, and "
                         f"run again gives {again[:, column].tolist()}"
                     )
     console.print(f"values: {n_again} run again, largest difference {worst:.1e}")
@@ -151,13 +151,3 @@ def _stored(store: Store, plan: SitePlan, unit: Unit, patches: list[int]) -> dic
         at = (pair - unit.pairs.start, layer - unit.layers.start, pos, units)
         found[patch] = flat[:, np.ravel_multi_index(at, shape)]
     return found
-
-
-def _place(plan: SitePlan, patch: int) -> str:
-    pair, layer, pos, units = np.unravel_index(int(plan.cell[patch]), plan.shape)
-    words = [f"pair {pair}", f"layer {'+'.join(map(str, plan.axes.layers[layer]))}"]
-    if plan.axes.positions is not None:
-        words.append(f"pos {plan.axes.positions[pos]}")
-    if plan.axes.units is not None:
-        words.append(f"{plan.site.unit} {'+'.join(map(str, plan.axes.units[units]))}")
-    return ", ".join(words)

@@ -20,7 +20,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from patchsweep.api import prepare_runner, sweep
 from patchsweep.attributes import attributes, flat_attributes
 from patchsweep.errors import ConfigError
-from patchsweep.exact import Captures, check_numbers
+from patchsweep.exact import Captures
+from patchsweep.finite import check_cells
 from patchsweep.heads.optimal import Constants, Head, OptimalSettings, Trainer
 from patchsweep.interventions import Custom, Intervention, Mean, Resample, Zero
 from patchsweep.metrics import METRICS, Metric
@@ -221,7 +222,8 @@ def _run_constants(ask: Ask, constants: Constants) -> Values:
         for captured in captures.of(range(start, min(start + PAIRS_AT_ONCE, len(ask.pairs)))):
             mine = np.flatnonzero(np.isin(pair, captured.batch.pairs) & chosen[at, unit])
             run = runner.run(captured.loaded, plan, mine, request.metrics).numpy()
-            values[:, pair[mine], at[mine], unit[mine]] = check_numbers(run, plan, mine)
+            run = check_cells(run, plan, mine, request.metrics)
+            values[:, pair[mine], at[mine], unit[mine]] = run
     return values
 
 

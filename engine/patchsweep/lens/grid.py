@@ -15,6 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from patchsweep.attributes import flat_attributes
 from patchsweep.batch import Batch, make_batches
 from patchsweep.errors import ModelError, PlanError
+from patchsweep.finite import check_finite
 from patchsweep.interventions import Direction, get_intervention
 from patchsweep.lens.patches import Patch, Patching, Sublayer, removal
 from patchsweep.lens.predictions import read_streams
@@ -233,6 +234,15 @@ class _Grid:
         """Read the streams of the batch and keep what they say, as that run's."""
         rows, n_pos = list(batch.pairs), batch.length
         found = read_streams(self.model, streams, batch, self.top)
+        places = [*streams]
+        for name in ("answer_log_prob", "wrong_log_prob"):
+            check_finite(
+                found[name][None],
+                [name],
+                lambda place, row, pos: (
+                    f"{places[place][1]} of layer {places[place][0]}, pair {rows[row]}, pos {pos}"
+                ),
+            )
         for (layer, point), index in place_index(streams, self.n_layers).items():
             for name, values in self.numbers.items():
                 values[run, rows, layer, point, :n_pos] = found[name][index]

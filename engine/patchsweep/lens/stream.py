@@ -11,7 +11,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.analysis.logit_lens import logit_readout
 
-from patchsweep.errors import MethodError
+from patchsweep.errors import MethodError, ModelError
 from patchsweep.lens.patches import Hook, Sublayer
 from patchsweep.request import model_shape
 
@@ -45,6 +45,7 @@ def run_streams(
 
     Raises:
         MethodError: the last place does not give the model's own predictions.
+        ModelError: the stream holds NaN or infinity.
     """
     n_layers = int(model.cfg.n_layers)
     wanted = [(layer, point) for layer in range(n_layers) for point in POINTS[:2]]
@@ -62,6 +63,7 @@ def run_streams(
     ]
     # patches first: what is kept of a place is what follows a patch there
     logits: Tensor = model.run_with_hooks(tokens, fwd_hooks=[*hooks, *keeping])
+    _check_finite(kept)
     _check_readout(model, kept[n_layers - 1, "resid_post"][:, -1], logits[:, -1])
     return kept
 
@@ -90,6 +92,17 @@ def check_removed(streams: Streams, remove: Sublayer, n_layers: int) -> None:
             f"remove={remove!r}: zeroing the hook {kind}_out does not take the write out of this "
             "model's stream"
         )
+
+
+def _check_finite(streams: Streams) -> None:
+    for (layer, point), x in streams.items():
+        if not bool(torch.isfinite(x).all()):
+            row, pos = torch.nonzero(~torch.isfinite(x).all(dim=-1))[0].tolist()
+            raise ModelError(
+                f"the residual stream holds NaN or infinity, first in {point} of layer {layer} at "
+                f"position {pos} of prompt {row}; check the weights, or load the model in float32 "
+                "or bfloat16 if float16 overflows"
+            )
 
 
 def _check_readout(model: TransformerBridge, final: Tensor, logits: Tensor) -> None:

@@ -17,6 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from patchsweep.attributes import flat_attributes
 from patchsweep.attribution import Method
 from patchsweep.errors import MethodError, PlanError
+from patchsweep.finite import check_finite, names_of
 from patchsweep.pairs import PromptPairs
 from patchsweep.paths.ablate import run_edges, run_nodes
 from patchsweep.paths.blocks import frozen
@@ -185,7 +186,13 @@ def _run(scene: Scene, plan: _Plan, question: Question) -> _Runs:
     pair = torch.arange(n_pairs, device=device).repeat(len(rows))
     run = run_edges if plan.level == "edges" else run_nodes
     values = run(scene, keep, pair).unflatten(1, (len(rows), n_pairs)).transpose(1, 2)
-    found = values.cpu().numpy()[:, :, where]
+    found = check_finite(
+        values.cpu().numpy(),
+        names_of(question.metrics),
+        lambda pair, row: (
+            f"a circuit of {rows[row].sum()} {plan.level} in pair {scene.batch.pairs[pair]}"
+        ),
+    )[:, :, where]
     base, source = (x.cpu().numpy() for x in scene.references())
     runs = _Runs(
         circuit=found[:, :, : len(plan.sizes.counts)],

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from patchsweep.attribution.integrated import nodes as quadrature
 from patchsweep.errors import MethodError
+from patchsweep.finite import check_finite, names_of
 from patchsweep.metrics import Metric, has_gradient
 from patchsweep.paths.blocks import Trace
 from patchsweep.paths.scene import Question, Scene
@@ -73,8 +74,21 @@ def eap(
         expected = nodewise if expected is None else expected + nodewise
     assert total is not None
     assert expected is not None
+    impossible = ~_possible(scene, positions)
+    _check_numbers(scene, total.masked_fill(impossible, 0.0))
     _check_sums(scene, total, expected, positions)
-    return total.masked_fill(~_possible(scene, positions), float("nan"))
+    return total.masked_fill(impossible, float("nan"))
+
+
+def _check_numbers(scene: Scene, total: Float[Tensor, "metric pair sender reader ..."]) -> None:
+    """Raises ModelError if the score of an edge is NaN or infinite."""
+
+    def where(pair: int, sender: int, reader: int, *pos: int) -> str:
+        edge = f"{scene.nodes.senders[sender]}->{scene.nodes.readers[reader]}"
+        at = f" at position {pos[0]}" if pos else ""
+        return f"the estimate of edge {edge}{at} in pair {scene.batch.pairs[pair]}"
+
+    check_finite(total.detach().cpu().numpy(), names_of(scene.metrics), where)
 
 
 def check_gradients(question: Question, steps: int | None) -> None:

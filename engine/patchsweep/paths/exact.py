@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from patchsweep.finite import check_finite, names_of
 from patchsweep.paths.nodes import Edge
 from patchsweep.paths.scene import Scene
 from patchsweep.waves.readout import Readout
@@ -33,8 +34,6 @@ def exact(
     # an edge that is read before anything changes, or after the last logits, changes nothing
     base, _ = scene.references()
     values = base.unsqueeze(-1).repeat(1, 1, len(edges))
-    absent = [i for i, edge in enumerate(edges) if (edge.pos or 0) >= scene.base.length]
-    values[:, :, absent] = float("nan")
     readout = Readout(scene.blocks.replica)
     n_reads = len(scene.batch.reads)
     for start, members in _by_start(scene, edges).items():
@@ -50,6 +49,13 @@ def exact(
                 values[:, pair[chunk], edge[chunk]] = scene.score(
                     logits.unflatten(0, (-1, n_reads)), pair[chunk]
                 )
+    check_finite(
+        values.cpu().numpy(),
+        names_of(scene.metrics),
+        lambda pair, edge: f"the patch of edge {edges[edge]} in pair {scene.batch.pairs[pair]}",
+    )
+    absent = [i for i, edge in enumerate(edges) if (edge.pos or 0) >= scene.base.length]
+    values[:, :, absent] = float("nan")
     return values
 
 

@@ -13,6 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from patchsweep.attribution.check import check_model
 from patchsweep.batch import Batch, clean_prompts, make_batches, pair_shape
 from patchsweep.errors import ConfigError, MethodError, PatchsweepError
+from patchsweep.finite import check_references
 from patchsweep.interventions import Direction, Intervention, Spans, ValueFn, get_intervention
 from patchsweep.metrics import Logits, Metric, compute, get_metrics
 from patchsweep.models.homes import device_of
@@ -125,9 +126,18 @@ class Scene:
 
     @torch.no_grad()
     def references(self) -> tuple[Float[Tensor, "metric pair"], Float[Tensor, "metric pair"]]:
-        """The metrics of the base and of the source runs."""
+        """The metrics of the base and of the source runs.
+
+        Raises:
+            ModelError: one is NaN or infinite.
+        """
         pair = torch.arange(self.base.n_pairs, device=self.batch.base.device)
-        return self.score(self.base.logits.detach(), pair), self.score(self.source.logits, pair)
+        base, source = (
+            self.score(self.base.logits.detach(), pair),
+            self.score(self.source.logits, pair),
+        )
+        check_references(base.cpu().numpy(), source.cpu().numpy(), self.batch.pairs, self.metrics)
+        return base, source
 
     @torch.no_grad()
     def writes(self, trace: Trace, *, exact: bool) -> Float[Tensor, "pair sender pos d_model"]:

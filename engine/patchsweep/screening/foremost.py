@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from patchsweep.exact import Block, Captured, Captures, check_numbers, references_of
+from patchsweep.exact import Block, Captured, Captures, references_of
+from patchsweep.finite import check_cells
 from patchsweep.planner import Ints, SitePlan
 from patchsweep.request import Request
 from patchsweep.runner import Runner
@@ -100,5 +101,5 @@ class Foremost:
         new = patches[np.isnan(ran[0, patches])]
         if len(new):
             found = self.runner.run(captured.loaded, plan, new, metrics).numpy()
-            ran[:, new] = check_numbers(found, plan, new)
+            ran[:, new] = check_cells(found, plan, new, metrics)
         return ran[:, patches]
