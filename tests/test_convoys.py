@@ -23,7 +23,7 @@ from patchsweep.sites import SITES
 from patchsweep.store import Store, Unit
 from patchsweep.store.check import checksums
 from patchsweep.waves import Unsupported, WaveRunner
-from patchsweep.waves.capture import locate
+from patchsweep.waves.locate import locate
 from patchsweep.work import Quiet, Share, bundles_of, run_work
 from subjects import demo_pairs, model
 from test_sweep import mixed_pairs

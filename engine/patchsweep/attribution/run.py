@@ -43,9 +43,9 @@ class Attribution:
         self.request = request
         self.methods = tuple(methods)
         extra = {s.name: s for m in methods for s in m.extra_sites(request.sites)}
-        sites = {site.name: site for site in request.sites} | extra
-        self.sites = tuple(sites.values())
-        self.tape = Tape(request.bridge, self.sites)
+        own = [site for site in extra.values() if site not in request.sites]
+        self.sites = (*request.sites, *own)
+        self.tape = Tape(request.bridge, request.sites, own)
         if any(isinstance(method, AtpStar) for method in methods):
             check_intervention(self.tape, request.sites, request.intervention)
         self._prepare()

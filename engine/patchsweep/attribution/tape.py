@@ -20,7 +20,13 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.errors import MethodError
 from patchsweep.sites import SITES, Site
-from patchsweep.waves.capture import attention_pattern, locate, split_hidden, watch
+from patchsweep.waves.capture import (
+    attention_pattern,
+    check_attention_sites,
+    split_hidden,
+    watch,
+)
+from patchsweep.waves.locate import locate
 from patchsweep.waves.replica import Attend, Replica, Unsupported, attention_settings
 
 PATTERNS = ("pattern", "pattern_cell")
@@ -87,10 +93,14 @@ class Tape:
         MethodError: the model or a site has no place among its plain modules.
     """
 
-    def __init__(self, bridge: TransformerBridge, sites: Sequence[Site]) -> None:
+    def __init__(
+        self, bridge: TransformerBridge, sites: Sequence[Site], own: Sequence[Site] = ()
+    ) -> None:
+        """`own`: sites of a method's own, which it need not share with the bridge."""
         try:
             self.replica = Replica(bridge)
-            self.points = {site.name: locate(self.replica, site) for site in sites}
+            self.points = {site.name: locate(self.replica, site) for site in (*sites, *own)}
+            check_attention_sites(self.replica, [self.points[site.name] for site in sites])
             self._embed = locate(self.replica, SITES["embed"]).points[0]
         except Unsupported as reason:
             raise MethodError(

@@ -29,7 +29,8 @@ from patchsweep.paths.exact import exact
 from patchsweep.paths.nodes import Edge, Reader
 from patchsweep.paths.scene import Changes, Scene, nodes_of
 from patchsweep.sites import SITES
-from patchsweep.waves.capture import capture, locate, watch
+from patchsweep.waves.capture import capture, watch
+from patchsweep.waves.locate import locate
 
 LABELS = ("IO", "S2", "end")
 PLACES = ("IO", "S2")  # where `end` may look

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from patchsweep.paths.scene import Scene
 from patchsweep.sites import SITES
-from patchsweep.waves.capture import locate, watch
+from patchsweep.waves.capture import watch
+from patchsweep.waves.locate import locate
 from patchsweep.waves.readout import Readout
 from patchsweep.waves.replica import Point
 

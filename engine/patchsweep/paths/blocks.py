@@ -29,11 +29,11 @@ from patchsweep.waves.capture import (
     Call,
     attention_pattern,
     first_of,
-    locate,
     split_hidden,
     watch,
     with_first,
 )
+from patchsweep.waves.locate import locate
 from patchsweep.waves.replica import Attend, Point, Replica, Unsupported, attention_settings
 
 # places on the way from a part of a block to the residual stream

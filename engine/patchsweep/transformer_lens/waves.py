@@ -15,7 +15,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from patchsweep.planner import Axes, Ints, PatchSet, SitePlan
 from patchsweep.transformer_lens.cells import Cells, Rows
 from patchsweep.waves import Unsupported
-from patchsweep.waves.capture import capture, locate
+from patchsweep.waves.capture import capture, check_attention_sites
+from patchsweep.waves.locate import locate
 from patchsweep.waves.readout import Readout
 from patchsweep.waves.replay import Donors, WaveInput, run_wave
 from patchsweep.waves.replica import Replica
@@ -52,6 +53,7 @@ class CellWaves:
         self.cells, self.rows, self._base, self._clean = cells, rows, base, clean
         self.replica = Replica(model)
         self.point = replace(locate(self.replica, cells.site), in_place=in_place)
+        check_attention_sites(self.replica, [self.point])
         self.run = capture(self.replica, tokens)
         self.readout = Readout(self.replica)
         self._check_shapes()
@@ -199,7 +201,11 @@ class CellWaves:
         """Refuse hooks that do not see an activation in the shape that the plain model has."""
         site = self.cells.site
         v, k = self.run.values[0], self.run.keys[0]
-        for x in self._base.values():
+        for layer, x in self._base.items():
+            hook = self.replica.bridge.hook_dict[site.hook_name(layer)]
+            if not site.is_pattern and hook.pos_dim not in (None, 1):
+                # a prompt of as many tokens as heads would look right
+                raise Unsupported(f"the hook of {site.name} sees heads before positions")
             fits = x.ndim == 3
             if site.unit == "kv_head":
                 fits = x.ndim == 4 and x.shape[2] == k.shape[1]

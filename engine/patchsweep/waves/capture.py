@@ -18,12 +18,12 @@ from patchsweep_kernels.attention import Rows, prefix_attention
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from patchsweep.sites import SITES, Site
+from patchsweep.models.homes import device_of
+from patchsweep.sites import SITES
 from patchsweep.waves.cache import Shelf
+from patchsweep.waves.locate import SitePoint, locate
 from patchsweep.waves.replica import Attend, Point, Replica, Unsupported, attention_settings
 
-# sites that are written at the input of a block, or into the final residual
-STREAM_SITES = ("resid_pre", "resid_post", "embed")
 _NO_LOGITS = torch.empty(0, dtype=torch.long)  # positions whose logits are made
 _OWN_ATTENTION = "its attention does not go through the attention interface of transformers"
 
@@ -89,52 +89,6 @@ class Run:
         )
 
 
-@dataclass(frozen=True)
-class SitePoint:
-    """Where the plain modules hold a site, layer by layer; no points: inside attention."""
-
-    site: Site
-    points: tuple[Point, ...]
-    in_place: bool = True  # a patched value is seen by every reader of the tensor, not the next one
-
-    @property
-    def in_attention(self) -> bool:
-        return not self.points and self.site.name not in STREAM_SITES
-
-
-def locate(replica: Replica, site: Site) -> SitePoint:
-    """Where `site` is found in `replica`.
-
-    Raises:
-        Unsupported: this architecture has no such place, or only the bridge has it.
-    """
-    if site.named:
-        raise Unsupported(f"{site.hook} was given by its full name")
-    if site.name in ("resid_pre", "resid_post"):
-        return SitePoint(site, ())
-    if site.name == "result":  # z times W_O, so it is patched as z
-        return SitePoint(site, locate(replica, SITES["z"]).points)
-    points: list[Point] = []
-    if not site.layered:
-        point = replica.point(site.hook_name(0))
-        if point is None:
-            raise Unsupported(f"{site.hook} is at no border of the model's own modules")
-        return SitePoint(site, (point,))
-    for layer in range(replica.n_layers):
-        hook = site.hook_name(layer)
-        if not replica.has_hook(hook):
-            if site.in_attention:  # without rotary tables rot_q is q
-                return SitePoint(site, ())
-            raise Unsupported(f"this architecture has no {hook}")
-        point = None if site.in_attention else replica.point(hook)
-        if point is None:
-            if site.name in ("q", "k", "v", "rot_q", "rot_k") or site.is_pattern:
-                return SitePoint(site, ())
-            raise Unsupported(f"{hook} is at no border of the model's own modules")
-        points.append(point)
-    return SitePoint(site, tuple(points))
-
-
 @torch.no_grad()
 def capture(
     replica: Replica, tokens: Tensor, sites: Sequence[SitePoint] = (), shelf: Shelf | None = None
@@ -192,6 +146,48 @@ def capture(
     if len(run.resid) != replica.n_layers + 1 or len(run.keys) != replica.n_layers:
         raise Unsupported("the model does not call every block's attention once")
     return run
+
+
+@torch.no_grad()
+def check_attention_sites(replica: Replica, sites: Sequence[SitePoint]) -> None:
+    """See that what attention is called with is what the bridge's hooks show.
+
+    Attention may get more than `hook_rot_q` sees (all of a query, of which only a part is
+    rotated), or what a norm made of it. Where such a hook is missing or never fires, there is
+    nothing to compare with. Two forward passes over three tokens, if there is such a site at all.
+
+    Raises:
+        Unsupported: a hook shows another tensor.
+    """
+    inside = [s for s in sites if s.in_attention and not s.site.is_pattern]
+    if not inside:
+        return
+    bridge = replica.bridge
+    tokens = torch.arange(3, device=device_of(bridge)).unsqueeze(0)
+    ours = capture(replica, tokens, inside).sites
+    theirs: dict[str, Tensor] = {}
+    names = [s.site.hook_name(layer) for s in inside for layer in range(replica.n_layers)]
+    hooks = [
+        (name, lambda x, hook, name=name: theirs.update({name: x.detach().clone()}))
+        for name in names
+        if replica.has_hook(name)
+    ]
+    bridge.run_with_hooks(tokens, fwd_hooks=hooks)
+    for point in inside:
+        for layer, x in enumerate(ours[point.site.name]):
+            name = point.site.hook_name(layer)
+            if name not in theirs:
+                continue
+            y = theirs[name]
+            if y.ndim == 4 and bridge.hook_dict[name].pos_dim == 2:
+                y = y.transpose(1, 2)
+            y = y.flatten(2)
+            # 16-bit numbers are rounded at every step of a block, in either order
+            share = 1e-3 if x.dtype in (torch.float32, torch.float64) else 0.05
+            if x.shape != y.shape or bool((x - y).abs().max() > share * x.abs().max()):
+                raise Unsupported(
+                    f"{name} of the bridge shows something else than what attention gets"
+                )
 
 
 def _whole_prompts(n_pairs: int, length: int) -> Rows:
@@ -310,16 +306,25 @@ def with_first(output: Any, hidden: Tensor) -> Any:
 def watch(point: Point, visit: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
     """Call `visit` with the tensor that passes `point`.
 
-    It may change the tensor in place, or return another one that goes on in its stead.
+    It may change the tensor in place, or return another one that goes on in its stead. Of a
+    point with columns it gets these alone, as a tensor of their own.
     """
+
+    def visited(x: Tensor) -> Tensor | None:
+        if point.columns is None:
+            return visit(x)
+        columns = point.columns.to(x.device)
+        part = x.index_select(-1, columns)
+        new = visit(part)
+        return x.index_copy(-1, columns, part if new is None else new)
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden, rest_args, rest_kwargs = split_hidden(args, kwargs)
-        new = visit(hidden)
+        new = visited(hidden)
         return None if new is None else ((new, *rest_args), rest_kwargs)
 
     def after(module: nn.Module, args: Any, output: Any) -> Any:
-        new = visit(first_of(output))
+        new = visited(first_of(output))
         return None if new is None else with_first(output, new)
 
     if point.side == "in":

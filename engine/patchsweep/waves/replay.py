@@ -15,17 +15,10 @@ from torch import Tensor, nn
 
 from patchsweep.planner import Ints
 from patchsweep.sites import Site
-from patchsweep.waves.capture import (
-    STREAM_SITES,
-    Run,
-    SitePoint,
-    first_of,
-    split_hidden,
-    watch,
-    with_first,
-)
+from patchsweep.waves.capture import Run, first_of, split_hidden, watch, with_first
+from patchsweep.waves.locate import STREAM_SITES, SitePoint
 from patchsweep.waves.packing import Packing, pack
-from patchsweep.waves.replica import Attend, Replica, attention_settings
+from patchsweep.waves.replica import Attend, Point, Replica, attention_settings
 from patchsweep.waves.schedule import Wave
 
 
@@ -186,11 +179,13 @@ class _State:
     def hooks(self) -> Iterator[None]:
         """Attention on packed rows, and the writes at the patched sites, while the wave runs."""
         with ExitStack() as stack:
-            self._drop_unread_tokens(stack)
+            places: list[Point] = []
             for name, members in self.members.items():
                 point = self.given.donors[members[0]].point
                 for layer, place in enumerate(() if name in STREAM_SITES else point.points):
                     stack.enter_context(watch(place, self._write_at(layer, point)))
+                    places.append(place)
+            self._drop_unread_tokens(stack, places)
             self.replica.attend_with(self._attention)
             stack.callback(self.replica.attend_with, None)
             yield
@@ -233,16 +228,20 @@ class _State:
 
         return attend
 
-    def _drop_unread_tokens(self, stack: ExitStack) -> None:
+    def _drop_unread_tokens(self, stack: ExitStack, places: Sequence[Point]) -> None:
         """In the last block only tokens that are read need the MLP: gather them, put them back.
 
-        The others were needed for their keys and values alone.
+        The others were needed for their keys and values alone. What is written at `places`, by
+        hooks that are there already, is written among all tokens: before they are gathered, or
+        after they were put back. So nothing is gathered where a place lies inside the MLP.
         """
         last = self.replica.n_layers - 1
         mlp = self.replica.module_of(getattr(self.replica.bridge.blocks[last], "mlp", None))
-        if mlp in (None, self.replica.blocks[last]) or "mlp_post" in self.members:
+        if mlp is None or mlp is self.replica.blocks[last]:
             return
-        assert mlp is not None
+        inside = set(mlp.modules()) - {mlp}
+        if any(place.module in inside for place in places):
+            return
         reads = self.wave.reads
 
         def gather(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -264,7 +263,7 @@ class _State:
             return with_first(output, full)
 
         stack.callback(mlp.register_forward_pre_hook(gather, with_kwargs=True).remove)
-        stack.callback(mlp.register_forward_hook(put_back).remove)
+        stack.callback(mlp.register_forward_hook(put_back, prepend=True).remove)
 
     def _index(self, array: Any) -> Tensor:
         return _table(array).to(self.device)

@@ -33,12 +33,13 @@ class Unsupported(Exception):
     """The wave runner cannot run this model or site; the text says why."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Point:
     """A place at the border of a module, where an activation can be read and replaced."""
 
     module: nn.Module
     side: Literal["in", "out"]
+    columns: Tensor | None = None  # of the tensor there; None: all of them, in their order
 
 
 class Replica:

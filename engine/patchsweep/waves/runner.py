@@ -23,7 +23,8 @@ from patchsweep.planner import Ints, PatchSet, SitePlan
 from patchsweep.sites import Site
 from patchsweep.waves.budget import default_cache, default_max_tokens, keep_wave_memory
 from patchsweep.waves.cache import Budget, Shelf
-from patchsweep.waves.capture import Run, SitePoint, capture, embed_to_stream, locate
+from patchsweep.waves.capture import Run, capture, check_attention_sites, embed_to_stream
+from patchsweep.waves.locate import SitePoint, locate
 from patchsweep.waves.precision import use_bf16_products
 from patchsweep.waves.readout import Readout
 from patchsweep.waves.replay import Donors, WaveInput, run_wave
@@ -73,6 +74,7 @@ class WaveRunner:
         if precision == "bf16":
             use_bf16_products(self.replica.blocks)
         self.points: dict[str, SitePoint] = {s.name: locate(self.replica, s) for s in sites}
+        check_attention_sites(self.replica, [*self.points.values()])
         self.readout = Readout(self.replica)
         self.max_tokens = default_max_tokens(bridge) if max_tokens is None else max_tokens
         self.budget = Budget(default_cache(bridge) if cache_budget is None else cache_budget)
