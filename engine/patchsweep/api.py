@@ -14,7 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from patchsweep.attribution import check_request
 from patchsweep.attribution.units import Estimator
 from patchsweep.batch import clean_prompts
-from patchsweep.errors import ConfigError, ModelError, StoreError
+from patchsweep.errors import ConfigError, StoreError
 from patchsweep.estimate import Cost, estimate
 from patchsweep.exact import ExactWork
 from patchsweep.hooked import HookedRunner
@@ -25,6 +25,7 @@ from patchsweep.probe import Choice, RunnerName, choose_runner
 from patchsweep.proof import ProvenWork, proof_variables
 from patchsweep.request import MetricLike, Positions, Request, Sets, make_request
 from patchsweep.results import Memory, make_layout
+from patchsweep.running import runs_model
 from patchsweep.screening.asked import Asked, MethodLike, get_asked
 from patchsweep.screening.work import ScreenWork
 from patchsweep.store import Store
@@ -35,6 +36,7 @@ from patchsweep.work import Journalled, Progress, Quiet, Share, Work, run_work
 Precision = Literal["model", "bf16"]
 
 
+@runs_model
 def sweep(
     model: TransformerBridge,
     pairs: PromptPairs,
@@ -113,8 +115,6 @@ def sweep(
     asked = get_asked(method)
     if asked.methods:
         check_request(request, asked.methods)
-    if model.training:
-        raise ModelError("the model is in training mode, where dropout is drawn; call model.eval()")
     if asked.screen is not None:
         asked.screen.check(request, n_slices)
     if precision not in ("model", "bf16"):

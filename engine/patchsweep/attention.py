@@ -33,6 +33,7 @@ from patchsweep.interventions import Direction
 from patchsweep.pairs import PromptPairs
 from patchsweep.request import MetricLike, Request, make_request
 from patchsweep.results import model_provenance
+from patchsweep.running import runs_model
 from patchsweep.sites import SITES
 from patchsweep.tokens import token_strings
 
@@ -44,6 +45,7 @@ Head = tuple[int, int]  # layer, head
 Floats = NDArray[np.float32]
 
 
+@runs_model
 def attention(
     model: TransformerBridge,
     pairs: PromptPairs,

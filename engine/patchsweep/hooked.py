@@ -23,6 +23,7 @@ from patchsweep.errors import SiteError
 from patchsweep.interventions import Intervention
 from patchsweep.metrics import Logits, Metric, compute
 from patchsweep.planner import Ints, PatchSet, SitePlan
+from patchsweep.running import running
 from patchsweep.sites import SITES, Site
 
 # the logits of one batched forward pass stay within this many bytes
@@ -97,14 +98,15 @@ class HookedRunner:
 
     def _forward(self, tokens: Tensor, fwd_hooks: list[Any]) -> Tensor:
         """The bridge's logits; its per-head results are computed only while a sweep needs them."""
-        before = bool(getattr(self.bridge.cfg, "use_attn_result", False))
-        if any(site.name == "result" for site in self.sites) and not before:
-            self.bridge.set_use_attn_result(True)
-        try:
-            logits: Tensor = self.bridge.run_with_hooks(tokens, fwd_hooks=fwd_hooks)
-        finally:
-            if bool(getattr(self.bridge.cfg, "use_attn_result", False)) != before:
-                self.bridge.set_use_attn_result(before)
+        with running(self.bridge):
+            before = bool(getattr(self.bridge.cfg, "use_attn_result", False))
+            if any(site.name == "result" for site in self.sites) and not before:
+                self.bridge.set_use_attn_result(True)
+            try:
+                logits: Tensor = self.bridge.run_with_hooks(tokens, fwd_hooks=fwd_hooks)
+            finally:
+                if bool(getattr(self.bridge.cfg, "use_attn_result", False)) != before:
+                    self.bridge.set_use_attn_result(before)
         return logits
 
     def _run(self, tokens: Tensor) -> tuple[Tensor, dict[str, list[Tensor]]]:

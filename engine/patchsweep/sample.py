@@ -17,6 +17,7 @@ from patchsweep.pairs import PromptPairs
 from patchsweep.probe import RunnerName
 from patchsweep.request import MetricLike, Request, make_request
 from patchsweep.results import Memory, make_layout
+from patchsweep.running import running
 
 
 def sample_exact(
@@ -50,7 +51,15 @@ def draw(
 
     Raises:
         PlanError: `n` is not positive.
+        ModelError: the model cannot be run as it is, see `running.check_state`.
     """
+    with running(request.bridge):
+        return _draw(request, n, seed, runner, max_tokens)
+
+
+def _draw(
+    request: Request, n: int, seed: int, runner: RunnerName, max_tokens: int | None
+) -> xr.Dataset:
     if n < 1:
         raise PlanError(f"a sample of {n} patches says nothing; draw at least one")
     rng = np.random.default_rng(seed)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.attribution.method import Method
-from patchsweep.errors import MethodError
+from patchsweep.errors import MethodError, ModelError
 from patchsweep.interventions import Custom
 from patchsweep.metrics import Metric, has_gradient
 from patchsweep.planner import SitePlan
@@ -43,12 +43,16 @@ def check_model(model: TransformerBridge) -> None:
     """Raise unless gradients of `model` mean what they should.
 
     Raises:
-        MethodError: it is in training mode, or quantised in a way that has no gradient.
+        MethodError: it is quantised in a way that has no gradient.
+        ModelError: its weights were made where PyTorch keeps no gradients.
     """
-    if model.training:
-        raise MethodError(
-            "the model is in training mode, where dropout is drawn anew; call model.eval()"
-        )
+    original = model.original_model
+    for name, weight in (*original.named_parameters(), *original.named_buffers()):
+        if weight.is_inference():
+            raise ModelError(
+                f"weight {name} was made inside torch.inference_mode(), so no gradient passes the "
+                "model; load it outside, or use method=exact"
+            )
     for name, parameter in model.original_model.named_parameters():
         if not parameter.dtype.is_floating_point or parameter.dtype.itemsize < 2:
             raise MethodError(

@@ -31,6 +31,7 @@ from patchsweep.batch import Batch, clean_prompts
 from patchsweep.finite import check_finite
 from patchsweep.pairs import PromptPairs
 from patchsweep.request import MetricLike, Request, make_request
+from patchsweep.running import runs_model
 from patchsweep.sites import SITES
 
 
@@ -77,6 +78,7 @@ class PatternScores:
         return ranks
 
 
+@runs_model
 def pattern_scores(
     model: TransformerBridge,
     pairs: PromptPairs,

@@ -32,6 +32,7 @@ from patchsweep.pairs import PromptPairs
 from patchsweep.probe import RunnerName
 from patchsweep.request import MetricLike, Positions
 from patchsweep.results import model_provenance
+from patchsweep.running import runs_model
 from patchsweep.work import Progress
 
 KIND = "heads"
@@ -39,6 +40,7 @@ TRAINED = OptimalSettings()
 USUAL = Thresholds()
 
 
+@runs_model
 def study(
     model: TransformerBridge,
     pairs: PromptPairs,

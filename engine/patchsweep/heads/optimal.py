@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.attribution.check import check_model
 from patchsweep.attribution.tape import Place, Tape
 from patchsweep.batch import make_batches
 from patchsweep.errors import ConfigError
@@ -71,9 +72,11 @@ class Trainer:
 
     Raises:
         MethodError: the model has no plain modules that a gradient can go through.
+        ModelError: its weights take none, see `attribution.check.check_model`.
     """
 
     def __init__(self, model: TransformerBridge, pairs: PromptPairs, read: int, n: int) -> None:
+        check_model(model)
         self.n_heads = int(model.cfg.n_heads)
         self.tape = Tape(model, [SITES["z"], SITES["resid_pre"]])
         self.n_prompts = min(n, len(pairs))

@@ -13,6 +13,7 @@ from transformer_lens.head_detector import detect_head
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.errors import ModelError
+from patchsweep.running import runs_model
 from patchsweep.tasks.ioi import NAMES, OBJECTS, PLACES
 
 # class -> the name of its pattern in TransformerLens
@@ -45,6 +46,7 @@ def texts(model: TransformerBridge) -> list[str]:
     )
 
 
+@runs_model
 @torch.no_grad()
 def detect(model: TransformerBridge) -> xr.DataArray:
     """Scores [pattern, layer, head] of TransformerLens's `detect_head`, means over `texts`.

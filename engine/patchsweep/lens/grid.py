@@ -14,7 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.attributes import flat_attributes
 from patchsweep.batch import Batch, make_batches
-from patchsweep.errors import ModelError, PlanError
+from patchsweep.errors import PlanError
 from patchsweep.finite import check_finite
 from patchsweep.interventions import Direction, get_intervention
 from patchsweep.lens.patches import Patch, Patching, Sublayer, removal
@@ -31,6 +31,7 @@ from patchsweep.models.homes import device_of
 from patchsweep.pairs import PromptPairs
 from patchsweep.request import model_shape
 from patchsweep.results import model_provenance
+from patchsweep.running import runs_model
 
 Which = Literal["clean", "corrupted", "base", "source"]
 # tokens of prompts that run together
@@ -38,6 +39,7 @@ MAX_TOKENS = 2048
 NUMBERS = tuple(f"{k}_{n}" for k in ("answer", "wrong") for n in ("prob", "log_prob", "rank"))
 
 
+@runs_model
 def lens(
     model: TransformerBridge,
     pairs: PromptPairs,
@@ -164,8 +166,6 @@ def _asked(
     top: Any,
 ) -> _Asked:
     shape = model_shape(model)
-    if model.training:
-        raise ModelError("the model is in training mode, where dropout is drawn; call model.eval()")
     if not isinstance(top, int) or not 1 <= top <= shape.d_vocab:
         raise PlanError(f"top={top} tokens of {shape.d_vocab}; use 1..{shape.d_vocab}")
     given = (patch,) if isinstance(patch, Patch) else tuple(patch)

@@ -34,6 +34,7 @@ from patchsweep.paths.scene import Question, Scene, ask, nodes_of, scenes
 from patchsweep.paths.scores import Ablation, Level, circuit_scores, method_name
 from patchsweep.request import MetricLike
 from patchsweep.results import model_provenance
+from patchsweep.running import runs_model
 
 Growth = Literal["top", "greedy"]
 
@@ -43,6 +44,7 @@ TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-6}
 LOW_PRECISION_TOLERANCE = 0.3
 
 
+@runs_model
 def circuit(
     model: TransformerBridge,
     pairs: PromptPairs,

@@ -25,12 +25,14 @@ from patchsweep.paths.nodes import Edge, EdgeLike, Nodes
 from patchsweep.paths.scene import Question, ask, nodes_of, scenes
 from patchsweep.request import MetricLike, model_shape
 from patchsweep.results import model_provenance
+from patchsweep.running import runs_model
 
 Values = NDArray[np.float32]
 
 _ENDS = ("edge_sender", "edge_reader")
 
 
+@runs_model
 def edges(
     model: TransformerBridge,
     pairs: PromptPairs,
@@ -68,6 +70,7 @@ def edges(
     return _edges(question, steps, positions)
 
 
+@runs_model
 def exact_edges(
     model: TransformerBridge,
     pairs: PromptPairs,
@@ -118,6 +121,7 @@ def exact_edges(
     )
 
 
+@runs_model
 def screen_edges(
     model: TransformerBridge,
     pairs: PromptPairs,

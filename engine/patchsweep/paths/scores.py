@@ -19,6 +19,7 @@ from patchsweep.paths.blocks import Blocks
 from patchsweep.paths.edges import edges, exact_edges
 from patchsweep.paths.scene import nodes_of
 from patchsweep.request import MetricLike
+from patchsweep.running import runs_model
 
 Level = Literal["nodes", "edges"]
 Ablation = str | Intervention | float | Tensor | ValueFn
@@ -58,6 +59,7 @@ def method_name(level: Level, method: str | Method) -> str:
     return _OF_EDGES[name]
 
 
+@runs_model
 def circuit_scores(
     model: TransformerBridge,
     pairs: PromptPairs,

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.pairs import PromptPair, PromptPairs
+from patchsweep.running import runs_model
 from patchsweep.tasks.base import Task, load_pairs
 
 _ROWS = 8  # prompts at once: their logits over the whole vocabulary must fit
@@ -60,6 +61,7 @@ def check_pairs(
     )
 
 
+@runs_model
 @torch.no_grad()
 def last_logits(
     model: TransformerBridge, pairs: PromptPairs, side: str
