@@ -227,7 +227,18 @@ def test_plan_prints_the_cost_and_writes_nothing(
     out = capsys.readouterr().out
     for word in ("patches", "live", "waves", "token-layers", "a loop needs", "FLOPs", "seconds"):
         assert word in out
+    assert "'<s>' 'When' ' John' ' and' ' Mary' ' went' ... ' gave'" in out
+    assert "' milk' ' to', then ' Mary' or ' John' (17 tokens)" in out
     assert os.listdir(here) == []
+
+
+def test_start_token_can_be_left_out(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["task.clean=John went to", "task.corrupted=Mary went to", "task.answer=' it'"]
+    words += ["task=strings", "task.wrong_answer=' they'", "task.prepend_bos=false"]
+    assert patchsweep("plan", "model=tiny", *words) == EXIT_DONE
+    assert "first prompt    'John' ' went' ' to', then ' it' or ' they' (3 tokens)" in (
+        capsys.readouterr().out
+    )
 
 
 def test_slices_write_what_one_process_writes(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

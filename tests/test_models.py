@@ -8,7 +8,7 @@ import patchsweep as ps
 import pytest
 import torch
 from patchsweep.errors import ModelError
-from patchsweep.models import TINY_FAMILIES, embedded, load_model
+from patchsweep.models import TINY_FAMILIES, embedded, load, load_model
 from patchsweep.models.embedded import EMBEDDED, Embedded
 from patchsweep.models.tiny import tiny_model
 from subjects import demo_pairs, model
@@ -56,7 +56,7 @@ def test_dtype_is_the_one_asked_for() -> None:
     [
         ("tiny:lama", {}, "tiny family 'lama' is not known; use one of"),
         ("no/such.gguf", {}, "GGUF file no/such.gguf does not exist"),
-        ("./no-such-folder", {}, "holds no config.json"),
+        ("./no-such-folder", {}, "'./no-such-folder' does not exist; give a folder that"),
         ("nobody/no-such-model", {}, "could not be loaded"),
         ("tiny:llama", {"dtype": "float8"}, "dtype 'float8' is not known; use one of float32"),
         ("tiny:llama", {"device": "cpu", "device_map": "auto"}, "exclude each other"),
@@ -65,6 +65,33 @@ def test_dtype_is_the_one_asked_for() -> None:
 def test_model_that_cannot_be_had_is_told(name: str, arguments: dict, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         load_model(name, **arguments)
+
+
+@pytest.mark.parametrize("also", [(), ("config.json", "model.safetensors")])
+def test_adapter_is_told_to_be_merged_first(tmp_path: Path, also: tuple[str, ...]) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors", *also):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ModelError, match=r"holds an adapter of PEFT.*merge it into its base model"):
+        load_model(str(tmp_path))
+
+
+def test_adapter_by_a_hub_name_is_told_to_be_merged_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf_model, tokenizer = tiny_model("llama")
+    hf_model._hf_peft_config_loaded = True  # as transformers marks a model that it gave an adapter
+    monkeypatch.setattr(load.AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
+    monkeypatch.setattr(load.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: hf_model)
+    with pytest.raises(ModelError, match="'someone/adapter' is an adapter of PEFT"):
+        load_model("someone/adapter", device="cpu")
+
+
+def test_folder_without_a_model_and_file_of_another_kind_are_told(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"holds no config\.json"):
+        load_model(str(tmp_path))
+    (tmp_path / "weights.bin").write_text("")
+    with pytest.raises(ModelError, match=r"weights\.bin' is a file; give a folder"):
+        load_model(str(tmp_path / "weights.bin"))
 
 
 def test_file_that_is_no_gguf_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from patchsweep.errors import PromptError
 from patchsweep.pairs import CharSpan, PromptPairs, PromptRecord, UnfitPair
 from patchsweep.tokens import char_ranges, char_ranges_by_prefix, token_ids
@@ -24,21 +23,21 @@ DEMO = PromptRecord(CLEAN, CORRUPTED, " Mary", " John")
 class SpaceBefore:
     """Stands in for a model with a slow tokenizer that puts a space before every text."""
 
-    cfg = SimpleNamespace(n_ctx=64)
+    cfg = SimpleNamespace(n_ctx=64, tokenizer_prepends_bos=True)
+    is_fast = False
+    bos_token_id, eos_token_id = 0, None
 
     def __init__(self) -> None:
         self.vocabulary = ["<s>"]
-        self.tokenizer = SimpleNamespace(is_fast=False, batch_decode=self.batch_decode)
+        self.tokenizer = self
 
-    def to_tokens(
-        self, text: str, prepend_bos: bool | None = None, truncate: bool = True
-    ) -> torch.Tensor:
-        ids = [] if prepend_bos is False else [0]
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        ids = [0]
         for piece in re.findall(r" ?\w+|\W", f" {text}"):
             if piece not in self.vocabulary:
                 self.vocabulary.append(piece)
             ids.append(self.vocabulary.index(piece))
-        return torch.tensor([ids])
+        return {"input_ids": ids}
 
     def batch_decode(self, rows: list[list[int]], **_: Any) -> list[str]:
         return ["".join(self.vocabulary[token] for token in row) for row in rows]
@@ -197,7 +196,7 @@ def test_missing_leading_space_is_named(smollm2: TransformerBridge) -> None:
 
 def test_tokenizer_that_adds_a_space_and_has_no_offsets() -> None:
     model: Any = SpaceBefore()
-    assert model.to_tokens(" Mary", prepend_bos=False).shape == (1, 2)  # " ", " Mary"
+    assert len(token_ids(model, " Mary", alone=True)) == 2  # " ", " Mary"
     pair = one_pair(model, labels={"io": "Mary", "end": CharSpan(57, 58)})[0]
     assert model.vocabulary[pair.answer[0]] == " Mary"
     assert len(pair.answer) == 1

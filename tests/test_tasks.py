@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from patchsweep.tasks.base import draw_limit
 from patchsweep.tasks.check import last_logits
 from patchsweep.tasks.facts import RELATIONS
 from patchsweep.tasks.ioi import NAMES, TEMPLATES
+from patchsweep.tokens import token_ids
 from transformer_lens.model_bridge import TransformerBridge
 
 MANY = sorted(set(TASKS) - {"ioi_demo"})
@@ -23,14 +25,18 @@ MANY = sorted(set(TASKS) - {"ioi_demo"})
 class TwoDigitTokens:
     """Stands in for a model whose tokenizer keeps numbers of two digits whole, as GPT-2's does."""
 
+    cfg = SimpleNamespace(tokenizer_prepends_bos=False)
+    bos_token_id = None
+
     def __init__(self, pattern: str) -> None:
         self.pattern = pattern
         self.vocabulary: dict[str, int] = {}
+        self.tokenizer = self
 
-    def to_tokens(self, text: str, **_: Any) -> torch.Tensor:
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
         pieces = re.findall(self.pattern, text)
         ids = [self.vocabulary.setdefault(piece, len(self.vocabulary)) for piece in pieces]
-        return torch.tensor([ids])
+        return {"input_ids": ids}
 
 
 def numbers(line: str) -> list[int]:
@@ -187,7 +193,7 @@ def test_addition_asks_for_what_the_tokenizer_reads_at_once(pattern: str, form: 
     for record in TASKS["addition"].records(400, model=model):
         line = (record.clean + record.answer).splitlines()[-1]
         assert re.fullmatch(rf"\d\d \+ \d\d {form}", line)
-        assert len(model.to_tokens(record.answer)[0]) == 1
+        assert len(token_ids(model, record.answer)) == 1
         for prompt, answer in (
             (record.clean, record.answer),
             (record.corrupted, record.wrong_answer),

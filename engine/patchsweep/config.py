@@ -87,9 +87,11 @@ class FileTask(TaskConfig):
     """Pairs from a JSONL file: clean, corrupted, answer, wrong_answer and perhaps labels."""
 
     path: str = MISSING
+    prepend_bos: bool | None = None  # start token: null: unless a prompt begins with it
 
     def load(self, model: TransformerBridge) -> PromptPairs:
-        return PromptPairs.from_jsonl(model, Path(self.path).expanduser())
+        path = Path(self.path).expanduser()
+        return PromptPairs.from_jsonl(model, path, prepend_bos=self.prepend_bos)
 
 
 @dataclass
@@ -100,10 +102,11 @@ class TextTask(TaskConfig):
     corrupted: str = MISSING
     answer: str = MISSING  # right after `clean`; one token, its leading space included
     wrong_answer: str = MISSING  # right after `corrupted`
+    prepend_bos: bool | None = None  # start token: null: unless a prompt begins with it
 
     def load(self, model: TransformerBridge) -> PromptPairs:
         record = PromptRecord(self.clean, self.corrupted, self.answer, self.wrong_answer)
-        return PromptPairs.from_records(model, [record])
+        return PromptPairs.from_records(model, [record], prepend_bos=self.prepend_bos)
 
 
 @dataclass

@@ -206,7 +206,7 @@ class HookedRunner:
         sizes = [len(chosen.patches) for chosen in sets]
         which = np.repeat(np.arange(len(sets)), sizes)  # [patch of all sets] its set
         patch = np.concatenate([chosen.patches for chosen in sets])
-        values = torch.empty(len(metrics), len(patch))
+        values = torch.empty(len(metrics), len(patch), device="cpu")
         size = max(1, LOGIT_BYTES // (4 * batch.length * self.bridge.cfg.d_vocab))
         for part in np.array_split(np.arange(len(patch)), -(-len(patch) // size) or 1):
             if not len(part):

@@ -13,10 +13,12 @@ import torch
 def free_memory(device: torch.device) -> int:
     """Bytes that this process can still take on `device`.
 
-    On a CPU: what the system has, or what its control group leaves, whichever is less.
+    On a GPU: what the driver has, and what torch's allocator holds without using it. On a CPU:
+    what the system has, or what its control group leaves, whichever is less.
     """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
     return min(_system_memory(), _group_memory())
 
 

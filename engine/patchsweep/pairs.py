@@ -81,12 +81,15 @@ class PromptPairs(Sequence[PromptPair]):
         labels: Sequence[Mapping[str, Label]] | None = None,
         *,
         multi_token: bool = False,
+        prepend_bos: bool | None = None,
     ) -> PromptPairs:
         """Pairs from parallel lists, one entry per pair.
 
         `answers` holds (right for clean, right for corrupted). `labels` names places in the
         clean prompt: a substring that occurs once, a `CharSpan`, or token positions
-        `(first, past_last)`. `multi_token=True` allows answers of several tokens.
+        `(first, past_last)`. `multi_token=True` allows answers of several tokens. A prompt gets
+        the model's start token in front unless it begins with it, as what a chat template gives
+        does; `prepend_bos=True` or `False` overrides that.
 
         Raises:
             PromptError: the lists differ in size or are empty, or `from_records` refuses.
@@ -133,7 +136,7 @@ class PromptPairs(Sequence[PromptPair]):
             )
             for index in range(len(clean))
         ]
-        return cls.from_records(model, records, multi_token=multi_token)
+        return cls.from_records(model, records, multi_token=multi_token, prepend_bos=prepend_bos)
 
     @classmethod
     def from_records(
@@ -142,24 +145,37 @@ class PromptPairs(Sequence[PromptPair]):
         records: Iterable[PromptRecord],
         *,
         multi_token: bool = False,
+        prepend_bos: bool | None = None,
     ) -> PromptPairs:
         """Pairs from text records, tokenised one prompt at a time.
 
         Raises:
             PromptError: there is no record; a prompt is empty or longer than the context; the
-                prompts of a pair are equal or differ in length; an answer is not one token,
-                or equals the other; a label cannot be placed.
+                prompts of a pair are equal or differ in length; an answer is not one token, is
+                not what the prompt's tokens are followed by in the joined text, or equals the
+                other; a label cannot be placed.
         """
         return cls(
             tuple(
-                tokenise_pair(model, record, where=f"pair {index}", multi_token=multi_token)
+                tokenise_pair(
+                    model,
+                    record,
+                    where=f"pair {index}",
+                    multi_token=multi_token,
+                    prepend_bos=prepend_bos,
+                )
                 for index, record in enumerate(records)
             )
         )
 
     @classmethod
     def from_jsonl(
-        cls, model: TransformerBridge, path: str | Path, *, multi_token: bool = False
+        cls,
+        model: TransformerBridge,
+        path: str | Path,
+        *,
+        multi_token: bool = False,
+        prepend_bos: bool | None = None,
     ) -> PromptPairs:
         """Pairs from a file with one JSON object per line; blank lines are skipped.
 
@@ -172,7 +188,9 @@ class PromptPairs(Sequence[PromptPair]):
         """
         return cls(
             tuple(
-                tokenise_pair(model, record, where=where, multi_token=multi_token)
+                tokenise_pair(
+                    model, record, where=where, multi_token=multi_token, prepend_bos=prepend_bos
+                )
                 for where, record in read_jsonl(Path(path))
             )
         )
@@ -218,7 +236,12 @@ class PromptPairs(Sequence[PromptPair]):
 
 
 def tokenise_pair(
-    model: TransformerBridge, record: PromptRecord, *, where: str, multi_token: bool = False
+    model: TransformerBridge,
+    record: PromptRecord,
+    *,
+    where: str,
+    multi_token: bool = False,
+    prepend_bos: bool | None = None,
 ) -> PromptPair:
     """`record` in tokens of `model`; `where` opens each error message.
 
@@ -240,8 +263,8 @@ def tokenise_pair(
             f"{where}: answer and wrong_answer must differ, both are {record.answer!r}; "
             "give the right answer of each prompt"
         )
-    clean = _prompt_ids(model, record.clean, where)
-    corrupted = _prompt_ids(model, record.corrupted, where)
+    clean = _prompt_ids(model, record.clean, where, prepend_bos)
+    corrupted = _prompt_ids(model, record.corrupted, where, prepend_bos)
     clean_tokens = token_strings(model, clean)
     corrupted_tokens = token_strings(model, corrupted)
     if len(clean) != len(corrupted):
@@ -257,15 +280,12 @@ def tokenise_pair(
             f"{list(clean_tokens)}; change the words that the answer depends on",
             reason="the prompts are the same tokens",
         )
-    answer = _answer_ids(model, record.clean, clean, "answer", record.answer, where, multi_token)
-    wrong_answer = _answer_ids(
-        model,
-        record.corrupted,
-        corrupted,
-        "wrong_answer",
-        record.wrong_answer,
-        where,
-        multi_token,
+    answer, wrong_answer = (
+        _answer_ids(model, prompt, ids, name, text, where, multi_token, prepend_bos)
+        for prompt, ids, name, text in (
+            (record.clean, clean, "answer", record.answer),
+            (record.corrupted, corrupted, "wrong_answer", record.wrong_answer),
+        )
     )
     if answer == wrong_answer:
         raise UnfitPair(
@@ -287,8 +307,10 @@ def tokenise_pair(
     )
 
 
-def _prompt_ids(model: TransformerBridge, text: str, where: str) -> tuple[int, ...]:
-    ids = token_ids(model, text)
+def _prompt_ids(
+    model: TransformerBridge, text: str, where: str, prepend_bos: bool | None
+) -> tuple[int, ...]:
+    ids = token_ids(model, text, prepend_bos=prepend_bos)
     n_ctx = model.cfg.n_ctx
     if len(ids) > n_ctx:
         raise UnfitPair(
@@ -307,27 +329,52 @@ def _answer_ids(
     answer: str,
     where: str,
     multi_token: bool,
+    prepend_bos: bool | None,
 ) -> tuple[int, ...]:
-    alone = token_ids(model, answer, alone=True)
-    if len(alone) == 1:
-        return alone
-    # some tokenizers put a space of their own before a text that stands alone; what follows
-    # the prompt is what the model has to say
-    joined = token_ids(model, prompt + answer)
+    """What follows the prompt's tokens where the text goes on with `answer`."""
+    joined = token_ids(model, prompt + answer, prepend_bos=prepend_bos)
     n_prompt = len(prompt_ids)
-    in_place = joined[n_prompt:] if joined[:n_prompt] == prompt_ids else ()
-    if multi_token:
-        return in_place or alone
-    if len(in_place) == 1:
-        return in_place
-    remedy = "choose an answer of one token, or allow more with multi_token=True"
-    if not answer[0].isspace() and len(token_ids(model, f" {answer}", alone=True)) == 1:
-        remedy = f"{' ' + answer!r}, with a leading space, is one token: write that"
+    follows = joined[:n_prompt] == prompt_ids and len(joined) > n_prompt
+    ids = joined[n_prompt:]
+    if follows and (multi_token or len(ids) == 1):
+        return ids
+    # the same prompt goes on with a word of its own
+    spaced = f" {answer}" if not (answer[0].isspace() or prompt[-1].isspace()) else ""
+    if spaced and token_ids(model, prompt + spaced, prepend_bos=prepend_bos)[:-1] != prompt_ids:
+        spaced = ""
+    if follows:
+        remedy = "choose an answer of one token, or allow more with multi_token=True"
+        if spaced:
+            remedy = f"{spaced!r}, with a leading space, is one token: write that"
+        raise UnfitPair(
+            f"{where}: {name} must be one token, {answer!r} is {len(ids)}: "
+            f"{list(token_strings(model, ids))}; {remedy}",
+            reason="an answer is not one token",
+        )
+    fed = _end_of(model, (*prompt_ids, *token_ids(model, answer, alone=True)))
+    kept, rest = _cut_at(model, joined, prompt + answer, len(answer))
     raise UnfitPair(
-        f"{where}: {name} must be one token, {answer!r} is "
-        f"{len(alone)}: {list(token_strings(model, alone))}; {remedy}",
-        reason="an answer is not one token",
+        f"{where}: {name} {answer!r} must follow the prompt token by token, but prompt and answer "
+        f"one by one are {fed}, and as one text {_end_of(model, joined)}, so the model never reads "
+        f"the first; end the prompt at {kept[-40:]!r} and give the answer {rest!r}"
+        + (f", or give the answer {spaced!r}" if spaced else ""),
+        reason="an answer does not follow the prompt",
     )
+
+
+def _cut_at(
+    model: TransformerBridge, ids: tuple[int, ...], text: str, n_chars: int
+) -> tuple[str, str]:
+    """`text`, whose tokens are `ids`, cut where tokens meet, at least `n_chars` before its end."""
+    ends = (model.tokenizer.decode(ids[i:]) for i in range(len(ids) - 1, -1, -1))
+    rest = next((end for end in ends if len(end) >= n_chars), text)
+    return text.removesuffix(rest), rest
+
+
+def _end_of(model: TransformerBridge, ids: tuple[int, ...]) -> str:
+    """The last tokens of `ids`, such as `[..., ' is', ' happy']`."""
+    shown = ", ".join(map(repr, token_strings(model, ids[-4:])))
+    return f"[{'..., ' if len(ids) > 4 else ''}{shown}]"
 
 
 def _place_labels(

@@ -2,18 +2,68 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.errors import PromptError
 
-def token_ids(model: TransformerBridge, text: str, *, alone: bool = False) -> tuple[int, ...]:
+
+def start_token(model: TransformerBridge) -> int | None:
+    """Id of the token that prompts of this model begin with; None if its tokenizer has none.
+
+    TransformerLens names the end token as the start token of a tokenizer that declares no start
+    token. That one does not count: a model that was trained without a start token has never seen
+    an end token in front of its text.
+    """
+    tokenizer = model.tokenizer
+    if declares_start(tokenizer):
+        return int(tokenizer.bos_token_id)
+    return None
+
+
+def declares_start(tokenizer: Any) -> bool:
+    """Whether the tokenizer has a start token of its own."""
+    if tokenizer.bos_token_id is None:
+        return False
+    return (
+        tokenizer.bos_token_id != tokenizer.eos_token_id
+        or tokenizer.init_kwargs.get("bos_token") is not None
+    )
+
+
+def token_ids(
+    model: TransformerBridge, text: str, *, alone: bool = False, prepend_bos: bool | None = None
+) -> tuple[int, ...]:
     """Ids of `text`, never cut to the context.
 
-    With the start token where the model's own rule asks for one, and without it when the
-    text stands `alone` (an answer, a word).
+    The start token comes first where the model's own rule (`cfg.default_prepend_bos`) asks for
+    one, and once: a text that begins with it, such as what a chat template gives, gets no second.
+    `prepend_bos` overrides the rule: True puts a start token before any text, False before none.
+    A text that stands `alone` (an answer, a word) gets none.
+
+    Raises:
+        PromptError: `prepend_bos=True`, and the tokenizer has no start token.
     """
-    prepend_bos = False if alone else None
-    ids = model.to_tokens(text, prepend_bos=prepend_bos, truncate=False)[0].tolist()
-    return tuple(int(token) for token in ids)
+    ids = list(model.tokenizer(text, verbose=False)["input_ids"])
+    # what the tokenizer adds by itself
+    if getattr(model.cfg, "tokenizer_prepends_bos", True):
+        ids = ids[1:]
+    if getattr(model.cfg, "tokenizer_appends_eos", False):
+        ids = ids[:-1]
+    start = start_token(model)
+    if prepend_bos and start is None:
+        raise PromptError(
+            f"prepend_bos=True: the tokenizer of {model.cfg.model_name} has no start token; leave "
+            "prepend_bos out"
+        )
+    if prepend_bos is None:
+        wanted = getattr(model.cfg, "default_prepend_bos", True) and ids[:1] != [start]
+    else:
+        wanted = prepend_bos
+    if wanted and start is not None and not alone:
+        ids = [start, *ids]
+    return tuple(map(int, ids))
 
 
 def token_strings(model: TransformerBridge, ids: tuple[int, ...]) -> tuple[str, ...]:

@@ -156,7 +156,7 @@ class Rows:
         to_column = n_prefix - own_first  # what takes a packed token to its column
         # SDPA takes up to twice as long when the number of keys is no multiple of 16.
         n_keys = -(-int((to_column + stop).max()) // 16) * 16
-        column = torch.arange(n_keys)
+        column = torch.arange(n_keys, device="cpu")
         in_prefix = (pair * self.deepest).unsqueeze(1) + low + column
         in_packed = (column - to_column).minimum(stop - 1) + self.n_pairs * self.deepest
         key = torch.where(column < n_prefix, in_prefix, in_packed)
@@ -175,7 +175,7 @@ class Rows:
         seen = prefix.logical_or_(own)
         mask = torch.where(seen, 0.0, -torch.inf).unsqueeze(1)
 
-        flat, packed = token.flatten(), torch.arange(self.n_tokens)
+        flat, packed = token.flatten(), torch.arange(self.n_tokens, device="cpu")
         in_order = torch.equal(flat[: self.n_tokens], packed)
         place = None if in_order else torch.searchsorted(flat, packed)
         return Blocks(token, key, mask, place)
@@ -190,9 +190,10 @@ class Rows:
         turns = (self.pair[1:] != self.pair[:-1]).nonzero().flatten() + 1
         bounds = [0, *self.offsets[turns].tolist(), self.n_tokens]
         spans = itertools.pairwise(bounds)
-        first = torch.cat([torch.arange(low, high, size) for low, high in spans])
+        first = torch.cat([torch.arange(low, high, size, device="cpu") for low, high in spans])
         stop = torch.cat((first[1:], self.offsets[-1:]))
-        token = (first.unsqueeze(1) + torch.arange(size)).minimum(stop.unsqueeze(1) - 1)
+        own = torch.arange(size, device="cpu")
+        token = (first.unsqueeze(1) + own).minimum(stop.unsqueeze(1) - 1)
         return token, stop, self.pair[torch.searchsorted(self.offsets, first, right=True) - 1]
 
     @cached_property

@@ -210,12 +210,14 @@ class Tape:
             stack.callback(self.replica.attend_with, None)
             if stream is not None:
                 stack.enter_context(self._starting_at(first_layer, stream))
-            kept = torch.tensor([read - skipped * (read >= 0) for read in reads])
+            kept = torch.tensor(
+                [read - skipped * (read >= 0) for read in reads], device=tokens.device
+            )
             positions = torch.arange(skipped, skipped + tokens.shape[1], device=tokens.device)
             output = self.replica.model(
                 tokens,
                 use_cache=False,
-                logits_to_keep=kept.to(tokens.device),
+                logits_to_keep=kept,
                 **({} if prefix is None else {"position_ids": positions.unsqueeze(0)}),
             )
         logits: Tensor = output.logits.float()

@@ -34,6 +34,7 @@ from patchsweep.config import (
     SitesConfig,
     StoreConfig,
 )
+from patchsweep.models.homes import device_of
 from patchsweep.pairs import PromptPair
 from patchsweep.report import write_report
 
@@ -109,7 +110,7 @@ def largest_difference(
     As many cells of each site, live and dead alike.
     """
     rng = np.random.default_rng(seed)
-    device = model.cfg.device
+    device = device_of(model)
     clean, corrupted = (torch.tensor([ids], device=device) for ids in (pair.clean, pair.corrupted))
     right, wrong = pair.answer[0], pair.wrong_answer[0]
     _, cache = model.run_with_cache(clean)

@@ -12,9 +12,12 @@ from patchsweep.attribution.run import token_layers
 from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.console import stdout
 from patchsweep.estimate import Cost, estimate
+from patchsweep.pairs import PromptPair
 from patchsweep.reading import Weights
 from patchsweep.request import make_request
 from patchsweep.screening.asked import get_asked
+
+SHOWN_TOKENS = 12  # of the first prompt: enough to see its start token and its end
 
 
 def main(arguments: list[str]) -> int:
@@ -37,6 +40,7 @@ def job(cfg: DictConfig) -> None:
         check_request(request, asked.methods)
     console = stdout()
     show(estimate(request, config.runner.max_tokens, config.runner.cache_bytes), console)
+    console.print(f"{'first prompt':15} {prompt(pairs[0])}")
     for method in asked.methods:
         console.print(f"{method.name:15} {token_layers(request, method):,} token-layers besides")
 
@@ -82,6 +86,16 @@ def show(cost: Cost, console: Console) -> None:
         ),
     ):
         console.print(f"{name:15} {value}")
+
+
+def prompt(pair: PromptPair) -> str:
+    """Its clean prompt in tokens, the first and the last of them, and the answers after it."""
+    tokens = [repr(token) for token in pair.clean_tokens]
+    if len(tokens) > SHOWN_TOKENS:
+        half = SHOWN_TOKENS // 2
+        tokens = [*tokens[:half], "...", *tokens[-half:]]
+    answer, wrong = pair.answer_text, pair.wrong_answer_text
+    return f"{' '.join(tokens)}, then {answer!r} or {wrong!r} ({len(pair)} tokens)"
 
 
 def weights(found: Weights) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 import os
 import shutil
 import tempfile
@@ -12,6 +14,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from patchsweep.errors import ModelError
+from patchsweep.models.pretokenizer import rule_of, split_by
+
+log = logging.getLogger("patchsweep")
+# grows when files are converted in another way, so that folders of before are not used
+CONVERSION = 2
+RULE_FILE = "gguf.json"  # in a converted folder: the splitting rule that the file names
 
 
 def cache_folder() -> Path:
@@ -42,8 +50,9 @@ def dequantised_folder(path: Path) -> Path:
 
 def dequantise(path: Path, digest: str) -> Path:
     """`dequantised_folder` for a file whose SHA-256 is already known."""
-    folder = cache_folder() / f"{path.stem}-{digest[:16]}"
+    folder = cache_folder() / f"{path.stem}-{digest[:16]}-v{CONVERSION}"
     if (folder / "config.json").is_file():
+        _warn_of_rule(folder, path)
         return folder
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
@@ -63,12 +72,29 @@ def dequantise(path: Path, digest: str) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     # written aside and renamed, so that two processes or a kill leave no half folder
     draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    rule = rule_of(path)
+    known = rule is None or split_by(tokenizer.backend_tokenizer, rule)
     fresh.save_pretrained(draft)
     tokenizer.save_pretrained(draft)
+    (draft / RULE_FILE).write_text(json.dumps({"tokenizer.ggml.pre": rule, "known": known}))
     try:
         draft.rename(folder)
     except OSError:
         shutil.rmtree(draft)
         if not (folder / "config.json").is_file():
             raise
+    _warn_of_rule(folder, path)
     return folder
+
+
+def _warn_of_rule(folder: Path, path: Path) -> None:
+    """Say so where the tokenizer of a converted file may split text in another way than it says."""
+    found = json.loads((folder / RULE_FILE).read_text())
+    if not found["known"]:
+        log.warning(
+            "%s: its tokenizer splits text by the rule tokenizer.ggml.pre=%r, which is not known "
+            "here, and GPT-2's is used: some texts become other tokens than the model was trained "
+            "on; compare the tokens that `patchsweep plan` shows with the original tokenizer's",
+            path,
+            found["tokenizer.ggml.pre"],
+        )

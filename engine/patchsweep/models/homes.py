@@ -49,8 +49,16 @@ def _align_hook(hook: ModelHook | None) -> AlignDevicesHook | None:
 
 
 def device_of(model: TransformerBridge) -> torch.device:
-    """Where the model takes its tokens."""
-    return torch.device(str(model.cfg.device or "cpu"))
+    """Where the model takes its tokens: where its weights lie.
+
+    `cfg.device` counts for models that `accelerate` placed or that have no weights yet. A bridge
+    made round a given model records the machine's first GPU there, wherever that model is.
+    """
+    inner = model.original_model
+    weight = next(inner.parameters(), None)
+    if weight is None or weight.is_meta or getattr(inner, "hf_device_map", None):
+        return torch.device(str(model.cfg.device or "cpu"))
+    return weight.device
 
 
 def main_device(model: nn.Module) -> torch.device:

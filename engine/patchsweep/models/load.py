@@ -11,14 +11,21 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from patchsweep.errors import ModelError
+from patchsweep.models.device import choose_device
 from patchsweep.models.embedded import EMBEDDED, embedded_folder
 from patchsweep.models.gguf import dequantised_folder
 from patchsweep.models.homes import is_offloaded, main_device
 from patchsweep.models.pages import forget_after_use
 from patchsweep.models.places import DeviceMap, MaxMemory, Placement, as_placement
+from patchsweep.models.settle import settle
 from patchsweep.models.sketch import sketch_bridge
 from patchsweep.models.tiny import TINY_FAMILIES, tiny_model
 
+_MERGE = (
+    "An adapter is no model by itself; merge it into its base model first, with "
+    "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder), and give "
+    "that folder"
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -85,28 +92,16 @@ def _load(
     weights: bool,
 ) -> TransformerBridge:
     if name.startswith("tiny:"):
-        return _tiny(name, _device(device, placement), as_dtype(dtype), placement)
+        return _tiny(name, choose_device(device, placement), as_dtype(dtype), placement)
     return _pretrained(
         name,
-        device=_device(device, placement),
+        device=choose_device(device, placement),
         dtype=as_dtype(dtype),
         placement=placement,
         revision=revision,
         trust_remote_code=trust_remote_code,
         weights=weights,
     )
-
-
-def _device(device: str | None, placement: Placement | None) -> str | None:
-    """The one device of a model without a placement."""
-    if device is not None and placement is not None:
-        raise ModelError(
-            f"device={device!r} and device_map={placement.device_map!r} exclude each other; "
-            "give one"
-        )
-    if device is None and placement is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device
 
 
 def _tiny(
@@ -130,14 +125,29 @@ def _source_of(name: str) -> str:
     if name.endswith(".gguf"):
         return str(dequantised_folder(Path(name)))
     if name.startswith((".", "/", "~")) or Path(name).is_dir():
-        folder = Path(name).expanduser()
-        if not (folder / "config.json").is_file():
-            raise ModelError(
-                f"{name!r} holds no config.json, so it is not a model folder; "
-                "give the folder that save_pretrained wrote"
-            )
-        return str(folder)
+        return str(_checked_folder(name, Path(name).expanduser()))
     return name
+
+
+def _checked_folder(name: str, folder: Path) -> Path:
+    """`folder` itself, called `name`.
+
+    Raises:
+        ModelError: there is none, or it holds no whole model.
+    """
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise ModelError(
+            f"model {name!r} {what}; give a folder that save_pretrained wrote, or a .gguf file"
+        )
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(f"{name!r} holds an adapter of PEFT. {_MERGE}")
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{name!r} holds no config.json, so it is not a model folder; "
+            "give the folder that save_pretrained wrote"
+        )
+    return folder
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -192,6 +202,8 @@ def _pretrained(
             f"'tiny:<family>', a GGUF file, a local folder, or a Hugging Face name that is "
             "cached or reachable"
         ) from error
+    if getattr(hf_model, "_hf_peft_config_loaded", False):  # by a Hugging Face name
+        raise ModelError(f"model {name!r} is an adapter of PEFT. {_MERGE}")
     if device is not None:
         hf_model.to(device)
     return as_bridge(name, hf_model, tokenizer)
@@ -206,8 +218,8 @@ def as_bridge(name: str, hf_model: PreTrainedModel, tokenizer: Any) -> Transform
     if is_offloaded(hf_model):
         return _offloaded_bridge(name, hf_model, arguments)
     bridge = TransformerBridge.boot_transformers(name, **arguments)
-    bridge.eval()
-    return bridge
+    mapped = getattr(hf_model, "hf_device_map", None)
+    return settle(bridge, bridge.cfg.device if mapped else hf_model.device)
 
 
 def _offloaded_bridge(
@@ -223,6 +235,4 @@ def _offloaded_bridge(
     bridge = TransformerBridge.boot_transformers(name, device=device, **arguments)
     hf_model.hf_device_map = device_map
     forget_after_use(hf_model)
-    bridge.cfg.device = str(device)
-    bridge.eval()
-    return bridge
+    return settle(bridge, device)

@@ -12,6 +12,7 @@ from transformers.integrations.accelerate import get_balanced_memory, infer_auto
 
 from patchsweep.models.homes import main_device
 from patchsweep.models.places import Placement
+from patchsweep.models.settle import settle
 
 
 def sketch_bridge(
@@ -53,9 +54,7 @@ def sketch_bridge(
         return None
     if placement is not None:
         model.hf_device_map = device_map
-    bridge.cfg.device = device
-    bridge.eval()
-    return bridge
+    return settle(bridge, device)
 
 
 def mapped(model: PreTrainedModel, placement: Placement) -> dict[str, str | int]:

@@ -98,7 +98,7 @@ def draw_weights(model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(parameter: torch.Tensor) -> torch.Tensor:
-        return torch.randn(parameter.shape, generator=generator)
+        return torch.randn(parameter.shape, generator=generator, device="cpu").to(parameter)
 
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     with torch.no_grad():

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.models.homes import device_of
 from patchsweep.pairs import PromptPair, PromptPairs
 from patchsweep.running import runs_model
 from patchsweep.tasks.base import Task, load_pairs
@@ -43,9 +44,9 @@ def check_pairs(
     pairs = load_pairs(model, task, n_pairs, seed, **options)
     clean = last_logits(model, pairs, "clean")
     corrupted = last_logits(model, pairs, "corrupted")
-    rows = torch.arange(len(pairs))
-    answer = torch.tensor([pair.answer[0] for pair in pairs])
-    wrong_answer = torch.tensor([pair.wrong_answer[0] for pair in pairs])
+    rows = torch.arange(len(pairs), device=clean.device)
+    answer = clean.new_tensor([pair.answer[0] for pair in pairs], dtype=torch.long)
+    wrong_answer = clean.new_tensor([pair.wrong_answer[0] for pair in pairs], dtype=torch.long)
     clean_diff = clean[rows, answer] - clean[rows, wrong_answer]
     corrupted_diff = corrupted[rows, answer] - corrupted[rows, wrong_answer]
     return TaskCheck(
@@ -71,12 +72,13 @@ def last_logits(
     Runs small batches of equal length, since padding changes what some models compute.
     """
     logits: dict[int, Tensor] = {}
+    device = device_of(model)
     for group in pairs.by_length().values():
         for begin in range(0, len(group), _ROWS):
             chunk = group[begin : begin + _ROWS]
             prompts: list[PromptPair] = [pairs[index] for index in chunk]
-            tokens = torch.tensor([getattr(pair, side) for pair in prompts])
-            last = model(tokens.to(model.cfg.device), return_type="logits")[:, -1]
+            tokens = torch.tensor([getattr(pair, side) for pair in prompts], device=device)
+            last = model(tokens, return_type="logits")[:, -1]
             logits.update(zip(chunk, last.float().cpu(), strict=True))
     return torch.stack([logits[index] for index in range(len(pairs))])
 

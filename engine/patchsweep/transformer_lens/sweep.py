@@ -14,6 +14,7 @@ from transformer_lens import patching as tl
 from transformer_lens.ActivationCache import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.models.homes import device_of
 from patchsweep.probe import TOLERANCE
 from patchsweep.transformer_lens.cells import Cells, differing, live_rows, make_cells
 from patchsweep.transformer_lens.stand_in import Metric, PatchedLogits, StandIn, watch_metrics
@@ -138,7 +139,7 @@ def _patched_logits(
     hooked = [name for name, point in model.hook_dict.items() if point.fwd_hooks or point.bwd_hooks]
     if hooked:
         raise Unsupported(f"the model carries a hook at {hooked[0]}, which is to see every run")
-    tokens = tokens.to(model.cfg.device)
+    tokens = tokens.to(device_of(model))
     names = {layer: cells.site.hook_name(layer) for layer in cells.layers}
     base_logits, base, needs_grad = _base_run(model, tokens, names)
     clean: dict[int, Tensor] = {}

@@ -24,7 +24,7 @@ from patchsweep.waves.cache import Shelf
 from patchsweep.waves.locate import SitePoint, locate
 from patchsweep.waves.replica import Attend, Point, Replica, Unsupported, attention_settings
 
-_NO_LOGITS = torch.empty(0, dtype=torch.long)  # positions whose logits are made
+_NO_LOGITS = torch.empty(0, dtype=torch.long, device="cpu")  # positions whose logits are made
 _OWN_ATTENTION = "its attention does not go through the attention interface of transformers"
 
 
@@ -192,9 +192,9 @@ def check_attention_sites(replica: Replica, sites: Sequence[SitePoint]) -> None:
 
 def _whole_prompts(n_pairs: int, length: int) -> Rows:
     return Rows(
-        offsets=torch.arange(n_pairs + 1) * length,
-        pair=torch.arange(n_pairs),
-        start=torch.zeros(n_pairs, dtype=torch.int64),
+        offsets=torch.arange(n_pairs + 1, device="cpu") * length,
+        pair=torch.arange(n_pairs, device="cpu"),
+        start=torch.zeros(n_pairs, dtype=torch.int64, device="cpu"),
     )
 
 

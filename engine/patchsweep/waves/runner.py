@@ -152,7 +152,7 @@ class WaveRunner:
         donors = [self._donors(chosen, loaded) for chosen in sets]
         donors += [self._donors(chosen, loaded, own=True) for chosen in null]
         sizes = [len(chosen.patches) for chosen in every]
-        values = torch.empty(len(metrics), sum(sizes))
+        values = torch.empty(len(metrics), sum(sizes), device="cpu")
         given = WaveInput(loaded.base, donors, loaded.batch.local)
         waves = deque(make_waves(every, self.max_tokens))
         while waves:

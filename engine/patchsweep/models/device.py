@@ -1,0 +1,76 @@
+"""The one device of a model that `accelerate` does not place."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+
+from patchsweep.errors import ModelError
+from patchsweep.models.places import Placement
+
+log = logging.getLogger("patchsweep")
+# what NVIDIA's kernel module shows of itself, whether torch can use it or not
+_DRIVER = Path("/proc/driver/nvidia/version")
+
+
+def choose_device(device: str | None, placement: Placement | None) -> str | None:
+    """`device`, or a GPU if torch can use one, else the CPU; None where `placement` decides.
+
+    A machine whose GPU torch cannot use is told of in a warning.
+
+    Raises:
+        ModelError: `device` and a placement exclude each other, or there is no such device.
+    """
+    if placement is not None:
+        if device is not None:
+            raise ModelError(
+                f"device={device!r} and device_map={placement.device_map!r} exclude each other; "
+                "give one"
+            )
+        return None
+    if device is not None:
+        _check(device)
+        return device
+    if torch.cuda.is_available():
+        return "cuda"
+    if _DRIVER.exists():
+        log.warning("the model runs on the CPU although this machine has a GPU: %s", why_no_gpu())
+    return "cpu"
+
+
+def _check(device: str) -> None:
+    """See that torch can put tensors on `device`.
+
+    Raises:
+        ModelError: it cannot.
+    """
+    try:
+        wanted = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ModelError(
+            f"device={device!r} is no device of torch; use cpu, cuda, or one GPU such as cuda:1"
+        ) from error
+    if wanted.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ModelError(f"device={device!r} cannot be used: {why_no_gpu()}; use device='cpu'")
+        n = torch.cuda.device_count()
+        if wanted.index is not None and wanted.index >= n:
+            raise ModelError(
+                f"device={device!r} does not exist; this process sees cuda:0..cuda:{n - 1}"
+            )
+
+
+def why_no_gpu() -> str:
+    """Why torch uses no GPU here, and what helps."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is a build for the CPU; install a CUDA build"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            torch.cuda.init()
+        except (RuntimeError, AssertionError) as error:
+            return f"torch {torch.__version__} says: {str(error).splitlines()[0]}"
+    return "it has no GPU that this process may see"
