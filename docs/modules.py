@@ -20,7 +20,7 @@ def tables() -> str:
         folder
         for package in PACKAGES
         for folder in [ROOT / package, *sorted((ROOT / package).rglob("*/"))]
-        if any(folder.glob("*.py")) and not folder.is_symlink() and folder.name != "conf"
+        if any(folder.glob("*.py"))
     ]
     return "\n".join(_table(folder) for folder in folders)
 

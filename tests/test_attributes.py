@@ -22,7 +22,7 @@ from patchsweep.store import Store
 from patchsweep.store.whole import read_whole, write_whole
 from subjects import demo_pairs, model
 
-TEXT = st.text("ab{[\"é ", max_size=4)
+TEXT = st.text('ab{["é ', max_size=4)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-9, 9) | TEXT,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),

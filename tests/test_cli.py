@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import importlib
 import json
 import os
 import re
@@ -16,8 +18,8 @@ import pytest
 import xarray as xr
 import yaml
 from patchsweep.cli import main
-from patchsweep.cli.app import expand
 from patchsweep.cli.main import EXIT_DONE, EXIT_MISTAKE, EXIT_STOPPED, VERBS
+from patchsweep.cli.stop import STARTS_ANEW, Stopped, Stopper
 from patchsweep.cli.verify import EXIT_PROBLEMS
 from patchsweep.config import (
     FileTask,
@@ -36,6 +38,7 @@ from patchsweep.store import Store
 from patchsweep.store.check import checksums
 from patchsweep.store.journal import read_journal
 from patchsweep.store.status import EXIT_INCOMPLETE
+from patchsweep.store.whole import write_whole
 from patchsweep.tasks import TASKS
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -89,6 +92,7 @@ def test_every_verb_is_a_module_and_in_the_usage(capsys: pytest.CaptureFixture[s
     assert patchsweep("--version") == EXIT_DONE
     assert re.fullmatch(r"patchsweep \d+\.\d+\.\d+\n", capsys.readouterr().out)
     assert "is no verb; use one of run," in refused(capsys, "sweep")
+    assert "did you mean verify?" in refused(capsys, "verfy")
 
 
 def test_every_choice_begins_with_a_schema_and_is_in_the_help(
@@ -118,30 +122,6 @@ def test_every_task_has_a_file_with_its_options() -> None:
         config = yaml.safe_load((CONF / "task" / f"{name}.yaml").read_text())
         assert config["name"] == name
         assert config.get("options", {}) == task.options()
-
-
-@pytest.mark.parametrize(
-    ("short", "long"),
-    [
-        (["store=runs/a.zarr"], ["store.path=runs/a.zarr"]),
-        (["store=local"], ["store=local"]),
-        (["sites=q"], ["sites.names=[q]"]),
-        (["sites=[q,k]"], ["sites.names=[q,k]"]),
-        (["sites=heads"], ["sites=heads"]),
-        (["sites=heads,residual"], ["sites=heads,residual"]),
-        (["metric=[prob,rank]"], ["metric.names=[prob,rank]"]),
-        (["model=tiny:gpt2"], ["model=tiny", "model.name=tiny:gpt2"]),
-        (["model=smollm2-135m"], ["model=smollm2", "model.name=smollm2-135m"]),
-        (["model=./folder"], ["model=hf", "model.name=./folder"]),
-        (["task=a/pairs.jsonl"], ["task=jsonl", "task.path=a/pairs.jsonl"]),
-        (["task=nothing"], ["task=nothing"]),
-        (["slice=0", "-m", "n_slices=2"], ["-m", "slice=0", "n_slices=2"]),
-        (["model=tiny", "--cfg", "job"], ["--cfg", "job", "model=tiny"]),
-    ],
-    ids=" ".join,
-)
-def test_short_forms_mean_their_long_forms(short: list[str], long: list[str]) -> None:
-    assert expand(short) == long
 
 
 def test_run_leaves_nothing_but_its_store(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -351,6 +331,65 @@ def test_report_is_written(here: Path) -> None:
     assert patchsweep("run", *TINY, "sites=[resid_pre,z]", "store=a.zarr") == EXIT_DONE
     assert patchsweep("report", "a.zarr", "-o", "out/r.html") == EXIT_DONE
     assert (here / "out" / "r.html").read_text().startswith("<!DOCTYPE html>")
+
+
+@pytest.mark.parametrize(
+    ("out", "part"),
+    [("folder", "must be a file"), ("a.zarr/zarr.json/r.html", "File exists"), ("", "a file")],
+)
+def test_report_that_cannot_be_written_is_told(
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    out: str,
+    part: str,
+) -> None:
+    monkeypatch.setattr("patchsweep.report._page", lambda ds, address: "page")
+    (here / "folder").mkdir()
+    write_whole(xr.Dataset(attrs={"kind": "lens"}), here / "a.zarr")
+    assert part in refused(capsys, "report", "a.zarr", "-o", out)
+
+
+def test_report_on_a_full_disk_is_told(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, *args: object, **options: object) -> int:
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("patchsweep.report._page", lambda ds, address: "page")
+    monkeypatch.setattr(Path, "write_text", full)
+    write_whole(xr.Dataset(attrs={"kind": "lens"}), here / "a.zarr")
+    assert "No space left on device" in refused(capsys, "report", "a.zarr", "-o", "r.html")
+    assert os.listdir(here) == ["a.zarr"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "then"),
+    [
+        ("run", "; the same command goes on"),
+        ("edges", "; nothing was kept, so the same command starts anew"),
+        ("plan", ""),
+    ],
+)
+def test_interrupt_says_what_the_same_command_will_do(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str, then: str
+) -> None:
+    def interrupt(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    module = importlib.import_module(f"patchsweep.cli.{verb}")
+    monkeypatch.setattr(module, "compose", interrupt)
+    assert patchsweep(verb) == EXIT_STOPPED
+    assert capsys.readouterr().err == f"patchsweep: interrupted{then}\n"
+
+
+def test_study_of_heads_that_is_stopped_does_not_promise_to_go_on() -> None:
+    stopper = Stopper()
+    stopper.listen(STARTS_ANEW)
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(Stopped, match="SIGTERM: stopped, here; nothing was kept, so the same"):
+        stopper.check("here")
 
 
 def test_task_list_and_check(capsys: pytest.CaptureFixture[str]) -> None:

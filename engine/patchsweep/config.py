@@ -9,10 +9,10 @@ edge (`cli.app`); everything below takes dataclasses.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from hydra.core.config_store import ConfigStore
 from hydra.errors import InstantiationException
@@ -29,8 +29,6 @@ from patchsweep.request import MetricLike, Request, make_request
 from patchsweep.screening import Screen
 from patchsweep.screening.asked import MethodLike
 from patchsweep.tasks import load_task
-
-T = TypeVar("T")
 
 # keys that say where and by whom a run is done, not what it is; they stay out of provenance
 PLACES = ("store", "slice", "n_slices")
@@ -87,11 +85,14 @@ class FileTask(TaskConfig):
     """Pairs from a JSONL file: clean, corrupted, answer, wrong_answer and perhaps labels."""
 
     path: str = MISSING
+    multi_token: bool = False  # answers may have several tokens
     prepend_bos: bool | None = None  # start token: null: unless a prompt begins with it
 
     def load(self, model: TransformerBridge) -> PromptPairs:
         path = Path(self.path).expanduser()
-        return PromptPairs.from_jsonl(model, path, prepend_bos=self.prepend_bos)
+        return PromptPairs.from_jsonl(
+            model, path, multi_token=self.multi_token, prepend_bos=self.prepend_bos
+        )
 
 
 @dataclass
@@ -102,11 +103,14 @@ class TextTask(TaskConfig):
     corrupted: str = MISSING
     answer: str = MISSING  # right after `clean`; one token, its leading space included
     wrong_answer: str = MISSING  # right after `corrupted`
+    multi_token: bool = False  # answers may have several tokens
     prepend_bos: bool | None = None  # start token: null: unless a prompt begins with it
 
     def load(self, model: TransformerBridge) -> PromptPairs:
         record = PromptRecord(self.clean, self.corrupted, self.answer, self.wrong_answer)
-        return PromptPairs.from_records(model, [record], prepend_bos=self.prepend_bos)
+        return PromptPairs.from_records(
+            model, [record], multi_token=self.multi_token, prepend_bos=self.prepend_bos
+        )
 
 
 @dataclass
@@ -308,34 +312,42 @@ def of_verb(job: str) -> str:
 OmegaConf.register_new_resolver("file_name", file_name, replace=True)
 OmegaConf.register_new_resolver("of_verb", of_verb, replace=True)
 
-_TASKS = (BuiltinTask, FileTask, TextTask)
-_METHODS = (NamedMethods, IntegratedMethod, ScreenMethod)
+# group -> its classes and, in the same order, the names of their schemas in the config store
+GROUPS: dict[str, dict[type, str]] = {
+    "model": {ModelConfig: "schema"},
+    "task": {BuiltinTask: "schema", FileTask: "jsonl_schema", TextTask: "strings_schema"},
+    "sites": {SitesConfig: "schema"},
+    "method": {
+        NamedMethods: "schema",
+        IntegratedMethod: "ig_schema",
+        ScreenMethod: "screen_schema",
+    },
+    "metric": {MetricConfig: "schema"},
+    "store": {StoreConfig: "schema"},
+    "runner": {RunnerConfig: "schema"},
+}
 
 
 def register() -> None:
     """Make the schemas known to Hydra."""
     store = ConfigStore.instance()
     store.store(name="run_schema", node=RunConfig)
-    for group, schema in (
-        ("model", ModelConfig),
-        ("sites", SitesConfig),
-        ("metric", MetricConfig),
-        ("store", StoreConfig),
-        ("runner", RunnerConfig),
-    ):
-        store.store(group=group, name="schema", node=schema)
-    for group, names, schemas in (
-        ("task", ("schema", "jsonl_schema", "strings_schema"), _TASKS),
-        ("method", ("schema", "ig_schema", "screen_schema"), _METHODS),
-    ):
-        for name, one in zip(names, schemas, strict=True):
+    for group, classes in GROUPS.items():
+        for one, name in classes.items():
             store.store(group=group, name=name, node=one)
 
 
-def _of_its_class(classes: Sequence[type[T]], values: Mapping[str, Any]) -> T:
-    """An object of that class which has the keys of `values`."""
-    keys = set(values)
-    return next(c for c in classes if {f.name for f in fields(c)} == keys)(**values)  # type: ignore[arg-type]
+def _of_its_class(group: str, values: Mapping[str, Any]) -> Any:
+    """An object of that class of `group` which has the keys of `values`.
+
+    Stores of earlier versions may lack keys that have a default.
+    """
+    for one in GROUPS[group]:
+        known = {f.name: f.default is MISSING for f in fields(one)}
+        needed = {name for name, is_needed in known.items() if is_needed}
+        if needed <= set(values) <= set(known):
+            return one(**values)
+    raise KeyError(group)
 
 
 def from_identity(config: Mapping[str, Any]) -> RunConfig:
@@ -347,9 +359,9 @@ def from_identity(config: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig(
             model=ModelConfig(**config["model"]),
-            task=_of_its_class(_TASKS, config["task"]),
+            task=_of_its_class("task", config["task"]),
             sites=SitesConfig(**config["sites"]),
-            method=_of_its_class(_METHODS, config["method"]),
+            method=_of_its_class("method", config["method"]),
             metric=MetricConfig(**config["metric"]),
             runner=RunnerConfig(**config["runner"]),
             store=StoreConfig(path=""),
@@ -357,7 +369,7 @@ def from_identity(config: Mapping[str, Any]) -> RunConfig:
             direction=config["direction"],
             precision=config["precision"],
         )
-    except (KeyError, TypeError, StopIteration):
+    except (KeyError, TypeError):
         raise ConfigError(
             "the store holds no config of a `patchsweep run`, so its cells cannot be run again; "
             "only stores of the command line can"

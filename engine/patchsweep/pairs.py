@@ -343,7 +343,10 @@ def _answer_ids(
     if spaced and token_ids(model, prompt + spaced, prepend_bos=prepend_bos)[:-1] != prompt_ids:
         spaced = ""
     if follows:
-        remedy = "choose an answer of one token, or allow more with multi_token=True"
+        remedy = (
+            "choose an answer of one token, or allow more with multi_token=True (on the command "
+            "line: task.multi_token=true)"
+        )
         if spaced:
             remedy = f"{spaced!r}, with a leading space, is one token: write that"
         raise UnfitPair(

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
-from collections.abc import Callable
-from importlib import resources
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from patchsweep.cli.grammar import conf_folder, expand, is_many
 from patchsweep.config import RunConfig, register
-from patchsweep.models.embedded import EMBEDDED
-
-# group -> the key that a value goes to which is none of the group's choices
-_MAIN_KEYS = {
-    "model": "model.name",
-    "task": "task.path",
-    "sites": "sites.names",
-    "method": "method.names",
-    "metric": "metric.names",
-    "store": "store.path",
-}
+from patchsweep.errors import ConfigError
 
 
 def compose(
@@ -35,6 +29,9 @@ def compose(
 
     The config is `schema` with the values of `conf/<verb>.yaml`; of a plain `RunConfig`, those of
     `conf/config.yaml`. Errors come out as they are, Hydra's own among them, to be told in one line.
+
+    Raises:
+        ConfigError: a flag or a key is not known.
     """
     register()
     # `conf/config.yaml` begins with it, and `conf/<verb>.yaml` with `conf/config.yaml`
@@ -48,13 +45,15 @@ def compose(
         except Exception as error:  # kept from Hydra, which would print words of its own
             failed.append(error)
 
-    many = not {"-m", "--multirun"}.isdisjoint(arguments)
+    words = expand(arguments, verb, schema)
     # Hydra then raises its errors instead of printing them with a stack of its own
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    before, sys.argv = sys.argv, [f"patchsweep {verb}", *expand(arguments)]
-    main = hydra.main(version_base="1.3", config_path="pkg://patchsweep.conf", config_name=name)
+    before, sys.argv = sys.argv, [f"patchsweep {verb}", *words]
+    main = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=name)
     try:
-        main(job if many else once)()  # `job` as it is, since launchers pickle it
+        with _texts_as_help():
+            _check_flags(verb, words)
+            main(job if is_many(arguments) else once)()  # as it is, since launchers pickle it
     finally:
         sys.argv = before
     if failed:
@@ -68,44 +67,37 @@ def as_config(cfg: DictConfig) -> RunConfig:
     return config
 
 
-def expand(arguments: list[str]) -> list[str]:
-    """Flags, then overrides in which short forms such as `sites=[q,k]` are spelled out.
+def _check_flags(verb: str, words: list[str]) -> None:
+    """Raise for flags that Hydra does not know, and for words that are no overrides.
 
-    Flags first, wherever they were: argparse takes no overrides on both sides of a flag.
+    Hydra itself would print its usage, of many lines, and leave.
     """
-    overrides = [word for word in arguments if _is_override(word)]
-    words = [word for word in arguments if not _is_override(word)]
-    for argument in overrides:
-        group, equals, value = argument.partition("=")
-        if not equals or group not in _MAIN_KEYS or _is_choice(group, value):
-            words.append(argument)
-            continue
-        if group == "task" and not value.endswith(".jsonl"):
-            words.append(argument)  # Hydra says what the choices are
-            continue
-        if group == "model":
-            words.append(f"model={_kind(value)}")
-        if group == "task":
-            words.append("task=jsonl")
-        if group in ("sites", "method", "metric") and not value.startswith("["):
-            value = f"[{value}]"
-        words.append(f"{_MAIN_KEYS[group]}={value}")
-    return words
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError(f"{message}; `patchsweep {verb} --help` lists flags and keys")
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    for word in parser.parse_args(words).overrides:
+        if "=" not in word and not word.startswith("~"):
+            refuse(f"{word!r} is no key=value")
 
 
-def _is_override(word: str) -> bool:
-    return word.startswith("~") or ("=" in word and not word.startswith("-"))
+@contextmanager
+def _texts_as_help() -> Iterator[None]:
+    """Inside, options of a command line may have a help that is no text, as one of Hydra 1.3 has.
 
+    The argparse of Python 3.14 reads each help when its option is added, and fails at that one.
+    """
+    add = argparse.ArgumentParser.add_argument
 
-def _kind(model: str) -> str:
-    """The choice of the group model that a model's name belongs to."""
-    return "tiny" if model.startswith("tiny:") else "smollm2" if model in EMBEDDED else "hf"
+    def add_argument(self: argparse.ArgumentParser, *names: Any, **options: Any) -> Any:
+        if not isinstance(options.get("help", ""), str):
+            options["help"] = "Install or uninstall shell completion"
+        return add(self, *names, **options)
 
-
-def _is_choice(group: str, value: str) -> bool:
-    """Whether Hydra finds a file for the value, or for one of several values of a sweep."""
-    choices = {
-        file.name.removesuffix(".yaml")
-        for file in resources.files("patchsweep.conf").joinpath(group).iterdir()
-    }
-    return not value or any(word in choices for word in value.split(","))
+    argparse.ArgumentParser.add_argument = add_argument  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        argparse.ArgumentParser.add_argument = add  # type: ignore[method-assign]

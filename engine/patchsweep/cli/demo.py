@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from contextlib import redirect_stderr
 from io import StringIO
@@ -23,6 +22,7 @@ from patchsweep import summary
 from patchsweep.api import sweep
 from patchsweep.attributes import attributes
 from patchsweep.cli.console import stdout
+from patchsweep.cli.parser import Parser
 from patchsweep.cli.progress import Bar
 from patchsweep.config import (
     BuiltinTask,
@@ -46,7 +46,7 @@ EXIT_WRONG = 4  # a cell differs: never seen, and not to be passed over
 
 def main(arguments: list[str]) -> int:
     """Sweep, check, report; 0 if all is well."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "patchsweep demo",
         description="Sweep one indirect-object pair over resid_pre, attn_out, mlp_out and every "
         f"head at every position, check {N_CELLS} random cells against a TransformerLens loop, "

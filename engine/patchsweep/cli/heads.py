@@ -14,7 +14,7 @@ from patchsweep.cli.analysis import refuse_unused, say_where, stored
 from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.console import stdout
 from patchsweep.cli.progress import Bar
-from patchsweep.cli.stop import STOPPER
+from patchsweep.cli.stop import STARTS_ANEW, STOPPER
 from patchsweep.heads import effects, study
 from patchsweep.heads.analysis import KIND
 from patchsweep.heads.config import HeadsRun
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
 
 def job(cfg: DictConfig) -> None:
     """One run; Hydra calls it, in this process or wherever a launcher takes it."""
-    STOPPER.listen()
+    STOPPER.listen(STARTS_ANEW)
     execute(cast(HeadsRun, as_config(cfg)))
 
 

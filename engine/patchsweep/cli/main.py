@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import version
 
@@ -12,7 +13,7 @@ from importlib.metadata import version
 EXIT_DONE = 0
 EXIT_FAILED = 1  # the program's own failure, with a traceback
 EXIT_MISTAKE = 2  # a mistake in the command or in what it names
-EXIT_STOPPED = 75  # a signal ended the run after the units in hand; the same command goes on
+EXIT_STOPPED = 75  # a signal ended it; what `run` had done is kept, and the same command goes on
 
 # verb -> what it does; each is a module of this package with `main(arguments) -> exit code`
 VERBS = {
@@ -30,6 +31,7 @@ VERBS = {
     "task": "list the built-in tasks, or score a model on one",
     "demo": "sweep a real model, check the values against a TransformerLens loop, write a report",
 }
+ANALYSES = ("edges", "circuit", "lens", "attention", "heads")  # kept whole or not at all
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"patchsweep {version('patchsweep')}")
         return EXIT_DONE
     if verb not in VERBS:
-        print(f"patchsweep: {verb!r} is no verb; use one of {', '.join(VERBS)}", file=sys.stderr)
+        near = get_close_matches(verb, VERBS, n=1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        print(
+            f"patchsweep: {verb!r} is no verb; {meant}use one of {', '.join(VERBS)}",
+            file=sys.stderr,
+        )
         return EXIT_MISTAKE
     if os.environ.get("PATCHSWEEP_DEBUG"):
         return int(import_module(f"patchsweep.cli.{verb}").main(rest))
@@ -61,7 +68,7 @@ def usage() -> str:
 
 def _guarded(verb: str, rest: list[str]) -> int:
     from patchsweep.cli.mistakes import one_line
-    from patchsweep.cli.stop import Stopped
+    from patchsweep.cli.stop import GOES_ON, STARTS_ANEW, Stopped
 
     try:
         return int(import_module(f"patchsweep.cli.{verb}").main(rest))
@@ -69,7 +76,8 @@ def _guarded(verb: str, rest: list[str]) -> int:
         print(f"patchsweep: {stopped}", file=sys.stderr)
         return EXIT_STOPPED
     except KeyboardInterrupt:
-        print("patchsweep: interrupted; the same command goes on", file=sys.stderr)
+        then = {"run": f"; {GOES_ON}"} | dict.fromkeys(ANALYSES, f"; {STARTS_ANEW}")
+        print(f"patchsweep: interrupted{then.get(verb, '')}", file=sys.stderr)
         return EXIT_STOPPED
     except BrokenPipeError:  # the reader, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
+from patchsweep.cli.keys import elsewhere
 from patchsweep.errors import PatchsweepError
 from patchsweep.store.credentials import scrub
 
@@ -20,8 +21,16 @@ def one_line(error: BaseException) -> str | None:
         return scrub(_joined(str(error)))
     if isinstance(error, OmegaConfBaseException):
         return _omegaconf(error)
+    if isinstance(error, OverrideParseException):
+        return scrub(
+            f"{error.override} cannot be read: brackets and quotes must come in pairs; put a value "
+            "that holds some, or spaces or commas, in quotes of its own, such as \"key='a, b'\""
+        )
     if isinstance(error, HydraException):
         text = scrub(_joined(str(error)))
+        not_there = re.match(r"Could not override '([^']+)'", text)
+        if not_there:
+            return elsewhere(not_there[1], getattr(error.__cause__, "object_type", None))
         if isinstance(error.__cause__, OmegaConfBaseException):
             text += f" ({_omegaconf(error.__cause__)})"
         for launcher, extra in _EXTRAS.items():
@@ -37,6 +46,8 @@ def _omegaconf(error: OmegaConfBaseException) -> str:
     missing = re.search(r"missing mandatory value: (\w+)", first, re.IGNORECASE)
     if missing:
         return f"{key or missing[1]} is needed; give {key or missing[1]}=..."
+    if isinstance(error, InterpolationResolutionError):
+        first += "; ${...} stands for a key's value, such as ${model.name}"
     return f"{key}: {first}" if key and key not in first else first
 
 

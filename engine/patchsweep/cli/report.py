@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-
+from patchsweep.cli.parser import Parser
 from patchsweep.report import write_report
 
 
 def main(arguments: list[str]) -> int:
     """Write the page."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "patchsweep report",
         description="Write a store as one self-contained HTML page, which opens offline.",
     )

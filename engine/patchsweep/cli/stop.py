@@ -10,6 +10,10 @@ from types import FrameType
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+GOES_ON = "the same command goes on"
+STARTS_ANEW = "nothing was kept, so the same command starts anew"
+
+
 class Stopped(Exception):
     """The run was asked to stop, and has stopped between two bundles of units."""
 
@@ -19,9 +23,14 @@ class Stopper:
 
     def __init__(self) -> None:
         self._heard: str | None = None
+        self._then = GOES_ON
 
-    def listen(self) -> None:
-        """Take over the signals. Threads other than the main one cannot, and do without."""
+    def listen(self, then: str = GOES_ON) -> None:
+        """Take over the signals. Threads other than the main one cannot, and do without.
+
+        `then` says what the same command will do after a stop.
+        """
+        self._then = then
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 signal.signal(number, self._hear)
@@ -43,7 +52,7 @@ class Stopper:
             Stopped: says `what` has been done so far, and how to go on.
         """
         if self._heard is not None:
-            raise Stopped(f"{self._heard}: stopped, {what}; the same command goes on")
+            raise Stopped(f"{self._heard}: stopped, {what}; {self._then}")
 
 
 # one for the process: of several runs in a row, those after the signal stop at once

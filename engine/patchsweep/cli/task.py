@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
-
 from rich.table import Table
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from patchsweep.cli.console import stdout
+from patchsweep.cli.parser import Parser, at_least
 from patchsweep.models import load_model
 from patchsweep.tasks import TASKS, TaskCheck, check_task, find_task
 
 
 def main(arguments: list[str]) -> int:
     """List the tasks, or score a model on some."""
-    parser = argparse.ArgumentParser("patchsweep task", description="The built-in tasks.")
+    parser = Parser("patchsweep task", description="The built-in tasks.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("list", help="names, what they ask, and their sources")
     check = verbs.add_parser(
@@ -23,7 +22,9 @@ def main(arguments: list[str]) -> int:
     )
     check.add_argument("names", nargs="*", metavar="NAME", help="tasks (all)")
     check.add_argument("--model", default="smollm2-135m", help="as load_model takes it")
-    check.add_argument("--n-pairs", type=int, default=None, help="pairs (the task's own number)")
+    check.add_argument(
+        "--n-pairs", type=at_least(1, "--n-pairs"), help="pairs (the task's own number)"
+    )
     check.add_argument("--seed", type=int, default=0, help="of the pairs (0)")
     options = parser.parse_args(arguments)
     console = stdout()

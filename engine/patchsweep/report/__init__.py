@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib import import_module
 from os import PathLike, fspath
 from pathlib import Path
 
 import xarray as xr
 
-from patchsweep.errors import StoreError
+from patchsweep.errors import ConfigError, StoreError
 from patchsweep.report.page import build_page
 from patchsweep.report.tables import read_journal
 
@@ -33,8 +34,11 @@ def write_report(store: str | PathLike[str], out: str | PathLike[str] = "report.
 
     Raises:
         StoreError: nothing can be opened at `store`, or there is no page for what it holds.
+        ConfigError: the page cannot be written to `out`.
     """
-    address = fspath(store)
+    address, path = fspath(store), Path(out)
+    if not path.name or path.is_dir():
+        raise ConfigError(f"out={str(out)!r} must be a file, such as report.html")
     try:
         ds = xr.open_zarr(address, consolidated=False, chunks=None)
     except (OSError, ValueError, KeyError) as error:
@@ -44,11 +48,17 @@ def write_report(store: str | PathLike[str], out: str | PathLike[str] = "report.
         ) from error
     with ds:
         page = _page(ds, address)
-    path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(page, encoding="utf-8", newline="\n")
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(page, encoding="utf-8", newline="\n")
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise ConfigError(
+            f"the page cannot be written to out={str(path)!r} ({error.strerror}); give another file"
+        ) from error
     return path
 
 

@@ -1,0 +1,88 @@
+"""The keys that a command line may set: those of the config's dataclasses, and no others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from types import MappingProxyType
+from typing import Any, get_type_hints
+
+from patchsweep.config import GROUPS, RunConfig
+from patchsweep.errors import ConfigError
+
+Keys = Mapping[str, "Keys"]
+_ANY: Keys = MappingProxyType({})  # below a mapping of the user's own, such as task.options
+
+
+def keys_of(schema: type[RunConfig]) -> Keys:
+    """Every key of `schema`; of a group, those of all its classes."""
+    own = _of_class(schema)
+    return {name: _of_group(name) if name in GROUPS else below for name, below in own.items()}
+
+
+def refuse_unknown(key: str, schema: type[RunConfig], verb: str) -> bool:
+    """Whether `key` lies in a mapping of the user's own, where any name goes.
+
+    Raises:
+        ConfigError: no config of `verb` has the key.
+    """
+    at = keys_of(schema)
+    parts = key.split(".")
+    for depth, part in enumerate(parts, start=1):
+        if part not in at:
+            raise ConfigError(unknown(key, schema, verb))
+        at = at[part]
+        if at is _ANY:
+            return depth < len(parts)
+    return False
+
+
+def unknown(key: str, schema: type[RunConfig], verb: str) -> str:
+    """What a user is told whose `key` is not there: the keys that are spelled like it."""
+    every = list(_flat(keys_of(schema)))
+    last = key.rpartition(".")[2]
+    close = [name for name in every if name.rpartition(".")[2] == last]
+    close += get_close_matches(key, every, n=2, cutoff=0.7)
+    near = " or ".join(dict.fromkeys(close[:3]))
+    meant = f"did you mean {near}? " if near else ""
+    return f"key {key!r} is not known; {meant}`patchsweep {verb} --help` lists all keys"
+
+
+def elsewhere(key: str, chosen: type | None) -> str:
+    """What a user is told whose `key` is not one of the class that the group's choice has."""
+    group, _, name = key.partition(".")
+    owners = [
+        schema.partition("_")[0]
+        for one, schema in GROUPS.get(group, {}).items()
+        if name.partition(".")[0] in _of_class(one)
+    ]
+    text = f"key {key!r} is not known here"
+    if chosen is not None and is_dataclass(chosen):
+        text += f"; those of the {group} that was chosen are {', '.join(_of_class(chosen))}"
+    if owners and "schema" not in owners:
+        text += f"; {name} belongs to {' and '.join(f'{group}={owner}' for owner in owners)}"
+    return text
+
+
+def _of_group(group: str) -> Keys:
+    return {name: below for one in GROUPS[group] for name, below in _of_class(one).items()}
+
+
+def _of_class(one: type) -> Keys:
+    hints = get_type_hints(one)
+    found: dict[str, Keys] = {}
+    for field in fields(one):
+        hint = hints[field.name]
+        if isinstance(hint, type) and is_dataclass(hint):
+            found[field.name] = _of_class(hint)
+        else:
+            open_ended = hint is Any or str(hint).startswith("dict")
+            found[field.name] = _ANY if open_ended else {}
+    return found
+
+
+def _flat(keys: Keys, before: str = "") -> Iterator[str]:
+    for name, below in keys.items():
+        yield f"{before}{name}"
+        yield from _flat(below, f"{before}{name}.")
