@@ -54,7 +54,7 @@ def _record(benchmark, subject: Subject, pairs: ps.PromptPairs, site: str, secon
     benchmark.extra_info.update(
         machine(),
         seconds=seconds,
-        ms_per_live_patch=1e3 * seconds / int(plan.live.sum()),
+        ms_per_live_patch=1e3 * seconds / plan.n_live,
         us_per_token_layer=1e6 * seconds / plan.token_layers,
     )
     benchmark.pedantic(lambda: None, rounds=1)  # the figures are those above

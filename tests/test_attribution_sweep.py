@@ -35,9 +35,10 @@ def test_every_method_has_its_variable_and_dead_cells_are_zero() -> None:
     request = make_request(model(NAME), _mixed_pairs(), ["z"])
     plan = request.plans[0]
     dead = np.zeros(int(np.prod(plan.shape)), bool)
-    dead[plan.cell[~plan.live]] = True
+    patches = plan.patches()
+    dead[plan.cell[patches[~plan.live[patches]]]] = True
     outside = np.ones_like(dead)
-    outside[plan.cell] = False
+    outside[plan.cell[patches]] = False
     for name in names:
         found = ds[f"z_{name}"]
         assert found.dims == ("metric", "pair", "layer", "pos", "head")

@@ -60,7 +60,7 @@ def test_all_sites_in_common_waves_equal_each_alone(family: str) -> None:
     rng = np.random.default_rng(0)
     sets = []
     for plan in request.plans:
-        live = np.flatnonzero(plan.live)
+        live = plan.live_patches()
         sets.append(PatchSet(plan, rng.choice(live, min(12, len(live)), replace=False)))
     null = [PatchSet(s.plan, np.concatenate([s.patches[:4], s.patches[:1]])) for s in sets]
     base = float(runner.references(loaded, METRIC)[0])
@@ -112,7 +112,7 @@ def test_hooked_sites_stay_units_of_their_own() -> None:
 def test_small_sites_travel_together_and_large_ones_alone() -> None:
     whole = make_request(model(NAME), demo_pairs(NAME), ["resid_pre", "z", "attn_out", "mlp_out"])
     assert set(convoys_of(whole.plans).values()) == {0}
-    tokens = [int(plan.suffix[plan.live].sum()) for plan in whole.plans]
+    tokens = [int(plan.suffix[plan.live_patches()].sum()) for plan in whole.plans]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(requests, "UNIT_TOKENS", tokens[1] + 1)
         assert convoys_of(whole.plans) == {"attn_out": 0, "mlp_out": 0, "resid_pre": 0, "z": 1}

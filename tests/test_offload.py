@@ -108,7 +108,7 @@ def test_a_wave_fetches_each_offloaded_weight_once_and_keeps_none(folder: Path) 
     assert traffic.n_bytes == weights.fetched > 0
     runner.references(loaded, request.metrics)  # which tries the readout out, once
     plan = request.plans[0]
-    live = np.flatnonzero(plan.live)
+    live = plan.live_patches()
     for first in (0, 1, 2):  # the first block that a wave visits: those below are not fetched
         patches = live[plan.entry[live] >= first]
         before = traffic.n_bytes
@@ -167,7 +167,7 @@ def test_plan_knows_what_will_be_fetched_without_the_weights(folder: Path) -> No
     runner = WaveRunner(bridge, request_of(bridge, ["resid_pre", "z"]).sites, max_tokens=200)
     request = request_of(bridge, ["resid_pre", "z"])
     loaded = runner.load(request.batches([0])[0], request.intervention)
-    sets = [PatchSet(plan, np.flatnonzero(plan.live)) for plan in request.plans]
+    sets = [PatchSet(plan, plan.live_patches()) for plan in request.plans]
     runner.run_together(loaded, sets, request.metrics)
     # the plan leaves out what the readout takes: a few rows a wave, and one trial of the whole
     left_out = runner.replica.traffic.n_bytes - costs[1].read_bytes

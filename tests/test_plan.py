@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from collections import Counter
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from patchsweep.api import NO_RUNNER
 from patchsweep.batch import make_batches
 from patchsweep.errors import PlanError
+from patchsweep.estimate import _count_waves
+from patchsweep.exact import ExactWork
 from patchsweep.hooked import HookedRunner
 from patchsweep.interventions import Resample
 from patchsweep.metrics import METRICS
 from patchsweep.pairs import PromptPair, PromptPairs
 from patchsweep.planner import Axes, ModelShape, PairShape, PatchSet, plan_site
 from patchsweep.request import make_request
+from patchsweep.results import make_layout
 from patchsweep.sites import SITES
 from patchsweep.waves.packing import pack
+from patchsweep.waves.runner import WaveRunner
 from patchsweep.waves.schedule import make_waves
+from patchsweep.work import bundles_of
 from subjects import CLEAN, CORRUPTED, demo_pairs, model
 
 SHAPE = ModelShape(
@@ -56,7 +66,7 @@ def site_plans(draw: st.DrawFn):
 @settings(max_examples=150, deadline=None)
 def test_plan_covers_every_cell_once(drawn) -> None:
     plan, pairs = drawn
-    assert len(np.unique(plan.cell)) == plan.n_patches
+    assert len(np.unique(plan.cell[plan.patches()])) == plan.n_patches
     positions = plan.axes.positions
     n_cells = 0
     for pair in pairs:
@@ -64,7 +74,7 @@ def test_plan_covers_every_cell_once(drawn) -> None:
         n_cells += places * plan.shape[1] * plan.shape[3]
     assert plan.n_patches == n_cells
     assert plan.loop_token_layers == sum(
-        pairs[p].length * SHAPE.n_layers for p in plan.pair.tolist()
+        pairs[p].length * SHAPE.n_layers for p in plan.pair[plan.patches()].tolist()
     )
 
 
@@ -72,7 +82,7 @@ def test_plan_covers_every_cell_once(drawn) -> None:
 @settings(max_examples=150, deadline=None)
 def test_waves_hold_every_live_patch_once_and_cost_what_the_plan_says(drawn, max_tokens) -> None:
     plan, _ = drawn
-    live = np.flatnonzero(plan.live)
+    live = plan.live_patches()
     if not len(live):
         return
     waves = list(make_waves([PatchSet(plan, live)], max_tokens))
@@ -84,6 +94,72 @@ def test_waves_hold_every_live_patch_once_and_cost_what_the_plan_says(drawn, max
                 passed += packing.n_tokens
             assert packing.offsets[-1] == packing.n_tokens
     assert passed == plan.token_layers
+
+
+@given(site_plans(), st.data())
+@settings(max_examples=150, deadline=None)
+def test_what_a_plan_counts_is_what_its_patches_are(drawn, data) -> None:
+    plan, pairs = drawn
+
+    def part(n: int) -> range:
+        first = data.draw(st.integers(0, n))
+        return range(first, data.draw(st.integers(first, n)))
+
+    of_pairs, layers = part(len(pairs)), part(plan.shape[1])
+    patches, live = plan.patches(of_pairs, layers), plan.live_patches(of_pairs, layers)
+    totals = plan.totals(of_pairs, layers)
+    assert totals.n_patches == len(patches)
+    assert totals.n_live == len(live)
+    assert totals.token_layers == plan.cost[live].sum()
+    every = plan.live_patches()
+    assert plan.nth_live(np.arange(len(every))).tolist() == every.tolist()
+    counts, tokens = np.zeros((2, *plan.shape[:2]), np.int64)
+    np.add.at(counts, (plan.pair[every], plan.layer_set[every]), 1)
+    np.add.at(tokens, (plan.pair[every], plan.layer_set[every]), plan.suffix[every])
+    assert np.array_equal(plan.live_by_layer(), (counts, tokens))
+
+
+def test_a_plan_of_half_a_billion_patches_is_small() -> None:
+    model = replace(SHAPE, n_layers=32, n_heads=32)
+    differs = tuple(i >= 10 for i in range(1000))
+    pairs = [PairShape(differs, (999,), {})] * 512
+    axes = Axes(tuple((i,) for i in range(32)), tuple(range(1000)), tuple((i,) for i in range(32)))
+    tracemalloc.start()
+    plan = plan_site(SITES["z"], axes, model, pairs)
+    assert plan.n_patches == 512 * 1000 * 32 * 32
+    # in the last block only the last position is read
+    assert plan.n_live == 512 * 32 * (31 * 990 + 1)
+    assert plan.nth_live(np.array([plan.n_live - 1])).tolist() == [plan.n_patches - 1]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 300e6
+
+
+@pytest.mark.parametrize("max_tokens", [37, 150, 10_000])
+def test_waves_are_counted_without_being_made(max_tokens: int) -> None:
+    bridge = model("tiny:llama")
+    pairs = PromptPairs.from_strings(
+        bridge,
+        clean=[CLEAN, "She saw that John gave milk to", CLEAN],
+        corrupted=[CORRUPTED, "She saw that Mary gave milk to", CORRUPTED],
+        answers=[(" Mary", " John")] * 3,
+    )
+    request = make_request(bridge, pairs, ["resid_pre", "z", "pattern"])
+    counts = _count_waves(request, max_tokens)
+    works = [ExactWork(request, WaveRunner(bridge, request.sites))]
+    units = [unit for v in make_layout(request, NO_RUNNER, {}).variables for unit in v.units()]
+    first = Counter()
+    for bundle in bundles_of(works, units):
+        sets = [
+            PatchSet(plan, plan.live_patches(unit.pairs, unit.layers))
+            for unit in bundle.units
+            for plan in request.plans
+            if plan.site.name == unit.variable
+        ]
+        if any(len(chosen.patches) for chosen in sets):
+            first.update(int(wave.entry.min()) for wave in make_waves(sets, max_tokens))
+    assert sum(counts.values()) == sum(first.values())
+    assert counts == first
 
 
 @pytest.mark.parametrize("name", ["resid_pre", "resid_post", "attn_out", "z", "k", "q"])
@@ -104,8 +180,9 @@ def test_every_patch_called_dead_has_no_effect(name: str) -> None:
             bridge, PromptPairs((pair,)), name, read=int(rng.integers(1, length))
         )
         plan = request.plans[0]
-        assert plan.live.any()
-        assert not plan.live.all()
+        patches = plan.patches()
+        dead = patches[~plan.live[patches]]
+        assert 0 < len(dead) < plan.n_patches
         batch = make_batches(
             request.pairs, [0], request.direction, request.read, torch.device("cpu")
         )[0]
@@ -114,9 +191,8 @@ def test_every_patch_called_dead_has_no_effect(name: str) -> None:
         metrics = (METRICS["logit_diff"],)
         base_value = float(runner.references(loaded, metrics)[0])
         # the plan trims spans, so take the untrimmed patch: all of its cell's position
-        dead = np.flatnonzero(~plan.live)
-        plan.start[dead] = np.unravel_index(plan.cell[dead], plan.shape)[2]
-        plan.stop[dead] = plan.start[dead] + 1
+        first = plan.places.first
+        plan = replace(plan, places=replace(plan.places, start=first, stop=first + 1))
         values = runner.run(loaded, plan, dead, metrics)[0].numpy()
         # the same rows in a batch of another size round differently
         assert np.abs(values - base_value).max() < 2e-5

@@ -76,7 +76,7 @@ def test_a_subset_of_one_is_the_exact_patch(family: str, site: str) -> None:
     request, batch = block(name, [site])
     plan = request.plans[0]
     runner = prepare_runner(request, "wave", 4096).runner
-    live = np.flatnonzero(plan.live)
+    live = plan.live_patches()
     chosen = live[np.random.default_rng(0).permutation(len(live))[:8]]
     loaded = runner.load(batch, request.intervention)
     expected = runner.run(loaded, plan, np.sort(chosen), request.metrics).numpy()
@@ -94,7 +94,7 @@ def test_a_joint_patch_of_all_positions_is_the_layer_patch() -> None:
     together = ps.sweep(model(NAME), pairs_of(NAME, 1), ["resid_pre"], positions="all")
     subsets = Subsets(request, Tape(request.bridge, [plan.site]), plan, Screen())
     run = subsets.capture(batch)
-    live = np.flatnonzero(plan.live & (plan.layer_set == 1))
+    live = plan.live_patches(layers=range(1, 2))
     start = int(plan.start[live].min())
     found = subsets.patched(batch, 0, live, np.ones((1, len(live)), bool), run, start)
     assert float(found[0, 0]) == pytest.approx(float(together.resid_pre[0, 0, 1]), abs=1e-4)
@@ -167,7 +167,8 @@ def test_screen_finds_the_top_of_the_z_sweep_of_smollm2(smollm2) -> None:
     request = make_request(smollm2, pairs, ["z"])
     plan = request.plans[0]
     finite = np.isfinite(ds.z.values).ravel()
-    cost = int(plan.cost[plan.live & finite[plan.cell]].sum())
+    live = plan.live_patches()
+    cost = int(plan.cost[live[finite[plan.cell[live]]]].sum())
     work = ScreenWork(request, prepare_runner(request, "wave", None), screen)
     cost += work.cost(Unit("z_bound", 0, 0, range(1), range(1)))
     assert cost <= 0.1 * plan.token_layers  # patches and subsets together

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
 
 from patchsweep.models.homes import device_of
-from patchsweep.planner import PatchSet, SitePlan
+from patchsweep.planner import SitePlan
 from patchsweep.reading import Weights, bytes_read, count_captures, weights_of
 from patchsweep.request import Request, blocks_of, bytes_of, convoys_of
 from patchsweep.waves.budget import default_cache, default_max_tokens
-from patchsweep.waves.schedule import Wave, make_waves
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def estimate(
     if cache_budget is None:
         cache_budget = default_cache(request.bridge)
     blocks = blocks_of(request.plans)
-    waves = list(_waves(request, max_tokens))
+    waves = _count_waves(request, max_tokens)
     sites = tuple(_site_cost(plan, blocks[plan.site.name]) for plan in request.plans)
     weights = weights_of(request)
     n_captures = count_captures(request)
@@ -86,7 +85,7 @@ def estimate(
     dtype = next(request.bridge.original_model.parameters()).dtype
     return Cost(
         sites=sites,
-        n_waves=len(waves),
+        n_waves=sum(waves.values()),
         flops=flops,
         seconds=flops / matmul_rate(device_of(request.bridge), dtype),
         result_bytes=bytes_of(request),
@@ -98,23 +97,31 @@ def estimate(
     )
 
 
-def _waves(request: Request, max_tokens: int) -> Iterator[Wave]:
-    """The waves of all bundles of exact work."""
+def _count_waves(request: Request, max_tokens: int) -> Counter[int]:
+    """First block -> how many waves begin there, as `make_waves` packs the bundles of the run.
+
+    Counted from the tokens of each (pair, layer set), without a look at single patches: a wave
+    holds prompts of one length and an equal share of their tokens, in the order of their entry.
+    """
     blocks, convoys = blocks_of(request.plans), convoys_of(request.plans)
-    bundles: dict[tuple[int, int, int], list[PatchSet]] = defaultdict(list)
+    tokens: dict[tuple[int, ...], int] = defaultdict(int)
     for plan in request.plans:
-        pairs, layers = blocks[plan.site.name]
-        live = np.flatnonzero(plan.live)
-        block = np.stack([plan.pair[live] // pairs, plan.layer_set[live] // layers])
-        order = np.lexsort(block[::-1])
-        live, block = live[order], block[:, order]
-        ends = np.flatnonzero(np.diff(block, axis=1).any(axis=0)) + 1
-        for patches, of in zip(np.split(live, ends), np.split(block, ends, axis=1), strict=True):
-            if len(patches):
-                key = convoys[plan.site.name], int(of[0, 0]), int(of[1, 0])
-                bundles[key].append(PatchSet(plan, patches))
-    for sets in bundles.values():
-        yield from make_waves(sets, max_tokens)
+        n_pairs, n_layers = blocks[plan.site.name]
+        pair, layer = np.nonzero(live := plan.live_by_layer()[1])
+        keys = (pair // n_pairs, layer // n_layers, plan.lengths[pair], plan.entry_of_set[layer])
+        unique, where = np.unique(np.stack(keys), axis=1, return_inverse=True)
+        sums = np.bincount(where.ravel(), live[pair, layer], minlength=unique.shape[1])
+        for key, n in zip(unique.T.tolist(), sums.astype(np.int64).tolist(), strict=True):
+            tokens[convoys[plan.site.name], *key] += n
+    counts: Counter[int] = Counter()
+    # of one bundle and one length, by entry
+    for _, group in groupby(sorted(tokens.items()), key=lambda item: item[0][:-1]):
+        entries, sums = zip(*((key[-1], n) for key, n in group), strict=True)
+        ends = np.cumsum(sums)
+        n_waves = max(1, -(-int(ends[-1]) // max_tokens))
+        first = np.searchsorted(ends, np.arange(n_waves) * int(ends[-1]) // n_waves, side="right")
+        counts.update(np.array(entries)[first].tolist())
+    return counts
 
 
 def _site_cost(plan: SitePlan, unit: tuple[int, int]) -> SiteCost:

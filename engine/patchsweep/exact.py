@@ -33,13 +33,12 @@ class ExactWork:
     def cost(self, unit: Unit) -> int:
         """See `Work`."""
         plan = self.plans[unit.variable]
-        patches = patches_of(plan, unit)
-        return int(plan.cost[patches][plan.live[patches]].sum())
+        return plan.totals(unit.pairs, unit.layers).token_layers
 
     def n_live(self, unit: Unit) -> int:
         """See `Work`."""
         plan = self.plans[unit.variable]
-        return int(plan.live[patches_of(plan, unit)].sum())
+        return plan.totals(unit.pairs, unit.layers).n_live
 
     def together(self, unit: Unit) -> Hashable:
         """See `Work`."""
@@ -115,9 +114,7 @@ def references_of(captures: Captures, unit: Unit, n_metrics: int) -> tuple[Value
 
 def patches_of(plan: SitePlan, unit: Unit) -> Ints:
     """The patches whose cells lie in the unit."""
-    inside = (plan.pair >= unit.pairs.start) & (plan.pair < unit.pairs.stop)
-    inside &= (plan.layer_set >= unit.layers.start) & (plan.layer_set < unit.layers.stop)
-    return np.flatnonzero(inside)
+    return plan.patches(unit.pairs, unit.layers)
 
 
 class Block:

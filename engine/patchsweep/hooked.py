@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +38,15 @@ class Loaded:
     donors: dict[str, list[Tensor]]  # site -> per layer [pair, pos, width] (pattern: its own)
     base_logits: Float[Tensor, "pair read d_vocab"]
     source_logits: Float[Tensor, "pair read d_vocab"]
+
+
+class _Write(NamedTuple):
+    """What one patch replaces in a forward pass."""
+
+    row: int  # of the forward pass
+    pair: int  # row of the batch, whose values are patched in
+    unit_set: int
+    span: slice  # positions
 
 
 class HookedRunner:
@@ -229,31 +238,30 @@ class HookedRunner:
     ) -> list[tuple[str, Callable[[Tensor, Any], Tensor]]]:
         """Hooks that put patch `patches[i]` of `plan` into row `rows[i]` of a forward pass."""
         local = loaded.batch.local
-        pair = [local[p] for p in plan.pair[patches].tolist()]
-        layers_of = plan.axes.layers
-        by_layer: dict[int, list[tuple[int, int, int]]] = {}  # layer -> row, patch, pair
-        for row, patch, p in zip(rows.tolist(), patches.tolist(), pair, strict=True):
-            for layer in layers_of[plan.layer_set[patch]]:
-                by_layer.setdefault(layer, []).append((row, patch, p))
+        by_layer: dict[int, list[_Write]] = {}
+        cells = zip(rows.tolist(), *(x.tolist() for x in plan.cells(patches)), strict=True)
+        for row, pair, layer_set, unit_set, start, stop in cells:
+            write = _Write(row, local[pair], unit_set, slice(start, stop))
+            for layer in plan.axes.layers[layer_set]:
+                by_layer.setdefault(layer, []).append(write)
         return [
             (plan.site.hook_name(layer), self._patch(loaded, plan, written, layer))
             for layer, written in by_layer.items()
         ]
 
     def _patch(
-        self, loaded: Loaded, plan: SitePlan, written: Sequence[tuple[int, int, int]], layer: int
+        self, loaded: Loaded, plan: SitePlan, written: Sequence[_Write], layer: int
     ) -> Callable[[Tensor, Any], Tensor]:
-        """A hook that replaces, for each (row, patch, pair) of `written`, what the patch covers."""
+        """A hook that replaces what the patches of `written` cover."""
         donor = loaded.donors[plan.site.name][layer]
         units = plan.axes.units
 
         # in place, so that a residual stream is replaced for every reader of it
         def patch(x: Tensor, hook: Any) -> Tensor:
-            for i, row, pair in written:
-                span = slice(int(plan.start[row]), int(plan.stop[row]))
-                which = slice(None) if units is None else list(units[plan.unit_set[row]])
+            for i, pair, unit_set, span in written:
+                which = slice(None) if units is None else list(units[unit_set])
                 if plan.axes.n_sources:
-                    src = int(plan.unit_set[row]) % plan.axes.n_sources
+                    src = unit_set % plan.axes.n_sources
                     x[i, which, span, src] = donor[pair, which, span, src].to(x)
                     continue
                 if plan.site.is_pattern:

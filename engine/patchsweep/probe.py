@@ -134,7 +134,7 @@ def _difference(
         worst = max(worst, float((a - b).abs().max()))
     rng = np.random.default_rng(0)
     for plan in plans:
-        mine = np.flatnonzero(plan.live & np.isin(plan.pair, batch.pairs))
+        mine = plan.live_patches(batch.pairs)
         if not len(mine):
             continue
         # few layers, so that the hooked runner needs few forward passes: each of them reads the

@@ -146,7 +146,7 @@ class _Proof:
         found = [np.empty(0, np.int64)]
         rng = np.random.default_rng(self._seed)
         for pair in low.batch.pairs if self.unit.layer_block == 0 else ():
-            mine = np.flatnonzero(self.plan.live & (self.plan.pair == pair))
+            mine = self.plan.live_patches([pair])
             found.append(np.sort(rng.choice(mine, min(N_SAMPLE, len(mine)), replace=False)))
         return PatchSet(self.plan, np.concatenate(found))
 

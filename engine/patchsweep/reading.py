@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -11,7 +11,6 @@ from torch import nn
 from patchsweep.models.homes import device_of, is_offloaded, is_tied, main_device, place_of
 from patchsweep.request import Request, blocks_of
 from patchsweep.waves.replica import Replica, Unsupported
-from patchsweep.waves.schedule import Wave
 
 
 @dataclass(frozen=True)
@@ -78,16 +77,17 @@ def _place(request: Request, name: str) -> str:
 def count_captures(request: Request) -> int:
     """Passes that run the unpatched prompts: one for each length among the pairs of a unit."""
     n_pairs = min(pairs for pairs, _ in blocks_of(request.plans).values())
-    every = range(len(request.pairs))
+    lengths = [(len(pair.clean), len(pair.answer)) for pair in request.pairs]
     return sum(
-        len(request.batches(every[first : first + n_pairs]))
-        for first in range(0, len(request.pairs), n_pairs)
+        len(set(lengths[first : first + n_pairs])) for first in range(0, len(lengths), n_pairs)
     )
 
 
-def bytes_read(weights: Weights, request: Request, n_captures: int, waves: Sequence[Wave]) -> int:
-    """What all captures and waves fetch; a wave visits the blocks from its first entry on."""
+def bytes_read(
+    weights: Weights, request: Request, n_captures: int, waves: Mapping[int, int]
+) -> int:
+    """What all captures and waves fetch; `waves`: first block -> how many waves begin there."""
     whole = any(metric.needs != "answers" for metric in request.metrics)
     around = weights.around if whole else 0  # for a few answers, a few rows of the unembedding
     total = n_captures * (weights.fetched + 2 * around)  # the metrics of base and source besides
-    return total + sum(sum(weights.blocks[int(wave.entry.min()) :]) + around for wave in waves)
+    return total + sum(n * (sum(weights.blocks[first:]) + around) for first, n in waves.items())

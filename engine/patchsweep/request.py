@@ -227,7 +227,7 @@ def convoys_of(plans: Sequence[SitePlan]) -> dict[str, int]:
 
 
 def _tokens_per_pair(plan: SitePlan) -> float:
-    return max(1, int(plan.suffix[plan.live].sum())) / plan.shape[0]
+    return max(1, int(plan.live_by_layer()[1].sum())) / plan.shape[0]
 
 
 def _blocks_of(plan: SitePlan) -> tuple[int, int]:

@@ -65,8 +65,8 @@ def _draw(
     rng = np.random.default_rng(seed)
     drawn = {}
     for plan in request.plans:
-        live = np.flatnonzero(plan.live)
-        drawn[plan.site.name] = rng.choice(live, size=min(n, len(live)), replace=False)
+        numbers = rng.choice(plan.n_live, size=min(n, plan.n_live), replace=False)
+        drawn[plan.site.name] = plan.nth_live(numbers)
     choice = prepare_runner(request, runner, max_tokens)
     memory = Memory(make_layout(request, choice, {}))
     captures = Captures(request, choice.runner)

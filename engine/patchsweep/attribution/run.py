@@ -78,7 +78,7 @@ class Attribution:
                 *work.references(found.base_logits), batch.pairs, request.metrics
             )
             for plan in request.plans:
-                mine = np.flatnonzero(np.isin(plan.pair, batch.pairs))
+                mine = plan.patches(batch.pairs)
                 pair, layer, pos, unit = np.unravel_index(plan.cell[mine], plan.shape)
                 values = check_cells(
                     found.estimates.cells(plan, mine, batch),

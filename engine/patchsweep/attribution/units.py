@@ -73,8 +73,7 @@ class Estimator:
     def n_live(self, unit: Unit) -> int:
         """Live patches that the unit estimates."""
         plan, _ = self._owner[unit.variable]
-        inside = (plan.pair >= unit.pairs.start) & (plan.pair < unit.pairs.stop)
-        return int((inside & plan.live).sum())
+        return plan.totals(unit.pairs).n_live
 
     def together(self, unit: Unit) -> Hashable:
         """See `Work`: a pass gives all sites at once."""

@@ -120,13 +120,7 @@ def _sample(
     plans: dict[str, SitePlan], units: list[Unit], n_cells: int, rng: np.random.Generator
 ) -> list[Cell]:
     """Random patches of `units`, each unit as likely as it has patches."""
-    inside = [
-        np.flatnonzero(
-            np.isin(plans[u.variable].pair, u.pairs)
-            & np.isin(plans[u.variable].layer_set, u.layers)
-        )
-        for u in units
-    ]
+    inside = [plans[u.variable].patches(u.pairs, u.layers) for u in units]
     ends = np.cumsum([len(patches) for patches in inside])
     if not len(ends) or not ends[-1]:
         return []

@@ -166,7 +166,7 @@ def _cell(bridge: TransformerBridge, pairs: PromptPairs, site: str) -> Cell:
 def _values(runner: Runner, request: Request, batch: Batch, *, at_once: bool) -> Tensor:
     """logit_diff of a sample of live patches, run at once or one a forward pass."""
     plan = request.plans[0]
-    live = np.flatnonzero(plan.live)
+    live = plan.live_patches()
     rng = np.random.default_rng(1)
     chosen = np.sort(rng.choice(live, size=min(N_PATCHES, len(live)), replace=False))
     loaded = runner.load(batch, request.intervention)

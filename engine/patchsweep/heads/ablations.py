@@ -216,14 +216,14 @@ def _run_constants(ask: Ask, constants: Constants) -> Values:
     runner = prepare_runner(request, ask.runner, ask.max_tokens).runner
     captures = Captures(request, runner)
     (plan,) = request.plans
-    pair, at, _, unit = np.unravel_index(plan.cell, plan.shape)
     values = np.full((len(request.metrics), len(ask.pairs), n_layers, n_heads), np.nan, np.float32)
     for start in range(0, len(ask.pairs), PAIRS_AT_ONCE):
         for captured in captures.of(range(start, min(start + PAIRS_AT_ONCE, len(ask.pairs)))):
-            mine = np.flatnonzero(np.isin(pair, captured.batch.pairs) & chosen[at, unit])
+            mine = plan.patches(captured.batch.pairs)
+            mine = mine[chosen[plan.layer_set[mine], plan.unit_set[mine]]]
             run = runner.run(captured.loaded, plan, mine, request.metrics).numpy()
             run = check_cells(run, plan, mine, request.metrics)
-            values[:, pair[mine], at[mine], unit[mine]] = run
+            values[:, plan.pair[mine], plan.layer_set[mine], plan.unit_set[mine]] = run
     return values
 
 

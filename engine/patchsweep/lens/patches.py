@@ -115,11 +115,15 @@ class Patching:
             if shuffled not in sources:
                 (own,) = request.batches(batch.pairs)
                 sources[shuffled] = self.runner.activations(own.source)
-            rows = {pair: i for i, pair in enumerate(plan.pair.tolist())}
+            patches = plan.patches(batch.pairs)  # a shorter prompt may not have the position
             spans = {
-                i: slice(int(plan.start[rows[pair]]), int(plan.stop[rows[pair]]))
-                for i, pair in enumerate(batch.pairs)
-                if pair in rows  # a shorter prompt may not have the position
+                batch.local[pair]: slice(start, stop)
+                for pair, start, stop in zip(
+                    plan.pair[patches].tolist(),
+                    plan.start[patches].tolist(),
+                    plan.stop[patches].tolist(),
+                    strict=True,
+                )
             }
             units = None if plan.axes.units is None else list(plan.axes.units[0])
             n_units = 1 if units is None else request.shape.n_units(plan.site)

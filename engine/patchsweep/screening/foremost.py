@@ -65,7 +65,8 @@ class Foremost:
         some = live.any(axis=0)
         score = np.where(some, np.nansum(sizes, axis=0) / np.maximum(1, live.sum(axis=0)), -1.0)
         order = np.argsort(-score, kind="stable")[: int(some.sum())]
-        place = plan.cell % live.shape[1]
+        patches = plan.patches()
+        place = plan.cell[patches] % live.shape[1]
         n = screen.k
         while screen.margin is not None and n < len(order):
             effects = np.sort(self._mean_effect(plan, order[:n]))[::-1]
@@ -73,7 +74,7 @@ class Foremost:
             if effects[screen.k - 1] >= (1 + screen.margin) * left:
                 break
             n += screen.k
-        chosen: NDArray[np.bool_] = plan.live & np.isin(place, order[:n])
+        chosen: NDArray[np.bool_] = plan.live[patches] & np.isin(place, order[:n])
         return chosen
 
     def _mean_effect(self, plan: SitePlan, places: Ints) -> NDArray[np.float64]:
@@ -82,7 +83,7 @@ class Foremost:
         total, count = np.zeros((2, n_places))
         for pair in range(len(self.request.pairs)):
             for captured in self.captures.of(range(pair, pair + 1)):
-                mine = np.flatnonzero(plan.live & (plan.pair == pair))
+                mine = plan.live_patches([pair])
                 mine = mine[np.isin(plan.cell[mine] % n_places, places)]
                 if len(mine):
                     values = self._run(captured, plan, mine)
@@ -96,7 +97,7 @@ class Foremost:
         """Raw metrics `[metric, patch]`; those that have run are known."""
         metrics = self.request.metrics
         ran = self._ran.setdefault(
-            plan.site.name, np.full((len(metrics), len(plan.cell)), np.nan, np.float32)
+            plan.site.name, np.full((len(metrics), plan.n_patches), np.nan, np.float32)
         )
         new = patches[np.isnan(ran[0, patches])]
         if len(new):

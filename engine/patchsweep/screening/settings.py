@@ -78,5 +78,5 @@ class Screen:
 def live_of(plan: SitePlan) -> NDArray[np.bool_]:
     """[pair, place] whether the patch of that pair at that layer, position and unit is live."""
     live = np.zeros(int(np.prod(plan.shape)), dtype=bool)
-    live[plan.cell[plan.live]] = True
+    live[plan.cell[plan.live_patches()]] = True
     return live.reshape(plan.shape[0], -1)

@@ -8,7 +8,6 @@ from functools import cached_property
 import numpy as np
 
 from patchsweep.attribution.units import Estimator, variable_name
-from patchsweep.exact import patches_of
 from patchsweep.planner import SitePlan
 from patchsweep.probe import Choice
 from patchsweep.request import Request
@@ -47,19 +46,18 @@ class ScreenWork:
         if unit.variable in self._bounded:
             plan = self._bounded[unit.variable]
             starts = np.full(len(self.request.pairs), plan.full_lengths.max())
-            np.minimum.at(starts, plan.pair[plan.live], plan.start[plan.live])
+            live = plan.live_patches()
+            np.minimum.at(starts, plan.pair[live], plan.start[live])
             tokens = np.maximum(0, plan.full_lengths - starts)[unit.pairs.start : unit.pairs.stop]
             return int(self.screen.subsets * plan.n_layers * tokens.sum())
         plan = self._plans[unit.variable]
-        patches = patches_of(plan, unit)
-        live = patches[plan.live[patches]]
-        return round(float(plan.cost[live].sum()) * self._share(plan))
+        return round(plan.totals(unit.pairs, unit.layers).token_layers * self._share(plan))
 
     def n_live(self, unit: Unit) -> int:
         """See `Work`; of exact units how many run, as nearly as is known before the ranking."""
         if unit.variable in self._plans:
             plan = self._plans[unit.variable]
-            return round(int(plan.live[patches_of(plan, unit)].sum()) * self._share(plan))
+            return round(plan.totals(unit.pairs, unit.layers).n_live * self._share(plan))
         return 0
 
     def together(self, unit: Unit) -> Hashable:
@@ -99,7 +97,8 @@ class ScreenWork:
         return self.estimator.as_stored(plan, cells)
 
     def _bound(self, plan: SitePlan, unit: Unit) -> Values:
-        rest = np.flatnonzero(plan.live & ~self.foremost.chosen(plan))
+        live = plan.live_patches()
+        rest = live[~self.foremost.chosen(plan)[live]]
         tape = self.estimator.attribution.tape
         subsets = Subsets(self.estimator.request, tape, plan, self.screen)
         return subsets.bounds(rest, unit.pairs)

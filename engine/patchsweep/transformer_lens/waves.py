@@ -12,7 +12,8 @@ from einops import repeat
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.planner import Axes, Ints, PatchSet, SitePlan
+from patchsweep.planner import Axes, Ints, PatchSet, PatchTable
+from patchsweep.planner import Cells as PlanCells
 from patchsweep.transformer_lens.cells import Cells, Rows
 from patchsweep.waves import Unsupported
 from patchsweep.waves.capture import capture, check_attention_sites
@@ -118,28 +119,29 @@ class CellWaves:
             found.update(zip(wave.patch.tolist(), hidden.split(sizes), strict=True))
         return found
 
-    def _plan(self, tokens: Tensor) -> SitePlan:
+    def _plan(self, tokens: Tensor) -> PatchTable:
         cells, rows = self.cells, self.rows
         n_prompts, n_pos = tokens.shape
         n_layers = self.replica.n_layers
         units = None
         if cells.unit is not None:
             units = tuple((unit,) for unit in range(int(cells.unit.max()) + 1))
-        return SitePlan(
+        return PatchTable(
             site=cells.site,
             axes=Axes(layers=tuple((i,) for i in range(n_layers)), positions=None, units=units),
             shape=(n_prompts, len(cells), 1, 1),
             lengths=np.full(n_prompts, n_pos),
-            full_lengths=np.full(n_prompts, n_pos),
             reads=np.ones((n_prompts, n_pos), dtype=bool),  # a metric may read any position
             n_layers=n_layers,
-            cell=rows.prompt * len(cells) + rows.cell,
-            pair=rows.prompt,
-            layer_set=cells.layer[rows.cell],
-            unit_set=np.zeros(len(rows), np.int64) if cells.unit is None else cells.unit[rows.cell],
-            start=rows.start,
-            stop=rows.stop,
-            live=np.ones(len(rows), dtype=bool),
+            table=PlanCells(
+                pair=rows.prompt,
+                layer_set=cells.layer[rows.cell],
+                unit_set=(
+                    np.zeros(len(rows), np.int64) if cells.unit is None else cells.unit[rows.cell]
+                ),
+                start=rows.start,
+                stop=rows.stop,
+            ),
         )
 
     def _values(self) -> dict[int, Tensor]:

@@ -13,7 +13,7 @@ from patchsweep_kernels.attention import Rows, prefix_attention
 from patchsweep_kernels.scatter import scatter_patch
 from torch import Tensor, nn
 
-from patchsweep.planner import Ints
+from patchsweep.planner import Column, Ints
 from patchsweep.sites import Site
 from patchsweep.waves.capture import Run, first_of, split_hidden, watch, with_first
 from patchsweep.waves.locate import STREAM_SITES, SitePoint
@@ -29,7 +29,7 @@ class Donors:
     point: SitePoint
     layers: Sequence[Tensor]  # per layer of writing [pair, pos, width]: the values
     # [patch] row of the values, then [row, width] per layer: a vector for each one-token patch
-    row: Ints | None = None
+    row: Column | Ints | None = None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from patchsweep.batch import Batch
 from patchsweep.errors import ModelError
 from patchsweep.interventions import Custom, Intervention, Resample, Spans
 from patchsweep.metrics import Logits, Metric, Sum, compute
-from patchsweep.planner import Ints, PatchSet, SitePlan
+from patchsweep.planner import Column, Ints, PatchSet, Plan, SitePlan
 from patchsweep.sites import Site
 from patchsweep.waves.budget import default_cache, default_max_tokens, keep_wave_memory
 from patchsweep.waves.cache import Budget, Shelf
@@ -337,14 +337,19 @@ class _CellDonors(Sequence[Tensor]):
         return rows.flatten(0, 2)
 
 
-def _cell_rows(plan: SitePlan, batch: Batch) -> Ints | None:
+def _cell_rows(plan: Plan, batch: Batch) -> Column | None:
     """[patch] the row of `_CellDonors` that it takes; None for sites other than pattern_cell."""
     if not plan.axes.n_sources:
         return None
-    source = plan.unit_set % plan.axes.n_sources
     local = np.array([batch.local.get(pair, 0) for pair in range(plan.shape[0])])
-    # sources past the end of a shorter prompt are dead, so their rows are never asked for
-    return (local[plan.pair] * batch.length + plan.start) * batch.length + source
+
+    def of(patches: Ints) -> Ints:
+        cells = plan.cells(patches)
+        # sources past the end of a shorter prompt are dead, so their rows are never asked for
+        source = cells.unit_set % plan.axes.n_sources
+        return (local[cells.pair] * batch.length + cells.start) * batch.length + source
+
+    return Column(of)
 
 
 def _attend(
