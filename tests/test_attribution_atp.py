@@ -79,7 +79,7 @@ def test_atp_equals_plain_autograd(family: str, site: str) -> None:
     assert np.linalg.norm((found - expected)[live]) < 1e-5 * size
     plan = request.plans[0]
     alive = np.zeros(plan.shape, bool).ravel()
-    alive[plan.cell[plan.live]] = True
+    alive[plan.cell[plan.live_patches()]] = True
     assert np.linalg.norm(np.where(alive.reshape(expected.shape), 0, expected)) < 1e-5 * size
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import pytest
 import torch
 from patchsweep.hooked import HookedRunner
@@ -42,7 +41,7 @@ def test_hooked_runner_shares_a_pass_among_sites_and_layers() -> None:
     batch = request.batches([0])[0]
     runner = HookedRunner(bridge, request.sites)
     loaded = runner.load(batch, request.intervention)
-    sets = [PatchSet(plan, np.flatnonzero(plan.live)[::7]) for plan in request.plans]
+    sets = [PatchSet(plan, plan.live_patches()[::7]) for plan in request.plans]
     with counted_passes(bridge) as passes:
         shared = runner.run_together(loaded, sets, (METRICS["logit_diff"],))
     assert len(passes) == 1

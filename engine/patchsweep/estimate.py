@@ -109,9 +109,9 @@ def _count_waves(request: Request, max_tokens: int) -> Counter[int]:
         n_pairs, n_layers = blocks[plan.site.name]
         pair, layer = np.nonzero(live := plan.live_by_layer()[1])
         keys = (pair // n_pairs, layer // n_layers, plan.lengths[pair], plan.entry_of_set[layer])
-        unique, where = np.unique(np.stack(keys), axis=1, return_inverse=True)
-        sums = np.bincount(where.ravel(), live[pair, layer], minlength=unique.shape[1])
-        for key, n in zip(unique.T.tolist(), sums.astype(np.int64).tolist(), strict=True):
+        unique, at = np.unique(np.stack(keys), axis=1, return_inverse=True)
+        n_tokens = np.bincount(at.ravel(), live[pair, layer], minlength=unique.shape[1])
+        for key, n in zip(unique.T.tolist(), n_tokens.astype(np.int64).tolist(), strict=True):
             tokens[convoys[plan.site.name], *key] += n
     counts: Counter[int] = Counter()
     # of one bundle and one length, by entry

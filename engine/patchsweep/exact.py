@@ -54,7 +54,7 @@ class ExactWork:
             sets = [PatchSet(block.plan, block.fill_dead(captured)) for block in blocks]
             found = self.runner.run_together(captured.loaded, sets, metrics)
             for block, ran, values in zip(blocks, sets, found, strict=True):
-                numbers = check_cells(values.numpy(), ran.plan, ran.patches, metrics)
+                numbers = check_cells(values.numpy(), block.plan, ran.patches, metrics)
                 block.put(ran.patches, numbers)
         return [block.values() for block in blocks]
 
@@ -112,11 +112,6 @@ def references_of(captures: Captures, unit: Unit, n_metrics: int) -> tuple[Value
     return base, source
 
 
-def patches_of(plan: SitePlan, unit: Unit) -> Ints:
-    """The patches whose cells lie in the unit."""
-    return plan.patches(unit.pairs, unit.layers)
-
-
 class Block:
     """The cells of one unit, as the store keeps them; NaN until put."""
 
@@ -128,8 +123,7 @@ class Block:
     def fill_dead(self, captured: Captured) -> Ints:
         """Put the base metric where a patch of the batch changes nothing; gives the others."""
         plan = self.plan
-        patches = patches_of(plan, self.unit)
-        patches = patches[np.isin(plan.pair[patches], captured.batch.pairs)]
+        patches = plan.patches(captured.batch.pairs, self.unit.layers)
         dead = patches[~plan.live[patches]]
         self.put(dead, captured.base_of(plan, dead))
         return patches[plan.live[patches]]

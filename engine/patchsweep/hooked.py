@@ -22,7 +22,7 @@ from patchsweep.batch import Batch
 from patchsweep.errors import SiteError
 from patchsweep.interventions import Intervention
 from patchsweep.metrics import Logits, Metric, compute
-from patchsweep.planner import Ints, PatchSet, SitePlan
+from patchsweep.planner import Ints, PatchSet, Plan, SitePlan
 from patchsweep.running import running
 from patchsweep.sites import SITES, Site
 
@@ -234,7 +234,7 @@ class HookedRunner:
         return list(values.split(sizes, dim=1))
 
     def _hooks_of(
-        self, loaded: Loaded, plan: SitePlan, patches: Ints, rows: Ints
+        self, loaded: Loaded, plan: Plan, patches: Ints, rows: Ints
     ) -> list[tuple[str, Callable[[Tensor, Any], Tensor]]]:
         """Hooks that put patch `patches[i]` of `plan` into row `rows[i]` of a forward pass."""
         local = loaded.batch.local
@@ -250,7 +250,7 @@ class HookedRunner:
         ]
 
     def _patch(
-        self, loaded: Loaded, plan: SitePlan, written: Sequence[_Write], layer: int
+        self, loaded: Loaded, plan: Plan, written: Sequence[_Write], layer: int
     ) -> Callable[[Tensor, Any], Tensor]:
         """A hook that replaces what the patches of `written` cover."""
         donor = loaded.donors[plan.site.name][layer]

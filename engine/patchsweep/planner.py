@@ -162,20 +162,6 @@ class Plan:
 
         return Column(of)
 
-    def place_of(self, patch: int) -> str:
-        """Where a patch is, by its labels: such as `pair 0, layer 12, pos S, head 3`."""
-        pair, layer, pos, unit = np.unravel_index(int(self.cell[patch]), self.shape)
-        words = [f"pair {pair}"]
-        if self.site.layered:
-            words.append(f"layer {'+'.join(map(str, self.axes.layers[layer]))}")
-        if self.axes.positions is not None:
-            words.append(f"pos {self.axes.positions[pos]}")
-        if self.axes.units is not None:
-            words.append(f"{self.site.unit} {'+'.join(map(str, self.axes.units[unit]))}")
-        if self.axes.n_sources:
-            words.append(f"src {unit % self.axes.n_sources}")
-        return ", ".join(words)
-
     @cached_property
     def write_layers(self) -> Bools:
         """[layer set, layer] where the value is written; `resid_post` writes one further on."""
@@ -266,6 +252,20 @@ class SitePlan(Plan):
             return ~dead
 
         return Column(of)
+
+    def place_of(self, patch: int) -> str:
+        """Where a patch is, by its labels: such as `pair 0, layer 12, pos S, head 3`."""
+        pair, layer, pos, unit = np.unravel_index(int(self.cell[patch]), self.shape)
+        words = [f"pair {pair}"]
+        if self.site.layered:
+            words.append(f"layer {'+'.join(map(str, self.axes.layers[layer]))}")
+        if self.axes.positions is not None:
+            words.append(f"pos {self.axes.positions[pos]}")
+        if self.axes.units is not None:
+            words.append(f"{self.site.unit} {'+'.join(map(str, self.axes.units[unit]))}")
+        if self.axes.n_sources:
+            words.append(f"src {unit % self.axes.n_sources}")
+        return ", ".join(words)
 
     def patches(self, pairs: Sequence[int] | None = None, layers: range | None = None) -> Ints:
         """The patches of `pairs` (default: all) in the layer sets `layers`, pair by pair."""
