@@ -379,3 +379,24 @@ def test_verb_refuses_in_one_line(
     assert main(["attention", "model=tiny", f"store={tmp_path / 'a.zarr'}", word]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "a.zarr").exists()
+
+
+def test_answers_that_share_a_token_are_read_where_they_differ() -> None:
+    bridge = model("tiny:llama")
+    pairs = ps.PromptPairs.from_strings(
+        bridge,
+        clean=["When John and Mary went to the", "When John and Mary went to the"],
+        corrupted=["When John and Paul went to the", "When John and Paul went to the"],
+        answers=[(" Anna Paul", " Anna Tom"), (" Anna Paul", " Tom Paul")],
+        multi_token=True,
+    )
+    ds = attention(bridge, pairs, top=1, predictions=3, direction="noising")
+    for number, pair in enumerate(pairs):
+        for run, prompt in (("base", pair.clean), ("source", pair.corrupted)):
+            with torch.no_grad():
+                logits = bridge(torch.tensor([[*prompt, *pair.answer[: pair.differ]]]))[0, -1]
+            prob = logits.float().softmax(dim=-1)
+            found = ds.sel(run=run, pair=number)
+            for name, ids in (("answer_prob", pair.answer), ("wrong_prob", pair.wrong_answer)):
+                assert float(found[name]) == pytest.approx(float(prob[ids[pair.differ]]), abs=1e-5)
+            assert float(found["top_prob"][0]) == pytest.approx(float(prob.max()), abs=1e-5)

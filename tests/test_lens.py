@@ -352,3 +352,28 @@ def test_a_model_that_reads_its_stream_otherwise_is_refused(monkeypatch: Any) ->
     monkeypatch.setattr(bridge.adapter, "apply_output_logits_transform", lambda x: x.flip(-1))
     with pytest.raises(MethodError, match="mislead"):
         lens(bridge, demo_pairs("tiny:gemma2"))
+
+
+def test_answers_that_share_a_token_are_read_where_they_differ() -> None:
+    bridge = model("tiny:llama")
+    pairs = PromptPairs.from_strings(
+        bridge,
+        clean=["When John and Mary went to the", "When John and Mary went to the"],
+        corrupted=["When John and Paul went to the", "When John and Paul went to the"],
+        answers=[(" Anna Paul", " Anna Tom"), (" Anna Paul", " Tom Paul")],
+        multi_token=True,
+    )
+    assert [pair.differ for pair in pairs] == [1, 0]
+    ds = lens(bridge, pairs)
+    assert ds["answer_pos"].values.tolist() == [len(pairs[0]), len(pairs[1]) - 1]
+    for number, pair in enumerate(pairs):
+        shared = pair.answer[: pair.differ]
+        with torch.no_grad():
+            logits = bridge(torch.tensor([[*pair.clean, *shared]]))[0, -1].float()
+        expected = logits.log_softmax(dim=-1)
+        at = ds.isel(run=0, layer=-1, point=2).sel(pair=number, pos=int(ds["answer_pos"][number]))
+        for kind, ids in (("answer", pair.answer), ("wrong", pair.wrong_answer)):
+            assert float(at[f"{kind}_log_prob"]) == pytest.approx(
+                float(expected[ids[pair.differ]]), abs=1e-4
+            )
+        assert float(at["answer_log_prob"]) != float(at["wrong_log_prob"])

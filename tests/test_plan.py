@@ -21,9 +21,10 @@ from patchsweep.interventions import Resample
 from patchsweep.metrics import METRICS
 from patchsweep.pairs import PromptPair, PromptPairs
 from patchsweep.planner import Axes, ModelShape, PairShape, PatchSet, plan_site
-from patchsweep.request import make_request
+from patchsweep.request import UNIT_TOKENS, blocks_of, make_request
 from patchsweep.results import make_layout
 from patchsweep.sites import SITES
+from patchsweep.waves.budget import GPU_TOKENS
 from patchsweep.waves.packing import pack
 from patchsweep.waves.runner import WaveRunner
 from patchsweep.waves.schedule import make_waves
@@ -60,6 +61,16 @@ def site_plans(draw: st.DrawFn):
         tuple((layer,) for layer in layers), None if positions is None else tuple(positions), units
     )
     return plan_site(site, axes, SHAPE, pairs, resample=draw(st.booleans())), pairs
+
+
+def test_one_unit_fills_a_packed_batch_of_a_gpu() -> None:
+    pair = PairShape((False, *[True] * 16), (16,), {})
+    axes = Axes(tuple((layer,) for layer in range(4)), tuple(range(17)), None)
+    plan = plan_site(SITES["resid_pre"], axes, SHAPE, [pair] * 64, resample=True)
+    n_pairs, n_layers = blocks_of([plan])["resid_pre"]
+    assert n_layers == 4
+    tokens = plan.suffix[plan.live_patches(range(n_pairs))].sum()
+    assert 0.9 * GPU_TOKENS < tokens <= UNIT_TOKENS
 
 
 @given(site_plans())

@@ -68,7 +68,8 @@ def attention(
     effect of replacing a head's whole pattern by the source run's, run and not estimated.
     `top_token`, `top_prob`, `top_logit` [run, pair, top] are the most probable next tokens where
     the metric is read, `answer_prob` and `wrong_prob` [run, pair] the probabilities of the two
-    answers (of their first tokens), `base_metric` and `source_metric` [metric, pair] the metric
+    answers; of answers of several tokens, both after the tokens that they share, and of the first
+    token that tells them apart. `base_metric` and `source_metric` [metric, pair] the metric
     itself. NaN, and "", beyond the length of a pair.
 
     A cell of positive attribution would raise the metric of the base run if its probability were
@@ -272,7 +273,8 @@ class _Views:
         base_logits = visit_cells(work, visit, lambda layer, heads: keep_heads(0, layer, heads))
         self.references[:, :, rows] = work.references(base_logits)
         for run, logits in enumerate((base_logits, source_logits)):
-            self._predict(run, batch, logits[:, 0].float())
+            row = torch.arange(len(rows), device=logits.device)
+            self._predict(run, batch, logits[row, batch.differ].float())
 
     def _predict(self, run: int, batch: Batch, logits: Tensor) -> None:
         """Keep the most probable tokens of `logits` [pair, d_vocab]."""
@@ -283,7 +285,8 @@ class _Views:
         self.logit[run, rows] = best.cpu().numpy()
         self.prob[run, rows] = prob.gather(1, ids).cpu().numpy()
         for which, answer in enumerate((batch.answer, batch.wrong)):
-            self.answers[which, run, rows] = prob.gather(1, answer[:, :1])[:, 0].cpu().numpy()
+            own = prob.gather(1, answer.gather(1, batch.differ.unsqueeze(1)))
+            self.answers[which, run, rows] = own[:, 0].cpu().numpy()
 
     def dataset(self, heads: Sequence[Head]) -> xr.Dataset:
         """All arrays with their names."""

@@ -36,6 +36,11 @@ class Batch:
         return self.base.shape[1]
 
     @property
+    def differ(self) -> Int[Tensor, " pair"]:
+        """Which token of its two answers is the first that tells them apart."""
+        return (self.answer != self.wrong).int().argmax(dim=1)
+
+    @property
     def local(self) -> dict[int, int]:
         """Pair number to row of the batch."""
         return {pair: row for row, pair in enumerate(self.pairs)}

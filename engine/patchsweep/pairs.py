@@ -56,6 +56,12 @@ class PromptPair:
         """Tokens in each of the two prompts."""
         return len(self.clean)
 
+    @property
+    def differ(self) -> int:
+        """Which token of the two answers is the first that tells them apart."""
+        both = zip(self.answer, self.wrong_answer, strict=False)
+        return next((i for i, (right, wrong) in enumerate(both) if right != wrong), 0)
+
 
 @dataclass(frozen=True)
 class PromptPairs(Sequence[PromptPair]):

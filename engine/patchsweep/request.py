@@ -22,8 +22,9 @@ from patchsweep.sites import Site, get_sites
 MetricLike = str | Metric | Callable[[Tensor], Tensor]
 Sets = Sequence[int | Sequence[int]]
 Positions = Sequence[int | str] | Literal["all"] | None
-# tokens of live patches in one unit of work: a few waves, so that a kill loses little
-UNIT_TOKENS = 10_240
+# tokens of live patches in one unit of work: as many as fill a packed batch on a GPU (GPU_TOKENS of
+# waves.budget), which four of a CPU's hold; no more, so that a kill loses little
+UNIT_TOKENS = 16_384
 
 
 @dataclass(frozen=True)

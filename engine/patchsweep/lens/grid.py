@@ -57,8 +57,9 @@ def lens(
     (before attention), `resid_mid` (before the MLP) and `resid_post`; parallel blocks have no
     `resid_mid`. Variables: `top_token` (text) and `top_prob`; `answer_prob`, `answer_log_prob`
     (nats) and `answer_rank` (tokens above it, 0 is the best), and the same of the wrong answer as
-    `wrong_*`. Of answers of several tokens the first is read; the coordinate `answer_pos` [pair]
-    is the position after which it is expected. NaN, or "", beyond a prompt's end and where there
+    `wrong_*`. Of answers of several tokens the first that tells the two apart is read, after the
+    tokens that they share; the coordinate `answer_pos` [pair] is the position after which it is
+    expected. NaN, or "", beyond a prompt's end and where there
     is no such point.
 
     Args:
@@ -273,7 +274,7 @@ class _Grid:
                 "token": (("pair", "pos"), self.token),
                 "answer": ("pair", _strings([p.answer_text for p in self.pairs])),
                 "wrong_answer": ("pair", _strings([p.wrong_answer_text for p in self.pairs])),
-                "answer_pos": ("pair", np.array([len(p.clean) - 1 for p in self.pairs])),
+                "answer_pos": ("pair", np.array([len(p) - 1 + p.differ for p in self.pairs])),
             },
             attrs=flat_attributes(attrs),
         )

@@ -23,14 +23,15 @@ def read_streams(
 ) -> dict[str, NDArray[Any]]:
     """Per name `[place, pair, pos]` (`top_*`: and top), a chunk of rows at a time.
 
-    `answer_*` and `wrong_*`: probability, its log in nats, and rank (tokens above it) of the first
-    token of each answer; `top_id` and `top_prob`: the `top` most probable tokens.
+    `answer_*` and `wrong_*`: probability, its log in nats, and rank (tokens above it) of each answer's
+    first token that the other one does not have there; `top_id` and `top_prob`: the `top` most probable tokens.
     """
     stack = torch.stack([x.to(batch.base.device) for x in streams.values()])
     lead = stack.shape[:-1]
     rows = stack.reshape(-1, stack.shape[-1])
     right, wrong = (
-        ids[:, :1].expand(lead[1:]).expand(lead).reshape(-1) for ids in (batch.answer, batch.wrong)
+        ids.gather(1, batch.differ.unsqueeze(1)).expand(lead[1:]).expand(lead).reshape(-1)
+        for ids in (batch.answer, batch.wrong)
     )
     size = max(1, CHUNK_BYTES // (4 * int(model.cfg.d_vocab)))
     parts: dict[str, list[Tensor]] = {}
