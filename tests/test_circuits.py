@@ -462,9 +462,9 @@ def test_mistakes_end_before_anything_runs(
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the model ran")
 
-    monkeypatch.setattr(model("tiny:llama").original_model, "forward", never)
     monkeypatch.setattr("patchsweep.paths.blocks.Blocks.trace", never)
-    with pytest.raises(error, match=words):
+    ran = torch.nn.modules.module.register_module_forward_pre_hook(never)
+    with ran, pytest.raises(error, match=words):
         circuit(model("tiny:llama"), demo_pairs("tiny:llama"), **arguments)
 
 

@@ -156,7 +156,7 @@ MISTAKES = {
     "wrong-type": (["run", "runner.max_tokens=many"], "many"),
     "missing-value": (["run", "model=hf"], "model.name"),
     "unknown-runner": (["run", "runner.name=fast"], "use auto, wave or hooked"),
-    "no-list": (["run", "sites.layers=3"], "sites.layers=3 must be a list"),
+    "no-list": (["run", "sites.layers=x"], "must be an index or a list"),
     "unknown-site": (["run", *TINY, "sites=resid"], "use one of"),
     "unknown-metric": (["run", *TINY, "metric=accuracy"], "use one of"),
     "layer": (["run", *TINY, "sites=z", "sites.layers=[7]"], "past the last layer 2"),

@@ -24,6 +24,7 @@ class SpaceBefore:
     """Stands in for a model with a slow tokenizer that puts a space before every text."""
 
     cfg = SimpleNamespace(n_ctx=64, tokenizer_prepends_bos=True)
+    original_model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=64))
     is_fast = False
     bos_token_id, eos_token_id = 0, None
 

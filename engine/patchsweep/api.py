@@ -11,6 +11,7 @@ import xarray as xr
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.arguments import check_runner, check_store_path, one_of
 from patchsweep.attribution import check_request
 from patchsweep.attribution.units import Estimator
 from patchsweep.batch import clean_prompts
@@ -34,6 +35,7 @@ from patchsweep.store.layout import Layout
 from patchsweep.work import Journalled, Progress, Quiet, Share, Work, run_work
 
 Precision = Literal["model", "bf16"]
+PRECISIONS = ("model", "bf16")
 
 
 @runs_model
@@ -99,6 +101,11 @@ def sweep(
     Raises:
         PatchsweepError: an argument breaks a rule; nothing has run then.
     """
+    check_runner(runner, max_tokens, cache_budget)
+    one_of("precision", precision, PRECISIONS)
+    share = Share(slice_index, n_slices)
+    if store is not None:
+        check_store_path(store)
     request = make_request(
         model,
         pairs,
@@ -117,14 +124,15 @@ def sweep(
         check_request(request, asked.methods)
     if asked.screen is not None:
         asked.screen.check(request, n_slices)
-    if precision not in ("model", "bf16"):
-        raise ConfigError(f"precision={precision!r} is not known; use model or bf16")
     proven = precision == "bf16"
     if proven and (not asked.exact or asked.screen is not None):
         raise ConfigError("precision=bf16 is for method=exact; use precision=model")
+    if proven and runner == "hooked":
+        raise ConfigError(
+            "precision=bf16 is done by the wave runner alone; use runner=auto, or precision=model"
+        )
     if store is None and n_slices > 1:
         raise ConfigError(f"n_slices={n_slices} needs a store, where the slices meet; give one")
-    share = Share(slice_index, n_slices)
 
     def layout_of(choice: Choice) -> Layout:
         more = asked.variables(request) + (proof_variables(request) if proven else ())

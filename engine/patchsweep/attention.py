@@ -22,6 +22,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.api import sweep
+from patchsweep.arguments import is_whole, whole_number
 from patchsweep.attributes import flat_attributes
 from patchsweep.attribution.atp import Atp
 from patchsweep.attribution.check import check_request
@@ -167,22 +168,21 @@ def ranked_heads(ds: xr.Dataset, metric: str | None = None, pair: int = 0) -> li
 
 def _check(request: Request, heads: Sequence[Head] | None, top: int, predictions: int) -> None:
     shape = request.shape
-    if heads is None and top < 1:
-        raise PlanError(f"top={top} heads must be at least 1; 16 is usual")
+    whole_number("top", top, least=1)
+    whole_number("predictions", predictions, least=1, most=shape.d_vocab)
     if heads is not None and not heads:
         raise PlanError("heads is empty; give (layer, head) pairs, or leave it out")
-    for layer, head in heads or ():
+    for entry in heads or ():
+        if not (isinstance(entry, Sequence) and len(entry) == 2 and all(map(is_whole, entry))):
+            raise PlanError(f"heads has {entry!r}; give (layer, head) pairs, such as (3, 1)")
+        layer, head = entry
         if not (0 <= layer < shape.n_layers and 0 <= head < shape.n_heads):
             raise PlanError(
                 f"heads: ({layer}, {head}) is no head of {shape.n_layers} layers of "
                 f"{shape.n_heads}; layers and heads count from 0"
             )
-    if heads is not None and len(set(heads)) < len(heads):
+    if heads is not None and len(set(map(tuple, heads))) < len(heads):
         raise PlanError(f"heads={list(heads)} names a head twice; name each once")
-    if not 1 <= predictions <= shape.d_vocab:
-        raise PlanError(
-            f"predictions={predictions} of {shape.d_vocab} tokens; use 1..{shape.d_vocab}"
-        )
 
 
 def _exact(request: Request, heads: Sequence[Head]) -> xr.DataArray:

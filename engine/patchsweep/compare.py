@@ -33,6 +33,7 @@ from patchsweep.agreement import (
     slope,
     spearman,
 )
+from patchsweep.arguments import whole_number
 from patchsweep.attributes import attributes
 from patchsweep.errors import StoreError
 
@@ -133,7 +134,10 @@ def compare(
 
     Raises:
         StoreError: the store cannot be read, or holds no site with both.
+        PlanError: a number is out of range.
     """
+    whole_number("n_resamples", n_resamples, least=0)
+    whole_number("top_k", top_k, least=1)
     ds = store if isinstance(store, xr.Dataset) else _open(store)
     exact_sites = summary.sites(ds)
     found = [

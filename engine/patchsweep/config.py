@@ -8,6 +8,7 @@ edge (`cli.app`); everything below takes dataclasses.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -20,6 +21,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import MISSING, OmegaConf
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.arguments import check_runner, is_whole
 from patchsweep.attribution import IntegratedInputs, IntegratedSite
 from patchsweep.errors import ConfigError
 from patchsweep.models import load_model, sketch_model
@@ -30,6 +32,8 @@ from patchsweep.screening import Screen
 from patchsweep.screening.asked import MethodLike
 from patchsweep.tasks import load_task
 
+# what it logs of an object that cannot be imported is in the error that it raises
+logging.getLogger("hydra.utils").disabled = True
 # keys that say where and by whom a run is done, not what it is; they stay out of provenance
 PLACES = ("store", "slice", "n_slices")
 # how much of a machine it may fill: likewise
@@ -126,10 +130,10 @@ class SitesConfig:
     def __post_init__(self) -> None:
         for key in ("layers", "positions", "heads", "neurons"):
             value = getattr(self, key)
-            if value is None or (value == "all" and key != "layers"):
+            if value is None or is_whole(value) or (value == "all" and key != "layers"):
                 continue
             if not isinstance(value, list):
-                wanted = "a list" if key == "layers" else "a list or all"
+                wanted = "an index or a list" + (", or all" if key != "layers" else "")
                 raise ConfigError(f"sites.{key}={value!r} must be {wanted}, such as [0,1]")
             setattr(self, key, [tuple(v) if isinstance(v, list) else v for v in value])
 
@@ -195,13 +199,17 @@ class MetricConfig:
         """What `sweep(metrics=...)` takes.
 
         Raises:
-            ConfigError: a `_target_` cannot be imported.
+            ConfigError: a `_target_` cannot be imported, or is missing.
         """
-        return [name if isinstance(name, str) else _own(name) for name in self.names]
+        return [_own(name) if isinstance(name, Mapping) else name for name in self.names]
 
 
 def _own(target: Mapping[str, Any]) -> MetricLike:
     """A metric of the user's: a function, or an object of a class that is made with arguments."""
+    if "_target_" not in target:
+        raise ConfigError(
+            f"metric {dict(target)!r} names no function; give _target_ as module.function"
+        )
     try:
         if set(target) == {"_target_"}:
             found = get_object(target["_target_"])
@@ -236,16 +244,7 @@ class RunnerConfig:
         return None if self.cache_budget is None else int(self.cache_budget)
 
     def __post_init__(self) -> None:
-        if self.name not in ("auto", "wave", "hooked"):
-            raise ConfigError(f"runner.name={self.name!r} is not known; use auto, wave or hooked")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ConfigError(
-                f"runner.max_tokens={self.max_tokens} must be at least 1; null finds what suits"
-            )
-        if self.cache_budget is not None and self.cache_budget < 0:
-            raise ConfigError(
-                f"runner.cache_budget={self.cache_budget} is a number of bytes, such as 8e9"
-            )
+        check_runner(self.name, self.max_tokens, self.cache_budget)
 
 
 @dataclass

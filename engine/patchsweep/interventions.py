@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -252,4 +253,12 @@ def get_intervention(given: str | Intervention | float | Tensor | ValueFn) -> In
         return INTERVENTIONS[given]()
     if hasattr(given, "values") and hasattr(given, "from_source"):
         return given  # type: ignore[return-value]
+    constant = isinstance(given, float | int | np.ndarray | np.number | Tensor)
+    if isinstance(given, bool) or not (constant or callable(given)):
+        raise ConfigError(
+            f"intervention={given!r} is no intervention; use one of {', '.join(INTERVENTIONS)}, "
+            "a constant, or a callable (site, layer, base, source) -> values"
+        )
+    if constant and not bool(torch.as_tensor(given).isfinite().all()):
+        raise ConfigError(f"intervention={given!r} must be finite; give numbers")
     return Custom(given)

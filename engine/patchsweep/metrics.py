@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Union
 
 import torch
 from jaxtyping import Float
@@ -54,6 +54,7 @@ class Logits:
         return 0.5 * (reference.softmax(dim=-1) - self.full.softmax(dim=-1)).abs().sum(dim=-1)
 
 
+MetricLike = Union[str, "Metric", Callable[[Tensor], Tensor]]
 MetricFn = Callable[[Logits], Float[Tensor, " row"]]
 Needs = Literal["answers", "vocab", "references"]
 
@@ -133,14 +134,18 @@ METRICS: dict[str, Metric] = {
 }
 
 
-def get_metrics(given: Sequence[str | Metric | Callable[[Tensor], Tensor]]) -> tuple[Metric, ...]:
+def get_metrics(given: MetricLike | Sequence[MetricLike]) -> tuple[Metric, ...]:
     """The metrics of names; a callable over logits `[row, read, d_vocab]` becomes one too.
 
     Raises:
         MetricError: a name is unknown or given twice, or there is none.
     """
-    if isinstance(given, str):
+    if isinstance(given, str | Metric) or callable(given):
         given = [given]
+    if not isinstance(given, Sequence):
+        raise MetricError(
+            f"metrics={given!r} must be a metric or a list of them, such as ['logit_diff']"
+        )
     if not given:
         raise MetricError("metrics is empty; name at least one, such as logit_diff")
     metrics = tuple(_get(metric) for metric in given)
@@ -150,14 +155,15 @@ def get_metrics(given: Sequence[str | Metric | Callable[[Tensor], Tensor]]) -> t
     return metrics
 
 
-def _get(given: str | Metric | Callable[[Tensor], Tensor]) -> Metric:
+def _get(given: MetricLike) -> Metric:
+    """The metric of a name, of a function of logits, or the one given."""
     if isinstance(given, Metric):
         return given
     if callable(given):
         function = given
         name = getattr(function, "__name__", type(function).__name__)
         return Metric(name, "", "vocab", lambda x: function(_full(x)))
-    if given not in METRICS:
+    if not isinstance(given, str) or given not in METRICS:
         raise MetricError(f"metric {given!r} is not known; use one of {', '.join(METRICS)}")
     return METRICS[given]
 

@@ -15,9 +15,11 @@ from typing import Any, overload
 
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.arguments import check_bridge, true_or_false
 from patchsweep.errors import PromptError
+from patchsweep.labels import place_labels
 from patchsweep.records import REQUIRED, CharSpan, Label, PromptRecord, read_jsonl
-from patchsweep.tokens import char_ranges, token_ids, token_strings
+from patchsweep.tokens import context_size, token_ids, token_strings
 
 __all__ = [
     "CharSpan",
@@ -76,6 +78,12 @@ class PromptPairs(Sequence[PromptPair]):
     def __post_init__(self) -> None:
         if not self.pairs:
             raise PromptError("a sweep needs at least one prompt pair, got 0; give a pair")
+        for pair in self.pairs:
+            if not isinstance(pair, PromptPair):
+                raise PromptError(
+                    f"pairs must be of PromptPair, got {pair!r}; make them with "
+                    "PromptPairs.from_strings, from_records or from_jsonl"
+                )
 
     @classmethod
     def from_strings(
@@ -255,6 +263,14 @@ def tokenise_pair(
         PromptError: see `PromptPairs.from_records`; `UnfitPair` where another model's
             tokenizer or context might take the same record.
     """
+    check_bridge(model)
+    true_or_false("multi_token", multi_token, error=PromptError)
+    true_or_false("prepend_bos", prepend_bos, none=True, error=PromptError)
+    if not isinstance(record, PromptRecord):
+        raise PromptError(
+            f"{where} must be a PromptRecord, got {record!r}; write "
+            "PromptRecord(clean, corrupted, answer, wrong_answer)"
+        )
     for name in REQUIRED:
         text = getattr(record, name)
         if not isinstance(text, str) or not text:
@@ -309,7 +325,7 @@ def tokenise_pair(
         corrupted_tokens=corrupted_tokens,
         answer_text=record.answer,
         wrong_answer_text=record.wrong_answer,
-        labels=_place_labels(model, record, clean, where),
+        labels=place_labels(model, record, clean, where),
     )
 
 
@@ -317,7 +333,7 @@ def _prompt_ids(
     model: TransformerBridge, text: str, where: str, prepend_bos: bool | None
 ) -> tuple[int, ...]:
     ids = token_ids(model, text, prepend_bos=prepend_bos)
-    n_ctx = model.cfg.n_ctx
+    n_ctx = context_size(model)
     if len(ids) > n_ctx:
         raise UnfitPair(
             f"{where}: a prompt may have {n_ctx} tokens with this model, this one has "
@@ -384,73 +400,3 @@ def _end_of(model: TransformerBridge, ids: tuple[int, ...]) -> str:
     """The last tokens of `ids`, such as `[..., ' is', ' happy']`."""
     shown = ", ".join(map(repr, token_strings(model, ids[-4:])))
     return f"[{'..., ' if len(ids) > 4 else ''}{shown}]"
-
-
-def _place_labels(
-    model: TransformerBridge, record: PromptRecord, ids: tuple[int, ...], where: str
-) -> dict[str, tuple[int, int]]:
-    placed: dict[str, tuple[int, int]] = {}
-    ranges: list[tuple[int, int]] | None = None
-    for name, label in record.labels.items():
-        here = f"{where}: label {name!r}"
-        if isinstance(label, str | CharSpan):
-            if ranges is None:
-                ranges = char_ranges(model, record.clean, ids)
-            placed[name] = _tokens_of(_char_span(record.clean, label, here), ranges, here)
-            continue
-        if not (isinstance(label, tuple | list) and len(label) == 2 and all(map(_is_int, label))):
-            raise PromptError(
-                f"{here} must be a substring of the clean prompt or [first, past_last] token "
-                f"positions, got {label!r}; write one of these"
-            )
-        first, past_last = label
-        if not 0 <= first < past_last <= len(ids):
-            raise PromptError(
-                f"{here} must satisfy 0 <= first < past_last <= {len(ids)}, the number of "
-                f"tokens, got {[first, past_last]}; the tokens are "
-                f"{list(token_strings(model, ids))}"
-            )
-        placed[name] = (first, past_last)
-    return placed
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _char_span(text: str, label: str | CharSpan, here: str) -> CharSpan:
-    if isinstance(label, CharSpan):
-        if not 0 <= label.start < label.stop <= len(text):
-            raise PromptError(
-                f"{here} must satisfy 0 <= start < stop <= {len(text)}, the number of "
-                f"characters, got {label}; count in the clean prompt"
-            )
-        return label
-    start = text.find(label) if label else -1
-    if start < 0:
-        raise PromptError(
-            f"{here} must be a substring of the clean prompt, {label!r} is not in {text!r}; "
-            "copy it from the prompt"
-        )
-    again = text.find(label, start + 1)
-    if again >= 0:
-        raise PromptError(
-            f"{here} must occur once in the clean prompt, {label!r} is at characters {start} "
-            f"and {again} of {text!r}; give more of the text, or [first, past_last] positions"
-        )
-    # the space after a word belongs to the next token
-    return CharSpan(start, start + len(label.rstrip() or label))
-
-
-def _tokens_of(span: CharSpan, ranges: list[tuple[int, int]], here: str) -> tuple[int, int]:
-    hit = [
-        position
-        for position, (start, stop) in enumerate(ranges)
-        if start < span.stop and span.start < stop
-    ]
-    if not hit:
-        raise PromptError(
-            f"{here} covers no token, {span} holds only characters that the tokenizer drops; "
-            "choose other characters"
-        )
-    return hit[0], hit[-1] + 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,18 +10,20 @@ import numpy as np
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.arguments import check_bridge, index_sets, whole_number
+from patchsweep.arguments import position_axis as given_positions
 from patchsweep.batch import Batch, make_batches, next_of_length, pair_shape
-from patchsweep.errors import ConfigError, ModelError, PlanError
+from patchsweep.errors import ConfigError, ModelError, PlanError, PromptError
 from patchsweep.interventions import Direction, Intervention, ValueFn, get_intervention
-from patchsweep.metrics import Metric, get_metrics
+from patchsweep.metrics import Metric, MetricLike, get_metrics
 from patchsweep.models.homes import device_of
 from patchsweep.pairs import PromptPairs
 from patchsweep.planner import Axes, ModelShape, SitePlan, plan_site
 from patchsweep.sites import Site, get_sites
+from patchsweep.tokens import context_size
 
-MetricLike = str | Metric | Callable[[Tensor], Tensor]
-Sets = Sequence[int | Sequence[int]]
-Positions = Sequence[int | str] | Literal["all"] | None
+Sets = int | Sequence[int | Sequence[int]]
+Positions = int | Sequence[int | str] | Literal["all"] | None
 # tokens of live patches in one unit of work: as many as fill a packed batch on a GPU (GPU_TOKENS of
 # waves.budget), which four of a CPU's hold; no more, so that a kill loses little
 UNIT_TOKENS = 16_384
@@ -76,9 +78,11 @@ def make_request(
     Raises:
         PatchsweepError: an argument breaks a rule; the text says which, and what to do.
     """
-    chosen_sites = get_sites([sites] if isinstance(sites, str) else list(sites))
-    one_metric = isinstance(metrics, str | Metric) or callable(metrics)
-    chosen_metrics = get_metrics([metrics] if one_metric else metrics)  # type: ignore
+    shape = model_shape(model)
+    read = whole_number("read", read)
+    check_pairs(model, pairs)
+    chosen_sites = get_sites(sites)
+    chosen_metrics = get_metrics(metrics)
     chosen = get_intervention(intervention)
     if direction is None:
         direction = chosen.default_direction
@@ -87,7 +91,6 @@ def make_request(
             f"direction={direction!r} is not known; use 'denoising' (base is the corrupted "
             "prompt) or 'noising' (base is the clean prompt)"
         )
-    shape = model_shape(model)
     pair_shapes = [pair_shape(pair, direction, read) for pair in pairs]
     position_axis: tuple[int | str, ...] | None
     if positions is None:
@@ -99,7 +102,7 @@ def make_request(
             )
         position_axis = None
     else:
-        position_axis = tuple(positions)
+        position_axis = given_positions(positions)
     plans = []
     for site in chosen_sites:
         units = _unit_sets(site, shape, heads, neurons)
@@ -112,7 +115,7 @@ def make_request(
                 )
             n_sources = max(p.length for p in pair_shapes)
             units = tuple(unit for unit in units for _ in range(n_sources))
-        layer_sets = _sets(layers, shape.n_layers) if site.layered else ((0,),)
+        layer_sets = _sets("layers", layers, shape.n_layers) if site.layered else ((0,),)
         plans.append(
             plan_site(
                 site,
@@ -135,11 +138,48 @@ def make_request(
     )
 
 
-def _sets(given: Sets | None, n: int) -> tuple[tuple[int, ...], ...]:
+def check_pairs(model: TransformerBridge, pairs: PromptPairs) -> None:
+    """Raise unless `pairs` are prompt pairs that `model` can read.
+
+    Raises:
+        PromptError: they are something else, one is longer than the context, holds a token that
+            the model does not know, or its parts do not fit each other.
+    """
+    if not isinstance(pairs, PromptPairs):
+        raise PromptError(
+            f"pairs must be PromptPairs, got a {type(pairs).__name__}; make them with "
+            "PromptPairs.from_strings, from_records or from_jsonl"
+        )
+    n_ctx, d_vocab = context_size(model), int(model.cfg.d_vocab)
+    for number, pair in enumerate(pairs):
+        length = len(pair) + len(pair.answer) - 1  # all tokens of an answer but the last are read
+        if len(pair.corrupted) != len(pair):
+            raise PromptError(
+                f"pair {number}: the prompts have {len(pair)} and {len(pair.corrupted)} tokens; "
+                "both must have as many"
+            )
+        if len(pair.answer) != len(pair.wrong_answer) or not pair.answer:
+            raise PromptError(
+                f"pair {number}: the answers {pair.answer_text!r} and {pair.wrong_answer_text!r} "
+                f"have {len(pair.answer)} and {len(pair.wrong_answer)} tokens; use answers of the "
+                "same number of tokens"
+            )
+        if length > n_ctx:
+            raise PromptError(
+                f"pair {number}: prompt and answer have {length + 1} tokens, and this model reads "
+                f"{n_ctx} and says one more; shorten the prompt"
+            )
+        most = max(*pair.clean, *pair.corrupted, *pair.answer, *pair.wrong_answer)
+        if most >= d_vocab:
+            raise PromptError(
+                f"pair {number} has token {most}, and this model knows {d_vocab} tokens; make the "
+                "pairs with the model that is swept"
+            )
+
+
+def _sets(name: str, given: Sets | None, n: int) -> tuple[tuple[int, ...], ...]:
     """Every index by itself, or the sets that were given."""
-    if given is None:
-        return tuple((i,) for i in range(n))
-    return tuple((x,) if isinstance(x, int) else tuple(x) for x in given)
+    return tuple((i,) for i in range(n)) if given is None else index_sets(name, given)
 
 
 def _unit_sets(
@@ -148,10 +188,10 @@ def _unit_sets(
     """The unit axis of `site`: heads one by one unless said otherwise, chosen neurons."""
     if site.unit is None:
         return None
+    name = "neurons" if site.unit == "neuron" else "heads"
     given = neurons if site.unit == "neuron" else heads
     if isinstance(given, str):
         if given != "all":
-            name = "neurons" if site.unit == "neuron" else "heads"
             raise PlanError(f"{name}={given!r} is not known; use 'all' or a list of indices")
         return None
     if site.unit == "neuron" and given is None:
@@ -159,15 +199,16 @@ def _unit_sets(
             f"site {site.name} has {shape.d_mlp} neurons a layer; choose some with neurons=[...], "
             "or neurons='all' for one patch over all of them"
         )
-    return _sets(given, shape.n_units(site))
+    return _sets(name, given, shape.n_units(site))
 
 
 def model_shape(model: TransformerBridge) -> ModelShape:
     """Sizes of the model behind a bridge.
 
     Raises:
-        ModelError: it is not a causal language model.
+        ModelError: it is no bridge, or not a causal language model.
     """
+    check_bridge(model)
     cfg = model.cfg
     config = getattr(model.original_model, "config", None)
     if getattr(config, "is_encoder_decoder", False):

@@ -21,6 +21,7 @@ from torch import nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.arguments import check_bridge
 from patchsweep.errors import ModelError
 
 # where the libraries that build a model define the hooks that belong to it
@@ -87,6 +88,7 @@ def runs_model(function: F) -> F:
 
     @wraps(function)
     def call(model: TransformerBridge, *args: Any, **kwargs: Any) -> Any:
+        check_bridge(model)
         with running(model):
             return function(model, *args, **kwargs)
 

@@ -72,7 +72,7 @@ SITES: dict[str, Site] = {
 }
 
 
-def get_sites(names: Sequence[str]) -> tuple[Site, ...]:
+def get_sites(names: str | Sequence[str]) -> tuple[Site, ...]:
     """The sites called `names`, in order.
 
     A name with `hook_` in it is a TransformerLens hook point, such as `blocks.3.mlp.hook_pre`,
@@ -84,6 +84,8 @@ def get_sites(names: Sequence[str]) -> tuple[Site, ...]:
     """
     if isinstance(names, str):
         names = [names]
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise SiteError(f"sites={names!r} must be a site's name or a list of names, such as ['z']")
     if not names:
         raise SiteError("sites is empty; name at least one, such as resid_pre or z")
     unknown = [name for name in names if name not in SITES and "hook_" not in name]

@@ -14,6 +14,7 @@ import numpy as np
 import xarray as xr
 from scipy.stats import rankdata
 
+from patchsweep.arguments import number, whole_number
 from patchsweep.attributes import attributes
 from patchsweep.errors import MetricError, PlanError, SiteError, StoreError
 
@@ -160,7 +161,12 @@ def interval(
     """Percentile bootstrap interval of the mean effect over pairs, [bound, ...]: "low", "high".
 
     In the metric's unit. NaN where the cell has run in fewer than two pairs.
+
+    Raises:
+        SiteError, PlanError: `site` is not in the Dataset, or a number is out of range.
     """
+    number("confidence", confidence, above=0, below=1)
+    whole_number("n_resamples", n_resamples, least=1)
     effects = effect(ds, site)
     bounds = bootstrap(_pairs_first(effects), confidence=confidence, n_resamples=n_resamples)
     dims = [d for d in effects.dims if d != "pair"]
@@ -175,7 +181,11 @@ def p_value(ds: xr.Dataset, site: str, n_permutations: int = 1000) -> xr.DataArr
     """Two-sided sign-flip p-value that the mean effect over pairs is zero, per cell.
 
     Exact up to 12 pairs. Not corrected for the number of cells. NaN below two pairs.
+
+    Raises:
+        SiteError, PlanError: `site` is not in the Dataset, or there is no permutation.
     """
+    whole_number("n_permutations", n_permutations, least=1)
     effects = effect(ds, site)
     template = effects.isel(pair=0, drop=True)
     p = sign_flip(_pairs_first(effects), n_permutations=n_permutations)
@@ -223,8 +233,10 @@ def largest(
     ratio of means.
 
     Raises:
-        SiteError, MetricError, PlanError: `site`, `metric` or `pair` is not in the Dataset.
+        SiteError, MetricError, PlanError: `site`, `metric` or `pair` is not in the Dataset, or
+            `n` is no number of cells.
     """
+    whole_number("n", n, least=1)
     one = ds.sel(metric=[_metric_name(ds, metric)])
     if pair is not None:
         if pair not in ds["pair"].values:

@@ -32,6 +32,14 @@ def declares_start(tokenizer: Any) -> bool:
     )
 
 
+def context_size(model: TransformerBridge) -> int:
+    """The most tokens that a prompt may have, by the bridge and by the model behind it."""
+    config = model.original_model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    own = getattr(text, "max_position_embeddings", None)
+    return min(int(model.cfg.n_ctx), int(own or model.cfg.n_ctx))
+
+
 def token_ids(
     model: TransformerBridge, text: str, *, alone: bool = False, prepend_bos: bool | None = None
 ) -> tuple[int, ...]:

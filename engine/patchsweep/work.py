@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from patchsweep.arguments import whole_number
 from patchsweep.errors import ConfigError
 from patchsweep.results import Memory
 from patchsweep.store import Store, Unit
@@ -83,10 +84,11 @@ class Share:
     n: int = 1
 
     def __post_init__(self) -> None:
+        whole_number("slice", self.index, error=ConfigError)
+        whole_number("n_slices", self.n, least=1, error=ConfigError)
         if not 0 <= self.index < self.n:
             raise ConfigError(
-                f"slice={self.index} of n_slices={self.n} does not exist; "
-                + (f"use 0..{self.n - 1}" if self.n > 0 else "n_slices is at least 1")
+                f"slice={self.index} of n_slices={self.n} does not exist; use 0..{self.n - 1}"
             )
 
 

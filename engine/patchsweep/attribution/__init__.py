@@ -53,9 +53,9 @@ def get_methods(given: Sequence[str | Method]) -> tuple[Method, ...]:
 
 
 def _get(given: str | Method) -> Method:
-    if not isinstance(given, str):
+    if isinstance(given, Method) and not isinstance(given, type):
         return given
-    if given not in METHODS:
+    if not isinstance(given, str) or given not in METHODS:
         raise MethodError(
             f"method {given!r} is not known; use exact, screen or one of {', '.join(METHODS)}"
         )

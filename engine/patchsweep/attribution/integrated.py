@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from patchsweep.arguments import whole_number
 from patchsweep.attribution.estimates import Estimates, Found, Work, backward_each
 from patchsweep.attribution.tape import Place
 from patchsweep.errors import MethodError
@@ -37,10 +38,9 @@ def nodes(n_steps: int) -> list[tuple[float, float]]:
     """Where on [0, 1] gradients are taken, and their weights.
 
     Raises:
-        MethodError: there is no step.
+        MethodError: there is no step, or no whole number of them.
     """
-    if n_steps < 1:
-        raise MethodError(f"integrated gradients with steps={n_steps}; use one step or more")
+    whole_number("steps", n_steps, least=1, error=MethodError)
     x, w = np.polynomial.legendre.leggauss(n_steps)
     return [(float(a), float(b)) for a, b in zip((x + 1) / 2, w / 2, strict=True)]
 

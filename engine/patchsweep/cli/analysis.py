@@ -8,6 +8,7 @@ from typing import Any
 import xarray as xr
 from rich.console import Console
 
+from patchsweep.arguments import check_store_path
 from patchsweep.config import StoreConfig
 from patchsweep.errors import ConfigError
 from patchsweep.store.credentials import scrub
@@ -44,6 +45,7 @@ def stored(
     Raises:
         StoreError: something else than results with `attrs` lies there.
     """
+    check_store_path(store.path)
     ds = read_whole(store.path, attrs, store.storage_options)
     if ds is not None:
         return ds, True

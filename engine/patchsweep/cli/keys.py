@@ -8,6 +8,8 @@ from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any, get_type_hints
 
+from hydra.conf import HydraConf
+
 from patchsweep.config import GROUPS, RunConfig
 from patchsweep.errors import ConfigError
 
@@ -52,6 +54,10 @@ def unknown(key: str, schema: type[RunConfig], verb: str) -> str:
 def elsewhere(key: str, chosen: type | None) -> str:
     """What a user is told whose `key` is not one of the class that the group's choice has."""
     group, _, name = key.partition(".")
+    if group == "hydra":
+        near = get_close_matches(key, [f"hydra.{name}" for name in _flat(_of_class(HydraConf))])
+        meant = f"; did you mean {near[0]}?" if near else ""
+        return f"key {key!r} is not known{meant}; `--hydra-help` says more"
     owners = [
         schema.partition("_")[0]
         for one, schema in GROUPS.get(group, {}).items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException, ValidationError
 
 from patchsweep.cli.keys import elsewhere
 from patchsweep.errors import PatchsweepError
@@ -28,16 +28,31 @@ def one_line(error: BaseException) -> str | None:
         )
     if isinstance(error, HydraException):
         text = scrub(_joined(str(error)))
+        cause = error.__cause__
         not_there = re.match(r"Could not override '([^']+)'", text)
         if not_there:
-            return elsewhere(not_there[1], getattr(error.__cause__, "object_type", None))
-        if isinstance(error.__cause__, OmegaConfBaseException):
-            text += f" ({_omegaconf(error.__cause__)})"
+            return elsewhere(not_there[1], getattr(cause, "object_type", None))
+        if text.startswith("Error merging override") and isinstance(cause, ValidationError):
+            return scrub(_wrong_type(cause))
+        if isinstance(cause, OmegaConfBaseException):
+            text += f" ({_omegaconf(cause)})"
         for launcher, extra in _EXTRAS.items():
             if f"hydra/launcher/{launcher}" in text:
                 text += f'; that launcher is an extra: pip install "patchsweep[{extra}]"'
         return text
     return None
+
+
+def _wrong_type(error: ValidationError) -> str:
+    """Such as "task.n_pairs='x' must be a whole number"."""
+    first = str(error.msg or error).splitlines()[0]
+    told = re.match(r"Value '(.*)' .*(Integer|Float|bool)\b", first)
+    if "is not a ListConfig" in first:
+        return f"{error.full_key} must be a list, such as [a,b]"
+    if told is None:
+        return f"{error.full_key}: {first}"
+    kinds = {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}
+    return f"{error.full_key}={told[1]!r} must be {kinds[told[2]]}"
 
 
 def _omegaconf(error: OmegaConfBaseException) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from patchsweep.errors import ConfigError
@@ -11,34 +13,32 @@ from patchsweep.errors import ConfigError
 class Parser(argparse.ArgumentParser):
     """Argparse whose mistakes are errors of the user's, not a usage of many lines."""
 
-    def parse_args(self, words: list[str]) -> argparse.Namespace:  # type: ignore[override]
-        """The options of `words`.
+    _words: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """See argparse, which asks this however it is called.
 
         Raises:
             ConfigError: there is no such option, or one is missing or wrong.
         """
-        self._words = words
-        return super().parse_args(words)
+        self._words = args or self._words
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of leaving."""
         remedy = f"`{self.prog} --help` says more"
-        dashed = [word for word in getattr(self, "_words", ()) if word[:1] == "-"]
+        dashed = [word for word in self._words if re.match("-[^-]", word)]
         if dashed and ("required" in message or "unrecognized" in message):
             remedy = f"a path that begins with a dash is written ./{dashed[0]}; {remedy}"
         raise ConfigError(f"{message}; {remedy}")
 
 
-def at_least(least: int, option: str) -> Any:
+def at_least(least: int) -> Callable[[str], int]:
     """The type of an option that is a whole number of at least `least`."""
 
     def number(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise ConfigError(f"{option} is {text!r}; use a whole number from {least} on")
-        return value
+        if not text.lstrip("-").isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} on")
+        return int(text)
 
     return number

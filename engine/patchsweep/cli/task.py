@@ -22,9 +22,7 @@ def main(arguments: list[str]) -> int:
     )
     check.add_argument("names", nargs="*", metavar="NAME", help="tasks (all)")
     check.add_argument("--model", default="smollm2-135m", help="as load_model takes it")
-    check.add_argument(
-        "--n-pairs", type=at_least(1, "--n-pairs"), help="pairs (the task's own number)"
-    )
+    check.add_argument("--n-pairs", type=at_least(1), help="pairs (the task's own number)")
     check.add_argument("--seed", type=int, default=0, help="of the pairs (0)")
     options = parser.parse_args(arguments)
     console = stdout()

@@ -103,7 +103,9 @@ def prepare(ask: Ask) -> Trainer | None:
     Raises:
         PatchsweepError: an argument breaks a rule, or the model takes no gradients.
     """
-    _request(ask, Resample())
+    request = _request(ask, Resample())
+    if "mean_label" in ask.ablations and not any(pair.labels for pair in request.pairs):
+        raise ConfigError("ablation mean_label needs labelled pairs; use mean, or label them")
     if OPTIMAL not in ask.ablations:
         return None
     assert ask.optimal is not None

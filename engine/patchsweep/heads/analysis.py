@@ -11,8 +11,9 @@ import numpy as np
 import xarray as xr
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.arguments import check_runner, position_axis
 from patchsweep.attributes import flat_attributes
-from patchsweep.errors import MethodError
+from patchsweep.errors import ConfigError, MethodError
 from patchsweep.heads.ablations import (
     ABLATIONS,
     MEANING,
@@ -27,7 +28,7 @@ from patchsweep.heads.classes import Thresholds, detected_classes, member_table,
 from patchsweep.heads.optimal import OptimalSettings
 from patchsweep.heads.scores import detect
 from patchsweep.heads.table import disagreement
-from patchsweep.metrics import Metric, get_metrics
+from patchsweep.metrics import get_metrics
 from patchsweep.pairs import PromptPairs
 from patchsweep.probe import RunnerName
 from patchsweep.request import MetricLike, Positions
@@ -82,11 +83,17 @@ def study(
     Raises:
         PatchsweepError: an argument breaks a rule; nothing has run then.
     """
-    one_metric = isinstance(metrics, str | Metric) or callable(metrics)
+    if not isinstance(optimal, OptimalSettings | None):
+        raise ConfigError(f"optimal={optimal!r} must be OptimalSettings(...), or None")
+    if not isinstance(thresholds, Thresholds):
+        raise ConfigError(f"thresholds={thresholds!r} must be Thresholds(...)")
+    check_runner(runner, max_tokens)
+    if positions is not None and not isinstance(positions, str):
+        positions = position_axis(positions)
     ask = Ask(
         model=model,
         pairs=pairs,
-        metrics=get_metrics([metrics] if one_metric else metrics),  # type: ignore
+        metrics=get_metrics(metrics),
         ablations=check_ablations(ablations, positions, optimal),
         positions=positions,
         read=read,
@@ -132,8 +139,12 @@ def identity(ask: Ask, thresholds: Thresholds, config: Mapping[str, Any] | None)
         "method": "exact",
         "direction": "noising",
         "ablations": {name: MEANING[name] for name in ask.ablations},
-        "positions": ask.positions if isinstance(ask.positions, str) else list(ask.positions or ()),
+        "positions": ask.positions if isinstance(ask.positions, str) else _listed(ask.positions),
         "optimal": asdict(ask.optimal) if ask.optimal and OPTIMAL in ask.ablations else None,
         "thresholds": asdict(thresholds),
         "provenance": {**model_provenance(ask.model), "config": dict(config or {})},
     }
+
+
+def _listed(positions: int | Sequence[int | str] | None) -> list[int | str]:
+    return [] if positions is None else list(position_axis(positions))

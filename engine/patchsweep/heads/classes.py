@@ -8,6 +8,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from patchsweep.arguments import number, whole_number
 from patchsweep.attributes import flat_attributes
 from patchsweep.errors import ConfigError
 from patchsweep.heads.behaviour import METRIC, Behaviour
@@ -36,11 +37,9 @@ class Thresholds:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if getattr(self, field.name) <= 0:
-                raise ConfigError(
-                    f"thresholds.{field.name}={getattr(self, field.name)} must be above 0; "
-                    f"{field.default} is usual"
-                )
+            name, value = f"thresholds.{field.name}", getattr(self, field.name)
+            number(name, value, above=0, error=ConfigError)
+        whole_number("thresholds.movers", self.movers, error=ConfigError)
 
 
 def detected_classes(scores: xr.DataArray, thresholds: Thresholds) -> dict[str, Mask]:

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.arguments import number, whole_number
 from patchsweep.attribution.check import check_model
 from patchsweep.attribution.tape import Place, Tape
 from patchsweep.batch import make_batches
@@ -40,11 +41,8 @@ class OptimalSettings:
 
     def __post_init__(self) -> None:
         for name, least in (("heads", 1), ("steps", 0), ("prompts", 1)):
-            value = getattr(self, name)
-            if value < least:
-                raise ConfigError(f"optimal.{name}={value} is too few; use {least} or more")
-        if not self.rate > 0:
-            raise ConfigError(f"optimal.rate={self.rate} must be above 0; 0.3 is usual")
+            whole_number(f"optimal.{name}", getattr(self, name), least=least, error=ConfigError)
+        number("optimal.rate", self.rate, above=0, error=ConfigError)
 
 
 @dataclass(frozen=True)

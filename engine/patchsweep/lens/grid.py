@@ -12,6 +12,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.arguments import whole_number
 from patchsweep.attributes import flat_attributes
 from patchsweep.batch import Batch, make_batches
 from patchsweep.errors import PlanError
@@ -29,7 +30,7 @@ from patchsweep.lens.stream import (
 )
 from patchsweep.models.homes import device_of
 from patchsweep.pairs import PromptPairs
-from patchsweep.request import model_shape
+from patchsweep.request import check_pairs, model_shape
 from patchsweep.results import model_provenance
 from patchsweep.running import runs_model
 
@@ -167,8 +168,8 @@ def _asked(
     top: Any,
 ) -> _Asked:
     shape = model_shape(model)
-    if not isinstance(top, int) or not 1 <= top <= shape.d_vocab:
-        raise PlanError(f"top={top} tokens of {shape.d_vocab}; use 1..{shape.d_vocab}")
+    check_pairs(model, pairs)
+    whole_number("top", top, least=1, most=shape.d_vocab)
     given = (patch,) if isinstance(patch, Patch) else tuple(patch)
     patches = given if remove is None else (*given, removal(model, remove))
     default: Direction = "noising"

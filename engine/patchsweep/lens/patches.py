@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.arguments import is_whole
 from patchsweep.batch import Batch, clean_prompts
 from patchsweep.errors import MethodError, PlanError
 from patchsweep.hooked import HookedRunner
@@ -60,7 +61,7 @@ def removal(model: TransformerBridge, remove: Any) -> Patch:
             f"remove={remove!r} is no sublayer; write ('attn', layer) or ('mlp', layer)"
         )
     kind, layer = remove
-    if not isinstance(layer, int) or not 0 <= layer < n_layers:
+    if not is_whole(layer) or not 0 <= layer < n_layers:
         raise PlanError(f"remove={remove!r}: there is no such layer; use 0..{n_layers - 1}")
     hook = SITES[f"{kind}_out"].hook_name(layer)
     if hook not in model.hook_dict:
@@ -163,14 +164,16 @@ def _request(
         raise PlanError(f"a patch of {site.name} needs a layer; give one, such as layer=3")
     if patch.head is not None and site.unit is None:
         raise PlanError(f"site {site.name} has no heads; leave head out for it")
-    units: Any = "all" if patch.head is None else [_set(patch.head)]
+    if not isinstance(patch.pos, str) and not is_whole(patch.pos):
+        raise PlanError(f"pos={patch.pos!r} must be a position, a label of the pairs, or 'all'")
+    units: Any = "all" if patch.head is None else [patch.head]
     return make_request(
         model,
         pairs,
         patch.site,
         direction=direction,
         intervention=patch.intervention,
-        layers=[_set(patch.layer)] if patch.layer is not None and site.layered else None,
+        layers=[patch.layer] if patch.layer is not None and site.layered else None,
         positions="all" if patch.pos == "all" else [patch.pos],
         heads=None if site.unit == "neuron" else units,
         neurons=units if site.unit == "neuron" else None,
@@ -208,10 +211,6 @@ def _write_pattern(
         return x
 
     return patch
-
-
-def _set(given: int | Sequence[int]) -> tuple[int, ...]:
-    return (given,) if isinstance(given, int) else tuple(given)
 
 
 def _plain(given: int | Sequence[int] | None) -> int | list[int] | None:

@@ -10,6 +10,7 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from patchsweep.arguments import true_or_false
 from patchsweep.errors import ModelError
 from patchsweep.models.device import choose_device
 from patchsweep.models.embedded import EMBEDDED, embedded_folder
@@ -91,6 +92,14 @@ def _load(
     *,
     weights: bool,
 ) -> TransformerBridge:
+    if not isinstance(name, str) or not name.strip():
+        raise ModelError(
+            f"model name {name!r} must be a text: a Hugging Face name, a folder, a GGUF file, "
+            "'smollm2-135m' or 'tiny:<family>'"
+        )
+    if revision is not None and not isinstance(revision, str):
+        raise ModelError(f"revision={revision!r} must be a text, such as 'main'")
+    true_or_false("trust_remote_code", trust_remote_code, error=ModelError)
     if name.startswith("tiny:"):
         return _tiny(name, choose_device(device, placement), as_dtype(dtype), placement)
     return _pretrained(
@@ -124,7 +133,7 @@ def _source_of(name: str) -> str:
         return str(embedded_folder(name))
     if name.endswith(".gguf"):
         return str(dequantised_folder(Path(name)))
-    if name.startswith((".", "/", "~")) or Path(name).is_dir():
+    if name.startswith((".", "/", "~")) or Path(name).exists():
         return str(_checked_folder(name, Path(name).expanduser()))
     return name
 
@@ -154,7 +163,7 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """The torch dtype of a name such as `float32`; a torch dtype passes through."""
     if isinstance(dtype, torch.dtype):
         return dtype
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")
     return DTYPES[dtype]
 

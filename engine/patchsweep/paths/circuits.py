@@ -99,6 +99,8 @@ def circuit(
     nodes = nodes_of(model)
     n = nodes.n_edges if level == "edges" else len(nodes.senders) - 1
     sizes_of(sizes, n, level)  # before anything runs
+    if scores is not None:
+        _values(scores, nodes, level)  # likewise
     if scores is None:
         name = method_name(level, method)
         scores = circuit_scores(
@@ -375,6 +377,8 @@ def _values(scores: xr.DataArray, nodes: Nodes, level: Level) -> NDArray[np.floa
             "sender": [str(sender) for sender in nodes.senders],
             "reader": [str(reader) for reader in nodes.readers],
         }
+    if not isinstance(scores, xr.DataArray):
+        raise PlanError(f"scores={scores!r} must be what circuit_scores gives, a DataArray")
     if set(scores.dims) != set(labels):
         raise PlanError(
             f"scores have the dims {', '.join(map(str, scores.dims))}, and circuits of {level} "

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.arguments import true_or_false, whole_number
 from patchsweep.attributes import flat_attributes
 from patchsweep.batch import base_and_source
 from patchsweep.errors import PlanError
@@ -67,6 +68,7 @@ def edges(
     """
     question = ask(model, pairs, metrics, direction, intervention, read)
     check_gradients(question, steps)
+    true_or_false("positions", positions)
     return _edges(question, steps, positions)
 
 
@@ -101,6 +103,7 @@ def exact_edges(
     """
     question = ask(model, pairs, metrics, direction, intervention, read)
     chosen = _chosen(nodes_of(model), edges, _length(question))
+    true_or_false("positions", positions)
     if not positions:
         return _exact(question, chosen)
     if chosen[0].pos is not None:
@@ -155,8 +158,8 @@ def screen_edges(
     check_gradients(question, steps)
     nodes = nodes_of(model)
     most = nodes.n_edges * (_length(question) if positions else 1)
-    if not 1 <= top <= most:
-        raise PlanError(f"top={top} edges of {most}; use 1..{most}")
+    whole_number("top", top, least=1, most=most)
+    true_or_false("positions", positions)
     tell = progress or (lambda stage: None)
     tell("estimates")
     scores = _edges(question, steps, positions)
@@ -316,7 +319,7 @@ def _length(question: Question) -> int:
 
 def _chosen(nodes: Nodes, given: Sequence[EdgeLike], length: int) -> list[Edge]:
     """The edges given, as far as their labels tell whether there are such edges."""
-    if isinstance(given, str) or not given:
+    if isinstance(given, str) or not isinstance(given, Sequence) or not given:
         raise PlanError(
             f"edges={given!r} is no list of edges; write [('a3.h2', 'a7.h1.q'), 'm5->logits']"
         )

@@ -14,6 +14,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from patchsweep.arguments import number
 from patchsweep.errors import PlanError
 from patchsweep.paths.nodes import Nodes, Reader
 
@@ -41,10 +42,13 @@ def sizes_of(given: Sequence[float] | None, n: int, what: str) -> Sizes:
     Raises:
         PlanError: there is none, one is neither, or one is named twice.
     """
+    if given is not None and not isinstance(given, Sequence | np.ndarray):
+        raise PlanError(f"sizes={given!r} must be a list, such as [0.01, 0.1, 1]")
     chosen = MIB_SHARES if given is None else tuple(given)
     if not chosen:
         raise PlanError("sizes is empty; leave it out for those of the MIB benchmark")
     for size in chosen:
+        number("size", size)
         if not (0 < size <= 1 or (size == int(size) and 1 < size <= n)):
             raise PlanError(
                 f"size {size} is neither a share of all {what} (above 0, up to 1) nor a number of "

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.arguments import whole_number
 from patchsweep.attribution.check import check_model
 from patchsweep.batch import Batch, clean_prompts, make_batches, pair_shape
 from patchsweep.errors import ConfigError, MethodError, PatchsweepError
@@ -20,7 +21,7 @@ from patchsweep.models.homes import device_of
 from patchsweep.pairs import PromptPairs
 from patchsweep.paths.blocks import Blocks, Trace, unfit
 from patchsweep.paths.nodes import Nodes
-from patchsweep.request import MetricLike, model_shape
+from patchsweep.request import MetricLike, check_pairs, model_shape
 from patchsweep.sites import SITES
 from patchsweep.waves.replica import Unsupported
 
@@ -53,7 +54,9 @@ def ask(
     Raises:
         PatchsweepError: an argument breaks a rule; the text says which, and what to do.
     """
-    one_metric = isinstance(metrics, str | Metric) or callable(metrics)
+    model_shape(model)
+    read = whole_number("read", read)
+    check_pairs(model, pairs)
     chosen = get_intervention(intervention)
     if chosen.name == "shuffle":
         raise MethodError(
@@ -66,14 +69,13 @@ def ask(
             f"direction={direction!r} is not known; use 'denoising' (base is the corrupted "
             "prompt) or 'noising' (base is the clean prompt)"
         )
-    model_shape(model)
     check_model(model)
     for pair in pairs:
         pair_shape(pair, direction, read)
     return Question(
         bridge=model,
         pairs=pairs,
-        metrics=get_metrics([metrics] if one_metric else metrics),  # type: ignore
+        metrics=get_metrics(metrics),
         intervention=chosen,
         direction=direction,
         read=read,

@@ -92,6 +92,8 @@ def get_asked(given: MethodLike | Sequence[MethodLike]) -> Asked:
         screen = screens[0] if isinstance(screens[0], Screen) else Screen()
         return Asked(exact=True, methods=(screen.method,), screen=screen)
     others = [m for m in methods if m != "exact"]
+    if len(methods) - len(others) > 1:
+        raise MethodError("method names exact twice; name each once")
     found = get_methods(others) if others or not methods else ()  # type: ignore[arg-type]
     return Asked(exact=len(others) < len(methods), methods=found, screen=None)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from patchsweep.arguments import whole_number
 from patchsweep.attribution import Method, get_methods
 from patchsweep.errors import MethodError
 from patchsweep.planner import SitePlan
@@ -34,6 +35,13 @@ class Screen:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("k", "subsets", "seed"):
+            whole_number(f"screen's {name}", getattr(self, name), error=MethodError)
+        for name in ("margin", "share", "level"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) and not (name == "margin" and value is None):
+                raise MethodError(f"screen has {name}={value!r}; use a number")
+        self.method  # noqa: B018  # which says whether there is such a method
         rules = {
             "k": (self.k >= 1, "k >= 1"),
             "margin": (self.margin is None or self.margin >= 0, "margin >= 0"),

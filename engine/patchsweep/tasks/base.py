@@ -12,6 +12,7 @@ from typing import Any
 
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.arguments import check_bridge, whole_number
 from patchsweep.errors import PromptError
 from patchsweep.pairs import PromptPair, PromptPairs, UnfitPair, tokenise_pair
 from patchsweep.records import CharSpan, PromptRecord
@@ -66,8 +67,8 @@ class Task:
         Raises:
             PromptError: as `records`, at the call.
         """
-        if n < 1:
-            raise PromptError(f"task {self.name!r} needs n >= 1 pairs, got {n}; ask for one")
+        whole_number("n_pairs", n, least=1, error=PromptError)
+        whole_number("seed", seed, error=PromptError)
         known = self.options()
         for option in options:
             if option not in known:
@@ -105,6 +106,7 @@ def load_pairs(
     Raises:
         PromptError: as `Task.records`, or too few records fit; says the commonest reason.
     """
+    check_bridge(model)
     n = task.n_pairs if n_pairs is None else n_pairs
     fitting: list[PromptPair] = []
     seen: set[PromptRecord] = set()

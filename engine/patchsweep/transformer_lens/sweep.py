@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -14,6 +14,7 @@ from transformer_lens import patching as tl
 from transformer_lens.ActivationCache import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.errors import ConfigError, MetricError, PlanError
 from patchsweep.models.homes import device_of
 from patchsweep.probe import TOLERANCE
 from patchsweep.transformer_lens.cells import Cells, differing, live_rows, make_cells
@@ -24,6 +25,7 @@ from patchsweep.waves import Unsupported
 # sweeps of so few cells are done before waves are set up
 FEW_CELLS = 4
 N_PROBES = 3
+AXES = get_args(tl.AxisNames)
 
 Setter = Callable[[Tensor, Sequence[int], Any], Tensor]
 
@@ -48,7 +50,11 @@ def generic_activation_patch(
     logits `[batch, pos, d_vocab]`, reduces, and raises the errors. Only its forward passes are
     taken over: those of TransformerLens's own patch setters run in waves. Anything else runs in
     its own loop; for a built-in sweep a warning then says why.
+
+    Raises:
+        PatchsweepError: an argument is not of the kind that it has to be; nothing has run then.
     """
+    _check(clean_cache, patching_metric, patch_setter, index_axis_names, index_df)
     arguments: dict[str, Any] = {
         "activation_name": activation_name,
         "index_axis_names": index_axis_names,
@@ -80,6 +86,31 @@ def generic_activation_patch(
         patch_setter,
         **arguments,
     )
+
+
+def _check(cache: Any, metric: Any, setter: Any, axes: Any, index_df: Any) -> None:
+    """Say of what kind the arguments must be, where TransformerLens has no words for it."""
+    metrics = metric.values() if isinstance(metric, Mapping) else [metric]
+    if not all(callable(one) for one in metrics):
+        raise MetricError(
+            f"patching_metric={metric!r} must be a function of logits, or a mapping from names to "
+            "functions"
+        )
+    if not hasattr(cache, "__getitem__"):
+        raise ConfigError(
+            f"clean_cache is a {type(cache).__name__}; give the cache of model.run_with_cache(...)"
+        )
+    if not callable(setter):
+        raise ConfigError(
+            f"patch_setter={setter!r} must be a function, such as layer_pos_patch_setter"
+        )
+    if (axes is None) == (index_df is None):
+        raise PlanError("give index_axis_names or index_df, and not both")
+    unknown = [axis for axis in axes or () if axis not in AXES]
+    if unknown:
+        raise PlanError(
+            f"index_axis_names has {unknown[0]!r}, which is no axis; use some of {', '.join(AXES)}"
+        )
 
 
 class _NothingToGain(Unsupported):

@@ -1,0 +1,224 @@
+"""What a user may give for indices, counts, names and places: checked, and made plain."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from patchsweep.errors import ConfigError, ModelError, PatchsweepError, PlanError
+
+Sets = tuple[tuple[int, ...], ...]
+RUNNERS = ("auto", "wave", "hooked")
+
+
+def check_bridge(model: Any) -> None:
+    """Raise unless `model` is what `load_model` gives.
+
+    Raises:
+        ModelError: it is something else, such as a name.
+    """
+    # not by its class, so that what reads stores need not load torch
+    if not all(hasattr(model, name) for name in ("cfg", "tokenizer", "original_model")):
+        raise ModelError(
+            f"model must be a TransformerBridge, got {_brief(model)}; give what "
+            "patchsweep.load_model(name) returns"
+        )
+
+
+def whole_number(
+    name: str,
+    value: Any,
+    *,
+    least: int | None = None,
+    most: int | None = None,
+    error: type[PatchsweepError] = PlanError,
+) -> int:
+    """`value` as an int.
+
+    Raises:
+        error: it is no whole number, or is out of range.
+    """
+    wanted = "a whole number"
+    if least is not None and most is not None:
+        wanted += f" from {least} to {most}"
+    elif least is not None:
+        wanted += f" of at least {least}"
+    fits = is_whole(value) and (least is None or value >= least) and (most is None or value <= most)
+    if not fits:
+        raise error(f"{name}={_brief(value)} must be {wanted}")
+    return int(value)
+
+
+def one_of(
+    name: str, value: Any, known: Sequence[str], *, error: type[PatchsweepError] = ConfigError
+) -> None:
+    """Raise unless `value` is one of the names that are `known`.
+
+    Raises:
+        error: it is none of them.
+    """
+    if not isinstance(value, str) or value not in known:
+        raise error(f"{name}={_brief(value)} is not known; use {_listed(known)}")
+
+
+def number(
+    name: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+    error: type[PatchsweepError] = PlanError,
+) -> None:
+    """Raise unless `value` is a finite number between the two that are given, neither included.
+
+    Raises:
+        error: it is something else.
+    """
+    fits = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    fits = fits and math.isfinite(value)
+    fits = fits and (above is None or value > above) and (below is None or value < below)
+    if not fits:
+        rule = {"above": above, "below": below}
+        words = " and ".join(f"{key} {end}" for key, end in rule.items() if end is not None)
+        raise error(f"{name}={_brief(value)} must be a number {words}".rstrip())
+
+
+def true_or_false(
+    name: str, value: Any, *, none: bool = False, error: type[PatchsweepError] = ConfigError
+) -> None:
+    """Raise unless `value` is True or False, or None where that means something.
+
+    Raises:
+        error: it is something else.
+    """
+    if not (isinstance(value, bool) or (none and value is None)):
+        known = "True, False or None" if none else "True or False"
+        raise error(f"{name}={_brief(value)} must be {known}")
+
+
+def index_sets(name: str, given: Any) -> Sets:
+    """Sets of indices that are patched together, of one index, or of a list of indices and sets.
+
+    Ranges, arrays and tensors of whole numbers are lists. An empty list stays empty.
+
+    Raises:
+        PlanError: an entry is no index, or is named twice.
+    """
+    sets = tuple(_members(name, entry) for entry in _entries(name, given))
+    _refuse_twice(name, [frozenset(members) for members in sets], sets)
+    return sets
+
+
+def position_axis(given: Any) -> tuple[int | str, ...]:
+    """Positions and labels, one patch each, of one position or of a list of them.
+
+    Raises:
+        PlanError: an entry is neither, or is named twice.
+    """
+    found: list[int | str] = []
+    for entry in _entries("positions", given):
+        if not is_whole(entry) and not isinstance(entry, str):
+            raise PlanError(
+                f"positions has {_brief(entry)}, which is neither a position nor a label; give "
+                "such as [0, 5] or ['subject'], or 'all' for one patch over all"
+            )
+        found.append(entry if isinstance(entry, str) else int(entry))
+    _refuse_twice("positions", found, found)
+    return tuple(found)
+
+
+def check_runner(runner: Any, max_tokens: Any, cache_budget: Any = None) -> None:
+    """Raise unless these say how patches are run.
+
+    Raises:
+        ConfigError: the runner is not known, or a number is out of range.
+    """
+    one_of("runner", runner, RUNNERS)
+    if max_tokens is not None:
+        whole_number("max_tokens", max_tokens, least=1, error=ConfigError)
+    if cache_budget is not None and not (
+        isinstance(cache_budget, int | float) and not isinstance(cache_budget, bool)
+    ):
+        raise ConfigError(f"cache_budget={_brief(cache_budget)} must be a number of bytes")
+    if cache_budget is not None and not cache_budget >= 0:
+        raise ConfigError(f"cache_budget={cache_budget} must be 0 or more, such as 8e9")
+
+
+def check_store_path(store: Any) -> None:
+    """Raise unless `store` names a folder of its own, or a URL.
+
+    Raises:
+        ConfigError: it is empty, no path, or one that other commands could not be given.
+    """
+    if not isinstance(store, str | os.PathLike):
+        raise ConfigError(f"store={_brief(store)} must be a path or a URL, such as 'runs/a.zarr'")
+    text = os.fspath(store)
+    if "://" in str(text):
+        return
+    if not isinstance(text, str) or not text.strip() or Path(text).name in ("", ".."):
+        raise ConfigError(f"store={text!r} names no folder of its own; give such as 'runs/a.zarr'")
+    if text.startswith("-"):
+        raise ConfigError(
+            f"store={text!r} begins with a dash, which commands take for an option; give './{text}'"
+        )
+
+
+def is_whole(value: Any) -> bool:
+    """Whether `value` is a whole number, of Python or of numpy; True and False are none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _entries(name: str, given: Any) -> list[Any]:
+    """The entries of a list, or of a single index."""
+    if is_whole(given):
+        return [given]
+    if hasattr(given, "tolist"):  # an array, or a tensor
+        given = given.tolist()
+    if not isinstance(given, list | tuple | range):
+        raise PlanError(
+            f"{name}={_brief(given)} must be an index or a list of them, such as [0, 1]"
+        )
+    return list(given)
+
+
+def _members(name: str, entry: Any) -> tuple[int, ...]:
+    """The indices of one entry, which is an index or a list of them."""
+    together = isinstance(entry, list | tuple | range) or hasattr(entry, "tolist")
+    members = _entries(name, entry) if together and not is_whole(entry) else [entry]
+    for member in members:
+        if not is_whole(member):
+            raise PlanError(
+                f"{name} has {_brief(member)}, which is no index; use whole numbers, such as "
+                "[0, 1], or [[0, 1]] for both at once"
+            )
+    if len(set(members)) < len(members):
+        raise PlanError(f"{name} has {_brief(entry)}, which names an index twice; name each once")
+    return tuple(int(member) for member in members)
+
+
+def _refuse_twice(name: str, keys: Sequence[Any], entries: Sequence[Any]) -> None:
+    if len(set(keys)) == len(keys):
+        return
+    twice = next(entry for key, entry in zip(keys, entries, strict=True) if keys.count(key) > 1)
+    if isinstance(twice, tuple):
+        twice = twice[0] if len(twice) == 1 else list(twice)
+    raise PlanError(f"{name} names {twice!r} twice; name each once")
+
+
+def _listed(names: Sequence[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def _brief(value: Any) -> str:
+    """A value as a message shows it."""
+    if isinstance(value, str | int | float | bool | list | tuple | dict | set | type(None)):
+        text = repr(value)
+    else:
+        text = f"{type(value).__name__} object"
+    return text if len(text) <= 80 else f"{text[:77]}..."
