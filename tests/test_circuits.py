@@ -16,6 +16,7 @@ from patchsweep.attributes import attributes
 from patchsweep.attribution import IntegratedInputs
 from patchsweep.cli.main import EXIT_MISTAKE, main
 from patchsweep.errors import ConfigError, MethodError, PatchsweepError, PlanError
+from patchsweep.models.tiny import tiny_model
 from patchsweep.pairs import PromptPairs
 from patchsweep.paths.ablate import run_edges, run_nodes
 from patchsweep.paths.blocks import frozen
@@ -57,6 +58,38 @@ def ran(scene: Scene, keep: np.ndarray, pair: int = 0) -> list[float]:
     run = run_nodes if keep.ndim == 2 else run_edges
     pairs = torch.full((len(keep),), pair)
     return run(scene, torch.from_numpy(keep), pairs)[0].tolist()
+
+
+BIASED = {
+    "gpt2": "transformer.h.{}.attn.c_proj",
+    "opt": "model.decoder.layers.{}.self_attn.out_proj",
+}
+NORMS = {"gpt2": "transformer.ln_f", "opt": "model.decoder.final_layer_norm"}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3", "mixtral", "phi3"])
+def test_nothing_kept_under_zero_gives_zero_logits(family: str) -> None:
+    """No sender writes anything and there are no biases: every stream is zero, and so its norm."""
+    scene = scene_of(f"tiny:{family}", ablation="zero")
+    nothing = np.zeros((1, *scene.nodes.possible.shape), dtype=bool)
+    mlps = nothing.copy()  # these read nothing, so they write nothing
+    mlps[0, [sender.kind == "mlp" for sender in scene.nodes.senders], -1] = True
+    assert ran(scene, nothing) == [0.0]
+    assert ran(scene, mlps) == [0.0]
+
+
+@pytest.mark.parametrize("family", BIASED)
+def test_nothing_kept_under_zero_leaves_the_biases(family: str) -> None:
+    scene = scene_of(f"tiny:{family}", ablation="zero")
+    plain, _ = tiny_model(family)
+    biases = [plain.get_submodule(BIASED[family].format(layer)).bias for layer in range(3)]
+    with torch.no_grad():
+        logits = plain.lm_head(plain.get_submodule(NORMS[family])(sum(biases)))
+    pair = demo_pairs(f"tiny:{family}")[0]
+    expected = float(logits[pair.answer[0]] - logits[pair.wrong_answer[0]])
+    nothing = np.zeros((1, *scene.nodes.possible.shape), dtype=bool)
+    assert ran(scene, nothing) == pytest.approx([expected], abs=TOLERANCE)
+    assert abs(expected) > 0.1
 
 
 # --- the oracles: nothing but the bridge and its hooks ---

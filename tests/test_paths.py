@@ -20,6 +20,7 @@ from patchsweep.pairs import PromptPairs
 from patchsweep.paths import Edge, Nodes, Reader, Sender, edges, exact_edges, screen_edges
 from patchsweep.paths.blocks import Blocks
 from patchsweep.store.whole import read_whole, write_whole
+from plain import make_plain_and_bridge, pairs_for
 from subjects import CLEAN, CORRUPTED, demo_pairs, model
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
@@ -174,6 +175,25 @@ def test_parallel_blocks_have_no_edge_from_a_head_to_the_mlp_of_its_layer() -> N
     assert np.isnan(scores.sel(sender="a1.h0", reader="m1"))
     assert np.isfinite(scores.sel(sender="a1.h0", reader="m2"))
     assert np.isnan(scores.sel(sender="a1.h0", reader="a1.h0.q"))
+
+
+@pytest.mark.parametrize(
+    "silent",
+    ["model.embed_tokens.weight", "model.layers.1.post_attention_layernorm.weight"],
+    ids=["attention", "mlp-norm"],
+)
+def test_no_edge_of_the_model_is_nan_whatever_its_weights(silent: str) -> None:
+    """Attention that gives nothing on some prompt, or an MLP that hears nothing, still has edges."""
+    _, bridge = make_plain_and_bridge("LlamaForCausalLM")
+    weight = dict(bridge.original_model.named_parameters())
+    name = next(n for n in weight if n.replace("_original_component.", "") == silent)
+    with torch.no_grad():
+        weight[name][0 if "embed" in silent else ...] = 0.0
+    ds = edges(bridge, pairs_for(bridge))
+    to_mlps = [f"m{layer}" for layer in range(3)]
+    heads = [f"a{layer}.h{head}" for layer in range(3) for head in range(4)]
+    found = ds.edge_eap.sel(reader=to_mlps, sender=heads)
+    assert int(found.notnull().sum()) == 4 * (1 + 2 + 3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

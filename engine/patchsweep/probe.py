@@ -55,8 +55,8 @@ def choose_runner(
     if wanted == "hooked":
         return Choice(HookedRunner(bridge, sites), "asked for", None)
     try:
-        WaveRunner.check(plans)
         wave = WaveRunner(bridge, sites, max_tokens, cache_budget=cache_budget)
+        wave.check(plans)
         if wanted == "wave":
             return Choice(wave, "asked for", None)
         comparable, unseen = _comparable(bridge, plans, batch)
@@ -70,9 +70,9 @@ def choose_runner(
     except Unsupported as error:
         if wanted == "wave":
             raise ConfigError(
-                f"runner=wave cannot run this: {error}; use runner=auto or runner=hooked"
+                f"runner=wave cannot run this: {error.reason}; use runner=auto or runner=hooked"
             ) from error
-        return Choice(HookedRunner(bridge, sites), f"the wave runner cannot: {error}", None)
+        return Choice(HookedRunner(bridge, sites), f"the wave runner cannot: {error.reason}", None)
     except PatchsweepError:
         raise
     except Exception as error:

@@ -45,7 +45,8 @@ class Attribution:
         extra = {s.name: s for m in methods for s in m.extra_sites(request.sites)}
         own = [site for site in extra.values() if site not in request.sites]
         self.sites = (*request.sites, *own)
-        self.tape = Tape(request.bridge, request.sites, own)
+        longest = max(int(plan.full_lengths.max()) for plan in request.plans)
+        self.tape = Tape(request.bridge, request.sites, own, longest)
         if any(isinstance(method, AtpStar) for method in methods):
             check_intervention(self.tape, request.sites, request.intervention)
         self._prepare()

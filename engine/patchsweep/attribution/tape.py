@@ -20,12 +20,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.errors import MethodError
 from patchsweep.sites import SITES, Site
-from patchsweep.waves.capture import (
-    attention_pattern,
-    check_attention_sites,
-    split_hidden,
-    watch,
-)
+from patchsweep.waves.arguments import dry_run, split_hidden
+from patchsweep.waves.capture import attention_pattern, check_attention_sites, watch
 from patchsweep.waves.locate import locate
 from patchsweep.waves.replica import Attend, Replica, Unsupported, attention_settings
 
@@ -94,19 +90,25 @@ class Tape:
     """
 
     def __init__(
-        self, bridge: TransformerBridge, sites: Sequence[Site], own: Sequence[Site] = ()
+        self,
+        bridge: TransformerBridge,
+        sites: Sequence[Site],
+        own: Sequence[Site] = (),
+        longest: int = 1,
     ) -> None:
-        """`own`: sites of a method's own, which it need not share with the bridge."""
+        """`own`: sites of a method's own, which it need not share with the bridge. `longest`:
+        tokens of the longest prompt, since masks of longer ones may be of another kind."""
         try:
             self.replica = Replica(bridge)
             self.points = {site.name: locate(self.replica, site) for site in (*sites, *own)}
             check_attention_sites(self.replica, [self.points[site.name] for site in sites])
+            dry_run(self.replica, 1, longest)
             self._embed = locate(self.replica, SITES["embed"]).points[0]
-        except Unsupported as reason:
+        except Unsupported as error:
             raise MethodError(
-                f"attribution cannot run on {bridge.cfg.model_name}: {reason}; "
+                f"attribution cannot run on {bridge.cfg.model_name}: {error.reason}; "
                 "use method=exact, whose hooked runner takes every model"
-            ) from reason
+            ) from error
 
     @property
     def n_layers(self) -> int:

@@ -31,6 +31,7 @@ from patchsweep.paths.scene import Changes, Scene, nodes_of
 from patchsweep.sites import SITES
 from patchsweep.waves.capture import capture, watch
 from patchsweep.waves.locate import locate
+from patchsweep.waves.replica import Unsupported
 
 LABELS = ("IO", "S2", "end")
 PLACES = ("IO", "S2")  # where `end` may look
@@ -56,6 +57,8 @@ class Behaviour:
         try:
             self.blocks = Blocks(model)
             self.nodes = nodes_of(model, self.blocks.parallel())
+        except Unsupported as error:
+            raise unfit(model, error) from error
         except PatchsweepError:
             raise
         except Exception as error:  # blocks of an unknown kind may break in any way here

@@ -19,10 +19,11 @@ from contextlib import suppress
 from typing import Literal
 
 import torch
-from einops import rearrange
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
+from patchsweep.paths.blocks import Part
+from patchsweep.paths.nodes import Reader
 from patchsweep.paths.scene import Scene
 from patchsweep.sites import SITES
 from patchsweep.waves.capture import watch
@@ -132,23 +133,50 @@ class _Nodes:
 
 
 class _Ablated:
-    """What edge circuits of one scene share: what each sender writes when it is ablated.
+    """What edge circuits of one scene share: the stream when every sender is ablated.
 
-    Everything is told as the difference from what the sender writes in the base run.
+    It is summed up from what the ablated parts write, not from the base run by subtraction: a
+    norm makes anything large of the rounding that would be left of a stream of zeros.
     """
 
     def __init__(self, scene: Scene) -> None:
         self.scene = scene
         self.z_points = _z_points(scene)
-        blocks, nodes = scene.blocks, scene.nodes
+        blocks, nodes, base, changes = scene.blocks, scene.nodes, scene.base, scene.changes
         self.ways = [_way_of(scene, layer) for layer in range(nodes.n_layers)]
         self.normed = [layer for layer, way in enumerate(self.ways) if way == "normed"]
-        self.writes = scene.writes(scene.base, exact=True)
-        self.gains: dict[int, Float[Tensor, "pair head pos d_model"]] = {}
-        for layer in self.normed:  # these are told before the norm, where they add up
-            gained = blocks.head_writes(layer, scene.changes.z[layer], nodes.n_heads)
-            self.gains[layer] = gained[:, :, scene.start :].transpose(0, 1).float()
-            self.writes[:, self.heads(layer)] = 0
+        every = torch.arange(base.n_pairs, device=base.resid[0].device)
+        own = slice(scene.start, None)
+        self.embed = changes.embed[:, own].float()  # what the embeddings lose, with a minus
+        self.z = [(z + dz)[:, own] for z, dz in zip(base.z, changes.z, strict=True)]
+        self.attn: list[Float[Tensor, "pair pos d_model"]] = []  # per layer, before a norm of it
+        self.mlp: list[Float[Tensor, "pair pos d_model"]] = []  # per layer, what the stream gains
+        # entering each block, and before its MLP; of layers in `normed` without attention's part
+        self.entering = [(base.resid[0] + changes.embed)[:, own].float()]
+        self.between: list[Float[Tensor, "pair pos d_model"]] = []
+        for layer in range(nodes.n_layers):
+            self.attn.append(blocks.attention_of(layer, self.z[layer]))
+            between = self.entering[-1]
+            if layer not in self.normed:
+                between = between + self.written(layer, "attn", self.attn[layer], every)
+            mlp = (base.part(layer, "mlp_out") + changes.mlp[layer])[:, own]
+            self.mlp.append(self.written(layer, "mlp_out", mlp, every))
+            self.between.append(between)
+            self.entering.append(between + self.mlp[layer])
+
+    def written(
+        self, layer: int, part: Part, value: Float[Tensor, "row pos d_model"], pair: Tensor
+    ) -> Float[Tensor, "row pos d_model"]:
+        """What the stream gains when a part of the block gives `value`; row i is of `pair[i]`."""
+        base, start = self.scene.base, self.scene.start
+        value = value.to(base.resid[0])
+        return self.scene.blocks.writes(layer, {part: value}, base, pair, start).float()
+
+    def stream(self, reader: Reader) -> Float[Tensor, "pair pos d_model"]:
+        """What `reader` sees when every sender is ablated, but for heads of layers in `normed`."""
+        if reader.kind == "mlp" and not self.scene.nodes.parallel[reader.layer]:
+            return self.between[reader.layer]
+        return self.entering[reader.layer]
 
     def heads(self, layer: int) -> slice:
         """The senders that are heads of `layer`."""
@@ -163,10 +191,12 @@ class _Edges:
         self, ablated: _Ablated, keep: Bool[Tensor, "row sender reader"], pair: Tensor
     ) -> None:
         self.ablated, self.scene, self.pair = ablated, ablated.scene, pair
-        self.keep = keep.to(ablated.writes)
+        self.keep = keep.to(ablated.embed)
         # per sender what it writes in this row, less what it writes when ablated
-        self.more = torch.zeros(len(pair), *ablated.writes.shape[1:]).to(ablated.writes)
-        self.more[:, 0] = -ablated.writes[pair, 0]
+        n_senders = len(self.scene.nodes.senders)
+        self.more = ablated.embed.new_zeros(len(pair), n_senders, *ablated.embed.shape[1:])
+        self.more[:, 0] = -ablated.embed[pair]
+        # the same before the norm, of heads that pass one together
         self.gained: dict[int, Float[Tensor, "row head pos d_model"]] = {}
 
     def run(self) -> Float[Tensor, "row pos d_model"]:
@@ -182,22 +212,18 @@ class _Edges:
         scene, ablated, pair = self.scene, self.ablated, self.pair
         reader = scene.nodes.readers[readers.start]
         n_seen = scene.nodes.n_seen(reader)
-        base = scene.base.resid[reader.layer][:, scene.start :]
-        removed = base + ablated.writes[:, :n_seen].sum(dim=1)
+        removed = ablated.stream(reader)
         kept = self.keep[:, :n_seen, readers].transpose(1, 2) @ self.more[:, :n_seen].flatten(2)
-        seen = removed[pair].unsqueeze(1) + kept.unflatten(-1, base.shape[1:])
+        seen = removed[pair].unsqueeze(1) + kept.unflatten(-1, removed.shape[1:])
+        rows = pair.repeat_interleave(seen.shape[1])
         for layer in ablated.normed:
             heads = ablated.heads(layer)
             if heads.stop > n_seen:
                 break
-            gains = ablated.gains[layer][pair]
-            own = self.keep[:, heads, readers].transpose(1, 2) @ (
-                self.gained[layer] - gains
-            ).flatten(2)
-            gained = gains.sum(dim=1).unsqueeze(1) + own.unflatten(-1, base.shape[1:])
-            rows = pair.repeat_interleave(gained.shape[1])
-            seen += self._attention_write(layer, gained.flatten(0, 1), rows).view_as(seen)
-        return seen.to(base)
+            own = self.keep[:, heads, readers].transpose(1, 2) @ self.gained[layer].flatten(2)
+            attn = ablated.attn[layer][pair].unsqueeze(1) + own.unflatten(-1, removed.shape[1:])
+            seen += ablated.written(layer, "attn", attn.flatten(0, 1), rows).view_as(seen)
+        return seen.to(scene.base.resid[0])
 
     def _attention(self, layer: int) -> None:
         """Attention of `layer`, each of its q, k and v from a stream of its own."""
@@ -215,16 +241,17 @@ class _Edges:
             head = torch.arange(every.shape[1], device=x.device)
             own[kind] = every.unflatten(0, (len(pair), n_readers))[:, first + head, head]
             first += len(head)
-        z = self._z(layer, own)
-        change = z - scene.base.z[layer][pair, start:]
+        change = self._z(layer, own) - self.ablated.z[layer][pair]
         gained = scene.blocks.head_writes(layer, change, n_heads)
-        heads = self.ablated.heads(layer)
-        if layer in self.ablated.normed:
+        way = self.ablated.ways[layer]
+        if way == "normed":
             self.gained[layer] = gained.transpose(0, 1).float()
             return
-        writes = self._attention_write(layer, gained.flatten(0, 1), pair.repeat(n_heads))
-        by_head = rearrange(writes, "(head row) pos d -> row head pos d", head=n_heads)
-        self.more[:, heads] = by_head - self.ablated.writes[pair, heads]
+        if way == "linear":
+            flat, rows = gained.flatten(0, 1), pair.repeat(n_heads)
+            written = self.ablated.written(layer, "attn", flat, rows)
+            gained = (written - self.ablated.written(layer, "attn", 0 * flat, rows)).view_as(gained)
+        self.more[:, self.ablated.heads(layer)] = gained.transpose(0, 1).float()
 
     def _z(self, layer: int, own: dict[str, Tensor]) -> Float[Tensor, "row pos width"]:
         """What attention makes of these q, k and v `[row, head, pos, d]`."""
@@ -245,31 +272,14 @@ class _Edges:
 
     def _mlp(self, layer: int) -> None:
         """The MLP of `layer` on the stream that it sees."""
-        scene, pair, start = self.scene, self.pair, self.scene.start
+        scene, pair = self.scene, self.pair
         reader = scene.nodes.of_layer(layer).stop - 1
         (seen,) = self._seen(slice(reader, reader + 1)).unbind(1)
-        y = scene.blocks.mlp_of(layer, seen, scene.base, pair, start)
-
-        def replace(kind: Kind, value: Tensor) -> None:
-            if kind == "mlp":
-                value.copy_(y)
-
-        x = scene.base.resid[layer][pair, start:]
-        out = scene.blocks.run(layer, x, scene.base, pair, start, replace)
-        sender = self.ablated.heads(layer).stop
-        write = out - scene.base.resid[layer + 1][pair, start:]
-        self.more[:, sender] = write - self.ablated.writes[pair, sender]
-
-    def _attention_write(
-        self, layer: int, gained: Float[Tensor, "row pos d_model"], pair: Tensor
-    ) -> Float[Tensor, "row pos d_model"]:
-        """What the stream gains when attention's output gains `gained` over the base run's."""
-        if self.ablated.ways[layer] == "as it is":
-            return gained
-        base, start = self.scene.base, self.scene.start
-        # blocks take whole prompts here
-        whole = nn.functional.pad(gained, (0, 0, start, 0)).to(base.resid[0])
-        return self.scene.blocks.exact_head_writes(layer, whole, base, pair)[:, start:]
+        # attention's part is in the stream already, as far as the MLP sees it
+        nothing: dict[Part, Tensor] = dict.fromkeys(("attn", "attn_out"), torch.zeros_like(seen))
+        y = scene.blocks.mlp_of(layer, seen, scene.base, pair, scene.start, held=nothing)
+        written = self.ablated.written(layer, "mlp", y, pair)
+        self.more[:, self.ablated.heads(layer).stop] = written - self.ablated.mlp[layer][pair]
 
 
 class _Seen(Exception):

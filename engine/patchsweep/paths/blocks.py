@@ -25,14 +25,14 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.errors import MethodError
 from patchsweep.sites import SITES
-from patchsweep.waves.capture import (
+from patchsweep.waves.arguments import (
     Call,
-    attention_pattern,
+    argument_axes,
     first_of,
     split_hidden,
-    watch,
     with_first,
 )
+from patchsweep.waves.capture import attention_pattern, watch
 from patchsweep.waves.locate import locate
 from patchsweep.waves.replica import Attend, Point, Replica, Unsupported, attention_settings
 
@@ -81,7 +81,9 @@ def frozen(bridge: TransformerBridge) -> Iterator[None]:
 
 def unfit(bridge: TransformerBridge, reason: Exception) -> MethodError:
     """The error for a model whose blocks cannot be taken apart."""
-    text = str(reason) if isinstance(reason, Unsupported) else f"{type(reason).__name__}: {reason}"
+    text = (
+        reason.reason if isinstance(reason, Unsupported) else f"{type(reason).__name__}: {reason}"
+    )
     return MethodError(
         f"edges cannot be taken apart in {bridge.cfg.model_name}: {text}; sweep its sites with "
         "method=exact instead"
@@ -162,6 +164,7 @@ class Blocks:
         there.
         """
         trace = Trace()
+        axes = argument_axes(self.replica)
 
         def entering(module: nn.Module, args: Any, kwargs: Any) -> Any:
             hidden, rest, named = split_hidden(args, kwargs)
@@ -171,7 +174,7 @@ class Blocks:
             if first:
                 hidden = hidden.detach().requires_grad_(gradient)
             trace.resid.append(hidden)
-            trace.calls.append(Call(rest, named))
+            trace.calls.append(Call(rest, named, axes[len(trace.calls) % len(axes)]))
             return ((hidden, *rest), named) if first else None
 
         def attention(layer: int) -> Attend:
@@ -224,11 +227,10 @@ class Blocks:
         pair = torch.zeros(1, dtype=torch.long, device=self._device)
         found = []
         for layer in range(self.n_layers):
-            outputs = [
-                self.mlp_of(layer, trace.resid[layer], trace, pair, attn=attn)
-                for attn in (trace.part(layer, "attn"), torch.zeros_like(trace.resid[layer]))
-            ]
-            found.append(torch.equal(*outputs))
+            # NaN passes weights that are zero and activations that are off; a number may not
+            nothing = torch.full_like(trace.resid[layer], float("nan"))
+            seen = self.mlp_of(layer, trace.resid[layer], trace, pair, held={"attn": nothing})
+            found.append(not bool(seen.isnan().any()))
         return tuple(found)
 
     def qkv_of(
@@ -262,12 +264,12 @@ class Blocks:
         pair: Tensor,
         start: int = 0,
         *,
-        attn: Float[Tensor, "row pos d_model"] | None = None,
+        held: Mapping[Part, Float[Tensor, "row pos d_model"]] | None = None,
     ) -> Float[Tensor, "row pos d_model"]:
-        """What the MLP gives when the stream entering the block is `x`, its attention's output
-        held at `attn` (default: the trace's)."""
-        if attn is None:
-            attn = trace.part(layer, "attn")[pair, start:].detach()
+        """What the MLP gives when the stream entering the block is `x`, and the parts before it
+        are `held` at these outputs (default: attention at the trace's)."""
+        if held is None:
+            held = {"attn": trace.part(layer, "attn")[pair, start:].detach()}
         seen: list[Tensor] = []
 
         def stop(y: Tensor) -> None:
@@ -275,11 +277,38 @@ class Blocks:
             raise _Stop
 
         with ExitStack() as stack:
-            stack.enter_context(self._fixed(layer, {"attn": attn}, trace))
+            stack.enter_context(self._fixed(layer, held, trace))
             stack.enter_context(watch(Point(self._modules[layer, "mlp"], "out"), stop))
             stack.enter_context(suppress(_Stop))
             self._call(layer, x, trace, pair, start)
         return seen[0]
+
+    @torch.no_grad()
+    def writes(
+        self,
+        layer: int,
+        given: Mapping[Part, Float[Tensor, "row pos d_model"]],
+        trace: Trace,
+        pair: Tensor,
+        start: int = 0,
+    ) -> Float[Tensor, "row pos d_model"]:
+        """What the block writes into an empty stream when these parts give what is `given`, and
+        all others nothing: norms and factors on the way are passed as they are."""
+        empty = torch.zeros_like(next(iter(given.values())))
+        fixed: dict[Part, Tensor] = {"attn": empty, "mlp": empty}
+        if "attn" not in given:
+            fixed["attn_out"] = empty
+        if "mlp" not in given:
+            fixed["mlp_out"] = empty
+        with self._fixed(layer, fixed | dict(given), trace):
+            return self._call(layer, empty, trace, pair, start)
+
+    @torch.no_grad()
+    def attention_of(
+        self, layer: int, z: Float[Tensor, "row pos width"]
+    ) -> Float[Tensor, "row pos d_model"]:
+        """What the attention gives when its heads give `z`."""
+        return first_of(self._o[layer](z))
 
     @torch.no_grad()
     def push(
@@ -376,8 +405,6 @@ class Blocks:
         call = trace.calls[layer].at(
             pair.repeat_interleave(n_pos),
             torch.arange(start, start + n_pos, device=x.device).repeat(rows),
-            n_pairs=trace.n_pairs,
-            length=trace.length,
         )
         out = self.replica.blocks[layer](x.reshape(1, rows * n_pos, -1), *call.args, **call.kwargs)
         return first_of(out).reshape(x.shape)

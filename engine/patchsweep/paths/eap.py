@@ -22,7 +22,7 @@ from patchsweep.finite import check_finite, names_of
 from patchsweep.metrics import Metric, has_gradient
 from patchsweep.paths.blocks import Trace
 from patchsweep.paths.scene import Question, Scene
-from patchsweep.waves.capture import first_of
+from patchsweep.waves.arguments import first_of
 
 # largest difference between a sender's summed edges and its own estimate, as a share of the
 # largest estimate, that rounding may explain

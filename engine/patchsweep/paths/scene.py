@@ -177,6 +177,8 @@ def scenes(question: Question, *, gradient: bool = False) -> Iterator[Scene]:
     try:
         blocks = Blocks(bridge)
         nodes = nodes_of(bridge, blocks.parallel())
+    except Unsupported as error:
+        raise unfit(bridge, error) from error
     except PatchsweepError:
         raise
     except Exception as error:  # blocks of an unknown kind may break in any way here

@@ -68,11 +68,11 @@ def generic_activation_patch(
             model, corrupted_tokens, patch_setter, activation_name, index_axis_names, index_df
         )
         logits = _patched_logits(model, corrupted_tokens, clean_cache, patch_setter, cells)
-    except Unsupported as reason:
-        if str(reason):
+    except Unsupported as error:
+        if error.reason:
             warnings.warn(
                 f"{activation_name} is patched by TransformerLens's own loop, not in waves: "
-                f"{reason}",
+                f"{error.reason}",
                 stacklevel=2,
             )
         return tl.generic_activation_patch(

@@ -16,41 +16,29 @@ from einops import rearrange
 from jaxtyping import Float
 from patchsweep_kernels.attention import Rows, prefix_attention
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from patchsweep.models.homes import device_of
 from patchsweep.sites import SITES
+from patchsweep.waves.arguments import (
+    Call,
+    are_known,
+    argument_axes,
+    first_of,
+    split_hidden,
+    with_first,
+)
 from patchsweep.waves.cache import Shelf
 from patchsweep.waves.locate import SitePoint, locate
-from patchsweep.waves.replica import Attend, Point, Replica, Unsupported, attention_settings
+from patchsweep.waves.replica import (
+    OWN_ATTENTION,
+    Attend,
+    Point,
+    Replica,
+    Unsupported,
+    attention_settings,
+)
 
 _NO_LOGITS = torch.empty(0, dtype=torch.long, device="cpu")  # positions whose logits are made
-_OWN_ATTENTION = "its attention does not go through the attention interface of transformers"
-
-
-@dataclass(frozen=True)
-class Call:
-    """The arguments that one block was called with, its hidden states left out."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def at(self, token_pair: Tensor, token_pos: Tensor, n_pairs: int, length: int) -> Call:
-        """The same arguments for packed tokens: every position axis gathered."""
-
-        def gather(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            if value.ndim == 1 and value.shape[0] == length:
-                return value[token_pos]
-            if value.ndim >= 2 and value.shape[1] == length:
-                if value.shape[0] == 1:
-                    return value[:, token_pos]
-                if value.shape[0] >= n_pairs:
-                    return value[token_pair, token_pos].unsqueeze(0)
-            return value
-
-        return Call(tree_map(gather, self.args), tree_map(gather, self.kwargs))
 
 
 @dataclass
@@ -100,23 +88,30 @@ def capture(
         if site.points or site.in_attention:
             run.sites[site.site.name] = []
     inside = {s.site.name for s in sites if s.in_attention}
-
     rows = _whole_prompts(*tokens.shape)
+    called: list[int] = []  # layers whose attention was reached
 
     def attention(layer: int) -> Attend:
-        return lambda module, q, k, v, **kw: _causal(run, rows, inside, module, q, k, v, kw)
+        def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **kw: Any) -> Tensor:
+            called.append(layer)
+            return _causal(run, rows, inside, module, q, k, v, kw)
+
+        return attend
 
     def keep_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden, rest_args, rest_kwargs = split_hidden(args, kwargs)
         run.devices.append(hidden.device)
         run.resid.append(shelf.copy(hidden))
-        run.calls.append(Call(rest_args, rest_kwargs))
+        run.calls.append(Call(rest_args, rest_kwargs, axes[len(run.calls) % len(axes)]))
 
     def keep_final(module: nn.Module, args: Any, output: Any) -> None:
         run.devices.append(first_of(output).device)
         run.resid.append(shelf.copy(first_of(output)))
 
     with ExitStack() as stack:
+        if not are_known(replica):  # the dry runs and this one share what lies around the blocks
+            stack.enter_context(replica.tail_at_hand())
+        axes = argument_axes(replica)
         for block in replica.blocks:
             handle = block.register_forward_pre_hook(keep_input, with_kwargs=True)
             stack.callback(handle.remove)
@@ -135,16 +130,16 @@ def capture(
         stack.callback(replica.attend_with, None)
         try:
             replica.model(tokens, use_cache=False, logits_to_keep=_NO_LOGITS)
-        except Unsupported:
-            raise
         except Exception as error:
-            if run.keys or replica.takes_attention_functions:
+            if called or replica.takes_attention_functions:
                 raise  # no matter of attention: out of memory, tensors on two devices, ...
-            raise Unsupported(f"{_OWN_ATTENTION} ({type(error).__name__}: {error})") from error
-    if not run.keys:
-        raise Unsupported(_OWN_ATTENTION)
+            raise Unsupported(OWN_ATTENTION) from error
+    if not called:
+        raise Unsupported(OWN_ATTENTION)
     if len(run.resid) != replica.n_layers + 1 or len(run.keys) != replica.n_layers:
         raise Unsupported("the model does not call every block's attention once")
+    for call in run.calls:
+        call.check()
     return run
 
 
@@ -279,27 +274,6 @@ def embed_to_stream(
         with suppress(_FrontDone):
             replica.model(tokens, use_cache=False)
     return stream[0]
-
-
-def split_hidden(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    """The hidden states of a block's call, and the arguments without them."""
-    if args:
-        return args[0], args[1:], kwargs
-    rest = dict(kwargs)
-    return rest.pop("hidden_states"), args, rest
-
-
-def first_of(output: Any) -> Tensor:
-    """The hidden states among what a module returned."""
-    hidden: Tensor = output[0] if isinstance(output, (tuple, list)) else output
-    return hidden
-
-
-def with_first(output: Any, hidden: Tensor) -> Any:
-    """What a module returned, with other hidden states."""
-    return type(output)([hidden, *output[1:]]) if isinstance(output, (tuple, list)) else hidden
 
 
 @contextmanager

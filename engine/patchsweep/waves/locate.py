@@ -92,7 +92,7 @@ def _columns(
         n_in, n_out = projection.in_features, projection.out_features
     else:
         return None
-    bias = torch.arange(n_out, dtype=torch.float32)
+    bias = torch.arange(n_out, dtype=torch.float32, device="cpu")
     rows = bias.expand(n_in, n_out)
     weight = rows if isinstance(projection, Conv1D) else rows.T
     numbered = SimpleNamespace(weight=weight, bias=bias)

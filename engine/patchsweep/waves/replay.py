@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from patchsweep.planner import Column, Ints
 from patchsweep.sites import Site
-from patchsweep.waves.capture import Run, first_of, split_hidden, watch, with_first
+from patchsweep.waves.arguments import first_of, split_hidden, with_first
+from patchsweep.waves.capture import Run, watch
 from patchsweep.waves.locate import STREAM_SITES, SitePoint
 from patchsweep.waves.packing import Packing, pack
 from patchsweep.waves.replica import Attend, Point, Replica, attention_settings
@@ -113,12 +114,7 @@ class _State:
     def replay(self, hidden: Tensor) -> Tensor:
         """The packing's block on `hidden` `[token, d_model]`."""
         layer = self.packing.layer
-        call = self.given.base.calls[layer].at(
-            self.token_pair,
-            self.token_pos,
-            n_pairs=self.given.base.shape[0],
-            length=self.given.base.shape[1],
-        )
+        call = self.given.base.calls[layer].at(self.token_pair, self.token_pos)
         output = self.replica.blocks[layer](hidden.unsqueeze(0), *call.args, **call.kwargs)
         return first_of(output).squeeze(0)
 

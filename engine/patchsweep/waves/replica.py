@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +21,31 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from patchsweep.errors import ModelError
 from patchsweep.models.homes import Home, home_of
 from patchsweep.waves.layers import leaner
 from patchsweep.waves.stations import SplitBlock, Traffic, build_stations
 
 ATTENTION = "patchsweep"
+OWN_ATTENTION = "its attention does not go through the attention interface of transformers"
+# settings of a config that ask for more than logits
+MORE_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
 Attend = Callable[..., Tensor]
 
 
-class Unsupported(Exception):
-    """The wave runner cannot run this model or site; the text says why."""
+class Unsupported(ModelError):
+    """The packed runner cannot run this model or site; `reason` says why.
+
+    Most callers take another way, or say in their own words what to do. One that meets it in the
+    middle of its work lets it pass, as the user's error that it then is.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"the model's plain modules cannot run this: {reason}; use method=exact with "
+            "runner=hooked, which takes every model"
+        )
+        self.reason = reason
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,8 +104,14 @@ class Replica:
     @property
     def takes_attention_functions(self) -> bool:
         """Whether the code of every block's attention calls a registered attention function."""
-        codes = [inspect.unwrap(type(m).forward).__code__ for m in self._attentions]
-        return all("ALL_ATTENTION_FUNCTIONS" in code.co_names for code in codes)
+        return all(
+            any(
+                "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(cls.forward).__code__.co_names
+                for cls in type(module).__mro__  # a subclass may leave the rest to its base
+                if "forward" in vars(cls) and issubclass(cls, nn.Module) and cls is not nn.Module
+            )
+            for module in self._attentions
+        )
 
     @contextmanager
     def tail_at_hand(self) -> Iterator[None]:
@@ -196,6 +217,9 @@ class Replica:
             new = copy.deepcopy(config)
             if hasattr(new, "_attn_implementation"):
                 new._attn_implementation = ATTENTION
+            for name in MORE_OUTPUTS:  # some are made of modules that a pass here leaves out
+                if getattr(new, name, False):
+                    setattr(new, name, False)
             self._configs[id(config)] = new
         return self._configs[id(config)]
 
@@ -216,38 +240,63 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What Hugging Face attention layers call; q, k, v are `[1, head, token, d_head]`."""
+    if not query.shape[2] == key.shape[2] == value.shape[2]:
+        raise Unsupported(
+            f"its attention reads {key.shape[2]} keys where the prompt has {query.shape[2]} tokens"
+        )
     # rotary tables lift q and k to fp32 where the layers hand on bf16
     dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
     query, key, value = (x.to(dtype) for x in (query, key, value))
-    return module.__dict__["patchsweep_attend"](module, query, key, value, **kwargs), None
+    attend = module.__dict__["patchsweep_attend"]
+    return attend(module, query, key, value, attention_mask=attention_mask, **kwargs), None
 
 
-def _no_mask(
+@dataclass(frozen=True)
+class CausalMask:
+    """A mask that a model asked for: query i sees key j if i - window < j <= i."""
+
+    length: int  # tokens
+    window: int  # at most the length
+
+    def __getitem__(self, index: object) -> NoReturn:
+        raise Unsupported("its own code works on the attention mask")
+
+
+def _make_mask(
     *,
+    batch_size: int,
     q_length: int,
     kv_length: int,
     mask_function: Callable[..., Tensor],
+    attention_mask: Tensor | None = None,
     device: torch.device | None = None,
     **_: Any,
-) -> None:
-    """Causality and windows are the attention function's own business; it knows no other mask.
+) -> CausalMask:
+    """What `mask_function` comes to; the blocks hand it on to their attention.
 
     Raises:
         Unsupported: the mask is neither causal nor a sliding window.
     """
-    first = torch.zeros((), dtype=torch.long, device=device)
+    row = torch.arange(batch_size, device=device).view(-1, 1, 1)
+    head = torch.zeros((), dtype=torch.long, device=device)
     query = torch.arange(q_length, device=device).unsqueeze(1)
     key = torch.arange(kv_length, device=device).unsqueeze(0)
-    seen = mask_function(first, first, query, key).expand(q_length, kv_length)
-    window = int(seen.sum(dim=1).max())
-    if not torch.equal(seen, (key <= query) & (key > query - window)):
+    seen = mask_function(row, head, query, key).expand(batch_size, q_length, kv_length)
+    window = int(seen[0].sum(dim=1).max())
+    known = (key <= query) & (key > query - window)
+    if attention_mask is not None or not bool((seen == known).all()):
         raise Unsupported(
             f"its attention over {kv_length} tokens is neither causal nor a sliding window"
         )
+    return CausalMask(kv_length, window)
 
 
 AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, _no_mask)
+AttentionMaskInterface.register(ATTENTION, _make_mask)
+
+# what layers pass to their attention: what changes nothing in it, and what is honoured
+_HARMLESS = ("position_ids", "cache_position", "use_cache", *MORE_OUTPUTS)
+_HONOURED = ("attention_mask", "scaling", "sliding_window", "softcap", "s_aux", "is_causal")
 
 
 def attention_settings(module: nn.Module, d_head: int, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -256,17 +305,28 @@ def attention_settings(module: nn.Module, d_head: int, kwargs: dict[str, Any]) -
     Raises:
         Unsupported: the layer asks for something that is not honoured.
     """
-    if kwargs.get("position_bias") is not None:
-        raise Unsupported("attention takes a position bias")
+    for name, value in kwargs.items():
+        asked = value is not None and value is not False
+        if asked and name not in (*_HARMLESS, *_HONOURED) and (name, value) != ("dropout", 0.0):
+            raise Unsupported(f"its attention is given {name}, which is not known")
     if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
         raise Unsupported("attention is not causal")
+    window, mask = kwargs.get("sliding_window"), kwargs.get("attention_mask")
+    if not isinstance(mask, CausalMask):
+        kind = "no mask" if mask is None else "a mask of its own making"
+        raise Unsupported(f"its attention is given {kind}")
+    if min(window or mask.length, mask.length) != mask.window:
+        raise Unsupported(
+            f"its mask shows {mask.window} of {mask.length} tokens, and its attention is told of "
+            + (f"a window of {window}" if window else "no window")
+        )
     scale = kwargs.get("scaling")
     if scale is None:
         scale = getattr(module, "scaling", None)
     sinks = kwargs.get("s_aux")
     return {
         "scale": float(d_head**-0.5 if scale is None else scale),
-        "window": kwargs.get("sliding_window"),
+        "window": window,
         "softcap": kwargs.get("softcap"),
         "sinks": sinks.detach() if isinstance(sinks, torch.Tensor) else None,
     }

@@ -21,6 +21,7 @@ from patchsweep.interventions import Custom, Intervention, Resample, Spans
 from patchsweep.metrics import Logits, Metric, Sum, compute
 from patchsweep.planner import Column, Ints, PatchSet, Plan, SitePlan
 from patchsweep.sites import Site
+from patchsweep.waves.arguments import dry_run
 from patchsweep.waves.budget import default_cache, default_max_tokens, keep_wave_memory
 from patchsweep.waves.cache import Budget, Shelf
 from patchsweep.waves.capture import Run, capture, check_attention_sites, embed_to_stream
@@ -79,14 +80,15 @@ class WaveRunner:
         self.max_tokens = default_max_tokens(bridge) if max_tokens is None else max_tokens
         self.budget = Budget(default_cache(bridge) if cache_budget is None else cache_budget)
 
-    @staticmethod
-    def check(plans: Sequence[SitePlan]) -> None:
-        """See that the patches of `plans` can be run in waves.
+    def check(self, plans: Sequence[SitePlan]) -> None:
+        """See that the patches of `plans` can be run in waves, prompts of every length.
 
         Raises:
             Unsupported: attention patterns of several layers at once. A pattern is patched as the
                 z that it makes of the base run's values; behind another patch the values differ.
+                Or the longest prompts have a mask that shorter ones do not have.
         """
+        dry_run(self.replica, 1, max(int(plan.full_lengths.max()) for plan in plans))
         for plan in plans:
             if plan.site.is_pattern and any(len(layers) > 1 for layers in plan.axes.layers):
                 raise Unsupported(f"{plan.site.name} is patched in several layers at once")
