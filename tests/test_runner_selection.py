@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -22,17 +24,16 @@ from transformer_lens.model_bridge import TransformerBridge
 def counted_passes(bridge: TransformerBridge) -> Iterator[list[int]]:
     """Tokens of every forward pass through `bridge`."""
     passes: list[int] = []
-    own = bridge.forward
+    own = type(bridge).forward
 
-    def forward(tokens: torch.Tensor, *args: object, **kwargs: object) -> object:
-        passes.append(tokens.numel())
-        return own(tokens, *args, **kwargs)
+    def forward(self: TransformerBridge, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self is bridge:
+            passes.append(tokens.numel())
+        return own(self, tokens, *args, **kwargs)
 
-    bridge.forward = forward
-    try:
+    # on the class: a `forward` of the model's own is refused
+    with mock.patch.object(type(bridge), "forward", forward):
         yield passes
-    finally:
-        del bridge.__dict__["forward"]
 
 
 def test_hooked_runner_shares_a_pass_among_sites_and_layers() -> None:

@@ -6,25 +6,33 @@ that the wave runner is checked against.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.batch import Batch
-from patchsweep.errors import SiteError
+from patchsweep.hook_points import (
+    Hook,
+    by_setting,
+    check_names,
+    check_sites,
+    forward,
+    hooks_of,
+    write_units,
+    writing,
+)
 from patchsweep.interventions import Intervention
 from patchsweep.metrics import Logits, Metric, compute
-from patchsweep.planner import Ints, PatchSet, Plan, SitePlan
-from patchsweep.running import running
-from patchsweep.sites import SITES, Site
+from patchsweep.planner import Ints, PatchSet, Plan
+from patchsweep.request import model_shape
+from patchsweep.sites import Site
 
 # the logits of one batched forward pass stay within this many bytes
 LOGIT_BYTES = 256 * 2**20
@@ -53,7 +61,7 @@ class HookedRunner:
     """Exact patches by hooks; one forward pass per layer and batch of patches.
 
     Raises:
-        SiteError: the model has no hook for one of `sites`.
+        SiteError: the model has no hook for one of `sites`, or not the setting that it needs.
     """
 
     name = "hooked"
@@ -62,115 +70,49 @@ class HookedRunner:
     def __init__(self, bridge: TransformerBridge, sites: Sequence[Site]) -> None:
         self.bridge = bridge
         self.sites = tuple(sites)
-        self.n_layers = int(bridge.cfg.n_layers)
-        self._checked = False
-        known = bridge.hook_dict
-        for site in sites:
-            for hook in self._hooks(site):
-                if hook not in known:
-                    raise SiteError(
-                        f"site {site.name}: this model has no hook {hook}; "
-                        "leave the site out for this architecture"
-                    )
+        self.shape = model_shape(bridge)
+        check_names(bridge, sites)
+        self._groups = by_setting(bridge, sites)  # that can be run together
 
-    def _hooks(self, site: Site) -> list[str]:
-        return [site.hook_name(layer) for layer in range(self.n_layers if site.layered else 1)]
-
-    @torch.no_grad()
     def check(self, tokens: Tensor) -> None:
         """See that patches at the sites can work in this model.
 
         Raises:
-            SiteError: a hook never fires, or fires where a new value changes nothing.
+            SiteError: a hook does not fire once a pass on `[batch, pos, ...]`, or fires where a new
+                value changes nothing.
         """
-        self._run(tokens)
-        if not any(site.is_pattern for site in self.sites):
-            return
-        # bridges that leave attention to the model show its pattern only afterwards
-        hooks = [
-            (SITES["pattern"].hook_name(layer), lambda x, hook: x.zero_())
-            for layer in range(self.n_layers)
-        ]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            changed = self._forward(tokens, fwd_hooks=hooks)
-        if torch.equal(changed, self.bridge(tokens)):
-            raise SiteError(
-                "site pattern: this model's hook_pattern fires after attention was computed, so "
-                "a patch there does nothing; leave the site out or use runner=wave"
-            )
+        check_sites(self.bridge, self.sites, self.shape, tokens)
 
     @torch.no_grad()
     def activations(self, tokens: Tensor) -> Mapping[str, Sequence[Tensor]]:
         """See `Runner`."""
+        self.check(tokens)
         return self._run(tokens)[1]
 
-    def _forward(self, tokens: Tensor, fwd_hooks: list[Any]) -> Tensor:
-        """The bridge's logits; its per-head results are computed only while a sweep needs them."""
-        with running(self.bridge):
-            before = bool(getattr(self.bridge.cfg, "use_attn_result", False))
-            if any(site.name == "result" for site in self.sites) and not before:
-                self.bridge.set_use_attn_result(True)
-            try:
-                logits: Tensor = self.bridge.run_with_hooks(tokens, fwd_hooks=fwd_hooks)
-            finally:
-                if bool(getattr(self.bridge.cfg, "use_attn_result", False)) != before:
-                    self.bridge.set_use_attn_result(before)
-        return logits
-
     def _run(self, tokens: Tensor) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        """Logits and the activations of the sites.
-
-        Raises:
-            SiteError: a hook did not fire.
-        """
+        """Logits and the activations of the sites."""
         kept: dict[str, Tensor] = {}
 
         def keep(x: Tensor, hook: Any, name: str) -> None:
             kept[name] = x.detach().clone()
 
-        hooks = [
-            (name, lambda x, hook, name=name: keep(x, hook, name))
-            for site in self.sites
-            for name in self._hooks(site)
-        ]
-        logits = self._forward(tokens, fwd_hooks=hooks)
-        found: dict[str, list[Tensor]] = {}
+        logits = []
+        for group in self._groups:
+            names = [name for site in group for name in hooks_of(self.bridge, site)]
+            reads = [(name, partial(keep, name=name)) for name in names]
+            logits.append(forward(self.bridge, tokens, (), reads))
+        found = {}
         for site in self.sites:
-            missing = [name for name in self._hooks(site) if name not in kept]
-            if missing:
-                raise SiteError(
-                    f"site {site.name}: the hook {missing[0]} never fired in this model, so a "
-                    "patch there would do nothing; leave the site out"
-                )
-            layers = [kept[name] for name in self._hooks(site)]
-            if not site.is_pattern and layers[0].shape[:2] != tokens.shape:
-                raise SiteError(
-                    f"site {site.name}: its activation has the shape {tuple(layers[0].shape)}, "
-                    "which is not [batch, pos, ...]; leave the site out"
-                )
-            self._check_heads(site, layers[0])
+            layers = [kept[name] for name in hooks_of(self.bridge, site)]
             if not site.is_pattern:
                 layers = [x.reshape(*tokens.shape, -1) for x in layers]
             found[site.name] = layers
-        return logits, found
-
-    def _check_heads(self, site: Site, x: Tensor) -> None:
-        """Refuse a hook that cuts `x` elsewhere than between heads (seen with latent attention)."""
-        n_heads = int(self.bridge.cfg.n_heads)
-        if site.unit != "head" or site.is_pattern or x.ndim != 4 or x.shape[2] == n_heads:
-            return
-        raise SiteError(
-            f"site {site.name}: its hook sees {x.shape[2]} parts where the model has {n_heads} "
-            "heads; leave the site out or use runner=wave"
-        )
+        return logits[0], found
 
     @torch.no_grad()
     def load(self, batch: Batch, intervention: Intervention) -> Loaded:
         """See `Runner`."""
-        if not self._checked:
-            self.check(batch.base[:1])
-            self._checked = True
+        self.check(batch.base)
         base_logits, base = self._run(batch.base)
         source_logits, source = self._run(batch.source)
         reads = list(batch.reads)
@@ -200,7 +142,7 @@ class HookedRunner:
         )
 
     def run(
-        self, loaded: Loaded, plan: SitePlan, patches: Ints, metrics: Sequence[Metric]
+        self, loaded: Loaded, plan: Plan, patches: Ints, metrics: Sequence[Metric]
     ) -> Float[Tensor, "metric patch"]:
         """See `Runner`."""
         return self.run_together(loaded, [PatchSet(plan, patches)], metrics)[0]
@@ -210,32 +152,42 @@ class HookedRunner:
         self, loaded: Loaded, sets: Sequence[PatchSet], metrics: Sequence[Metric]
     ) -> list[Float[Tensor, "metric patch"]]:
         """See `Runner`; a row of a forward pass is one patch, whatever its site and layer."""
-        batch = loaded.batch
-        local = batch.local
         sizes = [len(chosen.patches) for chosen in sets]
         which = np.repeat(np.arange(len(sets)), sizes)  # [patch of all sets] its set
         patch = np.concatenate([chosen.patches for chosen in sets])
         values = torch.empty(len(metrics), len(patch), device="cpu")
-        size = max(1, LOGIT_BYTES // (4 * batch.length * self.bridge.cfg.d_vocab))
-        for part in np.array_split(np.arange(len(patch)), -(-len(patch) // size) or 1):
-            if not len(part):
-                continue
-            hooks: list[Any] = []
-            pair = np.empty(len(part), dtype=np.int64)  # row of the batch
-            for i, chosen in enumerate(sets):
-                rows = np.flatnonzero(which[part] == i)
-                patches = patch[part[rows]]
-                pair[rows] = [local[p] for p in chosen.plan.pair[patches].tolist()]
-                hooks += self._hooks_of(loaded, chosen.plan, patches, rows)
-            index = torch.from_numpy(pair).to(batch.base.device)
-            logits = self._forward(batch.base[index], fwd_hooks=hooks)
-            read = logits[:, list(batch.reads)].float()
-            values[:, part] = self._metrics(loaded, read, index, metrics).cpu()
+        size = max(1, LOGIT_BYTES // (4 * loaded.batch.length * self.bridge.cfg.d_vocab))
+        for group in self._groups:
+            members = [i for i, chosen in enumerate(sets) if chosen.plan.site in group]
+            rows = np.flatnonzero(np.isin(which, members))
+            for first in range(0, len(rows), size):
+                part = rows[first : first + size]
+                values[:, part] = self._run_part(loaded, sets, which[part], patch[part], metrics)
         return list(values.split(sizes, dim=1))
 
-    def _hooks_of(
-        self, loaded: Loaded, plan: Plan, patches: Ints, rows: Ints
-    ) -> list[tuple[str, Callable[[Tensor, Any], Tensor]]]:
+    def _run_part(
+        self,
+        loaded: Loaded,
+        sets: Sequence[PatchSet],
+        which: Ints,
+        patch: Ints,
+        metrics: Sequence[Metric],
+    ) -> Float[Tensor, "metric row"]:
+        """One forward pass: row i is the patch `patch[i]` of the set `which[i]`."""
+        batch, local = loaded.batch, loaded.batch.local
+        hooks: list[Hook] = []
+        pair = np.empty(len(patch), dtype=np.int64)  # row of the batch
+        for i in np.unique(which).tolist():
+            rows = np.flatnonzero(which == i)
+            plan, patches = sets[i].plan, patch[rows]
+            pair[rows] = [local[p] for p in plan.pair[patches].tolist()]
+            hooks += self._hooks_of(loaded, plan, patches, rows)
+        index = torch.from_numpy(pair).to(batch.base.device)
+        logits = forward(self.bridge, batch.base[index], hooks)
+        read = logits[:, list(batch.reads)].float()
+        return self._metrics(loaded, read, index, metrics).cpu()
+
+    def _hooks_of(self, loaded: Loaded, plan: Plan, patches: Ints, rows: Ints) -> list[Hook]:
         """Hooks that put patch `patches[i]` of `plan` into row `rows[i]` of a forward pass."""
         local = loaded.batch.local
         by_layer: dict[int, list[_Write]] = {}
@@ -245,46 +197,31 @@ class HookedRunner:
             for layer in plan.axes.layers[layer_set]:
                 by_layer.setdefault(layer, []).append(write)
         return [
-            (plan.site.hook_name(layer), self._patch(loaded, plan, written, layer))
+            writing(plan.site.hook_name(layer), self._write(loaded, plan, written, layer))
             for layer, written in by_layer.items()
         ]
 
-    def _patch(
+    def _write(
         self, loaded: Loaded, plan: Plan, written: Sequence[_Write], layer: int
-    ) -> Callable[[Tensor, Any], Tensor]:
-        """A hook that replaces what the patches of `written` cover."""
+    ) -> Callable[[Tensor], None]:
+        """What replaces what the patches of `written` cover."""
         donor = loaded.donors[plan.site.name][layer]
         units = plan.axes.units
+        n_units = 1 if units is None else self.shape.n_units(plan.site)
 
-        # in place, so that a residual stream is replaced for every reader of it
-        def patch(x: Tensor, hook: Any) -> Tensor:
-            for i, pair, unit_set, span in written:
+        def write(x: Tensor) -> None:
+            for row, pair, unit_set, span in written:
                 which = slice(None) if units is None else list(units[unit_set])
+                new = donor[pair].to(x)
                 if plan.axes.n_sources:
                     src = unit_set % plan.axes.n_sources
-                    x[i, which, span, src] = donor[pair, which, span, src].to(x)
-                    continue
-                if plan.site.is_pattern:
-                    x[i, which, span] = donor[pair, which, span].to(x)
-                    continue
-                target = x[i].reshape(x.shape[1], -1) if x.ndim == 4 else x[i]
-                new = donor[pair]
-                if units is not None:
-                    n_units = self._n_units(plan.site, x)
-                    target = rearrange(target, "pos (unit d) -> pos unit d", unit=n_units)
-                    new = rearrange(new, "pos (unit d) -> pos unit d", unit=n_units)
-                    target[span, which] = new[span, which].to(x)
+                    x[row, which, span, src] = new[which, span, src]
+                elif plan.site.is_pattern:
+                    x[row, which, span] = new[which, span]
                 else:
-                    target[span] = new[span].to(x)
-                x[i] = target.reshape(x[i].shape)
-            return x
+                    write_units(x, row, new, span, which, n_units)
 
-        return patch
-
-    def _n_units(self, site: Site, x: Tensor) -> int:
-        if x.ndim == 4:
-            return x.shape[2]
-        return x.shape[2] if site.unit == "neuron" else int(self.bridge.cfg.n_heads)
+        return write
 
     def _metrics(
         self,

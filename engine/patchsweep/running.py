@@ -102,7 +102,8 @@ def check_state(model: TransformerBridge) -> None:
         ModelError: a module is in training mode, carries a hook of the user's, or most weights
             have another dtype than the bridge says.
     """
-    training = next((name for name, module in _modules(model) if module.training), None)
+    modules = list(_modules(model))
+    training = next((name for name, module in modules if module.training), None)
     if training is not None:
         where = f", at {training}" if training else ""
         raise ModelError(
@@ -155,12 +156,15 @@ def weight_dtype(model: TransformerBridge) -> torch.dtype | None:
 
 def _modules(model: TransformerBridge) -> Iterator[tuple[str, nn.Module]]:
     """All modules of the bridge and of the Hugging Face model behind it, each once, with a name."""
-    seen: set[nn.Module] = set()
-    for root in (model, model.original_model):
-        for name, module in root.named_modules():
-            if module not in seen:
-                seen.add(module)
-                yield name.replace("_original_component.", ""), module
+    seen: set[int] = set()
+    waiting: list[tuple[str, nn.Module | None]] = [("", model.original_model), ("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        if module is not None and id(module) not in seen:
+            seen.add(id(module))
+            yield name.replace("_original_component.", ""), module
+            prefix = f"{name}." if name else ""
+            waiting += [(prefix + key, child) for key, child in module._modules.items()]
 
 
 def _is_own(hook: Any) -> bool:

@@ -89,8 +89,7 @@ def lens(
         if asked.patching is None:
             continue
         hooks = asked.patching.hooks(batch)
-        with asked.patching.heads_shown():
-            streams = run_streams(model, batch.base, hooks)
+        streams = run_streams(model, batch.base, hooks)
         if remove is not None and not asked.more:
             check_removed(streams, remove, int(model.cfg.n_layers))
         found.put(1, batch, streams)

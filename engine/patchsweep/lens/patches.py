@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from einops import rearrange
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.arguments import is_whole
 from patchsweep.batch import Batch, clean_prompts
 from patchsweep.errors import MethodError, PlanError
+from patchsweep.hook_points import Hook, write_units, writing
 from patchsweep.hooked import HookedRunner
 from patchsweep.interventions import Direction, Intervention, ValueFn
 from patchsweep.pairs import PromptPairs
@@ -21,7 +20,6 @@ from patchsweep.request import Request, make_request, model_shape
 from patchsweep.sites import SITES, Site, get_sites
 
 Sublayer = tuple[Literal["attn", "mlp"], int]
-Hook = tuple[str, Callable[[Tensor, Any], Tensor]]
 
 
 @dataclass(frozen=True)
@@ -133,22 +131,9 @@ class Patching:
                 new = request.intervention.values(
                     plan.site, layer, base[name][layer], sources[shuffled][name][layer], batch.spans
                 )
-                write = _write_pattern if plan.site.is_pattern else _write
-                found.append((plan.site.hook_name(layer), write(new, spans, units, n_units)))
+                write = _write(plan.site, new, spans, units, n_units)
+                found.append(writing(plan.site.hook_name(layer), write))
         return found
-
-    @contextmanager
-    def heads_shown(self) -> Iterator[None]:
-        """Inside, the model computes each head's result, if a patch is of those."""
-        wanted = "result" in {site.name for site in self.runner.sites}
-        before = bool(getattr(self.model.cfg, "use_attn_result", False))
-        if wanted and not before:
-            self.model.set_use_attn_result(True)
-        try:
-            yield
-        finally:
-            if wanted and not before:
-                self.model.set_use_attn_result(False)
 
 
 def _request(
@@ -181,36 +166,20 @@ def _request(
 
 
 def _write(
-    new: Tensor, spans: Mapping[int, slice], units: list[int] | None, n_units: int
-) -> Callable[[Tensor, Any], Tensor]:
-    """A hook that puts `new` `[pair, pos, width]` into its spans, in the given units alone."""
+    site: Site, new: Tensor, spans: Mapping[int, slice], units: list[int] | None, n_units: int
+) -> Callable[[Tensor], None]:
+    """What puts `new` `[pair, pos, width]` into its spans, in the given units alone; of a pattern
+    `[pair, head, dest, src]` the spans are rows `dest`."""
+    which = slice(None) if units is None else units
 
-    # in place, so that a residual stream is replaced for every reader of it
-    def patch(x: Tensor, hook: Any) -> Tensor:
+    def write(x: Tensor) -> None:
         for row, span in spans.items():
-            own = x[row].reshape(len(x[row]), -1)
-            put = new[row].to(own)
-            parts = [rearrange(t, "pos (unit d) -> pos unit d", unit=n_units) for t in (own, put)]
-            which = slice(None) if units is None else units
-            parts[0][span, which] = parts[1][span, which]
-            x[row] = parts[0].reshape(x[row].shape)
-        return x
+            if site.is_pattern:
+                x[row, which, span] = new[row, which, span].to(x)
+            else:
+                write_units(x, row, new[row].to(x), span, which, n_units)
 
-    return patch
-
-
-def _write_pattern(
-    new: Tensor, spans: Mapping[int, slice], units: list[int] | None, n_units: int
-) -> Callable[[Tensor, Any], Tensor]:
-    """A hook that puts `new` `[pair, head, dest, src]` into the rows `dest` of its spans."""
-
-    def patch(x: Tensor, hook: Any) -> Tensor:
-        which = slice(None) if units is None else units
-        for row, span in spans.items():
-            x[row, which, span] = new[row, which, span].to(x)
-        return x
-
-    return patch
+    return write
 
 
 def _plain(given: int | Sequence[int] | None) -> int | list[int] | None:

@@ -12,7 +12,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.analysis.logit_lens import logit_readout
 
 from patchsweep.errors import MethodError, ModelError
-from patchsweep.lens.patches import Hook, Sublayer
+from patchsweep.hook_points import Hook, forward
+from patchsweep.lens.patches import Sublayer
 from patchsweep.request import model_shape
 
 POINTS = ("resid_pre", "resid_mid", "resid_post")
@@ -61,8 +62,7 @@ def run_streams(
         for layer, point in wanted
         if f"blocks.{layer}.hook_{point}" in known
     ]
-    # patches first: what is kept of a place is what follows a patch there
-    logits: Tensor = model.run_with_hooks(tokens, fwd_hooks=[*hooks, *keeping])
+    logits = forward(model, tokens, hooks, keeping)
     _check_finite(kept)
     _check_readout(model, kept[n_layers - 1, "resid_post"][:, -1], logits[:, -1])
     return kept
