@@ -14,7 +14,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from patchsweep.batch import Batch, clean_prompts
 from patchsweep.errors import MethodError, PlanError
 from patchsweep.hooked import HookedRunner
-from patchsweep.interventions import Direction, Intervention, ValueFn
+from patchsweep.identity import intervention_words
+from patchsweep.interventions import Direction, Intervention, ValueFn, get_intervention
 from patchsweep.pairs import PromptPairs
 from patchsweep.request import Request, make_request, model_shape
 from patchsweep.sites import SITES, Site, get_sites
@@ -44,6 +45,11 @@ class Patch:
             "head": _plain(self.head),
             "intervention": name,
         }
+
+    def identity(self) -> dict[str, Any]:
+        """The patch as JSON takes it; values by their content, or by name and version."""
+        values = intervention_words(get_intervention(self.intervention))
+        return {**self.told(), "intervention": values}
 
 
 def removal(model: TransformerBridge, remove: Any) -> Patch:
