@@ -15,7 +15,7 @@ from patchsweep.errors import StoreError
 from patchsweep.identity import model_identity
 from patchsweep.models.load import as_bridge
 from patchsweep.models.tiny import tiny_model
-from patchsweep.models.weights import checksum, weights_digest, weights_stamp
+from patchsweep.models.weights import checksum, known_digest, weights_digest, weights_stamp
 from subjects import demo_pairs, model
 from torch import Tensor, nn
 
@@ -125,26 +125,26 @@ def test_edited_weights_are_refused(edit: str, tmp_path: Path) -> None:
 
 def test_runs_in_memory_hash_weights_once_until_torch_counts_an_edit() -> None:
     plain = ps.load_model("tiny:llama", device="cpu").original_model
-    first = weights_digest(plain, trust_stamp=True)
+    first = known_digest(plain)
     weight = plain.get_input_embeddings().weight
     weight.data[0, 0] += 1  # not counted
-    assert weights_digest(plain, trust_stamp=True) == first
+    assert known_digest(plain) == first
     second = weights_digest(plain)
     assert second != first
-    assert weights_digest(plain, trust_stamp=True) == second
+    assert known_digest(plain) == second
     with torch.no_grad():
         weight[0, 0] += 1
-    assert weights_digest(plain, trust_stamp=True) not in (first, second)
+    assert known_digest(plain) not in (first, second)
 
 
 def test_weights_made_in_inference_mode_are_hashed_each_time() -> None:
     with torch.inference_mode():
         plain, _ = tiny_model("llama")
     assert weights_stamp(plain) is None
-    before = weights_digest(plain, trust_stamp=True)
+    before = known_digest(plain)
     with torch.inference_mode():
         plain.get_input_embeddings().weight[0, 0] += 1
-    assert weights_digest(plain, trust_stamp=True) != before
+    assert known_digest(plain) != before
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int8])

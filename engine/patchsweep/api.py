@@ -19,7 +19,7 @@ from patchsweep.errors import ConfigError, StoreError
 from patchsweep.estimate import Cost, estimate
 from patchsweep.exact import ExactWork
 from patchsweep.hooked import HookedRunner
-from patchsweep.identity import refuse_unversioned, request_settings
+from patchsweep.identity import read_weights, refuse_unversioned, request_settings
 from patchsweep.interventions import Direction, Intervention, Reader, ValueFn
 from patchsweep.means import keep_means
 from patchsweep.pairs import PromptPairs
@@ -140,11 +140,11 @@ def sweep(
             attrs=asked.attrs(request),
             methods=asked.settings(),
             precision=precision,
-            stored=store is not None,
         )
 
     if store is not None:  # another run's store is refused before anything runs
         refuse_unversioned(request_settings(request) | asked.settings())
+        read_weights(model)
         recorded = _recorded_choice(store, storage_options, runner, max_tokens)
         if recorded is not None:
             layout = layout_of(recorded)
@@ -153,16 +153,16 @@ def sweep(
     choice = NO_RUNNER
     if asked.exact:
         choice = prepare_runner(request, runner, max_tokens, cache_budget)
-    works = _works(request, asked, choice, proven)
     progress = progress or Quiet()
     if store is None:
         memory = Memory(layout_of(choice))
-        run_work(works, memory, progress, share)
+        run_work(_works(request, asked, choice, proven), memory, progress, share)
         return memory.dataset()
-    # another process may have made the store meanwhile, on a machine that suits other waves
-    recorded = _recorded_choice(store, storage_options, runner, max_tokens)
+    if recorded is None:  # another process may have made it meanwhile, with waves of another size
+        recorded = _recorded_choice(store, storage_options, runner, max_tokens)
     if recorded is not None and isinstance(choice.runner, WaveRunner):
         choice.runner.max_tokens = recorded.runner.max_tokens  # type: ignore[attr-defined]
+    works = _works(request, asked, choice, proven)
     with ExitStack() as stack:
         sink = stack.enter_context(
             Store.create_or_resume(store, layout_of(choice), storage_options=storage_options)

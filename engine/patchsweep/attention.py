@@ -28,7 +28,7 @@ from patchsweep.attribution.patterns import visit_cells, work_of
 from patchsweep.attribution.tape import Heads, Place, Tape
 from patchsweep.batch import Batch, base_and_source
 from patchsweep.errors import PlanError
-from patchsweep.identity import identity_of, question_settings
+from patchsweep.identity import identity_of, question_settings, read_weights
 from patchsweep.interventions import Direction
 from patchsweep.pairs import PromptPairs
 from patchsweep.request import MetricLike, Request, make_request
@@ -129,7 +129,8 @@ def describe(
     """
     request = make_request(model, pairs, "pattern", metrics, direction=direction, read=read)
     _check(request, heads, top, predictions)
-    return _attrs(request, heads, top, predictions, config, stored=True)
+    read_weights(model)
+    return _attrs(request, heads, top, predictions, config)
 
 
 def _attrs(
@@ -138,8 +139,6 @@ def _attrs(
     top: int,
     predictions: int,
     config: Mapping[str, Any] | None,
-    *,
-    stored: bool = False,
 ) -> dict[str, Any]:
     settings = {
         **question_settings(request),
@@ -147,7 +146,7 @@ def _attrs(
         "top": top if heads is None else None,
         "predictions": predictions,
     }
-    identity = identity_of(KIND, request.bridge, request.pairs, settings, stored=stored)
+    identity = identity_of(KIND, request.bridge, request.pairs, settings)
     return analysis_attrs(request.bridge, identity, config)
 
 

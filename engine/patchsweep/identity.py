@@ -37,7 +37,7 @@ from patchsweep.interventions import (
 )
 from patchsweep.metrics import BUILT_IN, Metric
 from patchsweep.models.homes import device_of
-from patchsweep.models.weights import tensor_digest, weights_digest
+from patchsweep.models.weights import known_digest, tensor_digest, weights_digest
 from patchsweep.pairs import PromptPair, PromptPairs
 from patchsweep.planner import SitePlan
 from patchsweep.request import Request
@@ -62,20 +62,18 @@ def identity_of(
     model: TransformerBridge,
     pairs: PromptPairs,
     settings: Mapping[str, Any],
-    *,
-    stored: bool = False,
 ) -> dict[str, Any]:
-    """The identity of a run of `kind` (sweep, edges, ...) with `settings`, which are JSON.
+    """The identity of a run of `kind` (sweep, edges, ...) with `settings`.
 
-    `stored`: every byte of the weights is read for it; otherwise a digest that was made before is
-    trusted until torch counts an edit (see `models.weights`).
+    The weights count as they were when they were read last, by `read_weights` or after an edit
+    that torch counts: whoever compares identities reads them first.
     """
     return sealed(
         {
             "kind": kind,
-            "model": model_identity(model, stored=stored),
+            "model": model_identity(model),
             "prompts": prompts_identity(pairs),
-            **settings,
+            **described(settings),
             "versions": versions(),
         }
     )
@@ -84,6 +82,11 @@ def identity_of(
 def versions() -> dict[str, str]:
     """Of the packages whose code makes the numbers."""
     return {name: version(name) for name in PACKAGES}
+
+
+def read_weights(model: TransformerBridge) -> None:
+    """Read every byte of the weights, so that identities made from now on know of all edits."""
+    weights_digest(model.original_model)
 
 
 def sealed(parts: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,7 +111,7 @@ def refuse_unversioned(identity: Mapping[str, Any]) -> None:
         )
 
 
-def model_identity(model: TransformerBridge, *, stored: bool = False) -> dict[str, Any]:
+def model_identity(model: TransformerBridge) -> dict[str, Any]:
     """Which code computes, how it is set up, and with which weights."""
     plain: Any = model.original_model
     kind = type(plain)
@@ -119,7 +122,7 @@ def model_identity(model: TransformerBridge, *, stored: bool = False) -> dict[st
         "device": device_of(model).type,
         "dtype": ", ".join(sorted({_name(p.dtype) for p in plain.parameters()})),
         "config": _config(plain.config.to_dict()),
-        "weights": weights_digest(plain, trust_stamp=not stored),
+        "weights": known_digest(plain),
     }
 
 
@@ -155,7 +158,8 @@ def request_difference(request: Request, attrs: Mapping[str, Any]) -> str | None
     if IDENTITY not in attrs:
         return None
     kept = dict(attrs[IDENTITY])
-    model = model_identity(request.bridge, stored=True)
+    read_weights(request.bridge)
+    model = model_identity(request.bridge)
     # other hardware rounds otherwise, and its values may be compared with a tolerance
     mine = {
         "model": {**model, "device": kept.get("model", {}).get("device")},

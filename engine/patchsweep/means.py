@@ -115,7 +115,7 @@ def keep_means(
     """`request`, with an intervention that keeps its means beside `store`, if it has any."""
     if not isinstance(request.intervention, Mean):
         return request
-    folder = MeansFolder(str(store), storage_options, model_identity(request.bridge, stored=True))
+    folder = MeansFolder(str(store), storage_options, model_identity(request.bridge))
     return replace(request, intervention=replace(request.intervention, kept=folder))
 
 

@@ -30,13 +30,11 @@ def make_layout(
     attrs: Mapping[str, Any] | None = None,
     methods: Mapping[str, Any] | None = None,
     precision: str = "model",
-    stored: bool = False,
 ) -> Layout:
     """Arrays, coordinates and attributes of the run; holds no times, so that reruns are equal.
 
     `more` variables and `attrs` are those of attribution; without `exact` they stand alone.
-    `methods` are those of the run with their settings, default `exact` alone. `stored`: the
-    layout is of values that are kept, see `identity_of`.
+    `methods` are those of the run with their settings, default `exact` alone.
     """
     plans = {plan.site.name: plan for plan in request.plans}
     blocks = blocks_of(request.plans)
@@ -48,7 +46,7 @@ def make_layout(
         # where it cuts waves, the last bits of the values depend on it
         "max_tokens": getattr(choice.runner, "max_tokens", None),
     }
-    identity = identity_of("sweep", request.bridge, request.pairs, settings, stored=stored)
+    identity = identity_of("sweep", request.bridge, request.pairs, settings)
     return Layout(
         variables=(
             *(_variable(request, plan, blocks[name]) for name, plan in plans.items() if exact),

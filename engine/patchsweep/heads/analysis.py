@@ -26,7 +26,7 @@ from patchsweep.heads.classes import Thresholds, detected_classes, member_table,
 from patchsweep.heads.optimal import OptimalSettings
 from patchsweep.heads.scores import detect
 from patchsweep.heads.table import disagreement
-from patchsweep.identity import identity_of, metric_words
+from patchsweep.identity import identity_of, metric_words, read_weights
 from patchsweep.metrics import Metric, get_metrics
 from patchsweep.pairs import PromptPairs
 from patchsweep.probe import RunnerName
@@ -133,7 +133,8 @@ def describe(
         PatchsweepError: an argument breaks a rule.
     """
     ask = _ask(model, pairs, metrics, ablations, positions, optimal, read, runner, max_tokens)
-    return _attrs(ask, thresholds, config, stored=True)
+    read_weights(model)
+    return _attrs(ask, thresholds, config)
 
 
 def _ask(
@@ -165,8 +166,6 @@ def _attrs(
     ask: Ask,
     thresholds: Thresholds,
     config: Mapping[str, Any] | None,
-    *,
-    stored: bool = False,
 ) -> dict[str, Any]:
     """The attributes that are known before anything runs: whose study, of what, and how."""
     more = {
@@ -182,7 +181,7 @@ def _attrs(
         "runner": ask.runner,
         "max_tokens": ask.max_tokens,
     }
-    identity = identity_of(KIND, ask.model, ask.pairs, settings, stored=stored)
+    identity = identity_of(KIND, ask.model, ask.pairs, settings)
     return {
         **analysis_attrs(ask.model, identity, config),
         "method": "exact",

@@ -15,7 +15,7 @@ from patchsweep.attributes import flat_attributes
 from patchsweep.batch import Batch, make_batches
 from patchsweep.errors import PlanError
 from patchsweep.finite import check_finite
-from patchsweep.identity import identity_of
+from patchsweep.identity import identity_of, read_weights
 from patchsweep.interventions import Direction, get_intervention
 from patchsweep.lens.patches import Patch, Patching, Sublayer, removal
 from patchsweep.lens.predictions import read_streams
@@ -114,7 +114,8 @@ def describe(
         PatchsweepError: an argument breaks a rule.
     """
     asked = _asked(model, pairs, which, direction, remove, patch, top)
-    return _attrs(model, pairs, asked, remove, top, config, stored=True)
+    read_weights(model)
+    return _attrs(model, pairs, asked, remove, top, config)
 
 
 def base_direction(
@@ -188,15 +189,13 @@ def _attrs(
     remove: Sublayer | None,
     top: int,
     config: Mapping[str, Any] | None,
-    *,
-    stored: bool = False,
 ) -> dict[str, Any]:
     settings = {
         "prompt": f"{asked.prompt}, the base of {asked.direction}",
         "patches": [patch.identity() for patch in asked.patches],
         "top": top,
     }
-    identity = identity_of("lens", model, pairs, settings, stored=stored)
+    identity = identity_of("lens", model, pairs, settings)
     return {
         **analysis_attrs(model, identity, config),
         "prompt": asked.prompt,

@@ -28,15 +28,12 @@ _known: WeakKeyDictionary[nn.Module, dict[str, tuple[Hashable, str]]] = WeakKeyD
 _stamped: WeakKeyDictionary[nn.Module, tuple[Hashable, str]] = WeakKeyDictionary()
 
 
-def weights_digest(model: nn.Module, *, trust_stamp: bool = False) -> str:
+def weights_digest(model: nn.Module) -> str:
     """32 hex digits that follow from the names, dtypes, shapes and bytes of all weights.
 
     They are the same wherever the weights are, and however a bridge wraps their modules.
-    `trust_stamp` reads no byte where `weights_stamp` is that of the last digest of this model.
     """
     stamp = weights_stamp(model)
-    if trust_stamp and stamp is not None and model in _stamped and _stamped[model][0] == stamp:
-        return _stamped[model][1]
     total = xxhash.xxh3_128()
     known = _known.setdefault(model, {})
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -52,6 +49,14 @@ def weights_digest(model: nn.Module, *, trust_stamp: bool = False) -> str:
             total.update(f"{name} {digest}\n".encode())
     _stamped[model] = (stamp, total.hexdigest())
     return total.hexdigest()
+
+
+def known_digest(model: nn.Module) -> str:
+    """The last `weights_digest` of `model`, made anew where torch has counted an edit since."""
+    stamp = weights_stamp(model)
+    if stamp is not None and model in _stamped and _stamped[model][0] == stamp:
+        return _stamped[model][1]
+    return weights_digest(model)
 
 
 def weights_stamp(model: nn.Module) -> Hashable:

@@ -17,7 +17,7 @@ from patchsweep.attributes import flat_attributes
 from patchsweep.attribution import Method
 from patchsweep.errors import MethodError, PlanError
 from patchsweep.finite import check_finite, names_of
-from patchsweep.identity import described, identity_of, question_settings
+from patchsweep.identity import identity_of, question_settings, read_weights
 from patchsweep.pairs import PromptPairs
 from patchsweep.paths.ablate import run_edges, run_nodes
 from patchsweep.paths.blocks import frozen
@@ -151,7 +151,8 @@ def describe(
     """
     _check(level, growth)
     question = ask(model, pairs, metrics, "noising", ablation, read)
-    return _attrs(question, level, method, growth, sizes, scores, config, stored=True)
+    read_weights(model)
+    return _attrs(question, level, method, growth, sizes, scores, config)
 
 
 def _attrs(
@@ -162,8 +163,6 @@ def _attrs(
     sizes: Sequence[float] | None,
     scores: xr.DataArray | None,
     config: Mapping[str, Any] | None,
-    *,
-    stored: bool = False,
 ) -> dict[str, Any]:
     asked = question_settings(question)
     settings = {
@@ -173,15 +172,15 @@ def _attrs(
         "method": method_settings(level, method) if scores is None else "scores",
         "scores": None if scores is None else _described_scores(scores),
         "growth": growth,
-        "sizes": described(sizes),
+        "sizes": sizes,
     }
-    identity = identity_of("circuit", question.bridge, question.pairs, settings, stored=stored)
+    identity = identity_of("circuit", question.bridge, question.pairs, settings)
     return analysis_attrs(question.bridge, identity, config)
 
 
 def _described_scores(scores: xr.DataArray) -> dict[str, Any]:
     labels = {str(dim): list(map(str, scores[dim].values)) for dim in scores.dims}
-    return {"values": described(scores.values), "labels": labels}
+    return {"values": scores.values, "labels": labels}
 
 
 @dataclass(frozen=True)

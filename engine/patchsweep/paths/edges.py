@@ -15,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from patchsweep.attributes import flat_attributes
 from patchsweep.batch import base_and_source
 from patchsweep.errors import PlanError
-from patchsweep.identity import identity_of, question_settings
+from patchsweep.identity import identity_of, question_settings, read_weights
 from patchsweep.interventions import Direction, Intervention, ValueFn
 from patchsweep.pairs import PromptPairs
 from patchsweep.paths.blocks import frozen
@@ -203,22 +203,20 @@ def describe(
     """
     question = ask(model, pairs, metrics, direction, intervention, read)
     settings = {"steps": steps, "positions": positions, "top": top}
-    return _attrs(question, settings, config, stored=True)
+    read_weights(model)
+    return _attrs(question, settings, config)
 
 
 def _attrs(
     question: Question,
     settings: Mapping[str, Any],
     config: Mapping[str, Any] | None = None,
-    *,
-    stored: bool = False,
 ) -> dict[str, Any]:
     identity = identity_of(
         "edges",
         question.bridge,
         question.pairs,
         {**question_settings(question), **settings},
-        stored=stored,
     )
     return analysis_attrs(question.bridge, identity, config)
 
