@@ -364,7 +364,9 @@ def make_old(store: Path) -> None:
     root.write_text(json.dumps(metadata))
 
 
-def test_old_store_is_read_and_says_in_one_line_why_it_does_not_go_on(tmp_path: Path) -> None:
+def test_old_store_is_read_and_says_in_one_line_why_it_does_not_go_on(
+    tmp_path: Path, nothing_runs: Callable[[], None]
+) -> None:
     store = tmp_path / "a.zarr"
     before = sweep(store).load()
     make_old(store)
@@ -372,12 +374,27 @@ def test_old_store_is_read_and_says_in_one_line_why_it_does_not_go_on(tmp_path: 
     found = xr.open_zarr(store, consolidated=False)
     xr.testing.assert_equal(found.load(), before)
     assert ps.summary.largest(found, "z")
+    nothing_runs()
     with pytest.raises(StoreError) as caught:
         sweep(store)
     assert str(caught.value) == (
         f"{store} was written before results recorded everything that they follow from, so this "
         "run cannot be compared with it; it can be read as it is: give another path to run again"
     )
+
+
+@pytest.mark.parametrize("identity", ['"nobody"', "[]", '{"max_tokens": "many"}', '{"model": 3}'])
+def test_store_with_a_spoilt_identity_is_refused(
+    identity: str, tmp_path: Path, nothing_runs: Callable[[], None]
+) -> None:
+    sweep(tmp_path / "a.zarr")
+    root = tmp_path / "a.zarr" / "zarr.json"
+    metadata = json.loads(root.read_text())
+    metadata["attributes"]["identity"] = identity
+    root.write_text(json.dumps(metadata))
+    nothing_runs()
+    with pytest.raises(StoreError, match="belongs to another run"):
+        sweep(tmp_path / "a.zarr")
 
 
 def test_means_of_edited_weights_are_taken_anew(tmp_path: Path) -> None:

@@ -210,9 +210,12 @@ def _recorded_choice(
     try:
         attrs = Store.open(store, storage_options=storage_options).attrs
         name, reason = (attrs["provenance"][key] for key in ("runner", "runner_reason"))
-        begun_with = attrs.get(IDENTITY, {}).get("max_tokens")
     except (StoreError, KeyError):
         return None  # `create_or_resume` says what is wrong, if something is
+    identity = attrs.get(IDENTITY)
+    begun_with = identity.get("max_tokens") if isinstance(identity, Mapping) else None
+    if not isinstance(begun_with, int) or begun_with < 1:
+        begun_with = None
     if runner != "auto" and name != "none":
         name = runner
     if name == "wave" and max_tokens is not None:

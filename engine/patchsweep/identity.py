@@ -155,18 +155,20 @@ def request_settings(request: Request) -> dict[str, Any]:
 def request_difference(request: Request, attrs: Mapping[str, Any]) -> str | None:
     """What keeps the values of a store with the attributes `attrs` from being run again by
     `request`; None: nothing, or nothing that a store without an identity tells."""
-    if IDENTITY not in attrs:
+    kept = attrs.get(IDENTITY)
+    if not isinstance(kept, Mapping):
         return None
-    kept = dict(attrs[IDENTITY])
     read_weights(request.bridge)
-    model = model_identity(request.bridge)
-    # other hardware rounds otherwise, and its values may be compared with a tolerance
     mine = {
-        "model": {**model, "device": kept.get("model", {}).get("device")},
+        "model": model_identity(request.bridge),
         "prompts": prompts_identity(request.pairs),
         **request_settings(request),
     }
-    return identity_difference(mine, {key: kept[key] for key in mine if key in kept})
+    theirs = {key: kept[key] for key in mine if key in kept}
+    if isinstance(kept.get("model"), Mapping):
+        # other hardware rounds otherwise: its values are compared with a tolerance
+        theirs["model"] = {**kept["model"], "device": mine["model"]["device"]}
+    return identity_difference(mine, theirs)
 
 
 class Question(Protocol):

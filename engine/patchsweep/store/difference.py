@@ -30,11 +30,12 @@ def is_old(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
 def attribute_differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[str]:
     """Each place where two sets of attributes differ, and how, that of the identities first."""
     mine, theirs = attributes(mine), attributes(theirs)
-    if IDENTITY in mine and IDENTITY in theirs:
-        found = identity_difference(mine[IDENTITY], theirs[IDENTITY])
+    ours, others = mine.get(IDENTITY), theirs.get(IDENTITY)
+    if isinstance(ours, Mapping) and isinstance(others, Mapping):
+        found = identity_difference(ours, others)
         if found is not None:
             yield found
-        mine, theirs = ({k: v for k, v in a.items() if k != IDENTITY} for a in (mine, theirs))
+        del mine[IDENTITY], theirs[IDENTITY]
     yield from differences("attrs", mine, theirs)
 
 
