@@ -85,7 +85,7 @@ SWEEP_CASES: dict[str, tuple[Any, str]] = {
     "model": (edited, "the weights differ"),
     "pairs": (
         lambda: pairs(second="sold"),
-        "prompts and corrupted prompts differ, first in pair 1",
+        "the clean prompts and corrupted prompts differ, first in pair 1",
     ),
     "sites": (["q", "mlp_post"], "sites.q is only in this run"),
     "metrics": (["prob"], r"metrics\[0\] is prob in this run and logit_diff in the store"),
