@@ -13,12 +13,26 @@ from patchsweep.errors import PatchsweepError
 if TYPE_CHECKING:
     from patchsweep import metrics
     from patchsweep.api import plan, sweep
+    from patchsweep.interventions import Custom
+    from patchsweep.metrics import Metric
     from patchsweep.models import load_model
     from patchsweep.pairs import PromptPairs
 
-__all__ = ["PatchsweepError", "PromptPairs", "load_model", "metrics", "plan", "summary", "sweep"]
+__all__ = [
+    "Custom",
+    "Metric",
+    "PatchsweepError",
+    "PromptPairs",
+    "load_model",
+    "metrics",
+    "plan",
+    "summary",
+    "sweep",
+]
 
 _LATER = {
+    "Custom": "patchsweep.interventions",
+    "Metric": "patchsweep.metrics",
     "PromptPairs": "patchsweep.pairs",
     "load_model": "patchsweep.models",
     "plan": "patchsweep.api",

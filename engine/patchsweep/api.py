@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from patchsweep.errors import ConfigError, StoreError
 from patchsweep.estimate import Cost, estimate
 from patchsweep.exact import ExactWork
 from patchsweep.hooked import HookedRunner
+from patchsweep.identity import read_weights, refuse_unversioned, request_settings
 from patchsweep.interventions import Direction, Intervention, Reader, ValueFn
 from patchsweep.means import keep_means
 from patchsweep.pairs import PromptPairs
@@ -30,8 +32,10 @@ from patchsweep.running import runs_model
 from patchsweep.screening.asked import Asked, MethodLike, get_asked
 from patchsweep.screening.work import ScreenWork
 from patchsweep.store import Store
+from patchsweep.store.difference import IDENTITY
 from patchsweep.store.journal import Journal
 from patchsweep.store.layout import Layout
+from patchsweep.waves import WaveRunner
 from patchsweep.work import Journalled, Progress, Quiet, Share, Work, run_work
 
 Precision = Literal["model", "bf16"]
@@ -91,8 +95,8 @@ def sweep(
         slice_index, n_slices: do every n-th bundle of units only, from this one on; all slices
             together write what one process would.
         runner: `auto` lets the probe choose; `wave` and `hooked` insist.
-        max_tokens: most tokens in one wave. Default: what suits where the weights are, see
-            `patchsweep.waves.budget`.
+        max_tokens: most tokens in one wave. Default: what the store was begun with, or else what
+            suits where the weights are, see `patchsweep.waves.budget`.
         cache_budget: bytes of activations that may stay in memory; what exceeds it lies in files.
             Default: a share of what is free.
         precision: `model` multiplies in the weights' own dtype; `bf16` multiplies in bf16 and
@@ -135,12 +139,21 @@ def sweep(
         raise ConfigError(f"n_slices={n_slices} needs a store, where the slices meet; give one")
 
     def layout_of(choice: Choice) -> Layout:
-        more = asked.variables(request) + (proof_variables(request) if proven else ())
-        attrs = {**asked.attrs(request), "precision": precision}
-        return make_layout(request, choice, config or {}, exact=asked.exact, more=more, attrs=attrs)
+        return make_layout(
+            request,
+            choice,
+            config or {},
+            exact=asked.exact,
+            more=asked.variables(request) + (proof_variables(request) if proven else ()),
+            attrs=asked.attrs(request),
+            methods=asked.settings(),
+            precision=precision,
+        )
 
     if store is not None:  # another run's store is refused before anything runs
-        recorded = _recorded_choice(store, storage_options)
+        refuse_unversioned(request_settings(request) | asked.settings())
+        read_weights(model)
+        recorded = _recorded_choice(store, storage_options, runner, max_tokens)
         if recorded is not None:
             layout = layout_of(recorded)
             Store.create_or_resume(store, layout, storage_options=storage_options).close()
@@ -148,12 +161,16 @@ def sweep(
     choice = NO_RUNNER
     if asked.exact:
         choice = prepare_runner(request, runner, max_tokens, cache_budget)
-    works = _works(request, asked, choice, proven, max_tokens)
     progress = progress or Quiet()
     if store is None:
         memory = Memory(layout_of(choice))
-        run_work(works, memory, progress, share)
+        run_work(_works(request, asked, choice, proven), memory, progress, share)
         return memory.dataset()
+    if recorded is None:  # another process may have made it meanwhile, with waves of another size
+        recorded = _recorded_choice(store, storage_options, runner, max_tokens)
+    if recorded is not None and isinstance(choice.runner, WaveRunner):
+        choice.runner.max_tokens = recorded.runner.max_tokens  # type: ignore[attr-defined]
+    works = _works(request, asked, choice, proven)
     with ExitStack() as stack:
         sink = stack.enter_context(
             Store.create_or_resume(store, layout_of(choice), storage_options=storage_options)
@@ -166,15 +183,13 @@ def sweep(
         return sink.dataset()
 
 
-def _works(
-    request: Request, asked: Asked, choice: Choice, proven: bool, max_tokens: int | None
-) -> list[Work]:
+def _works(request: Request, asked: Asked, choice: Choice, proven: bool) -> list[Work]:
     """Who fills which variables; the first that tells the unpatched metrics is the one asked."""
     if asked.screen is not None:
         return [ScreenWork(request, choice, asked.screen)]
     works: list[Work] = []
     if proven:
-        works.append(ProvenWork(request, choice, max_tokens))
+        works.append(ProvenWork(request, choice))
     elif asked.exact:
         works.append(ExactWork(request, choice.runner))
     if asked.methods:
@@ -182,31 +197,38 @@ def _works(
     return works
 
 
+@dataclass(frozen=True)
 class _Recorded:
     """Stands for the runner of which a store tells the name."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    name: str
+    max_tokens: int | None = None
 
 
-NO_RUNNER = Choice(
-    _Recorded("none"),  # type: ignore[arg-type]
-    "no patch was run exactly",
-    None,
-)
+NO_RUNNER = Choice(_Recorded("none"), "no patch was run exactly", None)  # type: ignore[arg-type]
 
 
-def _recorded_choice(store: str | Path, storage_options: Mapping[str, Any] | None) -> Choice | None:
-    """The runner that an existing store was begun with; None if there is no such store."""
+def _recorded_choice(
+    store: str | Path,
+    storage_options: Mapping[str, Any] | None,
+    runner: RunnerName,
+    max_tokens: int | None,
+) -> Choice | None:
+    """What an existing store was begun with, where nothing else is asked for; None: no store."""
     try:
-        provenance = Store.open(store, storage_options=storage_options).attrs["provenance"]
-        return Choice(
-            _Recorded(provenance["runner"]),  # type: ignore[arg-type]
-            provenance["runner_reason"],
-            None,
-        )
+        attrs = Store.open(store, storage_options=storage_options).attrs
+        name, reason = (attrs["provenance"][key] for key in ("runner", "runner_reason"))
     except (StoreError, KeyError):
         return None  # `create_or_resume` says what is wrong, if something is
+    identity = attrs.get(IDENTITY)
+    begun_with = identity.get("max_tokens") if isinstance(identity, Mapping) else None
+    if not isinstance(begun_with, int) or begun_with < 1:
+        begun_with = None
+    if runner != "auto" and name != "none":
+        name = runner
+    if name == "wave" and max_tokens is not None:
+        begun_with = max_tokens
+    return Choice(_Recorded(name, begun_with), reason, None)  # type: ignore[arg-type]
 
 
 def plan(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -30,10 +29,11 @@ from patchsweep.attribution.patterns import visit_cells, work_of
 from patchsweep.attribution.tape import Heads, Place, Tape
 from patchsweep.batch import Batch, base_and_source
 from patchsweep.errors import PlanError
+from patchsweep.identity import identity_of, question_settings, read_weights
 from patchsweep.interventions import Direction
 from patchsweep.pairs import PromptPairs
 from patchsweep.request import MetricLike, Request, make_request
-from patchsweep.results import model_provenance
+from patchsweep.results import analysis_attrs
 from patchsweep.running import runs_model
 from patchsweep.sites import SITES
 from patchsweep.tokens import token_strings
@@ -93,6 +93,7 @@ def attention(
     request = make_request(model, pairs, "pattern", metrics, direction=direction, read=read)
     check_request(request, [Atp()])
     _check(request, heads, top, predictions)
+    attrs = _attrs(request, heads, top, predictions, config)
     views = _Views(request, Tape(model, [SITES["pattern"]]), predictions)
     if heads is None:
         views.run(keep=())  # patterns of all heads at once would not fit for long prompts
@@ -101,7 +102,7 @@ def attention(
     ds = views.dataset(heads).assign(exact=_exact(request, heads))
     ds.attrs = flat_attributes(
         {
-            **identity(model, pairs, config),
+            **attrs,
             "direction": request.direction,
             "intervention": request.intervention.name,
             "method": "atp",
@@ -110,16 +111,44 @@ def attention(
     return ds
 
 
-def identity(
-    model: TransformerBridge, pairs: PromptPairs, config: Mapping[str, Any] | None
+def describe(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    metrics: MetricLike | Sequence[MetricLike] = "logit_diff",
+    *,
+    direction: Direction | None = None,
+    read: int = -1,
+    heads: Sequence[Head] | None = None,
+    top: int = 16,
+    predictions: int = 10,
+    config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The attributes that are known before anything runs: of which weights, prompts, settings."""
-    return {
-        "kind": KIND,
-        "patchsweep_version": version("patchsweep"),
-        "prompts": pairs.content_hash(),
-        "provenance": {**model_provenance(model), "config": dict(config or {})},
+    """Attributes by which a store knows what `attention` gives for these arguments; runs nothing.
+
+    Raises:
+        PatchsweepError: an argument breaks a rule.
+    """
+    request = make_request(model, pairs, "pattern", metrics, direction=direction, read=read)
+    _check(request, heads, top, predictions)
+    read_weights(model)
+    return _attrs(request, heads, top, predictions, config)
+
+
+def _attrs(
+    request: Request,
+    heads: Sequence[Head] | None,
+    top: int,
+    predictions: int,
+    config: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    settings = {
+        **question_settings(request),
+        "heads": None if heads is None else [list(head) for head in heads],
+        "top": top if heads is None else None,
+        "predictions": predictions,
     }
+    identity = identity_of(KIND, request.bridge, request.pairs, settings)
+    return analysis_attrs(request.bridge, identity, config)
 
 
 @dataclass(frozen=True)

@@ -220,7 +220,7 @@ def _cells(ds: xr.Dataset, site: str, name: str) -> Cells:
     x = exact.transpose("pair", *dims).values.astype(np.float64)
     y = estimate.transpose("pair", *dims).values.astype(np.float64)
     x, y = x.reshape(len(x), -1), y.reshape(len(y), -1)
-    if name.endswith("_drop"):
+    if summary.is_absolute(ds, name):
         x = np.abs(x)  # the estimate has no sign
     known = np.isfinite(x) & np.isfinite(y)
     missing = int((np.isfinite(y) & ~np.isfinite(x)).any(axis=0).sum())

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +24,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from patchsweep.arguments import check_runner, is_whole
 from patchsweep.attribution import IntegratedInputs, IntegratedSite
 from patchsweep.errors import ConfigError
+from patchsweep.metrics import Metric
 from patchsweep.models import load_model, sketch_model
 from patchsweep.pairs import PromptPairs
 from patchsweep.records import PromptRecord
@@ -162,13 +163,16 @@ class IntegratedMethod(MethodConfig):
     """Integrated gradients."""
 
     over: str = MISSING  # site: over the site's activation; inputs: over the embedding
-    n_steps: int = 10  # points of the path
+    n_steps: int | None = None  # points of the path; null: the method's own number
 
     def asked(self) -> list[MethodLike]:
-        if self.over == "site":
-            return [IntegratedSite(n_steps=self.n_steps)]
-        if self.over == "inputs":
-            return [IntegratedInputs(n_steps=self.n_steps)]
+        methods: dict[str, IntegratedSite | IntegratedInputs] = {
+            "site": IntegratedSite(),
+            "inputs": IntegratedInputs(),
+        }
+        if self.over in methods:
+            usual = methods[self.over]
+            return [usual if self.n_steps is None else replace(usual, n_steps=self.n_steps)]
         raise ConfigError(f"method.over={self.over!r} is not known; use site or inputs")
 
 
@@ -176,13 +180,13 @@ class IntegratedMethod(MethodConfig):
 class ScreenMethod(MethodConfig):
     """Attribution ranks, the foremost patches run exactly; see `patchsweep.screening.Screen`."""
 
-    by: str = "atp"  # the method that ranks
-    k: int = 100  # patches of each site that run exactly
-    margin: float | None = None  # go on until the k-th effect is so much above what remains
-    subsets: int = 64  # random subsets per pair and site, for the bound; 0: no bound
-    share: float = 0.25  # of the subsets hold a patch
-    level: float = 0.05  # of the bound's test
-    seed: int = 0
+    by: str = str(Screen.by)  # the method that ranks
+    k: int = Screen.k  # patches of each site that run exactly
+    margin: float | None = Screen.margin  # until the k-th effect is so much above what remains
+    subsets: int = Screen.subsets  # random subsets per pair and site, for the bound; 0: no bound
+    share: float = Screen.share  # of the subsets hold a patch
+    level: float = Screen.level  # of the bound's test
+    seed: int = Screen.seed
 
     def asked(self) -> list[MethodLike]:
         return [Screen(**asdict(self))]
@@ -192,7 +196,8 @@ class ScreenMethod(MethodConfig):
 class MetricConfig:
     """Which numbers are read off the logits."""
 
-    names: list[Any] = MISSING  # names, or {_target_: module.function} over [row, read, d_vocab]
+    # names, or {_target_: module.function, name: peak, version: 1} over [row, read, d_vocab]
+    names: list[Any] = MISSING
     read: int = -1  # prompt position whose logits are read; -1 is the last
 
     def metrics(self) -> list[MetricLike]:
@@ -205,16 +210,30 @@ class MetricConfig:
 
 
 def _own(target: Mapping[str, Any]) -> MetricLike:
-    """A metric of the user's: a function, or an object of a class that is made with arguments."""
+    """A metric of the user's: a function, or an object of a class that is made with arguments.
+
+    `name` and `version` say which one it is; a `Metric` says so itself.
+    """
     if "_target_" not in target:
         raise ConfigError(
             f"metric {dict(target)!r} names no function; give _target_ as module.function"
         )
+    given = dict(target)
+    name, version = given.pop("name", None), given.pop("version", None)
     try:
-        if set(target) == {"_target_"}:
-            found = get_object(target["_target_"])
-            return found() if isinstance(found, type) else found
-        return instantiate(dict(target))
+        if set(given) == {"_target_"}:
+            made = get_object(given["_target_"])
+            made = made() if isinstance(made, type) else made
+        else:
+            made = instantiate(given)
+        if isinstance(made, Metric):
+            return made
+        return Metric.of_logits(
+            made,
+            name=str(name or getattr(made, "__name__", type(made).__name__)),
+            version=None if version is None else str(version),
+            parameters={key: value for key, value in given.items() if key != "_target_"},
+        )
     except (InstantiationException, ImportError, ValueError, TypeError) as error:
         raise ConfigError(
             f"metric {dict(target)!r} cannot be made: {error}; give _target_ as module.function, "

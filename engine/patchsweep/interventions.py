@@ -112,7 +112,7 @@ class Zero(_Plain):
         return torch.zeros_like(base)
 
 
-_MEAN_NAMES = {"position": "mean", "all": "mean_all", "label": "mean_label"}
+MEAN_NAMES = {"position": "mean", "all": "mean_all", "label": "mean_label"}
 
 
 @dataclass
@@ -133,11 +133,11 @@ class Mean:
     _means: dict[MeanKey, Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        if self.per not in _MEAN_NAMES:
+        if self.per not in MEAN_NAMES:
             raise ConfigError(
                 f"mean per={self.per!r} is not known; use 'position', 'all' or 'label'"
             )
-        self.name = self.name or _MEAN_NAMES[self.per]
+        self.name = self.name or MEAN_NAMES[self.per]
 
     def prepare(self, prompts: Sequence[Prompts], activations: Activations) -> None:
         """Take the means, from where they are kept if `activations` is a `Reader`.
@@ -213,12 +213,17 @@ class Shuffle(Resample):
 
 @dataclass
 class Custom(_Plain):
-    """Values of the user's own: a constant, or a function of base and source activations."""
+    """Values of the user's own: a constant, or a function of base and source activations.
+
+    A store knows a constant by its content, and a function by `name` and `version` alone: give
+    another version whenever the function, or what it reads, changes.
+    """
 
     value: float | Tensor | ValueFn
     name: str = "custom"
     from_source: bool = False
     default_direction: Direction = "noising"
+    version: str | None = None  # None: a function that no store can tell from another
 
     def values(
         self, site: Site, layer: int, base: Tensor, source: Tensor, spans: Sequence[Spans]

@@ -1,10 +1,11 @@
 """Means kept beside a store: computed by the first process of a run, read by all others.
 
 A file `<store>.means/<reader>-<digest>.safetensors` holds the means of every site of a run and
-says of what they were made: the weights, their dtype, the prompts' tokens, over what the mean was
-taken, the versions of the libraries. The digest in its name is that of this provenance, so other
-prompts or weights never find the file and never replace it, which a run in progress may still
-need; they make their own. A file whose name and content disagree is damaged and refused.
+says of what they were made: the model with every byte of its weights, the prompts' tokens, over
+what the mean was taken, the versions of the libraries. The digest in its name is that of this
+provenance, so other prompts or weights never find the file and never replace it, which a run in
+progress may still need; they make their own. A file whose name and content disagree is damaged and
+refused.
 
 Files are put whole and the first one stays: of two processes that start at once, both go on with
 the same means, whichever was first.
@@ -17,7 +18,6 @@ import json
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,13 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from patchsweep.errors import StoreError
+from patchsweep.identity import model_identity, versions
 from patchsweep.interventions import Mean, MeanKey, Prompts, Reader
 from patchsweep.request import Request
-from patchsweep.results import model_provenance
 from patchsweep.store.address import open_folder
 from patchsweep.store.folder import Folder
 
-FORMAT = 1
+FORMAT = 2
 SUFFIX = ".means"
 _PROVENANCE = "provenance"  # key of the file's metadata
 
@@ -44,7 +44,7 @@ class MeansFolder:
 
     url: str  # the store's
     storage_options: Mapping[str, Any] | None  # the store's
-    model: Mapping[str, Any]  # which weights: `results.model_provenance`
+    model: Mapping[str, Any]  # `identity.model_identity`
 
     def get(
         self,
@@ -78,7 +78,7 @@ class MeansFolder:
     def _provenance(self, per: str, prompts: Sequence[Prompts], reader: Reader) -> dict[str, Any]:
         return {
             "format": FORMAT,
-            "patchsweep_version": version("patchsweep"),
+            "versions": versions(),
             "model": dict(self.model),
             "per": per,
             "reader": reader.name,
@@ -115,7 +115,7 @@ def keep_means(
     """`request`, with an intervention that keeps its means beside `store`, if it has any."""
     if not isinstance(request.intervention, Mean):
         return request
-    folder = MeansFolder(str(store), storage_options, model_provenance(request.bridge))
+    folder = MeansFolder(str(store), storage_options, model_identity(request.bridge))
     return replace(request, intervention=replace(request.intervention, kept=folder))
 
 

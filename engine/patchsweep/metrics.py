@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Union
+from typing import Any, Literal, Union
 
 import torch
 from jaxtyping import Float
@@ -70,6 +70,33 @@ class Metric:
     sums: tuple[Sum, ...] = ()  # sums that do instead of the whole vocabulary; none: nothing does
     smooth: bool = True  # has a useful gradient
     flat_at_base: bool = False  # its gradient at the base run is zero
+    # by which a store knows a metric of the user's own; None: no store can tell it from another
+    version: str | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)  # likewise, plain JSON
+
+    @classmethod
+    def of_logits(
+        cls,
+        function: Callable[[Tensor], Tensor],
+        *,
+        name: str,
+        version: str | None = None,
+        unit: str = "",
+        parameters: Mapping[str, Any] | None = None,
+    ) -> Metric:
+        """The metric that `function` makes of logits `[row, read, d_vocab]`: one number a row.
+
+        A store knows it by `name`, `version` and `parameters`: give another version whenever the
+        function, or what it reads, changes.
+        """
+        return cls(
+            name,
+            unit,
+            "vocab",
+            lambda x: function(_full(x)),
+            version=version,
+            parameters=parameters or {},
+        )
 
 
 def _logit_diff(x: Logits) -> Tensor:
@@ -134,6 +161,9 @@ METRICS: dict[str, Metric] = {
 }
 
 
+BUILT_IN = tuple(METRICS.values())
+
+
 def get_metrics(given: MetricLike | Sequence[MetricLike]) -> tuple[Metric, ...]:
     """The metrics of names; a callable over logits `[row, read, d_vocab]` becomes one too.
 
@@ -151,7 +181,10 @@ def get_metrics(given: MetricLike | Sequence[MetricLike]) -> tuple[Metric, ...]:
     metrics = tuple(_get(metric) for metric in given)
     names = [metric.name for metric in metrics]
     if len(set(names)) < len(names):
-        raise MetricError(f"metrics={names} names a metric twice; name each once")
+        raise MetricError(
+            f"metrics={names} names a metric twice; name each once, functions by "
+            "Metric.of_logits(function, name=...)"
+        )
     return metrics
 
 
@@ -160,9 +193,8 @@ def _get(given: MetricLike) -> Metric:
     if isinstance(given, Metric):
         return given
     if callable(given):
-        function = given
-        name = getattr(function, "__name__", type(function).__name__)
-        return Metric(name, "", "vocab", lambda x: function(_full(x)))
+        name = getattr(given, "__name__", type(given).__name__)
+        return Metric.of_logits(given, name=name)
     if not isinstance(given, str) or given not in METRICS:
         raise MetricError(f"metric {given!r} is not known; use one of {', '.join(METRICS)}")
     return METRICS[given]

@@ -45,7 +45,11 @@ def proof_variables(request: Request) -> tuple[Variable, ...]:
                 dims=dims_of(plan),
                 shape=shape_of(plan, len(request.metrics)),
                 unit=blocks[name],
-                attrs={"long_name": f"patched metric at {name}, by bf16 products alone"},
+                attrs={
+                    "long_name": f"patched metric at {name}, by bf16 products alone",
+                    "role": "bf16",
+                    "site": name,
+                },
             )
         )
         found.append(
@@ -54,7 +58,11 @@ def proof_variables(request: Request) -> tuple[Variable, ...]:
                 dims=("metric", "pair"),
                 shape=(len(request.metrics), len(request.pairs)),
                 unit=(blocks[name][0], 1),
-                attrs={"long_name": f"rounding noise of a bf16 patch at {name}"},
+                attrs={
+                    "long_name": f"rounding noise of a bf16 patch at {name}",
+                    "role": "noise",
+                    "site": name,
+                },
             )
         )
     return tuple(found)
@@ -67,7 +75,7 @@ class ProvenWork:
         ConfigError: the wave runner, which alone has bf16 products, does not suit the model.
     """
 
-    def __init__(self, request: Request, choice: Choice, max_tokens: int | None) -> None:
+    def __init__(self, request: Request, choice: Choice) -> None:
         if not isinstance(choice.runner, WaveRunner):
             raise ConfigError(
                 f"precision=bf16 needs the wave runner, but {choice.reason}; use precision=model"
@@ -75,7 +83,7 @@ class ProvenWork:
         self.request = request
         self.exact = ExactWork(request, choice.runner)
         self.plans = self.exact.plans
-        self.runner = WaveRunner(request.bridge, request.sites, max_tokens, "bf16")
+        self.runner = WaveRunner(request.bridge, request.sites, choice.runner.max_tokens, "bf16")
         # one for both: how much may be kept in memory, and the unembedding, which stays exact
         self.runner.budget, self.runner.readout = choice.runner.budget, choice.runner.readout
         self.captures = Captures(request, self.runner)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -13,11 +12,12 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.attributes import flat_attributes
 from patchsweep.batch import base_and_source
-from patchsweep.models.homes import named_weights
+from patchsweep.identity import identity_of, request_settings
 from patchsweep.planner import SitePlan
 from patchsweep.probe import Choice
 from patchsweep.request import Request, blocks_of
 from patchsweep.store import Layout, Unit, Variable
+from patchsweep.store.difference import IDENTITY
 
 
 def make_layout(
@@ -28,13 +28,25 @@ def make_layout(
     exact: bool = True,
     more: Sequence[Variable] = (),
     attrs: Mapping[str, Any] | None = None,
+    methods: Mapping[str, Any] | None = None,
+    precision: str = "model",
 ) -> Layout:
     """Arrays, coordinates and attributes of the run; holds no times, so that reruns are equal.
 
     `more` variables and `attrs` are those of attribution; without `exact` they stand alone.
+    `methods` are those of the run with their settings, default `exact` alone.
     """
     plans = {plan.site.name: plan for plan in request.plans}
     blocks = blocks_of(request.plans)
+    settings = {
+        **request_settings(request),
+        "methods": methods or {"exact": {}},
+        "precision": precision,
+        "runner": choice.runner.name,
+        # where it cuts waves, the last bits of the values depend on it
+        "max_tokens": getattr(choice.runner, "max_tokens", None),
+    }
+    identity = identity_of("sweep", request.bridge, request.pairs, settings)
     return Layout(
         variables=(
             *(_variable(request, plan, blocks[name]) for name, plan in plans.items() if exact),
@@ -46,8 +58,10 @@ def make_layout(
             "method": "exact",
             "direction": request.direction,
             "intervention": request.intervention.name,
+            "precision": precision,
+            IDENTITY: identity,
             "provenance": {
-                **model_provenance(request.bridge),
+                **model_provenance(request.bridge, identity),
                 "runner": choice.runner.name,
                 "runner_reason": choice.reason,
                 "config": dict(config),
@@ -56,6 +70,18 @@ def make_layout(
             **(attrs or {}),
         },
     )
+
+
+def analysis_attrs(
+    model: TransformerBridge, identity: Mapping[str, Any], config: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The attributes that the results of an analysis have in common, known before it runs."""
+    return {
+        "kind": identity["kind"],
+        "patchsweep_version": version("patchsweep"),
+        IDENTITY: dict(identity),
+        "provenance": {**model_provenance(model, identity), "config": dict(config or {})},
+    }
 
 
 def plan_counts(plan: SitePlan) -> dict[str, int]:
@@ -69,28 +95,16 @@ def plan_counts(plan: SitePlan) -> dict[str, int]:
     }
 
 
-def model_provenance(bridge: TransformerBridge) -> dict[str, Any]:
-    """Which weights, exactly, the numbers came from."""
+def model_provenance(bridge: TransformerBridge, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Which model, by its name, the numbers came from, and what of the run's identity says most."""
     config = bridge.original_model.config
-    packages = ("torch", "transformers", "transformer-lens")
     return {
         "model": str(bridge.cfg.model_name),
         "revision": getattr(config, "_commit_hash", None),
-        "weights_hash": weights_hash(bridge),
+        "weights_hash": identity["model"]["weights"],
         "dtype": str(bridge.cfg.dtype).removeprefix("torch."),
-        "versions": {name: version(name) for name in packages},
+        "versions": dict(identity["versions"]),
     }
-
-
-def weights_hash(bridge: TransformerBridge) -> str:
-    """A hash of every parameter's name, shape and a spread of its values."""
-    digest = hashlib.sha256()
-    for name, weight in named_weights(bridge.original_model):
-        flat = weight.reshape(-1)
-        step = max(1, flat.numel() // 1024)
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
-        digest.update(flat[::step].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:32]
 
 
 def dims_of(plan: SitePlan) -> tuple[str, ...]:
@@ -131,7 +145,11 @@ def _variable(request: Request, plan: SitePlan, unit: tuple[int, int]) -> Variab
         dims=dims_of(plan),
         shape=shape_of(plan, len(request.metrics)),
         unit=unit,
-        attrs={"long_name": f"patched metric at {plan.site.name}"},
+        attrs={
+            "long_name": f"patched metric at {plan.site.name}",
+            "role": "exact",
+            "site": plan.site.name,
+        },
     )
 
 

@@ -66,18 +66,30 @@ class Effect:
 def estimates(ds: xr.Dataset) -> dict[str, tuple[str, str]]:
     """Variables that hold an attribution's estimate: name -> (site, method).
 
-    `z_atp` is an estimate because it starts with a site's name and is no site itself; a site that
-    patchsweep does not know counts when it is in the Dataset too.
+    Their attributes say so (`role`, `site`, `method`). Variables without a role, of old stores or
+    after arithmetic, go by their names: `z_atp` is then an estimate because it starts with a site's
+    name and is no site itself.
     """
     found = _cell_variables(ds)
     # shortest first: z_atp_star is atp_star of z, not star of z_atp
     bases = [*SITE_WORDS, *sorted(found, key=len)]
     named = {}
     for name in sorted(found):
+        attrs = ds[name].attrs
+        if "role" in attrs:
+            if attrs["role"] == "estimate":
+                named[name] = (str(attrs["site"]), str(attrs["method"]))
+            continue
         site = next((b for b in bases if name.startswith(f"{b}_")), None)
         if site is not None and name not in SITE_WORDS:
             named[name] = (site, name[len(site) + 1 :])
     return named
+
+
+def is_absolute(ds: xr.Dataset, name: str) -> bool:
+    """Whether the estimates called `name` are sizes, without a sign."""
+    sign = ds[name].attrs.get("sign")
+    return name.endswith("_drop") if sign is None else sign == "absolute"
 
 
 def sites(ds: xr.Dataset) -> tuple[str, ...]:
@@ -378,10 +390,15 @@ def _cell_variables(ds: xr.Dataset) -> list[str]:
     return [
         str(name)
         for name, array in ds.data_vars.items()
-        if {"metric", "pair"} <= set(array.dims) <= _CELL_DIMS
-        and not str(name).endswith(_PROOF)  # what `bf16_error` reads
-        and (array.ndim > 2 or name in SITE_WORDS)  # [metric, pair] is a baseline, or one patch
+        if {"metric", "pair"} <= set(array.dims) <= _CELL_DIMS and _holds_cells(str(name), array)
     ]
+
+
+def _holds_cells(name: str, array: xr.DataArray) -> bool:
+    if "role" in array.attrs:
+        return array.attrs["role"] in ("exact", "estimate")
+    # [metric, pair] is a baseline, or one patch
+    return not name.endswith(_PROOF) and (array.ndim > 2 or name in SITE_WORDS)
 
 
 def _variable(ds: xr.Dataset, site: str) -> xr.DataArray:

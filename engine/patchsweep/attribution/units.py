@@ -22,6 +22,11 @@ def variable_name(site: str, method: str) -> str:
     return f"{site}_{method}"
 
 
+def is_signed(method: Method) -> bool:
+    """Whether a method's estimates have a sign; GradDrop sums absolute values."""
+    return not getattr(method, "grad_drop", False)
+
+
 def variables_of(request: Request, methods: Sequence[Method]) -> tuple[Variable, ...]:
     """One variable for each site and method; a unit is some pairs and all layers."""
     return tuple(
@@ -32,7 +37,11 @@ def variables_of(request: Request, methods: Sequence[Method]) -> tuple[Variable,
             unit=(pairs_per_block(plan), plan.shape[1]),
             attrs={
                 "long_name": f"{method.name}: estimate of metric(patched) - metric(base) at "
-                f"{plan.site.name}" + (", absolute" if method.name.endswith("_drop") else "")
+                f"{plan.site.name}" + ("" if is_signed(method) else ", absolute"),
+                "role": "estimate",
+                "site": plan.site.name,
+                "method": method.name,
+                "sign": "signed" if is_signed(method) else "absolute",
             },
         )
         for method in methods

@@ -11,7 +11,9 @@ from rich.console import Console
 from patchsweep.arguments import check_store_path
 from patchsweep.config import StoreConfig
 from patchsweep.errors import ConfigError
+from patchsweep.identity import refuse_unversioned
 from patchsweep.store.credentials import scrub
+from patchsweep.store.difference import IDENTITY
 from patchsweep.store.whole import read_whole, write_whole
 
 
@@ -43,9 +45,11 @@ def stored(
     """The results in `store` and True, or what `compute` gives, now stored, and False.
 
     Raises:
+        ConfigError: `attrs` name a function that nothing identifies.
         StoreError: something else than results with `attrs` lies there.
     """
     check_store_path(store.path)
+    refuse_unversioned(attrs[IDENTITY])
     ds = read_whole(store.path, attrs, store.storage_options)
     if ds is not None:
         return ds, True

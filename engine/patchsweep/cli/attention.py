@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from patchsweep.attention import attention, identity, ranked_heads
+from patchsweep.attention import attention, describe, ranked_heads
 from patchsweep.cli.analysis import refuse_unused, say_where, stored
 from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.console import stdout
@@ -82,21 +82,21 @@ def execute(config: AttentionRun) -> None:
     model = config.model.load()
     pairs = config.task.load(model)
 
+    asked: dict[str, Any] = {
+        "metrics": config.metric.metrics(),
+        "direction": config.direction,
+        "read": config.metric.read,
+        "heads": config.chosen(),
+        "top": config.top,
+        "predictions": config.predictions,
+        "config": config.identity(),
+    }
+
     def compute() -> xr.Dataset:
         with console.status("reading patterns and their gradients"):
-            return attention(
-                model,
-                pairs,
-                config.metric.metrics(),
-                direction=config.direction,  # type: ignore[arg-type]  # checked there
-                read=config.metric.read,
-                heads=config.chosen(),
-                top=config.top,
-                predictions=config.predictions,
-                config=config.identity(),
-            )
+            return attention(model, pairs, **asked)
 
-    ds, known = stored(config.store, identity(model, pairs, config.identity()), compute)
+    ds, known = stored(config.store, describe(model, pairs, **asked), compute)
     for run in ("base", "source"):
         console.print(_guess(ds, run))
     console.print(_table(ds))

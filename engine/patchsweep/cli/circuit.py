@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import xarray as xr
 from omegaconf import DictConfig
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from patchsweep.attributes import attributes, flat_attributes
+from patchsweep.attributes import attributes
 from patchsweep.cli.analysis import refuse_unused, say_where, stored
 from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.console import stdout
 from patchsweep.paths.circuit_config import CircuitRun
-from patchsweep.paths.circuits import circuit
-from patchsweep.results import model_provenance
+from patchsweep.paths.circuits import circuit, describe
 
 
 def main(arguments: list[str]) -> int:
@@ -47,24 +46,22 @@ def execute(config: CircuitRun) -> None:
     method = config.scored_by()
     model = config.model.load()
     pairs = config.task.load(model)
-    provenance = {**model_provenance(model), "config": config.identity()}
+    asked: dict[str, Any] = {
+        "metrics": config.metric.metrics(),
+        "level": config.level,
+        "method": method,
+        "growth": config.growth,
+        "sizes": config.sizes,
+        "ablation": config.ablation,
+        "read": config.metric.read,
+        "config": config.identity(),
+    }
 
     def compute() -> xr.Dataset:
         with console.status(f"ranking {config.level} and running circuits of them"):
-            ds = circuit(
-                model,
-                pairs,
-                config.metric.metrics(),
-                level=config.level,  # type: ignore[arg-type]  # checked by CircuitRun
-                method=method,
-                growth=config.growth,  # type: ignore[arg-type]  # likewise
-                sizes=config.sizes,
-                ablation=config.ablation,
-                read=config.metric.read,
-            )
-        return ds.assign_attrs(flat_attributes({"provenance": provenance}))
+            return circuit(model, pairs, **asked)
 
-    ds, known = stored(config.store, {"kind": "circuit", "provenance": provenance}, compute)
+    ds, known = stored(config.store, describe(model, pairs, **asked), compute)
     told = attributes(ds)
     for metric in map(str, ds["metric"].values):
         console.print(_table(ds, metric))

@@ -11,6 +11,8 @@ import xarray as xr
 from patchsweep.cli.console import stdout
 from patchsweep.compare import as_dict, compare, render
 from patchsweep.config import from_identity, request_of
+from patchsweep.errors import StoreError
+from patchsweep.identity import request_difference
 from patchsweep.sample import draw
 from patchsweep.store import Store
 
@@ -50,6 +52,12 @@ def with_sample(url: str, n: int, seed: int) -> xr.Dataset:
     store = Store.open(url)
     config = from_identity(store.attrs["provenance"]["config"])
     request = request_of(config)
+    difference = request_difference(request, store.attrs)
+    if difference is not None:
+        raise StoreError(
+            f"no sample can be drawn for {url}: {difference}; give the model, the prompts and the "
+            "settings that the store was made with"
+        )
     ds = store.dataset().load()
     missing = tuple(plan for plan in request.plans if plan.site.name not in ds)
     if not missing:

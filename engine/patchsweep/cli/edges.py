@@ -13,14 +13,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from patchsweep.attributes import attributes, flat_attributes
+from patchsweep.attributes import attributes
 from patchsweep.cli.analysis import refuse_unused, say_where, stored
 from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.console import stdout
 from patchsweep.paths.config import EdgesRun
-from patchsweep.paths.edges import screen_edges
+from patchsweep.paths.edges import describe, screen_edges
 from patchsweep.report.edges import Row, correlation, rows_of
-from patchsweep.results import model_provenance
 
 N_SHOWN = 12
 _STAGES = {"estimates": "scoring all edges", "exact": "running the foremost exactly"}
@@ -48,26 +47,23 @@ def execute(config: EdgesRun) -> None:
     transformers_logging.disable_progress_bar()
     model = config.model.load()
     pairs = config.task.load(model)
-    provenance = {**model_provenance(model), "config": config.identity()}
+    asked: dict[str, Any] = {
+        "metrics": config.metric.metrics(),
+        "top": config.top,
+        "direction": config.direction,
+        "intervention": config.intervention,
+        "steps": config.steps,
+        "positions": config.positions,
+        "read": config.metric.read,
+        "config": config.identity(),
+    }
     clock = _Clock(console)
 
     def compute() -> xr.Dataset:
         with clock:
-            ds = screen_edges(
-                model,
-                pairs,
-                config.metric.metrics(),
-                top=config.top,
-                direction=config.direction,  # type: ignore[arg-type]  # checked there
-                intervention=config.intervention,
-                steps=config.steps,
-                positions=config.positions,
-                read=config.metric.read,
-                progress=clock,
-            )
-        return ds.assign_attrs(flat_attributes({"provenance": provenance}))
+            return screen_edges(model, pairs, **asked, progress=clock)
 
-    ds, known = stored(config.store, {"kind": "edges", "provenance": provenance}, compute)
+    ds, known = stored(config.store, describe(model, pairs, **asked), compute)
     if not known:
         console.print(_done(ds, clock.seconds))
     console.print(_table(ds))

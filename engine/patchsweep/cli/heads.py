@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import xarray as xr
@@ -16,10 +16,9 @@ from patchsweep.cli.console import stdout
 from patchsweep.cli.progress import Bar
 from patchsweep.cli.stop import STARTS_ANEW, STOPPER
 from patchsweep.heads import effects, study
-from patchsweep.heads.analysis import KIND
+from patchsweep.heads.analysis import describe
 from patchsweep.heads.config import HeadsRun
 from patchsweep.heads.table import ALL, TRAINED
-from patchsweep.results import model_provenance
 
 N_SHOWN = 8  # heads of a class that are named
 
@@ -47,27 +46,29 @@ def execute(config: HeadsRun) -> None:
     transformers_logging.disable_progress_bar()
     model = config.model.load()
     pairs = config.task.load(model)
-    provenance = {**model_provenance(model), "config": config.identity()}
+    asked: dict[str, Any] = {
+        "metrics": config.metric.metrics(),
+        "ablations": config.ablations,
+        "positions": config.sites.positions,
+        "optimal": config.optimal,
+        "thresholds": config.thresholds,
+        "read": config.metric.read,
+        "runner": config.runner.name,
+        "max_tokens": config.runner.max_tokens,
+        "config": config.identity(),
+    }
 
     def compute() -> xr.Dataset:
         with _Sweeps(console) as bar:
             return study(
                 model,
                 pairs,
-                config.metric.metrics(),
-                ablations=config.ablations,
-                positions=config.sites.positions,
-                optimal=config.optimal,
-                thresholds=config.thresholds,
-                read=config.metric.read,
-                runner=config.runner.name,  # type: ignore[arg-type]  # checked by RunnerConfig
-                max_tokens=config.runner.max_tokens,
-                config=config.identity(),
+                **asked,
                 progress=bar,
                 stage=lambda words: console.print(f"{words} ..."),
             )
 
-    ds, known = stored(config.store, {"kind": KIND, "provenance": provenance}, compute)
+    ds, known = stored(config.store, describe(model, pairs, **asked), compute)
     console.print(_classes(ds))
     if ds.attrs["task_classes"] != "measured":
         console.print(f"no classes by behaviour on the task: {ds.attrs['task_classes']}")

@@ -15,9 +15,11 @@ from patchsweep.cli.analysis import refuse_unused, say_where, stored
 from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.console import stdout
 from patchsweep.cli.progress import Bar
+from patchsweep.identity import sealed
 from patchsweep.lens import describe, lens, sublayers
 from patchsweep.lens.config import LensRun
 from patchsweep.report import lens_findings
+from patchsweep.store.difference import IDENTITY
 
 N_SHOWN = 10
 
@@ -46,6 +48,9 @@ def execute(config: LensRun) -> None:
     pairs = config.task.load(model)
     asked = {**config.asked(), "config": config.identity()}
     attrs = {**describe(model, pairs, **asked), "sublayers": config.sublayers}
+    if config.sublayers:  # a sweep of their own, which the lens knows nothing of
+        removed_by = {"runner": config.runner.name, "max_tokens": config.runner.max_tokens}
+        attrs[IDENTITY] = sealed({**attrs[IDENTITY], "sublayers": removed_by})
 
     def compute() -> xr.Dataset:
         with console.status("reading every layer"):
@@ -63,7 +68,7 @@ def execute(config: LensRun) -> None:
             ds = ds.merge(removed, compat="no_conflicts", combine_attrs="override")
             used = attributes(removed)["provenance"]
             ds.attrs |= {key: used[key] for key in ("runner", "runner_reason")}
-        return ds.assign_attrs(flat_attributes({"sublayers": config.sublayers}))
+        return ds.assign_attrs(flat_attributes(attrs))
 
     ds, known = stored(config.store, attrs, compute)
     for line in _ends(ds):

@@ -13,11 +13,12 @@ from transformers.utils import logging as transformers_logging
 from patchsweep.api import prepare_runner
 from patchsweep.cli.console import stdout
 from patchsweep.config import from_identity, request_of
+from patchsweep.identity import request_difference
 from patchsweep.planner import SitePlan
 from patchsweep.probe import TOLERANCE
-from patchsweep.results import weights_hash
 from patchsweep.store import Store
 from patchsweep.store.check import verify_structure
+from patchsweep.store.difference import IDENTITY
 from patchsweep.store.layout import Unit
 from patchsweep.store.status import EXIT_COMPLETE, EXIT_INCOMPLETE
 
@@ -72,11 +73,14 @@ def recompute(store: Store, n_cells: int, seed: int | None, console: Console) ->
     provenance = store.attrs["provenance"]
     config = from_identity(provenance["config"])
     request = request_of(config)
-    if (found := weights_hash(request.bridge)) != provenance["weights_hash"]:
+    other = request_difference(request, store.attrs)
+    if other is not None:
         return [
-            f"the weights of {config.model.name} have hash {found} here, and the store was "
-            f"written with {provenance['weights_hash']}; give the same revision"
+            f"the values cannot be run again: {other}; give the model, the prompts and the "
+            "settings that the store was made with"
         ]
+    if IDENTITY not in store.attrs:
+        console.print("weights and prompts: not compared, since this old store tells of neither")
     plans = {plan.site.name: plan for plan in request.plans}
     pending = set(store.pending())
     done = [u for u in store.units() if u not in pending and u.variable in plans]

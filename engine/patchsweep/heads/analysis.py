@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -28,11 +27,12 @@ from patchsweep.heads.classes import Thresholds, detected_classes, member_table,
 from patchsweep.heads.optimal import OptimalSettings
 from patchsweep.heads.scores import detect
 from patchsweep.heads.table import disagreement
+from patchsweep.identity import identity_of, metric_words, read_weights
 from patchsweep.metrics import get_metrics
 from patchsweep.pairs import PromptPairs
 from patchsweep.probe import RunnerName
 from patchsweep.request import MetricLike, Positions
-from patchsweep.results import model_provenance
+from patchsweep.results import analysis_attrs
 from patchsweep.running import runs_model
 from patchsweep.work import Progress
 
@@ -88,20 +88,9 @@ def study(
     if not isinstance(thresholds, Thresholds):
         raise ConfigError(f"thresholds={thresholds!r} must be Thresholds(...)")
     check_runner(runner, max_tokens)
-    if positions is not None and not isinstance(positions, str):
-        positions = position_axis(positions)
-    ask = Ask(
-        model=model,
-        pairs=pairs,
-        metrics=get_metrics(metrics),
-        ablations=check_ablations(ablations, positions, optimal),
-        positions=positions,
-        read=read,
-        runner=runner,
-        max_tokens=max_tokens,
-        optimal=optimal,
-    )
+    ask = _ask(model, pairs, metrics, ablations, positions, optimal, read, runner, max_tokens)
     trainer = prepare(ask)
+    attrs = _attrs(ask, thresholds, config)
     tell = stage or (lambda words: None)
     tell("attention on repeated words")
     scores = detect(model)  # before the sweeps, since it refuses models
@@ -124,25 +113,87 @@ def study(
     ds = ds.assign(detected=scores, member=member_table(masks))
     ds = ds.assign({str(name): values for name, values in measured.data_vars.items()})
     ds = ds.merge(disagreement(ds))
-    told = identity(ask, thresholds, config)
     ds.attrs = flat_attributes(
-        {**told, **ran, "task_classes": reason or "measured", **measured.attrs}
+        {**attrs, **ran, "task_classes": reason or "measured", **measured.attrs}
     )
     return ds
 
 
-def identity(ask: Ask, thresholds: Thresholds, config: Mapping[str, Any] | None) -> dict[str, Any]:
+def describe(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    metrics: MetricLike | Sequence[MetricLike] = "logit_diff",
+    *,
+    ablations: Sequence[str] = ABLATIONS,
+    positions: Positions = "all",
+    optimal: OptimalSettings | None = TRAINED,
+    thresholds: Thresholds = USUAL,
+    read: int = -1,
+    runner: RunnerName = "auto",
+    max_tokens: int | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Attributes by which a store knows what `study` gives for these arguments; runs nothing.
+
+    Raises:
+        PatchsweepError: an argument breaks a rule.
+    """
+    ask = _ask(model, pairs, metrics, ablations, positions, optimal, read, runner, max_tokens)
+    read_weights(model)
+    return _attrs(ask, thresholds, config)
+
+
+def _ask(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    metrics: MetricLike | Sequence[MetricLike],
+    ablations: Sequence[str],
+    positions: Positions,
+    optimal: OptimalSettings | None,
+    read: int,
+    runner: RunnerName,
+    max_tokens: int | None,
+) -> Ask:
+    if positions is not None and not isinstance(positions, str):
+        positions = position_axis(positions)
+    return Ask(
+        model=model,
+        pairs=pairs,
+        metrics=get_metrics(metrics),
+        ablations=check_ablations(ablations, positions, optimal),
+        positions=positions,
+        read=read,
+        runner=runner,
+        max_tokens=max_tokens,
+        optimal=optimal,
+    )
+
+
+def _attrs(
+    ask: Ask,
+    thresholds: Thresholds,
+    config: Mapping[str, Any] | None,
+) -> dict[str, Any]:
     """The attributes that are known before anything runs: whose study, of what, and how."""
-    return {
-        "kind": KIND,
-        "patchsweep_version": version("patchsweep"),
-        "method": "exact",
-        "direction": "noising",
-        "ablations": {name: MEANING[name] for name in ask.ablations},
+    more = {
         "positions": ask.positions if isinstance(ask.positions, str) else _listed(ask.positions),
+        "ablations": {name: MEANING[name] for name in ask.ablations},
         "optimal": asdict(ask.optimal) if ask.optimal and OPTIMAL in ask.ablations else None,
         "thresholds": asdict(thresholds),
-        "provenance": {**model_provenance(ask.model), "config": dict(config or {})},
+    }
+    settings = {
+        "metrics": [metric_words(metric) for metric in ask.metrics],
+        "read": ask.read,
+        **more,
+        "runner": ask.runner,
+        "max_tokens": ask.max_tokens,
+    }
+    identity = identity_of(KIND, ask.model, ask.pairs, settings)
+    return {
+        **analysis_attrs(ask.model, identity, config),
+        "method": "exact",
+        "direction": "noising",
+        **more,
     }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +16,7 @@ from patchsweep.attributes import flat_attributes
 from patchsweep.batch import Batch, make_batches
 from patchsweep.errors import PlanError
 from patchsweep.finite import check_finite
+from patchsweep.identity import identity_of, read_weights
 from patchsweep.interventions import Direction, get_intervention
 from patchsweep.lens.patches import Patch, Patching, Sublayer, removal
 from patchsweep.lens.predictions import read_streams
@@ -31,7 +31,7 @@ from patchsweep.lens.stream import (
 from patchsweep.models.homes import device_of
 from patchsweep.pairs import PromptPairs
 from patchsweep.request import check_pairs, model_shape
-from patchsweep.results import model_provenance
+from patchsweep.results import analysis_attrs
 from patchsweep.running import runs_model
 
 Which = Literal["clean", "corrupted", "base", "source"]
@@ -79,6 +79,7 @@ def lens(
         MethodError: the model's stream is not what its final norm and unembedding read.
     """
     asked = _asked(model, pairs, which, direction, remove, patch, top)
+    attrs = _attrs(model, pairs, asked, remove, top, config)
     batches = _batches(model, pairs, asked.direction)
     found = _Grid(model, pairs, asked.n_runs, max(b.length for b in batches), top)
     if asked.patching is not None:
@@ -93,7 +94,7 @@ def lens(
         if remove is not None and not asked.more:
             check_removed(streams, remove, int(model.cfg.n_layers))
         found.put(1, batch, streams)
-    return found.dataset(_attrs(model, asked, remove, top, config))
+    return found.dataset(attrs)
 
 
 def describe(
@@ -107,13 +108,14 @@ def describe(
     top: int = 5,
     config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The attributes that the results of `lens` with these arguments have; no prompt runs.
+    """Attributes by which a store knows what `lens` gives for these arguments; runs nothing.
 
     Raises:
         PatchsweepError: an argument breaks a rule.
     """
     asked = _asked(model, pairs, which, direction, remove, patch, top)
-    return _attrs(model, asked, remove, top, config)
+    read_weights(model)
+    return _attrs(model, pairs, asked, remove, top, config)
 
 
 def base_direction(
@@ -182,19 +184,24 @@ def _asked(
 
 def _attrs(
     model: TransformerBridge,
+    pairs: PromptPairs,
     asked: _Asked,
     remove: Sublayer | None,
     top: int,
     config: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
+    settings = {
+        "prompt": f"{asked.prompt}, the base of {asked.direction}",
+        "patches": [patch.identity() for patch in asked.patches],
+        "top": top,
+    }
+    identity = identity_of("lens", model, pairs, settings)
     return {
-        "patchsweep_version": version("patchsweep"),
-        "kind": "lens",
+        **analysis_attrs(model, identity, config),
         "prompt": asked.prompt,
         "removed": "" if remove is None else f"{remove[0]} {remove[1]}",
         "patches": [patch.told() for patch in asked.patches],
         "top": top,
-        "provenance": {**model_provenance(model), "config": dict(config or {})},
     }
 
 

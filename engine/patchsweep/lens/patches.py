@@ -14,7 +14,8 @@ from patchsweep.batch import Batch, clean_prompts
 from patchsweep.errors import MethodError, PlanError
 from patchsweep.hook_points import Hook, write_units, writing
 from patchsweep.hooked import HookedRunner
-from patchsweep.interventions import Direction, Intervention, ValueFn
+from patchsweep.identity import intervention_words
+from patchsweep.interventions import Direction, Intervention, ValueFn, get_intervention
 from patchsweep.pairs import PromptPairs
 from patchsweep.request import Request, make_request, model_shape
 from patchsweep.sites import SITES, Site, get_sites
@@ -43,6 +44,11 @@ class Patch:
             "head": _plain(self.head),
             "intervention": name,
         }
+
+    def identity(self) -> dict[str, Any]:
+        """The patch as JSON takes it; values by their content, or by name and version."""
+        values = intervention_words(get_intervention(self.intervention))
+        return {**self.told(), "intervention": values}
 
 
 def removal(model: TransformerBridge, remove: Any) -> Patch:

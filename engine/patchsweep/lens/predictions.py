@@ -23,8 +23,9 @@ def read_streams(
 ) -> dict[str, NDArray[Any]]:
     """Per name `[place, pair, pos]` (`top_*`: and top), a chunk of rows at a time.
 
-    `answer_*` and `wrong_*`: probability, its log in nats, and rank (tokens above it) of each answer's
-    first token that the other one does not have there; `top_id` and `top_prob`: the `top` most probable tokens.
+    `answer_*` and `wrong_*`: probability, its log in nats, and rank (tokens above it) of each
+    answer's first token that the other one does not have there; `top_id` and `top_prob`: the `top`
+    most probable tokens.
     """
     stack = torch.stack([x.to(batch.base.device) for x in streams.values()])
     lead = stack.shape[:-1]

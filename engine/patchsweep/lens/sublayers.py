@@ -15,6 +15,7 @@ from patchsweep.interventions import Direction
 from patchsweep.lens.grid import Which, base_direction
 from patchsweep.pairs import PromptPairs
 from patchsweep.probe import RunnerName
+from patchsweep.store.difference import IDENTITY
 from patchsweep.work import Progress
 
 SUBLAYERS = ("attn", "mlp")
@@ -79,6 +80,7 @@ def sublayers(
             "patchsweep_version": version("patchsweep"),
             "kind": "lens",
             "prompt": prompt,
-            "provenance": ds.attrs["provenance"],  # flat, as it is
+            IDENTITY: ds.attrs[IDENTITY],  # flat, as it is
+            "provenance": ds.attrs["provenance"],
         },
     )

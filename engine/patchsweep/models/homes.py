@@ -83,20 +83,20 @@ def place_of(device_map: Mapping[str, str | int], name: str) -> str:
     return f"cuda:{place}" if isinstance(place, int) else str(place)
 
 
-def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Name and values of every parameter of `model`, those of offloaded modules too, one by one.
+def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Stored | None]]:
+    """Name and values of every parameter of `model`, one by one, and where offloaded ones rest.
 
     Weights that are tied to others come once, as in `named_parameters`.
     """
     for name, parameter in model.named_parameters():
         if not parameter.is_meta:
-            yield name, parameter.detach()
+            yield name, parameter.detach(), None
         elif not is_tied(model, name):
             module, _, leaf = name.rpartition(".")
             home = home_of(model.get_submodule(module))
             assert home is not None
             assert home.away is not None
-            yield name, home.away[leaf]
+            yield name, home.away[leaf], home.away
 
 
 def is_tied(model: nn.Module, name: str) -> bool:

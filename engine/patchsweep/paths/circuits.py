@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +17,7 @@ from patchsweep.attributes import flat_attributes
 from patchsweep.attribution import Method
 from patchsweep.errors import MethodError, PlanError
 from patchsweep.finite import check_finite, names_of
+from patchsweep.identity import identity_of, question_settings, read_weights
 from patchsweep.pairs import PromptPairs
 from patchsweep.paths.ablate import run_edges, run_nodes
 from patchsweep.paths.blocks import frozen
@@ -31,9 +31,16 @@ from patchsweep.paths.growth import (
 )
 from patchsweep.paths.nodes import Nodes
 from patchsweep.paths.scene import Question, Scene, ask, nodes_of, scenes
-from patchsweep.paths.scores import Ablation, Level, circuit_scores, method_name
+from patchsweep.paths.scores import (
+    Ablation,
+    Level,
+    circuit_scores,
+    method_name,
+    method_settings,
+    score_values,
+)
 from patchsweep.request import MetricLike
-from patchsweep.results import model_provenance
+from patchsweep.results import analysis_attrs
 from patchsweep.running import runs_model
 
 Growth = Literal["top", "greedy"]
@@ -57,6 +64,7 @@ def circuit(
     ablation: Ablation = "resample",
     scores: xr.DataArray | None = None,
     read: int = -1,
+    config: Mapping[str, Any] | None = None,
 ) -> xr.Dataset:
     """Circuits of several sizes and what each does without the rest of the model.
 
@@ -89,6 +97,7 @@ def circuit(
             mean, zero, or anything else that `edges` takes as its intervention.
         scores: rank by these, one for each node or edge as `circuit_scores` gives them, such as
             those of other pairs; `method` is then not used.
+        config: what a command line was told, kept in the provenance.
 
     Raises:
         PatchsweepError: an argument breaks a rule; the text says which, and what to do.
@@ -96,11 +105,12 @@ def circuit(
     """
     _check(level, growth)
     question = ask(model, pairs, metrics, "noising", ablation, read)
+    attrs = _attrs(question, level, method, growth, sizes, scores, config)
     nodes = nodes_of(model)
     n = nodes.n_edges if level == "edges" else len(nodes.senders) - 1
     sizes_of(sizes, n, level)  # before anything runs
     if scores is not None:
-        _values(scores, nodes, level)  # likewise
+        score_values(scores, nodes, level)  # likewise
     if scores is None:
         name = method_name(level, method)
         scores = circuit_scores(
@@ -114,10 +124,65 @@ def circuit(
     with frozen(model):
         for scene in scenes(question):
             if plan is None:  # only now it is known which blocks are parallel
-                plan = _plan(scene.nodes, level, growth, sizes, _values(scores, scene.nodes, level))
+                plan = _plan(
+                    scene.nodes, level, growth, sizes, score_values(scores, scene.nodes, level)
+                )
             found[scene.batch.pairs] = _run(scene, plan, question)
     assert plan is not None
-    return _dataset(question, plan, found, name)
+    return _dataset(question, plan, found, name, attrs)
+
+
+def describe(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    metrics: MetricLike | Sequence[MetricLike] = "logit_diff",
+    *,
+    level: Level = "edges",
+    method: str | Method = "atp",
+    growth: Growth = "top",
+    sizes: Sequence[float] | None = None,
+    ablation: Ablation = "resample",
+    scores: xr.DataArray | None = None,
+    read: int = -1,
+    config: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Attributes by which a store knows what `circuit` gives for these arguments; runs nothing.
+
+    Raises:
+        PatchsweepError: an argument breaks a rule.
+    """
+    _check(level, growth)
+    question = ask(model, pairs, metrics, "noising", ablation, read)
+    read_weights(model)
+    return _attrs(question, level, method, growth, sizes, scores, config)
+
+
+def _attrs(
+    question: Question,
+    level: Level,
+    method: str | Method,
+    growth: Growth,
+    sizes: Sequence[float] | None,
+    scores: xr.DataArray | None,
+    config: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    asked = question_settings(question)
+    settings = {
+        "ablation": asked.pop("intervention"),
+        **asked,
+        "level": level,
+        "method": method_settings(level, method) if scores is None else "scores",
+        "scores": None if scores is None else _described_scores(scores),
+        "growth": growth,
+        "sizes": sizes,
+    }
+    identity = identity_of("circuit", question.bridge, question.pairs, settings)
+    return analysis_attrs(question.bridge, identity, config)
+
+
+def _described_scores(scores: xr.DataArray) -> dict[str, Any]:
+    labels = {str(dim): list(map(str, scores[dim].values)) for dim in scores.dims}
+    return {"values": scores.values, "labels": labels}
 
 
 @dataclass(frozen=True)
@@ -239,7 +304,11 @@ def _check_ends(
 
 
 def _dataset(
-    question: Question, plan: _Plan, found: dict[tuple[int, ...], _Runs], method: str
+    question: Question,
+    plan: _Plan,
+    found: dict[tuple[int, ...], _Runs],
+    method: str,
+    attrs: Mapping[str, Any],
 ) -> xr.Dataset:
     n_metrics, n_pairs = len(question.metrics), len(question.pairs)
     raw = {
@@ -302,8 +371,7 @@ def _dataset(
         },
         attrs=flat_attributes(
             {
-                "patchsweep_version": version("patchsweep"),
-                "kind": "circuit",
+                **attrs,
                 "level": plan.level,
                 "method": method,
                 "growth": plan.growth,
@@ -314,7 +382,6 @@ def _dataset(
                 "n_kv_heads": plan.nodes.n_kv_heads,
                 "cpr": {name: cpr for name, (cpr, _) in both.items()},
                 "cmd": {name: cmd for name, (_, cmd) in both.items()},
-                "provenance": model_provenance(question.bridge),
             }
         ),
     )  # fmt: skip
@@ -363,40 +430,6 @@ def _fraction(
     m, none, whole = (x.astype(np.float64).mean(axis=1) for x in (values, empty, base))
     span = (whole - none)[:, None]
     return np.where(span == 0, np.nan, (m - none[:, None]) / np.where(span == 0, 1, span))
-
-
-def _values(scores: xr.DataArray, nodes: Nodes, level: Level) -> NDArray[np.float32]:
-    """`scores` in the order of the model's nodes or edges, NaN where there is no edge.
-
-    Raises:
-        PlanError: they are of another level or model, or one is missing.
-    """
-    labels = {"node": [str(sender) for sender in nodes.senders[1:]]}
-    if level == "edges":
-        labels = {
-            "sender": [str(sender) for sender in nodes.senders],
-            "reader": [str(reader) for reader in nodes.readers],
-        }
-    if not isinstance(scores, xr.DataArray):
-        raise PlanError(f"scores={scores!r} must be what circuit_scores gives, a DataArray")
-    if set(scores.dims) != set(labels):
-        raise PlanError(
-            f"scores have the dims {', '.join(map(str, scores.dims))}, and circuits of {level} "
-            f"want {', '.join(labels)}; take them from circuit_scores"
-        )
-    for dim, wanted in labels.items():
-        if sorted(map(str, scores[dim].values)) != sorted(wanted):
-            raise PlanError(
-                f"scores name other {dim}s than this model has; take them from circuit_scores "
-                "with the same model"
-            )
-    values = scores.sel(labels).transpose(*labels).values.astype(np.float32)
-    if level == "edges":
-        values = np.where(nodes.possible, values, np.float32(np.nan))
-    missing = int(np.isnan(values).sum() - (level == "edges") * (~nodes.possible).sum())
-    if missing:
-        raise PlanError(f"{missing} of the scores of {level} are NaN; give each a number")
-    return values
 
 
 def _check(level: str, growth: str) -> None:

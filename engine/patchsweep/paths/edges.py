@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from patchsweep.arguments import true_or_false, whole_number
 from patchsweep.attributes import flat_attributes
 from patchsweep.batch import base_and_source
 from patchsweep.errors import PlanError
+from patchsweep.identity import identity_of, question_settings, read_weights
 from patchsweep.interventions import Direction, Intervention, ValueFn
 from patchsweep.pairs import PromptPairs
 from patchsweep.paths.blocks import frozen
@@ -25,7 +25,7 @@ from patchsweep.paths.exact import exact
 from patchsweep.paths.nodes import Edge, EdgeLike, Nodes
 from patchsweep.paths.scene import Question, ask, nodes_of, scenes
 from patchsweep.request import MetricLike, model_shape
-from patchsweep.results import model_provenance
+from patchsweep.results import analysis_attrs
 from patchsweep.running import runs_model
 
 Values = NDArray[np.float32]
@@ -69,7 +69,8 @@ def edges(
     question = ask(model, pairs, metrics, direction, intervention, read)
     check_gradients(question, steps)
     true_or_false("positions", positions)
-    return _edges(question, steps, positions)
+    attrs = _attrs(question, {"steps": steps, "positions": positions})
+    return _edges(question, steps, positions).assign_attrs(flat_attributes(attrs))
 
 
 @runs_model
@@ -104,8 +105,9 @@ def exact_edges(
     question = ask(model, pairs, metrics, direction, intervention, read)
     chosen = _chosen(nodes_of(model), edges, _length(question))
     true_or_false("positions", positions)
+    attrs = _attrs(question, {"edges": list(map(str, chosen)), "positions": positions})
     if not positions:
-        return _exact(question, chosen)
+        return _exact(question, chosen).assign_attrs(flat_attributes(attrs))
     if chosen[0].pos is not None:
         raise PlanError(
             f"edge {edges[0]!r} has a position of its own, and positions=True runs each edge at "
@@ -120,7 +122,7 @@ def exact_edges(
         found.drop_dims("chosen")
         .assign_coords(ends)
         .assign(edge=(dims, values, found["edge"].attrs))
-        .assign_attrs(flat_attributes({"positions": True}))
+        .assign_attrs(flat_attributes({**attrs, "positions": True}))
     )
 
 
@@ -136,6 +138,7 @@ def screen_edges(
     steps: int | None = None,
     positions: bool = False,
     read: int = -1,
+    config: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> xr.Dataset:
     """Estimates rank all edges, exact patches verify the foremost `top`.
@@ -148,6 +151,7 @@ def screen_edges(
     Args:
         positions: rank and verify edges at single positions, counted from the start; a pair that
             is too short for one counts as 0. The coordinate `edge_pos` names the positions.
+        config: what a command line was told, kept in the provenance.
         progress: is told of each stage as it begins: "estimates", then "exact".
 
     Raises:
@@ -160,6 +164,7 @@ def screen_edges(
     most = nodes.n_edges * (_length(question) if positions else 1)
     whole_number("top", top, least=1, most=most)
     true_or_false("positions", positions)
+    attrs = _attrs(question, {"steps": steps, "positions": positions, "top": top}, config)
     tell = progress or (lambda stage: None)
     tell("estimates")
     scores = _edges(question, steps, positions)
@@ -178,7 +183,45 @@ def screen_edges(
     both = {"edge_estimate": (dims, estimate), name: scores[name]}
     method = f"screen:{scores.attrs['method']}"
     told = {"method": method, "positions": positions, "steps": steps, "top": top}
-    return verified.assign(both).assign_attrs(flat_attributes(told))
+    return verified.assign(both).assign_attrs(flat_attributes({**attrs, **told}))
+
+
+def describe(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    metrics: MetricLike | Sequence[MetricLike] = "logit_diff",
+    *,
+    top: int = 200,
+    direction: Direction | None = None,
+    intervention: str | Intervention | float | Tensor | ValueFn = "resample",
+    steps: int | None = None,
+    positions: bool = False,
+    read: int = -1,
+    config: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Attributes by which a store knows what `screen_edges` gives for these; runs nothing.
+
+    Raises:
+        PatchsweepError: an argument breaks a rule.
+    """
+    question = ask(model, pairs, metrics, direction, intervention, read)
+    settings = {"steps": steps, "positions": positions, "top": top}
+    read_weights(model)
+    return _attrs(question, settings, config)
+
+
+def _attrs(
+    question: Question,
+    settings: Mapping[str, Any],
+    config: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    identity = identity_of(
+        "edges",
+        question.bridge,
+        question.pairs,
+        {**question_settings(question), **settings},
+    )
+    return analysis_attrs(question.bridge, identity, config)
 
 
 def _foremost(scores: Values, top: int) -> NDArray[np.intp]:
@@ -275,15 +318,12 @@ def _dataset(
         },
         attrs=flat_attributes(
             {
-                "kind": "edges",
-                "patchsweep_version": version("patchsweep"),
                 **attrs,
                 "direction": question.direction,
                 "intervention": question.intervention.name,
                 "read": question.read,
                 "n_heads": model_shape(question.bridge).n_heads,
                 "n_kv_heads": model_shape(question.bridge).n_kv_heads,
-                "provenance": model_provenance(question.bridge),
             }
         ),
     )

@@ -11,12 +11,15 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.api import sweep
-from patchsweep.attribution import IntegratedInputs, Method
-from patchsweep.errors import MethodError
+from patchsweep.attribution import IntegratedInputs, Method, get_methods
+from patchsweep.attribution.units import variable_name
+from patchsweep.errors import MethodError, PlanError
+from patchsweep.identity import method_identity
 from patchsweep.interventions import Intervention, ValueFn
 from patchsweep.pairs import PromptPairs
 from patchsweep.paths.blocks import Blocks
 from patchsweep.paths.edges import edges, exact_edges
+from patchsweep.paths.nodes import Nodes
 from patchsweep.paths.scene import nodes_of
 from patchsweep.request import MetricLike
 from patchsweep.running import runs_model
@@ -59,6 +62,27 @@ def method_name(level: Level, method: str | Method) -> str:
     return _OF_EDGES[name]
 
 
+def method_settings(level: Level, method: str | Method) -> dict[str, Any]:
+    """The method and what it is told, as results record it.
+
+    Raises:
+        MethodError: nodes or edges have no such method.
+    """
+    name = method_name(level, method)
+    if name == "eap_ig":
+        return {name: {"n_steps": _steps(method)}}
+    if level == "edges" or name == "exact":
+        return {name: {}}
+    return {name: method_identity(get_methods([method])[0])}
+
+
+def _steps(method: str | Method) -> int:
+    """Of EAP-IG: its authors' number where it is asked for by their name for it."""
+    if method == "eap_ig":
+        return IG_STEPS
+    return method.n_steps if isinstance(method, IntegratedInputs) else IntegratedInputs().n_steps
+
+
 @runs_model
 def circuit_scores(
     model: TransformerBridge,
@@ -80,14 +104,46 @@ def circuit_scores(
         return _node_scores(model, pairs, metric, method, ablation, read).assign_attrs(method=name)
     if name == "exact":
         return _exact_scores(model, pairs, metric, ablation, read)
-    steps = None
-    if name == "eap_ig":
-        steps = method.n_steps if isinstance(method, IntegratedInputs) else IG_STEPS
+    steps = _steps(method) if name == "eap_ig" else None
     ds = edges(
         model, pairs, metric, direction="noising", intervention=ablation, steps=steps, read=read
     )
     values = ds[f"edge_{name}"].values[0].mean(axis=0)
     return _edge_array(ds["sender"].values, ds["reader"].values, values, name)
+
+
+def score_values(scores: xr.DataArray, nodes: Nodes, level: Level) -> NDArray[np.float32]:
+    """`scores` in the order of the model's nodes or edges, NaN where there is no edge.
+
+    Raises:
+        PlanError: they are of another level or model, or one is missing.
+    """
+    labels = {"node": [str(sender) for sender in nodes.senders[1:]]}
+    if level == "edges":
+        labels = {
+            "sender": [str(sender) for sender in nodes.senders],
+            "reader": [str(reader) for reader in nodes.readers],
+        }
+    if not isinstance(scores, xr.DataArray):
+        raise PlanError(f"scores={scores!r} must be what circuit_scores gives, a DataArray")
+    if set(scores.dims) != set(labels):
+        raise PlanError(
+            f"scores have the dims {', '.join(map(str, scores.dims))}, and circuits of {level} "
+            f"want {', '.join(labels)}; take them from circuit_scores"
+        )
+    for dim, wanted in labels.items():
+        if sorted(map(str, scores[dim].values)) != sorted(wanted):
+            raise PlanError(
+                f"scores name other {dim}s than this model has; take them from circuit_scores "
+                "with the same model"
+            )
+    values = scores.sel(labels).transpose(*labels).values.astype(np.float32)
+    if level == "edges":
+        values = np.where(nodes.possible, values, np.float32(np.nan))
+    missing = int(np.isnan(values).sum() - (level == "edges") * (~nodes.possible).sum())
+    if missing:
+        raise PlanError(f"{missing} of the scores of {level} are NaN; give each a number")
+    return values
 
 
 def _node_scores(
@@ -114,7 +170,7 @@ def _node_scores(
         if site in ds:
             effect = ds[site] - ds["base_metric"]
         else:
-            effect = next(ds[name] for name in ds.data_vars if str(name).startswith(f"{site}_"))
+            effect = ds[variable_name(site, method_name("nodes", method))]
         effects[site] = effect.isel(metric=0).mean("pair", skipna=False).values
     by_layer = np.concatenate([effects["z"], effects["mlp_out"][:, None]], axis=1)
     labels = [str(sender) for sender in nodes_of(model).senders[1:]]

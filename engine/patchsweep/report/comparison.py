@@ -48,7 +48,7 @@ def _panel(ds: xr.Dataset, name: str, found: Agreement) -> Panel:
     estimate = summary.effect(ds, name).where(known).mean("pair").squeeze("metric", drop=True)
     estimate = estimate.transpose(*exact.dims)
     x, y = exact.values.astype(np.float64).ravel(), estimate.values.astype(np.float64).ravel()
-    if name.endswith("_drop"):
+    if summary.is_absolute(ds, name):
         x = np.abs(x)  # the estimate has no sign
     # cells where both are exactly zero are dead: known without either, and they would flatter
     cells = np.flatnonzero(np.isfinite(x) & np.isfinite(y) & ((x != 0) | (y != 0)))

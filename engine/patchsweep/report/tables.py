@@ -14,6 +14,7 @@ from patchsweep import summary
 from patchsweep.attributes import attributes
 from patchsweep.report.html import count, esc, number, plural, token_html
 from patchsweep.report.views import View
+from patchsweep.store.difference import DIGEST, IDENTITY
 
 N_LARGEST = 8
 """Rows per site in the table of largest effects."""
@@ -159,6 +160,8 @@ def provenance_table(ds: xr.Dataset) -> str:
     known = attributes(ds).get("provenance")
     parts: dict[str, object] = {"patchsweep": ds.attrs.get("patchsweep_version", "unknown")}
     parts |= known if isinstance(known, Mapping) else {}
+    identity = attributes(ds).get(IDENTITY)
+    parts["identity"] = identity.get(DIGEST) if isinstance(identity, Mapping) else None
     rows = []
     for key, value in parts.items():
         if value is None or value == "":

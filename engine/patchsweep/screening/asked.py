@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from patchsweep.attribution import Method, get_methods
 from patchsweep.attribution.run import pairs_per_block, token_layers
 from patchsweep.attribution.units import variables_of
 from patchsweep.errors import MethodError
+from patchsweep.identity import method_identity
 from patchsweep.request import Request
 from patchsweep.screening.settings import Screen
 from patchsweep.store import Variable
@@ -43,11 +44,21 @@ class Asked:
                 unit=(pairs_per_block(plan), 1),
                 attrs={
                     "long_name": f"largest |effect| that a patch of {plan.site.name} that was not "
-                    "run may have, at the stated level"
+                    "run may have, at the stated level",
+                    "role": "bound",
+                    "site": plan.site.name,
                 },
             )
             for plan in request.plans
         )
+
+    def settings(self) -> dict[str, Any]:
+        """Every method and what it was told, as a store records it."""
+        methods = {method.name: method_identity(method) for method in self.methods}
+        if self.screen is not None:
+            given = {f.name: getattr(self.screen, f.name) for f in fields(self.screen)}
+            return {"screen": {**given, "by": methods}}
+        return {"exact": {}, **methods} if self.exact else methods
 
     def attrs(self, request: Request) -> dict[str, Any]:
         """What a store records of the methods."""

@@ -152,10 +152,11 @@ class Subsets:
         n_units = 1 if units is None else self.request.shape.n_units(plan.site)
         n_layers = plan.n_layers if plan.site.layered else 1
         masks = np.zeros((len(member), n_layers, length, n_units), dtype=bool)
-        for column, patch in enumerate(patches.tolist()):
-            which = [0] if units is None else list(units[plan.unit_set[patch]])
-            span = slice(int(plan.start[patch]), int(plan.stop[patch]))
-            for layer in plan.axes.layers[plan.layer_set[patch]]:
+        cells = plan.cells(patches)
+        for column in range(len(patches)):
+            which = [0] if units is None else list(units[cells.unit_set[column]])
+            span = slice(int(cells.start[column]), int(cells.stop[column]))
+            for layer in plan.axes.layers[cells.layer_set[column]]:
                 for unit in which:
                     masks[:, layer, span, unit] |= member[:, column, None]
         return masks

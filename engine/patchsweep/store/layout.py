@@ -21,7 +21,8 @@ from zarr.buffer.cpu import Buffer
 from zarr.codecs import ZstdCodec
 from zarr.storage import MemoryStore
 
-from patchsweep.attributes import attributes, flat_attributes
+from patchsweep.attributes import flat_attributes
+from patchsweep.store.difference import attribute_differences, differ, differences
 
 FORMAT = 1
 FORMAT_KEY = "patchsweep_store"  # root attribute by which a store is known
@@ -261,23 +262,6 @@ def first_difference(mine: zarr.Group, theirs: zarr.Group) -> str | None:
     return next(_group_differences(mine, theirs), None)
 
 
-def differences(path: str, mine: Any, theirs: Any) -> Iterator[str]:
-    """Each place where two trees of JSON differ, and how, in the order of `mine`."""
-    if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
-        for key in [*mine, *(key for key in theirs if key not in mine)]:
-            if key not in mine or key not in theirs:
-                yield f"{path}.{key} is only in {'this run' if key in mine else 'the store'}"
-            else:
-                yield from differences(f"{path}.{key}", mine[key], theirs[key])
-    elif isinstance(mine, list | tuple) and isinstance(theirs, list | tuple):
-        for i, (a, b) in enumerate(zip(mine, theirs, strict=False)):
-            yield from differences(f"{path}[{i}]", a, b)
-        if len(mine) != len(theirs):
-            yield _differ(f"the length of {path}", len(mine), len(theirs))
-    elif mine != theirs or type(mine) is not type(theirs):
-        yield _differ(path, mine, theirs)
-
-
 class Encoder:
     """Turns a block of values into the bytes of its one file, by way of a Zarr array in memory."""
 
@@ -324,7 +308,7 @@ def _inner_chunks(shard: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _group_differences(mine: zarr.Group, theirs: zarr.Group) -> Iterator[str]:
-    yield from differences("attrs", attributes(mine.attrs), attributes(theirs.attrs))
+    yield from attribute_differences(dict(mine.attrs), dict(theirs.attrs))
     ours, others = array_names(mine), array_names(theirs)
     for name in dict.fromkeys([*ours, *others]):
         if name not in ours or name not in others:
@@ -336,7 +320,7 @@ def _group_differences(mine: zarr.Group, theirs: zarr.Group) -> Iterator[str]:
             a, b = _objects(left), _objects(right)
             for index in np.argwhere(a != b)[:1]:
                 where = ", ".join(map(str, index))
-                yield _differ(f"{name}[{where}]", a[tuple(index)], b[tuple(index)])
+                yield differ(f"{name}[{where}]", a[tuple(index)], b[tuple(index)])
 
 
 def _objects(array: Any) -> np.ndarray:
@@ -352,12 +336,3 @@ def _form(array: Any) -> dict[str, Any]:
         "unit": array.shards,
         "attrs": dict(array.attrs),
     }
-
-
-def _differ(path: str, mine: Any, theirs: Any) -> str:
-    return f"{path} is {_brief(mine)} in this run and {_brief(theirs)} in the store"
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."

@@ -23,6 +23,7 @@ import zarr
 from patchsweep.attributes import attributes
 from patchsweep.errors import StoreError
 from patchsweep.store.address import open_folder
+from patchsweep.store.difference import OLD, attribute_differences, is_old
 from patchsweep.store.folder import Folder
 from patchsweep.store.layout import (
     COMPLETE,
@@ -34,7 +35,6 @@ from patchsweep.store.layout import (
     Layout,
     Unit,
     Variable,
-    differences,
     first_difference,
     fixed_key,
     group_of,
@@ -100,9 +100,12 @@ class Store:
             folder.make()
             folder.put_new("zarr.json", files["zarr.json"])
             root = _read_root(folder)
+        assert root is not None
+        mine = json.loads(files["zarr.json"])["attributes"]
+        if is_old(mine, root):
+            raise StoreError(f"{folder.shown} {OLD}")
         if not folder.exists(COMPLETE):  # its maker was killed, or is at work right now
-            mine = json.loads(files["zarr.json"])
-            _refuse(folder, next(differences("attrs", attributes(mine["attributes"]), root), None))
+            _refuse(folder, next(attribute_differences(mine, root), None))
             for key, data in files.items():
                 if key != "zarr.json" and not folder.put_new(key, data):
                     raise StoreError(

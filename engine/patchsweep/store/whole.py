@@ -17,6 +17,7 @@ import xarray as xr
 from patchsweep.attributes import attributes, flat_attributes
 from patchsweep.errors import StoreError
 from patchsweep.store.address import open_folder
+from patchsweep.store.difference import OLD, attribute_differences, is_old
 from patchsweep.store.folder import PARTIAL, Folder
 from patchsweep.store.local_folder import LocalFolder
 from patchsweep.store.process import is_gone, process_name
@@ -81,14 +82,15 @@ def read_whole(
                 f"{folder.shown} cannot be read as a Zarr group ({error}); give another path, or "
                 "delete it"
             ) from error
-    told = attributes(found)
-    for key, value in _plain(attrs).items():
-        difference = _difference(key, told.get(key), value)
-        if difference:
-            raise StoreError(
-                f"{folder.shown} holds other results ({difference}); give another path, or delete "
-                "it"
-            )
+    wanted = _plain(attrs)
+    if is_old(wanted, found.attrs):
+        raise StoreError(f"{folder.shown} {OLD}")
+    theirs = {key: found.attrs[key] for key in wanted if key in found.attrs}
+    difference = next(attribute_differences(wanted, theirs), None)
+    if difference is not None:
+        raise StoreError(
+            f"{folder.shown} holds other results: {difference}; give another path, or delete it"
+        )
     return found
 
 
@@ -148,24 +150,6 @@ def _files(ds: xr.Dataset) -> dict[str, bytes]:
     memory: dict[str, Any] = {}
     ds.to_zarr(MemoryStore(memory), zarr_format=3, consolidated=False)
     return {key: buffer.to_bytes() for key, buffer in memory.items()}
-
-
-def _difference(key: str, found: Any, wanted: Any) -> str:
-    """The first place where the two differ, such as "provenance.dtype is 'a', not 'b'"; or ""."""
-    if found == wanted:
-        return ""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        inside = (
-            _difference(f"{key}.{name}", found.get(name), wanted.get(name))
-            for name in dict.fromkeys([*wanted, *found])
-        )
-        return next((text for text in inside if text), f"{key} differs")
-    return f"{key} is {_short(found)}, not {_short(wanted)}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _plain(attrs: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,108 @@
+"""What differs between two runs: the first difference of their identities or attributes, in words.
+
+An identity (see `patchsweep.identity`) is a tree of JSON under the attribute `identity`. Results
+that have one are never taken for results without one, nor for those of a function without a
+version: equal descriptions say nothing about such functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from patchsweep.attributes import attributes
+
+IDENTITY = "identity"  # the attribute that holds it
+DIGEST = "digest"  # its key that holds one hash of all the others
+UNVERSIONED = "without a version"  # ends the description of a function that nothing identifies
+PAIR_DIGITS = 8  # of each pair's digest; all of them stand in one string
+OLD = (
+    "was written before results recorded everything that they follow from, so this run cannot be "
+    "compared with it; it can be read as it is: give another path to run again"
+)
+
+
+def is_old(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
+    """Whether `mine` says what the run is, and the attributes `theirs` of a store do not."""
+    return IDENTITY in mine and IDENTITY not in theirs
+
+
+def attribute_differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[str]:
+    """Each place where two sets of attributes differ, and how, that of the identities first."""
+    mine, theirs = attributes(mine), attributes(theirs)
+    ours, others = mine.get(IDENTITY), theirs.get(IDENTITY)
+    if isinstance(ours, Mapping) and isinstance(others, Mapping):
+        found = identity_difference(ours, others)
+        if found is not None:
+            yield found
+        del mine[IDENTITY], theirs[IDENTITY]
+    yield from differences("attrs", mine, theirs)
+
+
+def identity_difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
+    """The first part in which two identities differ, and how; None if they are equal."""
+    for identity in (mine, theirs):
+        function = unversioned(identity)
+        if function is not None:
+            return f"{function} may be another function than the one of that name in the store"
+    for key in dict.fromkeys([*mine, *theirs]):
+        ours, others = mine.get(key), theirs.get(key)
+        if key == DIGEST or ours == others:
+            continue
+        if isinstance(ours, Mapping) and isinstance(others, Mapping):
+            if key == "model" and {**ours, "weights": ""} == {**others, "weights": ""}:
+                return "the weights differ"
+            if key == "prompts":
+                return _prompts_difference(ours, others)
+        return next(differences("", {key: ours}, {key: others}, str))
+    return None
+
+
+def unversioned(identity: Any) -> str | None:
+    """The first function in `identity` that has no version; None if there is none."""
+    if isinstance(identity, str):
+        return identity if identity.endswith(UNVERSIONED) else None
+    if isinstance(identity, Mapping):
+        identity = list(identity.values())
+    if isinstance(identity, list | tuple):
+        return next((name for name in map(unversioned, identity) if name is not None), None)
+    return None
+
+
+def differences(
+    path: str, mine: Any, theirs: Any, words: Callable[[Any], str] = repr
+) -> Iterator[str]:
+    """Each place where two trees of JSON differ, and how, in the order of `mine`."""
+    if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+        for key in [*mine, *(key for key in theirs if key not in mine)]:
+            inner = f"{path}.{key}" if path else key
+            if key not in mine or key not in theirs:
+                yield f"{inner} is only in {'this run' if key in mine else 'the store'}"
+            else:
+                yield from differences(inner, mine[key], theirs[key], words)
+    elif isinstance(mine, list | tuple) and isinstance(theirs, list | tuple):
+        for i, (a, b) in enumerate(zip(mine, theirs, strict=False)):
+            yield from differences(f"{path}[{i}]", a, b, words)
+        if len(mine) != len(theirs):
+            yield differ(f"the length of {path}", len(mine), len(theirs))
+    elif mine != theirs or type(mine) is not type(theirs):
+        yield differ(path, mine, theirs, words)
+
+
+def differ(path: str, mine: Any, theirs: Any, words: Callable[[Any], str] = repr) -> str:
+    """That two values differ, and what they are, in one clause."""
+    return f"{path} is {_brief(words(mine))} in this run and {_brief(words(theirs))} in the store"
+
+
+def _brief(text: str) -> str:
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def _prompts_difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    if mine["n_pairs"] != theirs.get("n_pairs"):
+        return differ("the number of prompt pairs", mine["n_pairs"], theirs.get("n_pairs"))
+    kinds = [k for k in mine if k not in ("n_pairs", "each") and mine[k] != theirs.get(k)]
+    digits = zip(mine["each"], str(theirs.get("each")), strict=False)
+    first = next((i // PAIR_DIGITS for i, (a, b) in enumerate(digits) if a != b), None)
+    place = "" if first is None else f", first in pair {first}"
+    return f"the {' and '.join(kinds)} differ{place}"

@@ -1,0 +1,243 @@
+"""Stores of analyses: each argument that can change a number is part of what they are."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray as xr
+from patchsweep.attention import attention
+from patchsweep.attention import describe as describe_attention
+from patchsweep.attributes import flat_attributes
+from patchsweep.attribution import IntegratedInputs
+from patchsweep.errors import StoreError
+from patchsweep.heads.analysis import describe as describe_heads
+from patchsweep.heads.analysis import study
+from patchsweep.heads.classes import Thresholds
+from patchsweep.heads.optimal import OptimalSettings
+from patchsweep.interventions import Custom
+from patchsweep.lens import describe as describe_lens
+from patchsweep.lens import lens
+from patchsweep.lens.patches import Patch
+from patchsweep.lens.sublayers import sublayers
+from patchsweep.paths.circuits import circuit
+from patchsweep.paths.circuits import describe as describe_circuit
+from patchsweep.paths.edges import describe as describe_edges
+from patchsweep.paths.edges import edges, exact_edges, screen_edges
+from patchsweep.paths.scores import circuit_scores
+from patchsweep.store.difference import attribute_differences
+from patchsweep.store.whole import read_whole, write_whole
+from subjects import model
+from test_identity import edited, pairs
+
+NAME = "tiny:llama"
+COMMON: dict[str, Any] = {"model": lambda: model(NAME), "pairs": pairs}
+# cases that all have
+OTHERS: dict[str, tuple[Any, str]] = {
+    "model": (edited, "the weights differ"),
+    "pairs": (
+        lambda: pairs(second="sold"),
+        "corrupted prompts differ, first in pair 1",
+    ),
+    "metrics": ("prob", r"metrics\[0\] is prob in this run and logit_diff"),
+    "read": (-2, "read is -2 in this run and -1 in"),
+    "config": ({"seed": 1}, "provenance.config.seed is only in this run"),
+}
+_BY = "intervention is zero in this run and resample in"
+_PATCH = Patch("z", 1, 15, 0)
+
+Function = Callable[..., Any]
+# analysis -> (it, the attributes by which a store knows it, arguments, argument -> (other, words))
+ANALYSES: dict[str, tuple[Function, Function, dict[str, Any], dict[str, Any]]] = {
+    "edges": (
+        screen_edges,
+        describe_edges,
+        {"top": 3},
+        {
+            "top": (4, "top is 4 in this run and 3 in"),
+            "direction": ("noising", "direction is noising in"),
+            "intervention": ("zero", _BY),
+            "steps": (2, "steps is 2 in this run and None in"),
+            "positions": (True, "positions is True in this run and False in"),
+        },
+    ),
+    "circuit": (
+        circuit,
+        describe_circuit,
+        {"sizes": [1, 5]},
+        {
+            "level": ("nodes", "level is nodes in this run and edges in"),
+            "method": (IntegratedInputs(n_steps=2), "method.eap_ig is only in this run"),
+            "growth": ("greedy", "growth is greedy in this run and top in"),
+            "sizes": ([1, 6], r"sizes\[1\] is 6 in this run and 5 in"),
+            "ablation": ("zero", "ablation is zero in this run and resample in"),
+            "scores": (
+                lambda: circuit_scores(model(NAME), pairs()),
+                "method is scores in this run|scores is ",
+            ),
+        },
+    ),
+    "lens": (
+        lens,
+        describe_lens,
+        {"patch": _PATCH, "remove": ("mlp", 1)},
+        {
+            "which": ("clean", "prompt is clean, the base of noising in this run and corrupted"),
+            "direction": ("noising", "prompt is clean, the base of noising in this run and corr"),
+            "remove": (("attn", 1), r"patches\[1\].site is attn_out in this run and mlp_out in"),
+            "patch": (Patch("z", 1, 15, 1), r"patches\[0\].head is 1 in this run and 0 in"),
+            "top": (6, "top is 6 in this run and 5 in"),
+        },
+    ),
+    "heads": (
+        study,
+        describe_heads,
+        {"ablations": ["resample", "optimal"], "optimal": OptimalSettings(heads=1, steps=1)},
+        {
+            "ablations": (["resample", "zero"], "ablations.zero is only in this run"),
+            "positions": (None, "positions"),
+            "optimal": (OptimalSettings(heads=2, steps=1), "optimal.heads is 2 in this run and 1"),
+            "thresholds": (Thresholds(movers=7), "thresholds.movers is 7 in this run and 8 in"),
+            "runner": ("hooked", "runner is hooked in this run and auto in"),
+            "max_tokens": (64, "max_tokens is 64 in this run and None in"),
+        },
+    ),
+    "attention": (
+        attention,
+        describe_attention,
+        {"top": 2},
+        {
+            "direction": ("noising", "direction is noising in"),
+            "heads": ([(1, 2)], r"heads is \[\[1, 2\]\] in this run and None in"),
+            "top": (3, "top is 3 in this run and 2 in"),
+            "predictions": (4, "predictions is 4 in this run and 10 in"),
+        },
+    ),
+}
+NO_NUMBER = {"progress", "stage"}
+
+
+def arguments_of(kind: str) -> list[str]:
+    return [n for n in inspect.signature(ANALYSES[kind][0]).parameters if n not in NO_NUMBER]
+
+
+def value_of(given: Any) -> Any:
+    return given() if callable(given) else given
+
+
+def described(kind: str, **more: Any) -> dict[str, Any]:
+    _, describe, arguments, _ = ANALYSES[kind]
+    given = {**COMMON, **arguments, **more}
+    if kind == "heads" and more.get("positions", "all") is None:
+        given["ablations"] = ["resample", "zero"]  # optimal is for all positions together
+    return describe(**{name: value_of(value) for name, value in given.items()})
+
+
+@pytest.mark.parametrize("kind", ANALYSES)
+def test_description_takes_every_argument_of_its_analysis(kind: str) -> None:
+    analysis, describe, _, _ = ANALYSES[kind]
+    wanted = {
+        name: one
+        for name, one in inspect.signature(analysis).parameters.items()
+        if name not in NO_NUMBER
+    }
+    assert dict(inspect.signature(describe).parameters) == wanted
+
+
+@pytest.mark.parametrize("kind", ANALYSES)
+def test_results_are_found_again_by_their_description(kind: str, tmp_path: Path) -> None:
+    analysis, _, arguments, _ = ANALYSES[kind]
+    given = {name: value_of(value) for name, value in {**COMMON, **arguments}.items()}
+    ds = analysis(**given)
+    write_whole(ds, tmp_path / "a.zarr")
+    found = read_whole(tmp_path / "a.zarr", described(kind))
+    assert found is not None
+    xr.testing.assert_equal(found, ds)
+
+
+@pytest.mark.parametrize(
+    ("kind", "argument"), [(kind, name) for kind in ANALYSES for name in arguments_of(kind)]
+)
+def test_store_refuses_an_analysis_in_which_one_argument_differs(
+    kind: str, argument: str, tmp_path: Path
+) -> None:
+    cases = {**OTHERS, **ANALYSES[kind][3]}
+    assert argument in cases, f"say what a store of {kind} answers to another {argument}"
+    other, words = cases[argument]
+    stored = xr.Dataset({"x": ("i", np.zeros(2))}, attrs=flat_attributes(described(kind)))
+    write_whole(stored, tmp_path / "a.zarr")
+    assert read_whole(tmp_path / "a.zarr", described(kind)) is not None
+    with pytest.raises(StoreError, match=f"holds other results: .*(?:{words})"):
+        read_whole(tmp_path / "a.zarr", described(kind, **{argument: other}))
+
+
+def test_values_of_a_patch_are_known_by_content_or_version(tmp_path: Path) -> None:
+    def attrs(value: Any) -> dict[str, Any]:
+        return described("lens", patch=Patch("z", 1, 15, 0, value))
+
+    stored = xr.Dataset(attrs=flat_attributes(attrs(Custom(0.0))))
+    assert next(attribute_differences(attrs(Custom(1.0)), stored.attrs)) == (
+        "patches[0].intervention is constant 1.0 in this run and constant 0.0 in the store"
+    )
+    own = attrs(Custom(lambda site, layer, base, source: base))
+    assert "custom, without a version may be another function" in next(
+        attribute_differences(own, own)
+    )
+
+
+# Analyses that no verb stores by itself say what they are all the same.
+IN_MEMORY: dict[str, tuple[Callable[..., xr.Dataset], dict[str, Any], dict[str, Any]]] = {
+    "edges": (
+        edges,
+        {},
+        {
+            "direction": ("noising", "direction is"),
+            "intervention": ("zero", _BY),
+            "steps": (2, "steps is 2 in this run and None in"),
+            "positions": (True, "positions is True"),
+        },
+    ),
+    "exact_edges": (
+        exact_edges,
+        {"edges": ["m0->logits"]},
+        {
+            "edges": (["m1->logits"], r"edges\[0\] is m1->logits in this run and m0->logits in"),
+            "direction": ("noising", "direction is"),
+            "intervention": ("zero", _BY),
+            "positions": (True, "positions is True"),
+        },
+    ),
+    "sublayers": (
+        sublayers,
+        {"runner": "wave"},
+        {
+            "which": ("corrupted", "direction is denoising"),
+            "direction": ("denoising", "direction is denoising"),
+            "runner": ("hooked", "runner is hooked in this run and wave in"),
+            "max_tokens": (64, "max_tokens is 64 in this run and 4096 in"),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", IN_MEMORY)
+def test_results_in_memory_say_every_argument(kind: str) -> None:
+    analysis, arguments, own = IN_MEMORY[kind]
+
+    def run(**more: Any) -> dict[str, Any]:
+        given = {**COMMON, **arguments, **more}
+        return analysis(**{name: value_of(value) for name, value in given.items()}).attrs
+
+    first = run()
+    for name in inspect.signature(analysis).parameters:
+        if name in NO_NUMBER:
+            continue
+        other, words = {**OTHERS, **own}[name]
+        found = next(attribute_differences(run(**{name: other}), first), None)
+        assert found is not None, name
+        assert re.search(words, found), (name, found)
