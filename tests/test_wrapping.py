@@ -5,6 +5,7 @@ from __future__ import annotations
 import patchsweep as ps
 import pytest
 import torch
+from patchsweep.attributes import attributes
 from patchsweep.errors import ModelError
 from patchsweep.families.configs import causal_architectures
 from patchsweep.families.table import tiny_bridge
@@ -61,7 +62,7 @@ def test_a_users_bridge_of_a_known_model_is_swept() -> None:
     bridge.eval()
     assert known_wrapping(bridge) is None
     ds = ps.sweep(bridge, pairs_of(bridge), "resid_pre", layers=[1])
-    assert ds.attrs["provenance"]["runner"] == "wave"
+    assert attributes(ds)["provenance"]["runner"] == "wave"
     wrapping = known_wrapping(bridge)
     assert wrapping is not None
     assert wrapping.same

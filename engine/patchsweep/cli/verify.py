@@ -14,8 +14,8 @@ from patchsweep.api import prepare_runner
 from patchsweep.cli.console import stdout
 from patchsweep.config import from_identity, request_of
 from patchsweep.planner import SitePlan
-from patchsweep.probe import TOLERANCE
 from patchsweep.results import weights_hash
+from patchsweep.selection import TOLERANCE
 from patchsweep.store import Store
 from patchsweep.store.check import verify_structure
 from patchsweep.store.layout import Unit

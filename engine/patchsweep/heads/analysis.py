@@ -29,10 +29,10 @@ from patchsweep.heads.scores import detect
 from patchsweep.heads.table import disagreement
 from patchsweep.metrics import Metric, get_metrics
 from patchsweep.pairs import PromptPairs
-from patchsweep.probe import RunnerName
 from patchsweep.request import MetricLike, Positions
 from patchsweep.results import model_provenance
 from patchsweep.running import runs_model
+from patchsweep.selection import RunnerName
 from patchsweep.work import Progress
 
 KIND = "heads"

@@ -27,7 +27,6 @@ LENGTHS = (5, 8)
 ROUNDING = {"float64": 1e-6, "float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}
 
 
-
 @dataclass(frozen=True)
 class Wrapping:
     """What a few short runs of a bridge and of the model inside it showed."""
@@ -58,7 +57,12 @@ def state_of(bridge: TransformerBridge) -> int:
     """
     model = bridge.original_model
     weights = tuple(
-        (id(w), -1 if w.is_inference() else w._version, str(w.dtype), 0 if w.is_meta else w.data_ptr())
+        (
+            id(w),
+            -1 if w.is_inference() else w._version,
+            str(w.dtype),
+            0 if w.is_meta else w.data_ptr(),
+        )
         for w in (*model.parameters(), *model.buffers())
     )
     modules = tuple((id(module), type(module)) for module in model.modules())
@@ -106,13 +110,17 @@ def logits_of(
 def compare_wrapping(
     bridge: TransformerBridge,
     prompts: Sequence[Int[Tensor, "2 pos"]],
-    own: Sequence[Float[Tensor, "pos d_vocab"]],
+    own: Sequence[Float[Tensor, "pos d_vocab"]] | None,
 ) -> Wrapping:
-    """The bridge's logits held against the model's `own`; remembered while its state stays."""
+    """The bridge's logits held against the model's `own`; remembered while its state stays.
+
+    None: there is nothing to hold them against, and the model is only seen to be causal.
+    """
     change = earlier = 0.0
-    for tokens, expected in zip(prompts, own, strict=True):
+    for number, tokens in enumerate(prompts):
         found = bridge(tokens.to(device_of(bridge))).float().cpu()
-        change = _larger(change, _relative(found[0], expected))
+        if own is not None:
+            change = _larger(change, _relative(found[0], own[number]))
         earlier = _larger(earlier, _relative(found[1, :-1], found[0, :-1]))
     dtype = str(bridge.cfg.dtype).removeprefix("torch.")
     found_now = Wrapping(state_of(bridge), change, earlier, ROUNDING.get(dtype, 1e-4))
@@ -161,4 +169,3 @@ def _larger(a: float, b: float) -> float:
 
 def _percent(share: float) -> str:
     return "nan" if share != share else f"{share:.2%}"
-

@@ -1,4 +1,4 @@
-"""The Hugging Face model behind a bridge, once more: its own classes, no hooks, the same tensors."""
+"""The Hugging Face model behind a bridge, once more: its own classes and tensors, no hooks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-from patchsweep.models.homes import Home, home_of
+from patchsweep.models.homes import Home, device_of, home_of, is_offloaded
+from patchsweep.models.wrapping import (
+    check_causal,
+    check_same,
+    compare_wrapping,
+    known_wrapping,
+    logits_of,
+    prompts_of,
+)
 
 
 class PlainModel:
@@ -75,3 +83,25 @@ class PlainModel:
                 new._attn_implementation = self._attention
             self._configs[id(config)] = new
         return self._configs[id(config)]
+
+
+def check_bridge(bridge: TransformerBridge) -> None:
+    """See that `bridge` computes what the model inside it does, and that this model is causal.
+
+    Four short forward passes, unless `load_model` made them and nothing has changed since. In
+    compatibility mode the bridge alone has the processed weights, and offloaded weights would be
+    read twice: then nothing is compared.
+
+    Raises:
+        ModelError: one of the two is not so.
+    """
+    wrapping = known_wrapping(bridge)
+    if wrapping is None:
+        prompts = prompts_of(int(bridge.cfg.d_vocab), bridge.tokenizer)
+        if getattr(bridge, "compatibility_mode", False) or is_offloaded(bridge.original_model):
+            own = None
+        else:
+            own = logits_of(PlainModel(bridge).model, prompts, device_of(bridge))
+        wrapping = compare_wrapping(bridge, prompts, own)
+    check_same(bridge, wrapping)
+    check_causal(bridge, wrapping)
