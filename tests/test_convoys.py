@@ -15,10 +15,10 @@ from patchsweep.exact import ExactWork
 from patchsweep.metrics import METRICS
 from patchsweep.models import TINY_FAMILIES
 from patchsweep.planner import PatchSet
-from patchsweep.probe import Choice
 from patchsweep.proof import ProvenWork, proof_variables
 from patchsweep.request import convoys_of, make_request
 from patchsweep.results import make_layout
+from patchsweep.selection import Choice
 from patchsweep.sites import SITES
 from patchsweep.store import Store, Unit
 from patchsweep.store.check import checksums

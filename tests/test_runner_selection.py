@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -24,15 +22,15 @@ from transformer_lens.model_bridge import TransformerBridge
 def counted_passes(bridge: TransformerBridge) -> Iterator[list[int]]:
     """Tokens of every forward pass through `bridge`."""
     passes: list[int] = []
-    own = type(bridge).forward
+    own = TransformerBridge.forward
 
-    def forward(self: TransformerBridge, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: TransformerBridge, tokens: torch.Tensor, *args, **kwargs):
         if self is bridge:
             passes.append(tokens.numel())
         return own(self, tokens, *args, **kwargs)
 
-    # on the class: a `forward` of the model's own is refused
-    with mock.patch.object(type(bridge), "forward", forward):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TransformerBridge, "forward", forward)
         yield passes
 
 

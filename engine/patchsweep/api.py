@@ -19,18 +19,17 @@ from patchsweep.batch import clean_prompts
 from patchsweep.errors import ConfigError, StoreError
 from patchsweep.estimate import Cost, estimate
 from patchsweep.exact import ExactWork
-from patchsweep.hooked import HookedRunner
 from patchsweep.identity import read_weights, refuse_unversioned, request_settings
 from patchsweep.interventions import Direction, Intervention, Reader, ValueFn
 from patchsweep.means import keep_means
 from patchsweep.pairs import PromptPairs
-from patchsweep.probe import Choice, RunnerName, choose_runner
 from patchsweep.proof import ProvenWork, proof_variables
 from patchsweep.request import MetricLike, Positions, Request, Sets, make_request
 from patchsweep.results import Memory, make_layout
 from patchsweep.running import runs_model
 from patchsweep.screening.asked import Asked, MethodLike, get_asked
 from patchsweep.screening.work import ScreenWork
+from patchsweep.selection import Choice, RunnerName, choose_runner
 from patchsweep.store import Store
 from patchsweep.store.difference import IDENTITY
 from patchsweep.store.journal import Journal
@@ -94,7 +93,8 @@ def sweep(
         storage_options: what the storage library is told (endpoint, retries); no credentials.
         slice_index, n_slices: do every n-th bundle of units only, from this one on; all slices
             together write what one process would.
-        runner: `auto` lets the probe choose; `wave` and `hooked` insist.
+        runner: `auto` takes packed waves where they pass the self-test (see
+            `patchsweep.selection`), else hooks; `wave` and `hooked` insist.
         max_tokens: most tokens in one wave. Default: what the store was begun with, or else what
             suits where the weights are, see `patchsweep.waves.budget`.
         cache_budget: bytes of activations that may stay in memory; what exceeds it lies in files.
@@ -177,7 +177,7 @@ def sweep(
         )
         journal = stack.enter_context(Journal(store, storage_options=storage_options))
         journalled = Journalled(
-            progress, journal, share, config or {}, probe_difference=choice.difference
+            progress, journal, share, config or {}, self_test_error=choice.difference
         )
         run_work(works, sink, journalled, share)
         return sink.dataset()
@@ -254,23 +254,16 @@ def prepare_runner(
     cache_budget: int | None = None,
 ) -> Choice:
     """The runner for `request`, its intervention prepared."""
-    everything = range(len(request.pairs))
-    batches = request.batches(everything)
-    first = request.batches([0])[0]
-    clean = clean_prompts(batches, request.direction)
-    if wanted != "wave":  # the probe patches too, so the values must be ready before it
-        hooked = HookedRunner(request.bridge, request.sites)
-        request.intervention.prepare(clean, Reader("hooked", request.sites, hooked.activations))
     choice = choose_runner(
         request.bridge,
         request.plans,
-        first,
         request.intervention,
         wanted=wanted,
         max_tokens=max_tokens,
         cache_budget=cache_budget,
     )
-    if wanted == "wave":
-        reader = Reader("wave", request.sites, choice.runner.activations)
-        request.intervention.prepare(clean, reader)
+    # means are read where they are written: runners may take one site at different places
+    batches = request.batches(range(len(request.pairs)))
+    reader = Reader(choice.runner.name, request.sites, choice.runner.activations)
+    request.intervention.prepare(clean_prompts(batches, request.direction), reader)
     return choice

@@ -92,3 +92,10 @@ def _group_memory() -> int:
         files = sum(int(stats.get(stat.format(f"{x}_file"), 0)) for x in ("active", "inactive"))
         most = min(most, max(0, total - taken + files))
     return most
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or on the CPU (a plain RuntimeError there)."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return "allocate memory" in str(error) or "out of memory" in str(error).lower()

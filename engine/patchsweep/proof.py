@@ -20,9 +20,9 @@ from patchsweep.exact import Block, Captured, Captures, ExactWork
 from patchsweep.finite import check_cells
 from patchsweep.metrics import Metric
 from patchsweep.planner import Ints, PatchSet, SitePlan
-from patchsweep.probe import Choice
 from patchsweep.request import Request, blocks_of
 from patchsweep.results import dims_of, shape_of
+from patchsweep.selection import Choice
 from patchsweep.store import Unit, Variable
 from patchsweep.waves import WaveRunner
 from patchsweep.work import Values

@@ -14,8 +14,8 @@ from patchsweep.attributes import flat_attributes
 from patchsweep.batch import base_and_source
 from patchsweep.identity import identity_of, request_settings
 from patchsweep.planner import SitePlan
-from patchsweep.probe import Choice
 from patchsweep.request import Request, blocks_of
+from patchsweep.selection import Choice
 from patchsweep.store import Layout, Unit, Variable
 from patchsweep.store.difference import IDENTITY
 

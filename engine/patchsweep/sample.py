@@ -14,10 +14,10 @@ from patchsweep.errors import PlanError
 from patchsweep.exact import Block, Captures
 from patchsweep.finite import check_cells
 from patchsweep.pairs import PromptPairs
-from patchsweep.probe import RunnerName
 from patchsweep.request import MetricLike, Request, make_request
 from patchsweep.results import Memory, make_layout
 from patchsweep.running import running
+from patchsweep.selection import RunnerName
 
 
 def sample_exact(

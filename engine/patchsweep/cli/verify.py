@@ -15,7 +15,7 @@ from patchsweep.cli.console import stdout
 from patchsweep.config import from_identity, request_of
 from patchsweep.identity import request_difference
 from patchsweep.planner import SitePlan
-from patchsweep.probe import TOLERANCE
+from patchsweep.selection import TOLERANCE
 from patchsweep.store import Store
 from patchsweep.store.check import verify_structure
 from patchsweep.store.difference import IDENTITY

@@ -22,9 +22,9 @@ from patchsweep.metrics import METRICS
 from patchsweep.models.load import as_bridge
 from patchsweep.models.tiny import draw_weights, tiny_tokenizer
 from patchsweep.pairs import PromptPairs
-from patchsweep.probe import choose_runner
 from patchsweep.request import Request, make_request
 from patchsweep.runner import Runner
+from patchsweep.selection import choose_runner
 
 SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v")
 N_PATCHES = 6
@@ -150,7 +150,7 @@ def _cell(bridge: TransformerBridge, pairs: PromptPairs, site: str) -> Cell:
     request = make_request(bridge, pairs, site)
     batch = request.batches([0])[0]
     try:
-        choice = choose_runner(bridge, request.plans, batch, request.intervention)
+        choice = choose_runner(bridge, request.plans, request.intervention)
         found = _values(choice.runner, request, batch, at_once=True)
     except SiteError as error:
         return Cell("none", None, _text(error))

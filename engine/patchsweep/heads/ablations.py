@@ -26,8 +26,8 @@ from patchsweep.heads.optimal import Constants, Head, OptimalSettings, Trainer
 from patchsweep.interventions import Custom, Intervention, Mean, Resample, Zero
 from patchsweep.metrics import METRICS, Metric
 from patchsweep.pairs import PromptPairs
-from patchsweep.probe import RunnerName
 from patchsweep.request import Positions, Request, make_request
+from patchsweep.selection import RunnerName
 from patchsweep.sites import Site
 from patchsweep.work import Progress, Values
 

@@ -30,10 +30,10 @@ from patchsweep.heads.table import disagreement
 from patchsweep.identity import identity_of, metric_words, read_weights
 from patchsweep.metrics import get_metrics
 from patchsweep.pairs import PromptPairs
-from patchsweep.probe import RunnerName
 from patchsweep.request import MetricLike, Positions
 from patchsweep.results import analysis_attrs
 from patchsweep.running import runs_model
+from patchsweep.selection import RunnerName
 from patchsweep.work import Progress
 
 KIND = "heads"

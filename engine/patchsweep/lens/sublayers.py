@@ -14,7 +14,7 @@ from patchsweep.api import sweep
 from patchsweep.interventions import Direction
 from patchsweep.lens.grid import Which, base_direction
 from patchsweep.pairs import PromptPairs
-from patchsweep.probe import RunnerName
+from patchsweep.selection import RunnerName
 from patchsweep.store.difference import IDENTITY
 from patchsweep.work import Progress
 

@@ -21,6 +21,7 @@ from patchsweep.models.places import DeviceMap, MaxMemory, Placement, as_placeme
 from patchsweep.models.settle import settle
 from patchsweep.models.sketch import sketch_bridge
 from patchsweep.models.tiny import TINY_FAMILIES, tiny_model
+from patchsweep.models.wrapping import check_same, compare_wrapping, logits_of, prompts_of
 
 _MERGE = (
     "An adapter is no model by itself; merge it into its base model first, with "
@@ -219,16 +220,24 @@ def _pretrained(
 
 
 def as_bridge(name: str, hf_model: PreTrainedModel, tokenizer: Any) -> TransformerBridge:
-    """`hf_model` wrapped by TransformerLens, in evaluation mode."""
+    """`hf_model` wrapped by TransformerLens, in evaluation mode.
+
+    Raises:
+        ModelError: the bridge computes other logits than `hf_model` did.
+    """
     hf_model.eval()
     # the bridge records a dtype of its own and does not ask the model
     arguments: dict[str, Any] = {"hf_model": hf_model, "tokenizer": tokenizer}
     arguments["dtype"] = hf_model.dtype
     if is_offloaded(hf_model):
         return _offloaded_bridge(name, hf_model, arguments)
+    prompts = prompts_of(hf_model.config.get_text_config().vocab_size, tokenizer)
+    own = logits_of(hf_model, prompts, hf_model.get_input_embeddings().weight.device)
     bridge = TransformerBridge.boot_transformers(name, **arguments)
     mapped = getattr(hf_model, "hf_device_map", None)
-    return settle(bridge, bridge.cfg.device if mapped else hf_model.device)
+    settle(bridge, bridge.cfg.device if mapped else hf_model.device)
+    check_same(bridge, compare_wrapping(bridge, prompts, own))
+    return bridge
 
 
 def _offloaded_bridge(

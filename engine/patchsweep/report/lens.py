@@ -399,8 +399,8 @@ _WORDS = (
             (
                 "answer, wrong answer",
                 "The right continuation of the clean prompt, and of the corrupted one. Of answers "
-                "of several tokens the grid reads the first that tells the two answers apart, after "
-                "those that they share.",
+                "of several tokens the grid reads the first that tells the two answers apart, "
+                "after those that they share.",
             ),
             ("sublayer", "The attention or the MLP of one layer: what writes into the stream."),
         )

@@ -9,12 +9,12 @@ import numpy as np
 
 from patchsweep.attribution.units import Estimator, variable_name
 from patchsweep.planner import SitePlan
-from patchsweep.probe import Choice
 from patchsweep.request import Request
 from patchsweep.screening.asked import bound_name
 from patchsweep.screening.bound import Subsets
 from patchsweep.screening.foremost import Foremost
 from patchsweep.screening.settings import Screen, live_of
+from patchsweep.selection import Choice
 from patchsweep.store import Unit
 from patchsweep.work import Values
 

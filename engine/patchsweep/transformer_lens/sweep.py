@@ -16,7 +16,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.errors import ConfigError, MetricError, PlanError
 from patchsweep.models.homes import device_of
-from patchsweep.probe import TOLERANCE
+from patchsweep.selection import TOLERANCE
 from patchsweep.transformer_lens.cells import Cells, differing, live_rows, make_cells
 from patchsweep.transformer_lens.stand_in import Metric, PatchedLogits, StandIn, watch_metrics
 from patchsweep.transformer_lens.waves import CellWaves

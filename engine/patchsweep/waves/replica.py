@@ -7,7 +7,6 @@ and leaves the bridge as it is.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -18,18 +17,15 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from patchsweep.errors import ModelError
-from patchsweep.models.homes import Home, home_of
 from patchsweep.waves.layers import leaner
+from patchsweep.waves.plain import MORE_OUTPUTS, PlainModel
 from patchsweep.waves.stations import SplitBlock, Traffic, build_stations
 
 ATTENTION = "patchsweep"
 OWN_ATTENTION = "its attention does not go through the attention interface of transformers"
-# settings of a config that ask for more than logits
-MORE_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
 Attend = Callable[..., Tensor]
 
 
@@ -57,8 +53,8 @@ class Point:
     columns: Tensor | None = None  # of the tensor there; None: all of them, in their order
 
 
-class Replica:
-    """Plain modules that share every parameter and buffer with `bridge`.
+class Replica(PlainModel):
+    """Plain modules that share every parameter and buffer with `bridge`, to run waves with.
 
     Where `accelerate` placed the model on several devices, or keeps weights on the CPU or on disk
     until they are needed, each block is visited on its device and its weights are fetched once a
@@ -69,21 +65,15 @@ class Replica:
             a registered attention function, or a block is split over devices.
     """
 
-    model: nn.Module
     blocks: tuple[nn.Module, ...]
 
     def __init__(self, bridge: TransformerBridge) -> None:
-        self.bridge = bridge
+        super().__init__(bridge, ATTENTION)
         self._hooks = bridge.hook_dict
         self._names: dict[int, list[str]] = defaultdict(list)  # hook point -> its names
         for name, hook in self._hooks.items():
             self._names[id(hook)] += [name, str(hook.name)]
-        self._copies: dict[int, nn.Module] = {}
-        self._configs: dict[int, Any] = {}
-        self._homes: dict[nn.Module, Home] = {}
         self.traffic = Traffic()
-        self.model = self._copy(bridge.original_model)
-        self.model.eval()
         if not hasattr(bridge, "blocks"):
             raise Unsupported("the model has no single list of decoder blocks")
         self.blocks = tuple(self._copies[id(b.original_component)] for b in bridge.blocks)
@@ -177,51 +167,8 @@ class Replica:
                 return Point(module, sides[leaf])
         return None
 
-    def module_of(self, component: Any) -> nn.Module | None:
-        """The plain module behind a bridge component, if it wraps one of the model's own."""
-        return self._copies.get(id(getattr(component, "original_component", None)))
-
-    def _copy(self, module: nn.Module) -> nn.Module:
-        while isinstance(module, GeneralizedComponent):
-            module = module.original_component
-        known = self._copies.get(id(module))
-        if known is not None:
-            return known
-        cls = leaner(type(module))  # type: ignore[arg-type]  # mypy takes classes for unhashable
-        new = cls.__new__(cls)
-        self._copies[id(module)] = new
-        state = dict(module.__dict__)
-        home = home_of(module)
-        if home is not None:
-            self._homes[new] = home
-            # accelerate's own wrapper runs the module that it was made for, not the copy
-            for name in ("_hf_hook", "_old_forward", "forward"):
-                state.pop(name, None)
-        for name, value in state.items():
-            if name in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
-                state[name] = value.copy()
-            elif "_hooks" in name and isinstance(value, dict):
-                state[name] = type(value)()
-        state["_modules"] = {
-            name: None if child is None else self._copy(child)
-            for name, child in module._modules.items()
-        }
-        if "config" in state:
-            state["config"] = self._config(state["config"])
-        new.__dict__.update(state)
-        return new
-
-    def _config(self, config: Any) -> Any:
-        """One copy per config object, so that modules which shared it still do."""
-        if id(config) not in self._configs:
-            new = copy.deepcopy(config)
-            if hasattr(new, "_attn_implementation"):
-                new._attn_implementation = ATTENTION
-            for name in MORE_OUTPUTS:  # some are made of modules that a pass here leaves out
-                if getattr(new, name, False):
-                    setattr(new, name, False)
-            self._configs[id(config)] = new
-        return self._configs[id(config)]
+    def _class_of(self, module: nn.Module) -> type[nn.Module]:
+        return leaner(type(module))  # type: ignore[arg-type]  # mypy takes classes for unhashable
 
     def _attention_of(self, layer: int) -> nn.Module:
         component = getattr(self.bridge.blocks[layer], "attn", None)

@@ -18,6 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from patchsweep.batch import Batch
 from patchsweep.errors import ModelError
 from patchsweep.interventions import Custom, Intervention, Resample, Spans
+from patchsweep.memory import is_out_of_memory
 from patchsweep.metrics import Logits, Metric, Sum, compute
 from patchsweep.planner import Column, Ints, PatchSet, Plan, SitePlan
 from patchsweep.sites import Site
@@ -162,7 +163,7 @@ class WaveRunner:
             try:
                 result = self._run_wave(loaded, wave, given, metrics)
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error) or len(wave.patch) == 1:
+                if not is_out_of_memory(error) or len(wave.patch) == 1:
                     raise
                 # later waves are no larger; nothing that was computed is lost
                 self.max_tokens = max(1, wave.n_tokens // 2)
@@ -306,13 +307,6 @@ def _check_finite(run: Run, name: str, batch: Batch) -> None:
                 f"{place} at position {pos}; check the weights, or load the model in float32 "
                 "or bfloat16 if float16 overflows"
             )
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU or on the CPU (a plain RuntimeError there)."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return "allocate memory" in str(error) or "out of memory" in str(error).lower()
 
 
 class _CellDonors(Sequence[Tensor]):
