@@ -77,8 +77,9 @@ def sweep(
         model: what `load_model` gives, or any TransformerBridge of a causal model.
         direction: `denoising` patches clean values into the corrupted run, `noising` the other
             way round. Default: denoising for resample, noising for zero and mean.
-        intervention: `resample`, `zero`, `mean`, `shuffle`, a constant, or a callable
-            `(site, layer, base, source) -> values`.
+        intervention: `resample`, `zero`, `mean`, `shuffle`, a constant (a number, `[width]` or
+            `[pos, width]`), or a callable `(site, layer, base, source) -> values` of one pair, all
+            three `[1, pos, width]`.
         layers, heads, neurons: indices, or tuples of indices that are patched together.
             Default: each by itself. `heads="all"`: all heads together, no head dim.
         positions: indices, labels of the pairs (a label's whole span is one patch), or `"all"`

@@ -28,7 +28,7 @@ from patchsweep.hook_points import (
     write_units,
     writing,
 )
-from patchsweep.interventions import Intervention
+from patchsweep.interventions import Intervention, values_of
 from patchsweep.metrics import Logits, Metric, compute
 from patchsweep.planner import Ints, PatchSet, Plan
 from patchsweep.request import model_shape
@@ -120,7 +120,7 @@ class HookedRunner:
             batch=batch,
             donors={
                 site.name: [
-                    intervention.values(site, layer, b, s, batch.spans)
+                    values_of(intervention, site, layer, b, s, batch.spans)
                     for layer, (b, s) in enumerate(
                         zip(base[site.name], source[site.name], strict=True)
                     )

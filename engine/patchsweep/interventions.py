@@ -15,7 +15,8 @@ from patchsweep.errors import ConfigError
 from patchsweep.sites import Site
 
 Direction = Literal["denoising", "noising"]
-# (site, layer, base activations, source activations) -> values, all `[pair, pos, width]`
+# (site, layer, base activations, source activations) -> values, all `[1, pos, width]`: of one pair
+# (of `pattern` `[1, head, dest, src]`)
 ValueFn = Callable[[Site, int, Tensor, Tensor], Tensor]
 Spans = Mapping[str, tuple[int, int]]  # label -> [first, past last) position
 # tokens `[prompt, pos]` -> site name -> per layer activations `[prompt, pos, width]`
@@ -73,7 +74,8 @@ class Intervention(Protocol):
     ) -> Tensor:
         """What replaces `base` `[pair, pos, width]`; `pattern`: `[pair, head, dest, src]`.
 
-        `spans` are those of the pairs, in their order.
+        `spans` are those of the pairs, in their order. `values_of` shows one pair at a time to
+        interventions other than those of this module.
         """
 
 
@@ -215,6 +217,8 @@ class Shuffle(Resample):
 class Custom(_Plain):
     """Values of the user's own: a constant, or a function of base and source activations.
 
+    A constant is one number, `[width]` or `[pos, width]` (of `pattern` up to `[head, dest, src]`).
+    A function gets and gives `[1, pos, width]`, one pair at a time.
     A store knows a constant by its content, and a function by `name` and `version` alone: give
     another version whenever the function, or what it reads, changes.
     """
@@ -229,8 +233,14 @@ class Custom(_Plain):
         self, site: Site, layer: int, base: Tensor, source: Tensor, spans: Sequence[Spans]
     ) -> Tensor:
         if callable(self.value):
-            return self.value(site, layer, base, source).to(base).expand_as(base)
-        return torch.as_tensor(self.value).to(base).expand_as(base)
+            return self.value(site, layer, base, source)
+        constant = torch.as_tensor(self.value)
+        fits = constant.ndim < base.ndim and all(
+            size in (1, wanted)
+            for size, wanted in zip(constant.shape[::-1], base.shape[::-1], strict=False)
+        )
+        # an axis for pairs would be read as one of positions where the sizes agree
+        return constant.expand_as(base) if fits else constant
 
 
 INTERVENTIONS: dict[str, Callable[[], Intervention]] = {
@@ -267,3 +277,38 @@ def get_intervention(given: str | Intervention | float | Tensor | ValueFn) -> In
     if constant and not bool(torch.as_tensor(given).isfinite().all()):
         raise ConfigError(f"intervention={given!r} must be finite; give numbers")
     return Custom(given)
+
+
+def values_of(
+    intervention: Intervention,
+    site: Site,
+    layer: int,
+    base: Tensor,
+    source: Tensor,
+    spans: Sequence[Spans],
+) -> Tensor:
+    """The values that `intervention` puts in place of `base` `[pair, pos, width]`, in its shape.
+
+    An intervention of the user's own is asked pair by pair, with copies of the activations: its
+    values depend neither on what else is in the batch, nor can it change what others see.
+
+    Raises:
+        ConfigError: it gives values of another shape.
+    """
+    if type(intervention) in (Resample, Shuffle, Zero, Mean):
+        return intervention.values(site, layer, base, source, spans)
+    found = []
+    for i in range(len(base)):
+        one = slice(i, i + 1)
+        values = intervention.values(
+            site, layer, base[one].clone(), source[one].clone(), spans[one]
+        )
+        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        if shape != tuple(base[one].shape):
+            raise ConfigError(
+                f"intervention={intervention.name} gave values of the shape {shape} for "
+                f"{site.name} {tuple(base[one].shape)}; give one value for each (a constant may "
+                "be a number, [width] or [pos, width])"
+            )
+        found.append(values.detach().to(base))
+    return torch.cat(found)

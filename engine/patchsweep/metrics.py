@@ -208,20 +208,79 @@ def _full(x: Logits) -> Tensor:
 def compute(metrics: Sequence[Metric], logits: Logits) -> Float[Tensor, "metric row"]:
     """Every metric of every row, fp32.
 
+    A metric of the user's own gets copies, so that it cannot change what others see.
+
     Raises:
         MetricError: a user's metric does not return one number per row.
     """
     n_rows = len(logits.answer)
     values = []
     for metric in metrics:
-        value = metric.compute(logits).float()
-        if value.shape != (n_rows,):
+        value = metric.compute(logits if _is_built_in(metric) else _copies(metric, logits))
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if shape != (n_rows,):
             raise MetricError(
-                f"metric {metric.name} returned the shape {tuple(value.shape)} for {n_rows} rows; "
+                f"metric {metric.name} returned the shape {shape} for {n_rows} rows; "
                 "return one number per row, shape [row]"
             )
-        values.append(value)
+        values.append(value.float())
     return torch.stack(values)
+
+
+def _is_built_in(metric: Metric) -> bool:
+    return METRICS.get(metric.name) is metric
+
+
+def _copies(metric: Metric, x: Logits) -> Logits:
+    """Copies of what `metric` needs."""
+
+    def copy(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.clone()
+
+    return Logits(
+        answer=x.answer.clone(),
+        wrong=x.wrong.clone(),
+        full=None if metric.needs == "answers" else copy(x.full),
+        base=copy(x.base) if metric.needs == "references" else None,
+        source=copy(x.source) if metric.needs == "references" else None,
+        sums={name: values.clone() for name, values in x.sums.items()},
+    )
+
+
+def check_rows(metrics: Sequence[Metric], n_reads: int, d_vocab: int, device: torch.device) -> None:
+    """See that metrics of the user's own give each row a number that no other row changes.
+
+    They are tried on three rows of drawn logits `[row, n_reads, d_vocab]`, together and one by one:
+    how many rows, and which, come together depends on the machine and on the run.
+
+    Raises:
+        MetricError: one fails there, has another shape, or mixes rows.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for metric in metrics:
+        if _is_built_in(metric):
+            continue
+        drawn = torch.randn(3, 3, n_reads, d_vocab, generator=generator, device="cpu")
+        full, base, source = (4.0 * drawn).to(device)
+        answer, wrong = full[..., 0], full[..., -1]
+        rows = [slice(0, 3), *(slice(i, i + 1) for i in range(3))]
+        try:
+            together, *alone = (
+                compute([metric], Logits(answer[i], wrong[i], full[i], base[i], source[i]))[0]
+                for i in rows
+            )
+        except MetricError:
+            raise
+        except Exception as error:
+            raise MetricError(
+                f"metric {metric.name} failed on logits of the shape {tuple(full.shape)}, "
+                f"[row, read, d_vocab]: {type(error).__name__}: {error}"
+            ) from error
+        if not torch.allclose(together, torch.cat(alone), rtol=1e-3, atol=1e-4, equal_nan=True):
+            raise MetricError(
+                f"metric {metric.name} gives a row another number when other rows are beside it, "
+                "and which rows come together is no part of a sweep; compute each row by itself"
+            )
 
 
 def has_gradient(metric: Metric) -> bool:

@@ -15,7 +15,7 @@ from patchsweep.arguments import position_axis as given_positions
 from patchsweep.batch import Batch, make_batches, next_of_length, pair_shape
 from patchsweep.errors import ConfigError, ModelError, PlanError, PromptError
 from patchsweep.interventions import Direction, Intervention, ValueFn, get_intervention
-from patchsweep.metrics import Metric, MetricLike, get_metrics
+from patchsweep.metrics import Metric, MetricLike, check_rows, get_metrics
 from patchsweep.models.homes import device_of
 from patchsweep.pairs import PromptPairs
 from patchsweep.planner import Axes, ModelShape, SitePlan, plan_site
@@ -91,6 +91,7 @@ def make_request(
             f"direction={direction!r} is not known; use 'denoising' (base is the corrupted "
             "prompt) or 'noising' (base is the clean prompt)"
         )
+    check_metrics(model, pairs, chosen_metrics)
     pair_shapes = [pair_shape(pair, direction, read) for pair in pairs]
     position_axis: tuple[int | str, ...] | None
     if positions is None:
@@ -175,6 +176,17 @@ def check_pairs(model: TransformerBridge, pairs: PromptPairs) -> None:
                 f"pair {number} has token {most}, and this model knows {d_vocab} tokens; make the "
                 "pairs with the model that is swept"
             )
+
+
+def check_metrics(model: TransformerBridge, pairs: PromptPairs, metrics: Sequence[Metric]) -> None:
+    """Try metrics of the user's own on drawn logits, see `metrics.check_rows`; the model rests.
+
+    Raises:
+        MetricError: one fails there, has another shape, or mixes rows.
+    """
+    if len(set(getattr(model.original_model, "hf_device_map", {}).values())) > 1:
+        return  # which of its devices the logits are on is known only when it runs
+    check_rows(metrics, len(pairs[0].answer), int(model.cfg.d_vocab), device_of(model))
 
 
 def _sets(name: str, given: Sets | None, n: int) -> tuple[tuple[int, ...], ...]:

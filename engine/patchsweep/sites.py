@@ -77,7 +77,9 @@ def get_sites(names: str | Sequence[str]) -> tuple[Site, ...]:
 
     A name with `hook_` in it is a TransformerLens hook point, such as `blocks.3.mlp.hook_pre`,
     or `blocks.{layer}.mlp.hook_pre` for that of every block. Its activations must be
-    `[batch, pos, ...]`.
+    `[batch, pos, ...]`. A patch changes what the hook point hands on, as a hook does that returns a
+    new tensor; at resid_pre, resid_mid, resid_post and embed, and at the hook points of those
+    names, it replaces the residual stream for every reader.
 
     Raises:
         SiteError: a name is unknown or given twice, or there is none.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from patchsweep.attribution.tape import Place, Tape
 from patchsweep.batch import Batch
-from patchsweep.interventions import Intervention
+from patchsweep.interventions import Intervention, values_of
 from patchsweep.metrics import Logits, Metric, compute
 from patchsweep.planner import Ints, ModelShape, SitePlan
 from patchsweep.sites import Site
@@ -152,7 +152,7 @@ class Work:
     def values(self, site: Site, layer: int, base: Tensor) -> Tensor:
         """What a patch puts in place of `base`."""
         source = self.source[site.name][layer]
-        return self.intervention.values(site, layer, base, source, self.batch.spans)
+        return values_of(self.intervention, site, layer, base, source, self.batch.spans)
 
     def score(
         self,

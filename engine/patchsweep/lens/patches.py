@@ -15,7 +15,13 @@ from patchsweep.errors import MethodError, PlanError
 from patchsweep.hook_points import Hook, write_units, writing
 from patchsweep.hooked import HookedRunner
 from patchsweep.identity import intervention_words
-from patchsweep.interventions import Direction, Intervention, ValueFn, get_intervention
+from patchsweep.interventions import (
+    Direction,
+    Intervention,
+    ValueFn,
+    get_intervention,
+    values_of,
+)
 from patchsweep.pairs import PromptPairs
 from patchsweep.request import Request, make_request, model_shape
 from patchsweep.sites import SITES, Site, get_sites
@@ -134,8 +140,13 @@ class Patching:
             n_units = 1 if units is None else request.shape.n_units(plan.site)
             for layer in plan.axes.layers[0]:
                 name = plan.site.name
-                new = request.intervention.values(
-                    plan.site, layer, base[name][layer], sources[shuffled][name][layer], batch.spans
+                new = values_of(
+                    request.intervention,
+                    plan.site,
+                    layer,
+                    base[name][layer],
+                    sources[shuffled][name][layer],
+                    batch.spans,
                 )
                 write = _write(plan.site, new, spans, units, n_units)
                 found.append(writing(plan.site.hook_name(layer), write))

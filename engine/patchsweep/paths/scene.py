@@ -15,13 +15,20 @@ from patchsweep.attribution.check import check_model
 from patchsweep.batch import Batch, clean_prompts, make_batches, pair_shape
 from patchsweep.errors import ConfigError, MethodError, PatchsweepError
 from patchsweep.finite import check_references
-from patchsweep.interventions import Direction, Intervention, Spans, ValueFn, get_intervention
+from patchsweep.interventions import (
+    Direction,
+    Intervention,
+    Spans,
+    ValueFn,
+    get_intervention,
+    values_of,
+)
 from patchsweep.metrics import Logits, Metric, compute, get_metrics
 from patchsweep.models.homes import device_of
 from patchsweep.pairs import PromptPairs
 from patchsweep.paths.blocks import Blocks, Trace, unfit
 from patchsweep.paths.nodes import Nodes
-from patchsweep.request import MetricLike, check_pairs, model_shape
+from patchsweep.request import MetricLike, check_metrics, check_pairs, model_shape
 from patchsweep.sites import SITES
 from patchsweep.waves.replica import Unsupported
 
@@ -70,12 +77,14 @@ def ask(
             "prompt) or 'noising' (base is the clean prompt)"
         )
     check_model(model)
+    chosen_metrics = get_metrics(metrics)
+    check_metrics(model, pairs, chosen_metrics)
     for pair in pairs:
         pair_shape(pair, direction, read)
     return Question(
         bridge=model,
         pairs=pairs,
-        metrics=get_metrics(metrics),
+        metrics=chosen_metrics,
         intervention=chosen,
         direction=direction,
         read=read,
@@ -235,7 +244,7 @@ def _changes(
 
     def change(site: str, layer: int) -> Tensor:
         old = b[site][layer]
-        return intervention.values(SITES[site], layer, old, s[site][layer], spans) - old
+        return values_of(intervention, SITES[site], layer, old, s[site][layer], spans) - old
 
     layers = range(len(base.z))
     return Changes(

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from patchsweep.attribution.tape import Heads, Place, Prefix, Tape
 from patchsweep.batch import Batch
+from patchsweep.interventions import values_of
 from patchsweep.metrics import Logits, compute
 from patchsweep.planner import SitePlan
 from patchsweep.request import Request
@@ -84,7 +85,7 @@ class Subsets:
         )
         source, source_logits = tape.activations(batch.source, batch.reads, [site])
         donors = [
-            self.request.intervention.values(site, layer, b, s, batch.spans)
+            values_of(self.request.intervention, site, layer, b, s, batch.spans)
             for layer, (b, s) in enumerate(zip(base, source[site.name], strict=True))
         ]
         return BaseRun(donors, keys, values, logits, source_logits)

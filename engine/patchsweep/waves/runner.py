@@ -17,7 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.batch import Batch
 from patchsweep.errors import ModelError
-from patchsweep.interventions import Custom, Intervention, Resample, Spans
+from patchsweep.interventions import Custom, Intervention, Resample, Spans, values_of
 from patchsweep.memory import is_out_of_memory
 from patchsweep.metrics import Logits, Metric, Sum, compute
 from patchsweep.planner import Column, Ints, PatchSet, Plan, SitePlan
@@ -276,7 +276,7 @@ class WaveRunner:
         pairs = zip(base.layers_of(site.name), source.layers_of(site.name), strict=True)
         values = []
         for layer, (b, s) in enumerate(pairs):
-            value = intervention.values(site, layer, b, s, spans)
+            value = values_of(intervention, site, layer, b, s, spans)
             # the source's own values lie on its shelf already
             values.append(s if value is s else base.shelf.keep(value.contiguous()))
         if site.name == "resid_post":
