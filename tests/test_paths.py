@@ -183,7 +183,7 @@ def test_parallel_blocks_have_no_edge_from_a_head_to_the_mlp_of_its_layer() -> N
     ids=["attention", "mlp-norm"],
 )
 def test_no_edge_of_the_model_is_nan_whatever_its_weights(silent: str) -> None:
-    """Attention that gives nothing on some prompt, or an MLP that hears nothing, has edges."""
+    """Attention that gives nothing on a prompt, or an MLP that hears nothing, has edges."""
     _, bridge = make_plain_and_bridge("LlamaForCausalLM")
     weight = dict(bridge.original_model.named_parameters())
     name = next(n for n in weight if n.replace("_original_component.", "") == silent)

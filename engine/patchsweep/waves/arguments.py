@@ -12,7 +12,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from patchsweep.models.homes import device_of
@@ -70,6 +70,24 @@ class _LastBlock(Exception):
     """Every block was called."""
 
 
+class _Recorder(nn.Module):
+    """Stands for a block: notes what it is called with, and gives back its hidden states."""
+
+    def __init__(self, block: nn.Module, calls: list[Any], n_blocks: int) -> None:
+        super().__init__()
+        self.__dict__.update(block=block, calls=calls, n_blocks=n_blocks)  # no child of this one
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        hidden, rest, named = split_hidden(args, kwargs)
+        self.calls.append((rest, named))
+        if len(self.calls) == self.n_blocks:
+            raise _LastBlock
+        return hidden
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["block"], name)  # models look at a block's kind
+
+
 @torch.no_grad()
 def dry_run(replica: Replica, n_prompts: int, length: int) -> list[tuple[Any, dict[str, Any]]]:
     """What each block is called with on a batch of that size, hidden states left out.
@@ -81,17 +99,10 @@ def dry_run(replica: Replica, n_prompts: int, length: int) -> list[tuple[Any, di
             has an attention of its own, or its blocks hand on more than hidden states.
     """
     calls: list[tuple[Any, dict[str, Any]]] = []
-
-    def forward(*args: Any, **kwargs: Any) -> Tensor:
-        hidden, rest, named = split_hidden(args, kwargs)
-        calls.append((rest, named))
-        if len(calls) == replica.n_layers:
-            raise _LastBlock
-        return hidden
-
     tokens = torch.zeros(n_prompts, length, dtype=torch.long, device=device_of(replica.bridge))
-    for block in replica.blocks:
-        block.__dict__["forward"] = forward
+    parent, name, blocks = replica.list_of_blocks()
+    recorders = [_Recorder(block, calls, replica.n_layers) for block in replica.blocks]
+    setattr(parent, name, nn.ModuleList(recorders))
     try:
         replica.model(tokens, use_cache=False)
     except _LastBlock:
@@ -103,8 +114,7 @@ def dry_run(replica: Replica, n_prompts: int, length: int) -> list[tuple[Any, di
             raise Unsupported("its blocks hand on more than hidden states") from error
         raise
     finally:
-        for block in replica.blocks:
-            del block.__dict__["forward"]
+        setattr(parent, name, blocks)
     raise Unsupported("the model does not call every block once")
 
 

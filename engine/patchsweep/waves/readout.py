@@ -12,7 +12,7 @@ from patchsweep_kernels.vocab import log_z, total_variation, vocab_kl
 from torch import Tensor, nn
 
 from patchsweep.metrics import Sum
-from patchsweep.waves.replica import Replica, Unsupported
+from patchsweep.waves.replica import Replica
 
 # a chunk of logits stays within this many bytes
 CHUNK_BYTES = 32 * 2**20
@@ -37,7 +37,7 @@ class Readout:
     @torch.no_grad()
     def logits(self, resid: Tensor) -> Tensor:
         """Logits `[row, d_vocab]` of final residuals `[row, d_model]`; the caller chunks."""
-        parent, name, blocks = _block_list(self.replica)
+        parent, name, blocks = self.replica.list_of_blocks()
         # one token a prompt, so that learned positions never run out
         tokens = torch.zeros(len(resid), 1, dtype=torch.long, device=resid.device)
         setattr(parent, name, nn.ModuleList([_StandIn(resid.unsqueeze(1))]))
@@ -167,15 +167,6 @@ class _StandIn(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.output
-
-
-def _block_list(replica: Replica) -> tuple[nn.Module, str, nn.Module]:
-    """The module that holds the list of blocks, the list's name, and the list."""
-    for parent in replica.model.modules():
-        for name, child in parent.named_children():
-            if isinstance(child, nn.ModuleList) and tuple(child) == replica.blocks:
-                return parent, name, child
-    raise Unsupported("the model keeps its blocks in no list")
 
 
 def _logit_scale(config: Any) -> tuple[float, float | None]:

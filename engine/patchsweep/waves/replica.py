@@ -115,6 +115,18 @@ class Replica(PlainModel):
             for station in around:
                 station.release()
 
+    def list_of_blocks(self) -> tuple[nn.Module, str, nn.Module]:
+        """The module that holds the list of blocks, the list's name, and the list.
+
+        Raises:
+            Unsupported: there is no such list.
+        """
+        for parent in self.model.modules():
+            for name, child in parent.named_children():
+                if isinstance(child, nn.ModuleList) and tuple(child) == self.blocks:
+                    return parent, name, child
+        raise Unsupported("the model keeps its blocks in no list")
+
     def is_away(self, module: nn.Module) -> bool:
         """Whether weights of one of the plain modules are elsewhere until it runs."""
         station = self._stations.get(module)
