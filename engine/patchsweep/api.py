@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -106,11 +107,6 @@ def sweep(
     Raises:
         PatchsweepError: an argument breaks a rule; nothing has run then.
     """
-    check_runner(runner, max_tokens, cache_budget)
-    one_of("precision", precision, PRECISIONS)
-    share = Share(slice_index, n_slices)
-    if store is not None:
-        check_store_path(store)
     request = make_request(
         model,
         pairs,
@@ -124,18 +120,11 @@ def sweep(
         neurons=neurons,
         read=read,
     )
-    asked = get_asked(method)
-    if asked.methods:
-        check_request(request, asked.methods)
-    if asked.screen is not None:
-        asked.screen.check(request, n_slices)
+    share = Share(slice_index, n_slices)
+    asked = _check_settings(
+        request, method, store, n_slices, runner, max_tokens, cache_budget, precision
+    )
     proven = precision == "bf16"
-    if proven and (not asked.exact or asked.screen is not None):
-        raise ConfigError("precision=bf16 is for method=exact; use precision=model")
-    if proven and runner == "hooked":
-        raise ConfigError(
-            "precision=bf16 is done by the wave runner alone; use runner=auto, or precision=model"
-        )
     if store is None and n_slices > 1:
         raise ConfigError(f"n_slices={n_slices} needs a store, where the slices meet; give one")
 
@@ -237,15 +226,64 @@ def plan(
     pairs: PromptPairs,
     sites: str | Sequence[str] = ("resid_pre",),
     metrics: MetricLike | Sequence[MetricLike] = "logit_diff",
-    *,
-    max_tokens: int | None = None,
-    **selection: Any,
+    **settings: Any,
 ) -> Cost:
-    """What `sweep` with these arguments will cost; checks them all and runs no model."""
-    return estimate(
-        make_request(model, pairs, sites, metrics, **selection),
-        max_tokens,
+    """What `sweep` with these arguments will cost; checks them all and runs no model.
+
+    `settings` are those of `sweep`. A store is neither made nor looked at, and slices need none.
+
+    Raises:
+        PatchsweepError: an argument breaks a rule.
+        TypeError: `sweep` has no such argument.
+    """
+    told = inspect.signature(sweep).bind(model, pairs, sites, metrics, **settings)
+    told.apply_defaults()
+    given = told.arguments
+    selection = ("direction", "intervention", "layers", "positions", "heads", "neurons", "read")
+    request = make_request(
+        model, pairs, sites, metrics, **{name: given[name] for name in selection}
     )
+    share = Share(given["slice_index"], given["n_slices"])
+    names = ("method", "store", "n_slices", "runner", "max_tokens", "cache_budget", "precision")
+    asked = _check_settings(request, *(given[name] for name in names))
+    return estimate(
+        request,
+        given["max_tokens"],
+        given["cache_budget"],
+        asked=asked,
+        runner=given["runner"],
+        proven=given["precision"] == "bf16",
+        n_slices=share.n,
+    )
+
+
+def _check_settings(
+    request: Request,
+    method: MethodLike | Sequence[MethodLike],
+    store: str | Path | None,
+    n_slices: int,
+    runner: RunnerName,
+    max_tokens: int | None,
+    cache_budget: float | None,
+    precision: Precision,
+) -> Asked:
+    """What `method` asks for; raises for settings that make no sense, alone or together."""
+    check_runner(runner, max_tokens, cache_budget)
+    one_of("precision", precision, PRECISIONS)
+    if store is not None:
+        check_store_path(store)
+    asked = get_asked(method)
+    if asked.methods:
+        check_request(request, asked.methods)
+    if asked.screen is not None:
+        asked.screen.check(request, n_slices)
+    if precision == "bf16" and (not asked.exact or asked.screen is not None):
+        raise ConfigError("precision=bf16 is for method=exact; use precision=model")
+    if precision == "bf16" and runner == "hooked":
+        raise ConfigError(
+            "precision=bf16 is done by the wave runner alone; use runner=auto, or precision=model"
+        )
+    return asked
 
 
 def prepare_runner(

@@ -295,6 +295,23 @@ class RunConfig:
             "read": self.metric.read,
         }
 
+    def arguments(self) -> dict[str, Any]:
+        """What `sweep` and `plan` take besides model, pairs and what is kept of the config."""
+        return {
+            "sites": self.sites.names,
+            "metrics": self.metric.metrics(),
+            **self.selection(),
+            "method": self.method.asked(),
+            "store": self.store.path,
+            "storage_options": self.store.storage_options,
+            "slice_index": self.slice,
+            "n_slices": self.n_slices,
+            "runner": self.runner.name,
+            "max_tokens": self.runner.max_tokens,
+            "cache_budget": self.runner.cache_bytes,
+            "precision": self.precision,
+        }
+
     def identity(self) -> dict[str, Any]:
         """What the run is: the same in every slice, and kept in the store's provenance."""
         kept = {key: value for key, value in asdict(self).items() if key not in PLACES}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -10,10 +11,13 @@ from itertools import groupby
 import numpy as np
 import torch
 
+from patchsweep.attribution.run import token_layers
 from patchsweep.models.homes import device_of
 from patchsweep.planner import SitePlan
+from patchsweep.proof import proof_variables, recheck_cost
 from patchsweep.reading import Weights, bytes_read, count_captures, weights_of
 from patchsweep.request import Request, blocks_of, bytes_of, convoys_of
+from patchsweep.screening.asked import EXACT, Asked
 from patchsweep.waves.budget import default_cache, default_max_tokens
 
 
@@ -24,9 +28,18 @@ class SiteCost:
     site: str
     n_patches: int
     n_live: int
+    n_exact: int  # live patches that run exactly; of a screen: at least
     n_units: int  # units of work, each of which owns whole shards of a store
-    token_layers: int
+    token_layers: int  # of those that run exactly
     loop_token_layers: int  # what one full forward pass per patch would need
+
+
+@dataclass(frozen=True)
+class Part:
+    """What runs besides exact patches, for all sites together."""
+
+    name: str  # such as atp
+    token_layers: int  # a backward pass counts as a forward pass
 
 
 @dataclass(frozen=True)
@@ -34,8 +47,10 @@ class Cost:
     """The cost of a sweep."""
 
     sites: tuple[SiteCost, ...]
+    parts: tuple[Part, ...]  # estimates, the bound of a screen, what bf16 runs again
+    n_slices: int  # processes that share the run
     n_waves: int  # several sites may share one
-    flops: float  # multiplications and additions of the blocks' weights, for all waves
+    flops: float  # multiplications and additions of the blocks' weights, for all that runs
     seconds: float  # at the matrix-product rate measured just now; attention and norms left out
     result_bytes: int  # values written
     cache_bytes: int  # activations kept of one pair's base and source runs
@@ -54,7 +69,9 @@ class Cost:
 
     @property
     def token_layers(self) -> int:
-        return sum(site.token_layers for site in self.sites)
+        """Of everything that runs, in all slices together."""
+        exact = sum(site.token_layers for site in self.sites)
+        return exact + sum(part.token_layers for part in self.parts)
 
     @property
     def loop_token_layers(self) -> int:
@@ -62,20 +79,33 @@ class Cost:
 
 
 def estimate(
-    request: Request, max_tokens: int | None = None, cache_budget: int | None = None
+    request: Request,
+    max_tokens: int | None = None,
+    cache_budget: int | None = None,
+    *,
+    asked: Asked = EXACT,
+    runner: str = "auto",
+    proven: bool = False,
+    n_slices: int = 1,
 ) -> Cost:
-    """The cost of `request` in waves of `max_tokens` tokens; runs no model."""
+    """The cost of `request` in waves of `max_tokens` tokens; runs no model.
+
+    `asked` says which patches run exactly and what else does; `auto` counts as the wave runner,
+    and the hooked one runs every patch as a whole forward pass. `proven`: bf16 products, and what
+    is run again in fp32.
+    """
     if max_tokens is None:
         max_tokens = default_max_tokens(request.bridge)
     if cache_budget is None:
         cache_budget = default_cache(request.bridge)
-    blocks = blocks_of(request.plans)
-    waves = _count_waves(request, max_tokens)
-    sites = tuple(_site_cost(plan, blocks[plan.site.name]) for plan in request.plans)
+    in_waves = asked.exact and runner != "hooked"
+    waves = _count_waves(request, max_tokens) if in_waves else Counter[int]()
+    sites = tuple(_site_cost(request, plan, asked, in_waves) for plan in request.plans)
+    parts = _parts(request, asked, proven)
     weights = weights_of(request)
-    n_captures = count_captures(request)
-    token_layers = sum(site.token_layers for site in sites)
-    flops = 2.0 * token_layers * request.shape.block_parameters
+    n_captures = count_captures(request) if asked.exact else 0
+    n_passed = sum(site.token_layers for site in sites) + sum(part.token_layers for part in parts)
+    flops = 2.0 * n_passed * request.shape.block_parameters
     shape = request.shape
     longest = max(int(plan.full_lengths.max()) for plan in request.plans)
     per_token = shape.d_model * (shape.n_layers + 1) + 2 * shape.n_layers * (
@@ -85,10 +115,12 @@ def estimate(
     dtype = next(request.bridge.original_model.parameters()).dtype
     return Cost(
         sites=sites,
+        parts=parts,
+        n_slices=n_slices,
         n_waves=sum(waves.values()),
         flops=flops,
         seconds=flops / matmul_rate(device_of(request.bridge), dtype),
-        result_bytes=bytes_of(request),
+        result_bytes=_result_bytes(request, asked, proven),
         cache_bytes=2 * longest * per_token * dtype.itemsize,
         cache_budget=cache_budget,
         weights=weights,
@@ -124,16 +156,39 @@ def _count_waves(request: Request, max_tokens: int) -> Counter[int]:
     return counts
 
 
-def _site_cost(plan: SitePlan, unit: tuple[int, int]) -> SiteCost:
-    pairs, layers = unit
+def _site_cost(request: Request, plan: SitePlan, asked: Asked, in_waves: bool) -> SiteCost:
+    pairs, layers = blocks_of(request.plans)[plan.site.name]
+    share = 0.0 if not asked.exact else 1.0 if asked.screen is None else asked.screen.share_of(plan)
+    token_layers = plan.token_layers
+    if not in_waves:  # whole forward passes
+        live = plan.live_by_layer()[0].sum(axis=1)  # [pair]
+        token_layers = int((live * plan.full_lengths).sum()) * plan.n_layers
     return SiteCost(
         site=plan.site.name,
         n_patches=plan.n_patches,
         n_live=plan.n_live,
+        n_exact=round(plan.n_live * share),
         n_units=-(-plan.shape[0] // pairs) * -(-plan.shape[1] // layers),
-        token_layers=plan.token_layers,
+        token_layers=round(token_layers * share),
         loop_token_layers=plan.loop_token_layers,
     )
+
+
+def _parts(request: Request, asked: Asked, proven: bool) -> tuple[Part, ...]:
+    parts = [Part(method.name, token_layers(request, method)) for method in asked.methods]
+    if asked.screen is not None and asked.screen.subsets:
+        every = range(len(request.pairs))
+        bound = sum(asked.screen.bound_cost(plan, every) for plan in request.plans)
+        parts.append(Part("bound on the rest", bound))
+    if proven:
+        parts.append(Part("again in fp32", recheck_cost(request)))
+    return tuple(parts)
+
+
+def _result_bytes(request: Request, asked: Asked, proven: bool) -> int:
+    more = (*asked.variables(request), *(proof_variables(request) if proven else ()))
+    exact = bytes_of(request) if asked.exact else 0
+    return exact + 4 * sum(math.prod(variable.shape) for variable in more)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -68,6 +68,18 @@ def proof_variables(request: Request) -> tuple[Variable, ...]:
     return tuple(found)
 
 
+def recheck_cost(request: Request) -> int:
+    """Token-layers, at most, of what runs again in fp32 and of the identity patches."""
+    blocks, total = blocks_of(request.plans), 0.0
+    for plan in request.plans:
+        n_pairs, n_layers = blocks[plan.site.name]
+        n_units = -(-plan.shape[0] // n_pairs) * -(-plan.shape[1] // n_layers)
+        again = n_units * (len(request.metrics) * N_LARGEST + N_SAMPLE)
+        n_patches = min(plan.n_live, again) + min(plan.n_live, plan.shape[0] * N_SAMPLE)
+        total += n_patches * plan.token_layers / max(1, plan.n_live)
+    return round(total)
+
+
 class ProvenWork:
     """Patches with bf16 products, the largest and a sample run again in fp32.
 

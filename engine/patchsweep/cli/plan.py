@@ -7,15 +7,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from patchsweep.attribution import check_request
-from patchsweep.attribution.run import token_layers
+from patchsweep.api import plan
 from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.console import stdout
-from patchsweep.estimate import Cost, estimate
+from patchsweep.estimate import Cost
 from patchsweep.pairs import PromptPair
 from patchsweep.reading import Weights
-from patchsweep.request import make_request
-from patchsweep.screening.asked import get_asked
 
 SHOWN_TOKENS = 12  # of the first prompt: enough to see its start token and its end
 
@@ -32,46 +29,46 @@ def job(cfg: DictConfig) -> None:
     transformers_logging.disable_progress_bar()
     model = config.model.sketch()
     pairs = config.task.load(model)
-    request = make_request(
-        model, pairs, config.sites.names, config.metric.metrics(), **config.selection()
-    )
-    asked = get_asked(config.method.asked())
-    if asked.methods:
-        check_request(request, asked.methods)
+    cost = plan(model, pairs, **config.arguments())
     console = stdout()
-    show(estimate(request, config.runner.max_tokens, config.runner.cache_bytes), console)
-    console.print(f"{'first prompt':15} {prompt(pairs[0])}")
-    for method in asked.methods:
-        console.print(f"{method.name:15} {token_layers(request, method):,} token-layers besides")
+    show(cost, console)
+    if cost.n_slices > 1:
+        n = cost.token_layers / cost.n_slices
+        tell("slice", f"{config.slice} of {cost.n_slices}: about {n:,.0f} token-layers", console)
+    tell("first prompt", prompt(pairs[0]), console)
 
 
 def show(cost: Cost, console: Console) -> None:
     """The cost as a table and a few lines."""
     table = Table()
     table.add_column("site")
-    heads = ("patches", "live", "units", "token-layers", "a loop needs", "ratio")
+    heads = ("patches", "live", "run exactly", "units", "token-layers", "a loop needs", "ratio")
     for head in heads:
         table.add_column(head, justify="right")
     for site in cost.sites:
-        ratio = site.loop_token_layers / max(1, site.token_layers)
         numbers = (
             site.n_patches,
             site.n_live,
+            site.n_exact,
             site.n_units,
             site.token_layers,
             site.loop_token_layers,
         )
-        table.add_row(site.site, *(f"{n:,}" for n in numbers), f"{ratio:,.0f}")
+        ratio = f"{site.loop_token_layers / site.token_layers:,.0f}" if site.token_layers else ""
+        table.add_row(site.site, *(f"{n:,}" for n in numbers), ratio)
+    for part in cost.parts:
+        table.add_row(part.name, "", "", "", "", f"{part.token_layers:,}", "", "")
     totals = (
         cost.n_patches,
         cost.n_live,
+        sum(site.n_exact for site in cost.sites),
         sum(site.n_units for site in cost.sites),
         cost.token_layers,
         cost.loop_token_layers,
     )
-    ratio = cost.loop_token_layers / max(1, cost.token_layers)
+    ratio = f"{cost.loop_token_layers / max(1, cost.token_layers):,.0f}"
     table.add_section()
-    table.add_row("all", *(f"{n:,}" for n in totals), f"{ratio:,.0f}")
+    table.add_row("all", *(f"{n:,}" for n in totals), ratio)
     console.print(table)
     for name, value in (
         ("waves", f"{cost.n_waves:,}"),
@@ -85,7 +82,12 @@ def show(cost: Cost, console: Console) -> None:
             f"{size(cost.cache_bytes)} per pair; more than {size(cost.cache_budget)} goes to disk",
         ),
     ):
-        console.print(f"{name:15} {value}")
+        tell(name, value, console)
+
+
+def tell(name: str, value: str, console: Console) -> None:
+    """One line, its name in a column of its own."""
+    console.print(f"{name:15} {value}")
 
 
 def prompt(pair: PromptPair) -> str:
@@ -108,6 +110,8 @@ def reading(cost: Cost) -> str:
     """What is fetched, and how often."""
     if not cost.weights.fetched:
         return "once: all of them stay where they run"
+    if not cost.n_captures:
+        return f"{size(cost.weights.fetched)} are offloaded, and fetched in each pass"
     n_passes = cost.n_captures + cost.n_waves
     return (
         f"{size(cost.read_bytes)}: {size(cost.weights.fetched)} are offloaded, and fetched in "

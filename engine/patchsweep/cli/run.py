@@ -35,24 +35,7 @@ def execute(config: RunConfig) -> None:
     model = config.model.load()
     pairs = config.task.load(model)
     with Bar(console) as bar:
-        ds = sweep(
-            model,
-            pairs,
-            config.sites.names,
-            config.metric.metrics(),
-            **config.selection(),
-            method=config.method.asked(),
-            store=config.store.path,
-            storage_options=config.store.storage_options,
-            slice_index=config.slice,
-            n_slices=config.n_slices,
-            runner=config.runner.name,  # type: ignore[arg-type]  # checked by RunnerConfig
-            max_tokens=config.runner.max_tokens,
-            cache_budget=config.runner.cache_bytes,
-            precision=config.precision,  # type: ignore[arg-type]  # likewise
-            config=config.identity(),
-            progress=bar,
-        )
+        ds = sweep(model, pairs, **config.arguments(), config=config.identity(), progress=bar)
     told = attributes(ds)
     provenance = told["provenance"]
     share = f"slice {config.slice} of {config.n_slices}: " if config.n_slices > 1 else ""

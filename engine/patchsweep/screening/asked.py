@@ -87,6 +87,9 @@ class Asked:
         return found
 
 
+EXACT = Asked(exact=True, methods=(), screen=None)
+
+
 def get_asked(given: MethodLike | Sequence[MethodLike]) -> Asked:
     """What `method=given` asks for.
 

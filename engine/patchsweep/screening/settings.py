@@ -82,6 +82,18 @@ class Screen:
                     f"can change the metric; use k <= {n_live}, or method=exact"
                 )
 
+    def share_of(self, plan: SitePlan) -> float:
+        """Of the live places of `plan`, how many run exactly at least."""
+        return self.k / int(live_of(plan).any(axis=0).sum())
+
+    def bound_cost(self, plan: SitePlan, pairs: range) -> int:
+        """Token-layers of the random subsets of `pairs`, from the first live patch of each on."""
+        starts = np.full(plan.shape[0], plan.full_lengths.max())
+        live = plan.live_patches()
+        np.minimum.at(starts, plan.pair[live], plan.start[live])
+        tokens = np.maximum(0, plan.full_lengths - starts)[pairs.start : pairs.stop]
+        return int(self.subsets * plan.n_layers * tokens.sum())
+
 
 def live_of(plan: SitePlan) -> NDArray[np.bool_]:
     """[pair, place] whether the patch of that pair at that layer, position and unit is live."""

@@ -13,7 +13,7 @@ from patchsweep.request import Request
 from patchsweep.screening.asked import bound_name
 from patchsweep.screening.bound import Subsets
 from patchsweep.screening.foremost import Foremost
-from patchsweep.screening.settings import Screen, live_of
+from patchsweep.screening.settings import Screen
 from patchsweep.selection import Choice
 from patchsweep.store import Unit
 from patchsweep.work import Values
@@ -44,20 +44,15 @@ class ScreenWork:
         if unit.variable in self._estimated:
             return self.estimator.cost(unit)
         if unit.variable in self._bounded:
-            plan = self._bounded[unit.variable]
-            starts = np.full(len(self.request.pairs), plan.full_lengths.max())
-            live = plan.live_patches()
-            np.minimum.at(starts, plan.pair[live], plan.start[live])
-            tokens = np.maximum(0, plan.full_lengths - starts)[unit.pairs.start : unit.pairs.stop]
-            return int(self.screen.subsets * plan.n_layers * tokens.sum())
+            return self.screen.bound_cost(self._bounded[unit.variable], unit.pairs)
         plan = self._plans[unit.variable]
-        return round(plan.totals(unit.pairs, unit.layers).token_layers * self._share(plan))
+        return round(plan.totals(unit.pairs, unit.layers).token_layers * self.screen.share_of(plan))
 
     def n_live(self, unit: Unit) -> int:
         """See `Work`; of exact units how many run, as nearly as is known before the ranking."""
         if unit.variable in self._plans:
             plan = self._plans[unit.variable]
-            return round(plan.totals(unit.pairs, unit.layers).n_live * self._share(plan))
+            return round(plan.totals(unit.pairs, unit.layers).n_live * self.screen.share_of(plan))
         return 0
 
     def together(self, unit: Unit) -> Hashable:
@@ -102,7 +97,3 @@ class ScreenWork:
         tape = self.estimator.attribution.tape
         subsets = Subsets(self.estimator.request, tape, plan, self.screen)
         return subsets.bounds(rest, unit.pairs)
-
-    def _share(self, plan: SitePlan) -> float:
-        """Of the live places, how many run at least."""
-        return self.screen.k / int(live_of(plan).any(axis=0).sum())
