@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import xarray as xr
+from patchsweep.store.whole import write_whole
 
 N_LAYERS, N_HEADS, N_KV_HEADS = 30, 9, 3
 TEMPLATES = (
@@ -114,15 +115,18 @@ def synthetic(
 
 def write(ds: xr.Dataset, store: Path, *, journal: bool = False) -> Path:
     """The store on disk, with a journal beside it (and its last line torn) when asked for."""
-    ds.to_zarr(store, consolidated=False, zarr_format=3)
+    write_whole(ds, store)
     if journal:
         folder = Path(f"{store}.journal")
         folder.mkdir()
         lines = [
-            {"event": "unit", "variable": s, "seconds": 0.25 * (i + 1), "token_layers": 100}
+            {
+                **{"event": "unit", "time": 1.0 + i, "variable": s, "seconds": 0.25 * (i + 1)},
+                **{"pair_block": 0, "layer_block": 0, "token_layers": 100},
+            }
             for i, s in enumerate(("resid_pre", "z"))
         ]
-        text = "\n".join(json.dumps(line) for line in [{"event": "started"}, *lines])
+        text = "\n".join(json.dumps(line) for line in [{"event": "started", "time": 0}, *lines])
         (folder / "4711.jsonl").write_text(text + '\n{"event": "unit", "sec')
     return store
 

@@ -250,11 +250,11 @@ def test_status_and_verify_tell_incomplete_by_their_exit_codes(
     sweep = ["run", *TINY, "sites=[resid_pre,z]", "store=a.zarr", "n_slices=2"]
     assert patchsweep(*sweep, "slice=0") == EXIT_DONE
     assert patchsweep("status", "a.zarr") == EXIT_INCOMPLETE
-    assert patchsweep("verify", "a.zarr", "-n", "8") == EXIT_INCOMPLETE
+    assert patchsweep("verify", "a.zarr", "-n", "8", *TINY) == EXIT_INCOMPLETE
     assert "0 of 2" in capsys.readouterr().out
     assert patchsweep(*sweep, "slice=1") == EXIT_DONE
     assert patchsweep("status", "a.zarr") == EXIT_DONE
-    assert patchsweep("verify", "a.zarr") == EXIT_DONE
+    assert patchsweep("verify", "a.zarr", *TINY) == EXIT_DONE
     assert "24 run again" in capsys.readouterr().out
 
 
@@ -269,9 +269,9 @@ def test_status_and_verify_tell_incomplete_by_their_exit_codes(
     ids=" ".join,
 )
 def test_verify_runs_again_what_the_config_says(words: list[str]) -> None:
-    sweep = ["model=tiny", "task=ioi", "task.n_pairs=3", "store=a.zarr", *words]
-    assert patchsweep("run", *sweep) == EXIT_DONE
-    assert patchsweep("verify", "a.zarr") == EXIT_DONE
+    made = ["model=tiny", "task=ioi", "task.n_pairs=3"]
+    assert patchsweep("run", *made, "store=a.zarr", *words) == EXIT_DONE
+    assert patchsweep("verify", "a.zarr", *made, "--seed", "0") == EXIT_DONE
 
 
 def test_verify_finds_a_changed_value(capsys: pytest.CaptureFixture[str]) -> None:
@@ -283,7 +283,8 @@ def test_verify_finds_a_changed_value(capsys: pytest.CaptureFixture[str]) -> Non
     (Path("a.zarr") / variable.flag_key(unit)).unlink()
     (Path("a.zarr") / variable.shard_key(unit)).unlink()
     store.write(unit, values)
-    assert patchsweep("verify", "a.zarr") == EXIT_PROBLEMS
+    assert patchsweep("verify", "a.zarr") == EXIT_DONE  # its digest is right
+    assert patchsweep("verify", "a.zarr", *TINY) == EXIT_PROBLEMS
     assert "run again gives" in capsys.readouterr().out
 
 
@@ -438,12 +439,13 @@ def test_store_name_comes_from_the_model(name: str, expected: str) -> None:
     ids=["named", "ig", "screen"],
 )
 def test_method_reaches_the_sweep_and_verify(method: list[str], variables: set[str]) -> None:
-    sweep = ["model=tiny", "task=ioi", "task.n_pairs=3", "sites=z", *method]
+    made = ["model=tiny", "task=ioi", "task.n_pairs=3"]
+    sweep = [*made, "sites=z", *method]
     assert patchsweep("plan", *sweep) == EXIT_DONE
     assert patchsweep("run", *sweep, "store=a.zarr") == EXIT_DONE
     found = Store.open("a.zarr").variables
     assert variables <= set(found)
-    assert patchsweep("verify", "a.zarr") == EXIT_DONE
+    assert patchsweep("verify", "a.zarr", *made) == EXIT_DONE
 
 
 def test_compare_prints_a_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -479,7 +481,8 @@ def test_metric_of_the_user_by_its_target(here: Path, monkeypatch: pytest.Monkey
     ds = xr.open_zarr("a.zarr", consolidated=False)
     assert list(ds.metric.values) == ["logit_diff", "top_logit"]
     assert float(ds["mlp_out"].sel(metric="top_logit").min()) > 0
-    assert patchsweep("verify", "a.zarr", "-n", "4") == EXIT_DONE
+    assert patchsweep("verify", "a.zarr", *TINY) == EXIT_MISTAKE  # not by the store's word
+    assert patchsweep("verify", "a.zarr", "-n", "4", *TINY, own) == EXIT_DONE
 
 
 def test_metric_target_that_does_not_exist_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
@@ -492,7 +495,7 @@ def test_bf16_on_the_command_line(here: Path) -> None:
     words = ["sites=heads", "precision=bf16", "store=a.zarr"]
     assert patchsweep("run", *TINY, *words) == EXIT_DONE
     assert {"z", "z_bf16", "z_noise"} <= set(xr.open_zarr("a.zarr", consolidated=False))
-    assert patchsweep("verify", "a.zarr", "-n", "6") == EXIT_DONE
+    assert patchsweep("verify", "a.zarr", "-n", "6", *TINY) == EXIT_DONE
     assert patchsweep("report", "a.zarr") == EXIT_DONE
 
 
@@ -503,7 +506,9 @@ def test_compare_draws_an_exact_sample_for_estimates_alone(
     assert patchsweep("run", *TINY, *words) == EXIT_DONE
     assert patchsweep("compare", "a.zarr") == EXIT_MISTAKE  # nothing to compare with
     capsys.readouterr()
-    assert patchsweep("compare", "a.zarr", "--sample", "12", "--json") == EXIT_DONE
+    assert patchsweep("compare", "a.zarr", "--sample", "12", "--json", *TINY) == EXIT_DONE
     found = json.loads(capsys.readouterr().out)
     assert {site["site"] for site in found["sites"]} == {"z", "mlp_out"}
-    assert patchsweep("compare", "a.zarr", "--sample", "-1") == EXIT_MISTAKE
+    assert patchsweep("compare", "a.zarr", "--sample", "-1", *TINY) == EXIT_MISTAKE
+    assert patchsweep("compare", "a.zarr", "--sample", "12") == EXIT_MISTAKE
+    assert "name what is to be run again" in capsys.readouterr().err

@@ -190,7 +190,7 @@ def test_a_bundle_whose_first_unit_is_held_is_left_to_its_holder(
         monkeypatch.setattr(work, "values", lambda units: computed.append(units) or inner(units))
 
         class HandOver(Quiet):
-            def waiting(self, n_units: int) -> None:
+            def waiting(self, n_units: int, holders: object) -> None:
                 assert n_units == 2
                 assert not computed  # the second unit was free, its bundle was not
                 theirs.release(bundle.units)

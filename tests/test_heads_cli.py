@@ -18,6 +18,7 @@ from patchsweep.heads import OptimalSettings, Thresholds, study
 from patchsweep.heads.ablations import ABLATIONS
 from patchsweep.report import write_report
 from patchsweep.report.heads import build, heads_of
+from patchsweep.store.whole import write_whole
 from patchsweep.tasks import load_task
 
 CONF = Path(__file__).parents[1] / "conf" / "heads.yaml"
@@ -144,7 +145,7 @@ def test_a_study_of_positions_and_one_without_task_classes_have_pages(tmp_path: 
     assert "at end" in page
     assert "Each cell shows the position" in page
     plain = study(model, subjects.demo_pairs("tiny:llama"), ablations=["resample"], optimal=None)
-    plain.to_zarr(tmp_path / "plain.zarr", zarr_format=3, consolidated=False)
+    write_whole(plain, tmp_path / "plain.zarr")
     text = write_report(tmp_path / "plain.zarr", tmp_path / "plain.html").read_text()
     assert "were not measured" in text
     assert "name mover" not in text

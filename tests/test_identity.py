@@ -19,7 +19,7 @@ import xarray as xr
 from patchsweep import api
 from patchsweep.attributes import attributes
 from patchsweep.attribution import AtpStar, IntegratedInputs, IntegratedSite
-from patchsweep.errors import ConfigError, StoreError
+from patchsweep.errors import ConfigError, DamagedError, StoreError
 from patchsweep.identity import sealed
 from patchsweep.interventions import Custom, Mean
 from patchsweep.metrics import Metric
@@ -356,21 +356,12 @@ def test_process_adopts_the_wave_size_of_a_store_that_another_made_meanwhile(
     assert Store.open(tmp_path / "a.zarr").attrs["identity"]["max_tokens"] == 64
 
 
-def make_old(store: Path) -> None:
-    """Make of a store what was written before stores said what they are of."""
-    root = store / "zarr.json"
-    metadata = json.loads(root.read_text())
-    del metadata["attributes"]["identity"]
-    root.write_text(json.dumps(metadata))
-
-
-def test_old_store_is_read_and_says_in_one_line_why_it_does_not_go_on(
+def test_store_of_an_older_format_is_read_by_xarray_and_says_in_one_line_why_it_does_not_go_on(
     tmp_path: Path, nothing_runs: Callable[[], None]
 ) -> None:
     store = tmp_path / "a.zarr"
     before = sweep(store).load()
-    make_old(store)
-    assert Store.open(store).pending() == []
+    edit(store, lambda attrs: attrs.update(patchsweep_store=1))
     found = xr.open_zarr(store, consolidated=False)
     xr.testing.assert_equal(found.load(), before)
     assert ps.summary.largest(found, "z")
@@ -378,23 +369,31 @@ def test_old_store_is_read_and_says_in_one_line_why_it_does_not_go_on(
     with pytest.raises(StoreError) as caught:
         sweep(store)
     assert str(caught.value) == (
-        f"{store} was written before results recorded everything that they follow from, so this "
-        "run cannot be compared with it; it can be read as it is: give another path to run again"
+        f"{store} has store format 1, and this patchsweep reads 2; xarray.open_zarr reads it as it "
+        "is, and so does the version that wrote it; give another path to run again"
     )
 
 
-@pytest.mark.parametrize("identity", ['"nobody"', "[]", '{"max_tokens": "many"}', '{"model": 3}'])
-def test_store_with_a_spoilt_identity_is_refused(
-    identity: str, tmp_path: Path, nothing_runs: Callable[[], None]
-) -> None:
-    sweep(tmp_path / "a.zarr")
-    root = tmp_path / "a.zarr" / "zarr.json"
+def edit(store: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change a store's attributes."""
+    root = store / "zarr.json"
     metadata = json.loads(root.read_text())
-    metadata["attributes"]["identity"] = identity
+    change(metadata["attributes"])
     root.write_text(json.dumps(metadata))
-    nothing_runs()
+
+
+@pytest.mark.parametrize("identity", ['"nobody"', "[]", '{"max_tokens": "many"}', '{"model": 3}'])
+def test_spoilt_identity_is_damage_that_the_same_run_mends(identity: str, tmp_path: Path) -> None:
+    store = tmp_path / "a.zarr"
+    sweep(store)
+    before = checksums(store)
+    edit(store, lambda attrs: attrs.update(identity=identity))
+    with pytest.raises(DamagedError, match=r"zarr\.json: is not as it was written"):
+        Store.open(store)
     with pytest.raises(StoreError, match="belongs to another run"):
-        sweep(tmp_path / "a.zarr")
+        sweep(store, layers=[0])
+    sweep(store)
+    assert checksums(store) == before
 
 
 def test_means_of_edited_weights_are_taken_anew(tmp_path: Path) -> None:

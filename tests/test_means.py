@@ -16,7 +16,7 @@ from patchsweep.batch import clean_prompts
 from patchsweep.errors import StoreError
 from patchsweep.hooked import HookedRunner
 from patchsweep.interventions import Mean, Reader
-from patchsweep.means import MeansFolder, keep_means
+from patchsweep.means import MeansFolder, check_means, keep_means
 from patchsweep.request import make_request
 from patchsweep.store import Store
 from patchsweep.store.check import checksums, verify_structure
@@ -129,23 +129,46 @@ def test_store_of_one_mean_refuses_another(tmp_path: Path) -> None:
 
 
 def damage(path: Path, how: str) -> None:
+    data = path.read_bytes()
     if how == "cut":
-        path.write_bytes(path.read_bytes()[:-40])
+        path.write_bytes(data[:-40])
+    elif how == "emptied":
+        path.write_bytes(b"")
     elif how == "header":
         path.write_bytes(b"\xff" * 64)
+    elif how == "value":
+        path.write_bytes(data[:-3] + bytes([data[-3] ^ 0x40]) + data[-2:])
+    elif how == "renamed":
+        path.write_bytes(data.replace(b"mlp_out", b"mlp_xyz"))
     else:
-        path.write_bytes(path.read_bytes().replace(b"mlp_out", b"mlp_xyz"))
+        path.unlink()
 
 
-@pytest.mark.parametrize(
-    ("how", "words"),
-    [("cut", "cannot be read"), ("header", "cannot"), ("renamed", "sites")],
-)
-def test_damaged_means_are_refused(how: str, words: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["cut", "emptied", "header", "value", "renamed", "lost"])
+def test_damaged_means_are_found_and_computed_anew(how: str, tmp_path: Path) -> None:
     store = tmp_path / "a.zarr"
     sweep(store)
-    damage(store.with_name("a.zarr.means") / kept(store)[0], how)
-    with pytest.raises(StoreError, match=f"{words}.*delete it and run"):
+    (name,) = kept(store)
+    path = store.with_name("a.zarr.means") / name
+    sound, values = path.read_bytes(), checksums(store)
+    shutil.rmtree(store)  # else all is done, and nobody reads them
+    damage(path, how)
+    problems = check_means(store)
+    assert problems == [] if how == "lost" else name in problems[0]
+    sweep(store)
+    assert path.read_bytes() == sound
+    assert checksums(store) == values
+    assert check_means(store) == []
+
+
+def test_means_of_something_else_under_this_runs_name_are_refused(tmp_path: Path) -> None:
+    store, other = tmp_path / "a.zarr", tmp_path / "b.zarr"
+    sweep(store)
+    sweep(other, "mean_all")
+    ours, theirs = (s.with_name(f"{s.name}.means") / kept(s)[0] for s in (store, other))
+    shutil.copy(theirs, ours)
+    shutil.rmtree(store)
+    with pytest.raises(StoreError, match=r"\(per differs.*delete it and run"):
         sweep(store)
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from patchsweep.store import Store
 from patchsweep.store.journal import Journal
-from patchsweep.store.layout import FIXED
 from patchsweep.store.lease import Leases
 from patchsweep.store.status import (
     EXIT_COMPLETE,
@@ -63,14 +62,13 @@ def test_status_counts_done_running_stale_and_missing(half_done: Path) -> None:
     assert store.claim([fourth, fifth]) == [fourth, fifth]
     dead = Leases(store.folder.beside(".leases"))
     assert dead.claim([sixth.name]) == [sixth.name]
-    dead._stop.set()
     store.folder.beside(".leases").delete(f"owners/{dead.owner}")  # its heart beats no more
     status = store_status(half_done)
     z, embed = status.variables
     assert (z.name, z.done, z.running, z.stale, z.missing, z.total) == ("z", 3, 2, 1, 3, 9)
     assert (embed.name, embed.done, embed.missing, embed.total) == ("embed", 0, 3, 3)
     assert (status.total.done, status.total.total) == (3, 12)
-    assert status.missing_fixed == 10
+    assert status.missing_pairs == 5
     assert not status.complete
     assert status.exit_code == EXIT_INCOMPLETE == 3
     store.close()
@@ -95,7 +93,8 @@ def test_unwritten_unpatched_metrics_are_incomplete(tmp_path: Path) -> None:
     status = store_status(path)
     assert status.total.done == status.total.total
     assert status.exit_code == EXIT_INCOMPLETE
-    assert "1 unpatched metrics are not" in shown(status)
+    assert "the unpatched metrics of 1 pairs are not" in shown(status)
+    assert "damaged: base_metric/c.0.2 is lost" in shown(status)
 
 
 def test_rate_and_time_to_go_follow_token_layers(half_done: Path) -> None:
@@ -185,10 +184,9 @@ def test_status_changes_nothing(half_done: Path) -> None:
     assert everything() == before
 
 
-def test_fixed_metrics_alone_do_not_complete_a_store(tmp_path: Path) -> None:
+def test_unpatched_metrics_alone_do_not_complete_a_store(tmp_path: Path) -> None:
     store = Store.create_or_resume(tmp_path / "run.zarr", small_layout())
-    for name in FIXED:
-        store.write_fixed(name, 0, np.ones((2, 5)))
+    store.write_references(0, np.ones((2, 5)), np.ones((2, 5)))
     status = store_status(tmp_path / "run.zarr")
-    assert status.missing_fixed == 0
+    assert status.missing_pairs == 0
     assert not status.complete

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from patchsweep.metrics import Metric
     from patchsweep.models import load_model
     from patchsweep.pairs import PromptPairs
+    from patchsweep.store.dataset import open_store
 
 __all__ = [
     "Custom",
@@ -25,6 +26,7 @@ __all__ = [
     "PromptPairs",
     "load_model",
     "metrics",
+    "open_store",
     "plan",
     "summary",
     "sweep",
@@ -35,6 +37,7 @@ _LATER = {
     "Metric": "patchsweep.metrics",
     "PromptPairs": "patchsweep.pairs",
     "load_model": "patchsweep.models",
+    "open_store": "patchsweep.store.dataset",
     "plan": "patchsweep.api",
     "sweep": "patchsweep.api",
 }

@@ -17,7 +17,7 @@ from patchsweep.arguments import check_runner, check_store_path, one_of
 from patchsweep.attribution import check_request
 from patchsweep.attribution.units import Estimator
 from patchsweep.batch import clean_prompts
-from patchsweep.errors import ConfigError, StoreError
+from patchsweep.errors import ConfigError
 from patchsweep.estimate import Cost, estimate
 from patchsweep.exact import ExactWork
 from patchsweep.identity import read_weights, refuse_unversioned, request_settings
@@ -35,6 +35,7 @@ from patchsweep.store import Store
 from patchsweep.store.difference import IDENTITY
 from patchsweep.store.journal import Journal
 from patchsweep.store.layout import Layout
+from patchsweep.store.store import check_space, recorded_attributes
 from patchsweep.waves import WaveRunner
 from patchsweep.work import Journalled, Progress, Quiet, Share, Work, run_work
 
@@ -140,11 +141,14 @@ def sweep(
             precision=precision,
         )
 
-    if store is not None:  # another run's store is refused before anything runs
+    if store is not None:  # a place that will not do is refused before anything runs
         refuse_unversioned(request_settings(request) | asked.settings())
+        attrs = recorded_attributes(store, storage_options)
+        recorded = _recorded_choice(attrs, runner, max_tokens)
         read_weights(model)
-        recorded = _recorded_choice(store, storage_options, runner, max_tokens)
-        if recorded is not None:
+        if recorded is None:
+            check_space(store, layout_of(NO_RUNNER), storage_options)
+        else:
             layout = layout_of(recorded)
             Store.create_or_resume(store, layout, storage_options=storage_options).close()
         request = keep_means(request, store, storage_options)
@@ -157,7 +161,8 @@ def sweep(
         run_work(_works(request, asked, choice, proven), memory, progress, share)
         return memory.dataset()
     if recorded is None:  # another process may have made it meanwhile, with waves of another size
-        recorded = _recorded_choice(store, storage_options, runner, max_tokens)
+        attrs = recorded_attributes(store, storage_options)
+        recorded = _recorded_choice(attrs, runner, max_tokens)
     if recorded is not None and isinstance(choice.runner, WaveRunner):
         choice.runner.max_tokens = recorded.runner.max_tokens  # type: ignore[attr-defined]
     works = _works(request, asked, choice, proven)
@@ -199,18 +204,14 @@ NO_RUNNER = Choice(_Recorded("none"), "no patch was run exactly", None)  # type:
 
 
 def _recorded_choice(
-    store: str | Path,
-    storage_options: Mapping[str, Any] | None,
-    runner: RunnerName,
-    max_tokens: int | None,
+    attrs: Mapping[str, Any] | None, runner: RunnerName, max_tokens: int | None
 ) -> Choice | None:
     """What an existing store was begun with, where nothing else is asked for; None: no store."""
-    try:
-        attrs = Store.open(store, storage_options=storage_options).attrs
-        name, reason = (attrs["provenance"][key] for key in ("runner", "runner_reason"))
-    except (StoreError, KeyError):
-        return None  # `create_or_resume` says what is wrong, if something is
-    identity = attrs.get(IDENTITY)
+    if attrs is None:
+        return None
+    provenance, identity = attrs.get("provenance"), attrs.get(IDENTITY)
+    told = provenance if isinstance(provenance, Mapping) else {}
+    name = str(told.get("runner"))
     begun_with = identity.get("max_tokens") if isinstance(identity, Mapping) else None
     if not isinstance(begun_with, int) or begun_with < 1:
         begun_with = None
@@ -218,7 +219,8 @@ def _recorded_choice(
         name = runner
     if name == "wave" and max_tokens is not None:
         begun_with = max_tokens
-    return Choice(_Recorded(name, begun_with), reason, None)  # type: ignore[arg-type]
+    stand_in = _Recorded(name, begun_with)
+    return Choice(stand_in, str(told.get("runner_reason")), None)  # type: ignore[arg-type]
 
 
 def plan(

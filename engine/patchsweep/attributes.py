@@ -3,7 +3,7 @@
 netCDF takes numbers and texts alone, so whatever else an attribute is (a mapping, a list, true,
 false, None) stands in `Dataset.attrs` and in a store's `zarr.json` as JSON text. Attributes are
 written through `flat_attributes`, and those that may be nested are read through `attributes`, which
-also takes the nested ones of stores of version 0.1.
+takes nested ones as they are.
 """
 
 from __future__ import annotations
@@ -48,6 +48,6 @@ def _nested(value: Any) -> Any:
     if isinstance(value, str) and (value[:1] in ("{", "[") or value in _CONSTANTS):
         try:
             return json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return value  # a text that begins with a bracket
     return value

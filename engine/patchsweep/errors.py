@@ -29,6 +29,10 @@ class StoreError(PatchsweepError):
     """A store that belongs to another run, cannot be written, or is damaged."""
 
 
+class DamagedError(StoreError):
+    """A store whose files are not as they were written."""
+
+
 class ConfigError(PatchsweepError):
     """A setting whose value or combination makes no sense."""
 

@@ -15,6 +15,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.errors import SiteError
+from patchsweep.heartbeat import beat
 from patchsweep.planner import ModelShape
 from patchsweep.running import running
 from patchsweep.sites import Site
@@ -90,6 +91,7 @@ def forward(
         SiteError: one of `writes` did not fire (a setting may keep other hooks from firing), the
             model has not the setting that one needs, or two settings exclude each other.
     """
+    beat()
     fired: set[int] = set()
 
     def noted(i: int, write: Callable[[Tensor, Any], Tensor | None]) -> Any:

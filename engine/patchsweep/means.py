@@ -4,8 +4,8 @@ A file `<store>.means/<reader>-<digest>.safetensors` holds the means of every si
 says of what they were made: the model with every byte of its weights, the prompts' tokens, over
 what the mean was taken, the versions of the libraries. The digest in its name is that of this
 provenance, so other prompts or weights never find the file and never replace it, which a run in
-progress may still need; they make their own. A file whose name and content disagree is damaged and
-refused.
+progress may still need; they make their own. A file also holds a digest of its means: one that is
+damaged is computed anew, and one whose name and provenance disagree is refused.
 
 Files are put whole and the first one stays: of two processes that start at once, both go on with
 the same means, whichever was first.
@@ -31,11 +31,11 @@ from patchsweep.identity import model_identity, versions
 from patchsweep.interventions import Mean, MeanKey, Prompts, Reader
 from patchsweep.request import Request
 from patchsweep.store.address import open_folder
-from patchsweep.store.folder import Folder
+from patchsweep.store.folder import PARTIAL, Folder
 
 FORMAT = 2
 SUFFIX = ".means"
-_PROVENANCE = "provenance"  # key of the file's metadata
+_TOLD = "patchsweep"  # one key of the file's metadata: of several, the order would be by chance
 
 
 @dataclass(frozen=True)
@@ -61,16 +61,21 @@ class MeansFolder:
         provenance = self._provenance(per, prompts, reader)
         digest = hashlib.sha256(_text(provenance).encode()).hexdigest()[:16]
         key = f"{reader.name}-{digest}.safetensors"
-        folder = open_folder(self.url.rstrip("/") + SUFFIX, self.storage_options)
+        folder = open_folder(self.url, self.storage_options).beside(SUFFIX)
         device = prompts[0].tokens.device
         kept = self._read(folder, key, provenance, device)
         if kept is not None:
             return kept
         tensors = {_text(key): mean.cpu().contiguous() for key, mean in compute().items()}
+        metadata = {_TOLD: _text({"provenance": provenance, "digest": _digest(tensors)})}
         folder.make()
         folder.sweep()
-        folder.put_new(key, save(tensors, {_PROVENANCE: _text(provenance)}))
-        kept = self._read(folder, key, provenance, device)  # another process may have been first
+        if not folder.put_new(key, data := save(tensors, metadata)):
+            kept = self._read(folder, key, provenance, device)  # another process was first
+            if kept is not None:
+                return kept
+            folder.put(key, data)  # in place of a damaged one
+        kept = self._read(folder, key, provenance, device)
         if kept is None:
             raise StoreError(f"{folder.shown} has lost {key}; run the same command again")
         return kept
@@ -91,22 +96,28 @@ class MeansFolder:
     def _read(
         folder: Folder, key: str, provenance: Mapping[str, Any], device: torch.device
     ) -> dict[MeanKey, Tensor] | None:
-        data = folder.read(key)
-        if data is None:
+        found = _read(folder.read(key))
+        if found is None:
             return None
-        remedy = "delete it and run the same command again"
-        try:
-            found = _provenance_of(data)
-            means = {_key(name): mean.to(device) for name, mean in load(data).items()}
-        except (SafetensorError, struct.error, KeyError, TypeError, ValueError) as error:
-            raise StoreError(f"{folder.shown}/{key} cannot be read; {remedy}") from error
-        if found != provenance:
-            differs = next(k for k in {**provenance, **found} if found.get(k) != provenance.get(k))
+        told, means = found
+        if told != provenance:
+            differs = next(k for k in {**provenance, **told} if told.get(k) != provenance.get(k))
             raise StoreError(
                 f"{folder.shown}/{key} holds the means of something else ({differs} differs from "
-                f"this run's), though it has the name of this run's means; {remedy}"
+                "this run's), though it has the name of this run's means; delete it and run the "
+                "same command again"
             )
-        return means
+        return {_key(name): mean.to(device) for name, mean in means.items()}
+
+
+def check_means(store: str | Path, storage_options: Mapping[str, Any] | None = None) -> list[str]:
+    """A line for each file of means beside `store` that is not as it was written."""
+    folder = open_folder(store, storage_options).beside(SUFFIX)
+    return [
+        f"{folder.shown}/{key} is not as it was written; the same run computes it anew"
+        for key in folder.list()
+        if not key.endswith(PARTIAL) and _read(folder.read(key)) is None
+    ]
 
 
 def keep_means(
@@ -128,13 +139,32 @@ def _hash(prompts: Sequence[Prompts], *, spans: bool) -> str:
     return hashlib.sha256(_text(content).encode()).hexdigest()[:32]
 
 
-def _provenance_of(data: bytes) -> dict[str, Any]:
-    """What a file says of itself: its header is JSON behind eight bytes that give its length."""
-    (length,) = struct.unpack("<Q", data[:8])
-    found: dict[str, Any] = json.loads(
-        json.loads(data[8 : 8 + length])["__metadata__"][_PROVENANCE]
-    )
-    return found
+def _read(data: bytes | None) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """Provenance and means of a file; None if there is none, or not what was written.
+
+    Its header is JSON behind eight bytes that give the header's length.
+    """
+    if data is None:
+        return None
+    try:
+        (length,) = struct.unpack("<Q", data[:8])
+        told = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_TOLD])
+        provenance, means = told["provenance"], load(data)
+        intact = isinstance(provenance, dict) and told["digest"] == _digest(means)
+        for name in means:
+            _key(name)
+    except (SafetensorError, struct.error, KeyError, TypeError, ValueError, RecursionError):
+        return None
+    return (provenance, means) if intact else None
+
+
+def _digest(means: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(means):
+        mean = means[name]
+        digest.update(f"{name} {mean.dtype} {tuple(mean.shape)} ".encode())
+        digest.update(mean.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _text(value: Any) -> str:

@@ -249,9 +249,14 @@ class Memory:
         variable = next(v for v in self.layout.variables if v.name == unit.variable)
         self._values[unit.variable][variable.slices(unit)] = values
 
-    def write_fixed(self, name: str, first_pair: int, values: np.ndarray) -> None:
-        """Keep `values` `[metric, pair]` of the pairs from `first_pair` on."""
-        self._fixed[name][:, first_pair : first_pair + values.shape[1]] = values
+    def pending_pairs(self) -> list[int]:
+        """Every pair: unpatched metrics that are to be written."""
+        return list(range(len(self.layout.coords["pair"][1])))
+
+    def write_references(self, first_pair: int, base: np.ndarray, source: np.ndarray) -> None:
+        """Keep base and source metric `[metric, pair]` of the pairs from `first_pair` on."""
+        for name, values in (("base_metric", base), ("source_metric", source)):
+            self._fixed[name][:, first_pair : first_pair + values.shape[1]] = values
 
     def dataset(self) -> xr.Dataset:
         """All results, as `Store.dataset` gives them."""

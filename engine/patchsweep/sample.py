@@ -81,7 +81,9 @@ def _draw(
                 found = choice.runner.run(captured.loaded, plan, mine, request.metrics)
                 block.put(mine, check_cells(found.numpy(), plan, mine, request.metrics))
             for row, pair in enumerate(captured.batch.pairs):
-                memory.write_fixed("base_metric", pair, captured.base[:, row : row + 1])
-                memory.write_fixed("source_metric", pair, captured.source[:, row : row + 1])
+                columns = slice(row, row + 1)
+                memory.write_references(
+                    pair, captured.base[:, columns], captured.source[:, columns]
+                )
         memory.write(unit, block.values())
     return memory.dataset()

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from patchsweep.arguments import whole_number
 from patchsweep.errors import ConfigError
+from patchsweep.heartbeat import beating
 from patchsweep.results import Memory
 from patchsweep.store import Store, Unit
 from patchsweep.store.journal import Journal
@@ -60,8 +61,10 @@ class Progress(Protocol):
     def bundle_done(self) -> None:
         """All units of a bundle were written and told of."""
 
-    def waiting(self, n_units: int) -> None:
-        """Other processes are at work on the last `n_units`; called again and again."""
+    def waiting(self, n_units: int, holders: Mapping[str, int]) -> None:
+        """Other processes are at work on the last `n_units`; called again and again.
+
+        `holders`: how many of them each process holds, by its name."""
 
 
 class Quiet:
@@ -73,7 +76,7 @@ class Quiet:
 
     def bundle_done(self) -> None: ...
 
-    def waiting(self, n_units: int) -> None: ...
+    def waiting(self, n_units: int, holders: Mapping[str, int]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -114,39 +117,53 @@ def bundles_of(works: Sequence[Work], units: Sequence[Unit]) -> list[Bundle]:
 
 
 def run_work(works: Sequence[Work], sink: Memory | Store, progress: Progress, share: Share) -> None:
-    """Fill every unit of the share's bundles that `sink` still misses.
+    """Fill every unit of the share's bundles that `sink` misses, or holds damaged.
 
-    Units that another process holds are waited for, and taken over if it dies.
+    Units that another process holds are waited for, and taken over if it gives no sign for as
+    long as a lease lasts.
     """
+    if isinstance(sink, Memory):
+        _run_work(works, sink, progress, share)
+        return
+    with beating(sink.beat):
+        _run_work(works, sink, progress, share)
+
+
+def _run_work(
+    works: Sequence[Work], sink: Memory | Store, progress: Progress, share: Share
+) -> None:
     every = sink.pending() if isinstance(sink, Memory) else sink.units()
     bundles = bundles_of(works, every)[share.index :: share.n]
     costs = {unit: bundle.work.cost(unit) for bundle in bundles for unit in bundle.units}
-    missing = costs.keys() & set(sink.pending())
+    missing = set(sink.pending() if isinstance(sink, Memory) else sink.pending(costs))
+    # pairs whose unpatched metrics are to be written
+    pairs = set(sink.pending_pairs())
     total = sum(costs.values())
     progress.begin(len(missing), total, total - sum(costs[unit] for unit in missing))
-    told: set[int] = set()  # pairs whose unpatched metrics were written
     for bundle, claimed in _claimed(sink, bundles, missing, progress):
         start = time.perf_counter()
         values = dict(zip(bundle.units, bundle.work.values(bundle.units), strict=True))
         seconds = time.perf_counter() - start
         shares = _shares([costs[unit] for unit in claimed])
         for unit, part in zip(claimed, shares, strict=True):
-            if not told.issuperset(unit.pairs) and _write_references(sink, bundle.work, unit):
-                told.update(unit.pairs)
+            _write_references(sink, bundle.work, unit, pairs)
             sink.write(unit, values[unit])
             progress.advance(unit, costs[unit], bundle.work.n_live(unit), seconds * part)
         progress.bundle_done()
+    for bundle in bundles:  # whose units were done, and the unpatched metrics lost
+        for unit in bundle.units if pairs else ():
+            _write_references(sink, bundle.work, unit, pairs)
 
 
-def _write_references(sink: Memory | Store, work: Work, unit: Unit) -> bool:
-    """Write the unpatched metrics of the unit's pairs, if `work` is the one that tells them."""
+def _write_references(sink: Memory | Store, work: Work, unit: Unit, pairs: set[int]) -> None:
+    """Write the unpatched metrics of those of the unit's pairs that are in `pairs`, which then
+    are no longer, if `work` is the one that tells them."""
+    if pairs.isdisjoint(unit.pairs):
+        return
     found = work.references(unit)
-    if found is None:
-        return False
-    for name, metrics in zip(("base_metric", "source_metric"), found, strict=True):
-        for row, pair in enumerate(unit.pairs):
-            sink.write_fixed(name, pair, metrics[:, row : row + 1])
-    return True
+    if found is not None:
+        sink.write_references(unit.first_pair, *found)
+        pairs.difference_update(unit.pairs)
 
 
 def _claimed(
@@ -164,9 +181,9 @@ def _claimed(
             mine = sink.claim(wanted[:1])
             if mine:
                 yield bundle, mine + sink.claim(wanted[1:])
-        missing = missing.intersection(sink.pending())
+        missing = set(sink.pending(missing))
         if missing:
-            progress.waiting(len(missing))
+            progress.waiting(len(missing), sink.holders(missing))
             time.sleep(WAIT_S)
 
 
@@ -208,5 +225,5 @@ class Journalled:
     def bundle_done(self) -> None:
         self._inner.bundle_done()
 
-    def waiting(self, n_units: int) -> None:
-        self._inner.waiting(n_units)
+    def waiting(self, n_units: int, holders: Mapping[str, int]) -> None:
+        self._inner.waiting(n_units, holders)

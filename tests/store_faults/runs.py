@@ -88,9 +88,9 @@ def run(
                     continue
                 claimed = True
                 time.sleep(pause_s)
-                for name in FIXED:
-                    n = len(unit.pairs)
-                    store.write_fixed(name, unit.first_pair, np.full((2, n), len(name)))
+                store.write_references(
+                    unit.first_pair, *(np.full((2, len(unit.pairs)), len(name)) for name in FIXED)
+                )
                 store.write(unit, values_of(store.variables[unit.variable], unit))
                 if log:
                     log.unit_done(unit, seconds=pause_s, token_layers=10, n_live=3)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from patchsweep.store import Store
 from patchsweep.store.check import checksums, verify_structure
 from patchsweep.store.layout import COMPLETE
+from patchsweep.store.lease import EXPIRY_S
 from patchsweep.store.local_folder import LocalFolder
 
 from store_faults.runs import kill_at_random, run, small_layout, start
@@ -104,28 +105,28 @@ def test_eight_writers_of_the_same_units_lose_nothing(
     observed("eight writers at once, slices three times over", "nothing lost, nothing torn")
 
 
-def test_stopped_writer_that_lost_its_lease_writes_nothing(
+def test_of_a_hung_writer_and_its_heir_the_first_to_finish_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, observed: Observed
 ) -> None:
-    path = tmp_path / "run.zarr"
-    # it hangs
-    monkeypatch.setattr("patchsweep.store.lease.Leases._keep_beating", lambda self: None)
+    path, now = tmp_path / "run.zarr", [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], time=time.time)
+    monkeypatch.setattr("patchsweep.store.lease.time", clock)
     sleeper, rival = (Store.create_or_resume(path, small_layout()) for _ in range(2))
-    unit = sleeper.pending()[0]
-    assert sleeper.claim([unit]) == [unit]
-    assert rival.claim([unit]) == []
-    owner = tmp_path / "run.zarr.leases" / "owners" / sleeper._leases.owner
-    long_ago = time.time() - 3600
-    os.utime(owner, (long_ago, long_ago))
-    assert rival.claim([unit]) == [unit]
-    shape = sleeper.variables[unit.variable].block_shape(unit)
-    sleeper.write(unit, np.full(shape, 1.0))
-    assert not sleeper.is_done(unit)
-    rival.write(unit, np.full(shape, 2.0))
-    assert (rival.dataset()[unit.variable][:, :2, 0] == 2.0).all()
-    observed(
-        "a writer hangs past its lease, then goes on", "its write is dropped; the other's holds"
-    )
+    first, second, *_ = sleeper.pending()
+    assert sleeper.claim([first, second]) == [first, second]
+    assert rival.claim([first, second]) == []
+    now[0] += EXPIRY_S
+    assert rival.claim([first, second]) == [first, second]
+    shape = sleeper.variables["z"].block_shape(first)
+    sleeper.write(first, np.full(shape, 1.0))  # it goes on after all
+    rival.write(first, np.full(shape, 2.0))
+    rival.write(second, np.full(shape, 2.0))
+    sleeper.write(second, np.full(shape, 1.0))
+    values = rival.dataset()["z"]
+    assert (values[:, :2, 0] == 1.0).all()
+    assert (values[:, :2, 1] == 2.0).all()
+    assert verify_structure(Store.open(path)) == []
+    observed("a writer hangs past its lease, then goes on", "who finishes first has written")
 
 
 def test_half_made_store_is_completed_by_the_next_run(

@@ -160,7 +160,7 @@ def test_two_processes_cannot_claim_one_unit_on_s3(
     s3: FlakyS3, url: str, options: dict[str, Any]
 ) -> None:
     folders = [open_folder(url, options).beside(".leases") for _ in range(2)]
-    mine, rival = (Leases(folder, expiry_s=3600) for folder in folders)
+    mine, rival = (Leases(folder) for folder in folders)
     s3.every, s3.kinds = 5, ("lost answer",)
     assert mine.claim(["z/0.0", "z/0.1"]) == ["z/0.0", "z/0.1"]
     assert rival.claim(["z/0.0", "z/0.1", "z/0.2"]) == ["z/0.2"]

@@ -14,7 +14,7 @@ from patchsweep.errors import ConfigError
 from patchsweep.identity import refuse_unversioned
 from patchsweep.store.credentials import scrub
 from patchsweep.store.difference import IDENTITY
-from patchsweep.store.whole import read_whole, write_whole
+from patchsweep.store.whole import check_place, read_whole, write_whole
 
 
 def refuse_unused(
@@ -53,6 +53,7 @@ def stored(
     ds = read_whole(store.path, attrs, store.storage_options)
     if ds is not None:
         return ds, True
+    check_place(store.path, attrs, store.storage_options)  # before minutes of work
     ds = compute()
     write_whole(ds, store.path, store.storage_options)
     return ds, False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
@@ -69,6 +70,7 @@ def usage() -> str:
 def _guarded(verb: str, rest: list[str]) -> int:
     from patchsweep.cli.mistakes import one_line
     from patchsweep.cli.stop import GOES_ON, STARTS_ANEW, Stopped
+    from patchsweep.store.credentials import scrub
 
     try:
         return int(import_module(f"patchsweep.cli.{verb}").main(rest))
@@ -85,6 +87,7 @@ def _guarded(verb: str, rest: list[str]) -> int:
     except Exception as error:
         text = one_line(error)
         if text is None:
-            raise
+            print(scrub(traceback.format_exc()), file=sys.stderr, end="")
+            return EXIT_FAILED
         print(f"patchsweep: {text}", file=sys.stderr)
         return EXIT_MISTAKE

@@ -24,6 +24,11 @@ class Parser(argparse.ArgumentParser):
         self._words = args or self._words
         return super().parse_known_args(args, namespace)
 
+    def parse_intermixed_args(self, words: list[str]) -> argparse.Namespace:  # type: ignore[override]
+        """`parse_args` for words without an option among which options stand."""
+        self._words = words
+        return super().parse_intermixed_args(words)
+
     def error(self, message: str) -> NoReturn:
         """Raise instead of leaving."""
         remedy = f"`{self.prog} --help` says more"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
@@ -18,6 +19,7 @@ from rich.progress import (
 
 from patchsweep.cli.stop import STOPPER
 from patchsweep.store import Unit
+from patchsweep.store.lease import EXPIRY_S
 
 
 class Bar:
@@ -45,7 +47,7 @@ class Bar:
         self.n_live = 0
         self.token_layers = 0
         self._to_do = 0
-        self._told_waiting = False
+        self._told_waiting: dict[str, int] | None = None
 
     def begin(self, n_units: int, total: int, done: int) -> None:
         """See `work.Progress`."""
@@ -74,11 +76,15 @@ class Bar:
         """See `work.Progress`."""
         self._check()
 
-    def waiting(self, n_units: int) -> None:
+    def waiting(self, n_units: int, holders: Mapping[str, int]) -> None:
         """See `work.Progress`."""
-        if not self._told_waiting:
-            self._told_waiting = True
-            self._console.print(f"waiting: other processes are at work on {n_units} units")
+        if holders != self._told_waiting:
+            self._told_waiting = dict(holders)
+            whom = ", ".join(f"{name} ({n})" for name, n in sorted(holders.items())) or "nobody"
+            self._console.print(
+                f"waiting for {n_units} units; they are held by {whom}. Who gives no sign for "
+                f"{EXPIRY_S:.0f} s loses them"
+            )
         self._check()
 
     def _check(self) -> None:

@@ -2,20 +2,45 @@
 
 from __future__ import annotations
 
-import argparse
-
 from patchsweep.cli.console import stdout
-from patchsweep.store.status import render, store_status
+from patchsweep.cli.parser import Parser
+from patchsweep.errors import DamagedError
+from patchsweep.store.address import open_folder
+from patchsweep.store.contents import DELETE, Contents, read_contents
+from patchsweep.store.status import EXIT_COMPLETE, EXIT_INCOMPLETE, render, store_status
 
 
 def main(arguments: list[str]) -> int:
-    """Print the status; 0 if the store is complete, 3 if units are missing."""
-    parser = argparse.ArgumentParser(
+    """Print the status; 0 if the store is complete, 3 if units are missing or damaged."""
+    parser = Parser(
         "patchsweep status",
-        description="How far the run of a store has come: units done, running, stale and missing.",
-        epilog="Exit codes: 0 complete; 2 there is no such store; 3 not complete.",
+        description="How far the run of a store has come: units done, running, stale and missing, "
+        "and which of its files are lost or have another length than they had. "
+        "`patchsweep verify` reads every byte.",
+        epilog="Exit codes: 0 complete; 2 there is no such store; 3 not complete, or damaged.",
     )
     parser.add_argument("store", help="folder or URL")
-    status = store_status(parser.parse_args(arguments).store)
+    url = parser.parse_args(arguments).store
+    try:
+        contents = read_contents(open_folder(url))
+        if not contents.is_sweep:
+            return _results(contents)
+        status = store_status(url)
+    except DamagedError as error:
+        stdout().print(str(error))
+        return EXIT_INCOMPLETE
     stdout().print(render(status))
     return status.exit_code
+
+
+def _results(contents: Contents) -> int:
+    """Print what is to be said of results that were put there at once."""
+    console = stdout()
+    what = f"results of `patchsweep {contents.kind}`" if contents.kind else "results"
+    for problem in contents.problems:
+        console.print(f"damaged: {problem}")
+    if contents.problems:
+        console.print(f"{contents.shown}: {what}, damaged; {DELETE}")
+        return EXIT_INCOMPLETE
+    console.print(f"{contents.shown}: {what}, {len(contents.files)} files, complete")
+    return EXIT_COMPLETE

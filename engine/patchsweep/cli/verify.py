@@ -1,28 +1,32 @@
-"""`patchsweep verify STORE`: its files, and a sample of its values run again."""
+"""`patchsweep verify STORE`: every file against its digest, and a sample of values run again."""
 
 from __future__ import annotations
 
-import argparse
 from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
+import xarray as xr
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from patchsweep.api import prepare_runner
+from patchsweep.attributes import attributes
+from patchsweep.cli.again import HELP, run_again, said_by
 from patchsweep.cli.console import stdout
-from patchsweep.config import from_identity, request_of
-from patchsweep.identity import request_difference
+from patchsweep.cli.parser import Parser, at_least
+from patchsweep.errors import ConfigError
+from patchsweep.means import check_means
 from patchsweep.planner import SitePlan
 from patchsweep.selection import TOLERANCE
 from patchsweep.store import Store
-from patchsweep.store.check import verify_structure
-from patchsweep.store.difference import IDENTITY
+from patchsweep.store.check import check_store
 from patchsweep.store.layout import Unit
 from patchsweep.store.status import EXIT_COMPLETE, EXIT_INCOMPLETE
+from patchsweep.store.survey import Survey
 
 EXIT_PROBLEMS = 4  # files are damaged, or values differ
+N_CELLS = 24
 
 
 @dataclass(frozen=True)
@@ -35,55 +39,73 @@ class Cell:
 
 def main(arguments: list[str]) -> int:
     """Check a store; 0 sound and complete, 3 sound and incomplete, 4 not sound."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "patchsweep verify",
-        description="Check a store: every file is read back, and a random sample of the values "
-        "is run again, one forward pass through the model's hooks each.",
+        description="Check a store: every file is read and held against its digest. With the "
+        "model and the task, a random sample of a sweep's values is run again too, one forward "
+        "pass through the model's hooks each.",
         epilog="Exit codes: 0 sound and complete; 2 there is no such store, or its model or task "
         "cannot be loaded; 3 sound so far, not complete; 4 files are damaged or values differ.",
     )
     parser.add_argument("store", help="folder or URL")
-    parser.add_argument("-n", type=int, default=24, metavar="N", help="values to run again (24)")
+    parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help=HELP)
+    parser.add_argument(
+        "-n", type=at_least(0), metavar="N", help=f"values to run again ({N_CELLS})"
+    )
     parser.add_argument("--seed", type=int, default=None, help="of the sample (another each time)")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
+    if options.n and not options.words:
+        raise ConfigError(
+            f"-n {options.n} runs values again; name what made them: model=... task=..."
+        )
     console = stdout()
-    store = Store.open(options.store)
-    problems = verify_structure(store)
-    pending = store.pending()
-    n_units = len(store.units())
-    console.print(f"files: {len(problems)} problems; {n_units - len(pending)} of {n_units} units")
-    if options.n > 0 and not problems:
-        problems += recompute(store, options.n, options.seed, console)
+    checked = check_store(options.store)
+    problems = checked.problems + check_means(options.store)
+    done = ""
+    if checked.survey is not None and checked.store is not None:
+        n_units = len(checked.store.units())
+        done = f"; {n_units - len(checked.survey.to_do)} of {n_units} units"
+    elif checked.kind is not None:
+        done = f"; results of `patchsweep {checked.kind}`"
+    console.print(f"files: {len(problems)} problems{done}")
+    n_cells = N_CELLS if options.n is None else options.n
+    if checked.store is not None and checked.survey is not None and not problems:
+        if options.words and n_cells > 0:
+            problems += recompute(
+                checked.store, checked.survey, options.words, n_cells, options.seed, console
+            )
+        else:
+            console.print(
+                f"values: not run again; for that name model=... task=...{said_by(checked.store)}"
+            )
     for problem in problems:
         console.print(f"PROBLEM {problem}")
     if problems:
         return EXIT_PROBLEMS
-    complete = not pending and not store.missing_fixed()
+    complete = checked.survey is None or checked.survey.complete
     console.print("sound and complete" if complete else "sound, not complete")
     return EXIT_COMPLETE if complete else EXIT_INCOMPLETE
 
 
-def recompute(store: Store, n_cells: int, seed: int | None, console: Console) -> list[str]:
-    """Run random cells of the units that are done again; a line for each that differs.
+def recompute(
+    store: Store,
+    survey: Survey,
+    words: list[str],
+    n_cells: int,
+    seed: int | None,
+    console: Console,
+) -> list[str]:
+    """Run random cells of the units that are done again, on the model and the task of `words`;
+    a line for each that differs.
 
     Raises:
-        PatchsweepError: the store holds no config, or what it names cannot be loaded.
+        PatchsweepError: `words` do not name what made the store, or it cannot be loaded.
     """
     transformers_logging.disable_progress_bar()
-    provenance = store.attrs["provenance"]
-    config = from_identity(provenance["config"])
-    request = request_of(config)
-    other = request_difference(request, store.attrs)
-    if other is not None:
-        return [
-            f"the values cannot be run again: {other}; give the model, the prompts and the "
-            "settings that the store was made with"
-        ]
-    if IDENTITY not in store.attrs:
-        console.print("weights and prompts: not compared, since this old store tells of neither")
+    request, config = run_again(store, words, "verify")
     plans = {plan.site.name: plan for plan in request.plans}
-    pending = set(store.pending())
-    done = [u for u in store.units() if u not in pending and u.variable in plans]
+    to_do = set(survey.to_do)
+    done = [u for u in store.units() if u not in to_do and u.variable in plans]
     sample = _sample(plans, done, n_cells, np.random.default_rng(seed))
     if not sample:
         console.print("values: none to run again")
@@ -92,13 +114,15 @@ def recompute(store: Store, n_cells: int, seed: int | None, console: Console) ->
     by_unit: dict[Unit, list[int]] = defaultdict(list)
     for cell in sample:
         by_unit[cell.unit].append(cell.patch)
-    dtype = "bfloat16" if config.precision == "bf16" else provenance["dtype"]
-    tolerance = TOLERANCE.get(dtype, 1e-3)
+    provenance = store.attrs["provenance"]
+    low = provenance["config"]["precision"] == "bf16"
+    tolerance = TOLERANCE.get("bfloat16" if low else str(provenance["dtype"]), 1e-3)
     problems, worst, n_again = [], 0.0, 0
-    screened = "screen" in store.attrs
+    ds = store.dataset()
+    screened = "screen" in attributes(ds)
     for unit, patches in by_unit.items():
         plan = plans[unit.variable]
-        kept = _stored(store, plan, unit, patches)
+        kept = _stored(store, ds, plan, unit, patches)
         for batch in request.batches(unit.pairs):
             mine = np.array([p for p in patches if plan.pair[p] in batch.pairs], dtype=np.int64)
             if not len(mine):
@@ -137,10 +161,12 @@ def _sample(
     return cells
 
 
-def _stored(store: Store, plan: SitePlan, unit: Unit, patches: list[int]) -> dict[int, np.ndarray]:
+def _stored(
+    store: Store, ds: xr.Dataset, plan: SitePlan, unit: Unit, patches: list[int]
+) -> dict[int, np.ndarray]:
     """patch -> values `[metric]`, as the store has them."""
     variable = store.variables[unit.variable]
-    block = store.dataset()[unit.variable][variable.slices(unit)].values
+    block = ds[unit.variable][variable.slices(unit)].values
     shape = (len(unit.pairs), len(unit.layers), *plan.shape[2:])
     flat = block.reshape(len(block), -1)
     found = {}

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import xarray as xr
 
-from patchsweep.errors import ConfigError, StoreError
+from patchsweep.errors import ConfigError, PatchsweepError, StoreError
 from patchsweep.report.page import build_page
 from patchsweep.report.tables import read_journal
+from patchsweep.store.credentials import scrub
+from patchsweep.store.dataset import open_store
 
 __all__ = ["write_report"]
 
@@ -28,26 +30,26 @@ KINDS = {
 def write_report(store: str | PathLike[str], out: str | PathLike[str] = "report.html") -> Path:
     """Writes the report on `store` to `out` and returns its path.
 
-    `store` is a folder or any address that xarray opens; the attribute `kind` of what is there
-    says which page it gets, and a sweep has none. An unfinished sweep is reported as far as it
-    has got. The page replaces `out` in one step, so a reader never sees half of it.
+    `store` is a folder or URL that `sweep` or an analysis wrote; the attribute `kind` of what is
+    there says which page it gets, and a sweep has none. An unfinished sweep is reported as far as
+    it has got. The page replaces `out` in one step, so a reader never sees half of it.
 
     Raises:
-        StoreError: nothing can be opened at `store`, or there is no page for what it holds.
+        StoreError: there is no store, it is damaged, or there is no page for what it holds.
         ConfigError: the page cannot be written to `out`.
     """
     address, path = fspath(store), Path(out)
     if not path.name or path.is_dir():
         raise ConfigError(f"out={str(out)!r} must be a file, such as report.html")
     try:
-        ds = xr.open_zarr(address, consolidated=False, chunks=None)
-    except (OSError, ValueError, KeyError) as error:
+        page = _page(open_store(address), address)
+    except PatchsweepError:
+        raise
+    except Exception as error:  # a store may say anything, and no page expects everything
         raise StoreError(
-            f"store={address!r} cannot be opened as a Zarr group ({error}); give the folder that "
-            "a sweep or an analysis wrote"
+            f"no page can be made of what {scrub(address)} holds ({type(error).__name__}: "
+            f"{scrub(str(error))[:200]}); `patchsweep verify` says whether it is damaged"
         ) from error
-    with ds:
-        page = _page(ds, address)
     partial = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +70,7 @@ def _page(ds: xr.Dataset, address: str) -> str:
         return build_page(ds, read_journal(address))
     if kind not in KINDS:
         raise StoreError(
-            f"store={address!r} holds results of kind {kind!r}, for which there is no page; "
+            f"{scrub(address)} holds results of kind {kind!r}, for which there is no page; "
             f"kinds with a page are {', '.join(KINDS)}"
         )
     page: str = import_module(f"patchsweep.report.{KINDS[kind]}").build(ds.load())

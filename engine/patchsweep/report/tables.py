@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import xarray as xr
@@ -14,6 +13,7 @@ from patchsweep import summary
 from patchsweep.attributes import attributes
 from patchsweep.report.html import count, esc, number, plural, token_html
 from patchsweep.report.views import View
+from patchsweep.store import journal
 from patchsweep.store.difference import DIGEST, IDENTITY
 
 N_LARGEST = 8
@@ -35,22 +35,12 @@ class Journal:
 
 
 def read_journal(store: str) -> Journal:
-    """The journal beside a local store; an empty one when there is none.
-
-    A killed process may have left half a line: what is not a finished unit is passed over.
-    """
+    """What the journal beside a store says; an empty one when there is none."""
     seconds: dict[str, float] = {}
-    for path in sorted(Path(f"{store}.journal").glob("*.jsonl")):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                event = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(event, dict) and event.get("event") == "unit":
-                took = event.get("seconds")
-                if isinstance(took, int | float):
-                    site = str(event.get("variable", event.get("site", "")))
-                    seconds[site] = seconds.get(site, 0.0) + took
+    for event in journal.read_journal(store):
+        if event["event"] == journal.UNIT:
+            site = event["variable"]
+            seconds[site] = seconds.get(site, 0.0) + event["seconds"]
     return Journal(seconds)
 
 

@@ -4,17 +4,51 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 
+from patchsweep.errors import DamagedError
 from patchsweep.store.address import open_folder
-from patchsweep.store.credentials import scrub
-from patchsweep.store.folder import PARTIAL
-from patchsweep.store.layout import COMPLETE, PROGRESS, Variable, array_names, fixed_key
+from patchsweep.store.contents import DELETE, MEND, Contents, read_contents
+from patchsweep.store.folder import PARTIAL, Folder
+from patchsweep.store.layout import FIXED, fixed_key, references_key
 from patchsweep.store.store import Store
+from patchsweep.store.survey import Survey
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A store whose every file was read and held against its digest."""
+
+    problems: list[str]  # a line each
+    kind: str | None  # of which analysis it holds the results; None: of a sweep
+    store: Store | None  # the sweep, if it can be opened
+    survey: Survey | None  # likewise; its units
+
+
+def check_store(url: str | Path, *, storage_options: Mapping[str, Any] | None = None) -> Checked:
+    """Read a store of a sweep or an analysis whole.
+
+    Raises:
+        StoreError: there is no store, or one of another program.
+    """
+    folder = open_folder(url, storage_options)
+    try:
+        contents = read_contents(folder)
+    except DamagedError as error:
+        return Checked([str(error)], None, None, None)
+    problems = [f"{problem}; {MEND}" for problem in contents.problems]
+    if not contents.is_sweep:
+        problems = [f"{problem}; {DELETE}" for problem in contents.problems]
+        return Checked(problems + _strays(folder, contents, set()), contents.kind, None, None)
+    if problems:
+        return Checked(problems, None, None, None)
+    store = Store(folder, contents)
+    survey = store.survey(read=True)
+    return Checked(_problems(store, survey), None, store, survey)
 
 
 def checksums(
@@ -31,43 +65,34 @@ def checksums(
 def verify_structure(store: Store) -> list[str]:
     """What is wrong with the store's files, one line each; empty if nothing is.
 
-    Everything that is done is read back (its checksums are compared on the way). Units that are
-    not done are no problem: see `status`.
+    Everything that is done is read and held against its digest. Units that are not done are no
+    problem: see `status`.
     """
-    keys = set(store.folder.list())
-    with store.folder.guard():
-        root: Any = zarr.open_group(store.folder.zarr_store(), mode="r", use_consolidated=False)
-        kinds = array_names(root)
-    needed = {"zarr.json", COMPLETE}  # files that must be there
-    possible = set()  # files that may be there
-    for name, kind in kinds.items():
-        needed.add(f"{name}/zarr.json")
-        if kind == "fixed":
-            possible |= {fixed_key(name, pair) for pair in range(store.n_pairs)}
-    for name, variable in store.variables.items():
-        needed.add(f"{PROGRESS}/{name}/zarr.json")
-        for unit in variable.units():
-            possible |= {variable.shard_key(unit), variable.flag_key(unit)}
+    return _problems(store, store.survey(read=True))
+
+
+def _problems(store: Store, survey: Survey) -> list[str]:
+    problems = [f"{problem}; {MEND}" for problem in survey.problems]
+    possible = {references_key(pair) for pair in range(store.n_pairs)}
+    possible |= {fixed_key(name, pair) for name in FIXED for pair in range(store.n_pairs)}
+    to_do = set(survey.to_do)
+    for variable in store.variables.values():
+        form = store.contents.form(variable.name)
+        units = variable.units()
+        possible |= {key(unit) for unit in units for key in (variable.shard_key, variable.flag_key)}
+        done = [unit for unit in units if unit not in to_do]
+        files = store.folder.read_many(variable.shard_key(unit) for unit in done)
+        for unit, data in zip(done, files, strict=True):
+            if data is not None and np.isnan(form.decode(data)).all():
+                problems.append(f"{unit.name}: holds nothing but NaN")
+    return problems + _strays(store.folder, store.contents, possible)
+
+
+def _strays(folder: Folder, contents: Contents, possible: set[str]) -> list[str]:
+    """A line for each file that nobody of ours has put there."""
     problems = []
-    sizes: dict[str, int] = {}
-    for name, kind in kinds.items():
-        if f"{name}/zarr.json" not in keys:
-            continue
-        array = root[name]
-        for dim, size in zip(array.metadata.dimension_names, array.shape, strict=True):
-            if sizes.setdefault(dim, size) != size:
-                problems.append(f"{name}: has {size} along {dim}, where others have {sizes[dim]}")
-        if kind == "coords":
-            needed.add(f"{name}/c" + ".0" * array.ndim)
-            problems += _unreadable(f"coordinate {name}", array, ...)
-        elif kind == "variables":
-            problems += _bad_units(store.variables[name], array, keys)
-        else:
-            for pair in range(store.n_pairs):
-                if (key := fixed_key(name, pair)) in keys:
-                    problems += _unreadable(key, array, (slice(None), pair))
-    problems += [f"{key}: is missing" for key in sorted(needed - keys)]
-    for key in sorted(keys - needed - possible):
+    named = {problem.partition(":")[0] for problem in contents.problems}
+    for key in sorted(folder.sizes().keys() - contents.files.keys() - possible - named):
         if key.endswith(PARTIAL):
             problems.append(
                 f"{key}: left by a killed process; running the command again removes it"
@@ -75,29 +100,3 @@ def verify_structure(store: Store) -> list[str]:
         else:
             problems.append(f"{key}: is no file of this store; delete it")
     return problems
-
-
-def _bad_units(variable: Variable, array: zarr.Array, keys: set[str]) -> list[str]:
-    problems = []
-    for unit in variable.units():
-        shard, flag = variable.shard_key(unit), variable.flag_key(unit)
-        if flag not in keys:
-            continue
-        if shard not in keys:
-            found = [f"{unit.name}: is done, but {shard} is missing"]
-        else:
-            found = _unreadable(unit.name, array, variable.slices(unit))
-        again = f"delete {flag} and run the same command to do it again"
-        problems += [f"{problem}; {again}" for problem in found]
-    return problems
-
-
-def _unreadable(what: str, array: zarr.Array, where: Any) -> list[str]:
-    """A line if this part of the array cannot be read, or holds numbers that are all NaN."""
-    try:
-        values = np.asarray(array[where])
-    except Exception as error:  # each codec has its own errors for rotten bytes
-        return [f"{what}: cannot be read ({scrub(f'{type(error).__name__}: {error}')[:200]})"]
-    if values.dtype.kind == "f" and values.size and np.isnan(values).all():
-        return [f"{what}: holds nothing but NaN"]
-    return []

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import quote
 
 from patchsweep.errors import StoreError
 
@@ -15,19 +16,25 @@ _OPTION = re.compile(
 _VARIABLE = re.compile(r"KEY|SECRET|TOKEN|PASSW|CREDENTIAL", re.I)
 _SIGNED = re.compile(r"([?&](?:X-Amz-[A-Za-z-]+|Signature|sig|AWSAccessKeyId|token)=)[^&\s]+", re.I)
 _USER = re.compile(r"://[^/@\s]+@")
-_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]*@")
+# a secret may hold slashes, so whatever follows a user and a colon may be one, up to the last @
+_PASSWORD = re.compile(r"://[^/@\s]*:\S*@")
+_PORT = re.compile(r"://[^/@:\s]+:\d+/")  # or it is a port, and the @ stands in the path
 _ACCESS_KEY = re.compile(r"\b(AKIA|ASIA)[0-9A-Z]{12,}")
+# protocols whose address begins with a bucket: before an @ there can be nothing but credentials
+_BUCKETS = re.compile(r"^(s3|s3a|gs|gcs)://[^/\s]*@", re.I)
 _SHORTEST = 8  # shorter values of the environment, such as "false", are no secrets
 
 
 def scrub(text: str) -> str:
     """`text` without users and passwords in URLs, signatures, and secrets of the environment."""
+    text = _PASSWORD.sub("://***@", text)
     text = _USER.sub("://***@", text)
     text = _SIGNED.sub(r"\1***", text)
     text = _ACCESS_KEY.sub("***", text)
     for name, value in os.environ.items():
         if _VARIABLE.search(name) and len(value) >= _SHORTEST:
-            text = text.replace(value, "***")
+            for shape in (value, quote(value, safe="")):
+                text = text.replace(shape, "***")
     return text
 
 
@@ -37,7 +44,8 @@ def refuse_credentials(url: str, storage_options: Mapping[str, Any]) -> None:
     Raises:
         StoreError: one of them does.
     """
-    if _PASSWORD.search(url) or _SIGNED.search(url):
+    password = _PASSWORD.search(url) and not _PORT.search(url)
+    if password or any(p.search(url) for p in (_BUCKETS, _SIGNED, _ACCESS_KEY)):
         where = f"a store's URL carries no credentials, but {scrub(url)!r} did"
     elif name := _secret_option(storage_options):
         where = f"storage_options carry no credentials, but {name!r} is one"

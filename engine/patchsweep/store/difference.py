@@ -16,15 +16,6 @@ IDENTITY = "identity"  # the attribute that holds it
 DIGEST = "digest"  # its key that holds one hash of all the others
 UNVERSIONED = "without a version"  # ends the description of a function that nothing identifies
 PAIR_DIGITS = 8  # of each pair's digest; all of them stand in one string
-OLD = (
-    "was written before results recorded everything that they follow from, so this run cannot be "
-    "compared with it; it can be read as it is: give another path to run again"
-)
-
-
-def is_old(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
-    """Whether `mine` says what the run is, and the attributes `theirs` of a store do not."""
-    return IDENTITY in mine and IDENTITY not in theirs
 
 
 def attribute_differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[str]:

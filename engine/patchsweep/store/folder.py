@@ -6,11 +6,11 @@ A file is put at once or not at all. No credential is ever shown (see `credentia
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 
-from zarr.abc.store import Store as ZarrStore
-
 PARTIAL = ".partial"  # how the name of a file ends that is not whole yet
+NOT_A_FILE = -1  # in place of a size
 
 
 class Folder(ABC):
@@ -24,6 +24,10 @@ class Folder(ABC):
         """The folder called `<this one><suffix>`; its files are not waited for (`sync=False`)."""
 
     @abstractmethod
+    def check_writable(self) -> None:
+        """Raise a StoreError if no file can be put here; leaves nothing behind."""
+
+    @abstractmethod
     def make(self) -> None:
         """Make the folder if it is missing, parents included."""
 
@@ -33,7 +37,7 @@ class Folder(ABC):
 
     @abstractmethod
     def read(self, key: str) -> bytes | None:
-        """The file's content; None if there is no such file."""
+        """The file's content; None if there is no such file, or a link or pipe in its place."""
 
     @abstractmethod
     def put(self, key: str, data: bytes) -> None:
@@ -51,17 +55,24 @@ class Folder(ABC):
     def delete(self, key: str) -> None:
         """Remove a file; nothing happens if there is none."""
 
+    def read_many(self, keys: Iterable[str]) -> Iterator[bytes | None]:
+        """What `read` gives for each of `keys`, in their order, a few files ahead at most."""
+        return map(self.read, keys)
+
     @abstractmethod
+    def sizes(self, prefix: str = "") -> dict[str, int | None]:
+        """Bytes of each file in the folder `prefix`, by key; empty if there is no such folder.
+
+        None where the storage does not tell, `NOT_A_FILE` for links, pipes and the like.
+        """
+
     def list(self, prefix: str = "") -> list[str]:
         """Keys of all files in the folder `prefix`, sorted; empty if there is no such folder."""
+        return sorted(self.sizes(prefix))
 
     @abstractmethod
     def modified(self, key: str) -> float | None:
         """Unix time at which the file was last put, by the clock of the storage; None: unknown."""
-
-    @abstractmethod
-    def zarr_store(self) -> ZarrStore:
-        """The folder as Zarr reads it."""
 
     @abstractmethod
     def is_empty(self) -> bool:

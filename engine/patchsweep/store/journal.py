@@ -22,7 +22,7 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
+from types import TracebackType, UnionType
 from typing import Any, Self
 
 from patchsweep.store.address import open_folder
@@ -35,6 +35,7 @@ PUT_EVERY_S = 5.0
 STARTED, UNIT, WARNING = "started", "unit", "warning"
 FINISHED, INTERRUPTED = "finished", "interrupted"
 _SUFFIX = ".jsonl"
+_MOST = 1e15  # no time or count is larger; NaN is not smaller
 
 
 class Journal:
@@ -127,7 +128,7 @@ def read_journal(
 ) -> list[dict[str, Any]]:
     """Every event of the store's journals, by time; each has `event`, `time` and `process`.
 
-    Half a line, or a line that is no event, is passed over.
+    Half a line, or a line that no `Journal` has written, is passed over.
     """
     folder = open_folder(store, storage_options).beside(".journal")
     events = []
@@ -135,12 +136,25 @@ def read_journal(
         if not key.endswith(_SUFFIX):
             continue
         for line in (folder.read(key) or b"").splitlines():
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue
-            if not isinstance(event, dict) or not isinstance(event.get("event"), str):
-                continue
-            if isinstance(event.get("time"), int | float):
+            event = _event(line)
+            if event is not None:
                 events.append({**event, "process": key.removesuffix(_SUFFIX)})
     return sorted(events, key=lambda event: event["time"])
+
+
+def _event(line: bytes) -> dict[str, Any] | None:
+    """The event of a line; None if the line is none that a `Journal` has written."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        return None
+    wanted: dict[str, type | UnionType] = {"time": int | float}
+    if event["event"] == UNIT:
+        wanted |= {"variable": str, "pair_block": int, "layer_block": int}
+        wanted |= {"seconds": int | float, "token_layers": int}
+    if not all(isinstance(event.get(field), kind) for field, kind in wanted.items()):
+        return None
+    numbers = (event[field] for field in ("time", "seconds", "token_layers") if field in event)
+    return event if all(abs(n) < _MOST for n in numbers if isinstance(n, int | float)) else None

@@ -2,8 +2,10 @@
 
 On disk a layout is a Zarr v3 group. Each variable is one array, sharded so that a unit of work
 is one whole shard, hence one file with one writer. `progress/<variable>` holds one flag per
-unit. A layout's files (`files`) contain no time, host or random number, so that equal runs are
-equal byte for byte.
+unit, which is the digest of the unit's file; `progress/references` holds one per pair, for its
+unpatched metrics. `progress/zarr.json` holds the digest of every file that is there from the
+start. A layout's files contain no time, host or random number, so that equal runs are equal byte
+for byte.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import math
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,12 +26,15 @@ from zarr.storage import MemoryStore
 
 from patchsweep.attributes import flat_attributes
 from patchsweep.store.difference import attribute_differences, differ, differences
+from patchsweep.store.digest import SEAL_BYTES, digest_of
 
-FORMAT = 1
+FORMAT = 2
 FORMAT_KEY = "patchsweep_store"  # root attribute by which a store is known
 PROGRESS = "progress"  # subgroup of the flags; xarray's reading of the root passes it over
 COMPLETE = f"{PROGRESS}/zarr.json"  # put last: all other files of the layout are there
+DIGESTS = "files"  # attribute of `COMPLETE`: key -> SHA-256 of each other file of the layout
 FIXED = ("base_metric", "source_metric")  # [metric, pair], each written once, a pair at a time
+REFERENCES = "references"  # their flags: one for both metrics of a pair
 INNER_BYTES = 1 << 20  # readers decode at least this much at once, where a shard has as much
 
 
@@ -64,18 +70,18 @@ class Variable:
 
     def __post_init__(self) -> None:
         assert self.name.isidentifier(), self.name
-        assert self.name != PROGRESS
+        assert self.name not in (PROGRESS, REFERENCES)
         assert len(self.dims) == len(self.shape), (self.dims, self.shape)
         assert "pair" in self.dims, self.dims
         assert min(*self.unit, *self.shape) > 0, (self.unit, self.shape)
 
-    @property
+    @cached_property
     def shard(self) -> tuple[int, ...]:
         """Cells in one unit along each axis (fewer at the far edge)."""
         cut = {"pair": self.unit[0], "layer": self.unit[1]}
         return tuple(min(cut.get(d, n), n) for d, n in zip(self.dims, self.shape, strict=True))
 
-    @property
+    @cached_property
     def blocks(self) -> tuple[int, int]:
         """How many blocks of units there are along the pairs and along the layers."""
         return self._blocks_along("pair"), self._blocks_along("layer")
@@ -116,8 +122,8 @@ class Variable:
         return ".".join([f"{self.name}/c", *(str(index.get(d, 0)) for d in self.dims)])
 
     def flag_key(self, unit: Unit) -> str:
-        """The file that says that the unit is done."""
-        return f"{PROGRESS}/{self.name}/c.{unit.pair_block}.{unit.layer_block}"
+        """The file that says that the unit is done, and what its file holds."""
+        return f"{PROGRESS}/{self.name}/c.{unit.pair_block}.{unit.layer_block}.0"
 
     def _blocks_along(self, dim: str) -> int:
         if dim not in self.dims:
@@ -152,6 +158,11 @@ class Layout:
 def fixed_key(name: str, pair: int) -> str:
     """The file that holds a pair's part of one of `FIXED`."""
     return f"{name}/c.0.{pair}"
+
+
+def references_key(pair: int) -> str:
+    """The file that says that a pair's part of both of `FIXED` is written, and what it holds."""
+    return f"{PROGRESS}/{REFERENCES}/c.{pair}.0"
 
 
 def layout_files(layout: Layout) -> dict[str, bytes]:
@@ -209,49 +220,39 @@ def layout_files(layout: Layout) -> dict[str, bytes]:
         names = {"coords": list(layout.coords), "variables": [v.name for v in layout.variables]}
         progress = root.create_group(PROGRESS, attributes=names)
         for variable in layout.variables:
-            progress.create_array(
-                variable.name,
-                shape=variable.blocks,
-                chunks=(1, 1),
-                dtype="bool",
-                fill_value=False,
-                dimension_names=("pair_block", "layer_block"),
-                compressors=None,
-                chunk_key_encoding=_FLAT,
-            )
+            _create_flags(progress, variable.name, variable.blocks, SEAL_BYTES)
+        _create_flags(progress, REFERENCES, layout.fixed_shape[1:], len(FIXED) * SEAL_BYTES)
     order = sorted(files, key=lambda key: (key != "zarr.json", key == COMPLETE))
-    return {key: _settled(key, files[key].to_bytes()) for key in order}
+    return with_digests({key: settled(key, files[key].to_bytes()) for key in order})
+
+
+def _create_flags(progress: zarr.Group, name: str, shape: tuple[int, ...], size: int) -> None:
+    """An array whose chunks are the flags of one variable: `size` bytes each, as they are."""
+    progress.create_array(
+        name,
+        shape=(*shape, size),
+        chunks=(*(1 for _ in shape), size),
+        dtype="uint8",
+        fill_value=0,
+        dimension_names=(*(f"{dim}_block" for dim in ("pair", "layer")[: len(shape)]), "digest"),
+        compressors=None,
+        chunk_key_encoding=_FLAT,
+    )
+
+
+def with_digests(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """`files`, with the digests of all in the attributes of `COMPLETE`, which is one of them."""
+    complete = json.loads(files[COMPLETE])
+    complete.setdefault("attributes", {})[DIGESTS] = {
+        key: digest_of(data) for key, data in files.items() if key != COMPLETE
+    }
+    return {**files, COMPLETE: json.dumps(complete, indent=2).encode()}
 
 
 def group_of(files: Mapping[str, bytes]) -> zarr.Group:
     """The Zarr group that `files` make up, to read."""
-    return zarr.open_group(
-        MemoryStore({key: Buffer.from_bytes(data) for key, data in files.items()}), mode="r"
-    )
-
-
-def read_variables(root: zarr.Group) -> dict[str, Variable]:
-    """The variables of an existing store, in its layout's order."""
-    group: Any = root  # zarr's types allow for arrays of format 2
-    found = {}
-    for name in group[PROGRESS].attrs["variables"]:
-        array = group[name]
-        dims = tuple(array.metadata.dimension_names)
-        cut = dict(zip(dims, array.shards, strict=True))
-        unit = (cut["pair"], cut.get("layer", 1))
-        found[name] = Variable(name, dims, array.shape, unit, dict(array.attrs))
-    return found
-
-
-def array_names(root: zarr.Group) -> dict[str, str]:
-    """Each array of an existing store, and which kind it is: coords, variables or fixed.
-
-    Read from what the layout says, not from the folder: another process may just be making a file
-    there, which zarr would take for a strange member and warn about.
-    """
-    names: Any = root[PROGRESS].attrs
-    kinds = {"coords": names["coords"], "variables": names["variables"], "fixed": FIXED}
-    return {name: kind for kind, members in kinds.items() for name in members}
+    memory = MemoryStore({key: Buffer.from_bytes(data) for key, data in files.items()})
+    return zarr.open_group(memory, mode="r", zarr_format=3, use_consolidated=False)
 
 
 def first_difference(mine: zarr.Group, theirs: zarr.Group) -> str | None:
@@ -287,7 +288,7 @@ _FLAT: Any = {"name": "default", "separator": "."}
 _ZSTD = ZstdCodec(level=3, checksum=True)  # the checksum lets a reader notice rotten bytes
 
 
-def _settled(key: str, data: bytes) -> bytes:
+def settled(key: str, data: bytes) -> bytes:
     """Metadata spelled in the same way by every version of zarr; other files as they are."""
     if not key.endswith("zarr.json"):
         return data
@@ -309,7 +310,7 @@ def _inner_chunks(shard: tuple[int, ...]) -> tuple[int, ...]:
 
 def _group_differences(mine: zarr.Group, theirs: zarr.Group) -> Iterator[str]:
     yield from attribute_differences(dict(mine.attrs), dict(theirs.attrs))
-    ours, others = array_names(mine), array_names(theirs)
+    ours, others = _array_names(mine), _array_names(theirs)
     for name in dict.fromkeys([*ours, *others]):
         if name not in ours or name not in others:
             yield f"array {name} is only in {'this run' if name in ours else 'the store'}"
@@ -321,6 +322,13 @@ def _group_differences(mine: zarr.Group, theirs: zarr.Group) -> Iterator[str]:
             for index in np.argwhere(a != b)[:1]:
                 where = ", ".join(map(str, index))
                 yield differ(f"{name}[{where}]", a[tuple(index)], b[tuple(index)])
+
+
+def _array_names(root: zarr.Group) -> dict[str, str]:
+    """Each array of a store, and which kind it is: coords, variables or fixed."""
+    names: Any = root[PROGRESS].attrs
+    kinds = {"coords": names["coords"], "variables": names["variables"], "fixed": FIXED}
+    return {name: kind for kind, members in kinds.items() for name in members}
 
 
 def _objects(array: Any) -> np.ndarray:

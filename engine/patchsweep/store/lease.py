@@ -4,23 +4,26 @@ They lie beside the store, in `<store>.leases`:
 
 - `units/<unit>@<generation>` names the owner of a unit. It is made exclusively: on a local disk
   by linking, on object stores by a conditional put where they have one.
-- `owners/<owner>` is an owner's heartbeat, put anew every quarter of `EXPIRY_S`.
+- `owners/<owner>` is an owner's heartbeat. The loop that does the work puts it, with another
+  content each time, at most every quarter of `EXPIRY_S` (see `patchsweep.heartbeat`): a process
+  that hangs gives no sign, although its threads may live.
 
-An owner whose heartbeat is older than `EXPIRY_S`, or whose process has certainly ended, is dead.
-Its unit is taken over by making the next generation, which just one of several rivals can do; so
-no file is ever replaced that a rival may have replaced already. Ages are measured by the
-storage's own clock (the time it gives a fresh file), so that hosts' clocks need not agree; where
-storage tells no times, the hosts' clocks must agree within `EXPIRY_S`.
+An owner is dead if its process has certainly ended, if it has no heartbeat, or if this process has
+seen the same heartbeat for `EXPIRY_S` by its own monotonic clock. No clocks are compared, so that
+neither a host's wrong time nor a heartbeat from the future keeps a lease alive, and nobody waits
+longer than one lease for an owner that gives no sign. A dead owner's unit is taken over by making
+the next generation, which just one of several rivals can do; so no file is ever replaced that a
+rival may have replaced already.
 
-A lease saves work, it does not guard the values: where it fails (a process that was stopped for
-longer than `EXPIRY_S` and goes on, storage without conditional puts), two processes write the
-same bytes one after the other. The folder may be deleted when nothing runs.
+A lease saves work, it does not guard the values: where it fails (a process that hung and goes on,
+storage without conditional puts), two processes compute the same values, and whoever is done
+first has written them. The folder may be deleted when nothing runs.
 """
 
 from __future__ import annotations
 
 import json
-import threading
+import re
 import time
 import uuid
 from collections import defaultdict
@@ -33,6 +36,7 @@ from patchsweep.store.folder import PARTIAL, Folder
 from patchsweep.store.process import is_gone, process_name
 
 EXPIRY_S = 120.0
+_OWNER = re.compile(r"[\w.-]+~[0-9a-f]+")  # a process name, and a random part
 
 
 @dataclass(frozen=True)
@@ -51,21 +55,22 @@ def process_of(owner: str) -> str:
 class Leases:
     """The leases that this process holds in one store."""
 
-    def __init__(self, folder: Folder, *, expiry_s: float = EXPIRY_S) -> None:
+    def __init__(self, folder: Folder) -> None:
         self.owner = f"{process_name()}~{uuid.uuid4().hex[:8]}"
-        self._folder, self._expiry_s = folder, expiry_s
+        self._folder = folder
         self._content = json.dumps({"owner": self.owner}).encode()
         self._held: dict[str, str] = {}  # unit -> key of our lease
-        self._heart: threading.Thread | None = None
-        self._stop = threading.Event()
+        self._beats, self._last_beat = 0, float("-inf")
+        # owner -> its last heartbeat, and when we saw that first
+        self._seen: dict[str, tuple[bytes, float]] = {}
 
     def claim(self, units: Iterable[str]) -> list[str]:
         """Those of `units` (names) that are ours now; the others are some live process's."""
         wanted = list(units)
         if not wanted:
             return []
-        self._start()
-        judge = _Judge(self._folder, self._expiry_s, self._now)
+        self.beat()
+        lives = self._judge()
         there = _generations(self._folder)
         fresh = []
         for unit in wanted:
@@ -74,7 +79,7 @@ class Leases:
                 continue
             self._held.pop(unit, None)  # if it was ours: lost while this process hung
             owners = (_owner(self._folder, key) for key in keys.values())
-            if any(owner and judge.lives(owner) for owner in owners):
+            if any(owner and lives(owner) for owner in owners):
                 continue
             key = f"units/{unit}@{max(keys, default=-1) + 1}"
             if self._folder.put_new(key, self._content):
@@ -83,14 +88,26 @@ class Leases:
         self._look_again(fresh)
         return [unit for unit in wanted if unit in self._held]
 
-    def holds(self, unit: str) -> bool:
-        """Whether `unit` is ours, as far as we have heard; see `has_lost`."""
-        return unit in self._held
+    def beat(self) -> None:
+        """Put a heartbeat if the last one is a quarter of a lease old; called as work goes on."""
+        now = time.monotonic()
+        if now - self._last_beat < EXPIRY_S / 4:
+            return
+        first = not self._beats
+        self._beats, self._last_beat = self._beats + 1, now
+        with suppress(*() if first else (StoreError,)):  # a write that matters will fail and say so
+            self._folder.make()
+            self._folder.put(self._owner_key, json.dumps({"beat": self._beats}).encode())
 
-    def has_lost(self, unit: str) -> bool:
-        """Whether `unit` was ours and another process has taken it over."""
-        key = self._held.get(unit)
-        return key is not None and self._folder.read(key) != self._content
+    def holders(self, units: Iterable[str]) -> dict[str, str]:
+        """The process that has the lease of each of `units`; those without one are left out."""
+        there = _generations(self._folder)
+        found = {}
+        for unit in units:
+            for key in there.get(unit, {}).values():
+                if (owner := _owner(self._folder, key)) is not None:
+                    found[unit] = process_of(owner)
+        return found
 
     def release(self, units: Iterable[str]) -> None:
         """Give `units` back; those that are not ours are passed over."""
@@ -99,15 +116,13 @@ class Leases:
                 self._folder.delete(key)
 
     def close(self) -> None:
-        """Give everything back and stop the heartbeat."""
-        if self._heart is None:
+        """Give everything back."""
+        if not self._beats:
             return
-        self._stop.set()
-        self._heart.join()
-        self._heart = None
         with suppress(StoreError):  # storage that is gone holds nobody up: leases expire
             self.release(list(self._held))
             self._folder.delete(self._owner_key)
+        self._beats, self._last_beat = 0, float("-inf")
 
     def _look_again(self, fresh: list[str]) -> None:
         """Withdraw from units that a living rival holds too, and clear away dead owners' leases.
@@ -115,7 +130,7 @@ class Leases:
         Two rivals that saw different states may have made different generations. Whoever looks
         second sees the other's; if both do, both withdraw, and the unit waits for the next claim.
         """
-        judge = _Judge(self._folder, self._expiry_s, self._now)
+        lives = self._judge()
         there = _generations(self._folder) if fresh else {}
         for unit in fresh:
             dead = []
@@ -123,7 +138,7 @@ class Leases:
                 owner = _owner(self._folder, key)
                 if owner is None or owner == self.owner:
                     continue
-                if judge.lives(owner):
+                if lives(owner):
                     self.release([unit])
                     break
                 dead.append(key)
@@ -131,69 +146,58 @@ class Leases:
                 for key in dead:
                     self._folder.delete(key)
 
+    def _judge(self) -> Callable[[str], bool]:
+        """Tells which owners live; asks the storage about each of them once."""
+        known: dict[str, bool] = {}
+
+        def lives(owner: str) -> bool:
+            if owner not in known:
+                known[owner] = not is_gone(process_of(owner)) and self._beats_still(owner)
+            return known[owner]
+
+        return lives
+
+    def _beats_still(self, owner: str) -> bool:
+        data = self._folder.read(_key_of(owner))
+        if data is None:
+            return False
+        now = time.monotonic()
+        last, since = self._seen.get(owner, (None, now))
+        if data != last:
+            self._seen[owner] = data, now
+            return True
+        return now - since < EXPIRY_S
+
     @property
     def _owner_key(self) -> str:
-        return f"owners/{self.owner}"
-
-    def _start(self) -> None:
-        if self._heart is None:
-            self._folder.make()
-            self._beat()
-            self._stop.clear()
-            self._heart = threading.Thread(target=self._keep_beating, daemon=True)
-            self._heart.start()
-
-    def _keep_beating(self) -> None:
-        while not self._stop.wait(self._expiry_s / 4):
-            with suppress(StoreError):  # a write that matters will fail and say so
-                self._beat()
-
-    def _beat(self) -> None:
-        self._folder.put(self._owner_key, json.dumps({"time": time.time()}).encode())
-
-    def _now(self) -> float:
-        """The storage's clock."""
-        self._beat()
-        return self._folder.modified(self._owner_key) or time.time()
+        return _key_of(self.owner)
 
 
-def read_leases(folder: Folder, *, expiry_s: float = EXPIRY_S) -> dict[str, Lease]:
+def read_leases(folder: Folder) -> dict[str, Lease]:
     """The lease of each unit that has one, by the unit's name; changes nothing.
 
-    Ages are measured by this machine's clock.
+    A single look cannot tell whether a heart still beats, so its age is taken by the storage's
+    clock and this machine's: for people to see, not to decide by.
     """
-    judge = _Judge(folder, expiry_s, time.time)
+    known: dict[str, bool] = {}
+
+    def lives(owner: str) -> bool:
+        if owner not in known:
+            last = folder.modified(_key_of(owner))
+            fresh = last is not None and abs(time.time() - last) <= EXPIRY_S
+            known[owner] = fresh and not is_gone(process_of(owner))
+        return known[owner]
+
     found = {}
     for unit, keys in _generations(folder).items():
         for owner in (_owner(folder, key) for key in keys.values()):
-            if owner and (unit not in found or judge.lives(owner)):
-                found[unit] = Lease(owner, judge.lives(owner))
+            if owner and (unit not in found or lives(owner)):
+                found[unit] = Lease(owner, lives(owner))
     return found
 
 
-class _Judge:
-    """Tells which owners live; asks the storage about each of them once."""
-
-    def __init__(self, folder: Folder, expiry_s: float, clock: Callable[[], float]) -> None:
-        self._folder, self._expiry_s, self._clock = folder, expiry_s, clock
-        self._known: dict[str, bool] = {}
-
-    def lives(self, owner: str) -> bool:
-        if owner not in self._known:
-            self._known[owner] = not is_gone(process_of(owner)) and self._beats(owner)
-        return self._known[owner]
-
-    def _beats(self, owner: str) -> bool:
-        key = f"owners/{owner}"
-        data = self._folder.read(key)
-        if data is None:
-            return False
-        last = self._folder.modified(key)
-        if last is None:
-            last, now = float(json.loads(data)["time"]), time.time()
-        else:
-            now = self._clock()
-        return now - last <= self._expiry_s
+def _key_of(owner: str) -> str:
+    return f"owners/{owner}"
 
 
 def _owner(folder: Folder, key: str) -> str | None:
@@ -201,9 +205,10 @@ def _owner(folder: Folder, key: str) -> str | None:
     if data is None:
         return None
     try:
-        return str(json.loads(data)["owner"])
-    except (ValueError, KeyError, TypeError):
+        owner = str(json.loads(data)["owner"])
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None  # a file that no Leases made
+    return owner if _OWNER.fullmatch(owner) else None
 
 
 def _generations(folder: Folder) -> defaultdict[str, dict[int, str]]:
@@ -211,6 +216,6 @@ def _generations(folder: Folder) -> defaultdict[str, dict[int, str]]:
     found: defaultdict[str, dict[int, str]] = defaultdict(dict)
     for key in folder.list("units"):
         unit, _, generation = key.removeprefix("units/").rpartition("@")
-        if not key.endswith(PARTIAL) and generation.isdigit():
+        if not key.endswith(PARTIAL) and generation.isdecimal() and len(generation) < 10:
             found[unit][int(generation)] = key
     return found

@@ -10,24 +10,27 @@ import errno
 import itertools
 import os
 import shutil
-import time
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from zarr.abc.store import Store as ZarrStore
-from zarr.storage import LocalStore
-
 from patchsweep.errors import StoreError
-from patchsweep.store.folder import PARTIAL, Folder
+from patchsweep.store.folder import NOT_A_FILE, PARTIAL, Folder
 from patchsweep.store.process import is_gone, process_name
 
+# a link is not followed, and a pipe without a writer is not waited for
+_READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 _COUNTER = itertools.count()  # no two partial files of this process have one name
 PARTIAL_AGE_S = 3600.0  # after this long, another machine's partial file is taken for a leftover
 
 
 class LocalFolder(Folder):
-    """A folder on a disk of this machine, or on a file system that is mounted here."""
+    """A folder on a disk of this machine, or on a file system that is mounted here.
+
+    The folder may be reached through links. Inside it, links are never followed: they would let
+    somebody else's store name any file of this machine.
+    """
 
     appends = True
 
@@ -36,11 +39,24 @@ class LocalFolder(Folder):
         self.shown = str(path)
         self._sync = sync
         self._identity: tuple[int, int] | None = None  # device and inode when first written to
+        self._no_links: set[str] = set()  # folders inside that were looked at
 
     def beside(self, suffix: str) -> LocalFolder:
         found = LocalFolder(self.path.with_name(self.path.name + suffix), sync=False)
         found.shown = self.shown + suffix
+        if found.path.is_symlink():
+            raise StoreError(f"{found.shown} is a link; put a folder there instead")
         return found
+
+    def check_writable(self) -> None:
+        place = next(p for p in (self.path, *self.path.parents) if os.path.lexists(p))
+        with self.guard():
+            if not place.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, "a file is in the way", str(place))
+            if os.statvfs(place).f_flag & os.ST_RDONLY:
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(place))
+            if not os.access(place, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
 
     def make(self) -> None:
         with self.guard():
@@ -52,13 +68,33 @@ class LocalFolder(Folder):
 
     def read(self, key: str) -> bytes | None:
         with self.guard():
+            self._refuse_links(key)
             try:
-                return (self.path / key).read_bytes()
-            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                handle = os.open(self._at(key), _READ)
+            except (FileNotFoundError, NotADirectoryError):
                 return None
+            except OSError as error:
+                if error.errno in (errno.ELOOP, errno.ENXIO):  # a link, or a socket
+                    return None
+                raise
+            try:
+                found = os.fstat(handle)
+                if not stat.S_ISREG(found.st_mode):
+                    return None
+                data = os.read(handle, found.st_size + 1)
+                while more := os.read(handle, 1 << 20) if data else b"":
+                    data += more
+                return data
+            finally:
+                os.close(handle)
 
     def exists(self, key: str) -> bool:
-        return (self.path / key).is_file()
+        with self.guard():
+            self._refuse_links(key)
+            try:
+                return stat.S_ISREG(os.lstat(self._at(key)).st_mode)
+            except (FileNotFoundError, NotADirectoryError):
+                return False
 
     def put(self, key: str, data: bytes) -> None:
         with self.guard(), self._written(key, data) as (partial, path):
@@ -71,7 +107,7 @@ class LocalFolder(Folder):
             try:
                 os.link(partial, path)
             except FileExistsError:
-                return path.read_bytes() == data
+                return self.read(key) == data
             except OSError as error:
                 if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
                     raise
@@ -94,13 +130,27 @@ class LocalFolder(Folder):
         with self.guard():
             (self.path / key).unlink(missing_ok=True)
 
-    def list(self, prefix: str = "") -> list[str]:
-        found = []
+    def sizes(self, prefix: str = "") -> dict[str, int | None]:
+        found: dict[str, int | None] = {}
+        waiting = [prefix]
         with self.guard():
-            for folder, _, names in os.walk(self.path / prefix, onerror=_unless_missing):
-                base = Path(folder).relative_to(self.path)
-                found += [(base / name).as_posix() for name in names]
-        return sorted(found)
+            self._refuse_links(f"{prefix}/")
+            while waiting:
+                folder = waiting.pop()
+                with (
+                    suppress(FileNotFoundError, NotADirectoryError),
+                    os.scandir(self._at(folder)) as entries,
+                ):
+                    for entry in entries:
+                        key = f"{folder}/{entry.name}" if folder else entry.name
+                        if entry.is_dir(follow_symlinks=False):
+                            waiting.append(key)
+                        elif entry.is_file(follow_symlinks=False):
+                            with suppress(FileNotFoundError):  # deleted meanwhile
+                                found[key] = entry.stat(follow_symlinks=False).st_size
+                        else:
+                            found[key] = NOT_A_FILE
+        return found
 
     def is_empty(self) -> bool:
         with self.guard():
@@ -116,9 +166,6 @@ class LocalFolder(Folder):
             except FileNotFoundError:
                 return None
 
-    def zarr_store(self) -> ZarrStore:
-        return LocalStore(self.path, read_only=True)
-
     def free_bytes(self) -> int | None:
         place = next(p for p in (self.path, *self.path.parents) if p.exists())
         with self.guard():
@@ -126,12 +173,12 @@ class LocalFolder(Folder):
 
     def sweep(self) -> None:
         with self.guard():
-            for key in self.list():
+            partial = [key for key in self.sizes() if key.endswith(PARTIAL)]
+            now = self._now() if partial else 0.0
+            for key in partial:
                 path = self.path / key
-                if not key.endswith(PARTIAL):
-                    continue
                 with suppress(FileNotFoundError):  # its writer has just finished
-                    age = time.time() - path.stat().st_mtime
+                    age = now - path.lstat().st_mtime
                     if is_gone(_writer(path.name)) or age > PARTIAL_AGE_S:
                         path.unlink()
 
@@ -146,6 +193,7 @@ class LocalFolder(Folder):
         """A synced partial file that holds `data`, and the path where it belongs."""
         path = self.path / key
         self._check_place()
+        self._refuse_links(key)
         self._make(path.parent, below=self.path)
         mark = f"~{process_name()}~{next(_COUNTER)}{PARTIAL}"
         partial = path.with_name(path.name + mark)
@@ -169,6 +217,32 @@ class LocalFolder(Folder):
             self._identity = identity
         elif self._identity != identity:
             raise OSError(errno.ENODEV, "another folder lies there now")
+
+    def _now(self) -> float:
+        """The time by the clock of the file system, which gives others' files theirs too."""
+        probe = self.path / f"now~{process_name()}~{next(_COUNTER)}{PARTIAL}"
+        try:
+            probe.touch()
+            return probe.stat().st_mtime
+        finally:
+            probe.unlink(missing_ok=True)
+
+    def _at(self, key: str) -> str:
+        return f"{self.path}/{key}"
+
+    def _refuse_links(self, key: str) -> None:
+        """Refuse a key that leads through a link to another folder."""
+        folder = key.rpartition("/")[0]
+        if folder in self._no_links:
+            return
+        parts = folder.split("/") if folder else []
+        for i in range(1, len(parts) + 1):
+            if os.path.islink(self._at("/".join(parts[:i]))):
+                raise StoreError(
+                    f"{self.shown}/{'/'.join(parts[:i])} is a link, and a store holds its own "
+                    "folders; put the folder itself there"
+                )
+        self._no_links.add(folder)
 
     def _make(self, path: Path, below: Path | None = None) -> None:
         """Make `path` and its parents, durably; none above `below`."""
@@ -213,6 +287,9 @@ def _explain(folder: LocalFolder, error: OSError) -> str:
             f"the store must be readable and writable ({said}); mend its permissions or give "
             "another path, then run the same command again: finished units are kept"
         )
+    if error.errno in (errno.EISDIR, errno.ENOTEMPTY):
+        place = error.filename2 or error.filename
+        return f"a folder lies where the store keeps a file ({place}); delete it, then run again"
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
         return f"a store is a folder ({said}); give a path where none of its parts is a file"
     return (
@@ -225,8 +302,3 @@ def _writer(partial: str) -> str:
     """The process that a partial file's name tells of; another program's file tells of none."""
     parts = partial.split("~")
     return parts[1] if len(parts) == 3 else ""
-
-
-def _unless_missing(error: OSError) -> None:
-    if error.errno not in (errno.ENOENT, errno.ENOTDIR):
-        raise error

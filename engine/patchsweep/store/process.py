@@ -14,7 +14,7 @@ import socket
 from functools import cache
 from pathlib import Path
 
-_NAME = re.compile(r"(?P<place>.+)-(?P<pid>\d+)-(?P<start>\d+)")
+_NAME = re.compile(r"(?P<place>.+)-(?P<pid>\d{1,9})-(?P<start>\d{1,18})")
 
 
 def process_name() -> str:

@@ -6,16 +6,17 @@ library, set by its own options.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
-
-from zarr.abc.store import Store as ZarrStore
-from zarr.storage import FsspecStore
 
 from patchsweep.errors import StoreError
 from patchsweep.store.credentials import scrub
 from patchsweep.store.folder import Folder
+
+AT_ONCE = 64  # files that `read_many` asks for together
 
 
 class RemoteFolder(Folder):
@@ -85,14 +86,34 @@ class RemoteFolder(Folder):
         with self.guard(), suppress(FileNotFoundError):
             self._fs.rm_file(self._path(key))
 
-    def list(self, prefix: str = "") -> list[str]:
+    def read_many(self, keys: Iterable[str]) -> Iterator[bytes | None]:
+        waiting = iter(keys)
+        while some := list(itertools.islice(waiting, AT_ONCE)):
+            paths, ends = [self._path(key) for key in some], [None] * len(some)
+            with self.guard():
+                # not `cat`, which takes brackets and stars in a name for a pattern
+                answers = self._fs.cat_ranges(paths, ends, ends, on_error="return")
+                for answer in answers:
+                    if isinstance(answer, FileNotFoundError | IsADirectoryError):
+                        continue
+                    if isinstance(answer, Exception):
+                        raise answer
+            yield from (answer if isinstance(answer, bytes) else None for answer in answers)
+
+    def sizes(self, prefix: str = "") -> dict[str, int | None]:
         with self.guard():
             try:
-                found = self._fs.find(self._path(prefix))
+                found = self._fs.find(self._path(prefix), detail=True)
             except FileNotFoundError:
-                return []
-        inside = f"{self._path(prefix)}/"
-        return sorted(p[len(self._root) + 1 :] for p in found if p.startswith(inside))
+                return {}
+        inside, start = f"{self._path(prefix)}/", len(self._root) + 1
+        return {p[start:]: info.get("size") for p, info in found.items() if p.startswith(inside)}
+
+    def check_writable(self) -> None:
+        probe = f"{self._root}.probe-{uuid.uuid4().hex}"  # beside: the folder must look empty
+        with self.guard():
+            self._fs.pipe_file(probe, b"")
+            self._fs.rm_file(probe)
 
     def is_empty(self) -> bool:
         with self.guard():
@@ -107,12 +128,6 @@ class RemoteFolder(Folder):
                 return float(self._fs.modified(self._path(key)).timestamp())
             except (FileNotFoundError, NotImplementedError, AttributeError):
                 return None
-
-    def zarr_store(self) -> ZarrStore:
-        with self.guard():
-            return FsspecStore.from_url(
-                self._url, storage_options=dict(self._options), read_only=True
-            )
 
     def sweep(self) -> None:
         """Object stores have no partial files."""

@@ -21,6 +21,7 @@ from patchsweep.store.store import Store
 EXIT_COMPLETE = 0  # every unit is done
 EXIT_INCOMPLETE = 3  # units are missing, running or stale
 
+N_PROBLEMS = 20  # that are shown
 SILENT_AFTER_S = 600.0  # a process without a word or a lease for this long no longer counts
 
 
@@ -58,7 +59,8 @@ class StoreStatus:
 
     url: str  # fit for people to see
     variables: tuple[VariableStatus, ...]
-    missing_fixed: int  # unpatched metrics not written yet
+    missing_pairs: int  # pairs whose unpatched metrics are not written yet
+    problems: tuple[str, ...]  # files that are not what was written, a line each
     processes: tuple[ProcessStatus, ...]  # by start
     warnings: tuple[str, ...]  # from the journals, each text once
     rate: float | None  # token-layers (or units, see `rate_unit`) per second; None if unknown
@@ -73,7 +75,7 @@ class StoreStatus:
 
     @property
     def complete(self) -> bool:
-        return self.total.done == self.total.total and not self.missing_fixed
+        return self.total.done == self.total.total and not self.missing_pairs
 
     @property
     def exit_code(self) -> int:
@@ -97,7 +99,8 @@ def store_status(
     """
     now = time.time() if now is None else now
     store = Store.open(url, storage_options=storage_options)
-    pending = {unit.name for unit in store.pending()}
+    survey = store.survey()
+    pending = {unit.name for unit in survey.to_do}
     leases = read_leases(store.folder.beside(".leases"))
     variables = []
     for variable in store.variables.values():
@@ -120,7 +123,8 @@ def store_status(
     return StoreStatus(
         url=store.folder.shown,
         variables=tuple(variables),
-        missing_fixed=len(store.missing_fixed()),
+        missing_pairs=len(survey.pairs_to_do),
+        problems=tuple(survey.problems),
         processes=processes,
         warnings=tuple(warnings),
         rate=rate,
@@ -142,6 +146,9 @@ def render(status: StoreStatus) -> RenderableType:
     if status.processes:
         parts.append(_process_table(status.processes))
     parts += [_text(f"warning: {warning}", "yellow") for warning in status.warnings]
+    parts += [_text(f"damaged: {problem}", "red") for problem in status.problems[:N_PROBLEMS]]
+    if (more := len(status.problems) - N_PROBLEMS) > 0:
+        parts.append(_text(f"and {more:,} more are damaged", "red"))
     parts.append(_verdict(status))
     return Group(*parts)
 
@@ -170,8 +177,8 @@ def _verdict(status: StoreStatus) -> Text:
     if status.complete:
         return Text("complete", "green")
     words = f"{total.done:,} of {total.total:,} units are done"
-    if status.missing_fixed:
-        words += f", {status.missing_fixed:,} unpatched metrics are not"
+    if status.missing_pairs:
+        words += f", the unpatched metrics of {status.missing_pairs:,} pairs are not"
     if status.rate is not None:
         words += f"; {status.rate:,.3g} {status.rate_unit} per second"
     if status.eta_s is not None:
@@ -214,7 +221,7 @@ def _processes(
                 state=state,
                 slice=_slice(first),
                 units=len(done),
-                token_layers=sum(_count(word) for word in done),
+                token_layers=sum(word["token_layers"] for word in done),
                 seconds=last["time"] - first["time"],
                 last_word=last["time"],
             )
@@ -243,7 +250,7 @@ def _rate(
     planned = _planned(store, variables)
     # a unit that was done twice counts once
     counted = {
-        (e.get("variable"), e.get("pair_block"), e.get("layer_block")): _count(e)
+        (e["variable"], e["pair_block"], e["layer_block"]): e["token_layers"]
         for e in events
         if e["event"] == UNIT
     }
@@ -264,10 +271,7 @@ def _planned(store: Store, variables: Sequence[VariableStatus]) -> float | None:
     plan = store.attrs.get("plan")
     if not isinstance(plan, Mapping):
         return None
-    counts = [plan.get(variable.name, {}).get("token_layers") for variable in variables]
-    return float(sum(counts)) if all(isinstance(n, int) for n in counts) else None
-
-
-def _count(event: Mapping[str, Any]) -> int:
-    count = event.get("token_layers", 0)
-    return count if isinstance(count, int) else 0
+    sites = [plan.get(variable.name) for variable in variables]
+    counts = [site.get("token_layers") if isinstance(site, Mapping) else None for site in sites]
+    numbers = [n for n in counts if isinstance(n, int)]
+    return float(sum(numbers)) if len(numbers) == len(counts) else None

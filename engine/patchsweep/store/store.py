@@ -1,16 +1,19 @@
 """The store of a run: units of work written once, flagged when they are on disk, read by xarray.
 
-A unit's values are one shard, hence one file, put whole; its flag is put after it. So a kill at
-any moment leaves finished units, unfinished units and perhaps a partial file, never a torn
-shard, and the same command run again ends in the very bytes of an undisturbed run. Beside the
-store lie `<store>.leases` (who works on what, see `lease`) and `<store>.journal` (see `journal`);
-both hold hosts and times, the store itself holds none.
+A unit's values are one shard, hence one file, put whole; its flag, which holds the digest of that
+file, is put after it. So a kill at any moment leaves finished units, unfinished units and perhaps
+a partial file, never a torn shard, and the same command run again ends in the very bytes of an
+undisturbed run. A unit is done if its flag is there and its file is what the flag says: what was
+lost or damaged since is done again. Beside the store lie `<store>.leases` (who works on what, see
+`lease`) and `<store>.journal` (see `journal`); both hold hosts and times, the store itself holds
+none.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -18,19 +21,19 @@ from typing import Any, Self
 
 import numpy as np
 import xarray as xr
-import zarr
 
 from patchsweep.attributes import attributes
-from patchsweep.errors import StoreError
+from patchsweep.errors import DamagedError, StoreError
 from patchsweep.store.address import open_folder
-from patchsweep.store.difference import OLD, attribute_differences, is_old
+from patchsweep.store.contents import KIND, ROOT, Contents, parse, read_contents, read_root
+from patchsweep.store.dataset import dataset_of
+from patchsweep.store.difference import attribute_differences
+from patchsweep.store.digest import digest_of, seal
 from patchsweep.store.folder import Folder
 from patchsweep.store.layout import (
     COMPLETE,
+    DIGESTS,
     FIXED,
-    FORMAT,
-    FORMAT_KEY,
-    PROGRESS,
     Encoder,
     Layout,
     Unit,
@@ -39,9 +42,10 @@ from patchsweep.store.layout import (
     fixed_key,
     group_of,
     layout_files,
-    read_variables,
+    references_key,
 )
 from patchsweep.store.lease import Leases
+from patchsweep.store.survey import Survey, survey, survey_pairs, survey_units
 
 _FILE_BYTES = 4096  # what a small file takes on a disk
 
@@ -49,25 +53,20 @@ _FILE_BYTES = 4096  # what a small file takes on a disk
 class Store:
     """A Zarr v3 group on a disk or behind a URL. `with store:` gives back its leases at the end."""
 
-    def __init__(self, folder: Folder) -> None:
+    def __init__(self, folder: Folder, contents: Contents | None = None) -> None:
         """Use `Store.create_or_resume` or `Store.open`."""
         self.folder = folder
+        self.contents = contents or read_contents(folder)
         folder.check()
-        with folder.guard():
-            root: Any = _group(folder)
-            try:
-                self.variables: dict[str, Variable] = read_variables(root)
-                shape: tuple[int, int] = root[FIXED[0]].shape
-            except KeyError as error:
-                raise StoreError(
-                    f"{folder.shown} has lost {error.args[0]}/zarr.json; put it back from a copy, "
-                    "or give another path and start afresh"
-                ) from None
-            self.n_metrics, self.n_pairs = shape
-            self.attrs: dict[str, Any] = attributes(root.attrs)
+        if not self.contents.is_sweep:
+            raise _no_sweep(folder, self.contents.attrs)
+        self.contents.group()  # all its files are sound
+        self.variables: dict[str, Variable] = self.contents.variables()
+        self.n_metrics, self.n_pairs = self.contents.fixed_shape()
+        self.attrs: dict[str, Any] = attributes(self.contents.attrs)
         self._encoders: dict[str, Encoder] = {}
         self._leases = Leases(folder.beside(".leases"))
-        self._fixed_there: set[str] = set()
+        self._references_there: set[int] = set()
 
     @classmethod
     def create_or_resume(
@@ -88,37 +87,26 @@ class Store:
         """
         folder = open_folder(url, storage_options)
         files = layout_files(layout)
-        root = _read_root(folder)
-        if fresh := root is None:
-            # made between two looks it is a rival's work, which begins with its root
-            if not folder.is_empty() and _read_root(folder) is None:
-                raise StoreError(
-                    f"a store starts in an empty folder, and {folder.shown} holds other things; "
-                    "give another path"
-                )
-            _check_space(folder, layout.variables, [u for v in layout.variables for u in v.units()])
+        there = {key: folder.read(key) for key in files}
+        if fresh := there[ROOT] is None and there[COMPLETE] is None:
+            _check_free(folder)
+            check_space(url, layout, storage_options)
             folder.make()
-            folder.put_new("zarr.json", files["zarr.json"])
-            root = _read_root(folder)
-        assert root is not None
-        mine = json.loads(files["zarr.json"])["attributes"]
-        if is_old(mine, root):
-            raise StoreError(f"{folder.shown} {OLD}")
-        if not folder.exists(COMPLETE):  # its maker was killed, or is at work right now
-            _refuse(folder, next(attribute_differences(mine, root), None))
-            for key, data in files.items():
-                if key != "zarr.json" and not folder.put_new(key, data):
-                    raise StoreError(
-                        f"another run, with other settings, has begun to make {folder.shown} "
-                        f"({key} differs); give another path, or delete that folder"
-                    )
+            folder.put_new(ROOT, files[ROOT])
+            there = {key: folder.read(key) for key in files}
+        changed = {key for key, data in files.items() if there[key] != data}
+        if _are_ours(changed, files, there):
+            for key in (key for key in files if key in changed):
+                folder.put(key, files[key])
+        elif parse(there[COMPLETE]) is None:
+            _finish(folder, files)  # its maker was killed, or is at work right now
         folder.sweep()
-        with folder.guard():
-            difference = first_difference(group_of(files), _group(folder))
-        _refuse(folder, difference)
-        store = cls(folder)
+        contents = read_contents(folder)
+        if contents.files[COMPLETE] != files[COMPLETE]:
+            _refuse(folder, first_difference(group_of(files), contents.group()))
+        store = cls(folder, contents)
         if not fresh:
-            _check_space(folder, list(store.variables.values()), store.pending())
+            _check_space(folder, list(store.variables.values()), store.survey().to_do)
         return store
 
     @classmethod
@@ -126,33 +114,45 @@ class Store:
         """The existing store at `url`.
 
         Raises:
+            DamagedError: a file that is there from the start is not as it was written.
             StoreError: nothing lies there, or something else, or a store whose making was cut off.
         """
-        folder = open_folder(url, storage_options)
-        if _read_root(folder) is None:
-            raise StoreError(
-                f"there is no store at {folder.shown}; check the address, or start the run that "
-                "writes it"
-            )
-        if not folder.exists(COMPLETE):
-            raise StoreError(
-                f"the store at {folder.shown} was cut off while it was made; run its command again"
-            )
-        return cls(folder)
+        return cls(open_folder(url, storage_options))
 
     def units(self) -> list[Unit]:
         """Every unit, variable by variable, pairs first."""
         return [unit for variable in self.variables.values() for unit in variable.units()]
 
-    def pending(self) -> list[Unit]:
-        """The units that are not done, in the order of `units`."""
+    def survey(self, *, read: bool = False) -> Survey:
+        """What is done, and what is wrong with that.
+
+        Looks for the files and their lengths; with `read` at every byte.
+        """
         self.folder.check()
-        done = set(self.folder.list(PROGRESS))
-        return [u for u in self.units() if self.variables[u.variable].flag_key(u) not in done]
+        return survey(self.folder, self.contents, self.variables, read=read)
+
+    def pending(self, units: Iterable[Unit] | None = None) -> list[Unit]:
+        """Those of `units` (default: all) that are to do, damaged ones among them; reads all."""
+        self.folder.check()
+        chosen = self.units() if units is None else list(units)
+        pending, damaged = survey_units(
+            self.folder, self.contents, self.variables, chosen, read=True
+        )
+        to_do = {*pending, *damaged}
+        return [unit for unit in chosen if unit in to_do]
+
+    def pending_pairs(self) -> list[int]:
+        """Pairs whose unpatched metrics are to do, damaged ones among them; reads all."""
+        pending, damaged = survey_pairs(self.folder, self.contents, read=True)
+        return sorted({*pending, *damaged})
 
     def is_done(self, unit: Unit) -> bool:
         """Whether the unit's values are on disk for good."""
-        return self.folder.exists(self.variables[unit.variable].flag_key(unit))
+        variable = self.variables[unit.variable]
+        flag = self.folder.read(variable.flag_key(unit))
+        key = variable.shard_key(unit)
+        data = self.folder.read(key) if flag else None
+        return data is not None and seal(self.contents.identity, key, data) == flag
 
     def claim(self, units: Iterable[Unit]) -> list[Unit]:
         """Those of `units` that this process may work on now: not done, and nobody else's.
@@ -172,6 +172,14 @@ class Store:
             self.folder.sweep_file(variable.flag_key(unit))
         return free
 
+    def beat(self) -> None:
+        """Say that this process is at work, which keeps its leases; quick, whoever calls it."""
+        self._leases.beat()
+
+    def holders(self, units: Iterable[Unit]) -> dict[str, int]:
+        """How many of `units` each other process has leased, by its name."""
+        return dict(Counter(self._leases.holders(unit.name for unit in units).values()))
+
     def release(self, units: Iterable[Unit]) -> None:
         """Give back units that were claimed, so that others can have them."""
         self._leases.release(unit.name for unit in units)
@@ -179,7 +187,8 @@ class Store:
     def write(self, unit: Unit, values: np.ndarray) -> None:
         """Write a unit's `values`, of the shape of its block, and then its flag.
 
-        Nothing happens if the unit is done already, or if its lease has passed to another process.
+        Nothing happens if the unit is done already: of two processes, one of which hung and lost
+        its lease, whoever is done first has written it.
 
         Raises:
             StoreError: `values` have another shape, or the storage fails; the unit is then to be
@@ -190,48 +199,42 @@ class Store:
             raise StoreError(
                 f"values of unit {unit.name} have shape {values.shape}; its block has {shape}"
             )
-        if self._leases.has_lost(unit.name):
+        if self.is_done(unit):
             return
-        if not self._leases.holds(unit.name) and self.is_done(unit):  # `claim` has asked that
-            return
+        key = variable.shard_key(unit)
         data = self._encoder(variable.name).encode(variable.slices(unit), _plain(values))
-        self.folder.put(variable.shard_key(unit), data)
-        self.folder.put(variable.flag_key(unit), self._flag(variable.name))
+        self.folder.put(key, data)
+        self.folder.put(variable.flag_key(unit), seal(self.contents.identity, key, data))
         self.release([unit])
 
-    def write_fixed(self, name: str, first_pair: int, values: np.ndarray) -> None:
-        """Write `values` [metric, pair] of `base_metric` or `source_metric` from `first_pair` on.
+    def write_references(self, first_pair: int, base: np.ndarray, source: np.ndarray) -> None:
+        """Write base and source metric `[metric, pair]` of the pairs from `first_pair` on.
 
-        Each pair is a file of its own, and whoever comes first writes it.
+        Both metrics of a pair are files of their own, and have one flag. Whoever comes first
+        writes them; what was damaged since is written anew.
         """
-        if len(values) != self.n_metrics or first_pair + values.shape[1] > self.n_pairs:
-            raise StoreError(
-                f"{name} has {self.n_metrics} metrics and {self.n_pairs} pairs; "
-                f"{values.shape} from pair {first_pair} on does not fit"
-            )
-        for i in range(values.shape[1]):
-            pair = first_pair + i
-            key = fixed_key(name, pair)
-            if key not in self._fixed_there:
-                where = (slice(None), slice(pair, pair + 1))
-                data = self._encoder(name).encode(where, _plain(values[:, i : i + 1]))
-                self.folder.put_new(key, data)
-                self._fixed_there.add(key)
+        for name, values in zip(FIXED, (base, source), strict=True):
+            if len(values) != self.n_metrics or first_pair + values.shape[1] > self.n_pairs:
+                raise StoreError(
+                    f"{name} has {self.n_metrics} metrics and {self.n_pairs} pairs; "
+                    f"{values.shape} from pair {first_pair} on does not fit"
+                )
+        for i, pair in enumerate(range(first_pair, first_pair + base.shape[1])):
+            if pair not in self._references_there and not self.has_references(pair):
+                self._write_pair(pair, base[:, i : i + 1], source[:, i : i + 1])
+            self._references_there.add(pair)
 
-    def missing_fixed(self) -> list[tuple[str, int]]:
-        """(name, pair) of each unpatched metric that has not been written."""
-        return [
-            (name, pair)
-            for name in FIXED
-            for there in [set(self.folder.list(name))]
-            for pair in range(self.n_pairs)
-            if fixed_key(name, pair) not in there
-        ]
+    def has_references(self, pair: int) -> bool:
+        """Whether both unpatched metrics of a pair are on disk for good."""
+        flag = self.folder.read(references_key(pair))
+        if not flag:
+            return False
+        files = [(key, self.folder.read(key)) for key in (fixed_key(n, pair) for n in FIXED)]
+        return flag == b"".join(seal(self.contents.identity, k, data or b"") for k, data in files)
 
     def dataset(self) -> xr.Dataset:
-        """The store as `xarray.open_zarr(url, consolidated=False)` gives it, values read lazily."""
-        with self.folder.guard():
-            return xr.open_zarr(self.folder.zarr_store(), consolidated=False, chunks=None)
+        """The store as `open_store(url)` gives it, values read lazily."""
+        return dataset_of(self.folder, self.contents)
 
     def close(self) -> None:
         """Give back all that is claimed."""
@@ -248,47 +251,122 @@ class Store:
     ) -> None:
         self.close()
 
+    def _write_pair(self, pair: int, *metrics: np.ndarray) -> None:
+        where = (slice(None), slice(pair, pair + 1))
+        flag_key, flag = references_key(pair), b""
+        flagged = self.folder.exists(flag_key)
+        for name, values in zip(FIXED, metrics, strict=True):
+            key = fixed_key(name, pair)
+            data = self._encoder(name).encode(where, _plain(values))
+            if flagged or not self.folder.put_new(key, data):
+                there = None if flagged else self.folder.read(key)
+                if there is not None and self._agree(name, there, values):
+                    data = there  # another machine's, whose last bits differ, was first
+                else:
+                    self.folder.put(key, data)
+            flag += seal(self.contents.identity, key, data)
+        self.folder.put(flag_key, flag)
+
+    def _agree(self, name: str, data: bytes, values: np.ndarray) -> bool:
+        try:
+            there = self.contents.form(name).decode(data)
+        except ValueError:
+            return False
+        return np.allclose(there, values, rtol=1e-3, atol=1e-3, equal_nan=True)
+
     def _encoder(self, array: str) -> Encoder:
         if array not in self._encoders:
-            self.folder.check()
-            metadata = self.folder.read(f"{array}/zarr.json")
-            if metadata is None:
-                raise StoreError(f"{self.folder.shown} has lost {array}/zarr.json; start afresh")
-            self._encoders[array] = Encoder(metadata)
+            self._encoders[array] = Encoder(self.contents.files[f"{array}/{ROOT}"])
         return self._encoders[array]
 
-    def _flag(self, variable: str) -> bytes:
-        one = slice(0, 1)
-        return self._encoder(f"{PROGRESS}/{variable}").encode((one, one), np.ones((1, 1), bool))
 
-
-def _group(folder: Folder) -> zarr.Group:
-    return zarr.open_group(folder.zarr_store(), mode="r", zarr_format=3, use_consolidated=False)
-
-
-def _read_root(folder: Folder) -> dict[str, Any] | None:
-    """The store's attributes; None if there is no Zarr group.
+def recorded_attributes(
+    url: str | Path, storage_options: Mapping[str, Any] | None = None
+) -> dict[str, Any] | None:
+    """The attributes of the sweep at `url`; None if a sweep can be made or mended there.
 
     Raises:
-        StoreError: it is none of ours, or of a format that this version does not know.
+        StoreError: something else lies there, or nothing can be written there.
     """
-    data = folder.read("zarr.json")
-    if data is None:
-        return None
+    folder = open_folder(url, storage_options)
+    folder.check_writable()
     try:
-        attrs = json.loads(data)["attributes"]
-        found = attrs[FORMAT_KEY]
-    except (ValueError, KeyError, TypeError):
-        raise StoreError(
-            f"{folder.shown} is a Zarr store, but none that patchsweep has written; give "
-            "another path"
-        ) from None
-    if found != FORMAT:
-        raise StoreError(
-            f"{folder.shown} has store format {found!r}, and this patchsweep reads {FORMAT}; use "
-            "the version that wrote it, or give another path"
-        )
+        attrs = read_root(folder)
+    except DamagedError:
+        return None  # `create_or_resume` mends it, if it is this run's; so below
+    if attrs is None:
+        _check_free(folder)
+        return None
+    if KIND in attrs:
+        raise _no_sweep(folder, attrs)
+    complete = parse(folder.read(COMPLETE)) or {}
+    digests = complete.get("attributes", {}).get(DIGESTS, {})
+    if digests.get(ROOT) not in (None, digest_of(folder.read(ROOT) or b"")):
+        return None  # damaged
     return attributes(attrs)
+
+
+def _no_sweep(folder: Folder, attrs: Mapping[str, Any]) -> StoreError:
+    kind = f"of `patchsweep {attrs[KIND]}`" if KIND in attrs else "that were put there at once"
+    return StoreError(
+        f"{folder.shown} holds results {kind}, and no sweep in units; give another path"
+    )
+
+
+def check_space(
+    url: str | Path, layout: Layout, storage_options: Mapping[str, Any] | None = None
+) -> None:
+    """Raise a StoreError if the values of `layout` would not fit."""
+    units = [unit for variable in layout.variables for unit in variable.units()]
+    _check_space(open_folder(url, storage_options), layout.variables, units)
+
+
+def _check_free(folder: Folder) -> None:
+    # made between two looks it is a rival's work, which begins with its root
+    if not folder.is_empty() and read_root(folder) is None:
+        raise StoreError(
+            f"a store starts in an empty folder, and {folder.shown} holds other things; "
+            "give another path"
+        )
+
+
+def _are_ours(
+    changed: set[str], files: Mapping[str, bytes], there: Mapping[str, bytes | None]
+) -> bool:
+    """Whether a store is this run's, and what `changed` in it since is damage."""
+    if COMPLETE not in changed:
+        return True
+    if changed != {COMPLETE}:
+        return False
+    # every file of ours is there; another run may have these files and more
+    mine, theirs = (parse(data) for data in (files[COMPLETE], there[COMPLETE]))
+    assert mine is not None
+    if theirs is None:
+        return True
+    ours, others = mine["attributes"], theirs.get("attributes")
+    if not isinstance(others, dict):
+        return True
+    lists = [(ours[k], others.get(k)) for k in ("coords", "variables")]
+    digests = others.get(DIGESTS)
+    # one damaged byte leaves either the lists or the digests' keys as they were
+    return all(a == b for a, b in lists) or (
+        isinstance(digests, dict) and digests.keys() == ours[DIGESTS].keys()
+    )
+
+
+def _finish(folder: Folder, files: Mapping[str, bytes]) -> None:
+    """Put the files of a store that was begun; `COMPLETE`, which comes last, is not there."""
+    theirs = read_root(folder)
+    assert theirs is not None
+    mine = json.loads(files[ROOT])["attributes"]
+    _refuse(folder, next(attribute_differences(mine, theirs), None))
+    for key, data in files.items():
+        if key not in (ROOT, COMPLETE) and not folder.put_new(key, data):
+            raise StoreError(
+                f"another run, with other settings, has begun to make {folder.shown} "
+                f"({key} differs); give another path, or delete that folder"
+            )
+    folder.put(COMPLETE, files[COMPLETE])
 
 
 def _refuse(folder: Folder, difference: str | None) -> None:

@@ -13,17 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import xarray as xr
+import zarr
 
 from patchsweep.attributes import attributes, flat_attributes
-from patchsweep.errors import StoreError
+from patchsweep.errors import DamagedError, StoreError
 from patchsweep.store.address import open_folder
-from patchsweep.store.difference import OLD, attribute_differences, is_old
+from patchsweep.store.contents import DELETE, MEND, ROOT, parse, read_contents
+from patchsweep.store.dataset import results_of
+from patchsweep.store.difference import attribute_differences
 from patchsweep.store.folder import PARTIAL, Folder
+from patchsweep.store.layout import COMPLETE, FORMAT, FORMAT_KEY, PROGRESS, settled, with_digests
 from patchsweep.store.local_folder import LocalFolder
 from patchsweep.store.process import is_gone, process_name
 
-KIND = "kind"  # the attribute that says what a store holds: edges, circuit, lens, heads
-ROOT = "zarr.json"  # without it nothing is read
 WRITING = f"whole{PARTIAL}"  # behind a URL: the attributes of results that are being put there
 _COUNTER = itertools.count()  # no two partial folders of this process have one name
 
@@ -31,7 +33,7 @@ _COUNTER = itertools.count()  # no two partial folders of this process have one 
 def write_whole(
     ds: xr.Dataset, url: str | Path, storage_options: Mapping[str, Any] | None = None
 ) -> None:
-    """Write `ds`, whose attributes name its `kind`, to a store that is not there yet.
+    """Write `ds` to a store that is not there yet; an analysis' attributes name its `kind`.
 
     On a disk it is there whole or not at all, also after a loss of power. Behind a URL the root
     `zarr.json`, without which nothing is read, comes last; what an interrupted write left there is
@@ -40,17 +42,14 @@ def write_whole(
     Raises:
         StoreError: something lies there already, or it cannot be written.
     """
-    assert KIND in ds.attrs, "results that are stored whole say what they are"
     folder = open_folder(url, storage_options)
-    made = ds.copy()
-    made.attrs = flat_attributes(ds.attrs)
-    if not _is_free(folder, _plain(made.attrs)):
+    if not _is_free(folder, ds.attrs):
         raise _occupied(folder)
-    files = _files(made)
+    files = _files(ds)
     if isinstance(folder, LocalFolder):
         _put_at_once(folder, files)
         return
-    folder.put(WRITING, json.dumps(made.attrs).encode())
+    folder.put(WRITING, json.dumps(flat_attributes(ds.attrs)).encode())
     for key in sorted(files, key=lambda key: key == ROOT):
         folder.put(key, files[key])
     folder.delete(WRITING)
@@ -68,30 +67,39 @@ def read_whole(
         StoreError: something else lies there; the first difference is named.
     """
     folder = open_folder(url, storage_options)
-    if _is_free(folder, _plain(attrs)):
+    if _is_free(folder, attrs):
         return None
-    if not folder.exists(ROOT):
+    if not folder.exists(ROOT) and not folder.exists(COMPLETE):
         raise StoreError(
             f"{folder.shown} holds no results that are whole; give another path, or delete it"
         )
-    with folder.guard():
-        try:
-            found = xr.open_zarr(folder.zarr_store(), consolidated=False, chunks=None).load()
-        except (KeyError, ValueError) as error:
-            raise StoreError(
-                f"{folder.shown} cannot be read as a Zarr group ({error}); give another path, or "
-                "delete it"
-            ) from error
+    try:
+        contents = read_contents(folder)
+        contents.group()
+    except DamagedError as error:
+        raise DamagedError(str(error).replace(MEND, DELETE)) from None
     wanted = _plain(attrs)
-    if is_old(wanted, found.attrs):
-        raise StoreError(f"{folder.shown} {OLD}")
-    theirs = {key: found.attrs[key] for key in wanted if key in found.attrs}
+    theirs = {key: contents.attrs[key] for key in wanted if key in contents.attrs}
     difference = next(attribute_differences(wanted, theirs), None)
     if difference is not None:
         raise StoreError(
             f"{folder.shown} holds other results: {difference}; give another path, or delete it"
         )
-    return found
+    return results_of(contents)
+
+
+def check_place(
+    url: str | Path, attrs: Mapping[str, Any], storage_options: Mapping[str, Any] | None = None
+) -> None:
+    """Refuse a place where results with `attrs` cannot be written, before they are computed.
+
+    Raises:
+        StoreError: something else lies there, or no file can be put there.
+    """
+    folder = open_folder(url, storage_options)
+    if not _is_free(folder, attrs):
+        raise _occupied(folder)
+    folder.check_writable()
 
 
 def _is_free(folder: Folder, attrs: Mapping[str, Any]) -> bool:
@@ -103,8 +111,8 @@ def _is_free(folder: Folder, attrs: Mapping[str, Any]) -> bool:
     begun = folder.read(WRITING)
     if begun is None:
         return False
-    told = attributes(json.loads(begun))
-    return all(told.get(key) == value for key, value in attrs.items())
+    told = attributes(parse(begun) or {})
+    return all(told.get(key) == value for key, value in _plain(attrs).items())
 
 
 def _put_at_once(folder: LocalFolder, files: Mapping[str, bytes]) -> None:
@@ -144,12 +152,16 @@ def _occupied(folder: Folder) -> StoreError:
 
 
 def _files(ds: xr.Dataset) -> dict[str, bytes]:
-    """The files of the Zarr group that holds `ds`."""
+    """The files of the Zarr group that holds `ds`, with the digests of them all."""
     from zarr.storage import MemoryStore
 
     memory: dict[str, Any] = {}
-    ds.to_zarr(MemoryStore(memory), zarr_format=3, consolidated=False)
-    return {key: buffer.to_bytes() for key, buffer in memory.items()}
+    made = ds.copy()
+    made.attrs = {**flat_attributes(ds.attrs), FORMAT_KEY: FORMAT}
+    with zarr.config.set({"array.write_empty_chunks": True}):  # what is missing is lost
+        made.to_zarr(MemoryStore(memory), zarr_format=3, consolidated=False)
+        zarr.create_group(MemoryStore(memory), path=PROGRESS, zarr_format=3)
+    return with_digests({key: settled(key, data.to_bytes()) for key, data in memory.items()})
 
 
 def _plain(attrs: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from patchsweep.errors import ModelError
+from patchsweep.heartbeat import beat
 from patchsweep.waves.layers import leaner
 from patchsweep.waves.plain import MORE_OUTPUTS, PlainModel
 from patchsweep.waves.stations import SplitBlock, Traffic, build_stations
@@ -207,6 +208,7 @@ def _attention(
     dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
     query, key, value = (x.to(dtype) for x in (query, key, value))
     attend = module.__dict__["patchsweep_attend"]
+    beat()  # every pass comes by here once a layer
     return attend(module, query, key, value, attention_mask=attention_mask, **kwargs), None
 
 

@@ -1,0 +1,150 @@
+"""What a check runs again: the model and the task that the command line names, never the store.
+
+A store is data, and may be anybody's. It tells which cells it has (sites, layers, positions, heads,
+registered metrics and interventions by their names); it does not tell which files are opened, which
+weights are loaded or which functions are called.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig
+
+from patchsweep.cli.app import as_config, compose
+from patchsweep.config import RunConfig, SitesConfig
+from patchsweep.errors import ConfigError, StoreError
+from patchsweep.identity import request_difference
+from patchsweep.request import MetricLike, Request, make_request
+from patchsweep.store import Store
+from patchsweep.store.difference import IDENTITY
+
+NAMED = ("model", "task", "metric")  # groups that the command line names
+HELP = (
+    "what made the store, as for `patchsweep run`: model=... task=..., and metric=... of your own"
+)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a store tells of its run, by value and by registered names alone."""
+
+    sites: list[str]
+    metrics: list[Any]  # names; of a metric of the user's own something else
+    selection: dict[str, Any]  # what `make_request` takes besides
+    precision: str
+
+    @classmethod
+    def of(cls, store: Store) -> Recorded:
+        """Raises:
+        StoreError: no command line wrote the store, or what it tells is not of that kind.
+        """
+        try:
+            config = store.attrs["provenance"]["config"]
+            sites = SitesConfig(**config["sites"])
+            found = cls(
+                sites=sites.names,
+                metrics=config["metric"]["names"],
+                selection={
+                    "direction": config["direction"],
+                    "intervention": config["intervention"],
+                    "read": config["metric"]["read"],
+                    "layers": sites.layers,
+                    "positions": sites.positions,
+                    "heads": sites.heads,
+                    "neurons": sites.neurons,
+                },
+                precision=config["precision"],
+            )
+        except (KeyError, TypeError):
+            raise StoreError(
+                "the store holds no config of a `patchsweep run`, so its cells cannot be run "
+                "again; only stores of the command line can"
+            ) from None
+        plain = [found.sites, found.metrics, [found.selection["intervention"], found.precision]]
+        if not all(isinstance(part, list) for part in plain) or not all(
+            isinstance(name, str) for name in (*found.sites, *plain[2])
+        ):
+            raise StoreError(
+                "the store's config names sites or an intervention that are no names; do not "
+                "trust it"
+            )
+        return found
+
+
+def run_again(store: Store, words: Sequence[str], verb: str) -> tuple[Request, RunConfig]:
+    """The store's request on the model and the task of `words`, and what else these say.
+
+    Raises:
+        PatchsweepError: `words` name something else than what made the store.
+    """
+    groups = {word.lstrip("+~").partition("=")[0].partition(".")[0] for word in words}
+    if unknown := sorted(groups.difference(NAMED)):
+        raise ConfigError(
+            f"{unknown[0]}=... is told by the store itself; name {', '.join(NAMED)} alone"
+        )
+    recorded = Recorded.of(store)
+    if not groups.issuperset(NAMED[:2]):
+        raise ConfigError(
+            f"name what is to be run again: patchsweep {verb} STORE model=... task=..."
+            + said_by(store)
+        )
+    config = _composed(verb, words)
+    metrics: list[MetricLike] = list(recorded.metrics)
+    if "metric" in groups:
+        metrics = config.metric.metrics()
+    elif not all(isinstance(name, str) for name in metrics):
+        raise ConfigError(
+            "the store has metrics of somebody's own; name them yourself if you trust them: "
+            "metric.names=[...], as for `patchsweep run`"
+        )
+    model = config.model.load()
+    pairs = config.task.load(model)
+    request = make_request(model, pairs, recorded.sites, metrics, **recorded.selection)
+    _check_same(store, request)
+    return request, config
+
+
+def said_by(store: Store) -> str:
+    """What the store says that it was made with, as text for people; empty if it says nothing."""
+    try:
+        config = store.attrs["provenance"]["config"]
+        words = [f"model={config['model']['name']}", *_task_words(config["task"])]
+    except (KeyError, TypeError, AttributeError):
+        return ""
+    text = " ".join(shlex.quote(word) for word in words)
+    if not text.isprintable() or len(text) > 300:
+        return ""
+    return f" (the store says: {text})"
+
+
+def _task_words(task: Mapping[str, Any]) -> list[str]:
+    if "name" not in task:
+        return [f"task={task['path']}" if "path" in task else "task=strings ..."]
+    words = [f"task={task['name']}"]
+    words += [f"task.{key}={task[key]}" for key in ("n_pairs", "seed") if task.get(key)]
+    return words + [f"task.options.{key}={value}" for key, value in task["options"].items()]
+
+
+def _composed(verb: str, words: Sequence[str]) -> RunConfig:
+    found: list[RunConfig] = []
+
+    def job(cfg: DictConfig) -> None:
+        found.append(as_config(cfg))
+
+    compose(verb, list(words), job)
+    return found[0]
+
+
+def _check_same(store: Store, request: Request) -> None:
+    difference = request_difference(request, store.attrs)
+    if difference is None and not isinstance(store.attrs.get(IDENTITY), Mapping):
+        difference = "the store does not say which weights and prompts it was made with"
+    if difference is not None:
+        raise StoreError(
+            f"nothing can be run again: {difference}; name the model, the prompts and the metrics "
+            "that the store was made with" + said_by(store)
+        )
