@@ -74,7 +74,7 @@ class Column:
     def __init__(self, of: Callable[[Ints], NDArray[Any]]) -> None:
         self._of = of
 
-    def __getitem__(self, patches: ArrayLike) -> NDArray[Any]:
+    def __getitem__(self, patches: ArrayLike | int) -> NDArray[Any]:
         chosen = np.asarray(patches, dtype=np.int64)
         return self._of(chosen.ravel()).reshape(chosen.shape)
 
