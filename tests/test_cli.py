@@ -476,7 +476,7 @@ def test_metric_of_the_user_by_its_target(here: Path, monkeypatch: pytest.Monkey
         "def top_logit(logits):\n    return logits[:, 0].max(dim=-1).values\n"
     )
     monkeypatch.syspath_prepend(here)
-    own = "metric.names=[logit_diff,{_target_: my_metrics.top_logit}]"
+    own = "metric.names=[logit_diff,{_target_: my_metrics.top_logit, version: 1}]"
     assert patchsweep("run", *TINY, "sites=[mlp_out]", own, "store=a.zarr") == EXIT_DONE
     ds = xr.open_zarr("a.zarr", consolidated=False)
     assert list(ds.metric.values) == ["logit_diff", "top_logit"]

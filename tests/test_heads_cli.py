@@ -65,7 +65,7 @@ def test_one_command_gives_classes_and_tables_and_the_same_again_runs_nothing(
     assert "already there, nothing was run" in again
     assert again.splitlines()[:5] == told[told.index("classes of heads") :].splitlines()[:5]
     assert main(["heads", *SMALL, "thresholds.direct=0.5"]) == EXIT_MISTAKE
-    assert "thresholds.direct is 0.02, not 0.5" in capsys.readouterr().err
+    assert "thresholds.direct is 0.5 in this run and 0.02 in the store" in capsys.readouterr().err
 
     assert main(["report", "a.zarr"]) == EXIT_DONE
     assert "What the heads are" in Path("report.html").read_text()
