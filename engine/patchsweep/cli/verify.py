@@ -92,7 +92,11 @@ def recompute(store: Store, n_cells: int, seed: int | None, console: Console) ->
     by_unit: dict[Unit, list[int]] = defaultdict(list)
     for cell in sample:
         by_unit[cell.unit].append(cell.patch)
-    dtype = "bfloat16" if config.precision == "bf16" else provenance["dtype"]
+    dtype = (
+        "bfloat16"
+        if config.precision == "bf16"
+        else provenance.get("compute_dtype", provenance["dtype"])
+    )
     tolerance = TOLERANCE.get(dtype, 1e-3)
     problems, worst, n_again = [], 0.0, 0
     screened = "screen" in store.attrs
