@@ -240,6 +240,25 @@ def test_bridge_knows_the_dtype_of_its_weights(
     assert attributes(ds)["provenance"]["runner"] == "wave"
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("runner", ["wave", "hooked"])
+def test_offloaded_weights_of_16_bits_are_computed_with_in_fp32(
+    folder: Path, family: str, runner: str
+) -> None:
+    path, rewritten = str(saved(folder, family)), folder / f"{family}-bf16"
+    models = (
+        load_model(path, dtype="bfloat16", device="cpu"),
+        load_model(path, dtype="bfloat16", device_map=MAPS[family], offload_folder=rewritten),
+    )
+    tokens = torch.tensor([pairs_of(models[1])[0].clean])
+    before = models[1](tokens)
+    found = [ps.sweep(m, pairs_of(m), ["z", "embed"], layers=[1], runner=runner) for m in models]
+    assert attributes(found[1])["provenance"]["compute_dtype"] == "float32"
+    for name in ("z", "embed"):
+        np.testing.assert_allclose(found[0][name], found[1][name], atol=1e-5)
+    assert torch.equal(models[1](tokens), before)  # accelerate fetches its weights again
+
+
 CAP = 768 * 2**20  # bytes, for everything that the process has: interpreter, libraries' data, pages
 
 

@@ -94,7 +94,8 @@ def attention(
     check_request(request, [Atp()])
     _check(request, heads, top, predictions)
     attrs = _attrs(request, heads, top, predictions, config)
-    views = _Views(request, Tape(model, [SITES["pattern"]]), predictions)
+    tape = Tape(model, [SITES["pattern"]], compute_dtype=request.compute_dtype)
+    views = _Views(request, tape, predictions)
     if heads is None:
         views.run(keep=())  # patterns of all heads at once would not fit for long prompts
         heads = views.foremost(top)

@@ -280,6 +280,8 @@ class RunConfig:
     intervention: str = "resample"  # resample, zero, mean, mean_all, mean_label or shuffle
     direction: str | None = None  # denoising or noising; null: what suits the intervention
     precision: str = "model"  # model: the weights' dtype; bf16: bf16 products, proven in the run
+    # auto: float32 for weights of 16 bits, else their own dtype; float32; or model: their own
+    compute_dtype: str = "auto"
     slice: int = 0  # this process does every n_slices-th bundle of units, from this one on
     n_slices: int = 1
 
@@ -293,6 +295,7 @@ class RunConfig:
             "heads": self.sites.heads,
             "neurons": self.sites.neurons,
             "read": self.metric.read,
+            "compute_dtype": self.compute_dtype,
         }
 
     def arguments(self) -> dict[str, Any]:
@@ -403,6 +406,7 @@ def from_identity(config: Mapping[str, Any]) -> RunConfig:
             intervention=config["intervention"],
             direction=config["direction"],
             precision=config["precision"],
+            compute_dtype=config.get("compute_dtype", "model"),  # as stores of 0.1 were computed
         )
     except (KeyError, TypeError):
         raise ConfigError(

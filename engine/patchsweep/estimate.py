@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from patchsweep.attribution.run import token_layers
+from patchsweep.compute import name_of, sentence
 from patchsweep.models.homes import device_of
 from patchsweep.planner import SitePlan
 from patchsweep.proof import proof_variables, recheck_cost
@@ -56,6 +57,9 @@ class Cost:
     cache_bytes: int  # activations kept of one pair's base and source runs
     cache_budget: int  # bytes of activations that stay in memory; more of them lie in files
     weights: Weights
+    arithmetic: str  # what is computed in, in words
+    cast_bytes: int  # weights in fp32 while a block runs, where they rest in 16 bits
+    slowdown: float  # against products in the weights' own dtype, measured just now
     n_captures: int  # passes that run unpatched prompts
     read_bytes: int  # weights that captures and waves fetch from the CPU or from disk
 
@@ -112,18 +116,23 @@ def estimate(
         shape.n_kv_heads * shape.d_head
     )
     per_token += shape.n_layers * shape.d_model * len(sites)
-    dtype = next(request.bridge.original_model.parameters()).dtype
+    dtype, own = request.compute_dtype, request.bridge.cfg.dtype
+    device = device_of(request.bridge)
+    rate = matmul_rate(device, dtype)
     return Cost(
         sites=sites,
         parts=parts,
         n_slices=n_slices,
         n_waves=sum(waves.values()),
         flops=flops,
-        seconds=flops / matmul_rate(device_of(request.bridge), dtype),
+        seconds=flops / rate,
         result_bytes=_result_bytes(request, asked, proven),
         cache_bytes=2 * longest * per_token * dtype.itemsize,
         cache_budget=cache_budget,
         weights=weights,
+        arithmetic=sentence(name_of(own), name_of(dtype)),
+        cast_bytes=0 if own == dtype else dtype.itemsize * shape.block_parameters,
+        slowdown=1.0 if own == dtype else matmul_rate(device, own) / rate,
         n_captures=n_captures,
         read_bytes=bytes_read(weights, request, n_captures, waves),
     )

@@ -30,9 +30,11 @@ from patchsweep.hook_points import (
 )
 from patchsweep.interventions import Intervention, values_of
 from patchsweep.metrics import Logits, Metric, compute
+from patchsweep.models.quantised import check_hooks
 from patchsweep.planner import Ints, PatchSet, Plan
 from patchsweep.request import model_shape
 from patchsweep.sites import Site
+from patchsweep.waves.casting import cast_while
 
 # the logits of one batched forward pass stay within this many bytes
 LOGIT_BYTES = 256 * 2**20
@@ -60,15 +62,26 @@ class _Write(NamedTuple):
 class HookedRunner:
     """Exact patches by hooks; one forward pass per layer and batch of patches.
 
+    Weights of 16 bits are cast to `compute_dtype` (None: the model's own), each block's while it
+    runs.
+
     Raises:
         SiteError: the model has no hook for one of `sites`, or not the setting that it needs.
+        ConfigError: the bridge cannot run the model.
     """
 
     name = "hooked"
     joins = False
 
-    def __init__(self, bridge: TransformerBridge, sites: Sequence[Site]) -> None:
+    def __init__(
+        self,
+        bridge: TransformerBridge,
+        sites: Sequence[Site],
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        check_hooks(bridge)
         self.bridge = bridge
+        self.compute_dtype = bridge.cfg.dtype if compute_dtype is None else compute_dtype
         self.sites = tuple(sites)
         self.shape = model_shape(bridge)
         check_names(bridge, sites)
@@ -81,7 +94,8 @@ class HookedRunner:
             SiteError: a hook does not fire once a pass on `[batch, pos, ...]`, or fires where a new
                 value changes nothing.
         """
-        check_sites(self.bridge, self.sites, self.shape, tokens)
+        with cast_while(self.bridge, self.compute_dtype):
+            check_sites(self.bridge, self.sites, self.shape, tokens)
 
     @torch.no_grad()
     def activations(self, tokens: Tensor) -> Mapping[str, Sequence[Tensor]]:
@@ -100,7 +114,8 @@ class HookedRunner:
         for group in self._groups:
             names = [name for site in group for name in hooks_of(self.bridge, site)]
             reads = [(name, partial(keep, name=name)) for name in names]
-            logits.append(forward(self.bridge, tokens, (), reads))
+            with cast_while(self.bridge, self.compute_dtype):
+                logits.append(forward(self.bridge, tokens, (), reads))
         found = {}
         for site in self.sites:
             layers = [kept[name] for name in hooks_of(self.bridge, site)]
@@ -183,7 +198,8 @@ class HookedRunner:
             pair[rows] = [local[p] for p in plan.pair[patches].tolist()]
             hooks += self._hooks_of(loaded, plan, patches, rows)
         index = torch.from_numpy(pair).to(batch.base.device)
-        logits = forward(self.bridge, batch.base[index], hooks)
+        with cast_while(self.bridge, self.compute_dtype):
+            logits = forward(self.bridge, batch.base[index], hooks)
         read = logits[:, list(batch.reads)].float()
         return self._metrics(loaded, read, index, metrics).cpu()
 

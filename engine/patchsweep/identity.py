@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.compute import compute_dtype_of
 from patchsweep.errors import ConfigError
 from patchsweep.interventions import (
     MEAN_NAMES,
@@ -73,6 +74,7 @@ def identity_of(
             "kind": kind,
             "model": model_identity(model),
             "prompts": prompts_identity(pairs),
+            "compute_dtype": _name(compute_dtype_of(model)),
             **described(settings),
             "versions": versions(),
         }
@@ -149,7 +151,11 @@ def prompts_identity(pairs: Sequence[PromptPair]) -> dict[str, Any]:
 
 def request_settings(request: Request) -> dict[str, Any]:
     """What a request asks for besides its model and its pairs."""
-    return {**question_settings(request), "sites": sites_identity(request.plans)}
+    return {
+        **question_settings(request),
+        "compute_dtype": _name(request.compute_dtype),
+        "sites": sites_identity(request.plans),
+    }
 
 
 def request_difference(request: Request, attrs: Mapping[str, Any]) -> str | None:

@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from patchsweep.compute import name_of
 from patchsweep.errors import StoreError
 from patchsweep.identity import model_identity, versions
 from patchsweep.interventions import Mean, MeanKey, Prompts, Reader
@@ -126,7 +127,11 @@ def keep_means(
     """`request`, with an intervention that keeps its means beside `store`, if it has any."""
     if not isinstance(request.intervention, Mean):
         return request
-    folder = MeansFolder(str(store), storage_options, model_identity(request.bridge))
+    model = {
+        **model_identity(request.bridge),
+        "compute_dtype": name_of(request.compute_dtype),
+    }
+    folder = MeansFolder(str(store), storage_options, model)
     return replace(request, intervention=replace(request.intervention, kept=folder))
 
 

@@ -14,11 +14,14 @@ from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 
+from patchsweep.compute import name_of
 from patchsweep.errors import ConfigError
 from patchsweep.exact import Block, Captured, Captures, ExactWork
 from patchsweep.finite import check_cells
 from patchsweep.metrics import Metric
+from patchsweep.models.quantised import first_packed
 from patchsweep.planner import Ints, PatchSet, SitePlan
 from patchsweep.request import Request, blocks_of
 from patchsweep.results import dims_of, shape_of
@@ -80,6 +83,25 @@ def recheck_cost(request: Request) -> int:
     return round(total)
 
 
+def check_proof(request: Request) -> None:
+    """See that bf16 products have something to be proven by.
+
+    Raises:
+        ConfigError: the exact values would be no fp32 ones, or the weights are packed.
+    """
+    packed = first_packed(request.bridge)
+    if packed is not None:
+        raise ConfigError(
+            f"precision=bf16 multiplies plain weights in bf16, and {packed}, which multiplies by "
+            "code of its own; use precision=model"
+        )
+    if request.compute_dtype != torch.float32:
+        raise ConfigError(
+            "precision=bf16 proves its values by float32 ones, and this sweep would compute those "
+            f"in {name_of(request.compute_dtype)}; use compute_dtype=float32, or precision=model"
+        )
+
+
 class ProvenWork:
     """Patches with bf16 products, the largest and a sample run again in fp32.
 
@@ -95,7 +117,13 @@ class ProvenWork:
         self.request = request
         self.exact = ExactWork(request, choice.runner)
         self.plans = self.exact.plans
-        self.runner = WaveRunner(request.bridge, request.sites, choice.runner.max_tokens, "bf16")
+        self.runner = WaveRunner(
+            request.bridge,
+            request.sites,
+            choice.runner.max_tokens,
+            "bf16",
+            compute_dtype=request.compute_dtype,
+        )
         # one for both: how much may be kept in memory, and the unembedding, which stays exact
         self.runner.budget, self.runner.readout = choice.runner.budget, choice.runner.readout
         self.captures = Captures(request, self.runner)

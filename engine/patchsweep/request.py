@@ -7,16 +7,19 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.arguments import check_bridge, index_sets, whole_number
 from patchsweep.arguments import position_axis as given_positions
 from patchsweep.batch import Batch, make_batches, next_of_length, pair_shape
+from patchsweep.compute import ComputeDtype, compute_dtype_of
 from patchsweep.errors import ConfigError, ModelError, PlanError, PromptError
 from patchsweep.interventions import Direction, Intervention, ValueFn, get_intervention
 from patchsweep.metrics import Metric, MetricLike, check_rows, get_metrics
 from patchsweep.models.homes import device_of
+from patchsweep.models.quantised import check_each_row, n_parameters
 from patchsweep.pairs import PromptPairs
 from patchsweep.planner import Axes, ModelShape, SitePlan, plan_site
 from patchsweep.sites import Site, get_sites
@@ -41,6 +44,7 @@ class Request:
     read: int  # prompt position whose logits are read first; -1 is the last
     shape: ModelShape
     plans: tuple[SitePlan, ...]
+    compute_dtype: torch.dtype  # of activations and products
     source_of: Mapping[int, int] | None = None  # pair -> the pair of its source; None: itself
 
     def batches(self, numbers: Sequence[int]) -> list[Batch]:
@@ -72,6 +76,7 @@ def make_request(
     heads: Sets | Literal["all"] | None = None,
     neurons: Sets | Literal["all"] | None = None,
     read: int = -1,
+    compute_dtype: ComputeDtype = "auto",
 ) -> Request:
     """Check the arguments of a sweep and plan it; see `patchsweep.api` for their meaning.
 
@@ -92,6 +97,7 @@ def make_request(
             "prompt) or 'noising' (base is the clean prompt)"
         )
     check_metrics(model, pairs, chosen_metrics)
+    check_each_row(model)
     pair_shapes = [pair_shape(pair, direction, read) for pair in pairs]
     position_axis: tuple[int | str, ...] | None
     if positions is None:
@@ -135,6 +141,7 @@ def make_request(
         read=read,
         shape=shape,
         plans=tuple(plans),
+        compute_dtype=compute_dtype_of(model, compute_dtype),
         source_of=next_of_length(pairs) if chosen.name == "shuffle" else None,
     )
 
@@ -242,7 +249,7 @@ def model_shape(model: TransformerBridge) -> ModelShape:
         d_model=int(cfg.d_model),
         d_mlp=int(cfg.d_mlp or 0),
         d_vocab=int(cfg.d_vocab),
-        block_parameters=sum(p.numel() for p in block.parameters()),
+        block_parameters=n_parameters(block),
     )
 
 

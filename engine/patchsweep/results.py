@@ -103,6 +103,8 @@ def model_provenance(bridge: TransformerBridge, identity: Mapping[str, Any]) -> 
         "revision": getattr(config, "_commit_hash", None),
         "weights_hash": identity["model"]["weights"],
         "dtype": str(bridge.cfg.dtype).removeprefix("torch."),
+        "compute_dtype": identity["compute_dtype"],
+        "fp32_products": "full",  # no TF32, no autocast: see `arithmetic`
         "versions": dict(identity["versions"]),
     }
 

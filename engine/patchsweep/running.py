@@ -22,6 +22,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.arguments import check_bridge
+from patchsweep.arithmetic import full_arithmetic
 from patchsweep.errors import ModelError
 
 # where the libraries that build a model define the hooks that belong to it
@@ -34,7 +35,6 @@ OWN_HOOKS = (
     "transformers_modules.",  # code of a model's repository
 )
 _TABLES = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -66,7 +66,7 @@ def alone(model: TransformerBridge) -> Iterator[bool]:
 
 @contextmanager
 def running(model: TransformerBridge) -> Iterator[None]:
-    """Hold `model`, checked, with gradients possible and autocast off whatever the caller set.
+    """Hold `model`, checked, with gradients possible and fp32 products whatever the caller set.
 
     Raises:
         ModelError: see `check_state`.
@@ -76,9 +76,7 @@ def running(model: TransformerBridge) -> Iterator[None]:
         if outermost:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
-            for device in _DEVICES:
-                if torch.is_autocast_enabled(device):
-                    stack.enter_context(torch.autocast(device, enabled=False))
+            stack.enter_context(full_arithmetic())
             check_state(model)
         yield
 

@@ -94,7 +94,7 @@ def pattern_scores(
     """
     request = make_request(model, pairs, "pattern", metrics, **selection)
     check_request(request, [Atp()])
-    tape = Tape(model, [SITES["pattern"]])
+    tape = Tape(model, [SITES["pattern"]], compute_dtype=request.compute_dtype)
     shape = request.shape
     longest = int(request.plans[0].full_lengths.max())
     size = (len(request.metrics), len(pairs), shape.n_layers, shape.n_heads, longest, longest)

@@ -46,7 +46,9 @@ class Attribution:
         own = [site for site in extra.values() if site not in request.sites]
         self.sites = (*request.sites, *own)
         longest = max(int(plan.full_lengths.max()) for plan in request.plans)
-        self.tape = Tape(request.bridge, request.sites, own, longest)
+        self.tape = Tape(
+            request.bridge, request.sites, own, longest, compute_dtype=request.compute_dtype
+        )
         if any(isinstance(method, AtpStar) for method in methods):
             check_intervention(self.tape, request.sites, request.intervention)
         self._prepare()

@@ -95,11 +95,13 @@ class Tape:
         sites: Sequence[Site],
         own: Sequence[Site] = (),
         longest: int = 1,
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         """`own`: sites of a method's own, which it need not share with the bridge. `longest`:
-        tokens of the longest prompt, since masks of longer ones may be of another kind."""
+        tokens of the longest prompt, since masks of longer ones may be of another kind.
+        `compute_dtype`: what weights of 16 bits are cast to; None: they stay as they are."""
         try:
-            self.replica = Replica(bridge)
+            self.replica = Replica(bridge, compute_dtype)
             self.points = {site.name: locate(self.replica, site) for site in (*sites, *own)}
             check_attention_sites(self.replica, [self.points[site.name] for site in sites])
             dry_run(self.replica, 1, longest)
@@ -198,6 +200,7 @@ class Tape:
                 x.requires_grad_()
 
         with ExitStack() as stack:
+            stack.enter_context(self.replica.graph())
             if gradient or embeds is not None:
                 stack.enter_context(watch(self._embed, start))
             for point in watched:

@@ -31,6 +31,7 @@ class AttentionRun(AnalysisRun):
         "intervention",
         "runner",
         "precision",
+        "compute_dtype",
         "slice",
         "n_slices",
     )

@@ -75,6 +75,7 @@ def show(cost: Cost, console: Console) -> None:
         ("FLOPs", f"{cost.flops:.3g}"),
         ("seconds", f"{cost.seconds:.1f} at this device's matrix-product rate, attention left out"),
         ("values written", size(cost.result_bytes)),
+        ("arithmetic", arithmetic(cost)),
         ("weights", weights(cost.weights)),
         ("weights read", reading(cost)),
         (
@@ -98,6 +99,16 @@ def prompt(pair: PromptPair) -> str:
         tokens = [*tokens[:half], "...", *tokens[-half:]]
     answer, wrong = pair.answer_text, pair.wrong_answer_text
     return f"{' '.join(tokens)}, then {answer!r} or {wrong!r} ({len(pair)} tokens)"
+
+
+def arithmetic(cost: Cost) -> str:
+    """Such as `float32`, and what it costs where weights rest in another dtype."""
+    if not cost.cast_bytes:
+        return cost.arithmetic
+    return (
+        f"{cost.arithmetic}, {size(cost.cast_bytes)} at a time; products take "
+        f"{cost.slowdown:.1f} times as long here as with compute_dtype=model"
+    )
 
 
 def weights(found: Weights) -> str:

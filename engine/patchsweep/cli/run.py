@@ -11,6 +11,7 @@ from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.console import stdout
 from patchsweep.cli.progress import Bar
 from patchsweep.cli.stop import STOPPER
+from patchsweep.compute import sentence
 from patchsweep.config import RunConfig
 from patchsweep.store.credentials import scrub
 
@@ -42,7 +43,8 @@ def execute(config: RunConfig) -> None:
     console.print(
         f"{share}{bar.n_units} units, {bar.n_live} live patches, {bar.token_layers} token-layers "
         f"in {sum(bar.seconds.values()):.1f} s by the {provenance['runner']} runner "
-        f"({provenance['runner_reason']})"
+        f"({provenance['runner_reason']}), computed in "
+        + sentence(provenance["dtype"], provenance["compute_dtype"])
     )
     plan = told["plan"]
     live, patches = (sum(site[key] for site in plan.values()) for key in ("n_live", "n_patches"))

@@ -116,7 +116,8 @@ def recompute(
         by_unit[cell.unit].append(cell.patch)
     provenance = store.attrs["provenance"]
     low = provenance["config"]["precision"] == "bf16"
-    tolerance = TOLERANCE.get("bfloat16" if low else str(provenance["dtype"]), 1e-3)
+    dtype = provenance.get("compute_dtype", provenance["dtype"])
+    tolerance = TOLERANCE.get("bfloat16" if low else str(dtype), 1e-3)
     problems, worst, n_again = [], 0.0, 0
     ds = store.dataset()
     screened = "screen" in attributes(ds)

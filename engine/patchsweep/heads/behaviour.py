@@ -18,6 +18,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.batch import Batch, make_batches
+from patchsweep.compute import compute_dtype_of
 from patchsweep.errors import PatchsweepError
 from patchsweep.heads.optimal import Head
 from patchsweep.metrics import METRICS
@@ -55,7 +56,7 @@ class Behaviour:
     def __init__(self, model: TransformerBridge, pairs: PromptPairs, read: int) -> None:
         self.model, self.pairs, self.read = model, pairs, read
         try:
-            self.blocks = Blocks(model)
+            self.blocks = Blocks(model, compute_dtype_of(model))
             self.nodes = nodes_of(model, self.blocks.parallel())
         except Unsupported as error:
             raise unfit(model, error) from error

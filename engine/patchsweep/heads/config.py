@@ -22,6 +22,7 @@ class HeadsRun(AnalysisRun):
         "intervention",
         "direction",
         "precision",
+        "compute_dtype",
         "slice",
         "n_slices",
     )

@@ -20,6 +20,7 @@ from patchsweep.arguments import number, whole_number
 from patchsweep.attribution.check import check_model
 from patchsweep.attribution.tape import Place, Tape
 from patchsweep.batch import make_batches
+from patchsweep.compute import compute_dtype_of
 from patchsweep.errors import ConfigError
 from patchsweep.models.homes import device_of
 from patchsweep.pairs import PromptPairs
@@ -76,7 +77,8 @@ class Trainer:
     def __init__(self, model: TransformerBridge, pairs: PromptPairs, read: int, n: int) -> None:
         check_model(model)
         self.n_heads = int(model.cfg.n_heads)
-        self.tape = Tape(model, [SITES["z"], SITES["resid_pre"]])
+        sites = [SITES["z"], SITES["resid_pre"]]
+        self.tape = Tape(model, sites, compute_dtype=compute_dtype_of(model))
         self.n_prompts = min(n, len(pairs))
         device = device_of(model)
         self._batches = make_batches(pairs, range(self.n_prompts), "noising", read, device)

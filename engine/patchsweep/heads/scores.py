@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from transformer_lens.head_detector import detect_head
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.compute import compute_dtype_of
 from patchsweep.errors import ModelError
 from patchsweep.running import runs_model
 from patchsweep.tasks.ioi import NAMES, OBJECTS, PLACES
+from patchsweep.waves.casting import cast_while
 
 # class -> the name of its pattern in TransformerLens
 DETECTED = {
@@ -60,19 +62,30 @@ def detect(model: TransformerBridge) -> xr.DataArray:
     """
     found: dict[str, list[Scores]] = {name: [] for name in DETECTED}
     for text in texts(model):
-        tokens = model.to_tokens(text)
-        _, cache = model.run_with_cache(
-            tokens, remove_batch_dim=True, names_filter=lambda name: name.endswith("hook_pattern")
-        )
-        for name, pattern in DETECTED.items():
-            try:
-                scores = detect_head(model, text, pattern, cache=cache, exclude_bos=True)
-            except KeyError as error:
-                raise ModelError(
-                    f"{model.cfg.model_name} shows no attention pattern at {error}, by which "
-                    "heads are classed; use a model whose blocks all have hook_pattern"
-                ) from error
-            found[name].append(scores.float().cpu().numpy())
+        with cast_while(model, compute_dtype_of(model)):
+            scores = _detect(model, text)
+        for name in DETECTED:
+            found[name].append(scores[name])
     values = np.stack([np.mean(scores, axis=0) for scores in found.values()])
     names: Any = np.array(list(DETECTED), dtype=object)
     return xr.DataArray(values, dims=("pattern", "layer", "head"), coords={"pattern": names})
+
+
+def _detect(model: TransformerBridge, text: str) -> dict[str, Scores]:
+    """Per pattern the scores [layer, head] on one text."""
+    _, cache = model.run_with_cache(
+        model.to_tokens(text),
+        remove_batch_dim=True,
+        names_filter=lambda name: name.endswith("hook_pattern"),
+    )
+    try:
+        scores = {
+            name: detect_head(model, text, pattern, cache=cache, exclude_bos=True)
+            for name, pattern in DETECTED.items()
+        }
+    except KeyError as error:
+        raise ModelError(
+            f"{model.cfg.model_name} shows no attention pattern at {error}, by which "
+            "heads are classed; use a model whose blocks all have hook_pattern"
+        ) from error
+    return {name: values.float().cpu().numpy() for name, values in scores.items()}

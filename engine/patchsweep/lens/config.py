@@ -31,6 +31,7 @@ class LensRun(AnalysisRun):
         "method",
         "metric",
         "precision",
+        "compute_dtype",
         "slice",
         "n_slices",
     )

@@ -14,6 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from patchsweep.arguments import whole_number
 from patchsweep.attributes import flat_attributes
 from patchsweep.batch import Batch, make_batches
+from patchsweep.compute import compute_dtype_of
 from patchsweep.errors import PlanError
 from patchsweep.finite import check_finite
 from patchsweep.identity import identity_of, read_weights
@@ -33,6 +34,7 @@ from patchsweep.pairs import PromptPairs
 from patchsweep.request import check_pairs, model_shape
 from patchsweep.results import analysis_attrs
 from patchsweep.running import runs_model
+from patchsweep.waves.casting import cast_while
 
 Which = Literal["clean", "corrupted", "base", "source"]
 # tokens of prompts that run together
@@ -80,6 +82,20 @@ def lens(
     """
     asked = _asked(model, pairs, which, direction, remove, patch, top)
     attrs = _attrs(model, pairs, asked, remove, top, config)
+    # the lens reads the unembedding itself
+    with cast_while(model, compute_dtype_of(model), hold=[model.unembed]):
+        found = _read(model, pairs, asked, remove, top)
+    return found.dataset(attrs)
+
+
+def _read(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    asked: _Asked,
+    remove: Sublayer | None,
+    top: int,
+) -> _Grid:
+    """Run the prompts, and read the streams."""
     batches = _batches(model, pairs, asked.direction)
     found = _Grid(model, pairs, asked.n_runs, max(b.length for b in batches), top)
     if asked.patching is not None:
@@ -94,7 +110,7 @@ def lens(
         if remove is not None and not asked.more:
             check_removed(streams, remove, int(model.cfg.n_layers))
         found.put(1, batch, streams)
-    return found.dataset(attrs)
+    return found
 
 
 def describe(

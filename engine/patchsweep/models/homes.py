@@ -11,6 +11,9 @@ from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
+# what `accelerate` puts into a module's own attributes, so that it fetches weights when it runs
+ACCELERATE = ("_hf_hook", "_old_forward", "forward")
+
 
 @runtime_checkable
 class Stored(Protocol):

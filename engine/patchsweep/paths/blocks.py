@@ -97,13 +97,15 @@ class _Stop(Exception):
 class Blocks:
     """The blocks of `bridge`, sharing every weight with it.
 
+    Weights of 16 bits are cast to `compute_dtype`; None: they stay as they are.
+
     Raises:
         MethodError: the model's blocks cannot be taken apart.
     """
 
-    def __init__(self, bridge: TransformerBridge) -> None:
+    def __init__(self, bridge: TransformerBridge, compute_dtype: torch.dtype | None = None) -> None:
         try:
-            self.replica = Replica(bridge)
+            self.replica = Replica(bridge, compute_dtype)
             self._o = [point.module for point in locate(self.replica, SITES["z"]).points]
             self._modules = self._find(bridge)
         except Unsupported as reason:
@@ -189,6 +191,7 @@ class Blocks:
 
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(gradient))
+            stack.enter_context(self.replica.graph())
             for block in self.replica.blocks:
                 stack.callback(block.register_forward_pre_hook(entering, with_kwargs=True).remove)
             for o in self._o:
@@ -308,7 +311,8 @@ class Blocks:
         self, layer: int, z: Float[Tensor, "row pos width"]
     ) -> Float[Tensor, "row pos d_model"]:
         """What the attention gives when its heads give `z`."""
-        return first_of(self._o[layer](z))
+        with self.replica.block_at_hand(layer):
+            return first_of(self._o[layer](z))
 
     @torch.no_grad()
     def push(
@@ -343,7 +347,8 @@ class Blocks:
         single = torch.eye(n_heads, dtype=heads.dtype, device=heads.device)
         rows = torch.einsum("bphd,hg->gbphd", heads, single).flatten(-2)
         o = self._o[layer]
-        return first_of(o(rows)) - first_of(o(torch.zeros_like(rows[:1, :1, :1])))
+        with self.replica.block_at_hand(layer):
+            return first_of(o(rows)) - first_of(o(torch.zeros_like(rows[:1, :1, :1])))
 
     @torch.no_grad()
     def exact_head_writes(

@@ -19,6 +19,7 @@ class CircuitRun(AnalysisRun):
         "sites",
         "runner",
         "precision",
+        "compute_dtype",
         "slice",
         "n_slices",
         "intervention",

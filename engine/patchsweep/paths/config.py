@@ -19,6 +19,7 @@ class EdgesRun(AnalysisRun):
         "method",
         "runner",
         "precision",
+        "compute_dtype",
         "slice",
         "n_slices",
     )

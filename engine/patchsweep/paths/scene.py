@@ -13,6 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from patchsweep.arguments import whole_number
 from patchsweep.attribution.check import check_model
 from patchsweep.batch import Batch, clean_prompts, make_batches, pair_shape
+from patchsweep.compute import compute_dtype_of
 from patchsweep.errors import ConfigError, MethodError, PatchsweepError
 from patchsweep.finite import check_references
 from patchsweep.interventions import (
@@ -184,7 +185,7 @@ def scenes(question: Question, *, gradient: bool = False) -> Iterator[Scene]:
     """
     bridge = question.bridge
     try:
-        blocks = Blocks(bridge)
+        blocks = Blocks(bridge, compute_dtype_of(bridge))
         nodes = nodes_of(bridge, blocks.parallel())
     except Unsupported as error:
         raise unfit(bridge, error) from error

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 from weakref import WeakKeyDictionary
 
+import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.errors import ConfigError, ModelError, PatchsweepError, SiteError
@@ -25,7 +26,7 @@ from patchsweep.waves.plain import check_bridge
 
 log = logging.getLogger("patchsweep")
 RunnerName = Literal["auto", "wave", "hooked"]
-# largest difference in logits that rounding may explain, by dtype of the weights
+# largest difference in logits that rounding may explain, by the dtype that is computed in
 TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.3}
 
 
@@ -59,11 +60,14 @@ def choose_runner(
     wanted: RunnerName = "auto",
     max_tokens: int | None = None,
     cache_budget: int | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> Choice:
     """The wave runner where it passes the self-test at every site, else the hooked one.
 
     `wave` or `hooked` as `wanted` takes that runner without comparing. What was found is kept
-    while the process lives and the model stays as it is. A switch to hooks is logged.
+    while the process lives and the model stays as it is. A switch to hooks is logged. The runner
+    computes in `compute_dtype` (None: the model's own); the self-test takes fp32 for weights of 16
+    bits in any case, where an error is no larger than it should be.
 
     Raises:
         ConfigError: the wave runner is wanted and the model or a site does not allow it.
@@ -74,7 +78,8 @@ def choose_runner(
     sites = [plan.site for plan in plans]
     if wanted == "wave":
         try:
-            return Choice(_wave(bridge, plans, max_tokens, cache_budget), "asked for", None)
+            wave = _wave(bridge, plans, max_tokens, cache_budget, compute_dtype)
+            return Choice(wave, "asked for", None)
         except Unsupported as error:
             raise ConfigError(
                 f"runner=wave cannot run this: {error.reason}; use runner=auto or runner=hooked"
@@ -83,16 +88,16 @@ def choose_runner(
     test = _Tests(bridge, kind_of(intervention), _joint(plans))
     if wanted == "hooked":
         test.check_hooks(sites)
-        return Choice(HookedRunner(bridge, sites), "asked for", None)
+        return Choice(HookedRunner(bridge, sites, compute_dtype), "asked for", None)
     try:
-        wave = _wave(bridge, plans, max_tokens, cache_budget)
+        wave = _wave(bridge, plans, max_tokens, cache_budget, compute_dtype)
         outcomes = test.outcomes(sites)
     except Unsupported as error:
-        return _hooked(bridge, sites, test, error.reason, None)
+        return _hooked(bridge, sites, test, error.reason, None, compute_dtype)
     failed = next((o for o in outcomes.values() if not o.passed), None)
     difference = max(outcome.error for outcome in outcomes.values())
     if failed is not None:
-        return _hooked(bridge, sites, test, failed.failure, difference)
+        return _hooked(bridge, sites, test, failed.failure, difference, compute_dtype)
     # no measured number in the reason: it goes into the store, which is the same on every machine
     reason = "passes the self-test"
     if unseen := [name for name, outcome in outcomes.items() if not outcome.seen]:
@@ -151,7 +156,8 @@ class _Tests:
         if not sites:
             return
         try:
-            found = self._self_test(sites).judge(WaveRunner(self.bridge, sites))
+            test = self._self_test(sites)
+            found = test.judge(WaveRunner(self.bridge, sites, compute_dtype=test.compute_dtype))
         except NotDeadError:
             raise
         except Exception as error:
@@ -183,20 +189,32 @@ def _wave(
     plans: Sequence[SitePlan],
     max_tokens: int | None,
     cache_budget: int | None,
+    compute_dtype: torch.dtype | None,
 ) -> WaveRunner:
-    wave = WaveRunner(bridge, [p.site for p in plans], max_tokens, cache_budget=cache_budget)
+    wave = WaveRunner(
+        bridge,
+        [p.site for p in plans],
+        max_tokens,
+        cache_budget=cache_budget,
+        compute_dtype=compute_dtype,
+    )
     wave.check(plans)
     return wave
 
 
 def _hooked(
-    bridge: TransformerBridge, sites: Sequence[Site], test: _Tests, why: str, error: float | None
+    bridge: TransformerBridge,
+    sites: Sequence[Site],
+    test: _Tests,
+    why: str,
+    error: float | None,
+    compute_dtype: torch.dtype | None,
 ) -> Choice:
     """The hooked runner in the place of waves, if it can run the sites; the user is told."""
     test.check_hooks(sites)
     reason = f"the wave runner cannot: {why}"
     log.warning("runner=auto takes the hooked runner, tens of times slower than waves: %s", reason)
-    return Choice(HookedRunner(bridge, sites), reason, error)
+    return Choice(HookedRunner(bridge, sites, compute_dtype), reason, error)
 
 
 def _joint(plans: Iterable[SitePlan]) -> bool:

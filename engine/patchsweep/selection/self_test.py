@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.compute import compute_dtype_of, name_of
 from patchsweep.errors import SiteError
 from patchsweep.hooked import HookedRunner
 from patchsweep.interventions import Intervention, Prompts
@@ -38,8 +39,9 @@ from patchsweep.selection.trials import (
 from patchsweep.sites import Site
 
 # what rounding may explain: a share of a patch's effect, and a share of the spread of logits
-ERROR = {"float64": 1e-6, "float32": 2e-3}
-FLOOR = {"float64": 1e-8, "float32": 1e-4}
+# (16 bits are computed in where quantised weights leave no choice)
+ERROR = {"float64": 1e-6, "float32": 2e-3, "float16": 0.03, "bfloat16": 0.2}
+FLOOR = {"float64": 1e-8, "float32": 1e-4, "float16": 0.01, "bfloat16": 0.05}
 # effects are sought as large as the spread of logits, and one of this share is seen
 VISIBLE = 0.02
 MOST = 1e3  # by which values are amplified at once
@@ -99,7 +101,8 @@ class SelfTest:
         joint_layers: bool = False,
     ) -> None:
         self.bridge, self.sites, self.kind = bridge, tuple(sites), kind
-        dtype = str(bridge.cfg.dtype).removeprefix("torch.")
+        self.compute_dtype = compute_dtype_of(bridge)
+        dtype = name_of(self.compute_dtype)
         self.error, self.floor = ERROR.get(dtype, 2e-3), FLOOR.get(dtype, 1e-4)
         self.trials = make_trials(
             model_shape(bridge),
@@ -109,7 +112,7 @@ class SelfTest:
             device=device_of(bridge),
             joint_layers=joint_layers,
         )
-        self._referee = HookedRunner(bridge, sites)
+        self._referee = HookedRunner(bridge, sites, self.compute_dtype)
         self._intervention = self._prepared(self._referee)
         self._spread, self.factors = self._try_first()
         self._expected: list[Measured] | None = None

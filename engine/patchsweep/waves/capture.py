@@ -28,6 +28,7 @@ from patchsweep.waves.arguments import (
     with_first,
 )
 from patchsweep.waves.cache import Shelf
+from patchsweep.waves.casting import cast_while
 from patchsweep.waves.locate import SitePoint, locate
 from patchsweep.waves.replica import (
     OWN_ATTENTION,
@@ -167,7 +168,8 @@ def check_attention_sites(replica: Replica, sites: Sequence[SitePoint]) -> None:
         for name in names
         if replica.has_hook(name)
     ]
-    bridge.run_with_hooks(tokens, fwd_hooks=hooks)
+    with cast_while(bridge, replica.dtype):
+        bridge.run_with_hooks(tokens, fwd_hooks=hooks)
     for point in inside:
         for layer, x in enumerate(ours[point.site.name]):
             name = point.site.hook_name(layer)

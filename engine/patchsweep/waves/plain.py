@@ -9,7 +9,7 @@ from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-from patchsweep.models.homes import Home, device_of, home_of, is_offloaded
+from patchsweep.models.homes import ACCELERATE, Home, device_of, home_of, is_offloaded
 from patchsweep.models.wrapping import (
     check_causal,
     check_same,
@@ -62,7 +62,7 @@ class PlainModel:
         if home is not None:
             self._homes[new] = home
             # accelerate's own wrapper runs the module that it was made for, not the copy
-            for name in ("_hf_hook", "_old_forward", "forward"):
+            for name in ACCELERATE:
                 state.pop(name, None)
         for name, value in state.items():
             if name in ("_parameters", "_buffers", "_non_persistent_buffers_set"):

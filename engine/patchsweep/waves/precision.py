@@ -8,7 +8,8 @@ within the two products that it joins: fewer roundings, and fewer passes over me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from transformers.activations import GELUTanh, SiLUActivation
 from transformers.pytorch_utils import Conv1D
 
+from patchsweep.models.quantised import PLAIN
 from patchsweep.waves.layers import GatedMLP
 
 _Layer = Callable[[], tuple[Tensor, Tensor | None]]  # weight [out, in] and bias, in bf16
@@ -61,21 +63,32 @@ def _round_up(n: int) -> int:
     return -(-n // step) * step
 
 
-def use_bf16_products(blocks: Sequence[nn.Module]) -> None:
+def use_bf16_products(blocks: Sequence[nn.Module]) -> Collection[nn.Module]:
     """Let the linear layers of `blocks` (of a replica: they are changed) multiply in bf16.
 
-    Experts that keep their weights in one three-axis parameter are left in fp32.
+    Returns these layers. Others, such as experts that keep their weights in one three-axis
+    parameter, are left as they are.
     """
     cast = _Cast()  # one for all: what it keeps is as large as a wave
+    changed: set[nn.Module] = set()
     for block in blocks:
         layers: dict[nn.Module, _Layer] = {}
         for module in block.modules():
-            if isinstance(module, nn.Linear | Conv1D):
+            if _is_plain(module):
                 layers[module] = _layer(module)
                 module.forward = _product(module, cast, layers[module])  # type: ignore[method-assign]
         for module in block.modules():
             if isinstance(module, GatedMLP) and _is_fusible(module, layers):
                 module.forward = _gated(module, cast, layers)  # type: ignore[assignment, method-assign]
+        changed.update(layers)
+    return changed
+
+
+def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
+    """Whether the module multiplies by its weight and does nothing else: quantised layers are
+    linear layers too, by their class, but their weights are packed or have a scale."""
+    forward = type(module).forward
+    return forward in (nn.Linear.forward, Conv1D.forward) and module.weight.dtype in PLAIN
 
 
 def _layer(module: nn.Linear | Conv1D) -> _Layer:
@@ -94,11 +107,9 @@ def _in_bf16(module: nn.Linear | Conv1D) -> tuple[Tensor, Tensor | None]:
 
 
 def _product(module: nn.Linear | Conv1D, cast: _Cast, layer: _Layer) -> _Forward:
-    dtype = module.weight.dtype
-
     def forward(x: Tensor) -> Tensor:
         y = F.linear(cast(x), *layer())[: x.shape[:-1].numel()]
-        return y.to(dtype).view(*x.shape[:-1], y.shape[-1])
+        return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
 
     return forward
 

@@ -64,7 +64,7 @@ class Readout:
         if self.is_direct(resid):
             # the model's own norm, whatever kind it is
             final = self._final(resid)
-            unembedding, rows = self._rows_of(tokens, final.device)
+            unembedding, rows = self._rows_of(tokens, final.device, final.dtype)
             return answer_logits(final, unembedding, rows).to(resid.device)
         with self.replica.tail_at_hand():
             parts = [
@@ -134,10 +134,12 @@ class Readout:
             self._softcap,
         )
 
-    def _rows_of(self, tokens: Tensor, device: torch.device) -> tuple[Unembedding, Tensor]:
-        """The unembedding on `device`, and `tokens` as its rows.
+    def _rows_of(
+        self, tokens: Tensor, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Unembedding, Tensor]:
+        """The unembedding on `device` in `dtype`, and `tokens` as its rows.
 
-        Of one that is elsewhere only the rows of `tokens` are fetched, and numbered anew.
+        Of one that is elsewhere, or cast, only the rows of `tokens` are fetched, and numbered anew.
         """
         assert self._unembed is not None
         weight = self.replica.values_of(self._unembed, "weight")
@@ -148,12 +150,13 @@ class Readout:
         chosen, numbers = tokens.cpu().unique(return_inverse=True)
 
         def few(x: Tensor) -> Tensor:
-            return x[chosen.to(x.device)].to(device)
+            return x[chosen.to(x.device)].to(device, dtype)
 
         some = Unembedding(
             few(weight), None if bias is None else few(bias), self._scale, self._softcap
         )
-        self.replica.traffic.n_bytes += some.w_u.numel() * some.w_u.element_size()
+        if self.replica.rests_elsewhere(self._unembed):
+            self.replica.traffic.n_bytes += some.w_u.numel() * some.w_u.element_size()
         return some, numbers
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from patchsweep.errors import ModelError
 from patchsweep.heartbeat import beat
+from patchsweep.waves.casting import cast_rows, keep_no_casts, looks_up
 from patchsweep.waves.layers import leaner
 from patchsweep.waves.plain import MORE_OUTPUTS, PlainModel
 from patchsweep.waves.stations import SplitBlock, Traffic, build_stations
@@ -59,7 +60,8 @@ class Replica(PlainModel):
 
     Where `accelerate` placed the model on several devices, or keeps weights on the CPU or on disk
     until they are needed, each block is visited on its device and its weights are fetched once a
-    visit; `traffic` counts them.
+    visit; `traffic` counts them. Weights of 16 bits are cast to `dtype` in the same way, if it is
+    given: a block's while it runs.
 
     Raises:
         Unsupported: the model has no list of blocks with attention that takes
@@ -68,8 +70,9 @@ class Replica(PlainModel):
 
     blocks: tuple[nn.Module, ...]
 
-    def __init__(self, bridge: TransformerBridge) -> None:
+    def __init__(self, bridge: TransformerBridge, dtype: torch.dtype | None = None) -> None:
         super().__init__(bridge, ATTENTION)
+        self.dtype: torch.dtype = dtype or bridge.cfg.dtype  # of activations
         self._hooks = bridge.hook_dict
         self._names: dict[int, list[str]] = defaultdict(list)  # hook point -> its names
         for name, hook in self._hooks.items():
@@ -84,9 +87,17 @@ class Replica(PlainModel):
                 raise Unsupported(f"block {layer} mixes tokens by a convolution, not by attention")
         self._attentions = tuple(self._attention_of(i) for i in range(len(self.blocks)))
         try:
-            self._stations = build_stations(self.model, self.blocks, self._homes, self.traffic)
+            cast = None if self.dtype == bridge.cfg.dtype else self.dtype
+            self._stations = build_stations(
+                self.model, self.blocks, self._homes, self.traffic, cast
+            )
         except SplitBlock as error:
             raise Unsupported(str(error)) from None
+        for module, station in [*self._stations.items()]:
+            if module not in self._homes and looks_up(module, station):
+                cast_rows(module, *self._stations.pop(module).away)
+            else:
+                station.serve(module)
 
     @property
     def n_layers(self) -> int:
@@ -128,10 +139,36 @@ class Replica(PlainModel):
                     return parent, name, child
         raise Unsupported("the model keeps its blocks in no list")
 
+    @contextmanager
+    def block_at_hand(self, layer: int) -> Iterator[None]:
+        """Keep the weights of a block fetched, for calls of modules inside it."""
+        station = self._stations.get(self.blocks[layer])
+        if station is None:
+            yield
+            return
+        station.fetch()
+        try:
+            yield
+        finally:
+            station.release()
+
     def is_away(self, module: nn.Module) -> bool:
-        """Whether weights of one of the plain modules are elsewhere until it runs."""
+        """Whether weights of one of the plain modules are elsewhere, or cast, until it runs."""
         station = self._stations.get(module)
         return station is not None and bool(station.away)
+
+    def rests_elsewhere(self, module: nn.Module) -> bool:
+        """Whether weights of one of the plain modules come from elsewhere when it runs."""
+        return self.is_away(module) and self._stations[module].n_bytes > 0
+
+    def cast_no_weights_of(self, modules: Collection[nn.Module]) -> None:
+        """Let weights that rest with `modules` be as they are while those run."""
+        for station in self._stations.values():
+            station.leave(modules)
+
+    def graph(self) -> AbstractContextManager[Any]:
+        """Forward passes inside it are differentiated, and keep no weights that were cast."""
+        return keep_no_casts(self._stations.values())
 
     def values_of(self, module: nn.Module, name: str) -> Tensor | None:
         """The values of a weight of one of the plain modules, where they are: nothing is fetched.

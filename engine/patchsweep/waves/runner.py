@@ -54,7 +54,8 @@ class WaveRunner:
 
     Activations of the present batches stay in memory up to `cache_budget` bytes (None: a share of
     what is free); what exceeds it lies in memory-mapped files, see `cache`.
-    Exact in the model's own precision; `precision="bf16"` multiplies in bf16 (see `precision`).
+    Exact in the model's own precision, or in `compute_dtype`, to which weights of 16 bits are cast
+    block by block; `precision="bf16"` multiplies in bf16 (see `precision`).
 
     Raises:
         Unsupported: the model or one of `sites` cannot be run this way.
@@ -70,11 +71,13 @@ class WaveRunner:
         max_tokens: int | None = None,
         precision: Precision = "model",
         cache_budget: int | None = None,
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         keep_wave_memory(bridge)
-        self.replica = Replica(bridge)
+        self.replica = Replica(bridge, compute_dtype)
         if precision == "bf16":
-            use_bf16_products(self.replica.blocks)
+            # in the dtype that they rest in, or cast once
+            self.replica.cast_no_weights_of(use_bf16_products(self.replica.blocks))
         self.points: dict[str, SitePoint] = {s.name: locate(self.replica, s) for s in sites}
         check_attention_sites(self.replica, [*self.points.values()])
         self.readout = Readout(self.replica)

@@ -1,0 +1,104 @@
+"""Quantised models: which of their modules multiply by code of their own, and what that forbids."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.errors import ConfigError, ModelError
+
+PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# what libraries that keep packed weights in buffers call them
+_PACKED_BUFFERS = ("qweight", "weight_packed", "W_q")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A module whose weights are no plain numbers."""
+
+    name: str
+    kind: str  # its class
+    dtype: torch.dtype  # of what it stores
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.name} is a {self.kind} with packed weights ({dtype})"
+
+
+def packed_modules(bridge: TransformerBridge) -> Iterator[Packed]:
+    """The modules of `bridge` with quantised weights, in the order of the forward pass."""
+    for name, module in bridge.original_model.named_modules():
+        stored = [p.dtype for p in module._parameters.values() if p is not None]
+        stored += [
+            b.dtype
+            for key, b in module._buffers.items()
+            if b is not None and key in _PACKED_BUFFERS
+        ]
+        odd = [dtype for dtype in stored if dtype not in PLAIN]
+        if odd:
+            yield Packed(_plain(name), type(module).__name__, odd[0])
+
+
+def _plain(name: str) -> str:
+    """The name of a module in the Hugging Face model, without the bridge's wrappers."""
+    return name.replace("_original_component.", "").removesuffix("._original_component")
+
+
+def first_packed(bridge: TransformerBridge) -> Packed | None:
+    """The first of `packed_modules`; None if the model is not quantised."""
+    return next(packed_modules(bridge), None)
+
+
+def check_each_row(bridge: TransformerBridge) -> None:
+    """See that each row of a batch is computed by itself.
+
+    Raises:
+        ModelError: LLM.int8 looks for outlier columns over all rows of a batch.
+    """
+    for name, module in bridge.original_model.named_modules():
+        if type(module).__name__ != "Linear8bitLt":
+            continue
+        state = getattr(module, "state", None)
+        if float(getattr(state, "threshold", math.inf)) > 0:
+            raise ModelError(
+                f"{_plain(name)} is a Linear8bitLt, which looks for "
+                "outlier columns over all rows of a batch: a patch's value would depend on the "
+                "patches that share its batch, so no value is exact; load the model in NF4, in "
+                "bfloat16, or with llm_int8_threshold=0"
+            )
+
+
+def check_hooks(bridge: TransformerBridge) -> None:
+    """See that the bridge, by whose hooks patches may be run, can run at all.
+
+    Raises:
+        ConfigError: it casts what attention gives to 8 bits.
+    """
+    for layer, block in enumerate(bridge.blocks):
+        o = getattr(getattr(block, "attn", None), "o", None)
+        weight = getattr(getattr(o, "original_component", None), "weight", None)
+        dtype = weight.dtype if isinstance(weight, torch.Tensor) else torch.float32
+        if dtype.is_floating_point and dtype not in PLAIN:
+            raise ConfigError(
+                f"the weights behind block {layer}'s attention are {dtype}, to which the bridge "
+                "casts what attention gives, so its hooks cannot run this model; use runner=wave"
+            )
+
+
+def n_parameters(block: nn.Module) -> int:
+    """The weights of a block: of quantised linear layers as many as they stand for."""
+    total = 0
+    for module in block.modules():
+        own = [p for p in module._parameters.values() if p is not None]
+        if isinstance(module, nn.Linear):
+            bias = module._parameters.get("bias")
+            total += module.in_features * module.out_features
+            total += 0 if bias is None else bias.numel()
+        else:
+            total += sum(p.numel() for p in own)
+    return total
