@@ -279,6 +279,7 @@ class RunConfig:
     runner: RunnerConfig = MISSING
     intervention: str = "resample"  # resample, zero, mean, mean_all, mean_label or shuffle
     direction: str | None = None  # denoising or noising; null: what suits the intervention
+    means_from: str | None = None  # JSONL of the pairs that means are taken over; null: the task's
     precision: str = "model"  # model: the weights' dtype; bf16: bf16 products, proven in the run
     slice: int = 0  # this process does every n_slices-th bundle of units, from this one on
     n_slices: int = 1
@@ -294,6 +295,17 @@ class RunConfig:
             "neurons": self.sites.neurons,
             "read": self.metric.read,
         }
+
+    def reference(self, model: TransformerBridge) -> PromptPairs | None:
+        """The pairs that means are taken over, read as the task's own are; None: the task's."""
+        if self.means_from is None:
+            return None
+        read = FileTask(
+            path=self.means_from,
+            multi_token=getattr(self.task, "multi_token", False),
+            prepend_bos=getattr(self.task, "prepend_bos", None),
+        )
+        return read.load(model)
 
     def identity(self) -> dict[str, Any]:
         """What the run is: the same in every slice, and kept in the store's provenance."""
@@ -385,6 +397,7 @@ def from_identity(config: Mapping[str, Any]) -> RunConfig:
             store=StoreConfig(path=""),
             intervention=config["intervention"],
             direction=config["direction"],
+            means_from=config.get("means_from"),
             precision=config["precision"],
         )
     except (KeyError, TypeError):
@@ -399,5 +412,10 @@ def request_of(config: RunConfig) -> Request:
     model = config.model.load()
     pairs = config.task.load(model)
     return make_request(
-        model, pairs, config.sites.names, config.metric.metrics(), **config.selection()
+        model,
+        pairs,
+        config.sites.names,
+        config.metric.metrics(),
+        **config.selection(),
+        means_from=config.reference(model),
     )

@@ -31,6 +31,7 @@ class AttentionRun(AnalysisRun):
         "intervention",
         "runner",
         "precision",
+        "means_from",
         "slice",
         "n_slices",
     )

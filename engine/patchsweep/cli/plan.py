@@ -33,7 +33,12 @@ def job(cfg: DictConfig) -> None:
     model = config.model.sketch()
     pairs = config.task.load(model)
     request = make_request(
-        model, pairs, config.sites.names, config.metric.metrics(), **config.selection()
+        model,
+        pairs,
+        config.sites.names,
+        config.metric.metrics(),
+        **config.selection(),
+        means_from=config.reference(model),
     )
     asked = get_asked(config.method.asked())
     if asked.methods:

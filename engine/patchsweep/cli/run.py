@@ -41,6 +41,7 @@ def execute(config: RunConfig) -> None:
             config.sites.names,
             config.metric.metrics(),
             **config.selection(),
+            means_from=config.reference(model),
             method=config.method.asked(),
             store=config.store.path,
             storage_options=config.store.storage_options,

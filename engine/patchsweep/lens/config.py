@@ -31,6 +31,7 @@ class LensRun(AnalysisRun):
         "method",
         "metric",
         "precision",
+        "means_from",
         "slice",
         "n_slices",
     )
