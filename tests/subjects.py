@@ -21,6 +21,20 @@ def model(name: str) -> TransformerBridge:
 
 
 @cache
+def reference_pairs(name: str) -> PromptPairs:
+    """Four pairs as long as the demo pair, with other names: prompts to take means over."""
+    names = [("Paul", "Anna"), ("Tom", "Lucy"), ("James", "Emma"), ("Peter", "Alice")]
+    both = [[t.replace("John", a).replace("Mary", b) for t in (CLEAN, CORRUPTED)] for a, b in names]
+    clean, corrupted = (list(column) for column in zip(*both, strict=True))
+    return PromptPairs.from_strings(
+        model(name),
+        clean=clean,
+        corrupted=corrupted,
+        answers=[(f" {b}", f" {a}") for a, b in names],
+    )
+
+
+@cache
 def demo_pairs(name: str) -> PromptPairs:
     return PromptPairs.from_strings(
         model(name), clean=[CLEAN], corrupted=[CORRUPTED], answers=[(" Mary", " John")]

@@ -110,7 +110,7 @@ def test_estimates_of_a_small_step_are_its_effect() -> None:
 
 
 def test_mean_ablation_uses_the_mean_of_the_clean_prompts() -> None:
-    pairs = pairs_of(NAME, 3)
+    pairs = pairs_of(NAME, 4)
     ds = ps.sweep(
         model(NAME),
         pairs,

@@ -16,12 +16,20 @@ from patchsweep.attributes import attributes
 from patchsweep.attribution import IntegratedInputs
 from patchsweep.cli.main import EXIT_MISTAKE, main
 from patchsweep.errors import ConfigError, MethodError, PatchsweepError, PlanError
+from patchsweep.interventions import Custom
 from patchsweep.models.tiny import tiny_model
 from patchsweep.pairs import PromptPairs
 from patchsweep.paths.ablate import run_edges, run_nodes
 from patchsweep.paths.blocks import frozen
 from patchsweep.paths.circuits import circuit
-from patchsweep.paths.growth import areas, connected, rank_greedy, rank_top, sizes_of
+from patchsweep.paths.growth import (
+    areas,
+    connected,
+    rank_greedy,
+    rank_top,
+    sizes_of,
+    strength_of,
+)
 from patchsweep.paths.nodes import Nodes, Reader
 from patchsweep.paths.scene import Scene, ask, scenes
 from patchsweep.paths.scores import circuit_scores
@@ -234,9 +242,14 @@ def test_mean_ablation_equals_hooks(family: str) -> None:
     name = f"tiny:{family}"
     pairs = PromptPairs.from_strings(
         model(name),
-        clean=[CLEAN, CORRUPTED],
-        corrupted=[CORRUPTED, CLEAN],
-        answers=[(" Mary", " John"), (" John", " Mary")],
+        clean=[CLEAN, CORRUPTED, CLEAN.replace("milk", "drink"), CLEAN.replace("shops", "park")],
+        corrupted=[
+            CORRUPTED,
+            CLEAN,
+            CORRUPTED.replace("milk", "drink"),
+            CORRUPTED.replace("shops", "park"),
+        ],
+        answers=[(" Mary", " John"), (" John", " Mary"), (" Mary", " John"), (" Mary", " John")],
     )
     scene = scene_of(name, pairs, ablation="mean")
     edges = random_edges(scene.nodes, [0.3, 0.7])
@@ -355,11 +368,12 @@ def test_smollm2_circuits_equal_hooks_and_formulas() -> None:
 # --- growth, sizes, areas ---
 
 
-def test_greedy_growth_takes_the_largest_edge_that_leads_to_the_logits() -> None:
+@pytest.mark.parametrize("rank_by", ["size", "signed"])
+def test_greedy_growth_takes_the_foremost_edge_that_leads_to_the_logits(rank_by: Any) -> None:
     nodes = Nodes(n_layers=2, n_heads=4, n_kv_heads=2, parallel=(False, True))
     scores = np.random.default_rng(3).normal(size=nodes.possible.shape)
     scores[~nodes.possible] = np.nan
-    ranks = rank_greedy(nodes, scores)
+    ranks = rank_greedy(nodes, strength_of(scores, rank_by))
     assert sorted(ranks[nodes.possible]) == [*range(nodes.n_edges)]
     # the same by looking at all edges each time
     kept = np.zeros_like(nodes.possible)
@@ -377,7 +391,8 @@ def test_greedy_growth_takes_the_largest_edge_that_leads_to_the_logits() -> None
             for reader in nodes.readers
         ]
         free = nodes.possible & ~kept & np.array(open_readers)
-        best = np.unravel_index(np.argmax(np.where(free, np.abs(scores), -1)), free.shape)
+        strength = np.abs(scores) if rank_by == "size" else -scores
+        best = np.unravel_index(np.argmax(np.where(free, strength, -np.inf)), free.shape)
         assert ranks[best] == turn
         kept[best] = True
 
@@ -397,9 +412,12 @@ def test_connected_keeps_whole_ways_alone() -> None:
     assert np.array_equal(connected(nodes, keep), whole)
 
 
-def test_ranks_go_by_size_and_ties_to_the_earlier() -> None:
-    scores = np.array([0.5, -2.0, np.nan, 0.5, 0.0])
-    assert rank_top(scores).tolist() == [1, 0, -1, 2, 3]
+@pytest.mark.parametrize(
+    ("rank_by", "ranks"), [("size", [1, 0, -1, 2, 4, 3]), ("signed", [3, 0, -1, 4, 2, 1])]
+)
+def test_ranks_go_by_size_or_by_sign_and_ties_to_the_earlier(rank_by: Any, ranks: list) -> None:
+    scores = np.array([0.5, -2.0, np.nan, 0.5, 0.0, -0.1])
+    assert rank_top(strength_of(scores, rank_by)).tolist() == ranks
 
 
 def test_sizes_are_shares_or_numbers() -> None:
@@ -484,6 +502,10 @@ def test_scores_of_other_pairs_rank_these() -> None:
         ({"method": "relp"}, MethodError, "use eap"),
         ({"ablation": "shuffle"}, MethodError, "shuffle"),
         ({"ablation": "noise"}, ConfigError, "noise"),
+        ({"ablation": "mean"}, ConfigError, "17 tokens: 1 .pair 0 needs it.*means_from"),
+        ({"means_from": "pairs.jsonl"}, ConfigError, "means_from is for the interventions mean"),
+        ({"rank_by": "sign"}, PlanError, "use size or signed"),
+        ({"rank_by": "signed", "metrics": "kl_base"}, PlanError, "kl_base is smaller where"),
     ],
 )
 def test_mistakes_end_before_anything_runs(
@@ -581,3 +603,32 @@ def test_page_escapes_tokens_and_tells_of_what_is_missing() -> None:
     assert "No circuit that was run keeps 0.8" in page
     same = ds.assign(faithfulness=ds["faithfulness"] * np.nan).assign_attrs(cpr={}, cmd={})
     assert "there is no such share" in build(same)
+
+
+def test_faithfulness_of_an_ablation_that_changes_nothing_is_no_number() -> None:
+    own = Custom(lambda site, layer, base, source: base)  # as a mean of one prompt would be
+    name = "tiny:llama"
+    for level in ("nodes", "edges"):
+        ds = circuit(model(name), demo_pairs(name), ablation=own, level=level, sizes=[0.1, 1])
+        assert np.isnan(ds["faithfulness"]).all()
+        assert np.isnan(ds["completeness"]).all()
+        told = attributes(ds)
+        assert told["cpr"] == {} == told["cmd"]
+        assert "within rounding" in told["undefined"]["logit_diff"]
+        assert "There is no faithfulness: m(clean) - m(empty) is " in build(ds)
+    real = circuit(model(name), demo_pairs(name), sizes=[0.1, 1])
+    assert attributes(real)["undefined"] == {}
+    assert np.isfinite(real["faithfulness"]).all()
+
+
+def test_signed_circuits_take_what_the_metric_falls_without_first() -> None:
+    name = "tiny:llama"
+    given = {"level": "nodes", "sizes": [3, 5, 8]}
+    size, signed = (
+        circuit(model(name), demo_pairs(name), rank_by=how, **given) for how in ("size", "signed")
+    )
+    xr.testing.assert_equal(size["score"], signed["score"])
+    order = np.argsort(signed["score"].values, kind="stable")
+    assert signed["rank"].values[order].tolist() == [*range(len(order))]
+    assert not np.array_equal(size["rank"], signed["rank"])
+    assert (size.attrs["rank_by"], signed.attrs["rank_by"]) == ("size", "signed")

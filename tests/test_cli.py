@@ -261,7 +261,7 @@ def test_status_and_verify_tell_incomplete_by_their_exit_codes(
 @pytest.mark.parametrize(
     "words",
     [
-        ["intervention=mean", "sites=[z,mlp_out]"],
+        ["intervention=mean_all", "sites=[z,mlp_out]"],
         ["direction=noising", "sites=[q,k,v]", "metric=[prob,logit]"],
         ["sites=z", "sites.positions=all", "sites.heads=[[0,1],2]"],
         ["sites=resid_post", "sites.layers=[1,[0,2]]", "sites.positions=[S2,end]"],

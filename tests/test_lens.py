@@ -12,9 +12,10 @@ import torch
 import xarray as xr
 from patchsweep.attributes import attributes
 from patchsweep.errors import MethodError, PlanError
+from patchsweep.interventions import Mean
 from patchsweep.lens import Patch, describe, lens, sublayers
 from patchsweep.pairs import PromptPairs
-from subjects import CLEAN, CORRUPTED, demo_pairs, model
+from subjects import CLEAN, CORRUPTED, demo_pairs, model, reference_pairs
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.analysis.logit_lens import logit_lens
 
@@ -198,8 +199,10 @@ def check_patched(name: str, hook: str, patch: Patch) -> None:
 
 @pytest.mark.parametrize("site", ["resid_post", "v", "q", "resid_mid", "z", "result", "embed"])
 @pytest.mark.parametrize("intervention", ["resample", "mean", "zero"])
-def test_the_end_of_a_patched_run_is_the_value_of_the_sweep(site: str, intervention: str) -> None:
+def test_the_end_of_a_patched_run_is_the_value_of_the_sweep(site: str, intervention: Any) -> None:
     bridge, pairs = model("tiny:llama"), demo_pairs("tiny:llama")
+    if intervention == "mean":
+        intervention = Mean(reference=reference_pairs("tiny:llama"))
     layer = None if site == "embed" else 1
     head = 1 if site in ("q", "v", "z", "result") else None
     swept = patchsweep.sweep(

@@ -362,13 +362,13 @@ def test_pairs_of_several_lengths_equal_each_alone() -> None:
 
 
 def test_mean_ablated_edges_read_the_mean_of_the_clean_prompts() -> None:
-    name = "tiny:gpt2"
-    bridge = model(name)
+    names = ["Mary", "Anna", "Lucy", "Emma"]
+    bridge = model("tiny:gpt2")
     pairs = PromptPairs.from_strings(
         bridge,
-        clean=[CLEAN, CLEAN.replace("Mary", "Anna")],
-        corrupted=[CORRUPTED, CORRUPTED.replace("Mary", "Anna")],
-        answers=[(" Mary", " John"), (" Anna", " John")],
+        clean=[CLEAN.replace("Mary", name) for name in names],
+        corrupted=[CORRUPTED.replace("Mary", name) for name in names],
+        answers=[(f" {name}", " John") for name in names],
     )
     found = exact_edges(bridge, pairs, ["m0->logits"], intervention="mean")
     tokens = torch.tensor([pair.clean for pair in pairs])

@@ -15,7 +15,7 @@ from patchsweep.models import TINY_FAMILIES
 from patchsweep.request import make_request
 from patchsweep.sites import SITES
 from patchsweep.waves import Unsupported, WaveRunner
-from subjects import demo_pairs, model
+from subjects import demo_pairs, model, reference_pairs
 
 # fp32 logits of order 10 carry about 1e-6 each; a dozen products and norms stay far below this
 TOLERANCE = 1e-4
@@ -37,6 +37,7 @@ def _setup(family: str, site: str, intervention: str, direction: str | None, **s
         site,
         direction=direction,
         intervention=intervention,
+        means_from=reference_pairs(f"tiny:{family}") if intervention == "mean" else None,
         **selection,
     )
     batch = make_batches(request.pairs, [0], request.direction, request.read, torch.device("cpu"))[

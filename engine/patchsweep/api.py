@@ -27,6 +27,7 @@ from patchsweep.interventions import Direction, Intervention, Reader, ValueFn
 from patchsweep.means import keep_means
 from patchsweep.pairs import PromptPairs
 from patchsweep.proof import ProvenWork, check_proof, proof_variables
+from patchsweep.reference import MeansFrom
 from patchsweep.request import MetricLike, Positions, Request, Sets, make_request
 from patchsweep.results import Memory, make_layout
 from patchsweep.running import runs_model
@@ -60,6 +61,7 @@ def sweep(
     heads: Sets | Literal["all"] | None = None,
     neurons: Sets | Literal["all"] | None = None,
     read: int = -1,
+    means_from: MeansFrom = None,
     method: MethodLike | Sequence[MethodLike] = "exact",
     store: str | Path | None = None,
     storage_options: Mapping[str, Any] | None = None,
@@ -91,6 +93,10 @@ def sweep(
         positions: indices, labels of the pairs (a label's whole span is one patch), or `"all"`
             for one patch over all positions, which drops the pos dim. Default: each position.
         read: prompt position whose logits the metrics read; default the last.
+        means_from: pairs, or a JSONL file of them, over whose clean prompts the means of
+            `intervention` mean, mean_all or mean_label are taken. Default: the pairs swept. Each
+            mean needs four prompts of the pair's length (mean_all: positions; mean_label:
+            positions of the label).
         method: `exact`, or attribution: `atp`, `atp_star`, `ig`, `relp` and the others of
             `patchsweep.attribution.METHODS`; several at once share a Dataset. The variable
             `<site>_<method>` then holds the estimate of metric(patched) - metric(base).
@@ -129,6 +135,7 @@ def sweep(
         neurons=neurons,
         read=read,
         compute_dtype=compute_dtype,
+        means_from=means_from,
     )
     share = Share(slice_index, n_slices)
     asked = _check_settings(

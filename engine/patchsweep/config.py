@@ -279,6 +279,7 @@ class RunConfig:
     runner: RunnerConfig = MISSING
     intervention: str = "resample"  # resample, zero, mean, mean_all, mean_label or shuffle
     direction: str | None = None  # denoising or noising; null: what suits the intervention
+    means_from: str | None = None  # JSONL of the pairs that means are taken over; null: the task's
     precision: str = "model"  # model: the weights' dtype; bf16: bf16 products, proven in the run
     # auto: float32 for weights of 16 bits, else their own dtype; float32; or model: their own
     compute_dtype: str = "auto"
@@ -298,12 +299,13 @@ class RunConfig:
             "compute_dtype": self.compute_dtype,
         }
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self, model: TransformerBridge) -> dict[str, Any]:
         """What `sweep` and `plan` take besides model, pairs and what is kept of the config."""
         return {
             "sites": self.sites.names,
             "metrics": self.metric.metrics(),
             **self.selection(),
+            "means_from": self.reference(model),
             "method": self.method.asked(),
             "store": self.store.path,
             "storage_options": self.store.storage_options,
@@ -314,6 +316,17 @@ class RunConfig:
             "cache_budget": self.runner.cache_bytes,
             "precision": self.precision,
         }
+
+    def reference(self, model: TransformerBridge) -> PromptPairs | None:
+        """The pairs that means are taken over, read as the task's own are; None: the task's."""
+        if self.means_from is None:
+            return None
+        read = FileTask(
+            path=self.means_from,
+            multi_token=getattr(self.task, "multi_token", False),
+            prepend_bos=getattr(self.task, "prepend_bos", None),
+        )
+        return read.load(model)
 
     def identity(self) -> dict[str, Any]:
         """What the run is: the same in every slice, and kept in the store's provenance."""
@@ -405,6 +418,7 @@ def from_identity(config: Mapping[str, Any]) -> RunConfig:
             store=StoreConfig(path=""),
             intervention=config["intervention"],
             direction=config["direction"],
+            means_from=config.get("means_from"),
             precision=config["precision"],
             compute_dtype=config.get("compute_dtype", "model"),  # as stores of 0.1 were computed
         )
@@ -420,5 +434,10 @@ def request_of(config: RunConfig) -> Request:
     model = config.model.load()
     pairs = config.task.load(model)
     return make_request(
-        model, pairs, config.sites.names, config.metric.metrics(), **config.selection()
+        model,
+        pairs,
+        config.sites.names,
+        config.metric.metrics(),
+        **config.selection(),
+        means_from=config.reference(model),
     )

@@ -228,7 +228,10 @@ def intervention_words(intervention: Intervention) -> str:
     if type(intervention) is Custom and not callable(intervention.value):
         return f"constant {_constant(intervention.value)}"
     if type(intervention) is Mean:
-        return MEAN_NAMES[intervention.per]
+        name, reference = MEAN_NAMES[intervention.per], intervention.reference
+        if reference is None:  # over the run's own prompts, which the identity holds
+            return name
+        return f"{name} over {len(reference)} prompts, {_hash(prompts_identity(reference))[:16]}"
     if type(intervention) in (Resample, Zero, Shuffle):
         return type(intervention).__name__.lower()
     parameters: dict[str, Any] = {}

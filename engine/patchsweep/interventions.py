@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from patchsweep.errors import ConfigError
+from patchsweep.pairs import PromptPair, PromptPairs
 from patchsweep.sites import Site
 
 Direction = Literal["denoising", "noising"]
@@ -119,7 +120,7 @@ MEAN_NAMES = {"position": "mean", "all": "mean_all", "label": "mean_label"}
 
 @dataclass
 class Mean:
-    """The mean over the sweep's clean prompts.
+    """The mean over clean prompts: those of the sweep, or those of `reference`.
 
     `per="position"`: over prompts of the same length, position by position.
     `per="all"`: over every position of every prompt.
@@ -131,6 +132,7 @@ class Mean:
     name: str = ""  # default: that of `per`, so that a store tells the three apart
     from_source: bool = False
     default_direction: Direction = "noising"
+    reference: PromptPairs | None = None  # None: the sweep's own pairs
     kept: MeansKept | None = field(default=None, repr=False)  # None: computed by each process
     _means: dict[MeanKey, Tensor] = field(default_factory=dict, repr=False)
 
@@ -148,6 +150,8 @@ class Mean:
             ConfigError: means by label, and no pair has labels.
             StoreError: kept means are damaged.
         """
+        if self.reference is not None:
+            prompts = _reference_prompts(self.reference, prompts[0].tokens.device)
         if self.per == "label" and not any(spans for group in prompts for spans in group.spans):
             raise ConfigError("mean per='label' needs labelled pairs; use per='position' or 'all'")
 
@@ -173,6 +177,22 @@ class Mean:
             for label, (first, stop) in longest_first:
                 values[row, first:stop] = mean(label)
         return values
+
+
+def _reference_prompts(pairs: Sequence[PromptPair], device: torch.device) -> list[Prompts]:
+    """The clean prompts of `pairs`, one entry for each length, as they run: with their answers'
+    tokens but the last."""
+    groups: dict[int, list[tuple[tuple[int, ...], Spans]]] = {}
+    for pair in pairs:
+        tokens = (*pair.clean, *pair.answer[:-1])
+        groups.setdefault(len(tokens), []).append((tokens, pair.labels))
+    return [
+        Prompts(
+            torch.tensor([tokens for tokens, _ in group], device=device),
+            tuple(spans for _, spans in group),
+        )
+        for group in groups.values()
+    ]
 
 
 def _means(per: str, prompts: Sequence[Prompts], activations: Activations) -> dict[MeanKey, Tensor]:

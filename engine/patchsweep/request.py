@@ -22,6 +22,7 @@ from patchsweep.models.homes import device_of
 from patchsweep.models.quantised import check_each_row, n_parameters
 from patchsweep.pairs import PromptPairs
 from patchsweep.planner import Axes, ModelShape, SitePlan, plan_site
+from patchsweep.reference import MeansFrom, check_means, with_reference
 from patchsweep.sites import Site, get_sites
 from patchsweep.tokens import context_size
 
@@ -77,6 +78,7 @@ def make_request(
     neurons: Sets | Literal["all"] | None = None,
     read: int = -1,
     compute_dtype: ComputeDtype = "auto",
+    means_from: MeansFrom = None,
 ) -> Request:
     """Check the arguments of a sweep and plan it; see `patchsweep.api` for their meaning.
 
@@ -88,7 +90,8 @@ def make_request(
     check_pairs(model, pairs)
     chosen_sites = get_sites(sites)
     chosen_metrics = get_metrics(metrics)
-    chosen = get_intervention(intervention)
+    chosen = with_reference(get_intervention(intervention), means_from, model)
+    check_means(chosen, pairs, chosen_sites)
     if direction is None:
         direction = chosen.default_direction
     if direction not in ("denoising", "noising"):

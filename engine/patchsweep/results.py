@@ -14,6 +14,7 @@ from patchsweep.attributes import flat_attributes
 from patchsweep.batch import base_and_source
 from patchsweep.identity import identity_of, request_settings
 from patchsweep.planner import SitePlan
+from patchsweep.reference import means_attrs
 from patchsweep.request import Request, blocks_of
 from patchsweep.selection import Choice
 from patchsweep.store import Layout, Unit, Variable
@@ -58,6 +59,7 @@ def make_layout(
             "method": "exact",
             "direction": request.direction,
             "intervention": request.intervention.name,
+            **means_attrs(request.intervention, request.pairs, request.sites),
             "precision": precision,
             IDENTITY: identity,
             "provenance": {

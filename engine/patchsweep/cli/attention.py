@@ -32,6 +32,7 @@ class AttentionRun(AnalysisRun):
         "runner",
         "precision",
         "compute_dtype",
+        "means_from",
         "slice",
         "n_slices",
     )

@@ -53,6 +53,8 @@ def execute(config: CircuitRun) -> None:
         "growth": config.growth,
         "sizes": config.sizes,
         "ablation": config.ablation,
+        "rank_by": config.rank_by,
+        "means_from": config.reference(model),
         "read": config.metric.read,
         "config": config.identity(),
     }
@@ -68,6 +70,8 @@ def execute(config: CircuitRun) -> None:
         if metric in told["cpr"]:
             cpr, cmd = (float(told[name][metric]) for name in ("cpr", "cmd"))
             console.print(f"{metric}: CPR {cpr:.3f} (more is better), CMD {cmd:.3f} (0 is best)")
+        if reason := told.get("undefined", {}).get(metric):
+            console.print(f"{metric}: faithfulness is not defined: {reason}")
     say_where(console, config.store, known)
 
 

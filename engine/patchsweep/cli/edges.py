@@ -54,6 +54,7 @@ def execute(config: EdgesRun) -> None:
         "intervention": config.intervention,
         "steps": config.steps,
         "positions": config.positions,
+        "means_from": config.reference(model),
         "read": config.metric.read,
         "config": config.identity(),
     }

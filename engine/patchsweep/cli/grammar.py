@@ -31,7 +31,7 @@ _MAIN_KEYS = {
     "store": "store.path",
 }
 _PROMPTS = tuple(f"task.{name}" for name in REQUIRED)
-_OPTIONAL_PATHS = ("model.revision", "model.offload_folder")
+_OPTIONAL_PATHS = ("model.revision", "model.offload_folder", "means_from")
 _PATHS = ("model.name", "task.path", "store.path", *_OPTIONAL_PATHS)
 # what sweeps over values in Hydra's grammar, where -m asks for a sweep
 _SWEEP = re.compile(r"(choice|glob|interval|range|shuffle|sort|tag)\(.*\)", re.DOTALL)

@@ -53,6 +53,7 @@ def execute(config: HeadsRun) -> None:
         "optimal": config.optimal,
         "thresholds": config.thresholds,
         "read": config.metric.read,
+        "means_from": config.reference(model),
         "runner": config.runner.name,
         "max_tokens": config.runner.max_tokens,
         "config": config.identity(),

@@ -26,6 +26,7 @@ from patchsweep.heads.optimal import Constants, Head, OptimalSettings, Trainer
 from patchsweep.interventions import Custom, Intervention, Mean, Resample, Zero
 from patchsweep.metrics import METRICS, Metric
 from patchsweep.pairs import PromptPairs
+from patchsweep.reference import with_reference
 from patchsweep.request import Positions, Request, make_request
 from patchsweep.selection import RunnerName
 from patchsweep.sites import Site
@@ -59,6 +60,7 @@ class Ask:
     runner: RunnerName
     max_tokens: int | None
     optimal: OptimalSettings | None
+    reference: PromptPairs | None  # whose clean prompts means are taken over; None: `pairs`
 
     @property
     def measured(self) -> tuple[Metric, ...]:
@@ -103,9 +105,11 @@ def prepare(ask: Ask) -> Trainer | None:
     Raises:
         PatchsweepError: an argument breaks a rule, or the model takes no gradients.
     """
-    request = _request(ask, Resample())
-    if "mean_label" in ask.ablations and not any(pair.labels for pair in request.pairs):
+    _request(ask, Resample())
+    if "mean_label" in ask.ablations and not any(pair.labels for pair in ask.pairs):
         raise ConfigError("ablation mean_label needs labelled pairs; use mean, or label them")
+    for intervention in interventions(ask).values():
+        _request(ask, intervention)
     if OPTIMAL not in ask.ablations:
         return None
     assert ask.optimal is not None
@@ -126,10 +130,9 @@ def ablate(
     heads that were not chosen.
     """
     swept = {}
-    for name in ask.ablations:
-        if name != OPTIMAL:
-            tell(f"{name} ablation of every head")
-            swept[name] = _sweep(ask, name, progress)
+    for name, intervention in interventions(ask).items():
+        tell(f"{name} ablation of every head")
+        swept[name] = _sweep(ask, intervention, progress)
     first = swept[REFERENCE]
     found = {name: ds["z"].values for name, ds in swept.items()}
     extra: dict[str, Any] = {}
@@ -153,6 +156,11 @@ def ablate(
             "runner": used["runner"],
             "runner_reason": used["runner_reason"],
             "plan": {name: attributes(one)["plan"]["z"] for name, one in swept.items()},
+            "means": {
+                name: told["means"]
+                for name, told in ((name, attributes(one)) for name, one in swept.items())
+                if "means" in told
+            },
         }
     )
     return ds
@@ -166,20 +174,38 @@ def foremost(ds: xr.Dataset, n: int) -> list[Head]:
     return sorted((int(i) // strength.shape[1], int(i) % strength.shape[1]) for i in order)
 
 
-def _sweep(ask: Ask, name: str, progress: Progress | None) -> xr.Dataset:
+def interventions(ask: Ask) -> dict[str, Intervention]:
+    """What each ablation but `optimal` puts in place of z.
+
+    Raises:
+        ConfigError: there are prompts for means, and none of the ablations is a mean.
+    """
     ways: dict[str, Callable[[], Intervention]] = {
         "resample": Resample,
         "mean": partial(Mean, per="all"),
         "mean_label": partial(Mean, per="label"),
         "zero": Zero,
     }
+    found = {name: ways[name]() for name in ask.ablations if name != OPTIMAL}
+    means = [name for name, one in found.items() if isinstance(one, Mean)]
+    if ask.reference is not None and not means:
+        raise ConfigError(
+            f"means_from is for the ablations mean and mean_label, got ablations="
+            f"{list(ask.ablations)}; leave means_from out"
+        )
+    for name in means:
+        found[name] = with_reference(found[name], ask.reference, ask.model)
+    return found
+
+
+def _sweep(ask: Ask, intervention: Intervention, progress: Progress | None) -> xr.Dataset:
     return sweep(
         ask.model,
         ask.pairs,
         ["z"],
         ask.measured,
         direction="noising",
-        intervention=ways[name](),
+        intervention=intervention,
         positions=ask.positions,
         read=ask.read,
         runner=ask.runner,

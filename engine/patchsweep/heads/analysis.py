@@ -20,6 +20,7 @@ from patchsweep.heads.ablations import (
     Ask,
     ablate,
     check_ablations,
+    interventions,
     prepare,
 )
 from patchsweep.heads.behaviour import LABELS, PLACES, Behaviour, has_labels
@@ -27,9 +28,10 @@ from patchsweep.heads.classes import Thresholds, detected_classes, member_table,
 from patchsweep.heads.optimal import OptimalSettings
 from patchsweep.heads.scores import detect
 from patchsweep.heads.table import disagreement
-from patchsweep.identity import identity_of, metric_words, read_weights
+from patchsweep.identity import identity_of, intervention_words, metric_words, read_weights
 from patchsweep.metrics import get_metrics
 from patchsweep.pairs import PromptPairs
+from patchsweep.reference import MeansFrom, load_reference
 from patchsweep.request import MetricLike, Positions
 from patchsweep.results import analysis_attrs
 from patchsweep.running import runs_model
@@ -52,6 +54,7 @@ def study(
     optimal: OptimalSettings | None = TRAINED,
     thresholds: Thresholds = USUAL,
     read: int = -1,
+    means_from: MeansFrom = None,
     runner: RunnerName = "auto",
     max_tokens: int | None = None,
     config: Mapping[str, Any] | None = None,
@@ -76,7 +79,8 @@ def study(
         optimal: how constants are trained; None leaves optimal ablation out. With it the metric
             `kl_base`, which it minimises, is measured too, for all ablations.
         thresholds: from where on a head counts as one of a class.
-        read, runner, max_tokens, progress: as in `patchsweep.sweep`.
+        read, means_from, runner, max_tokens, progress: as in `patchsweep.sweep`. Optimal constants
+            start from the mean over `pairs` in any case.
         config: what a command line was told, kept in the provenance.
         stage: told in words what begins.
 
@@ -88,7 +92,9 @@ def study(
     if not isinstance(thresholds, Thresholds):
         raise ConfigError(f"thresholds={thresholds!r} must be Thresholds(...)")
     check_runner(runner, max_tokens)
-    ask = _ask(model, pairs, metrics, ablations, positions, optimal, read, runner, max_tokens)
+    ask = _ask(
+        model, pairs, metrics, ablations, positions, optimal, read, means_from, runner, max_tokens
+    )
     trainer = prepare(ask)
     attrs = _attrs(ask, thresholds, config)
     tell = stage or (lambda words: None)
@@ -129,6 +135,7 @@ def describe(
     optimal: OptimalSettings | None = TRAINED,
     thresholds: Thresholds = USUAL,
     read: int = -1,
+    means_from: MeansFrom = None,
     runner: RunnerName = "auto",
     max_tokens: int | None = None,
     config: Mapping[str, Any] | None = None,
@@ -138,7 +145,9 @@ def describe(
     Raises:
         PatchsweepError: an argument breaks a rule.
     """
-    ask = _ask(model, pairs, metrics, ablations, positions, optimal, read, runner, max_tokens)
+    ask = _ask(
+        model, pairs, metrics, ablations, positions, optimal, read, means_from, runner, max_tokens
+    )
     read_weights(model)
     return _attrs(ask, thresholds, config)
 
@@ -151,6 +160,7 @@ def _ask(
     positions: Positions,
     optimal: OptimalSettings | None,
     read: int,
+    means_from: MeansFrom,
     runner: RunnerName,
     max_tokens: int | None,
 ) -> Ask:
@@ -166,6 +176,7 @@ def _ask(
         runner=runner,
         max_tokens=max_tokens,
         optimal=optimal,
+        reference=load_reference(means_from, model),
     )
 
 
@@ -184,6 +195,9 @@ def _attrs(
     settings = {
         "metrics": [metric_words(metric) for metric in ask.metrics],
         "read": ask.read,
+        "interventions": {
+            name: intervention_words(one) for name, one in interventions(ask).items()
+        },
         **more,
         "runner": ask.runner,
         "max_tokens": ask.max_tokens,

@@ -32,6 +32,7 @@ class LensRun(AnalysisRun):
         "metric",
         "precision",
         "compute_dtype",
+        "means_from",
         "slice",
         "n_slices",
     )

@@ -29,6 +29,7 @@ class CircuitRun(AnalysisRun):
     level: str = "edges"  # nodes or edges
     growth: str = "top"  # top: the largest first; greedy: edges, from the logits backwards
     sizes: Any = None  # shares of all (up to 1) or numbers of nodes or edges; null: MIB's
+    rank_by: str = "size"  # size: the largest |score| first; signed: what helps the metric most
     ablation: str = "resample"  # resample, mean or zero: what the rest is replaced by
 
     def __post_init__(self) -> None:

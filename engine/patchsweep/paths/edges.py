@@ -24,6 +24,7 @@ from patchsweep.paths.eap import check_gradients, eap
 from patchsweep.paths.exact import exact
 from patchsweep.paths.nodes import Edge, EdgeLike, Nodes
 from patchsweep.paths.scene import Question, ask, nodes_of, scenes
+from patchsweep.reference import MeansFrom
 from patchsweep.request import MetricLike, model_shape
 from patchsweep.results import analysis_attrs
 from patchsweep.running import runs_model
@@ -44,6 +45,7 @@ def edges(
     steps: int | None = None,
     positions: bool = False,
     read: int = -1,
+    means_from: MeansFrom = None,
 ) -> xr.Dataset:
     """Edge attribution of every edge: `edge_eap` [metric, pair, sender, reader(, pos)].
 
@@ -61,12 +63,13 @@ def edges(
             embeddings, which gives `edge_eap_ig`. It is complete at the embeddings alone: other
             senders' whole changes meet gradients taken along a path that they do not follow.
         positions: keep the position at which an edge is written and read.
+        means_from: as in `patchsweep.sweep`.
 
     Raises:
         PatchsweepError: an argument breaks a rule; the text says which, and what to do.
         MethodError: the metric has no use for gradients, or the model is not a sum of parts.
     """
-    question = ask(model, pairs, metrics, direction, intervention, read)
+    question = ask(model, pairs, metrics, direction, intervention, read, means_from)
     check_gradients(question, steps)
     true_or_false("positions", positions)
     attrs = _attrs(question, {"steps": steps, "positions": positions})
@@ -84,6 +87,7 @@ def exact_edges(
     intervention: str | Intervention | float | Tensor | ValueFn = "resample",
     positions: bool = False,
     read: int = -1,
+    means_from: MeansFrom = None,
 ) -> xr.Dataset:
     """Exact patches of `edges`: `edge` [metric, pair, chosen(, pos)], the raw patched metric.
 
@@ -96,13 +100,14 @@ def exact_edges(
 
     Args:
         positions: run every edge at every position by itself; NaN beyond a pair's length.
+        means_from: as in `patchsweep.sweep`.
 
     Raises:
         PlanError: there is no edge, or no such edge; `edges` names one twice, or gives some of
             them a position and others none.
         PatchsweepError: another argument breaks a rule.
     """
-    question = ask(model, pairs, metrics, direction, intervention, read)
+    question = ask(model, pairs, metrics, direction, intervention, read, means_from)
     chosen = _chosen(nodes_of(model), edges, _length(question))
     true_or_false("positions", positions)
     attrs = _attrs(question, {"edges": list(map(str, chosen)), "positions": positions})
@@ -138,6 +143,7 @@ def screen_edges(
     steps: int | None = None,
     positions: bool = False,
     read: int = -1,
+    means_from: MeansFrom = None,
     config: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> xr.Dataset:
@@ -152,13 +158,14 @@ def screen_edges(
         positions: rank and verify edges at single positions, counted from the start; a pair that
             is too short for one counts as 0. The coordinate `edge_pos` names the positions.
         config: what a command line was told, kept in the provenance.
+        means_from: as in `patchsweep.sweep`.
         progress: is told of each stage as it begins: "estimates", then "exact".
 
     Raises:
         PlanError: `top` is less than one or more than there are edges.
         PatchsweepError: another argument breaks a rule.
     """
-    question = ask(model, pairs, metrics, direction, intervention, read)
+    question = ask(model, pairs, metrics, direction, intervention, read, means_from)
     check_gradients(question, steps)
     nodes = nodes_of(model)
     most = nodes.n_edges * (_length(question) if positions else 1)
@@ -197,6 +204,7 @@ def describe(
     steps: int | None = None,
     positions: bool = False,
     read: int = -1,
+    means_from: MeansFrom = None,
     config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Attributes by which a store knows what `screen_edges` gives for these; runs nothing.
@@ -204,7 +212,7 @@ def describe(
     Raises:
         PatchsweepError: an argument breaks a rule.
     """
-    question = ask(model, pairs, metrics, direction, intervention, read)
+    question = ask(model, pairs, metrics, direction, intervention, read, means_from)
     settings = {"steps": steps, "positions": positions, "top": top}
     read_weights(model)
     return _attrs(question, settings, config)
@@ -321,6 +329,7 @@ def _dataset(
                 **attrs,
                 "direction": question.direction,
                 "intervention": question.intervention.name,
+                **question.means_attrs(),
                 "read": question.read,
                 "n_heads": model_shape(question.bridge).n_heads,
                 "n_kv_heads": model_shape(question.bridge).n_kv_heads,

@@ -10,6 +10,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,10 @@ from patchsweep.paths.nodes import Nodes, Reader
 # shares of all nodes or edges at which the MIB benchmark measures a circuit (arXiv 2504.13151)
 MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
+# metrics whose value is smaller where the model does better
+SMALLER_IS_BETTER = ("rank", "top1_change", "kl_base", "tv_base")
+
+RankBy = Literal["size", "signed"]
 Floats = NDArray[np.floating]
 Ints = NDArray[np.int32]
 Bools = NDArray[np.bool_]
@@ -61,27 +66,50 @@ def sizes_of(given: Sequence[float] | None, n: int, what: str) -> Sizes:
     return Sizes(tuple(shares), tuple(int(share * n + 1e-6) for share in shares))
 
 
-def rank_top(scores: Floats) -> Ints:
-    """The rank of every score by its size, 0 the largest; -1 where a score is NaN.
+def check_rank_by(rank_by: str, metric: str) -> None:
+    """See that nodes or edges can be ranked so.
+
+    Raises:
+        PlanError: the order is not known, or a signed one is asked for of a metric that is smaller
+            where the model does better.
+    """
+    if rank_by not in ("size", "signed"):
+        raise PlanError(f"rank_by={rank_by!r} is not known; use size or signed")
+    if rank_by == "signed" and metric in SMALLER_IS_BETTER:
+        raise PlanError(
+            f"rank_by=signed puts what raises the metric first, and {metric} is smaller where the "
+            "model does better; use rank_by=size, or another metric"
+        )
+
+
+def strength_of(scores: Floats, rank_by: RankBy) -> Floats:
+    """What is foremost has the largest strength; NaN where there is no edge.
+
+    A score is the effect of ablating: below 0 where the metric falls without the node or edge.
+    """
+    return np.abs(scores) if rank_by == "size" else -scores
+
+
+def rank_top(strength: Floats) -> Ints:
+    """The rank of every strength, 0 the largest; -1 where it is NaN.
 
     Ties go to the earlier one.
     """
-    strength = np.where(np.isnan(scores), -1.0, np.abs(scores)).ravel()
-    order = np.argsort(-strength, kind="stable")
+    order = np.argsort(np.where(np.isnan(strength), np.inf, -strength).ravel(), kind="stable")
     ranks = np.empty(order.size, dtype=np.int32)
     ranks[order] = np.arange(order.size)
-    return np.where(np.isnan(scores), -1, ranks.reshape(scores.shape)).astype(np.int32)
+    return np.where(np.isnan(strength), -1, ranks.reshape(strength.shape)).astype(np.int32)
 
 
-def rank_greedy(nodes: Nodes, scores: Floats) -> Ints:
+def rank_greedy(nodes: Nodes, strength: Floats) -> Ints:
     """The turn at which each edge `[sender, reader]` joins a circuit that grows from the logits.
 
-    The edge that joins is the one of the largest |score| among those whose reader is the logits
+    The edge that joins is the one of the largest strength among those whose reader is the logits
     or belongs to a node that has joined; its sender joins with it. So every circuit on the way
     is connected to the logits. (As EAP-IG grows them, arXiv 2403.17806.) Ties
     go to the earlier edge.
     """
-    ranks = np.full(scores.shape, -1, dtype=np.int32)
+    ranks = np.full(strength.shape, -1, dtype=np.int32)
     open_edges: list[tuple[float, int, int]] = []
     seen = [nodes.n_seen(reader) for reader in nodes.readers]
 
@@ -93,7 +121,7 @@ def rank_greedy(nodes: Nodes, scores: Floats) -> Ints:
             return
         opened.add(reader)
         for sender in range(seen[reader]):
-            heapq.heappush(open_edges, (-abs(float(scores[sender, reader])), sender, reader))
+            heapq.heappush(open_edges, (-float(strength[sender, reader]), sender, reader))
 
     readers_of = _readers_of(nodes)
     open_reader(len(nodes.readers) - 1)

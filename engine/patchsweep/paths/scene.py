@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -29,12 +30,14 @@ from patchsweep.models.homes import device_of
 from patchsweep.pairs import PromptPairs
 from patchsweep.paths.blocks import Blocks, Trace, unfit
 from patchsweep.paths.nodes import Nodes
+from patchsweep.reference import MeansFrom, check_means, means_attrs, with_reference
 from patchsweep.request import MetricLike, check_metrics, check_pairs, model_shape
 from patchsweep.sites import SITES
 from patchsweep.waves.replica import Unsupported
 
 # what all senders of one batch write stays within this many bytes
 WRITE_BYTES = 512 * 2**20
+SENDER_SITES = ("embed", "z", "mlp_out")  # whose values senders take
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,10 @@ class Question:
     direction: Direction
     read: int  # prompt position whose logits are read first; -1 is the last
 
+    def means_attrs(self) -> dict[str, Any]:
+        """See `reference.means_attrs`."""
+        return means_attrs(self.intervention, self.pairs, [SITES[name] for name in SENDER_SITES])
+
 
 def ask(
     model: TransformerBridge,
@@ -56,6 +63,7 @@ def ask(
     direction: Direction | None,
     intervention: str | Intervention | float | Tensor | ValueFn,
     read: int,
+    means_from: MeansFrom = None,
 ) -> Question:
     """The arguments that all kinds of edges share, checked.
 
@@ -65,7 +73,8 @@ def ask(
     model_shape(model)
     read = whole_number("read", read)
     check_pairs(model, pairs)
-    chosen = get_intervention(intervention)
+    chosen = with_reference(get_intervention(intervention), means_from, model)
+    check_means(chosen, pairs, [SITES[name] for name in SENDER_SITES])
     if chosen.name == "shuffle":
         raise MethodError(
             "intervention=shuffle mixes the pairs of a batch, and edges take each pair by "

@@ -15,12 +15,13 @@ from patchsweep.attribution import IntegratedInputs, Method, get_methods
 from patchsweep.attribution.units import variable_name
 from patchsweep.errors import MethodError, PlanError
 from patchsweep.identity import method_identity
-from patchsweep.interventions import Intervention, ValueFn
+from patchsweep.interventions import Intervention, ValueFn, get_intervention
 from patchsweep.pairs import PromptPairs
 from patchsweep.paths.blocks import Blocks
 from patchsweep.paths.edges import edges, exact_edges
 from patchsweep.paths.nodes import Nodes
 from patchsweep.paths.scene import nodes_of
+from patchsweep.reference import MeansFrom, with_reference
 from patchsweep.request import MetricLike
 from patchsweep.running import runs_model
 
@@ -93,6 +94,7 @@ def circuit_scores(
     method: str | Method = "atp",
     ablation: Ablation = "resample",
     read: int = -1,
+    means_from: MeansFrom = None,
 ) -> xr.DataArray:
     """What circuits are ranked by: [node] or [sender, reader], signed, in the metric's unit.
 
@@ -100,6 +102,7 @@ def circuit_scores(
     metric, estimated or exact; NaN where there is no such edge. Arguments as of `circuit`.
     """
     name = method_name(level, method)
+    ablation = with_reference(get_intervention(ablation), means_from, model)
     if level == "nodes":
         return _node_scores(model, pairs, metric, method, ablation, read).assign_attrs(method=name)
     if name == "exact":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -66,11 +68,11 @@ def _header(ds: xr.Dataset, model: str, metrics: list[str]) -> str:
         else "A <b>node</b> is a head or an MLP"
     )
     names = " and ".join(f"<code>{esc(metric)}</code>" for metric in metrics)
-    order = (
-        "from the logits backwards, the largest first"
-        if ds.attrs["growth"] == "greedy"
-        else "the largest first"
-    )
+    told = attributes(ds)
+    signed = told.get("rank_by") == "signed"
+    order = "what lowers the metric most when ablated first" if signed else "the largest first"
+    if told["growth"] == "greedy":
+        order = f"from the logits backwards, {order}"
     facts = [
         ("model", esc(model)),
         ("pairs", count(ds.sizes["pair"])),
@@ -87,9 +89,16 @@ def _header(ds: xr.Dataset, model: str, metrics: list[str]) -> str:
         f"on {outside}, and {names} is read. <b>Faithfulness</b> is the share that is left: 1 "
         "where the circuit does as the whole model, 0 where it does as a model with everything "
         "ablated. <b>Completeness</b> asks the reverse: the circuit is ablated and all else kept, "
-        "and 0 says that nothing of it happens elsewhere.</p>"
+        "and 0 says that nothing of it happens elsewhere."
+        f"{question.behind_means(told.get('means'))}{_undefined(told)}</p>"
         f'<dl class="facts">{shown}</dl>{prompts}</header>'
     )
+
+
+def _undefined(told: Mapping[str, Any]) -> str:
+    """Why a metric has no faithfulness, as HTML sentences."""
+    reasons = told.get("undefined") or {}
+    return "".join(f" There is no faithfulness: {esc(text)}." for text in reasons.values())
 
 
 def _n_all(ds: xr.Dataset) -> int:

@@ -170,7 +170,8 @@ def _header(ds: xr.Dataset, model: str, metrics: Sequence[str]) -> str:
         "<b>sender</b>: the embeddings, a head, an MLP) to a part that reads it (a <b>reader</b>: "
         "the queries, keys or values of a head, an MLP, the logits). The <b>base</b> run reads the "
         f"{base} prompt. One reader at a time is shown {change} for one sender, all else stays, "
-        f"and {names} is read again: the change is the edge's effect.{where}</p>"
+        f"and {names} is read again: the change is the edge's effect.{where}"
+        f"{question.behind_means(attributes(ds).get('means'))}</p>"
         f'<dl class="facts">{shown}</dl>{prompts}</header>'
     )
 

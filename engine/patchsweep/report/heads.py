@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -96,10 +97,11 @@ def build(ds: xr.Dataset) -> str:
     model = str(attributes(ds)["provenance"]["model"]).rstrip("/").rpartition("/")[2]
     metrics = [str(m) for m in ds["metric"].values]
     parts = [_header(ds, model, metrics)]
+    means = attributes(ds).get("means", {})
     for n, metric in enumerate(metrics):
         found = heads_of(ds, metric)
         of = f": <code>{esc(metric)}</code>" if len(metrics) > 1 else ""
-        maps = section(f"maps-{n}", f"What each ablation does{of}", _maps(found))
+        maps = section(f"maps-{n}", f"What each ablation does{of}", _maps(found, means))
         table = section(f"table-{n}", f"How much each disagrees with resample{of}", _table(ds, n))
         scatter = section(f"points-{n}", f"Head by head{of}", _scatter(found))
         first = section("classes", "What the heads are", _classes(ds, found)) if n == 0 else ""
@@ -169,11 +171,13 @@ def _header(ds: xr.Dataset, model: str, metrics: Sequence[str]) -> str:
     )
 
 
-def _maps(found: Heads) -> str:
+def _maps(found: Heads, means: Mapping[str, Any]) -> str:
+    told = {name: question.behind_means(one) for name, one in means.items()}
     unit = f" {esc(found.unit)}" if found.unit else ""
     drawn = "".join(
         f"<figure><h3>{esc(name)}</h3>{_map(found, i)}"
-        f"<figcaption>z becomes {esc(_ABLATIONS.get(name, name))}.</figcaption></figure>"
+        f"<figcaption>z becomes {esc(_ABLATIONS.get(name, name))}.{told.get(name, '')}"
+        "</figcaption></figure>"
         for i, name in enumerate(found.ablations)
     )
     where = "" if found.pos is None else " Each cell shows the position of its largest effect."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -21,13 +22,13 @@ _INTERVENTIONS = {
         "resampling",
     ),
     "zero": ("set to zero", "zero ablation"),
-    "mean": ("replaced by its mean over the clean prompts", "mean ablation"),
+    "mean": ("replaced by its mean over clean prompts of the same length", "mean ablation"),
     "mean_all": (
-        "replaced by its mean over every position of the clean prompts",
+        "replaced by its mean over every position of clean prompts",
         "mean ablation",
     ),
     "mean_label": (
-        "replaced by its mean over the clean prompts' positions of the same label",
+        "replaced by its mean over clean prompts' positions of the same label",
         "mean ablation",
     ),
     "shuffle": ("replaced by its value in another pair's source run", "shuffling pairs"),
@@ -90,8 +91,18 @@ def lead(ds: xr.Dataset) -> str:
     return (
         f'<p class="lead">The <b>base</b> run reads the {base} prompt. One activation at a time is '
         f"{how.format(source)}, and {metrics} {again}. {kind}, over "
-        f"{plural(ds.sizes['pair'], 'prompt pair')}.{aside}</p>"
+        f"{plural(ds.sizes['pair'], 'prompt pair')}.{behind_means(attributes(ds).get('means'))}"
+        f"{aside}</p>"
     )
+
+
+def behind_means(means: Any) -> str:
+    """How many activations stand behind each mean, as an HTML sentence; "" without means."""
+    if not isinstance(means, dict):
+        return ""
+    parts = ", ".join(f"{esc(key)}: {count(int(n))}" for key, n in means["behind"].items())
+    unit = "prompts" if means["per"] == "position" else "positions"
+    return f" Means are taken over {esc(means['over'])}; different {unit} behind each: {parts}."
 
 
 def prompts(ds: xr.Dataset, metric: str, view: View) -> str:

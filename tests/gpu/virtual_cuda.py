@@ -1,0 +1,268 @@
+"""A machine with virtual GPUs: what `torch.cuda` says there, and what runs in place of kernels.
+
+    with virtual_cuda() as gpu:
+        move(bridge)  # parameters and buffers -> cuda:0
+        ds = ps.sweep(bridge, ...)
+
+Triton kernels take virtual tensors alone. Where Triton interprets (TRITON_INTERPRET=1 before
+import) they run in its interpreter, with the arguments that their launcher really passed; elsewhere
+their torch references stand in.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from patchsweep_kernels import answer_logits, attention, attribution, dispatch, scatter, vocab
+from patchsweep_kernels.unembedding import Unembedding
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from gpu.virtual_device import DeviceMix, Gpu, Virtual, bare, tensors
+
+MODULES = {
+    "attention": attention,
+    "scatter": scatter,
+    "answer_logits": answer_logits,
+    "vocab": vocab,
+    "attribution": attribution,
+}
+
+
+class Kernel:
+    """A Triton kernel that takes virtual tensors alone, and runs in the interpreter."""
+
+    def __init__(self, kernel: Any, name: str) -> None:
+        self.kernel, self.name = kernel, name
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            gpu = Gpu.current
+            assert gpu is not None
+            for x in tensors((args, kwargs)):
+                if not isinstance(x, Virtual):
+                    raise DeviceMix(
+                        f"{self.name}: Pointer argument cannot be accessed from Triton (cpu "
+                        f"tensor?), {tuple(x.shape)}; at {gpu._where()}"
+                    )
+            gpu.launch(f"triton::{self.name}")
+            with gpu.quiet():
+                self.kernel[grid](*tree_map(bare, args), **tree_map(bare, kwargs))
+
+        return launch
+
+
+def guard_cuda() -> None:
+    """Let C++ guard a CUDA device in a build without CUDA: with the meta device's guard, a no-op.
+
+    Indexing, `torch.tensor` and autograd look guards up in a table that c10 exports.
+    """
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    table = (ctypes.c_void_p * 21).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
+    cuda, meta = 1, 14  # c10/core/DeviceType.h
+    assert table[meta]
+    if not table[cuda]:
+        table[cuda] = table[meta]
+
+
+KERNELS = {
+    "attention": "_prefix_kernel",
+    "scatter": "_scatter_kernel",
+    "answer_logits": "_answer_kernel",
+    "vocab": "_vocab_kernel",
+    "attribution": "_dot_kernel",
+}
+
+
+class _Device:
+    """torch.cuda.device"""
+
+    def __init__(self, device: Any) -> None: ...
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_: Any) -> None: ...
+
+
+def _references(stack: ExitStack) -> None:
+    """Torch references in place of the kernels, as fast as they are; tables still go to the GPU."""
+
+    def attend(q, k, v, prefix_k, prefix_v, rows, *rest):  # type: ignore[no-untyped-def]
+        gpu = Gpu.current
+        assert gpu is not None
+        settings = attention.launch_settings(
+            q.shape[1] // k.shape[1], q.shape[2], v.shape[2], q.dtype
+        )
+        rows.block_table(settings["BLOCK_TOKENS"], q.device)
+        rows.token_table(q.device)
+        gpu.launch("triton::attention")
+        with gpu.quiet():
+            rest = tuple(bare(x) for x in rest)
+            out = attention.attention_torch.attend(
+                *map(bare, (q, k, v, prefix_k, prefix_v)), rows, *rest
+            )
+        return gpu.wrap(out, q.device)
+
+    def plain(module: Any, reference: Any, name: str) -> Any:
+        def run(*args: Any) -> Any:
+            gpu = Gpu.current
+            assert gpu is not None
+            gpu.launch(f"triton::{name}")
+            with gpu.quiet():
+                out = reference(*tree_map(bare, args))
+            return gpu.wrap(out, args[0].device) if isinstance(out, Tensor) else out
+
+        return run
+
+    stack.enter_context(mock.patch.object(attention, "_triton", attend))
+    for module, name in ((scatter, "scatter"), (attribution, "attribution")):
+        stack.enter_context(
+            mock.patch.object(module, "_triton", plain(module, module._reference, name))
+        )
+    stack.enter_context(mock.patch.object(answer_logits, "_triton", _answer(answer_logits)))
+    # sums over the vocabulary: torch operations, on the virtual GPU
+    stack.enter_context(mock.patch.object(vocab, "use_triton", return_value=False))
+
+
+def _answer(module: Any) -> Any:
+    def run(resid: Any, unembedding: Any, tokens: Any, norm: Any) -> Any:
+        gpu = Gpu.current
+        assert gpu is not None
+        gpu.launch("triton::answer_logits")
+        assert norm is None
+        with gpu.quiet():
+            inner = Unembedding(
+                bare(unembedding.w_u),
+                bare(unembedding.bias),
+                unembedding.scale,
+                unembedding.softcap,
+            )
+            out = module._reference(bare(resid), inner, bare(tokens), None)
+        return gpu.wrap(out, resid.device)
+
+    return run
+
+
+@contextmanager
+def on_cpu() -> Iterator[None]:
+    """Inside, the CPU takes the kernels' references, also where Triton interprets."""
+    with ExitStack() as stack:
+        for module in MODULES.values():
+            stack.enter_context(mock.patch.object(module, "use_triton", return_value=False))
+        yield
+
+
+@contextmanager
+def virtual_cuda(*, gradients: bool = False, **settings: Any) -> Iterator[Gpu]:
+    """A machine with virtual GPUs, inside.
+
+    `gradients`: backward passes run too. C++ then sees meta tensors, since autograd takes those of
+    CUDA in a build with CUDA alone.
+    """
+    guard_cuda()
+    Virtual.backing = "meta" if gradients else None
+    gpu = Gpu(**settings)
+
+    def use_triton(x: Tensor) -> bool:
+        return x.is_cuda and x.dtype != torch.float64
+
+    with ExitStack() as stack:
+
+        def patch(target: Any, name: str, value: Any) -> None:
+            stack.enter_context(mock.patch.object(target, name, value, create=True))
+
+        patch(torch.cuda, "_lazy_init", lambda: None)
+        patch(torch.cuda, "is_available", lambda: True)
+        patch(torch.cuda, "is_initialized", lambda: True)
+        patch(torch.cuda, "device_count", lambda: gpu.n_devices)
+        patch(torch.cuda, "current_device", lambda: 0)
+        patch(
+            torch.cuda,
+            "mem_get_info",
+            lambda device=None: (gpu.total_bytes - gpu.in_use, gpu.total_bytes),
+        )
+        patch(torch.cuda, "memory_reserved", lambda device=None: gpu.in_use)
+        patch(torch.cuda, "memory_allocated", lambda device=None: gpu.in_use)
+        patch(torch.cuda, "max_memory_allocated", lambda device=None: gpu.peak)
+        patch(torch.cuda, "reset_peak_memory_stats", lambda device=None: None)
+        patch(torch.cuda, "empty_cache", lambda: None)
+        patch(torch.cuda, "synchronize", lambda device=None: gpu.sync("synchronize"))
+        patch(torch.cuda, "device", _Device)
+        patch(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+        patch(torch.cuda, "get_device_name", lambda device=None: "Virtual H100")
+        for name, module in MODULES.items():
+            patch(module, "use_triton", use_triton)
+            patch(module, KERNELS[name], Kernel(getattr(module, KERNELS[name]), name))
+        patch(dispatch, "use_triton", use_triton)
+        if not dispatch.INTERPRETED:
+            _references(stack)
+        _phases(stack, gpu)
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        # torch.tensor(list, device=...) makes a CPU tensor, and shows the mode how it is moved
+        before = torch._C._only_lift_cpu_tensors()
+        torch._C._set_only_lift_cpu_tensors(True)
+        Gpu.current = gpu
+        try:
+            with gpu:
+                yield gpu
+        finally:
+            Gpu.current = None
+            torch._C._set_only_lift_cpu_tensors(before)
+
+
+def _phases(stack: ExitStack, gpu: Gpu) -> None:
+    """Tell the parts of a sweep apart."""
+    from patchsweep.waves import replay
+    from patchsweep.waves import runner as waves
+
+    def within(target: Any, name: str, phase: str) -> None:
+        original = getattr(target, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with gpu.during(phase):
+                return original(*args, **kwargs)
+
+        stack.enter_context(mock.patch.object(target, name, call))
+
+    within(waves.WaveRunner, "load", "load (capture)")
+    within(waves.WaveRunner, "references", "references")
+    within(waves.WaveRunner, "_run_wave", "wave: around the blocks")
+    within(waves.WaveRunner, "_metrics", "wave: readout")
+    within(replay._State, "enter", "wave: enter a block")
+    within(replay._State, "replay", "wave: the block itself")
+
+
+def move(
+    model: nn.Module, device: str = "cuda:0", parts: dict[nn.Module, str] | None = None
+) -> None:
+    """Put every parameter and buffer of `model` on the virtual GPU, ties kept."""
+    gpu = Gpu.current
+    assert gpu is not None
+    memo: dict[int, Any] = {}
+
+    def moved(x: Tensor, place: torch.device) -> Any:
+        if x is None or isinstance(x, Virtual):
+            return x
+        if id(x) not in memo:
+            new = gpu.wrap(x.detach(), place)
+            if isinstance(x, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=x.requires_grad)
+            memo[id(x)] = (new, x)
+        return memo[id(x)][0]
+
+    places = {}
+    for module, place in (parts or {}).items():
+        for inner in module.modules():
+            places.setdefault(id(inner), torch.device(place))
+    for module in model.modules():
+        place = places.get(id(module), torch.device(device))
+        for table in (module._parameters, module._buffers):
+            for name, x in table.items():
+                table[name] = moved(x, place)
+        for name, x in list(module.__dict__.items()):
+            if isinstance(x, Tensor) and not isinstance(x, Virtual) and x.ndim:
+                module.__dict__[name] = moved(x, place)
