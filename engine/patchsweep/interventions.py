@@ -315,7 +315,9 @@ def values_of(
     Raises:
         ConfigError: it gives values of another shape.
     """
-    if type(intervention) in (Resample, Shuffle, Zero, Mean):
+    own = type(intervention) in (Resample, Shuffle, Zero, Mean)
+    # one that was made of another, and asks that one pair by pair itself
+    if own or getattr(intervention, "asks_pair_by_pair", False):
         return intervention.values(site, layer, base, source, spans)
     found = []
     for i in range(len(base)):

@@ -27,6 +27,7 @@ from patchsweep.interventions import (
     Shuffle,
     Spans,
     Zero,
+    values_of,
 )
 from patchsweep.models.wrapping import trial_tokens
 from patchsweep.planner import (
@@ -109,18 +110,18 @@ def amplified(intervention: Intervention, factors: Factors) -> Intervention:
 
     An intervention of the same class, since runners ask for it.
     """
-    own = intervention.values
 
     def values(
         site: Site, layer: int, base: Tensor, source: Tensor, spans: Sequence[Spans]
     ) -> Tensor:
-        new = own(site, layer, base, source, spans)
+        new = values_of(intervention, site, layer, base, source, spans)
         factor = factors[site.name][layer].to(base)
         factor = rearrange(factor, f"pair -> pair {' '.join(['1'] * (base.ndim - 1))}")
         return base + factor * (new - base)
 
     made = copy.copy(intervention)
     made.__dict__["values"] = values
+    made.__dict__["asks_pair_by_pair"] = True
     return made
 
 
