@@ -255,7 +255,7 @@ class SitePlan(Plan):
 
     def place_of(self, patch: int) -> str:
         """Where a patch is, by its labels: such as `pair 0, layer 12, pos S, head 3`."""
-        pair, layer, pos, unit = np.unravel_index(int(self.cell[patch]), self.shape)
+        pair, layer, pos, unit = np.unravel_index(int(self.cell[[patch]][0]), self.shape)
         words = [f"pair {pair}"]
         if self.site.layered:
             words.append(f"layer {'+'.join(map(str, self.axes.layers[layer]))}")
