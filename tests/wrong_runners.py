@@ -209,7 +209,7 @@ WRONG: dict[str, Make] = {
     ),
     "effect-of-the-other-sign": lambda: changed_results(lambda v, base, *_: 2 * base - v),
     "half-the-effect": lambda: changed_results(lambda v, base, *_: (base + v) / 2),
-    "ignores-the-last-layer": lambda: changed_results(_without(lambda x, n: x == n - 1 or n == 0)),
+    "ignores-the-last-layer": lambda: changed_results(_without(lambda x, n: x == n - 1)),
     "ignores-the-first-layer": lambda: changed_results(_without(lambda x, n: x == 0)),
     "ignores-the-first-pair": lambda: changed_results(_where(lambda p, i, _: p.pair[i] == 0)),
     "ignores-the-second-pair": lambda: changed_results(_where(lambda p, i, _: p.pair[i] == 1)),
@@ -268,6 +268,9 @@ def ways_of(site: str) -> dict[str, Make]:
     ways = dict(WRONG)
     if known.layered:
         ways |= WRONG_LAYERS
+    else:
+        # the embedding is at no last layer, and every reader of it is behind a norm
+        del ways["ignores-the-last-layer"], ways["values-too-large-by-1-percent"]
     if known.unit is not None and site != "pattern_cell":
         ways |= WRONG_HEADS
     if site == "pattern_cell":

@@ -1,7 +1,7 @@
 """Trials of the self-test: short random prompts, and a few patches of every site.
 
 Each trial has two pairs of prompts. The first pair takes patches of one head (or neuron), the
-second those of every other head, so that the values of a pair can be amplified alike. Layers are
+second those of many heads, so that the values of a pair can be amplified alike. Layers are
 the first, the middle and the last one; positions are single ones and a span.
 """
 
@@ -205,11 +205,11 @@ def _plan(
 
 
 def _units(site: Site, shape: ModelShape) -> tuple[tuple[int, ...], ...] | None:
-    """The first head and the last one, for the first pair; every other one, for the second."""
+    """For the first pair the first head and the last; for the second every other one, and all."""
     if site.unit is None:
         return None
     n = shape.n_units(site)
-    return (0,), (n - 1,), tuple(range(0, n, 2)), tuple(range(1, n, 2)) or (0,)
+    return (0,), (n - 1,), tuple(range(0, n, 2)), tuple(range(n))
 
 
 def whole(chosen: PatchSet) -> PatchSet:
@@ -237,8 +237,10 @@ def _some_live(plan: SitePlan, number: int) -> Ints:
                 unit = plan.unit_set[known] // (plan.axes.n_sources or 1)
                 known = known[unit == N_PAIRS * pair + turn % 2]
             if len(known):
-                # of the last positions first: those are read in every layer
-                chosen.append(int(known[-1 - (turn // 2 + pair + layer) % len(known)]))
+                _, _, pos, _ = np.unravel_index(plan.cell[known], plan.shape)
+                wanted = np.unique(pos)
+                known = known[pos == wanted[(turn // 2 + pair + layer) % len(wanted)]]
+                chosen.append(int(known[turn % len(known)]))
     return np.array(sorted(chosen), dtype=np.int64)
 
 
