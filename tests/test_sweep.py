@@ -252,6 +252,29 @@ def test_single_cells_of_the_pattern(intervention: str) -> None:
     assert float(abs(effect.sel(pos=3, src=slice(4, None))).max()) == 0  # causality
 
 
+@pytest.mark.parametrize("runner", ["wave", "hooked"])
+def test_sources_past_a_shorter_prompt_s_end_are_nan(runner: str) -> None:
+    """They are no cells: the base metric there would count as an effect of 0 in every mean."""
+    pairs = mixed_pairs()
+    lengths = [len(pair) for pair in pairs]
+    arguments = {"layers": [1], "positions": [4, 12], "heads": [2]}
+    found = ps.sweep(model(NAME), pairs, "pattern_cell", runner=runner, **arguments)
+    cells = found.pattern_cell.values[0, :, 0, :, 0]  # [pair, pos, src]
+    for i, (pair, length) in enumerate(zip(pairs, lengths, strict=True)):
+        assert np.isnan(cells[i, :, length:]).all()
+        alone = ps.sweep(
+            model(NAME), PromptPairs((pair,)), "pattern_cell", runner=runner, **arguments
+        )
+        one = alone.pattern_cell.values[0, 0, 0, :, 0]
+        np.testing.assert_allclose(cells[i, :, :length], one, atol=1e-4)
+    effect = found.pattern_cell - found.base_metric
+    longest = int(np.argmax(lengths))
+    last = effect.isel(metric=0, layer=0, head=0, src=max(lengths) - 1)
+    np.testing.assert_allclose(last.mean("pair"), last.isel(pair=longest), atol=1e-6)
+    planned = ps.plan(model(NAME), pairs, "pattern_cell", **arguments)
+    assert planned.n_patches == int(found.pattern_cell.notnull().sum())
+
+
 @pytest.mark.parametrize("site", ["pattern", "pattern_cell"])
 def test_patterns_of_several_layers_at_once_are_left_to_the_hooked_runner(site: str) -> None:
     asked = {"layers": [[0, 1], 2], "positions": [12, 16]}

@@ -218,7 +218,7 @@ class SitePlan(Plan):
     What decides whether a patch is live, and what it costs, depends on its place and on its layer
     set alone. The plan keeps these two tables, counts by arithmetic, and holds nothing that is as
     large as the number of patches. Patches are numbered in the order of the result's cells `[pair,
-    layer, pos, unit]`; positions past the end of a shorter prompt have none.
+    layer, pos, unit]`; positions and sources past the end of a shorter prompt have none.
     """
 
     full_lengths: Ints  # [pair] tokens of the prompt
@@ -271,7 +271,7 @@ class SitePlan(Plan):
         """The patches of `pairs` (default: all) in the layer sets `layers`, pair by pair."""
         pairs = range(self.shape[0]) if pairs is None else pairs
         layers = range(self.shape[1]) if layers is None else layers
-        per_set = np.diff(self._first_place) * self.shape[3]
+        per_set = np.diff(self._first_place) * self._units_of
         parts = [
             self._first_patch[pair]
             + np.arange(layers.start * per_set[pair], layers.stop * per_set[pair])
@@ -326,8 +326,8 @@ class SitePlan(Plan):
             n_live += len(blocks) * int(live.sum())
             token_layers += int(blocks.sum()) * int((live * suffix).sum())
             token_layers += len(blocks) * self.enters_by_token * int((live * here).sum())
-        n_patches = (chosen.stop - chosen.start) * len(layers) * self.shape[3]
-        return Totals(int(n_patches), n_live, token_layers)
+        n_patches = int(self._units_of[self.places.pair[chosen]].sum()) * len(layers)
+        return Totals(n_patches, n_live, token_layers)
 
     def live_by_layer(self) -> tuple[Ints, Ints]:
         """[pair, layer set] how many patches are live, and the sum of their suffixes."""
@@ -347,15 +347,27 @@ class SitePlan(Plan):
     @cached_property
     def _first_patch(self) -> Ints:
         """[pair + 1] where the patches of each pair begin; last: how many there are."""
-        found: Ints = self._first_place * (self.shape[1] * self.shape[3])
+        per_pair = np.diff(self._first_place) * self._units_of * self.shape[1]
+        return np.concatenate([[0], np.cumsum(per_pair)])
+
+    @cached_property
+    def _units_of(self) -> Ints:
+        """[pair] unit sets; of pattern_cell only sources that the pair's prompts have count."""
+        n = self.axes.n_sources
+        sources = np.minimum(self.full_lengths, n) if n else np.ones_like(self.full_lengths)
+        found: Ints = self.shape[3] // (n or 1) * sources
         return found
 
     def _decode(self, patches: Ints) -> tuple[Ints, Ints, Ints, Ints]:
         """[patch] pair, layer set, place, unit set."""
         pair = np.searchsorted(self._first_patch, patches, side="right") - 1
-        per_set = np.diff(self._first_place)[pair] * self.shape[3]
+        n_units = self._units_of[pair]
+        per_set = np.diff(self._first_place)[pair] * n_units
         layer, within = np.divmod(patches - self._first_patch[pair], per_set)
-        place, unit = np.divmod(within, self.shape[3])
+        place, unit = np.divmod(within, n_units)
+        if n := self.axes.n_sources:
+            head, source = np.divmod(unit, np.minimum(self.full_lengths[pair], n))
+            unit = head * n + source
         return pair, layer, self._first_place[pair] + place, unit
 
     @cached_property
