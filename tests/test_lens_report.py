@@ -216,7 +216,7 @@ def test_the_same_command_again_computes_nothing(
     assert run(*words) == 0
     assert "already there, nothing was run" in capsys.readouterr().out
     assert run(*words, "top=3") == 2
-    assert "holds other results (top is 5, not 3)" in capsys.readouterr().err
+    assert "holds other results: top is 3 in this run and 5 in the store" in capsys.readouterr().err
     ds = xr.open_zarr(store, consolidated=False)
     assert attributes(ds)["patches"][0]["head"] == [0, 3]
     assert ds.attrs["removed"] == "mlp 2"
@@ -240,8 +240,9 @@ def test_the_same_command_again_computes_nothing(
 def test_mistakes_end_before_anything_runs(
     words: list[str], said: str, tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
-    bridge = type(model("tiny:llama"))
-    monkeypatch.setattr(bridge, "forward", lambda *_, **__: pytest.fail("the model ran"))
+    bridge = model("tiny:llama")  # loading runs it, to see that it is what it wraps
+    monkeypatch.setattr("patchsweep.config.load_model", lambda *_, **__: bridge)
+    monkeypatch.setattr(type(bridge), "forward", lambda *_, **__: pytest.fail("the model ran"))
     assert run(f"store={tmp_path / 'x.zarr'}", *words) == 2
     assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -14,6 +14,7 @@ import patchsweep as ps
 import pytest
 import torch
 from patchsweep.attention import attention
+from patchsweep.attributes import attributes
 from patchsweep.attribution import METHODS, IntegratedSite
 from patchsweep.attribution.patterns import pattern_scores
 from patchsweep.errors import ModelError
@@ -172,7 +173,7 @@ def test_to_is_the_remedy_for_another_dtype(own: TransformerBridge) -> None:
     own.original_model.half()
     own.to(torch.float16)
     ds = ps.sweep(own, demo_pairs(NAME), "z", **FEW)
-    assert ds.attrs["provenance"]["dtype"] == "float16"
+    assert attributes(ds)["provenance"]["dtype"] == "float16"
 
 
 def test_a_norm_in_another_dtype_is_no_other_dtype(own: TransformerBridge) -> None:

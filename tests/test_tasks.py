@@ -255,7 +255,7 @@ def test_induction_repeats_and_asks_for_the_successor(
     ("call", "words"),
     [
         (("iio", 4, {}), "task 'iio' is not known; use one of addition, docstring, facts"),
-        (("ioi", 0, {}), "needs n >= 1 pairs, got 0"),
+        (("ioi", 0, {}), "n_pairs=0 must be a whole number of at least 1"),
         (("ioi", 4, {"ordr": "abba"}), "no option 'ordr'; use order, corruption"),
         (("sva", 4, {"order": "abba"}), "no option 'order'; use none"),
         (("ioi", 4, {"order": "aabb"}), "no order='aabb'; use one of abba, baba, mixed"),

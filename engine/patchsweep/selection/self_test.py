@@ -190,7 +190,7 @@ class SelfTest:
         assert self._expected is not None
         raised = False
         for i, site in enumerate(self.sites):
-            seen = np.zeros(self._referee.n_layers, dtype=bool)
+            seen = np.zeros(int(self.bridge.cfg.n_layers), dtype=bool)
             for trial, expected in zip(self.trials, self._expected, strict=True):
                 chosen = trial.live[i]
                 for layer, patches in _by_layer(chosen).items():

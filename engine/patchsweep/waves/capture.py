@@ -134,7 +134,8 @@ def capture(
         except Exception as error:
             if called or replica.takes_attention_functions:
                 raise  # no matter of attention: out of memory, tensors on two devices, ...
-            raise Unsupported(OWN_ATTENTION) from error
+            why = f"{OWN_ATTENTION} ({type(error).__name__}: {error})"
+            raise Unsupported(why) from error
     if not called:
         raise Unsupported(OWN_ATTENTION)
     if len(run.resid) != replica.n_layers + 1 or len(run.keys) != replica.n_layers:
