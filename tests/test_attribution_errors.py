@@ -109,7 +109,9 @@ def test_relp_ah_on_queries_is_refused() -> None:
 
 
 def test_atp_star_refuses_a_value_that_rotary_would_change() -> None:
-    _refused("rot_q", sites=["q"], method="atp_star", intervention=1.0)
+    # told once the model's blocks are known: what stands around them has run by then
+    with pytest.raises(PatchsweepError, match="rot_q"):
+        ps.sweep(model(NAME), pairs_of(NAME, 1), ["q"], method="atp_star", intervention=1.0)
     ds = ps.sweep(model(NAME), pairs_of(NAME, 1), ["rot_q"], method="atp_star", intervention=1.0)
     assert float(abs(ds.rot_q_atp_star).max()) > 0
 
