@@ -36,6 +36,7 @@ from patchsweep.agreement import (
 from patchsweep.arguments import whole_number
 from patchsweep.attributes import attributes
 from patchsweep.errors import StoreError
+from patchsweep.store.contents import printable
 
 TRUST = 0.95
 """Pearson correlation from which the estimates are called good."""
@@ -352,7 +353,7 @@ def at(template: xr.DataArray, cell: int, tokens: Sequence[str | None]) -> dict[
     if "pos" in where and where["pos"] < len(tokens):
         token = tokens[int(where["pos"])] or None
     if token:
-        parts.append(token.replace(" ", "␣").replace("\n", "⏎"))
+        parts.append(printable(token.replace(" ", "␣").replace("\n", "⏎")))
     unit = next((d for d in summary.UNIT_DIMS if d in where), None)
     return {
         "place": " ".join(parts),
@@ -405,7 +406,7 @@ def render(comparison: Comparison) -> Any:
     for a in (*comparison.sites, *comparison.overall):
         cost = f"1/{a.cost_ratio:.3g}" if math.isfinite(a.cost_ratio) else "?"
         table.add_row(
-            *([a.metric] if several else []),
+            *([printable(a.metric)] if several else []),
             a.site,
             a.method,
             str(a.n_cells),
@@ -437,6 +438,6 @@ def _shown(measure: Measure) -> str:
 
 
 def _open(store: str | Path) -> xr.Dataset:
-    from patchsweep.store import Store  # here, so that a Dataset can be compared without one
+    from patchsweep.store.dataset import open_store
 
-    return Store.open(store).dataset()
+    return open_store(store)

@@ -14,6 +14,8 @@ from patchsweep.compare import as_dict, compare, render
 from patchsweep.errors import ConfigError
 from patchsweep.sample import draw
 from patchsweep.store import Store
+from patchsweep.store.contents import told
+from patchsweep.store.credentials import scrub
 
 
 def main(arguments: list[str]) -> int:
@@ -36,11 +38,11 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
     if options.words and not options.sample:
         raise ConfigError(f"{options.words[0]} is for --sample N, which runs patches; leave it out")
-    found = compare(
-        with_sample(options.store, options.words, options.sample, options.seed)
-        if options.sample
-        else options.store
-    )
+    store: str | xr.Dataset = options.store
+    if options.sample:
+        store = with_sample(options.store, options.words, options.sample, options.seed)
+    with told(scrub(options.store)):
+        found = compare(store)
     if options.json:
         print(json.dumps(as_dict(found), indent=2))
     else:

@@ -9,6 +9,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from patchsweep.cli.keys import elsewhere
 from patchsweep.errors import PatchsweepError
+from patchsweep.store.contents import printable
 from patchsweep.store.credentials import scrub
 
 # a launcher's name in Hydra's message -> what brings it
@@ -18,7 +19,7 @@ _EXTRAS = {"submitit": "slurm", "joblib": "joblib", "ray": "ray"}
 def one_line(error: BaseException) -> str | None:
     """What the user did wrong and what to do; None if the error is no mistake of the user's."""
     if isinstance(error, PatchsweepError):
-        return scrub(_joined(str(error)))
+        return printable(scrub(_joined(str(error))))
     if isinstance(error, OmegaConfBaseException):
         return _omegaconf(error)
     if isinstance(error, OverrideParseException):

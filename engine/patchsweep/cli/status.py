@@ -6,7 +6,7 @@ from patchsweep.cli.console import stdout
 from patchsweep.cli.parser import Parser
 from patchsweep.errors import DamagedError
 from patchsweep.store.address import open_folder
-from patchsweep.store.contents import DELETE, Contents, read_contents
+from patchsweep.store.contents import DELETE, Contents, printable, read_contents
 from patchsweep.store.status import EXIT_COMPLETE, EXIT_INCOMPLETE, render, store_status
 
 
@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
             return _results(contents)
         status = store_status(url)
     except DamagedError as error:
-        stdout().print(str(error))
+        stdout().print(printable(str(error)))
         return EXIT_INCOMPLETE
     stdout().print(render(status))
     return status.exit_code
@@ -36,9 +36,9 @@ def main(arguments: list[str]) -> int:
 def _results(contents: Contents) -> int:
     """Print what is to be said of results that were put there at once."""
     console = stdout()
-    what = f"results of `patchsweep {contents.kind}`" if contents.kind else "results"
+    what = f"results of `patchsweep {printable(contents.kind)}`" if contents.kind else "results"
     for problem in contents.problems:
-        console.print(f"damaged: {problem}")
+        console.print(f"damaged: {printable(problem)}")
     if contents.problems:
         console.print(f"{contents.shown}: {what}, damaged; {DELETE}")
         return EXIT_INCOMPLETE

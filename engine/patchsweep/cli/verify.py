@@ -21,6 +21,7 @@ from patchsweep.planner import SitePlan
 from patchsweep.selection import TOLERANCE
 from patchsweep.store import Store
 from patchsweep.store.check import check_store
+from patchsweep.store.contents import printable
 from patchsweep.store.layout import Unit
 from patchsweep.store.status import EXIT_COMPLETE, EXIT_INCOMPLETE
 from patchsweep.store.survey import Survey
@@ -79,7 +80,7 @@ def main(arguments: list[str]) -> int:
                 f"values: not run again; for that name model=... task=...{said_by(checked.store)}"
             )
     for problem in problems:
-        console.print(f"PROBLEM {problem}")
+        console.print(f"PROBLEM {printable(problem)}")
     if problems:
         return EXIT_PROBLEMS
     complete = checked.survey is None or checked.survey.complete

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import xarray as xr
 
-from patchsweep.errors import ConfigError, PatchsweepError, StoreError
+from patchsweep.errors import ConfigError, StoreError
 from patchsweep.report.page import build_page
 from patchsweep.report.tables import read_journal
+from patchsweep.store.contents import told
 from patchsweep.store.credentials import scrub
 from patchsweep.store.dataset import open_store
 
@@ -41,15 +42,8 @@ def write_report(store: str | PathLike[str], out: str | PathLike[str] = "report.
     address, path = fspath(store), Path(out)
     if not path.name or path.is_dir():
         raise ConfigError(f"out={str(out)!r} must be a file, such as report.html")
-    try:
+    with told(scrub(address)):
         page = _page(open_store(address), address)
-    except PatchsweepError:
-        raise
-    except Exception as error:  # a store may say anything, and no page expects everything
-        raise StoreError(
-            f"no page can be made of what {scrub(address)} holds ({type(error).__name__}: "
-            f"{scrub(str(error))[:200]}); `patchsweep verify` says whether it is damaged"
-        ) from error
     partial = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -83,8 +83,11 @@ def _problems(store: Store, survey: Survey) -> list[str]:
         done = [unit for unit in units if unit not in to_do]
         files = store.folder.read_many(variable.shard_key(unit) for unit in done)
         for unit, data in zip(done, files, strict=True):
-            if data is not None and np.isnan(form.decode(data)).all():
-                problems.append(f"{unit.name}: holds nothing but NaN")
+            try:
+                if data is not None and np.isnan(form.decode(data)).all():
+                    problems.append(f"{unit.name}: holds nothing but NaN")
+            except ValueError as error:
+                problems.append(f"{unit.name}: holds no values ({error}); do not trust it")
     return problems + _strays(store.folder, store.contents, possible)
 
 

@@ -11,13 +11,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import zarr
 
-from patchsweep.errors import DamagedError, StoreError
+from patchsweep.errors import DamagedError, PatchsweepError, StoreError
+from patchsweep.store.credentials import scrub
 from patchsweep.store.digest import digest_of
 from patchsweep.store.folder import Folder
 from patchsweep.store.layout import (
@@ -26,6 +28,7 @@ from patchsweep.store.layout import (
     FIXED,
     FORMAT,
     FORMAT_KEY,
+    PROGRESS,
     Variable,
     group_of,
 )
@@ -79,9 +82,19 @@ class Contents:
         """
         if self.problems:
             raise damaged(self.shown, self.problems[0], MEND if self.is_sweep else DELETE)
+        sizes: dict[str, int] = {}
         for key, data in self.files.items():
-            if key.endswith(ROOT):
-                self.metadata(key, data)
+            if not key.endswith(ROOT):
+                continue
+            found = self.metadata(key, data)
+            if key.startswith(f"{PROGRESS}/"):
+                continue
+            dims, shape = found.get("dimension_names", []), found.get("shape", [])
+            if len(dims) != len(shape):
+                raise self._strange(key, f"dims {dims} with shape {shape}")
+            for dim, size in zip(dims, shape, strict=True):
+                if sizes.setdefault(dim, size) != size:
+                    raise self._strange(key, f"{size} along {dim}, where others have {sizes[dim]}")
         return group_of(self.files)
 
     def metadata(self, key: str, data: bytes) -> dict[str, Any]:
@@ -93,9 +106,7 @@ class Contents:
         found = parse(data)
         wrong = "it is no JSON object" if found is None else _strange(found)
         if wrong:
-            raise StoreError(
-                f"{self.shown} is not as patchsweep writes stores: {key}: {wrong}; do not trust it"
-            )
+            raise self._strange(key, wrong)
         assert found is not None
         return found
 
@@ -126,7 +137,7 @@ class Contents:
         unit = (cut["pair"], cut.get("layer", 1))
         variable = Variable(name, dims, shape, unit, dict(found["attributes"]))
         if variable.n_units > _MOST_UNITS:
-            raise StoreError(f"{self.shown}: {name} claims to have {variable.n_units:,} units")
+            raise self._strange(f"{name}/{ROOT}", f"{variable.n_units:,} units")
         return variable
 
     def _array(self, name: str) -> dict[str, Any]:
@@ -138,9 +149,7 @@ class Contents:
         except (KeyError, TypeError, IndexError, ValueError, ZeroDivisionError) as error:
             wrong = f"{type(error).__name__}: {error}"
         if wrong:
-            raise StoreError(
-                f"{self.shown} is not as patchsweep writes stores: {key}: {wrong}; do not trust it"
-            )
+            raise self._strange(key, wrong)
         return found
 
     def _listed(self, which: str) -> list[str]:
@@ -148,11 +157,35 @@ class Contents:
         if not isinstance(names, list) or not all(
             isinstance(name, str) and _NAME.fullmatch(name) for name in names
         ):
-            raise StoreError(
-                f"{self.shown} is not as patchsweep writes stores: {COMPLETE}: {which} are no "
-                "names; do not trust it"
-            )
+            raise self._strange(COMPLETE, f"its {which} are no names")
         return names
+
+    def _strange(self, key: str, what: str) -> StoreError:
+        return StoreError(
+            f"{self.shown} is not as patchsweep writes stores: {key}: {what[:200]}; do not trust it"
+        )
+
+
+def printable(text: str) -> str:
+    """Text of anybody's, fit for a terminal: it moves no cursor and turns nothing round."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+@contextmanager
+def told(shown: str) -> Iterator[None]:
+    """Inside, values are read as what a store says that they are.
+
+    It may say anything, and nobody expects everything: an error that comes of it is told as one.
+    """
+    try:
+        yield
+    except PatchsweepError:
+        raise
+    except Exception as error:
+        raise StoreError(
+            f"what {shown} holds cannot be understood ({type(error).__name__}: "
+            f"{scrub(str(error))[:200]}); `patchsweep verify` says whether it is damaged"
+        ) from error
 
 
 def damaged(shown: str, what: str, remedy: str = MEND) -> DamagedError:

@@ -13,6 +13,7 @@ import xarray as xr
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
+from patchsweep.errors import StoreError
 from patchsweep.store.address import open_folder
 from patchsweep.store.contents import Contents, damaged, read_contents
 from patchsweep.store.digest import SEAL_BYTES, seal
@@ -120,7 +121,13 @@ def _read(
     if data is None or seal(identity, key, data) != flag:
         what = "is lost" if data is None else "is not as it was written"
         raise damaged(folder.shown, f"{key} {what}")
-    return form.decode(data)
+    try:
+        return form.decode(data)
+    except ValueError as error:
+        raise StoreError(
+            f"{folder.shown} is not as patchsweep writes stores: {key} holds no values ({error}); "
+            "do not trust it"
+        ) from None
 
 
 @dataclass(frozen=True)

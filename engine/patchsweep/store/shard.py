@@ -56,9 +56,9 @@ def _slice(data: bytes, start: int, length: int) -> bytes:
 
 
 def _chunk(data: bytes, shape: tuple[int, ...]) -> np.ndarray:
-    values = np.empty(shape, np.dtype("<f4"))
+    values = np.full(shape, np.nan, np.dtype("<f4"))
     try:
         decompress(data, values)  # into a buffer of the right size: no more is ever taken
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise ValueError(f"zstd: {error}") from error
     return values

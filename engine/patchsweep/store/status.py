@@ -13,6 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from patchsweep.store.contents import printable
 from patchsweep.store.journal import FINISHED, INTERRUPTED, UNIT, WARNING, read_journal
 from patchsweep.store.lease import process_of, read_leases
 from patchsweep.store.process import is_gone
@@ -175,7 +176,10 @@ def _process_table(processes: Sequence[ProcessStatus]) -> Table:
 def _verdict(status: StoreStatus) -> Text:
     total = status.total
     if status.complete:
-        return Text("complete", "green")
+        return Text(
+            "complete: all files are there, as long as they were (`patchsweep verify` reads them)",
+            "green",
+        )
     words = f"{total.done:,} of {total.total:,} units are done"
     if status.missing_pairs:
         words += f", the unpatched metrics of {status.missing_pairs:,} pairs are not"
@@ -195,9 +199,8 @@ def _duration(seconds: float) -> str:
 
 
 def _text(words: str, style: str = "") -> Text:
-    """Plain text: no markup is read from it, and it moves no cursor."""
-    shown = (c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in words)
-    return Text("".join(shown), style)
+    """Plain text: no markup is read from it."""
+    return Text(printable(words), style)
 
 
 def _processes(
