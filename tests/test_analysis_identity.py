@@ -20,11 +20,12 @@ from patchsweep.heads.analysis import describe as describe_heads
 from patchsweep.heads.analysis import study
 from patchsweep.heads.classes import Thresholds
 from patchsweep.heads.optimal import OptimalSettings
-from patchsweep.interventions import Custom
+from patchsweep.interventions import Custom, Mean
 from patchsweep.lens import describe as describe_lens
 from patchsweep.lens import lens
 from patchsweep.lens.patches import Patch
 from patchsweep.lens.sublayers import sublayers
+from patchsweep.pairs import PromptPairs
 from patchsweep.paths.circuits import circuit
 from patchsweep.paths.circuits import describe as describe_circuit
 from patchsweep.paths.edges import describe as describe_edges
@@ -32,7 +33,7 @@ from patchsweep.paths.edges import edges, exact_edges, screen_edges
 from patchsweep.paths.scores import circuit_scores
 from patchsweep.store.difference import attribute_differences
 from patchsweep.store.whole import read_whole, write_whole
-from subjects import model
+from subjects import model, reference_pairs
 from test_identity import edited, pairs
 
 NAME = "tiny:llama"
@@ -76,6 +77,7 @@ ANALYSES: dict[str, tuple[Function, Function, dict[str, Any], dict[str, Any]]] =
             "growth": ("greedy", "growth is greedy in this run and top in"),
             "sizes": ([1, 6], r"sizes\[1\] is 6 in this run and 5 in"),
             "ablation": ("zero", "ablation is zero in this run and resample in"),
+            "rank_by": ("signed", "rank_by is signed in this run and size in"),
             "scores": (
                 lambda: circuit_scores(model(NAME), pairs()),
                 "method is scores in this run|scores is ",
@@ -120,10 +122,13 @@ ANALYSES: dict[str, tuple[Function, Function, dict[str, Any], dict[str, Any]]] =
     ),
 }
 NO_NUMBER = {"progress", "stage"}
+# of means alone, which have a test of their own
+OF_MEANS = {"means_from"}
 
 
 def arguments_of(kind: str) -> list[str]:
-    return [n for n in inspect.signature(ANALYSES[kind][0]).parameters if n not in NO_NUMBER]
+    every = inspect.signature(ANALYSES[kind][0]).parameters
+    return [name for name in every if name not in NO_NUMBER | OF_MEANS]
 
 
 def value_of(given: Any) -> Any:
@@ -174,6 +179,31 @@ def test_store_refuses_an_analysis_in_which_one_argument_differs(
     assert read_whole(tmp_path / "a.zarr", described(kind)) is not None
     with pytest.raises(StoreError, match=f"holds other results: .*(?:{words})"):
         read_whole(tmp_path / "a.zarr", described(kind, **{argument: other}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "means"),
+    [
+        ("edges", {"intervention": "mean"}),
+        ("circuit", {"ablation": "mean"}),
+        ("heads", {"ablations": ["resample", "mean"]}),
+        ("lens", {}),
+    ],
+)
+def test_store_refuses_an_analysis_with_other_prompts_behind_its_means(
+    kind: str, means: dict[str, Any], tmp_path: Path
+) -> None:
+    def attrs(reference: Any) -> dict[str, Any]:
+        if kind == "lens":
+            return described(kind, patch=Patch("z", 1, 15, 0, Mean(reference=reference)))
+        return described(kind, **means, means_from=reference)
+
+    some, more = reference_pairs(NAME), PromptPairs((*reference_pairs(NAME), *pairs()))
+    stored = xr.Dataset({"x": ("i", np.zeros(2))}, attrs=flat_attributes(attrs(some)))
+    write_whole(stored, tmp_path / "a.zarr")
+    assert read_whole(tmp_path / "a.zarr", attrs(some)) is not None
+    with pytest.raises(StoreError, match=r"over 6 prompts, .* and mean.* over 4 prompts"):
+        read_whole(tmp_path / "a.zarr", attrs(more))
 
 
 def test_values_of_a_patch_are_known_by_content_or_version(tmp_path: Path) -> None:
@@ -235,7 +265,7 @@ def test_results_in_memory_say_every_argument(kind: str) -> None:
 
     first = run()
     for name in inspect.signature(analysis).parameters:
-        if name in NO_NUMBER:
+        if name in NO_NUMBER | OF_MEANS:
             continue
         other, words = {**OTHERS, **own}[name]
         found = next(attribute_differences(run(**{name: other}), first), None)

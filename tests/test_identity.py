@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from patchsweep.pairs import PromptPairs
 from patchsweep.screening import Screen
 from patchsweep.store import Store
 from patchsweep.store.check import checksums
-from subjects import model
+from subjects import model, reference_pairs
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -80,6 +81,7 @@ SWEEP: dict[str, Any] = {
 }
 # arguments of a sweep that say where, by whom and how fast it is done
 NO_NUMBER = {"store", "storage_options", "slice_index", "n_slices", "cache_budget", "progress"}
+NO_NUMBER |= {"means_from"}  # goes into the intervention, see INTERVENTIONS
 # argument -> another value, and what the refusal says
 SWEEP_CASES: dict[str, tuple[Any, str]] = {
     "model": (edited, "the weights differ"),
@@ -199,7 +201,16 @@ def peak(logits: Tensor) -> Tensor:
 
 INTERVENTIONS: dict[str, tuple[Any, Any, str]] = {
     "name": ("zero", "resample", "intervention is resample in this run and zero in the store"),
-    "mean": (Mean(), Mean(per="all"), "intervention is mean_all in this run and mean in the store"),
+    "mean": (
+        lambda: Mean(reference=reference_pairs(NAME)),
+        lambda: Mean(per="all", reference=reference_pairs(NAME)),
+        "intervention is mean_all over 4 prompts, [0-9a-f]+ in this run and mean over 4 prompts",
+    ),
+    "means-from": (
+        lambda: Mean(reference=reference_pairs(NAME)),
+        lambda: Mean(reference=PromptPairs((*reference_pairs(NAME), *pairs()))),
+        "intervention is mean over 6 prompts, [0-9a-f]+ in this run and mean over 4 prompts",
+    ),
     "tensor": (
         torch.zeros(32),
         torch.ones(32),
@@ -223,6 +234,7 @@ INTERVENTIONS: dict[str, tuple[Any, Any, str]] = {
 def test_store_refuses_another_intervention(case: str, tmp_path: Path) -> None:
     first, other, words = INTERVENTIONS[case]
     common = {"sites": "z", "neurons": None, "heads": None, "direction": "noising"}
+    first, other = (one() if type(one) is FunctionType else one for one in (first, other))
     sweep(tmp_path / "a.zarr", intervention=first, **common)
     sweep(tmp_path / "a.zarr", intervention=first, **common)
     with pytest.raises(StoreError, match=words):

@@ -33,7 +33,7 @@ RECORD = {
     "corrupted": "When John and Mary went to the park, Mary gave a bottle of milk to",
     "answer": " Mary",
     "wrong_answer": " John",
-    "labels": {"place": "park"},
+    "labels": {"place": "went to the park"},
 }
 # verb -> what it is told, and how the file is edited between two calls
 VERBS: dict[str, tuple[list[str], list[str]]] = {
@@ -50,11 +50,11 @@ VERBS: dict[str, tuple[list[str], list[str]]] = {
 EDITS: dict[str, tuple[dict[str, Any], str]] = {
     "prompts": (
         {key: RECORD[key].replace("park", "shops") for key in ("clean", "corrupted")}  # type: ignore[attr-defined]
-        | {"labels": {"place": "shops"}},
+        | {"labels": {"place": "went to the shops"}},
         "the clean prompts and corrupted prompts differ, first in pair 0",
     ),
     "answers": ({"answer": " Tom"}, "the answers differ, first in pair 0"),
-    "labels": ({"labels": {"place": "milk"}}, "the labels differ, first in pair 0"),
+    "labels": ({"labels": {"place": "gave a bottle of"}}, "the labels differ, first in pair 0"),
 }
 
 
