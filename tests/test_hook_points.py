@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
 import patchsweep as ps
 import pytest
 import torch
+from patchsweep.attributes import attributes
 from patchsweep.errors import SiteError
 from patchsweep.hook_points import STREAM, check_names, refusals
+from patchsweep.lens import Patch, lens
 from patchsweep.models import TINY_FAMILIES
+from patchsweep.models.load import as_bridge
+from patchsweep.models.tiny import draw_weights, tiny_tokenizer
 from patchsweep.request import model_shape
 from patchsweep.running import running
 from patchsweep.sites import Site, get_sites
-from subjects import demo_pairs, model
+from subjects import CLEAN, CORRUPTED, demo_pairs, model
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoConfig, AutoModelForCausalLM
 
 # fp32 logits of order 10 after two passes of different batch shapes
 TOLERANCE = 1e-4
@@ -93,9 +99,24 @@ def partition(
     return [site for site in sites if site.hook not in refused], refused
 
 
-@pytest.mark.parametrize("family", TINY_FAMILIES)
+@cache
+def one_key_head() -> TransformerBridge:
+    """Grouped heads with a single key head, which hooks see as a view broadcast over the heads."""
+    sizes = {**TINY_FAMILIES["llama"][1], "num_key_value_heads": 1}
+    tokenizer = tiny_tokenizer()
+    config = AutoConfig.for_model("llama", **sizes, vocab_size=len(tokenizer))
+    plain = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    plain.config.architectures = [type(plain).__name__]
+    draw_weights(plain, seed=0)
+    return as_bridge("one-key-head", plain, tokenizer)
+
+
+@pytest.mark.parametrize("family", [*TINY_FAMILIES, "one key head"])
 def test_every_hook_point_equals_a_hook_or_is_refused(family: str) -> None:
-    bridge, pairs = model(f"tiny:{family}"), demo_pairs(f"tiny:{family}")
+    bridge = one_key_head() if family == "one key head" else model(f"tiny:{family}")
+    pairs = ps.PromptPairs.from_strings(
+        bridge, clean=[CLEAN], corrupted=[CORRUPTED], answers=[(" Mary", " John")]
+    )
     tokens = torch.tensor([pairs[0].clean])
     with running(bridge):
         sites, refused = partition(bridge, distinct(bridge), tokens)
@@ -133,3 +154,63 @@ REFUSED = {
 def test_a_hook_point_that_cannot_be_patched_is_a_site_error(hook: str) -> None:
     with pytest.raises(SiteError, match=REFUSED[hook]):
         ps.sweep(model("tiny:llama"), demo_pairs("tiny:llama"), [hook], positions="all")
+
+
+def test_a_hook_that_fires_twice_is_refused() -> None:
+    with pytest.raises(SiteError, match="fires 2 times"):
+        ps.sweep(
+            model("tiny:gemma3"),
+            demo_pairs("tiny:gemma3"),
+            ["rotary_emb.hook_cos"],
+            positions="all",
+        )
+
+
+@pytest.mark.parametrize("hook", ["blocks.1.ln2.hook_normalized", "blocks.1.ln1.hook_in"])
+def test_the_lens_patches_a_hook_point_as_a_hook_does(hook: str) -> None:
+    bridge, pairs = model("tiny:llama"), demo_pairs("tiny:llama")
+    answer = pairs[0].answer[0]
+    ds = lens(bridge, pairs, patch=Patch(hook, intervention=changed), which="clean")
+    found = ds["answer_log_prob"].sel(run="patched", point="resid_post").isel(pair=0, layer=-1)
+    logits = by_hook(bridge, torch.tensor([pairs[0].clean]), hook)
+    assert abs(found.values[-1] - float(logits.log_softmax(-1)[answer])) < TOLERANCE
+    unpatched = (
+        ds["answer_log_prob"].sel(run="unpatched", point="resid_post").isel(pair=0, layer=-1)
+    )
+    assert abs(found.values[-1] - unpatched.values[-1]) > 1e-2
+
+
+def test_settings_are_as_they_were_after_a_sweep() -> None:
+    bridge, pairs = model("tiny:llama"), demo_pairs("tiny:llama")
+    names = ("use_attn_result", "use_split_qkv_input", "use_hook_mlp_in", "use_attn_in")
+    hooks = ["blocks.1.hook_mlp_in", "blocks.1.attn.hook_q_input", "blocks.1.attn.hook_attn_in"]
+    before = [bool(getattr(bridge.cfg, name)) for name in names]
+    ps.sweep(bridge, pairs, [*hooks, "result"], positions=[16], layers=[1], runner="hooked")
+    assert [bool(getattr(bridge.cfg, name)) for name in names] == before
+
+
+def test_result_without_its_setting_is_refused_with_the_remedy() -> None:
+    bridge, pairs = model("tiny:opt"), demo_pairs("tiny:opt")
+    options: dict[str, Any] = {"layers": [1], "positions": [9, 16]}
+    with pytest.raises(SiteError, match=r"site result: .*use_attn_result.*runner=wave"):
+        ps.sweep(bridge, pairs, "result", runner="hooked", **options)
+    found = ps.sweep(bridge, pairs, "result", runner="wave", **options)["result"]
+    expected = ps.sweep(bridge, pairs, "z", runner="hooked", **options)["z"]
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("intervention", ["resample", "zero", "mean", "mean_all"])
+def test_result_runs_in_packed_passes_under_means_too(intervention: str) -> None:
+    bridge = model("tiny:llama")
+    pairs = ps.PromptPairs.from_strings(
+        bridge,
+        clean=[CLEAN, CLEAN.replace("milk", "drink")],
+        corrupted=[CORRUPTED, CORRUPTED.replace("milk", "drink")],
+        answers=[(" Mary", " John")] * 2,
+    )
+    options: dict[str, Any] = {"sites": "result", "intervention": intervention, "layers": [0, 1]}
+    found = ps.sweep(bridge, pairs, **options)
+    assert attributes(found)["provenance"]["runner"] == "wave"
+    expected = ps.sweep(bridge, pairs, runner="hooked", **options)
+    np.testing.assert_allclose(found["result"], expected["result"], atol=TOLERANCE)
+    assert float(abs(expected["result"] - expected["base_metric"]).max()) > 1e-2

@@ -54,12 +54,16 @@ def full_arithmetic() -> Iterator[None]:
     """Products of fp32 tensors are fp32, sums of 16-bit products too, and nothing is cast by
     autocast; new tensors are fp32. What was set before is set again at the end."""
     with ExitStack() as stack:
-        for device in _DEVICES:
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
+        for device in autocast_devices():
+            stack.enter_context(torch.autocast(device, enabled=False))
         _settings.hold()
         stack.callback(_settings.release)
         yield
+
+
+def autocast_devices() -> list[str]:
+    """The kinds of device for which the caller has autocast on."""
+    return [device for device in _DEVICES if torch.is_autocast_enabled(device)]
 
 
 def _switches() -> Iterator[tuple[Any, str]]:

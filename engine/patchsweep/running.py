@@ -44,7 +44,7 @@ class _Turn:
     """Whose turn it is to run one model."""
 
     lock: Any = field(default_factory=threading.RLock)
-    depth: int = 0  # calls of the thread that holds it, one inside the other
+    depth: int = 0  # calls of `running` in the thread that holds it, one inside the other
 
 
 _turns: WeakKeyDictionary[nn.Module, _Turn] = WeakKeyDictionary()
@@ -52,16 +52,12 @@ _turns_lock = threading.Lock()
 
 
 @contextmanager
-def alone(model: TransformerBridge) -> Iterator[bool]:
-    """Hold `model`: other threads wait. Yields whether no caller of this thread held it before."""
+def alone(model: TransformerBridge) -> Iterator[_Turn]:
+    """Hold `model`: other threads wait."""
     with _turns_lock:
         turn = _turns.setdefault(model.original_model, _Turn())
     with turn.lock:
-        turn.depth += 1
-        try:
-            yield turn.depth == 1
-        finally:
-            turn.depth -= 1
+        yield turn
 
 
 @contextmanager
@@ -72,13 +68,17 @@ def running(model: TransformerBridge) -> Iterator[None]:
         ModelError: see `check_state`.
     """
     with ExitStack() as stack:
-        outermost = stack.enter_context(alone(model))
-        if outermost:
+        turn = stack.enter_context(alone(model))
+        if not turn.depth:  # else the caller has seen to it
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(full_arithmetic())
             check_state(model)
-        yield
+        turn.depth += 1
+        try:
+            yield
+        finally:
+            turn.depth -= 1
 
 
 def runs_model(function: F) -> F:
@@ -100,8 +100,7 @@ def check_state(model: TransformerBridge) -> None:
         ModelError: a module is in training mode, carries a hook of the user's, or most weights
             have another dtype than the bridge says.
     """
-    modules = list(_modules(model))
-    training = next((name for name, module in modules if module.training), None)
+    training = training_module(model)
     if training is not None:
         where = f", at {training}" if training else ""
         raise ModelError(
@@ -121,6 +120,11 @@ def check_state(model: TransformerBridge) -> None:
             f"most weights are {_name(dtype)} and the bridge says {_name(model.cfg.dtype)}; "
             f"call model.to(torch.{_name(dtype)}), or load the model with dtype={_name(dtype)}"
         )
+
+
+def training_module(model: TransformerBridge) -> str | None:
+    """The name of a module in training mode, "" for the whole model; None: there is none."""
+    return next((name for name, module in _modules(model) if module.training), None)
 
 
 def users_hooks(model: TransformerBridge) -> list[str]:

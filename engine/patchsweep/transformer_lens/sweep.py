@@ -14,11 +14,14 @@ from transformer_lens import patching as tl
 from transformer_lens.ActivationCache import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.arguments import check_bridge
+from patchsweep.arithmetic import autocast_devices
 from patchsweep.errors import ConfigError, MetricError, PlanError
 from patchsweep.models.homes import device_of
+from patchsweep.running import alone, training_module, users_hooks
 from patchsweep.selection import TOLERANCE
 from patchsweep.transformer_lens.cells import Cells, differing, live_rows, make_cells
-from patchsweep.transformer_lens.stand_in import Metric, PatchedLogits, StandIn, watch_metrics
+from patchsweep.transformer_lens.stand_in import StandIn
 from patchsweep.transformer_lens.waves import CellWaves
 from patchsweep.waves import Unsupported
 
@@ -27,6 +30,7 @@ FEW_CELLS = 4
 N_PROBES = 3
 AXES = get_args(tl.AxisNames)
 
+Metric = Callable[[Tensor], Any]
 Setter = Callable[[Tensor, Sequence[int], Any], Tensor]
 
 
@@ -54,6 +58,7 @@ def generic_activation_patch(
     Raises:
         PatchsweepError: an argument is not of the kind that it has to be; nothing has run then.
     """
+    check_bridge(model)
     _check(clean_cache, patching_metric, patch_setter, index_axis_names, index_df)
     arguments: dict[str, Any] = {
         "activation_name": activation_name,
@@ -63,29 +68,23 @@ def generic_activation_patch(
         "reduce": reduce,
         "baseline": baseline,
     }
-    try:
-        cells = _cells(
-            model, corrupted_tokens, patch_setter, activation_name, index_axis_names, index_df
-        )
-        logits = _patched_logits(model, corrupted_tokens, clean_cache, patch_setter, cells)
-    except Unsupported as error:
-        if error.reason:
-            warnings.warn(
-                f"{activation_name} is patched by TransformerLens's own loop, not in waves: "
-                f"{error.reason}",
-                stacklevel=2,
+    with alone(model):
+        runs: TransformerBridge | StandIn = model
+        try:
+            cells = _cells(
+                model, corrupted_tokens, patch_setter, activation_name, index_axis_names, index_df
             )
+            runs = _stand_in(model, corrupted_tokens, clean_cache, patch_setter, cells)
+        except Unsupported as error:
+            if error.reason:
+                warnings.warn(
+                    f"{activation_name} is patched by TransformerLens's own loop, not in waves: "
+                    f"{error.reason}",
+                    stacklevel=2,
+                )
         return tl.generic_activation_patch(
-            model, corrupted_tokens, clean_cache, patching_metric, patch_setter, **arguments
+            runs, corrupted_tokens, clean_cache, patching_metric, patch_setter, **arguments
         )
-    return tl.generic_activation_patch(
-        StandIn(model, logits),
-        corrupted_tokens,
-        clean_cache,
-        watch_metrics(patching_metric, logits),
-        patch_setter,
-        **arguments,
-    )
 
 
 def _check(cache: Any, metric: Any, setter: Any, axes: Any, index_df: Any) -> None:
@@ -135,7 +134,7 @@ def _cells(
     """
     if (axes is None) == (index_df is None) or tokens.ndim != 2:
         raise _NothingToGain
-    if any(module.training for module in model.modules()):
+    if training_module(model) is not None:
         raise _NothingToGain
     n_heads = model.cfg.n_heads
     if activation_name in ("k", "v") and model.cfg.n_key_value_heads is not None:
@@ -155,21 +154,23 @@ def _cells(
     return make_cells(setter, activation_name, index_df, sizes)
 
 
-def _patched_logits(
+def _stand_in(
     model: TransformerBridge,
     tokens: Tensor,
     clean_cache: ActivationCache,
     setter: Setter,
     cells: Cells,
-) -> PatchedLogits:
-    """The logits of all cells, the first of them checked against the bridge.
+) -> StandIn:
+    """What knows the logits of all cells, some of them checked against the bridge.
 
     Raises:
         Unsupported: the model, the cache or a hook of the user's needs the loop.
     """
-    hooked = [name for name, point in model.hook_dict.items() if point.fwd_hooks or point.bwd_hooks]
+    hooked = users_hooks(model)
     if hooked:
         raise Unsupported(f"the model carries a hook at {hooked[0]}, which is to see every run")
+    if autocast_devices():
+        raise Unsupported("torch.autocast is on, under which runs differ by more than rounding")
     tokens = tokens.to(device_of(model))
     names = {layer: cells.site.hook_name(layer) for layer in cells.layers}
     base_logits, base, needs_grad = _base_run(model, tokens, names)
@@ -183,8 +184,8 @@ def _patched_logits(
     differs = {layer: differing(base[layer], clean[layer], cells) for layer in names}
     rows = live_rows(cells, differs)
     if not len(rows):
-        return PatchedLogits(base_logits, None, len(cells))
-    tolerance = TOLERANCE.get(str(base_logits.dtype), 1e-3)
+        return StandIn(model, base_logits, None, len(cells))
+    tolerance = TOLERANCE.get(str(base_logits.dtype).removeprefix("torch."), 1e-3)
     try:
         # a tensor that needs a gradient is copied before it is patched: what reads the original
         # goes on reading it
@@ -204,7 +205,7 @@ def _patched_logits(
         raise
     except Exception as error:  # an architecture whose blocks cannot be replayed
         raise Unsupported(f"{type(error).__name__}: {error}") from error
-    return PatchedLogits(base_logits, waves, len(cells))
+    return StandIn(model, base_logits, waves, len(cells))
 
 
 def _base_run(
