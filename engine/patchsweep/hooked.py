@@ -124,12 +124,23 @@ class HookedRunner:
             found[site.name] = layers
         return logits[0], found
 
+    def _run_both(
+        self, batch: Batch
+    ) -> tuple[Tensor, dict[str, list[Tensor]], Tensor, dict[str, list[Tensor]]]:
+        """Logits and activations of the base runs and of the source runs; few share a pass."""
+        if 8 * batch.base.numel() * self.bridge.cfg.d_vocab > LOGIT_BYTES:
+            return *self._run(batch.base), *self._run(batch.source)
+        logits, both = self._run(torch.cat([batch.base, batch.source]))
+        n = len(batch.base)
+        base = {name: [x[:n] for x in layers] for name, layers in both.items()}
+        source = {name: [x[n:] for x in layers] for name, layers in both.items()}
+        return logits[:n], base, logits[n:], source
+
     @torch.no_grad()
     def load(self, batch: Batch, intervention: Intervention) -> Loaded:
         """See `Runner`."""
         self.check(batch.base)
-        base_logits, base = self._run(batch.base)
-        source_logits, source = self._run(batch.source)
+        base_logits, base, source_logits, source = self._run_both(batch)
         reads = list(batch.reads)
         return Loaded(
             batch=batch,

@@ -107,14 +107,14 @@ def largest_difference(
 ) -> float:
     """Largest |difference| in logits between random cells and `transformer_lens.patching`.
 
-    As many cells of each site, live and dead alike.
+    As many cells of each site, live and dead alike; NaN if one of the values is.
     """
     rng = np.random.default_rng(seed)
     device = device_of(model)
     clean, corrupted = (torch.tensor([ids], device=device) for ids in (pair.clean, pair.corrupted))
     right, wrong = pair.answer[0], pair.wrong_answer[0]
     _, cache = model.run_with_cache(clean)
-    worst = 0.0
+    differences = []
     for site in SITES:
         values = ds[site].isel(metric=0, pair=0)
         cells = rng.choice(values.size, size=n_cells // len(SITES), replace=False)
@@ -134,8 +134,8 @@ def largest_difference(
                 index_df=pd.DataFrame(index, columns=columns),
             )
         ours = values.values.ravel()[cells]
-        worst = max(worst, float(np.abs(ours - theirs.cpu().numpy()).max()))
-    return worst
+        differences.append(np.abs(ours - theirs.cpu().numpy()))
+    return float(np.max(differences))  # NaN if one is
 
 
 def _cost(ds: xr.Dataset, seconds: dict[str, float]) -> Table:

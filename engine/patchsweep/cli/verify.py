@@ -119,7 +119,7 @@ def recompute(
     low = provenance["config"]["precision"] == "bf16"
     dtype = provenance.get("compute_dtype", provenance["dtype"])
     tolerance = TOLERANCE.get("bfloat16" if low else str(dtype), 1e-3)
-    problems, worst, n_again = [], 0.0, 0
+    problems, differences = [], []
     ds = store.dataset()
     screened = "screen" in attributes(ds)
     for unit, patches in by_unit.items():
@@ -134,15 +134,15 @@ def recompute(
             for column, patch in enumerate(mine.tolist()):
                 if screened and np.isnan(kept[patch]).all():
                     continue  # the screen left this one out
-                n_again += 1
                 difference = float(np.abs(kept[patch] - again[:, column]).max())
-                worst = max(worst, difference)
+                differences.append(difference)
                 if not difference <= tolerance:  # NaN included
                     problems.append(
                         f"{unit.name}: {plan.place_of(patch)} holds {kept[patch].tolist()}, and "
                         f"run again gives {again[:, column].tolist()}"
                     )
-    console.print(f"values: {n_again} run again, largest difference {worst:.1e}")
+    worst = np.max(differences, initial=0.0)  # NaN if one is
+    console.print(f"values: {len(differences)} run again, largest difference {worst:.1e}")
     return problems
 
 

@@ -129,15 +129,10 @@ class _Tests:
             ModelError: the bridge cannot be run.
         """
         todo = [site for site in sites if self._key(site) not in self.known.hooked]
-        if todo:
-            self._self_test(todo)
-
-    def _key(self, site: Site) -> _Key:
-        return site.name, self.kind, self.joint_layers
-
-    def _self_test(self, sites: Sequence[Site]) -> SelfTest:
+        if not todo:
+            return
         try:
-            test = SelfTest(self.bridge, sites, self.kind, joint_layers=self.joint_layers)
+            self._self_test(todo).check_hooks()
         except PatchsweepError:
             raise
         except Exception as error:
@@ -148,8 +143,13 @@ class _Tests:
                 f"{type(error).__name__}: {error}; runner=wave runs the model's own modules, "
                 "without the self-test"
             ) from error
-        self.known.hooked.update(self._key(site) for site in sites)
-        return test
+        self.known.hooked.update(self._key(site) for site in todo)
+
+    def _key(self, site: Site) -> _Key:
+        return site.name, self.kind, self.joint_layers
+
+    def _self_test(self, sites: Sequence[Site]) -> SelfTest:
+        return SelfTest(self.bridge, sites, self.kind, joint_layers=self.joint_layers)
 
     def _judge(self, sites: Sequence[Site]) -> None:
         """Test `sites` together; one by one if that fails, to see which it is."""
@@ -158,6 +158,7 @@ class _Tests:
         try:
             test = self._self_test(sites)
             found = test.judge(WaveRunner(self.bridge, sites, compute_dtype=test.compute_dtype))
+            self.known.hooked.update(self._key(site) for site in sites)
         except NotDeadError:
             raise
         except Exception as error:
@@ -167,20 +168,21 @@ class _Tests:
                 for site in sites:
                     self._judge([site])
                 return
-            found = {sites[0].name: self._failed(error)}
+            found = {sites[0].name: self._failed(sites[0], error)}
         for site in sites:
             self.known.outcomes[self._key(site)] = found[site.name]
 
-    def _failed(self, error: Exception) -> Outcome:
+    def _failed(self, site: Site, error: Exception) -> Outcome:
         """What it means that the self-test of one site ended with `error`."""
-        if isinstance(error, SiteError):  # the waves may well patch what no hook can
-            return Outcome("", 0.0, seen=False)
-        if isinstance(error, PatchsweepError) and not isinstance(error, Unsupported):
-            raise error
-        # blocks of an unknown kind may break in any way when they are replayed: to find that out
-        # is what the self-test is for
         if isinstance(error, Unsupported):
             return Outcome(error.reason, 0.0)
+        if isinstance(error, SiteError):  # the waves may well patch what no hook can
+            return Outcome("", 0.0, seen=False)
+        if isinstance(error, PatchsweepError):
+            raise error
+        # blocks of an unknown kind may break in any way when they are replayed: to find that out
+        # is what the self-test is for; where the bridge breaks too, its own error is told
+        self.check_hooks([site])
         return Outcome(f"{type(error).__name__}: {error}", 0.0)
 
 

@@ -11,10 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from jaxtyping import Float
-from numpy.typing import NDArray
+from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -28,6 +26,7 @@ from patchsweep.planner import PatchSet, SitePlan
 from patchsweep.request import model_shape
 from patchsweep.runner import Runner
 from patchsweep.selection.trials import (
+    AMPLIFIED,
     N_PAIRS,
     Factors,
     Kind,
@@ -83,13 +82,9 @@ class Outcome:
 
 
 class SelfTest:
-    """What the bridge's hooks give for the trials of some sites; runners are held against it.
+    """What the bridge's hooks give for the trials of some sites; a runner is held against it.
 
-    Four or five forward passes through the bridge over prompts of 5 and 8 tokens.
-
-    Raises:
-        SiteError: the bridge cannot patch one of the sites, or a patch that plans call dead has
-            an effect there.
+    Four forward passes through the bridge over prompts of 4 and 7 tokens, once for all runners.
     """
 
     def __init__(
@@ -112,35 +107,46 @@ class SelfTest:
             device=device_of(bridge),
             joint_layers=joint_layers,
         )
-        self._referee = HookedRunner(bridge, sites, self.compute_dtype)
-        self._intervention = self._prepared(self._referee)
-        self._spread, self.factors = self._try_first()
+        ones = torch.ones(model_shape(bridge).n_layers, N_PAIRS, dtype=torch.float64)
+        self.factors: Factors = {site.name: ones.clone() for site in sites}
         self._expected: list[Measured] | None = None
-
-    @property
-    def expected(self) -> list[Measured]:
-        """What the bridge's hooks give for each trial, factors raised where nothing is seen."""
-        if self._expected is None:
-            self._expected = self._measure(self._referee, self._intervention)
-            if self._raise_factors():
-                self._expected = self._measure(self._referee, self._intervention)
-        return self._expected
+        self._spread = 0.0  # of logits
 
     def judge(self, runner: Runner) -> dict[str, Outcome]:
-        """How far `runner` agrees, by site.
+        """How far `runner` agrees, by site; where its unpatched runs differ, no site passes.
 
-        Where unpatched runs differ, so does every site.
+        The first runner also tells how far values are to be amplified. If it is wrong in that,
+        its effects are wrong, or those of the hooks are not seen, and they are amplified further.
+
+        Raises:
+            SiteError: the bridge cannot patch one of the sites.
+            NotDeadError: a patch that plans call dead has an effect.
         """
-        found = self._measure(runner, self._prepared(runner))
+        intervention = self._prepared(runner)
+        if self._expected is None:
+            self._set_factors(runner, intervention)
+            self._expected = self._run_hooks()
+            if self._raise_factors():
+                self._expected = self._run_hooks()
+        found = self._measure(runner, intervention)
         outcomes = {}
         for i, site in enumerate(self.sites):
             failure, error, seen = self._unpatched(found), 0.0, False
-            for trial, expected, got in zip(self.trials, self.expected, found, strict=True):
+            for trial, expected, got in zip(self.trials, self._expected, found, strict=True):
                 text, share, visible = self._compare(trial.live[i], i, expected, got)
                 failure, error = failure or text, max(error, share)
                 seen |= visible
             outcomes[site.name] = Outcome(failure, error, seen)
         return outcomes
+
+    def check_hooks(self) -> None:
+        """See that the bridge's hooks can patch the sites, and that dead patches are dead there.
+
+        Raises:
+            SiteError: they cannot.
+            NotDeadError: a patch that plans call dead has an effect.
+        """
+        self._run_hooks(live=False)
 
     def _prepared(self, runner: Runner) -> Intervention:
         """An intervention of the kind, with means of what `runner` reads."""
@@ -150,71 +156,82 @@ class SelfTest:
         intervention.prepare(prompts, runner.activations)
         return intervention
 
-    def _try_first(self) -> tuple[float, Factors]:
-        """The spread of logits, and factors by which each layer's effects come near to it."""
+    def _set_factors(self, runner: Runner, intervention: Intervention) -> None:
+        """Factors with which a patch changes logits about as much as they differ from each other."""
         trial = self.trials[0]
-        loaded = self._referee.load(trial.batch, self._intervention)
-        base = self._referee.references(loaded, METRICS_COMPARED)[0].cpu()
-        logits = loaded.base_logits
-        spread = float((logits - logits.mean(dim=-1, keepdim=True)).std())
-        sets = [whole(chosen) for chosen in (*trial.live, *trial.dead)]
-        values = self._referee.run_together(loaded, sets, METRICS_COMPARED)
-        effects = [v - base[:, s.plan.pair[s.patches]] for s, v in zip(sets, values, strict=True)]
-        n = len(self.sites)
-        for chosen, effect in zip(trial.dead, effects[n:], strict=True):
-            _check_dead(chosen, effect, self.floor * spread)
-        factors = {
-            chosen.plan.site.name: _factors(chosen, effect, spread)
-            for chosen, effect in zip(trial.live, effects[:n], strict=True)
-        }
-        return spread, factors
+        loaded = runner.load(trial.batch, intervention)
+        base, source = (x.cpu() for x in runner.references(loaded, METRICS_COMPARED))
+        wanted = float(torch.cat([base[0], source[0]]).square().mean().sqrt())  # a logit_diff
+        values = runner.run_together(loaded, trial.live, METRICS_COMPARED)
+        for chosen, x in zip(trial.live, values, strict=True):
+            pair = chosen.plan.pair[chosen.patches]
+            size = (x.cpu() - base[:, pair]).abs().amax(dim=0).nan_to_num(0.0)
+            for layer, columns in _by_layer(chosen).items():
+                for column in columns:
+                    factor = wanted / max(float(size[column]), 1e-30)
+                    factor = min(max(factor, 1.0), MOST)
+                    self.factors[chosen.plan.site.name][layer, pair[column]] = factor
 
-    def _measure(self, runner: Runner, intervention: Intervention) -> list[Measured]:
+    def _run_hooks(self, *, live: bool = True) -> list[Measured]:
+        """What the bridge's hooks give, every position of each patch replaced."""
+        runner = HookedRunner(self.bridge, self.sites, self.compute_dtype)
+        intervention = self._prepared(runner)
         found = []
         for number, trial in enumerate(self.trials):
             loaded = runner.load(trial.batch, amplified(intervention, self.factors))
+            if not number:
+                logits = loaded.base_logits
+                self._spread = float((logits - logits.mean(dim=-1, keepdim=True)).std())
+            base, source = (x.cpu() for x in runner.references(loaded, METRICS_COMPARED))
+            chosen = (*(trial.live if live else ()), *trial.dead)
+            values = runner.run_together(loaded, [whole(c) for c in chosen], METRICS_COMPARED)
+            n_live = len(chosen) - len(trial.dead)
+            for dead, x in zip(trial.dead, values[n_live:], strict=True):
+                _check_dead(dead, x - base[:, dead.plan.pair[dead.patches]], self._limit)
+            found.append(Measured(base, source, tuple(values[:n_live])))
+        return found
+
+    @property
+    def _limit(self) -> float:
+        """How far two logits may be apart by rounding."""
+        return self.floor * self._spread
+
+    def _measure(self, runner: Runner, intervention: Intervention) -> list[Measured]:
+        found = []
+        for trial in self.trials:
+            loaded = runner.load(trial.batch, amplified(intervention, self.factors))
             base, source = runner.references(loaded, METRICS_COMPARED)
-            sets = list(trial.live)
-            if runner is self._referee:
-                dead = trial.dead if number else ()
-                sets = [whole(chosen) for chosen in (*trial.live, *dead)]
-            values = [x.cpu() for x in runner.run_together(loaded, sets, METRICS_COMPARED)]
-            for chosen, x in zip(trial.dead, values[len(self.sites) :], strict=False):
-                effect = x - base.cpu()[:, chosen.plan.pair[chosen.patches]]
-                _check_dead(chosen, effect, self.floor * self._spread)
-            found.append(Measured(base.cpu(), source.cpu(), tuple(values[: len(self.sites)])))
+            values = runner.run_together(loaded, trial.live, METRICS_COMPARED)
+            found.append(Measured(base.cpu(), source.cpu(), tuple(x.cpu() for x in values)))
         return found
 
     def _raise_factors(self) -> bool:
-        """Amplify layers once more in which no patch is seen; whether there are such."""
+        """Amplify layers further in which no patch is seen; whether there are such."""
         assert self._expected is not None
         raised = False
         for i, site in enumerate(self.sites):
-            seen = np.zeros(int(self.bridge.cfg.n_layers), dtype=bool)
-            for trial, expected in zip(self.trials, self._expected, strict=True):
-                chosen = trial.live[i]
-                for layer, patches in _by_layer(chosen).items():
-                    effects = expected.effects(i, chosen)[:, patches]
-                    seen[layer] |= bool(self._visible(effects).any())
-            tried = {layer for trial in self.trials for layer in _by_layer(trial.live[i])}
-            for layer in tried:
-                if not seen[layer]:
-                    self.factors[site.name][layer] *= MOST
-                    raised = True
+            seen: dict[int, bool] = {}
+            for trial, measured in zip(self.trials, self._expected, strict=True):
+                visible = self._visible(measured.effects(i, trial.live[i]))
+                for layer, columns in _by_layer(trial.live[i]).items():
+                    seen[layer] = seen.get(layer, False) or bool(visible[columns].any())
+            for layer in (layer for layer, enough in seen.items() if not enough):
+                self.factors[site.name][layer, :AMPLIFIED] *= MOST
+                raised = True
         return raised
 
-    def _visible(self, effects: Values) -> NDArray[np.bool_]:
+    def _visible(self, effects: Values) -> Bool[Tensor, " patch"]:
         """[patch] whether it has an effect that rounding is small against."""
         size = effects.abs().amax(dim=0)
-        return (torch.isfinite(size) & (size >= VISIBLE * self._spread)).numpy()
+        return torch.isfinite(size) & (size >= VISIBLE * self._spread)
 
     def _unpatched(self, found: Sequence[Measured]) -> str:
         """What differs in the runs without a patch."""
-        for trial, expected, got in zip(self.trials, self.expected, found, strict=True):
+        assert self._expected is not None
+        for trial, expected, got in zip(self.trials, self._expected, found, strict=True):
             for which in ("base", "source"):
-                ours, theirs = getattr(got, which), getattr(expected, which)
-                worst = float((ours - theirs).abs().max())
-                if not worst <= self.floor * self._spread:  # NaN included
+                worst = float((getattr(got, which) - getattr(expected, which)).abs().max())
+                if not worst <= self._limit:  # NaN included
                     return (
                         f"its unpatched runs differ from the bridge's by {worst:.2g} in logits at "
                         f"{trial.batch.length} tokens"
@@ -228,8 +245,8 @@ class SelfTest:
         effect = expected.effects(site, chosen).abs().amax(dim=0)
         error = (got.live[site] - expected.live[site]).abs().amax(dim=0)
         known = torch.isfinite(effect)  # values may overflow where they are amplified
-        bad = known & ~(error <= self.error * effect + self.floor * self._spread)
-        visible = torch.from_numpy(self._visible(expected.effects(site, chosen)))
+        bad = known & ~(error <= self.error * effect + self._limit)  # NaN included
+        visible = self._visible(expected.effects(site, chosen))
         share = float((error / effect)[visible].amax()) if bool(visible.any()) else 0.0
         text = ""
         if bool(bad.any()):
@@ -242,18 +259,6 @@ class SelfTest:
         return text, share, bool(visible.any())
 
 
-def _factors(chosen: PatchSet, effect: Values, spread: float) -> Float[Tensor, "layer pair"]:
-    plan = chosen.plan
-    size = effect.abs().amax(dim=0).double()
-    factors = torch.ones(plan.n_layers, N_PAIRS, dtype=torch.float64)
-    pair = plan.pair[chosen.patches]
-    for layer, columns in _by_layer(chosen).items():
-        for column in columns:
-            wanted = spread / max(float(size[column]), 1e-30)
-            factors[layer, pair[column]] = min(max(wanted, 1.0), MOST)
-    return factors
-
-
 def _by_layer(chosen: PatchSet) -> dict[int, list[int]]:
     """Layer -> the columns of the patches at this layer alone."""
     found: dict[int, list[int]] = {}
@@ -264,10 +269,10 @@ def _by_layer(chosen: PatchSet) -> dict[int, list[int]]:
     return found
 
 
-def _check_dead(chosen: PatchSet, effect: Values, floor: float) -> None:
-    """Raises SiteError where a patch that plans call dead has an effect."""
-    size = effect.abs().amax(dim=0)
-    for column in torch.nonzero(~(size <= floor)).flatten().tolist():
+def _check_dead(chosen: PatchSet, effects: Values, limit: float) -> None:
+    """Raises NotDeadError where a patch that plans call dead has an effect."""
+    size = effects.abs().amax(dim=0)
+    for column in torch.nonzero(~(size <= limit)).flatten().tolist():
         raise NotDeadError(
             f"site {chosen.plan.site.name}: the patch of {_place(chosen, column)} changes logits "
             f"by {float(size[column]):.2g}, though by causality it changes nothing that is read; "

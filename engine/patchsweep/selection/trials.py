@@ -1,8 +1,9 @@
 """Trials of the self-test: short random prompts, and a few patches of every site.
 
-Each trial has two pairs of prompts. The first pair takes patches of one head (or neuron), the
-second those of many heads, so that the values of a pair can be amplified alike. Layers are
-the first, the middle and the last one; positions are single ones and a span.
+Each trial has three pairs of prompts. The first pair takes patches of one head (or neuron), the
+second those of many heads, so that the values of a pair can be amplified alike; the third takes
+patches that plans call dead, with values as they are. Layers are the first, the middle and the
+last one; positions are single ones and a span.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ from patchsweep.planner import (
 )
 from patchsweep.sites import Site
 
-N_PAIRS = 2
+N_PAIRS = 3
+AMPLIFIED = 2  # of the pairs
 N_SHARED = 1  # tokens that base and source have in common, at the start
 SPAN = "span"  # the label of all tokens but the last
 
@@ -69,7 +71,7 @@ class Shape:
 
 
 # the second length is longer than the windows of tiny models, reads two tokens, and has one after
-SHAPES = (Shape(5, (4,)), Shape(8, (5, 6)))
+SHAPES = (Shape(4, (3,)), Shape(7, (4, 5)))
 
 
 def kind_of(intervention: Intervention) -> Kind:
@@ -171,7 +173,8 @@ def _make_trial(
         spans=(spans,) * N_PAIRS,
     )
     pairs = [
-        PairShape(tuple((b != s).tolist()), reads, spans) for b, s in zip(base, source, strict=True)
+        PairShape(tuple((b != s).tolist()), reads, spans)
+        for b, s in zip(base, source, strict=True)
     ]
     plans = [_plan(site, shape, pairs, kind, joint_layers) for site in sites]
     return Trial(
@@ -230,12 +233,12 @@ def _some_live(plan: SitePlan, number: int) -> Ints:
     """A live patch of each layer and pair; units and positions take turns."""
     chosen: list[int] = []
     for layer in range(len(plan.axes.layers)):
-        for pair in range(N_PAIRS):
+        for pair in range(AMPLIFIED):
             known = plan.live_patches([pair], range(layer, layer + 1))
             turn = number + layer
             if plan.axes.units is not None:
                 unit = plan.unit_set[known] // (plan.axes.n_sources or 1)
-                known = known[unit == N_PAIRS * pair + turn % 2]
+                known = known[unit == 2 * pair + turn % 2]
             if len(known):
                 _, _, pos, _ = np.unravel_index(plan.cell[known], plan.shape)
                 wanted = np.unique(pos)
@@ -245,15 +248,12 @@ def _some_live(plan: SitePlan, number: int) -> Ints:
 
 
 def _some_dead(plan: SitePlan, number: int) -> Ints:
-    """A dead patch of each layer; from the second trial on, dead whatever its value is."""
+    """A dead patch of each layer."""
     rng = np.random.default_rng(number)
     chosen: list[int] = []
     for layer in range(len(plan.axes.layers)):
-        known = plan.patches(layers=range(layer, layer + 1))
+        known = plan.patches([AMPLIFIED], range(layer, layer + 1))
         known = known[~plan.live[known]]
-        if number and len(known):
-            start = whole(PatchSet(plan, known)).plan.start[np.arange(len(known))]
-            known = known[start >= N_SHARED]
         if len(known):
             chosen.append(int(rng.choice(known)))
     return np.array(sorted(chosen), dtype=np.int64)
