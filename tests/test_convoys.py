@@ -154,7 +154,7 @@ def test_every_unit_has_one_bundle_and_a_proof_stays_together() -> None:
         patch.setattr(requests, "UNIT_TOKENS", SMALL_UNITS)
         request = make_request(model(NAME), mixed_pairs(), ["resid_pre", "z", "mlp_out"])
         choice = Choice(WaveRunner(request.bridge, request.sites), "", None)
-        work = ProvenWork(request, choice, None)
+        work = ProvenWork(request, choice)
         units = [unit for variable in proof_variables(request) for unit in variable.units()]
         bundles = bundles_of([work], units)
     covered = [unit for bundle in bundles for unit in bundle.units]

@@ -100,7 +100,7 @@ def test_kept_means_are_those_of_a_run_without_a_store(tmp_path: Path) -> None:
         stored = sweep(tmp_path / "a.zarr", method=methods).load()
     xr.testing.assert_equal(stored, sweep(None, method=methods))
     # the runner and attribution may take a site at different places: each keeps its own
-    assert [name.split("-")[0] for name in kept(tmp_path / "a.zarr")] == ["attribution", "hooked"]
+    assert [name.split("-")[0] for name in kept(tmp_path / "a.zarr")] == ["attribution", "wave"]
 
 
 @pytest.mark.parametrize("runner", ["wave", "hooked"])

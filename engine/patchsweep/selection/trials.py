@@ -173,8 +173,7 @@ def _make_trial(
         spans=(spans,) * N_PAIRS,
     )
     pairs = [
-        PairShape(tuple((b != s).tolist()), reads, spans)
-        for b, s in zip(base, source, strict=True)
+        PairShape(tuple((b != s).tolist()), reads, spans) for b, s in zip(base, source, strict=True)
     ]
     plans = [_plan(site, shape, pairs, kind, joint_layers) for site in sites]
     return Trial(

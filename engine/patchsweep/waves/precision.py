@@ -109,7 +109,7 @@ def _in_bf16(module: nn.Linear | Conv1D) -> tuple[Tensor, Tensor | None]:
 def _product(module: nn.Linear | Conv1D, cast: _Cast, layer: _Layer) -> _Forward:
     def forward(x: Tensor) -> Tensor:
         y = F.linear(cast(x), *layer())[: x.shape[:-1].numel()]
-        return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
+        return y.float().view(*x.shape[:-1], y.shape[-1])
 
     return forward
 
