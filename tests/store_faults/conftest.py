@@ -24,8 +24,8 @@ DAMAGE = """
 ## Afterwards
 
 One file of a finished store is damaged. `status` looks at names and lengths, `verify` at every
-byte. *The same run* is the command that wrote the store. `verify` calls nothing sound that is not, and
-no verb ends in a traceback.
+byte. *The same run* is the command that wrote the store. `verify` calls nothing sound that is not,
+and no verb ends in a traceback.
 
 | file | damage | `status` | `verify` | the same run | `report` |
 |---|---|---|---|---|---|

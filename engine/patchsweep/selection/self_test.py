@@ -157,7 +157,7 @@ class SelfTest:
         return intervention
 
     def _set_factors(self, runner: Runner, intervention: Intervention) -> None:
-        """Factors with which a patch changes logits about as much as they differ from each other."""
+        """Factors with which a patch changes logits about as much as logits differ."""
         trial = self.trials[0]
         loaded = runner.load(trial.batch, intervention)
         base, source = (x.cpu() for x in runner.references(loaded, METRICS_COMPARED))
