@@ -14,7 +14,13 @@ from patchsweep.arguments import check_bridge, index_sets, whole_number
 from patchsweep.arguments import position_axis as given_positions
 from patchsweep.batch import Batch, make_batches, next_of_length, pair_shape
 from patchsweep.errors import ConfigError, ModelError, PlanError, PromptError
-from patchsweep.interventions import Direction, Intervention, ValueFn, get_intervention
+from patchsweep.interventions import (
+    Direction,
+    Intervention,
+    ValueFn,
+    check_labels,
+    get_intervention,
+)
 from patchsweep.metrics import Metric, MetricLike, check_rows, get_metrics
 from patchsweep.models.homes import device_of
 from patchsweep.pairs import PromptPairs
@@ -84,6 +90,7 @@ def make_request(
     chosen_sites = get_sites(sites)
     chosen_metrics = get_metrics(metrics)
     chosen = get_intervention(intervention)
+    check_labels(chosen, [pair.labels for pair in pairs])
     if direction is None:
         direction = chosen.default_direction
     if direction not in ("denoising", "noising"):

@@ -42,6 +42,12 @@ MEANING = {
     "zero": "zeros",
     "optimal": "the constant that minimises KL(original || ablated) on clean prompts",
 }
+_WAYS: dict[str, Callable[[], Intervention]] = {
+    "resample": Resample,
+    "mean": partial(Mean, per="all"),
+    "mean_label": partial(Mean, per="label"),
+    "zero": Zero,
+}
 LOSS = "kl_base"  # the metric that optimal ablation minimises
 PAIRS_AT_ONCE = 16  # captured together when chosen cells are run
 
@@ -103,9 +109,9 @@ def prepare(ask: Ask) -> Trainer | None:
     Raises:
         PatchsweepError: an argument breaks a rule, or the model takes no gradients.
     """
-    request = _request(ask, Resample())
-    if "mean_label" in ask.ablations and not any(pair.labels for pair in request.pairs):
-        raise ConfigError("ablation mean_label needs labelled pairs; use mean, or label them")
+    for name in ask.ablations:
+        if name != OPTIMAL:
+            _request(ask, _WAYS[name]())
     if OPTIMAL not in ask.ablations:
         return None
     assert ask.optimal is not None
@@ -167,19 +173,13 @@ def foremost(ds: xr.Dataset, n: int) -> list[Head]:
 
 
 def _sweep(ask: Ask, name: str, progress: Progress | None) -> xr.Dataset:
-    ways: dict[str, Callable[[], Intervention]] = {
-        "resample": Resample,
-        "mean": partial(Mean, per="all"),
-        "mean_label": partial(Mean, per="label"),
-        "zero": Zero,
-    }
     return sweep(
         ask.model,
         ask.pairs,
         ["z"],
         ask.measured,
         direction="noising",
-        intervention=ways[name](),
+        intervention=_WAYS[name](),
         positions=ask.positions,
         read=ask.read,
         runner=ask.runner,

@@ -20,6 +20,7 @@ from patchsweep.interventions import (
     Intervention,
     Spans,
     ValueFn,
+    check_labels,
     get_intervention,
     values_of,
 )
@@ -65,6 +66,7 @@ def ask(
     read = whole_number("read", read)
     check_pairs(model, pairs)
     chosen = get_intervention(intervention)
+    check_labels(chosen, [pair.labels for pair in pairs])
     if chosen.name == "shuffle":
         raise MethodError(
             "intervention=shuffle mixes the pairs of a batch, and edges take each pair by "
