@@ -179,11 +179,18 @@ def compare(architecture: str) -> tuple[float, float, int]:
                     n_units = ds.sizes[unit[0]] if unit else 1
                     head = int(rng.integers(n_units))
 
-                    def edit(x: Tensor, pos=pos, head=head, n_units=n_units, donor=donor) -> Tensor:
+                    def edit(
+                        x: Tensor,
+                        pos=pos,
+                        head=head,
+                        n_units=n_units,
+                        donor=donor,
+                        how=intervention,
+                    ) -> Tensor:
                         new = donor
-                        if intervention == "zero":
+                        if how == "zero":
                             new = torch.zeros_like(x)
-                        elif intervention == "constant":
+                        elif how == "constant":
                             new = torch.full_like(x, CONSTANT)
                         x = x.clone()
                         width = x.shape[-1] // n_units

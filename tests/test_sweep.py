@@ -365,7 +365,7 @@ def test_means_by_label_average_a_role_over_prompts_of_any_length() -> None:
 
 
 def test_means_by_label_need_labels() -> None:
-    with pytest.raises(ConfigError, match="needs labelled pairs"):
+    with pytest.raises(ConfigError, match="no pair has labels"):
         ps.sweep(model(NAME), mixed_pairs(), "z", intervention="mean_label")
 
 

@@ -152,8 +152,7 @@ class Mean:
         """
         if self.reference is not None:
             prompts = _reference_prompts(self.reference, prompts[0].tokens.device)
-        if self.per == "label" and not any(spans for group in prompts for spans in group.spans):
-            raise ConfigError("mean per='label' needs labelled pairs; use per='position' or 'all'")
+        check_labels(self, [spans for group in prompts for spans in group.spans])
 
         def compute() -> dict[MeanKey, Tensor]:
             return _means(self.per, prompts, activations)
@@ -193,6 +192,19 @@ def _reference_prompts(pairs: Sequence[PromptPair], device: torch.device) -> lis
         )
         for group in groups.values()
     ]
+
+
+def check_labels(intervention: Intervention, spans: Sequence[Spans]) -> None:
+    """Raise for means by label where no pair has a label; `spans` are those of all pairs.
+
+    Raises:
+        ConfigError: there is no label to take means by.
+    """
+    if isinstance(intervention, Mean) and intervention.per == "label" and not any(spans):
+        raise ConfigError(
+            "intervention=mean_label takes means by label, and no pair has labels; label the "
+            "pairs, or use mean or mean_all"
+        )
 
 
 def _means(per: str, prompts: Sequence[Prompts], activations: Activations) -> dict[MeanKey, Tensor]:

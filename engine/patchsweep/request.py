@@ -16,7 +16,13 @@ from patchsweep.arguments import position_axis as given_positions
 from patchsweep.batch import Batch, make_batches, next_of_length, pair_shape
 from patchsweep.compute import ComputeDtype, compute_dtype_of
 from patchsweep.errors import ConfigError, ModelError, PlanError, PromptError
-from patchsweep.interventions import Direction, Intervention, ValueFn, get_intervention
+from patchsweep.interventions import (
+    Direction,
+    Intervention,
+    ValueFn,
+    check_labels,
+    get_intervention,
+)
 from patchsweep.metrics import Metric, MetricLike, check_rows, get_metrics
 from patchsweep.models.homes import device_of
 from patchsweep.models.quantised import check_each_row, n_parameters
@@ -91,6 +97,8 @@ def make_request(
     chosen_sites = get_sites(sites)
     chosen_metrics = get_metrics(metrics)
     chosen = with_reference(get_intervention(intervention), means_from, model)
+    if means_from is None:
+        check_labels(chosen, [pair.labels for pair in pairs])
     check_means(chosen, pairs, chosen_sites)
     if direction is None:
         direction = chosen.default_direction

@@ -43,6 +43,12 @@ MEANING = {
     "zero": "zeros",
     "optimal": "the constant that minimises KL(original || ablated) on clean prompts",
 }
+_WAYS: dict[str, Callable[[], Intervention]] = {
+    "resample": Resample,
+    "mean": partial(Mean, per="all"),
+    "mean_label": partial(Mean, per="label"),
+    "zero": Zero,
+}
 LOSS = "kl_base"  # the metric that optimal ablation minimises
 PAIRS_AT_ONCE = 16  # captured together when chosen cells are run
 

@@ -101,12 +101,12 @@ def circuit(
     _check(level, growth)
     question = ask(model, pairs, metrics, "noising", ablation, read, means_from)
     check_rank_by(rank_by, question.metrics[0].name)
-    attrs = _attrs(question, level, method, growth, rank_by, sizes, scores, config)
     nodes = nodes_of(model)
     n = nodes.n_edges if level == "edges" else len(nodes.senders) - 1
     sizes_of(sizes, n, level)  # before anything runs
     if scores is not None:
         score_values(scores, nodes, level)  # likewise
+    attrs = _attrs(question, level, method, growth, rank_by, sizes, scores, config)
     if scores is None:
         name = method_name(level, method)
         scores = circuit_scores(

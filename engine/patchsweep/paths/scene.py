@@ -22,6 +22,7 @@ from patchsweep.interventions import (
     Intervention,
     Spans,
     ValueFn,
+    check_labels,
     get_intervention,
     values_of,
 )
@@ -74,6 +75,8 @@ def ask(
     read = whole_number("read", read)
     check_pairs(model, pairs)
     chosen = with_reference(get_intervention(intervention), means_from, model)
+    if means_from is None:
+        check_labels(chosen, [pair.labels for pair in pairs])
     check_means(chosen, pairs, [SITES[name] for name in SENDER_SITES])
     if chosen.name == "shuffle":
         raise MethodError(

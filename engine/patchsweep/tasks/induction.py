@@ -7,6 +7,7 @@ import re
 
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.arguments import whole_number
 from patchsweep.errors import PromptError
 from patchsweep.records import CharSpan, PromptRecord
 from patchsweep.tasks.base import Draw, Task, end_of
@@ -24,8 +25,7 @@ def prepare(model: TransformerBridge, length: int = 12) -> Draw:
     Raises:
         PromptError: `length` is below 3, or the vocabulary has fewer than 4 `length` words.
     """
-    if length < 3:
-        raise PromptError(f"task 'induction' needs length >= 3, got {length}; use 12 or so")
+    whole_number("task 'induction': length", length, least=3, error=PromptError)
     vocabulary = token_strings(model, tuple(range(len(model.tokenizer))))
     words = [text for text in vocabulary if _WORD.fullmatch(text)][:_N_WORDS]
     if len(words) < 4 * length:
