@@ -288,17 +288,15 @@ def test_metric_may_keep_its_logits(view: Callable[[Tensor], object]) -> None:
     torch.testing.assert_close(found[1], found[0], atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_models_of_16_bits_run_in_waves(dtype: torch.dtype) -> None:
+# a sum over logits of order 10, each rounded to 8 or 11 bits: half and a twentieth of its spread
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.3), (torch.float16, 0.03)])
+def test_models_of_16_bits_run_in_waves(dtype: torch.dtype, tolerance: float) -> None:
     bridge = load_model("tiny:llama", device="cpu", dtype=dtype)
     clean, corrupted = bridge.to_tokens(CLEAN), bridge.to_tokens(CORRUPTED)
     arguments = (bridge, corrupted, bridge.run_with_cache(clean)[1], everywhere)
     expected, found = (module.get_act_patch_resid_pre(*arguments) for module in (theirs, ours))
-    assert expected.std() > 0.05
-    # a sum over logits of order 10, each rounded to 8 or 11 bits
-    torch.testing.assert_close(
-        found, expected, atol=0.1 if dtype == torch.bfloat16 else 0.01, rtol=0
-    )
+    assert expected.std() > 0.5
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
 
 
 def test_an_enclosing_autocast_is_left_to_the_loop() -> None:

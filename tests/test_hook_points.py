@@ -199,14 +199,17 @@ def test_result_without_its_setting_is_refused_with_the_remedy() -> None:
     np.testing.assert_allclose(found, expected, atol=TOLERANCE)
 
 
+THINGS = ("milk", "drink", "bag", "ring")
+
+
 @pytest.mark.parametrize("intervention", ["resample", "zero", "mean", "mean_all"])
 def test_result_runs_in_packed_passes_under_means_too(intervention: str) -> None:
     bridge = model("tiny:llama")
     pairs = ps.PromptPairs.from_strings(
         bridge,
-        clean=[CLEAN, CLEAN.replace("milk", "drink")],
-        corrupted=[CORRUPTED, CORRUPTED.replace("milk", "drink")],
-        answers=[(" Mary", " John")] * 2,
+        clean=[CLEAN.replace("milk", word) for word in THINGS],
+        corrupted=[CORRUPTED.replace("milk", word) for word in THINGS],
+        answers=[(" Mary", " John")] * len(THINGS),
     )
     options: dict[str, Any] = {"sites": "result", "intervention": intervention, "layers": [0, 1]}
     found = ps.sweep(bridge, pairs, **options)

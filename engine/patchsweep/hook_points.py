@@ -57,7 +57,8 @@ def writing(hook_name: str, write: Callable[[Tensor], None]) -> Hook:
     in_place = hook_name.rpartition(".")[2] in STREAM
 
     def hook(x: Tensor, hook: Any) -> Tensor:
-        new = x if in_place else x.clone()
+        # contiguous, so that vectors can be cut into heads without a copy
+        new = x if in_place else x.clone(memory_format=torch.contiguous_format)
         write(new)
         return new
 
@@ -69,10 +70,10 @@ def write_units(
 ) -> None:
     """Put `new` `[pos, width]` into one row of `x` `[row, pos, ...]`, at `span` and in `units`
     (of the `n_units` parts of a vector) alone."""
-    own = x[row].flatten(1) if x.ndim > 3 else x[row]
-    parts = own.unflatten(-1, (n_units, -1))
-    parts[span, units] = new.unflatten(-1, (n_units, -1))[span, units]
-    x[row] = parts.reshape(x[row].shape)
+    target, values = (
+        vectors.view(len(vectors), n_units, -1) for vectors in (x[row], new.contiguous())
+    )
+    target[span, units] = values[span, units]
 
 
 def hooks_of(bridge: TransformerBridge, site: Site) -> list[str]:

@@ -19,7 +19,6 @@ from patchsweep.arithmetic import autocast_devices
 from patchsweep.errors import ConfigError, MetricError, PlanError
 from patchsweep.models.homes import device_of
 from patchsweep.running import alone, training_module, users_hooks
-from patchsweep.selection import TOLERANCE
 from patchsweep.transformer_lens.cells import Cells, differing, live_rows, make_cells
 from patchsweep.transformer_lens.stand_in import StandIn
 from patchsweep.transformer_lens.waves import CellWaves
@@ -28,6 +27,9 @@ from patchsweep.waves import Unsupported
 # sweeps of so few cells are done before waves are set up
 FEW_CELLS = 4
 N_PROBES = 3
+# difference in logits that rounding may explain, as a share of the largest logit (13 units in its
+# last place); in fp32 it is 1e-3, whatever their size
+ROUNDING = {torch.float16: 0.00625, torch.bfloat16: 0.05}
 AXES = get_args(tl.AxisNames)
 
 Metric = Callable[[Tensor], Any]
@@ -185,7 +187,7 @@ def _stand_in(
     rows = live_rows(cells, differs)
     if not len(rows):
         return StandIn(model, base_logits, None, len(cells))
-    tolerance = TOLERANCE.get(str(base_logits.dtype).removeprefix("torch."), 1e-3)
+    tolerance = max(1e-3, ROUNDING.get(base_logits.dtype, 0.0) * float(base_logits.abs().max()))
     try:
         # a tensor that needs a gradient is copied before it is patched: what reads the original
         # goes on reading it
