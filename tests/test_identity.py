@@ -64,6 +64,11 @@ def edited() -> TransformerBridge:
     return bridge
 
 
+@cache
+def in_16_bits() -> TransformerBridge:
+    return ps.load_model(NAME, device="cpu", dtype="bfloat16")
+
+
 def weight_name(bridge: TransformerBridge, *parts: str) -> str:
     names = (name for name, _ in bridge.original_model.named_parameters())
     return next(name for name in names if all(part in name for part in parts))
@@ -102,8 +107,11 @@ SWEEP_CASES: dict[str, tuple[Any, str]] = {
     "runner": ("hooked", "runner is hooked in this run and wave in the store"),
     "max_tokens": (64, "max_tokens is 64 in this run and 4096 in the store"),
     "precision": ("bf16", "precision is bf16 in this run and model in the store"),
+    "compute_dtype": ("model", "compute_dtype is bfloat16 in this run and float32 in the store"),
     "config": ({"seed": 1}, "attrs.provenance.config.seed is only in this run"),
 }
+# what else such a run and the one before have in common
+TOGETHER_WITH: dict[str, dict[str, Any]] = {"compute_dtype": {"model": lambda: in_16_bits()}}
 
 
 def value_of(given: Any) -> Any:
@@ -139,11 +147,12 @@ def test_store_refuses_a_sweep_in_which_one_argument_differs(
     assert argument in SWEEP_CASES, f"say what a store answers to another {argument}"
     other, words = SWEEP_CASES[argument]
     store = tmp_path / "a.zarr"
-    sweep(store)
+    common = {name: value_of(value) for name, value in TOGETHER_WITH.get(argument, {}).items()}
+    sweep(store, **common)
     before = checksums(store)
     nothing_runs()
     with pytest.raises(StoreError, match=f"belongs to another run: {words}"):
-        sweep(store, **{argument: value_of(other)})
+        sweep(store, **common, **{argument: value_of(other)})
     assert checksums(store) == before
 
 

@@ -22,7 +22,6 @@ from patchsweep.attributes import attributes
 from patchsweep.batch import clean_prompts
 from patchsweep.errors import ConfigError, StoreError
 from patchsweep.heads import study
-from patchsweep.hooked import HookedRunner
 from patchsweep.interventions import Mean, Reader
 from patchsweep.lens import Patch, lens
 from patchsweep.means import MeansFolder, check_means, keep_means
@@ -62,15 +61,18 @@ def kept(store: Path) -> list[str]:
 
 @pytest.fixture
 def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Prompts whose activations a hooked runner was asked for, call by call."""
+    """Prompts of which means were taken, to be kept beside a store, call by call."""
     seen: list[int] = []
-    plain = HookedRunner.activations
+    plain = MeansFolder.get
 
-    def count(self: HookedRunner, tokens: Tensor) -> Any:
-        seen.append(len(tokens))
-        return plain(self, tokens)
+    def count(self: MeansFolder, per: str, prompts: Any, reader: Reader, compute: Any) -> Any:
+        def counted() -> Any:
+            seen.append(sum(len(group.tokens) for group in prompts))
+            return compute()
 
-    monkeypatch.setattr(HookedRunner, "activations", count)
+        return plain(self, per, prompts, reader, counted)
+
+    monkeypatch.setattr(MeansFolder, "get", count)
     return seen
 
 
@@ -123,7 +125,7 @@ def test_other_prompts_and_weights_take_their_own(tmp_path: Path, forwards: list
 
     run(pairs())
     run(pairs("handed"))
-    run(pairs(), runner="hooked")  # finds the first
+    run(pairs())  # finds the first
     assert forwards == [4, 4]
     with torch.no_grad():
         bridge.original_model.get_input_embeddings().weight.mul_(2)

@@ -195,10 +195,10 @@ def _attrs(
     settings = {
         "metrics": [metric_words(metric) for metric in ask.metrics],
         "read": ask.read,
+        **more,
         "interventions": {
             name: intervention_words(one) for name, one in interventions(ask).items()
         },
-        **more,
         "runner": ask.runner,
         "max_tokens": ask.max_tokens,
     }
