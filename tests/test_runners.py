@@ -137,3 +137,37 @@ def test_hook_that_never_fires_is_an_error() -> None:
 
 def demo_tokens(bridge):
     return bridge.to_tokens("John and Mary")
+
+
+@torch.no_grad()
+def test_hooked_runs_hold_few_logits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes stay within `LOGIT_BYTES`, and only logits at positions that are read are kept."""
+    from patchsweep import hooked
+    from patchsweep.batch import Batch
+
+    bridge = model("tiny:llama")
+    pair = demo_pairs("tiny:llama")[0]
+    tokens = torch.tensor([pair.clean, pair.corrupted] * 4)
+    answers = torch.zeros(8, 1, dtype=torch.long)
+    batch = Batch(tuple(range(8)), tokens, tokens.flip(0), (16,), answers, answers, ({},) * 8)
+    runner = HookedRunner(bridge, [SITES["z"], SITES["result"]])
+    runner.check(tokens)
+    whole = runner.load(batch, get_intervention("resample"))
+    seen: list[int] = []
+    forward = hooked.forward
+
+    def noting(bridge, tokens, *hooks):
+        seen.append(tokens.shape[0])
+        return forward(bridge, tokens, *hooks)
+
+    monkeypatch.setattr(hooked, "forward", noting)
+    monkeypatch.setattr(hooked, "LOGIT_BYTES", 3 * 4 * 17 * bridge.cfg.d_vocab)
+    parts = runner.load(batch, get_intervention("resample"))
+    assert max(seen) == 3
+    assert parts.base_logits.shape == (8, 1, bridge.cfg.d_vocab)
+    torch.testing.assert_close(parts.base_logits, whole.base_logits, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(parts.source_logits, whole.source_logits, atol=TOLERANCE, rtol=0)
+    for site in ("z", "result"):
+        for found, expected in zip(parts.donors[site], whole.donors[site], strict=True):
+            torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
+    assert parts.base_logits.untyped_storage().nbytes() == 4 * 8 * bridge.cfg.d_vocab

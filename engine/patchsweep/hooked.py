@@ -103,26 +103,50 @@ class HookedRunner:
         self.check(tokens)
         return self._run(tokens)[1]
 
-    def _run(self, tokens: Tensor) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        """Logits and the activations of the sites."""
+    def _rows(self, length: int) -> int:
+        """How many prompts of that length have logits of `LOGIT_BYTES`."""
+        return max(1, LOGIT_BYTES // (4 * length * self.bridge.cfg.d_vocab))
+
+    def _run(
+        self, tokens: Tensor, reads: Sequence[int] = ()
+    ) -> tuple[Float[Tensor, "row read d_vocab"], dict[str, list[Tensor]]]:
+        """fp32 logits at `reads`, and the activations of the sites; some prompts at a time."""
+        rows = tokens.split(self._rows(tokens.shape[1]))
+        parts = [self._run_rows(some, reads) for some in rows]
+        activations = {
+            site.name: [
+                torch.cat(x) for x in zip(*(found[site.name] for _, found in parts), strict=True)
+            ]
+            for site in self.sites
+        }
+        return torch.cat([logits for logits, _ in parts]), activations
+
+    def _run_rows(
+        self, tokens: Tensor, reads: Sequence[int]
+    ) -> tuple[Float[Tensor, "row read d_vocab"], dict[str, list[Tensor]]]:
         kept: dict[str, Tensor] = {}
 
         def keep(x: Tensor, hook: Any, name: str) -> None:
             kept[name] = x.detach().clone()
 
-        logits = []
+        logits = torch.empty(0)
         for group in self._groups:
             names = [name for site in group for name in hooks_of(self.bridge, site)]
+<<<<<<< HEAD
             reads = [(name, partial(keep, name=name)) for name in names]
             with cast_while(self.bridge, self.compute_dtype):
                 logits.append(forward(self.bridge, tokens, (), reads))
+=======
+            keeping = [(name, partial(keep, name=name)) for name in names]
+            logits = forward(self.bridge, tokens, (), keeping)[:, list(reads)].float()
+>>>>>>> d6e5cb2 (The hooked runner loads some prompts at a time and keeps the logits that are read alone; no key-value cache)
         found = {}
         for site in self.sites:
             layers = [kept[name] for name in hooks_of(self.bridge, site)]
             if not site.is_pattern:
                 layers = [x.reshape(*tokens.shape, -1) for x in layers]
             found[site.name] = layers
-        return logits[0], found
+        return logits, found
 
     def _run_both(
         self, batch: Batch
@@ -140,8 +164,13 @@ class HookedRunner:
     def load(self, batch: Batch, intervention: Intervention) -> Loaded:
         """See `Runner`."""
         self.check(batch.base)
+<<<<<<< HEAD
         base_logits, base, source_logits, source = self._run_both(batch)
         reads = list(batch.reads)
+=======
+        base_logits, base = self._run(batch.base, batch.reads)
+        source_logits, source = self._run(batch.source, batch.reads)
+>>>>>>> d6e5cb2 (The hooked runner loads some prompts at a time and keeps the logits that are read alone; no key-value cache)
         return Loaded(
             batch=batch,
             donors={
@@ -153,8 +182,8 @@ class HookedRunner:
                 ]
                 for site in self.sites
             },
-            base_logits=base_logits[:, reads].float(),
-            source_logits=source_logits[:, reads].float(),
+            base_logits=base_logits,
+            source_logits=source_logits,
         )
 
     def references(
@@ -182,7 +211,7 @@ class HookedRunner:
         which = np.repeat(np.arange(len(sets)), sizes)  # [patch of all sets] its set
         patch = np.concatenate([chosen.patches for chosen in sets])
         values = torch.empty(len(metrics), len(patch), device="cpu")
-        size = max(1, LOGIT_BYTES // (4 * loaded.batch.length * self.bridge.cfg.d_vocab))
+        size = self._rows(loaded.batch.length)
         for group in self._groups:
             members = [i for i, chosen in enumerate(sets) if chosen.plan.site in group]
             rows = np.flatnonzero(np.isin(which, members))
