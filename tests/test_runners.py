@@ -170,4 +170,4 @@ def test_hooked_runs_hold_few_logits_at_once(monkeypatch: pytest.MonkeyPatch) ->
     for site in ("z", "result"):
         for found, expected in zip(parts.donors[site], whole.donors[site], strict=True):
             torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
-    assert parts.base_logits.untyped_storage().nbytes() == 4 * 8 * bridge.cfg.d_vocab
+    assert parts.base_logits.untyped_storage().nbytes() == 4 * 2 * 8 * bridge.cfg.d_vocab

@@ -129,61 +129,37 @@ class HookedRunner:
         def keep(x: Tensor, hook: Any, name: str) -> None:
             kept[name] = x.detach().clone()
 
-        logits = torch.empty(0)
+        logits: list[Tensor] = []
         for group in self._groups:
             names = [name for site in group for name in hooks_of(self.bridge, site)]
-<<<<<<< HEAD
-            reads = [(name, partial(keep, name=name)) for name in names]
-            with cast_while(self.bridge, self.compute_dtype):
-                logits.append(forward(self.bridge, tokens, (), reads))
-=======
             keeping = [(name, partial(keep, name=name)) for name in names]
-            logits = forward(self.bridge, tokens, (), keeping)[:, list(reads)].float()
->>>>>>> d6e5cb2 (The hooked runner loads some prompts at a time and keeps the logits that are read alone; no key-value cache)
+            with cast_while(self.bridge, self.compute_dtype):
+                logits.append(forward(self.bridge, tokens, (), keeping)[:, list(reads)].float())
         found = {}
         for site in self.sites:
             layers = [kept[name] for name in hooks_of(self.bridge, site)]
             if not site.is_pattern:
                 layers = [x.reshape(*tokens.shape, -1) for x in layers]
             found[site.name] = layers
-        return logits, found
-
-    def _run_both(
-        self, batch: Batch
-    ) -> tuple[Tensor, dict[str, list[Tensor]], Tensor, dict[str, list[Tensor]]]:
-        """Logits and activations of the base runs and of the source runs; few share a pass."""
-        if 8 * batch.base.numel() * self.bridge.cfg.d_vocab > LOGIT_BYTES:
-            return *self._run(batch.base), *self._run(batch.source)
-        logits, both = self._run(torch.cat([batch.base, batch.source]))
-        n = len(batch.base)
-        base = {name: [x[:n] for x in layers] for name, layers in both.items()}
-        source = {name: [x[n:] for x in layers] for name, layers in both.items()}
-        return logits[:n], base, logits[n:], source
+        return logits[0], found
 
     @torch.no_grad()
     def load(self, batch: Batch, intervention: Intervention) -> Loaded:
         """See `Runner`."""
         self.check(batch.base)
-<<<<<<< HEAD
-        base_logits, base, source_logits, source = self._run_both(batch)
-        reads = list(batch.reads)
-=======
-        base_logits, base = self._run(batch.base, batch.reads)
-        source_logits, source = self._run(batch.source, batch.reads)
->>>>>>> d6e5cb2 (The hooked runner loads some prompts at a time and keeps the logits that are read alone; no key-value cache)
+        n = len(batch.base)
+        logits, both = self._run(torch.cat([batch.base, batch.source]), batch.reads)
         return Loaded(
             batch=batch,
             donors={
                 site.name: [
                     values_of(intervention, site, layer, b, s, batch.spans)
-                    for layer, (b, s) in enumerate(
-                        zip(base[site.name], source[site.name], strict=True)
-                    )
+                    for layer, (b, s) in enumerate((x[:n], x[n:]) for x in both[site.name])
                 ]
                 for site in self.sites
             },
-            base_logits=base_logits,
-            source_logits=source_logits,
+            base_logits=logits[:n],
+            source_logits=logits[n:],
         )
 
     def references(
