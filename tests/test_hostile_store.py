@@ -26,12 +26,14 @@ import zarr
 from omegaconf import OmegaConf
 from patchsweep.attributes import attributes, flat_attributes
 from patchsweep.cli import main
+from patchsweep.config import ModelConfig
 from patchsweep.errors import StoreError
 from patchsweep.store.contents import read_contents
 from patchsweep.store.digest import seal
 from patchsweep.store.layout import COMPLETE, FIXED, fixed_key, references_key, with_digests
 from patchsweep.store.local_folder import LocalFolder
 from patchsweep.store.shard import ShardForm
+from subjects import model
 
 MADE = ["model=tiny", "task=ioi_demo"]
 RUN = [*MADE, "sites=[z]", "method=[exact,atp]", "metric=logit_diff"]
@@ -352,6 +354,13 @@ def guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         raise AssertionError(f"a connection to {args[1:]}")
 
     monkeypatch.setattr(socket.socket, "connect", connect)
+    load = ModelConfig.load
+
+    def loaded(config: ModelConfig) -> Any:
+        """The one of the command line, kept; any other is loaded as the store would have it."""
+        return model("tiny:llama") if config.name == "tiny:llama" else load(config)
+
+    monkeypatch.setattr(ModelConfig, "load", loaded)
     asked: list[str] = []
     told = lambda *names: asked.append(str(names)) or ""  # noqa: E731
     OmegaConf.register_new_resolver("oc.env", told, replace=True)
@@ -392,7 +401,25 @@ VERBS = {
 }
 
 
-@pytest.mark.parametrize("forge", HOSTILE, ids=lambda forge: forge.__name__.replace("_", "-"))
+# one of each kind; the others are among the slow tests, and all are read in Python below
+QUICK = {
+    *(names_remote_code, names_a_target, reads_the_environment, has_attributes_of_other_kinds),
+    *(has_scripts_for_tokens, lists_a_file_outside, is_zarr_2_with_pickles, hides_a_codec),
+    *(has_a_shard_of_lies, links_a_folder, has_pipes_and_devices, has_a_journal_of_lies),
+}
+
+
+def name_of(forge: Forge) -> str:
+    return forge.__name__.replace("_", "-")
+
+
+@pytest.mark.parametrize(
+    "forge",
+    [
+        pytest.param(forge, id=name_of(forge), marks=() if forge in QUICK else pytest.mark.slow)
+        for forge in HOSTILE
+    ],
+)
 def test_a_hostile_store_runs_nothing_and_reads_nothing(
     forge: Forge, sound: Path, guarded: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -422,7 +449,7 @@ def test_a_hostile_store_runs_nothing_and_reads_nothing(
         assert "<img src=x" not in text
 
 
-@pytest.mark.parametrize("forge", HOSTILE, ids=lambda forge: forge.__name__.replace("_", "-"))
+@pytest.mark.parametrize("forge", HOSTILE, ids=name_of)
 def test_reading_a_hostile_store_in_python_runs_nothing(
     forge: Forge, sound: Path, guarded: Path
 ) -> None:

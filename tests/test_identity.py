@@ -382,7 +382,8 @@ def test_store_of_an_older_format_is_read_by_xarray_and_says_in_one_line_why_it_
 ) -> None:
     store = tmp_path / "a.zarr"
     before = sweep(store).load()
-    edit(store, lambda attrs: attrs.update(patchsweep_store=1))
+    edit(store, "zarr.json", lambda attrs: attrs.update(patchsweep_store=1))
+    edit(store, "progress/zarr.json", lambda attrs: attrs.pop("files"))
     found = xr.open_zarr(store, consolidated=False)
     xr.testing.assert_equal(found.load(), before)
     assert ps.summary.largest(found, "z")
@@ -395,9 +396,9 @@ def test_store_of_an_older_format_is_read_by_xarray_and_says_in_one_line_why_it_
     )
 
 
-def edit(store: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change a store's attributes."""
-    root = store / "zarr.json"
+def edit(store: Path, key: str, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change attributes of one of a store's groups."""
+    root = store / key
     metadata = json.loads(root.read_text())
     change(metadata["attributes"])
     root.write_text(json.dumps(metadata))
@@ -408,7 +409,7 @@ def test_spoilt_identity_is_damage_that_the_same_run_mends(identity: str, tmp_pa
     store = tmp_path / "a.zarr"
     sweep(store)
     before = checksums(store)
-    edit(store, lambda attrs: attrs.update(identity=identity))
+    edit(store, "zarr.json", lambda attrs: attrs.update(identity=identity))
     with pytest.raises(DamagedError, match=r"zarr\.json: is not as it was written"):
         Store.open(store)
     with pytest.raises(DamagedError, match=r"zarr\.json: is not as it was written"):

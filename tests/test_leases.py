@@ -222,7 +222,7 @@ def test_a_lost_unit_can_be_claimed_again_when_the_heir_dies(
     ("words", "least"),
     [
         ({"runner": "wave"}, 6),
-        ({"runner": "hooked"}, 4),
+        ({"runner": "hooked"}, 3),
         ({"method": "atp"}, 6),
         ({"method": "ig", "layers": [0]}, 9),
     ],

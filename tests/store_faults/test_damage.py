@@ -106,8 +106,8 @@ FILES = {
 BESIDE = {kind for kind, (path, _) in FILES.items() if not path.startswith("a.zarr/")}
 QUICK = {"values of a unit", "unpatched metric", "attributes", "list of digests"}
 RESULTS = {
-    "results of an analysis": ("l.zarr/answer_prob/c/0/0/0/0/0", "l.zarr/top_prob/c/0/0/0/0/0"),
-    "their metadata": ("l.zarr/answer_prob/zarr.json", "l.zarr/top_prob/zarr.json"),
+    "results of an analysis": ("l.zarr/answer_prob/c/0/0/0/0/0", "l.zarr/wrong_prob/c/0/0/0/0/0"),
+    "their metadata": ("l.zarr/answer_prob/zarr.json", "l.zarr/wrong_prob/zarr.json"),
     "their attributes": ("l.zarr/zarr.json", "l.zarr/progress/zarr.json"),
     "their list of digests": ("l.zarr/progress/zarr.json", "l.zarr/zarr.json"),
 }

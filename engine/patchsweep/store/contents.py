@@ -211,25 +211,32 @@ def read_root(folder: Folder) -> dict[str, Any] | None:
     """
     data = folder.read(ROOT)
     found = parse(data)
-    if found is None:
-        if folder.exists(COMPLETE):
-            what = "is missing" if data is None else "cannot be read"
-            raise damaged(folder.shown, f"{ROOT} {what}")
-        if data is None:
-            return None
     attrs = found.get("attributes") if found else None
+    if isinstance(attrs, dict) and attrs.get(FORMAT_KEY) == FORMAT:
+        return attrs
+    wanted = digests_of(folder.read(COMPLETE)).get(ROOT)
+    if wanted is not None and wanted != digest_of(data or b""):
+        what = "is missing" if data is None else "is not as it was written"
+        raise damaged(folder.shown, f"{ROOT} {what}")
+    if data is None:
+        return None
     if not isinstance(attrs, dict) or FORMAT_KEY not in attrs:
         raise StoreError(
             f"{folder.shown} holds a {ROOT} that this version of patchsweep has not written; give "
             "another path"
         )
-    if attrs[FORMAT_KEY] != FORMAT:
-        raise StoreError(
-            f"{folder.shown} has store format {attrs[FORMAT_KEY]!r}, and this patchsweep reads "
-            f"{FORMAT}; xarray.open_zarr reads it as it is, and so does the version that wrote it; "
-            "give another path to run again"
-        )
-    return attrs
+    raise StoreError(
+        f"{folder.shown} has store format {attrs[FORMAT_KEY]!r}, and this patchsweep reads "
+        f"{FORMAT}; xarray.open_zarr reads it as it is, and so does the version that wrote it; "
+        "give another path to run again"
+    )
+
+
+def digests_of(complete: bytes | None) -> dict[str, str]:
+    """File -> digest, as `COMPLETE` with this content says; empty if it says nothing."""
+    attrs = (parse(complete) or {}).get("attributes")
+    digests = attrs.get(DIGESTS) if isinstance(attrs, dict) else None
+    return digests if isinstance(digests, dict) and ROOT in digests else {}
 
 
 def read_contents(folder: Folder) -> Contents:
@@ -246,18 +253,12 @@ def read_contents(folder: Folder) -> Contents:
             "writes it"
         )
     complete = folder.read(COMPLETE)
-    if complete is None and not folder.exists(COMPLETE):
-        raise StoreError(
-            f"the store at {folder.shown} was cut off while it was made, or has lost {COMPLETE}; "
-            f"{MEND}"
-        )
-    found = parse(complete)
-    names = found.get("attributes") if found else None
-    digests = names.get(DIGESTS) if isinstance(names, dict) else None
-    if not isinstance(digests, dict) or ROOT not in digests:
-        raise damaged(folder.shown, f"{COMPLETE} cannot be read")
-    assert complete is not None
-    assert isinstance(names, dict)
+    digests = digests_of(complete)
+    if complete is None or not digests:
+        cut = " (or the store was cut off while it was made)" if complete is None else ""
+        what = "is missing" if complete is None else "cannot be read"
+        raise damaged(folder.shown, f"{COMPLETE} {what}{cut}")
+    names: dict[str, Any] = json.loads(complete)["attributes"]
     for key in digests:
         if not _KEY.fullmatch(key):
             raise StoreError(

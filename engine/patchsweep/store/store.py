@@ -25,14 +25,13 @@ import xarray as xr
 from patchsweep.attributes import attributes
 from patchsweep.errors import DamagedError, StoreError
 from patchsweep.store.address import open_folder
-from patchsweep.store.contents import KIND, ROOT, Contents, parse, read_contents, read_root
+from patchsweep.store.contents import KIND, ROOT, Contents, digests_of, read_contents, read_root
 from patchsweep.store.dataset import dataset_of
 from patchsweep.store.difference import attribute_differences
 from patchsweep.store.digest import digest_of, seal
 from patchsweep.store.folder import Folder
 from patchsweep.store.layout import (
     COMPLETE,
-    DIGESTS,
     FIXED,
     Encoder,
     Layout,
@@ -98,7 +97,7 @@ class Store:
         if _are_ours(changed, files, there):
             for key in (key for key in files if key in changed):
                 folder.put(key, files[key])
-        elif parse(there[COMPLETE]) is None:
+        elif not digests_of(there[COMPLETE]):
             _finish(folder, files)  # its maker was killed, or is at work right now
         folder.sweep()
         contents = read_contents(folder)
@@ -299,9 +298,8 @@ def recorded_attributes(
         return None
     if KIND in attrs:
         raise _no_sweep(folder, attrs)
-    complete = parse(folder.read(COMPLETE)) or {}
-    digests = complete.get("attributes", {}).get(DIGESTS, {})
-    if digests.get(ROOT) not in (None, digest_of(folder.read(ROOT) or b"")):
+    wanted = digests_of(folder.read(COMPLETE)).get(ROOT)
+    if wanted not in (None, digest_of(folder.read(ROOT) or b"")):
         return None  # damaged
     return attributes(attrs)
 
@@ -339,19 +337,15 @@ def _are_ours(
     if changed != {COMPLETE}:
         return False
     # every file of ours is there; another run may have these files and more
-    mine, theirs = (parse(data) for data in (files[COMPLETE], there[COMPLETE]))
-    assert mine is not None
-    if theirs is None:
+    mine, theirs = (digests_of(data) for data in (files[COMPLETE], there[COMPLETE]))
+    if not theirs:
         return True
-    ours, others = mine["attributes"], theirs.get("attributes")
-    if not isinstance(others, dict):
-        return True
-    lists = [(ours[k], others.get(k)) for k in ("coords", "variables")]
-    digests = others.get(DIGESTS)
-    # one damaged byte leaves either the lists or the digests' keys as they were
-    return all(a == b for a, b in lists) or (
-        isinstance(digests, dict) and digests.keys() == ours[DIGESTS].keys()
+    names, other_names = (
+        [json.loads(data or b"")["attributes"].get(key) for key in ("coords", "variables")]
+        for data in (files[COMPLETE], there[COMPLETE])
     )
+    # one damaged byte leaves either the names or the digests' keys as they were
+    return names == other_names or mine.keys() == theirs.keys()
 
 
 def _finish(folder: Folder, files: Mapping[str, bytes]) -> None:
