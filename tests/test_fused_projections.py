@@ -12,6 +12,8 @@ import pytest
 import torch
 from patchsweep.models.tiny import tiny_model
 from patchsweep.pairs import PromptPairs
+from plain import logit_diff as plain_logit_diff
+from plain import make_plain_and_bridge, pairs_for
 from subjects import demo_pairs, model
 from torch import Tensor, nn
 
@@ -160,3 +162,28 @@ def test_rotated_queries_that_attention_changes_further_are_refused(
 
     with pytest.raises(Unsupported, match=f"hook_{site}"):
         WaveRunner(tiny_bridge(architecture), [SITES[site]])
+
+
+def test_queries_of_latent_attention_have_heads_of_their_own_width() -> None:
+    """Queries of 8 numbers a head, values of 4: both cut at their own heads."""
+    plain, bridge = make_plain_and_bridge("DeepseekV3ForCausalLM", v_head_dim=4)
+    pairs = pairs_for(bridge)
+    layer, positions = 1, [10, 16]
+    attention = plain.model.layers[layer].self_attn
+    places = {"q": (attention.q_b_proj, "out", 8), "z": (attention.o_proj, "in", 4)}
+    ds = ps.sweep(
+        bridge, pairs, [*places], intervention="zero", layers=[layer], positions=positions,
+        runner="wave",
+    )  # fmt: skip
+    for site, (module, side, d_head) in places.items():
+        for (i, pos), head in itertools.product(enumerate(positions), range(HEADS)):
+
+            def zero(x: Tensor, pos: int = pos, head: int = head, d_head: int = d_head) -> Tensor:
+                x.unflatten(-1, (HEADS, d_head))[:, pos, head] = 0.0
+                return x
+
+            tokens = pairs[0].clean, *pairs[0].answer, *pairs[0].wrong_answer
+            expected = plain_logit_diff(plain, *tokens, [(module, side, zero)])
+            found = float(ds[site].values[0, 0, 0, i, head])
+            assert found == pytest.approx(expected, abs=TOLERANCE), (site, pos, head)
+        assert float(abs(ds[site] - ds.base_metric).max()) > 0.1
