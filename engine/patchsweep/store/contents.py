@@ -218,6 +218,8 @@ def read_root(folder: Folder) -> dict[str, Any] | None:
         if data is None:
             return None
     attrs = found.get("attributes") if found else None
+    if isinstance(attrs, dict) and {KIND, "patchsweep_version"} <= attrs.keys():
+        attrs.setdefault(FORMAT_KEY, 1)  # analyses wrote none before format 2
     if not isinstance(attrs, dict) or FORMAT_KEY not in attrs:
         raise StoreError(
             f"{folder.shown} holds a {ROOT} that this version of patchsweep has not written; give "
