@@ -28,6 +28,7 @@ from patchsweep.pairs import PromptPairs
 from patchsweep.screening import Screen
 from patchsweep.store import Store
 from patchsweep.store.check import checksums
+from patchsweep.store.whole import read_whole
 from subjects import model, reference_pairs
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
@@ -451,3 +452,11 @@ def test_variables_without_roles_go_by_their_names() -> None:
         ds[name].attrs.clear()
     assert ps.summary.sites(ds) == ("z",)
     assert ps.summary.estimates(ds) == {"z_atp": ("z", "atp")}
+
+
+def test_old_results_of_an_analysis_say_that_they_are_old(tmp_path: Path) -> None:
+    old = xr.Dataset({"x": ("i", np.zeros(2))}, attrs={"kind": "lens", "patchsweep_version": "0.1"})
+    old.to_zarr(tmp_path / "old.zarr", zarr_format=3, consolidated=False)
+    for read in (ps.open_store, lambda place: read_whole(place, {"kind": "lens"})):
+        with pytest.raises(StoreError, match=r"store format 1, .* xarray.open_zarr reads it as it"):
+            read(tmp_path / "old.zarr")

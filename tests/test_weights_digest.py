@@ -13,6 +13,7 @@ import pytest
 import torch
 from patchsweep.errors import StoreError
 from patchsweep.identity import model_identity
+from patchsweep.models import weights
 from patchsweep.models.load import as_bridge
 from patchsweep.models.tiny import tiny_model
 from patchsweep.models.weights import checksum, known_digest, weights_digest, weights_stamp
@@ -199,3 +200,31 @@ def test_edited_code_of_a_model_is_another_model(tmp_path: Path) -> None:
     assert first["code"] != other["code"]
     assert {**first, "code": None} == {**other, "code": None}
     assert model_identity(model("tiny:llama"))["code"] is None
+
+
+def test_weights_on_disk_are_hashed_once_for_each_state_of_their_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part in tiny_model("llama"):
+        part.save_pretrained(tmp_path)
+    in_memory = ps.load_model(str(tmp_path), device="cpu").original_model
+    away = ps.load_model(str(tmp_path), device_map={"": "disk"}).original_model
+    hashed: list[tuple[int, ...]] = []
+    plain = weights._hash
+
+    def count(weight: Tensor, each: Callable[..., Iterator[bytes]]) -> str:
+        hashed.append(tuple(weight.shape))
+        return plain(weight, each)
+
+    monkeypatch.setattr(weights, "_hash", count)
+    first = weights_digest(away)
+    assert first == weights_digest(in_memory)
+    n_parameters = len(list(away.parameters()))
+    hashed.clear()
+    assert weights_digest(away) == first
+    assert len(hashed) < n_parameters  # buffers, which are in memory
+    file = tmp_path / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert weights_digest(away) != first

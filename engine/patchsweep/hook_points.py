@@ -107,9 +107,7 @@ def forward(
     with running(bridge), settings, warnings.catch_warnings():
         # that the bridge's own arithmetic takes the place of a norm's while a hook edits it
         warnings.filterwarnings("ignore", module=r"transformer_lens\.")
-        logits: Tensor = bridge.run_with_hooks(
-            tokens, fwd_hooks=[*hooks, *reads], use_cache=False
-        )
+        logits: Tensor = bridge.run_with_hooks(tokens, fwd_hooks=[*hooks, *reads], use_cache=False)
     for i, (name, _) in enumerate(writes):
         if i not in fired:
             raise SiteError(f"the hook {name} does not fire beside the others; patch it by itself")

@@ -220,6 +220,8 @@ def read_root(folder: Folder) -> dict[str, Any] | None:
         raise damaged(folder.shown, f"{ROOT} {what}")
     if data is None:
         return None
+    if isinstance(attrs, dict) and {KIND, "patchsweep_version"} <= attrs.keys():
+        attrs.setdefault(FORMAT_KEY, 1)  # analyses wrote none before format 2
     if not isinstance(attrs, dict) or FORMAT_KEY not in attrs:
         raise StoreError(
             f"{folder.shown} holds a {ROOT} that this version of patchsweep has not written; give "
