@@ -56,8 +56,8 @@ def elsewhere(key: str, chosen: type | None) -> str:
     group, _, name = key.partition(".")
     if group == "hydra":
         near = get_close_matches(key, [f"hydra.{name}" for name in _flat(_of_class(HydraConf))])
-        meant = f"; did you mean {near[0]}?" if near else ""
-        return f"key {key!r} is not known{meant}; `--hydra-help` says more"
+        meant = f"did you mean {near[0]}? " if near else ""
+        return f"key {key!r} is not known; {meant}`patchsweep run --hydra-help` says more"
     owners = [
         schema.partition("_")[0]
         for one, schema in GROUPS.get(group, {}).items()

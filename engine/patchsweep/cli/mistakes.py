@@ -47,7 +47,7 @@ def one_line(error: BaseException) -> str | None:
 def _wrong_type(error: ValidationError) -> str:
     """Such as "task.n_pairs='x' must be a whole number"."""
     first = str(error.msg or error).splitlines()[0]
-    told = re.match(r"Value '(.*)' .*(Integer|Float|bool)\b", first)
+    told = re.match(r"Value '(.*?)' .*(Integer|Float|bool)\b", first)
     if "is not a ListConfig" in first:
         return f"{error.full_key} must be a list, such as [a,b]"
     if told is None:

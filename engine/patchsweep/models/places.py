@@ -49,6 +49,10 @@ def as_placement(
     Raises:
         ModelError: the map is unknown, or `max_memory` comes without one that it could fill.
     """
+    if not isinstance(device_map, str | Mapping | None):
+        raise ModelError(f"device_map={device_map!r} must be a name such as auto, or a mapping")
+    if not isinstance(max_memory, Mapping | None):
+        raise ModelError(f"max_memory={max_memory!r} must be a mapping, such as {{'cpu': '9GiB'}}")
     inferred = isinstance(device_map, str)
     if isinstance(device_map, str) and device_map not in INFERRED:
         raise ModelError(
