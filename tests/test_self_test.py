@@ -6,13 +6,18 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from patchsweep.hooked import HookedRunner
+from patchsweep.models import load_model
 from patchsweep.selection.self_test import SelfTest
-from patchsweep.selection.trials import Kind
+from patchsweep.selection.trials import AMPLIFIED, N_SHARED, SPAN, Kind
 from patchsweep.sites import SITES
 from patchsweep.waves import WaveRunner
 from subjects import model
-from wrong_runners import moved, ways_of
+from transformer_lens.model_bridge import TransformerBridge
+from wrong_runners import WRONG, moved, ways_of
 
 KINDS: tuple[Kind, ...] = ("resample", "zero", "mean", "mean_all", "mean_label", "custom")
 
@@ -27,9 +32,22 @@ def _cases(cases: Iterable[tuple[str, str]], quick: Callable[[str, str], bool]) 
     return [pytest.param(*case, marks=() if quick(*case) else slow) for case in cases]
 
 
+def make_test(bridge: TransformerBridge, site: str, kind: Kind) -> SelfTest:
+    """A self-test of one site, amplified for it by a right runner."""
+    test = SelfTest(bridge, [SITES[site]], kind, joint_layers=True)
+    outcome = test.judge(waves(test))[site]
+    assert outcome.passed, outcome.failure
+    assert outcome.seen
+    return test
+
+
+def waves(test: SelfTest, cls: type[WaveRunner] = WaveRunner) -> WaveRunner:
+    return cls(test.bridge, test.sites, compute_dtype=test.compute_dtype)
+
+
 @cache
-def self_test(site: str, kind: Kind = "resample", family: str = "llama") -> SelfTest:
-    return SelfTest(model(f"tiny:{family}"), [SITES[site]], kind, joint_layers=True)
+def self_test(site: str, kind: Kind = "resample") -> SelfTest:
+    return make_test(model("tiny:llama"), site, kind)
 
 
 @pytest.mark.parametrize(
@@ -40,9 +58,9 @@ def test_a_right_runner_passes(site: str, kind: Kind) -> None:
     if (site, kind) == ("result", "custom"):
         pytest.skip("waves refuse it")
     test = self_test(site, kind)
-    outcome = test.judge(WaveRunner(test.bridge, test.sites, max_tokens=16))[site]
+    few = WaveRunner(test.bridge, test.sites, max_tokens=16)
+    outcome = test.judge(few)[site]
     assert outcome.passed, outcome.failure
-    assert outcome.seen
     assert outcome.error < 2e-4  # a tenth of what is allowed
 
 
@@ -52,8 +70,7 @@ def test_a_right_runner_passes(site: str, kind: Kind) -> None:
 )
 def test_a_wrong_runner_is_caught(site: str, way: str) -> None:
     test = self_test(site)
-    runner = ways_of(site)[way]()(test.bridge, test.sites)
-    assert not test.judge(runner)[site].passed
+    assert not test.judge(waves(test, ways_of(site)[way]()))[site].passed
 
 
 @pytest.mark.parametrize(
@@ -61,5 +78,74 @@ def test_a_wrong_runner_is_caught(site: str, way: str) -> None:
 )
 def test_a_patch_on_the_wrong_side_of_rotary_is_caught(site: str, to: str) -> None:
     test = self_test(site, "custom")  # a source's values may stand on either side
-    runner = moved(site, to)(test.bridge, test.sites)
-    assert not test.judge(runner)[site].passed
+    assert not test.judge(waves(test, moved(site, to)))[site].passed
+
+
+@pytest.mark.parametrize("way", ["ignores-the-patch", "returns-nan", "effect-of-the-other-sign"])
+@pytest.mark.parametrize("site", ["z", "q", "mlp_post"])
+def test_a_wrong_runner_is_caught_that_says_how_far_to_amplify(site: str, way: str) -> None:
+    test = SelfTest(model("tiny:llama"), [SITES[site]], "resample")
+    assert not test.judge(waves(test, WRONG[way]()))[site].passed
+
+
+@pytest.mark.parametrize("site", ["q", "mlp_post", "pattern_cell"])
+def test_weights_of_16_bits_are_tested_in_fp32(site: str) -> None:
+    bridge = load_model("tiny:llama", device="cpu", dtype="bfloat16")
+    test = make_test(bridge, site, "resample")
+    assert test.compute_dtype == torch.float32
+    wrong = WRONG["effect-too-large-by-1-percent"]()
+    assert not test.judge(waves(test, wrong))[site].passed
+
+
+def test_one_wrong_site_does_not_fail_the_others() -> None:
+    class OneWrong(WaveRunner):
+        def run_together(self, loaded, sets, metrics, null=()):
+            found = super().run_together(loaded, sets, metrics)
+            names = [chosen.plan.site.name for chosen in sets]
+            return [2 * x if name == "k" else x for name, x in zip(names, found, strict=True)]
+
+    sites = [SITES[name] for name in ("resid_pre", "k", "z")]
+    test = SelfTest(model("tiny:llama"), sites, "resample")
+    outcomes = test.judge(waves(test, OneWrong))
+    assert [name for name, outcome in outcomes.items() if not outcome.passed] == ["k"]
+    assert "pair 0, layer 0" in outcomes["k"].failure
+
+
+def test_a_site_without_any_effect_is_called_unseen() -> None:
+    bridge = load_model("tiny:llama", device="cpu")
+    with torch.no_grad():
+        for block in bridge.original_model.model.layers:
+            block.self_attn.o_proj.weight.zero_()
+    test = SelfTest(bridge, [SITES["resid_pre"], SITES["v"]], "resample")
+    # hooks that change nothing are refused, unless they were tried before the weights were edited
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HookedRunner, "check", lambda self, tokens: None)
+        outcomes = test.judge(waves(test))
+    assert outcomes["resid_pre"].seen
+    assert not outcomes["v"].seen
+    assert outcomes["v"].passed
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_trials_cover_layers_positions_and_heads(site: str) -> None:
+    test = SelfTest(model("tiny:llama"), [SITES[site]], "resample")
+    layers, positions, units, dead = set(), set(), set(), 0
+    for trial in test.trials:
+        (live,) = trial.live
+        plan = live.plan
+        _, layer, pos, unit = np.unravel_index(plan.cell[live.patches], plan.shape)
+        assert set(plan.pair[live.patches]) == set(range(AMPLIFIED))
+        layers |= {plan.axes.layers[n] for n in layer}
+        positions |= {plan.axes.positions[n] for n in pos}
+        units |= {None if plan.axes.units is None else plan.axes.units[n] for n in unit}
+        # the last layer, and a position that is not read, in trials of either length
+        assert plan.axes.layers[max(layer)] == ((2,) if plan.site.layered else (0,))
+        assert plan.start[live.patches].min() >= N_SHARED
+        dead += sum(len(chosen.patches) for chosen in trial.dead)
+    assert layers == ({(0,), (1,), (2,)} if SITES[site].layered else {(0,)})
+    assert len(positions) >= 3
+    assert SPAN in positions or site == "pattern_cell"
+    if SITES[site].unit is not None:
+        assert len({unit for unit in units if unit is not None and len(unit) > 1}) == 2
+        assert len({unit for unit in units if unit is not None and len(unit) == 1}) == 2
+    assert dead >= 2

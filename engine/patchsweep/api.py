@@ -6,7 +6,7 @@ import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -177,7 +177,8 @@ def sweep(
         request = keep_means(request, store, storage_options)
     choice = NO_RUNNER
     if asked.exact:
-        choice = prepare_runner(request, runner, max_tokens, cache_budget)
+        begun_with = None if store is None else recorded
+        choice = prepare_runner(request, runner, max_tokens, cache_budget, begun_with)
     progress = progress or Quiet()
     if store is None:
         memory = Memory(layout_of(choice))
@@ -318,17 +319,29 @@ def prepare_runner(
     wanted: RunnerName,
     max_tokens: int | None,
     cache_budget: int | None = None,
+    begun_with: Choice | None = None,
 ) -> Choice:
-    """The runner for `request`, its intervention prepared."""
+    """The runner for `request`, its intervention prepared.
+
+    `begun_with` is what a store of the same run records: its runner was tested then.
+    """
+    tested = wanted == "auto" and begun_with is not None and begun_with.runner.name != "none"
+    if tested:
+        assert begun_with is not None
+        wanted = "hooked" if begun_with.runner.name == "hooked" else "wave"
     choice = choose_runner(
         request.bridge,
         request.plans,
         request.intervention,
         wanted=wanted,
+        tested=tested,
         max_tokens=max_tokens,
         cache_budget=cache_budget,
         compute_dtype=request.compute_dtype,
     )
+    if tested:
+        assert begun_with is not None
+        choice = replace(choice, reason=begun_with.reason)
     # means are read where they are written: runners may take one site at different places
     batches = request.batches(range(len(request.pairs)))
     reader = Reader(choice.runner.name, request.sites, choice.runner.activations)

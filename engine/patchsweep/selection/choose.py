@@ -58,14 +58,16 @@ def choose_runner(
     intervention: Intervention,
     *,
     wanted: RunnerName = "auto",
+    tested: bool = False,
     max_tokens: int | None = None,
     cache_budget: int | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> Choice:
     """The wave runner where it passes the self-test at every site, else the hooked one.
 
-    `wave` or `hooked` as `wanted` takes that runner without comparing. What was found is kept
-    while the process lives and the model stays as it is. A switch to hooks is logged. The runner
+    `wave` or `hooked` as `wanted` takes that runner without comparing; for `hooked` the model is
+    still seen to be causal, unless it was `tested` before. What was found is kept while the
+    process lives and the model stays as it is. A switch to hooks is logged. The runner
     computes in `compute_dtype` (None: the model's own); the self-test takes fp32 for weights of 16
     bits in any case, where an error is no larger than it should be.
 
@@ -84,6 +86,8 @@ def choose_runner(
             raise ConfigError(
                 f"runner=wave cannot run this: {error.reason}; use runner=auto or runner=hooked"
             ) from error
+    if tested:
+        return Choice(HookedRunner(bridge, sites, compute_dtype), "asked for", None)
     check_bridge(bridge)
     test = _Tests(bridge, kind_of(intervention), _joint(plans))
     if wanted == "hooked":
