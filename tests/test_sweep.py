@@ -9,6 +9,7 @@ import torch
 from patchsweep.attributes import attributes
 from patchsweep.errors import ConfigError, MetricError, ModelError, PromptError, SiteError
 from patchsweep.pairs import PromptPairs
+from patchsweep.rounding import bf16_error
 from subjects import demo_pairs, model
 
 NAME = "tiny:llama"
@@ -322,7 +323,7 @@ def test_report_tells_the_measured_error_of_bf16(tmp_path) -> None:
 
     store = tmp_path / "bf16.zarr"
     ds = ps.sweep(model(NAME), demo_pairs(NAME), "z", precision="bf16", store=store)
-    (error,) = ps.summary.bf16_error(ds)
+    (error,) = bf16_error(ds)
     assert error.site == "z"
     assert 0 < error.median <= error.quantile_99 <= error.worst < 0.5
     assert ps.summary.sites(ds) == ("z",)

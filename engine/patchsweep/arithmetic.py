@@ -13,7 +13,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+BF16_BIT = 0x10000  # the last bit that bf16 has of a number in fp32
 FULL = "ieee"  # torch's name of fp32 products that are fp32
 _DEVICES = ("cpu", "cuda", "mps", "xpu")
 
@@ -78,3 +81,10 @@ def _switches() -> Iterator[tuple[Any, str]]:
     else:  # before torch 2.9
         yield cuda, "allow_tf32"
         yield torch.backends.cudnn, "allow_tf32"
+
+
+def last_bit_turned(x: Tensor) -> Tensor:
+    """`x` with the last bit of each number turned: the last that 16 bits have of it."""
+    if x.dtype in SIXTEEN_BITS:
+        return (x.contiguous().view(torch.int16) ^ 1).view(x.dtype)
+    return (x.float().contiguous().view(torch.int32) ^ BF16_BIT).view(torch.float32).to(x)

@@ -36,6 +36,7 @@ from patchsweep.agreement import (
 from patchsweep.arguments import whole_number
 from patchsweep.attributes import attributes
 from patchsweep.errors import StoreError
+from patchsweep.rounding import floor_of_mean, noise_floor
 from patchsweep.store.contents import printable
 
 TRUST = 0.95
@@ -90,6 +91,7 @@ class Agreement:
     n_pairs: int
     n_cells: int  # cells where either effect is not zero
     n_exact_missing: int  # cells with an estimate alone: no exact value to compare with
+    n_below_noise: int  # cells whose exact effect is below the run's noise floor, if it has one
     pearson: Measure
     spearman: Measure
     kendall: Measure
@@ -201,6 +203,7 @@ class Cells:
     exact: Floats  # [pair, cell], NaN where either is unknown
     estimate: Floats
     n_exact_missing: int
+    floor: Floats  # [cell] noise floor of the exact mean over pairs; 0: none was measured
     template: xr.DataArray  # the axes of the cells
 
     def means(self, weights: Floats | None = None) -> tuple[Floats, Floats]:
@@ -215,7 +218,10 @@ class Cells:
 
 
 def _cells(ds: xr.Dataset, site: str, name: str) -> Cells:
-    exact = summary.effect(ds, site).squeeze("metric", drop=True)
+    effects = summary.effect(ds, site)
+    exact = effects.squeeze("metric", drop=True)
+    floor = noise_floor(ds, site)
+    floor = None if floor is None else floor_of_mean(effects, floor)
     estimate = summary.effect(ds, name).squeeze("metric", drop=True).transpose(*exact.dims)
     dims = [d for d in exact.dims if d != "pair"]
     x = exact.transpose("pair", *dims).values.astype(np.float64)
@@ -230,6 +236,7 @@ def _cells(ds: xr.Dataset, site: str, name: str) -> Cells:
         np.where(known, x, np.nan),
         np.where(known, y, np.nan),
         missing,
+        np.zeros(x.shape[1]) if floor is None else np.nan_to_num(floor.values).ravel(),
         exact.isel(pair=0, drop=True),
     )
 
@@ -265,6 +272,13 @@ def _agree(
         name: Measure(measure(x, y), *_interval(drawn[name])) for name, measure in measures.items()
     }
     kind, words = verdict(len(x), found["pearson"].value, found["slope"].value)
+    floor = np.concatenate([c.floor for c in cells])[index]
+    n_below_noise = int(((floor > 0) & (np.abs(x) <= floor)).sum())
+    if n_below_noise:
+        words += (
+            f" {n_below_noise} of the {len(x)} exact effects are below the run's noise floor, and "
+            "rounding agrees with nothing."
+        )
     pairwise = [np.concatenate([getattr(c, side).ravel() for c in cells]) for side in _SIDES]
     known = np.isfinite(pairwise[0]) & ((pairwise[0] != 0) | (pairwise[1] != 0))
     told = attributes(ds)
@@ -280,6 +294,7 @@ def _agree(
         n_pairs=n_pairs,
         n_cells=len(x),
         n_exact_missing=sum(c.n_exact_missing for c in cells),
+        n_below_noise=n_below_noise,
         pearson=found["pearson"],
         spearman=found["spearman"],
         kendall=found["kendall"],

@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.arithmetic import SIXTEEN_BITS
 from patchsweep.errors import ConfigError
 from patchsweep.models.quantised import first_packed
-from patchsweep.waves.stations import SIXTEEN_BITS
 
 ComputeDtype = Literal["auto", "float32", "model"]
 

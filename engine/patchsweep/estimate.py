@@ -14,6 +14,7 @@ import torch
 from patchsweep.attribution.run import token_layers
 from patchsweep.compute import name_of, sentence
 from patchsweep.models.homes import device_of
+from patchsweep.noise import null_cost
 from patchsweep.planner import SitePlan
 from patchsweep.proof import proof_variables, recheck_cost
 from patchsweep.reading import Weights, bytes_read, count_captures, weights_of
@@ -191,6 +192,8 @@ def _parts(request: Request, asked: Asked, proven: bool) -> tuple[Part, ...]:
         parts.append(Part("bound on the rest", bound))
     if proven:
         parts.append(Part("again in fp32", recheck_cost(request)))
+    elif request.noisy and asked.exact:
+        parts.append(Part("noise floor", null_cost(request)))
     return tuple(parts)
 
 

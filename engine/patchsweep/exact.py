@@ -10,6 +10,8 @@ import numpy as np
 
 from patchsweep.batch import Batch
 from patchsweep.finite import check_cells, check_references
+from patchsweep.metrics import Metric
+from patchsweep.noise import Floor, null_patches, site_of
 from patchsweep.planner import Ints, PatchSet, SitePlan
 from patchsweep.request import Request, convoys_of
 from patchsweep.results import shape_of
@@ -19,7 +21,8 @@ from patchsweep.work import Values
 
 
 class ExactWork:
-    """The raw patched metric of every patch of a site, in the site's own variable."""
+    """The raw patched metric of every patch of a site, in the site's own variable; of a run that
+    is not in fp32 its noise floor too (see `noise`)."""
 
     def __init__(self, request: Request, runner: Runner) -> None:
         self.request, self.runner = request, runner
@@ -28,35 +31,52 @@ class ExactWork:
         self.captures = Captures(request, runner)
 
     def __contains__(self, variable: str) -> bool:
-        return variable in self.plans
+        return site_of(variable) in self.plans
 
     def cost(self, unit: Unit) -> int:
-        """See `Work`."""
-        plan = self.plans[unit.variable]
-        return plan.totals(unit.pairs, unit.layers).token_layers
+        """See `Work`; null patches are few and not counted."""
+        if unit.variable not in self.plans:
+            return 0
+        return self.plans[unit.variable].totals(unit.pairs, unit.layers).token_layers
 
     def n_live(self, unit: Unit) -> int:
         """See `Work`."""
-        plan = self.plans[unit.variable]
-        return plan.totals(unit.pairs, unit.layers).n_live
+        if unit.variable not in self.plans:
+            return 0
+        return self.plans[unit.variable].totals(unit.pairs, unit.layers).n_live
 
     def together(self, unit: Unit) -> Hashable:
-        """See `Work`."""
-        if not self.runner.joins:
-            return unit
-        return self.convoys[unit.variable], unit.pair_block, unit.layer_block
+        """See `Work`: the noise floor comes with the first layers of its site."""
+        site = site_of(unit.variable)
+        return (
+            self.convoys[site] if self.runner.joins else site,
+            unit.pair_block,
+            unit.layer_block,
+        )
 
     def values(self, units: Sequence[Unit]) -> list[Values]:
         """See `Work`."""
-        metrics = self.request.metrics
-        blocks = [Block(self.plans[unit.variable], unit, len(metrics)) for unit in units]
-        for captured in self.captures.of(units[0].pairs):
-            sets = [PatchSet(block.plan, block.fill_dead(captured)) for block in blocks]
-            found = self.runner.run_together(captured.loaded, sets, metrics)
-            for block, ran, values in zip(blocks, sets, found, strict=True):
+        metrics, pairs = self.request.metrics, units[0].pairs
+        blocks = {u: Block(self.plans[u.variable], u, len(metrics)) for u in units if self._is(u)}
+        floors = {
+            u: Floor(self.plans[site_of(u.variable)], pairs, len(metrics))
+            for u in units
+            if not self._is(u)
+        }
+        for captured in self.captures.of(pairs):
+            live = [PatchSet(block.plan, block.fill_dead(captured)) for block in blocks.values()]
+            null = [null_patches(floor.plan, captured.batch.pairs) for floor in floors.values()]
+            found = self.runner.run_together(captured.loaded, live, metrics, null)
+            for block, ran, values in zip(blocks.values(), live, found, strict=False):
                 numbers = check_cells(values.numpy(), block.plan, ran.patches, metrics)
                 block.put(ran.patches, numbers)
-        return [block.values() for block in blocks]
+            for floor, ran, values in zip(floors.values(), null, found[len(live) :], strict=True):
+                floor.put(ran.patches, values.numpy() - captured.base_of(floor.plan, ran.patches))
+        return [blocks[u].values() if u in blocks else floors[u].values for u in units]
+
+    def _is(self, unit: Unit) -> bool:
+        """Whether the unit holds patched metrics, not noise."""
+        return unit.variable in self.plans
 
     def references(self, unit: Unit) -> tuple[Values, Values]:
         """See `Work`."""
@@ -101,6 +121,18 @@ class Captures:
                 check_references(base, source, batch.pairs, request.metrics)
                 self._kept[batch.pairs] = Captured(batch, loaded, base, source)
             yield self._kept[batch.pairs]
+
+
+def measured_floor(
+    runner: Runner, captures: Captures, plan: SitePlan, pairs: range, metrics: Sequence[Metric]
+) -> Values:
+    """The noise floor `[metric, pair]` of a site, where nothing else is run beside it."""
+    floor = Floor(plan, pairs, len(metrics))
+    for captured in captures.of(pairs):
+        null = null_patches(plan, captured.batch.pairs)
+        (values,) = runner.run_together(captured.loaded, [], metrics, [null])
+        floor.put(null.patches, values.numpy() - captured.base_of(plan, null.patches))
+    return floor.values
 
 
 def references_of(captures: Captures, unit: Unit, n_metrics: int) -> tuple[Values, Values]:

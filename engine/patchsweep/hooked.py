@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.arithmetic import last_bit_turned
 from patchsweep.batch import Batch
 from patchsweep.hook_points import (
     Hook,
@@ -180,9 +181,15 @@ class HookedRunner:
 
     @torch.no_grad()
     def run_together(
-        self, loaded: Loaded, sets: Sequence[PatchSet], metrics: Sequence[Metric]
+        self,
+        loaded: Loaded,
+        sets: Sequence[PatchSet],
+        metrics: Sequence[Metric],
+        null: Sequence[PatchSet] = (),
     ) -> list[Float[Tensor, "metric patch"]]:
         """See `Runner`; a row of a forward pass is one patch, whatever its site and layer."""
+        n_sets = len(sets)
+        sets = (*sets, *null)
         sizes = [len(chosen.patches) for chosen in sets]
         which = np.repeat(np.arange(len(sets)), sizes)  # [patch of all sets] its set
         patch = np.concatenate([chosen.patches for chosen in sets])
@@ -193,18 +200,22 @@ class HookedRunner:
             rows = np.flatnonzero(np.isin(which, members))
             for first in range(0, len(rows), size):
                 part = rows[first : first + size]
-                values[:, part] = self._run_part(loaded, sets, which[part], patch[part], metrics)
+                values[:, part] = self._run_part(
+                    loaded, sets, n_sets, which[part], patch[part], metrics
+                )
         return list(values.split(sizes, dim=1))
 
     def _run_part(
         self,
         loaded: Loaded,
         sets: Sequence[PatchSet],
+        n_sets: int,
         which: Ints,
         patch: Ints,
         metrics: Sequence[Metric],
     ) -> Float[Tensor, "metric row"]:
-        """One forward pass: row i is the patch `patch[i]` of the set `which[i]`."""
+        """One forward pass: row i is the patch `patch[i]` of the set `which[i]`; those from
+        `n_sets` on are null."""
         batch, local = loaded.batch, loaded.batch.local
         hooks: list[Hook] = []
         pair = np.empty(len(patch), dtype=np.int64)  # row of the batch
@@ -212,14 +223,16 @@ class HookedRunner:
             rows = np.flatnonzero(which == i)
             plan, patches = sets[i].plan, patch[rows]
             pair[rows] = [local[p] for p in plan.pair[patches].tolist()]
-            hooks += self._hooks_of(loaded, plan, patches, rows)
+            hooks += self._hooks_of(loaded, plan, patches, rows, null=i >= n_sets)
         index = torch.from_numpy(pair).to(batch.base.device)
         with cast_while(self.bridge, self.compute_dtype):
             logits = forward(self.bridge, batch.base[index], hooks)
         read = logits[:, list(batch.reads)].float()
         return self._metrics(loaded, read, index, metrics).cpu()
 
-    def _hooks_of(self, loaded: Loaded, plan: Plan, patches: Ints, rows: Ints) -> list[Hook]:
+    def _hooks_of(
+        self, loaded: Loaded, plan: Plan, patches: Ints, rows: Ints, *, null: bool
+    ) -> list[Hook]:
         """Hooks that put patch `patches[i]` of `plan` into row `rows[i]` of a forward pass."""
         local = loaded.batch.local
         by_layer: dict[int, list[_Write]] = {}
@@ -229,26 +242,28 @@ class HookedRunner:
             for layer in plan.axes.layers[layer_set]:
                 by_layer.setdefault(layer, []).append(write)
         return [
-            writing(plan.site.hook_name(layer), self._write(loaded, plan, written, layer))
+            writing(plan.site.hook_name(layer), self._write(loaded, plan, written, layer, null))
             for layer, written in by_layer.items()
         ]
 
     def _write(
-        self, loaded: Loaded, plan: Plan, written: Sequence[_Write], layer: int
+        self, loaded: Loaded, plan: Plan, written: Sequence[_Write], layer: int, null: bool
     ) -> Callable[[Tensor], None]:
         """What replaces what the patches of `written` cover."""
         donor = loaded.donors[plan.site.name][layer]
-        units = plan.axes.units
+        units, is_pattern = plan.axes.units, plan.site.is_pattern
         n_units = 1 if units is None else self.shape.n_units(plan.site)
 
         def write(x: Tensor) -> None:
             for row, pair, unit_set, span in written:
                 which = slice(None) if units is None else list(units[unit_set])
-                new = donor[pair].to(x)
+                new = last_bit_turned(x[row]) if null else donor[pair].to(x)
+                if new.ndim > 2 and not is_pattern:
+                    new = new.flatten(1)
                 if plan.axes.n_sources:
                     src = unit_set % plan.axes.n_sources
                     x[row, which, span, src] = new[which, span, src]
-                elif plan.site.is_pattern:
+                elif is_pattern:
                     x[row, which, span] = new[which, span]
                 else:
                     write_units(x, row, new, span, which, n_units)

@@ -3,8 +3,7 @@
 `<site>` holds fp32 values where a patch was run again, else those of the bf16 waves;
 `<site>_bf16` holds those of the bf16 waves everywhere, so their difference where both are exact is
 the measured error. Both are set on the fp32 base run: value = base + (patched - base of the bf16
-run). `<site>_noise` is the largest change that patching a run with its own values made, per metric
-and pair: effects below it are rounding.
+run). `<site>_noise` is the noise floor of what was not run again, see `noise`.
 """
 
 from __future__ import annotations
@@ -22,9 +21,11 @@ from patchsweep.exact import Block, Captured, Captures, ExactWork
 from patchsweep.finite import check_cells
 from patchsweep.metrics import Metric
 from patchsweep.models.quantised import first_packed
+from patchsweep.noise import Floor, noise_variables, null_cost, null_patches, site_of
 from patchsweep.planner import Ints, PatchSet, SitePlan
 from patchsweep.request import Request, blocks_of
 from patchsweep.results import dims_of, shape_of
+from patchsweep.rounding import BF16, NOISE
 from patchsweep.selection import Choice
 from patchsweep.store import Unit, Variable
 from patchsweep.waves import WaveRunner
@@ -33,7 +34,6 @@ from patchsweep.work import Values
 # patches of a unit that are run again in fp32: its largest effects, and a random sample
 N_LARGEST = 24
 N_SAMPLE = 8
-SUFFIX, NOISE = "_bf16", "_noise"
 
 
 def proof_variables(request: Request) -> tuple[Variable, ...]:
@@ -44,7 +44,7 @@ def proof_variables(request: Request) -> tuple[Variable, ...]:
         name = plan.site.name
         found.append(
             Variable(
-                name=name + SUFFIX,
+                name=name + BF16,
                 dims=dims_of(plan),
                 shape=shape_of(plan, len(request.metrics)),
                 unit=blocks[name],
@@ -55,32 +55,18 @@ def proof_variables(request: Request) -> tuple[Variable, ...]:
                 },
             )
         )
-        found.append(
-            Variable(
-                name=name + NOISE,
-                dims=("metric", "pair"),
-                shape=(len(request.metrics), len(request.pairs)),
-                unit=(blocks[name][0], 1),
-                attrs={
-                    "long_name": f"rounding noise of a bf16 patch at {name}",
-                    "role": "noise",
-                    "site": name,
-                },
-            )
-        )
-    return tuple(found)
+    return (*found, *noise_variables(request))
 
 
 def recheck_cost(request: Request) -> int:
-    """Token-layers, at most, of what runs again in fp32 and of the identity patches."""
+    """Token-layers, at most, of what runs again in fp32 and of the null patches."""
     blocks, total = blocks_of(request.plans), 0.0
     for plan in request.plans:
         n_pairs, n_layers = blocks[plan.site.name]
         n_units = -(-plan.shape[0] // n_pairs) * -(-plan.shape[1] // n_layers)
         again = n_units * (len(request.metrics) * N_LARGEST + N_SAMPLE)
-        n_patches = min(plan.n_live, again) + min(plan.n_live, plan.shape[0] * N_SAMPLE)
-        total += n_patches * plan.token_layers / max(1, plan.n_live)
-    return round(total)
+        total += min(plan.n_live, again) * plan.token_layers / max(1, plan.n_live)
+    return round(total) + null_cost(request)
 
 
 def check_proof(request: Request) -> None:
@@ -181,7 +167,7 @@ class _Proof:
         # the same sample in every run of a unit, whichever process does it
         self._seed = [zlib.crc32(plan.site.name.encode()), unit.pair_block, unit.layer_block]
         self._merged, self._raw = Block(plan, unit, n_metrics), Block(plan, unit, n_metrics)
-        self._noise = np.zeros((n_metrics, len(unit.pairs)), np.float32)
+        self._floor = Floor(plan, unit.pairs, n_metrics)
         self._ran: list[tuple[Ints, Values]] = []  # per batch: live patches, effects
 
     def fill_dead(self, exact: Captured) -> PatchSet:
@@ -190,13 +176,8 @@ class _Proof:
         return PatchSet(self.plan, self._merged.fill_dead(exact))
 
     def null_patches(self, low: Captured) -> PatchSet:
-        """A sample of each pair's patches, of all layers; one unit of a pair tells the noise."""
-        found = [np.empty(0, np.int64)]
-        rng = np.random.default_rng(self._seed)
-        for pair in low.batch.pairs if self.unit.layer_block == 0 else ():
-            mine = self.plan.live_patches([pair])
-            found.append(np.sort(rng.choice(mine, min(N_SAMPLE, len(mine)), replace=False)))
-        return PatchSet(self.plan, np.concatenate(found))
+        """Those of the batch; one unit of a pair tells the noise."""
+        return null_patches(self.plan, low.batch.pairs if self.unit.layer_block == 0 else ())
 
     def put_bf16(self, low: Captured, exact: Captured, live: Ints, values: Values) -> None:
         """Keep what the bf16 waves gave, on the fp32 base run."""
@@ -208,10 +189,8 @@ class _Proof:
         self._ran.append((live, effect))
 
     def put_noise(self, low: Captured, patches: Ints, values: Values) -> None:
-        """Keep what patches with a run's own values changed."""
-        change = np.abs(values - low.base_of(self.plan, patches))
-        column = self.plan.pair[patches] - self.unit.pairs.start
-        np.maximum.at(self._noise.T, column, change.T)
+        """Keep what null patches changed."""
+        self._floor.put(patches, values - low.base_of(self.plan, patches))
 
     def foremost(self) -> list[PatchSet]:
         """Per batch the patches to run again: the largest effects of each metric of the whole
@@ -237,10 +216,10 @@ class _Proof:
         name = self.plan.site.name
         return {
             name: self._merged.values(),
-            name + SUFFIX: self._raw.values(),
-            name + NOISE: self._noise,
+            name + BF16: self._raw.values(),
+            name + NOISE: self._floor.values,
         }
 
 
 def _site_of(variable: str) -> str:
-    return variable.removesuffix(SUFFIX).removesuffix(NOISE)
+    return site_of(variable).removesuffix(BF16)

@@ -13,6 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.arguments import check_bridge, index_sets, whole_number
 from patchsweep.arguments import position_axis as given_positions
+from patchsweep.arithmetic import SIXTEEN_BITS
 from patchsweep.batch import Batch, make_batches, next_of_length, pair_shape
 from patchsweep.compute import ComputeDtype, compute_dtype_of
 from patchsweep.errors import ConfigError, ModelError, PlanError, PromptError
@@ -25,7 +26,7 @@ from patchsweep.interventions import (
 )
 from patchsweep.metrics import Metric, MetricLike, check_rows, get_metrics
 from patchsweep.models.homes import device_of
-from patchsweep.models.quantised import check_each_row, n_parameters
+from patchsweep.models.quantised import check_each_row, first_packed, n_parameters
 from patchsweep.pairs import PromptPairs
 from patchsweep.planner import Axes, ModelShape, SitePlan, plan_site
 from patchsweep.reference import MeansFrom, check_means, with_reference
@@ -52,6 +53,7 @@ class Request:
     shape: ModelShape
     plans: tuple[SitePlan, ...]
     compute_dtype: torch.dtype  # of activations and products
+    noisy: bool  # rounding may pass for effects: 16 bits, or quantised weights
     source_of: Mapping[int, int] | None = None  # pair -> the pair of its source; None: itself
 
     def batches(self, numbers: Sequence[int]) -> list[Batch]:
@@ -109,6 +111,7 @@ def make_request(
         )
     check_metrics(model, pairs, chosen_metrics)
     check_each_row(model)
+    dtype = compute_dtype_of(model, compute_dtype)
     pair_shapes = [pair_shape(pair, direction, read) for pair in pairs]
     position_axis: tuple[int | str, ...] | None
     if positions is None:
@@ -152,7 +155,8 @@ def make_request(
         read=read,
         shape=shape,
         plans=tuple(plans),
-        compute_dtype=compute_dtype_of(model, compute_dtype),
+        compute_dtype=dtype,
+        noisy=dtype in SIXTEEN_BITS or first_packed(model) is not None,
         source_of=next_of_length(pairs) if chosen.name == "shuffle" else None,
     )
 

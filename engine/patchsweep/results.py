@@ -13,6 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from patchsweep.attributes import flat_attributes
 from patchsweep.batch import base_and_source
 from patchsweep.identity import identity_of, request_settings
+from patchsweep.noise import noise_variables
 from patchsweep.planner import SitePlan
 from patchsweep.reference import means_attrs
 from patchsweep.request import Request, blocks_of
@@ -39,6 +40,7 @@ def make_layout(
     """
     plans = {plan.site.name: plan for plan in request.plans}
     blocks = blocks_of(request.plans)
+    noise = exact and request.noisy and precision == "model"  # a proof has its own
     settings = {
         **request_settings(request),
         "methods": methods or {"exact": {}},
@@ -51,6 +53,7 @@ def make_layout(
     return Layout(
         variables=(
             *(_variable(request, plan, blocks[name]) for name, plan in plans.items() if exact),
+            *(noise_variables(request) if noise else ()),
             *more,
         ),
         coords=_coords(request),

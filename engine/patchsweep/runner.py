@@ -38,6 +38,11 @@ class Runner(Protocol):
         """The metrics of the patched runs `patches` (indices into `plan`), in that order."""
 
     def run_together(
-        self, loaded: Any, sets: Sequence[PatchSet], metrics: Sequence[Metric]
+        self,
+        loaded: Any,
+        sets: Sequence[PatchSet],
+        metrics: Sequence[Metric],
+        null: Sequence[PatchSet] = (),
     ) -> list[Float[Tensor, "metric patch"]]:
-        """`run` for each of `sets`, in one go where that saves passes."""
+        """`run` for each of `sets`, in one go where that saves passes; then for each of `null`,
+        whose patches change the last bit of what is there (see `patchsweep.noise`)."""

@@ -11,8 +11,9 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.api import prepare_runner
 from patchsweep.errors import PlanError
-from patchsweep.exact import Block, Captures
+from patchsweep.exact import Block, Captures, measured_floor
 from patchsweep.finite import check_cells
+from patchsweep.noise import site_of
 from patchsweep.pairs import PromptPairs
 from patchsweep.request import MetricLike, Request, make_request
 from patchsweep.results import Memory, make_layout
@@ -72,7 +73,11 @@ def _draw(
     captures = Captures(request, choice.runner)
     plans = {plan.site.name: plan for plan in request.plans}
     for unit in sorted(memory.pending(), key=lambda unit: unit.first_pair):
-        plan = plans[unit.variable]
+        plan = plans[site_of(unit.variable)]
+        if plan.site.name != unit.variable:
+            floor = measured_floor(choice.runner, captures, plan, unit.pairs, request.metrics)
+            memory.write(unit, floor)
+            continue
         block = Block(plan, unit, len(request.metrics))
         for captured in captures.of(unit.pairs):
             live = block.fill_dead(captured)

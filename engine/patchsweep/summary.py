@@ -12,16 +12,15 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from scipy.stats import rankdata
 
 from patchsweep.arguments import number, whole_number
 from patchsweep.attributes import attributes
 from patchsweep.errors import MetricError, PlanError, SiteError, StoreError
+from patchsweep.rounding import BF16, NOISE, floor_of_mean, noise_floor
 
 SMALL_GAP = 0.1
 """A pair is flagged when its |source - base| is below this fraction of the metric's median."""
 
-_PROOF = ("_bf16", "_noise")  # ends of the variables that a bf16 sweep adds, see `proof`
 UNIT_DIMS = ("head", "kv_head", "neuron")
 """What a patch can be narrowed to inside one layer and position."""
 
@@ -61,6 +60,7 @@ class Effect:
     value: float  # patched metric
     effect: float  # value - base metric
     recovered: float  # effect / (source metric - base metric); NaN where that gap is zero
+    noise: float | None = None  # effects below it are rounding; None: none was measured
 
 
 def estimates(ds: xr.Dataset) -> dict[str, tuple[str, str]]:
@@ -241,8 +241,9 @@ def largest(
 ) -> list[Effect]:
     """The `n` cells of `site` with the largest |effect|, largest first, exact zeros left out.
 
-    `metric` defaults to the first; `pair=None` ranks the mean over pairs, whose `recovered` is the
-    ratio of means.
+    Where the run has a noise floor (`patchsweep.rounding`), cells below it are left out too: there
+    may be fewer than `n`. `metric` defaults to the first; `pair=None` ranks the mean over pairs,
+    whose `recovered` is the ratio of means.
 
     Raises:
         SiteError, MetricError, PlanError: `site`, `metric` or `pair` is not in the Dataset, or
@@ -259,11 +260,14 @@ def largest(
     fractions = recovered_mean(one, site).squeeze("metric", drop=True)
     unit = unit_dim(effects)
     tokens = shared_tokens(ds, pair)
+    floor = noise_floor(one, site)
+    noise = None if floor is None else floor_of_mean(effect(one, site), floor).values.ravel()
 
     flat = np.abs(effects.values).ravel()
-    order = np.argsort(-np.nan_to_num(flat, nan=-1.0), kind="stable")[:n]
+    order = np.argsort(-np.nan_to_num(flat, nan=-1.0), kind="stable")
+    order = order[flat[order] > (0 if noise is None else noise[order])]
     found = []
-    for cell in order[flat[order] > 0]:
+    for cell in order[:n]:
         at = dict(zip(effects.dims, np.unravel_index(cell, effects.shape), strict=True))
         found.append(
             Effect(
@@ -276,6 +280,7 @@ def largest(
                 value=float(values.values.ravel()[cell]),
                 effect=float(effects.values.ravel()[cell]),
                 recovered=float(fractions.values.ravel()[cell]),
+                noise=None if noise is None else float(noise[cell]),
             )
         )
     return found
@@ -330,6 +335,10 @@ class PatchsweepAccessor:
         """See `patchsweep.summary.recovered`."""
         return recovered(self._ds, site)
 
+    def noise_floor(self, site: str) -> xr.DataArray | None:
+        """See `patchsweep.rounding.noise_floor`."""
+        return noise_floor(self._ds, site)
+
     def effect_mean(self, site: str) -> xr.DataArray:
         """See `patchsweep.summary.effect_mean`."""
         return effect_mean(self._ds, site)
@@ -345,46 +354,6 @@ class PatchsweepAccessor:
         return largest(self._ds, site, metric, n, pair=pair)
 
 
-@dataclass(frozen=True)
-class Bf16Error:
-    """What a bf16 sweep measured of its own error at one site, over all metrics and pairs."""
-
-    site: str
-    n_again: int  # patches that were run again in fp32
-    median: float  # of |bf16 - fp32| over them
-    quantile_99: float
-    worst: float
-    spearman: float  # of the effects in bf16 and in fp32
-    noise: float  # largest change when a run was patched with its own values
-
-
-def bf16_error(ds: xr.Dataset) -> list[Bf16Error]:
-    """The measured error of every site that was swept in bf16; empty for other sweeps."""
-    found = []
-    for site in sites(ds):
-        if f"{site}{_PROOF[0]}" not in ds:
-            continue
-        proven, raw = ds[site], ds[f"{site}{_PROOF[0]}"].transpose(*ds[site].dims)
-        base = ds["base_metric"]
-        again = (proven != raw).values & ~np.isnan(proven.values)
-        error = np.abs((proven - raw).values[again])
-        if not len(error):
-            continue
-        ranks = [rankdata((x - base).transpose(*proven.dims).values[again]) for x in (proven, raw)]
-        found.append(
-            Bf16Error(
-                site=site,
-                n_again=len(error),
-                median=float(np.median(error)),
-                quantile_99=float(np.quantile(error, 0.99)),
-                worst=float(error.max()),
-                spearman=float(np.corrcoef(ranks[0], ranks[1])[0, 1]) if len(error) > 1 else 1.0,
-                noise=float(ds[f"{site}{_PROOF[1]}"].max()),
-            )
-        )
-    return found
-
-
 def _cell_variables(ds: xr.Dataset) -> list[str]:
     """Data variables with one number per patch; those with other axes are not cells."""
     return [
@@ -398,7 +367,7 @@ def _holds_cells(name: str, array: xr.DataArray) -> bool:
     if "role" in array.attrs:
         return array.attrs["role"] in ("exact", "estimate")
     # [metric, pair] is a baseline, or one patch
-    return not name.endswith(_PROOF) and (array.ndim > 2 or name in SITE_WORDS)
+    return not name.endswith((BF16, NOISE)) and (array.ndim > 2 or name in SITE_WORDS)
 
 
 def _variable(ds: xr.Dataset, site: str) -> xr.DataArray:

@@ -13,6 +13,7 @@ from patchsweep.cli.progress import Bar
 from patchsweep.cli.stop import STOPPER
 from patchsweep.compute import sentence
 from patchsweep.config import RunConfig
+from patchsweep.rounding import noise_of
 from patchsweep.store.credentials import scrub
 
 
@@ -46,6 +47,11 @@ def execute(config: RunConfig) -> None:
         f"({provenance['runner_reason']}), computed in "
         + sentence(provenance["dtype"], provenance["compute_dtype"])
     )
+    for noise in noise_of(ds):
+        console.print(
+            f"noise floor of {noise.site}: {noise.floor:.2g} in {noise.metric}; "
+            f"{noise.n_above} of {noise.n_cells} effects are above it, the others are rounding"
+        )
     plan = told["plan"]
     live, patches = (sum(site[key] for site in plan.values()) for key in ("n_live", "n_patches"))
     console.print(f"{scrub(config.store.path)}: {patches} patches, {live} of them live")

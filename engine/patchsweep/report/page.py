@@ -18,6 +18,7 @@ from patchsweep.report.tables import (
     bf16_table,
     cost_table,
     largest_table,
+    noise_table,
     provenance_table,
     totals,
 )
@@ -68,6 +69,7 @@ def build_page(ds: xr.Dataset, journal: Journal) -> str:
         _maps(ds, figures, first),
         section("largest", "The largest effects", _slot("table", first["table"])),
         _comparison(panels),
+        section("noise", "What is rounding", noise_table(ds)),
         section("bf16", "How exact bf16 was here", bf16_table(ds)),
         section("cost", "What the run cost", cost_table(ds, journal)),
         section("provenance", "Where the numbers come from", provenance_table(ds)),

@@ -13,6 +13,7 @@ from patchsweep import summary
 from patchsweep.attributes import attributes
 from patchsweep.report.html import count, esc, number, plural, token_html
 from patchsweep.report.views import View
+from patchsweep.rounding import NOISE, bf16_error, noise_of
 from patchsweep.store import journal
 from patchsweep.store.difference import DIGEST, IDENTITY
 
@@ -49,18 +50,22 @@ def largest_table(ds: xr.Dataset, names: tuple[str, ...], metric: str, view: Vie
     n_pairs = ds.sizes["pair"]
     spread = view.pair is None and n_pairs > 1
     groups = []
-    heads = positions = False
+    heads = positions = noisy = False
     for site in names:
         found = summary.largest(ds, site, metric, N_LARGEST, pair=view.pair)
         heads |= any(e.head is not None for e in found)
         positions |= any(e.pos is not None for e in found)
+        noisy |= any(e.noise is not None for e in found)
         groups.append((site, found, _spread(ds, site, metric, found) if spread else []))
     if not any(found for _, found, _ in groups):
-        return '<p class="empty">No patch that has run changes this metric.</p>'
+        below = any(site + NOISE in ds for site in names) * " by more than the noise floor"
+        return f'<p class="empty">No patch that has run changes this metric{below}.</p>'
     columns = [("site", ""), ("layer", "n")]
     columns += [("position", "n"), ("token", "")] if positions else []
     columns += [("head", "n")] if heads else []
-    columns += [("value", "n"), ("effect", "n"), ("recovered", "n")]
+    columns += [("value", "n"), ("effect", "n")]
+    columns += [("noise floor", "n")] if noisy else []
+    columns += [("recovered", "n")]
     columns += [("95 % interval", "n"), ("p", "n"), ("pairs", "n")] if spread else []
     top = "".join(f'<th scope="col" class="{kind}">{name}</th>' for name, kind in columns)
     bodies = []
@@ -78,8 +83,10 @@ def largest_table(ds: xr.Dataset, names: tuple[str, ...], metric: str, view: Vie
             cells += [
                 f'<td class="n">{number(e.value)}</td>',
                 f'<td class="n {_side(e)}">{number(e.effect, sign=True)}</td>',
-                f'<td class="n">{number(e.recovered)}</td>',
             ]
+            if noisy:
+                cells.append(f'<td class="n">{"" if e.noise is None else number(e.noise)}</td>')
+            cells.append(f'<td class="n">{number(e.recovered)}</td>')
             if spread:
                 low, high, p, ran = extra[index]
                 cells += [
@@ -123,7 +130,7 @@ def bf16_table(ds: xr.Dataset) -> str:
         f'<td class="n">{e.median:.1e}</td><td class="n">{e.quantile_99:.1e}</td>'
         f'<td class="n">{e.worst:.1e}</td><td class="n">{e.spearman:.4f}</td>'
         f'<td class="n">{e.noise:.1e}</td></tr>'
-        for e in summary.bf16_error(ds)
+        for e in bf16_error(ds)
     ]
     if not rows:
         return ""
@@ -133,6 +140,29 @@ def bf16_table(ds: xr.Dataset) -> str:
         "<p>Matrix products ran in bf16. The largest effects and a random sample were run again in "
         "fp32; their values are the fp32 ones. Effects below the noise floor are rounding.</p>"
         f'<div class="scroll"><table><thead><tr><th scope="col">site</th>{top}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def noise_table(ds: xr.Dataset) -> str:
+    """The noise floor of each site and metric; empty for runs in fp32."""
+    rows = [
+        f'<tr><th scope="row">{esc(n.site)}</th><td>{esc(n.metric)}</td>'
+        f'<td class="n">{number(n.floor)}</td><td class="n">{count(n.n_above)}</td>'
+        f'<td class="n">{count(n.n_cells)}</td></tr>'
+        for n in noise_of(ds)
+    ]
+    if not rows:
+        return ""
+    heads = ["noise floor", "effects above", "of"]
+    top = "".join(f'<th scope="col" class="n">{h}</th>' for h in heads)
+    return (
+        "<p>This run was not computed in fp32, so rounding moves the metric whatever is patched. "
+        "The noise floor was measured in the run, by patches that change the last bit of a value "
+        "alone: effects below it are rounding. Tables and lists stop there; maps show every cell. "
+        "Where there are several pairs, the largest floor is given.</p>"
+        '<div class="scroll"><table><thead><tr><th scope="col">site</th>'
+        f'<th scope="col">metric</th>{top}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 

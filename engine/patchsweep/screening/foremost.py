@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from patchsweep.exact import Block, Captured, Captures, references_of
+from patchsweep.exact import Block, Captured, Captures, measured_floor, references_of
 from patchsweep.finite import check_cells
 from patchsweep.planner import Ints, SitePlan
 from patchsweep.request import Request
@@ -53,6 +53,11 @@ class Foremost:
             if len(mine):
                 block.put(mine, self._run(captured, plan, mine))
         return block.values()
+
+    def noise(self, plan: SitePlan, unit: Unit) -> Values:
+        """The noise floor `[metric, pair]` of the unit's pairs."""
+        metrics = self.request.metrics
+        return measured_floor(self.runner, self.captures, plan, unit.pairs, metrics)
 
     def references(self, unit: Unit) -> tuple[Values, Values]:
         """Base and source metric `[metric, pair]` of the unit's pairs."""

@@ -10,6 +10,7 @@ import numpy as np
 from patchsweep.attribution.units import Estimator, variable_name
 from patchsweep.planner import SitePlan
 from patchsweep.request import Request
+from patchsweep.rounding import NOISE
 from patchsweep.screening.asked import bound_name
 from patchsweep.screening.bound import Subsets
 from patchsweep.screening.foremost import Foremost
@@ -35,9 +36,11 @@ class ScreenWork:
             variable_name(name, screen.method.name): plan for name, plan in self._plans.items()
         }
         self._bounded = {bound_name(name): plan for name, plan in self._plans.items()}
+        self._noise = {name + NOISE: plan for name, plan in self._plans.items()}
+        self._others = (self._estimated, self._bounded, self._noise)
 
     def __contains__(self, variable: str) -> bool:
-        return any(variable in known for known in (self._plans, self._estimated, self._bounded))
+        return any(variable in known for known in (self._plans, *self._others))
 
     def cost(self, unit: Unit) -> int:
         """See `Work`; of exact units the mean cost of a patch times how many run at least."""
@@ -45,6 +48,8 @@ class ScreenWork:
             return self.estimator.cost(unit)
         if unit.variable in self._bounded:
             return self.screen.bound_cost(self._bounded[unit.variable], unit.pairs)
+        if unit.variable in self._noise:
+            return 0
         plan = self._plans[unit.variable]
         return round(plan.totals(unit.pairs, unit.layers).token_layers * self.screen.share_of(plan))
 
@@ -68,6 +73,8 @@ class ScreenWork:
             return self._estimate(unit)
         if unit.variable in self._bounded:
             return self._bound(self._bounded[unit.variable], unit)
+        if unit.variable in self._noise:
+            return self.foremost.noise(self._noise[unit.variable], unit)
         return self.foremost.values(self._plans[unit.variable], unit)
 
     def references(self, unit: Unit) -> tuple[Values, Values]:

@@ -13,6 +13,7 @@ from patchsweep_kernels.attention import Rows, prefix_attention
 from patchsweep_kernels.scatter import scatter_patch
 from torch import Tensor, nn
 
+from patchsweep.arithmetic import last_bit_turned
 from patchsweep.planner import Column, Ints
 from patchsweep.sites import Site
 from patchsweep.waves.arguments import first_of, split_hidden, with_first
@@ -28,7 +29,8 @@ class Donors:
     """What is patched in, and where."""
 
     point: SitePoint
-    layers: Sequence[Tensor]  # per layer of writing [pair, pos, width]: the values
+    # per layer of writing [pair, pos, width]: the values; None: what is there, its last bit turned
+    layers: Sequence[Tensor] | None
     # [patch] row of the values, then [row, width] per layer: a vector for each one-token patch
     row: Column | Ints | None = None
 
@@ -132,15 +134,18 @@ class _State:
         """Replace the vectors that set i patches, in one launch."""
         wave, donors = self.wave, self.given.donors[i]
         plan, patch = wave.sets[i].plan, wave.patch[row]
-        donor = donors.layers[self.packing.layer].to(x)
-        length, width = donor.shape[-2:]
-        if donors.row is None:
-            source = self.local[wave.pair[row]] * length + self.packing.token_pos[token]
+        flat = x.view(-1, x.shape[-1])
+        if donors.layers is None:
+            values, source = last_bit_turned(flat), token
         else:
-            source = donors.row[patch]
-        units = plan.axes.units
-        flat = x.view(-1, width)
-        values = donor.reshape(-1, width)
+            donor = donors.layers[self.packing.layer].to(x)
+            length, width = donor.shape[-2:]
+            values = donor.reshape(-1, width)
+            if donors.row is None:
+                source = self.local[wave.pair[row]] * length + self.packing.token_pos[token]
+            else:
+                source = donors.row[patch]
+        units, width = plan.axes.units, x.shape[-1]
         if units is None:
             scatter_patch(flat, values, _table(token), source=_table(source))
             return

@@ -17,7 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.batch import Batch
 from patchsweep.errors import ModelError
-from patchsweep.interventions import Custom, Intervention, Resample, Spans, values_of
+from patchsweep.interventions import Custom, Intervention, Spans, values_of
 from patchsweep.memory import is_out_of_memory
 from patchsweep.metrics import Logits, Metric, Sum, compute
 from patchsweep.planner import Column, Ints, PatchSet, Plan, SitePlan
@@ -151,12 +151,12 @@ class WaveRunner:
     ) -> list[Float[Tensor, "metric patch"]]:
         """See `Runner`; all sets share waves.
 
-        `null`: sets, told of after the others, that are patched with the values which the base
-        run has anyway. What they change is rounding.
+        `null`: sets, told of after the others, that are patched with the values that are there
+        anyway, their last bit turned (see `patchsweep.noise`). What they change is rounding.
         """
         every = (*sets, *null)
         donors = [self._donors(chosen, loaded) for chosen in sets]
-        donors += [self._donors(chosen, loaded, own=True) for chosen in null]
+        donors += [Donors(self.points[chosen.plan.site.name], None) for chosen in null]
         sizes = [len(chosen.patches) for chosen in every]
         values = torch.empty(len(metrics), sum(sizes), device="cpu")
         given = WaveInput(loaded.base, donors, loaded.batch.local)
@@ -178,12 +178,10 @@ class WaveRunner:
             values[:, wave.place] = result.cpu()
         return list(values.split(sizes, dim=1))
 
-    def _donors(self, chosen: PatchSet, loaded: Loaded, *, own: bool = False) -> Donors:
-        """What the patches of `chosen` put in; `own`: what is there in the base run anyway."""
-        point, base = self.points[chosen.plan.site.name], loaded.base
+    def _donors(self, chosen: PatchSet, loaded: Loaded) -> Donors:
+        """What the patches of `chosen` put in."""
+        point = self.points[chosen.plan.site.name]
         values = loaded.donors[point.site.name]
-        if own and len(chosen.patches):
-            values = self._values(point, Resample(), base, base, loaded.batch.spans)
         return Donors(point, values, _cell_rows(chosen.plan, loaded.batch))
 
     def _run_wave(

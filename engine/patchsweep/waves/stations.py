@@ -17,11 +17,10 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from patchsweep.arithmetic import SIXTEEN_BITS
 from patchsweep.memory import give_memory_back
 from patchsweep.models.homes import Home, Stored
 from patchsweep.models.pages import extent_of, forget, overflows
-
-SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
 class SplitBlock(Exception):

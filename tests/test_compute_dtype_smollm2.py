@@ -1,0 +1,67 @@
+"""SmolLM2 in bfloat16: in fp32 its largest effects are the fp32 sweep's, and else noise is named."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import patchsweep as ps
+import pytest
+import torch
+import xarray as xr
+from patchsweep.rounding import noise_floor
+from patchsweep.summary import Effect, largest
+
+SITES = ["k", "q", "z"]
+LAYERS = [0, 5, 15, 20, 25, 29]
+N = 20
+
+
+@cache
+def swept(kind: str) -> xr.Dataset:
+    """All patches of the sites: by the fp32 model, in fp32 of bf16 weights, in bf16."""
+    model = ps.load_model("smollm2-135m", dtype="bfloat16", device="cpu")
+    if kind == "fp32":
+        model.to(torch.float32)  # the same weights: those of bf16
+    text = "Then Anna and Paul were at the park and {} threw a ball to"
+    pairs = ps.PromptPairs.from_strings(
+        model,
+        clean=[text.format("Paul")],
+        corrupted=[text.format("Anna")],
+        answers=[(" Anna", " Paul")],
+    )
+    compute_dtype = "model" if kind == "bf16" else "float32"
+    return ps.sweep(model, pairs, SITES, layers=LAYERS, compute_dtype=compute_dtype, runner="wave")
+
+
+def _places(effects: list[Effect]) -> list[tuple[object, ...]]:
+    return [(e.layer, e.pos, e.head) for e in effects]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("site", SITES)
+def test_the_largest_effects_in_fp32_are_those_of_the_fp32_model(site: str) -> None:
+    found, expected = largest(swept("float32"), site, n=N), largest(swept("fp32"), site, n=N)
+    assert len(found) == N
+    assert _places(found) == _places(expected)
+    np.testing.assert_allclose([e.effect for e in found], [e.effect for e in expected], atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("site", SITES)
+def test_in_bf16_the_floor_stands_beside_every_number(site: str) -> None:
+    low, exact = swept("bf16"), swept("fp32")
+    floor = noise_floor(low, site)
+    assert floor is not None
+    told = largest(low, site, n=N)
+    assert all(e.noise == floor.item() < abs(e.effect) for e in told)
+    # what is told is an effect: its sign is right, and its size within the floor
+    true = (exact[site] - exact.base_metric).squeeze()
+    for e in told:
+        unit = "kv_head" if site == "k" else "head"
+        value = float(true.sel({"layer": e.layer, "pos": e.pos, unit: e.head}))
+        assert value * e.effect > 0
+        assert abs(value - e.effect) < floor.item() + 0.02 * abs(value)
+    # and it had to be: rounding alone reaches the twentieth of the true effects
+    sizes = np.sort(np.abs(true.values[np.isfinite(true.values)]))[::-1]
+    assert floor.item() > sizes[N - 1] or site == "z"
