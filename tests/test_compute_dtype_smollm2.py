@@ -1,4 +1,4 @@
-"""SmolLM2 in bfloat16: in fp32 its largest effects are the fp32 sweep's, and else noise is named."""
+"""SmolLM2 in bfloat16: in fp32 its largest effects are the fp32 sweep's, else noise is named."""
 
 from __future__ import annotations
 
