@@ -33,7 +33,7 @@ from gpu.virtual_device import DeviceMix
 
 HERE = Path(__file__)
 NAMES = [("John", "Mary"), ("Paul", "Anna"), ("Tom", "Lucy"), ("James", "Emma")]
-# a GPU's packed batches are larger, so matrix products round otherwise; kernels sum in another order
+# a GPU's packed batches are larger, so products round otherwise; kernels sum in another order
 TOLERANCE = 1e-4 if INTERPRETED else 1e-5
 
 

@@ -75,9 +75,10 @@ def _done(ds: xr.Dataset) -> str:
         words += f", head {esc(heads)}," if heads else ""
         where = "every position" if pos == "all" else f"{esc(pos)}"
         where = f"position {where}" if isinstance(pos, int) else where
-        means = behind_means(patch.get("means"))
-        found.append(f"{words} at {where} ({esc(patch.get('intervention', ''))}){means and '.'}{means}")
-    return "; ".join(one.removesuffix(".") for one in found)
+        words += f" at {where} ({esc(patch.get('intervention', ''))})"
+        means = behind_means(patch.get("means")).removesuffix(".")
+        found.append(f"{words}.{means}" if means else words)
+    return "; ".join(found)
 
 
 def _listed(value: Any) -> str:
