@@ -14,6 +14,7 @@ import patchsweep as ps
 import patchsweep.report.circuit
 import patchsweep.report.edges
 import patchsweep.report.heads
+import patchsweep.report.lens
 import pytest
 import torch
 import xarray as xr
@@ -385,5 +386,9 @@ def test_pages_say_how_many_prompts_stand_behind_each_mean() -> None:
             "Means are taken over the clean prompts of the run; different prompts behind each: "
             "17 tokens: 4." in text
         )
+    patch = Patch("z", 1, 15, intervention="mean")
+    assert "(mean). Means are taken over the clean prompts of the run" in report.lens.build(
+        lens(bridge, given, patch=patch)
+    )
     ds = study(bridge, given, ablations=["resample", "mean"], optimal=None)
     assert "different positions behind each: all positions: 68." in report.heads.build(ds)

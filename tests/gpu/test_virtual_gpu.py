@@ -33,7 +33,8 @@ from gpu.virtual_device import DeviceMix
 
 HERE = Path(__file__)
 NAMES = [("John", "Mary"), ("Paul", "Anna"), ("Tom", "Lucy"), ("James", "Emma")]
-TOLERANCE = 1e-4 if INTERPRETED else 1e-6  # the kernels sum in another order than the references
+# a GPU's packed batches are larger, so products round otherwise; kernels sum in another order
+TOLERANCE = 1e-4 if INTERPRETED else 1e-5
 
 
 def loaded(name: str, **more: Any) -> TransformerBridge:

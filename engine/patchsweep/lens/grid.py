@@ -216,7 +216,7 @@ def _attrs(
         **analysis_attrs(model, identity, config),
         "prompt": asked.prompt,
         "removed": "" if remove is None else f"{remove[0]} {remove[1]}",
-        "patches": [patch.told() for patch in asked.patches],
+        "patches": [{**patch.told(), **patch.means(pairs)} for patch in asked.patches],
         "top": top,
     }
 

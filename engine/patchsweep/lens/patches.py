@@ -23,6 +23,7 @@ from patchsweep.interventions import (
     values_of,
 )
 from patchsweep.pairs import PromptPairs
+from patchsweep.reference import means_attrs
 from patchsweep.request import Request, make_request, model_shape
 from patchsweep.sites import SITES, Site, get_sites
 
@@ -50,6 +51,10 @@ class Patch:
             "head": _plain(self.head),
             "intervention": name,
         }
+
+    def means(self, pairs: PromptPairs) -> dict[str, Any]:
+        """See `reference.means_attrs`."""
+        return means_attrs(get_intervention(self.intervention), pairs, get_sites([self.site]))
 
     def identity(self) -> dict[str, Any]:
         """The patch as JSON takes it; values by their content, or by name and version."""

@@ -13,6 +13,7 @@ from patchsweep.report import lens_findings
 from patchsweep.report.figure import SERIES, figure, figure_scripts, plain
 from patchsweep.report.html import esc, number, plural, token_html, visible
 from patchsweep.report.lens_findings import Place, Removal
+from patchsweep.report.question import behind_means
 from patchsweep.report.shell import page, resource, section
 from patchsweep.report.tables import provenance_table
 
@@ -74,7 +75,9 @@ def _done(ds: xr.Dataset) -> str:
         words += f", head {esc(heads)}," if heads else ""
         where = "every position" if pos == "all" else f"{esc(pos)}"
         where = f"position {where}" if isinstance(pos, int) else where
-        found.append(f"{words} at {where} ({esc(patch.get('intervention', ''))})")
+        words += f" at {where} ({esc(patch.get('intervention', ''))})"
+        means = behind_means(patch.get("means")).removesuffix(".")
+        found.append(f"{words}.{means}" if means else words)
     return "; ".join(found)
 
 
