@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 CHECKED = ("waves", "metrics", "batch", "hooked", "planner", "exact")
+os.environ.pop("COLUMNS", None)  # tables as wide as where there is no terminal
 install_import_hook([f"patchsweep.{module}" for module in CHECKED], "beartype.beartype")
 
 from patchsweep.models import device, load  # noqa: E402  # the hook must come first

@@ -568,7 +568,7 @@ def test_one_command_stores_circuits_that_a_page_shows(
     monkeypatch.setattr(sys.modules["patchsweep.cli.circuit"], "circuit", None)
     assert main(words) == 0
     assert "nothing was run" in capsys.readouterr().out
-    assert main([*words, "growth=top", "ablation=mean"]) == EXIT_MISTAKE
+    assert main([*words, "growth=top", "ablation=zero"]) == EXIT_MISTAKE
     assert "ablation" in capsys.readouterr().err
 
 

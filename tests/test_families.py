@@ -69,7 +69,7 @@ def test_latent_attention_runs_in_waves_where_the_bridge_cuts_between_no_heads()
     (row,) = families_table(["DeepseekV3ForCausalLM"])
     _check(row)
     assert row.cells["z"].runner == "wave"
-    assert "8 parts where the model has 4 heads" in row.cells["z"].reason
+    assert "sees the shape (2, 4, 8, 4) where the model has 4 heads" in row.cells["z"].reason
 
 
 def test_compatibility_mode_gets_the_runner_that_is_right() -> None:

@@ -96,16 +96,17 @@ def test_ablation_equals_a_hook_loop(name: str, ablation: str) -> None:
 
 
 def test_positions_are_patched_one_by_one() -> None:
+    pairs = load_task(subjects.model("tiny:llama"), "ioi", 4)
     ds = study(
         subjects.model("tiny:llama"),
-        pairs_of("tiny:llama"),
+        pairs,
         ablations=["resample", "zero", "mean_label"],
         positions=["S2", "end"],
         optimal=None,
     )
     swept = ps.sweep(
         subjects.model("tiny:llama"),
-        pairs_of("tiny:llama"),
+        pairs,
         "z",
         positions=["S2", "end"],
         intervention="mean_label",
@@ -113,7 +114,7 @@ def test_positions_are_patched_one_by_one() -> None:
     assert np.array_equal(ds["ablated"].sel(ablation="mean_label").values, swept["z"].values)
     assert ds["ablated"].dims == ("ablation", "metric", "pair", "layer", "pos", "head")
     assert ds["pos"].values.tolist() == ["S2", "end"]
-    pair = pairs_of("tiny:llama")[0]
+    pair = pairs[0]
     first, stop = pair.labels["S2"]
 
     def put(z: Tensor, hook: object) -> Tensor:
@@ -122,7 +123,7 @@ def test_positions_are_patched_one_by_one() -> None:
 
     with torch.no_grad():
         logits = subjects.model("tiny:llama").run_with_hooks(
-            clean_run("tiny:llama", 0), fwd_hooks=[("blocks.1.attn.hook_z", put)]
+            torch.tensor([pair.clean]), fwd_hooks=[("blocks.1.attn.hook_z", put)]
         )[0, -1]
     expected = float(logits[pair.answer[0]] - logits[pair.wrong_answer[0]])
     cell = ds["ablated"].sel(ablation="zero", pos="S2", layer=1, head=2, pair=0).item()

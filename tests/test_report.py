@@ -362,7 +362,10 @@ def test_an_ablation_with_a_source_run_is_set_beside_it() -> None:
     ds.attrs["intervention"] = "mean"
     page = read(ds.assign_coords(metric_unit=("metric", np.array(["nats"], dtype=object))))
     assert page.data["sites"][0]["frames"]["logit_diff|0"]["quantity"] == "recovered"
-    assert "its mean over the clean prompts, and logit_diff (in nats) is read again." in page.text
+    assert (
+        "its mean over clean prompts of the same length, and logit_diff (in nats) is read again."
+        in page.text
+    )
     assert "a share of the gap to the source run, on the corrupted prompt." in page.text
     assert "sourcecorrupted" in page.text
 

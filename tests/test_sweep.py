@@ -312,7 +312,7 @@ def test_a_unit_has_one_proof_however_many_lengths_its_prompts_have() -> None:
 
 
 def test_bf16_needs_the_wave_runner() -> None:
-    with pytest.raises(ConfigError, match="precision=bf16 needs the wave runner"):
+    with pytest.raises(ConfigError, match="precision=bf16 is done by the wave runner alone"):
         ps.sweep(model(NAME), demo_pairs(NAME), "z", precision="bf16", runner="hooked")
     with pytest.raises(ConfigError, match="precision='fp8' is not known"):
         ps.sweep(model(NAME), demo_pairs(NAME), "z", precision="fp8")

@@ -261,7 +261,7 @@ def test_induction_repeats_and_asks_for_the_successor(
         (("ioi", 4, {"order": "aabb"}), "no order='aabb'; use one of abba, baba, mixed"),
         (("ioi", 4, {"corruption": "noise"}), "no corruption='noise'"),
         (("facts", 4, {"relation": "colour"}), "no relation='colour'; use one of all, capital"),
-        (("induction", 4, {"length": 2}), "length >= 3, got 2"),
+        (("induction", 4, {"length": 2}), "length=2 must be a whole number of at least 3"),
         (("induction", 4, {"length": 9999}), "needs 39996 words of one token"),
     ],
 )

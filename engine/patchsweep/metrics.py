@@ -164,8 +164,10 @@ METRICS: dict[str, Metric] = {
 BUILT_IN = tuple(METRICS.values())
 
 
-def get_metrics(given: MetricLike | Sequence[MetricLike]) -> tuple[Metric, ...]:
-    """The metrics of names; a callable over logits `[row, read, d_vocab]` becomes one too.
+def get_metrics(given: object) -> tuple[Metric, ...]:
+    """The metrics of a `MetricLike` or a sequence of them.
+
+    A callable over logits `[row, read, d_vocab]` becomes a metric too.
 
     Raises:
         MetricError: a name is unknown or given twice, or there is none.
@@ -188,7 +190,7 @@ def get_metrics(given: MetricLike | Sequence[MetricLike]) -> tuple[Metric, ...]:
     return metrics
 
 
-def _get(given: MetricLike) -> Metric:
+def _get(given: object) -> Metric:
     """The metric of a name, of a function of logits, or the one given."""
     if isinstance(given, Metric):
         return given

@@ -20,7 +20,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from visible_gpu import Touched, visible_gpu
 
 TEXT = "When {0} and {1} went to the shops, {2} gave a bottle of milk to"
-NAMES = [("John", "Mary"), ("Paul", "Anna")]
+NAMES = [("John", "Mary"), ("Paul", "Anna"), ("Tom", "Lucy"), ("James", "Emma")]
 METHODS = ("atp", "atp_star", "atp_star_drop", "ig", "ig_inputs", "relp", "relp_ah")
 
 

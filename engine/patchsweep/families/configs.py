@@ -104,7 +104,7 @@ def left_out() -> list[str]:
 def tiny_config(model_type: str, **special: Any) -> PretrainedConfig:
     """A configuration of `model_type` with three small layers, one of each kind it mixes."""
     cls = CONFIG_MAPPING[model_type]
-    return cls(**_sizes(cls(), model_type), **special)
+    return cls(**_sizes(cls(), model_type) | special)
 
 
 def _sizes(default: PretrainedConfig, model_type: str) -> dict[str, Any]:

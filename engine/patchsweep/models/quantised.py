@@ -73,21 +73,32 @@ def check_each_row(bridge: TransformerBridge) -> None:
             )
 
 
-def check_hooks(bridge: TransformerBridge) -> None:
-    """See that the bridge, by whose hooks patches may be run, can run at all.
+def casts_attention(bridge: TransformerBridge) -> tuple[int, torch.dtype] | None:
+    """The first block whose attention output the bridge casts to 8 bits, and their dtype.
 
-    Raises:
-        ConfigError: it casts what attention gives to 8 bits.
+    Such a bridge cannot run; the modules inside it can.
     """
     for layer, block in enumerate(bridge.blocks):
         o = getattr(getattr(block, "attn", None), "o", None)
         weight = getattr(getattr(o, "original_component", None), "weight", None)
         dtype = weight.dtype if isinstance(weight, torch.Tensor) else torch.float32
         if dtype.is_floating_point and dtype not in PLAIN:
-            raise ConfigError(
-                f"the weights behind block {layer}'s attention are {dtype}, to which the bridge "
-                "casts what attention gives, so its hooks cannot run this model; use runner=wave"
-            )
+            return layer, dtype
+    return None
+
+
+def check_hooks(bridge: TransformerBridge) -> None:
+    """See that the bridge, by whose hooks patches may be run, can run at all.
+
+    Raises:
+        ConfigError: it casts what attention gives to 8 bits.
+    """
+    cast = casts_attention(bridge)
+    if cast is not None:
+        raise ConfigError(
+            f"the weights behind block {cast[0]}'s attention are {cast[1]}, to which the bridge "
+            "casts what attention gives, so its hooks cannot run this model; use runner=wave"
+        )
 
 
 def n_parameters(block: nn.Module) -> int:

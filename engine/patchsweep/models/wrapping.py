@@ -8,7 +8,7 @@ every sweep takes for granted: a patch cannot change what was computed at earlie
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -111,14 +111,18 @@ def compare_wrapping(
     bridge: TransformerBridge,
     prompts: Sequence[Int[Tensor, "2 pos"]],
     own: Sequence[Float[Tensor, "pos d_vocab"]] | None,
+    run: Callable[[Int[Tensor, "2 pos"]], Float[Tensor, "2 pos d_vocab"]] | None = None,
 ) -> Wrapping:
-    """The bridge's logits held against the model's `own`; remembered while its state stays.
+    """The logits of `run` held against `own`; remembered while the state of the bridge stays.
 
-    None: there is nothing to hold them against, and the model is only seen to be causal.
+    Args:
+        own: None: there is nothing to compare with, and the model is only seen to be causal.
+        run: tokens -> logits; None: the bridge itself.
     """
+    run = run or bridge
     change = earlier = 0.0
     for number, tokens in enumerate(prompts):
-        found = bridge(tokens.to(device_of(bridge))).float().cpu()
+        found = run(tokens.to(device_of(bridge))).float().cpu()
         if own is not None:
             change = _larger(change, _relative(found[0], own[number]))
         earlier = _larger(earlier, _relative(found[1, :-1], found[0, :-1]))
@@ -136,6 +140,12 @@ def known_wrapping(bridge: TransformerBridge) -> Wrapping | None:
 
 def check_same(bridge: TransformerBridge, wrapping: Wrapping) -> None:
     """Raises ModelError where the bridge does not compute the logits of its model."""
+    if wrapping.change != wrapping.change:
+        raise ModelError(
+            f"{bridge.cfg.model_name} gives NaN or infinite logits for a trial prompt of ordinary "
+            "tokens; check its weights; where float16 overflows (past 65504), use bfloat16 or "
+            "float32"
+        )
     if not wrapping.same:
         raise ModelError(
             f"TransformerLens's bridge of {bridge.cfg.model_name} computes other logits than the "

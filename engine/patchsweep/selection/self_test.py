@@ -39,7 +39,7 @@ from patchsweep.sites import Site
 
 # what rounding may explain: a share of a patch's effect, and a share of the spread of logits
 # (16 bits are computed in where quantised weights leave no choice)
-ERROR = {"float64": 1e-6, "float32": 2e-3, "float16": 0.03, "bfloat16": 0.2}
+ERROR = {"float64": 1e-6, "float32": 1e-3, "float16": 0.03, "bfloat16": 0.2}
 FLOOR = {"float64": 1e-8, "float32": 1e-4, "float16": 0.01, "bfloat16": 0.05}
 # effects are sought as large as the spread of logits, and one of this share is seen
 VISIBLE = 0.02
@@ -98,7 +98,7 @@ class SelfTest:
         self.bridge, self.sites, self.kind = bridge, tuple(sites), kind
         self.compute_dtype = compute_dtype_of(bridge)
         dtype = name_of(self.compute_dtype)
-        self.error, self.floor = ERROR.get(dtype, 2e-3), FLOOR.get(dtype, 1e-4)
+        self.error, self.floor = ERROR.get(dtype, 1e-3), FLOOR.get(dtype, 1e-4)
         self.trials = make_trials(
             model_shape(bridge),
             sites,

@@ -241,7 +241,7 @@ def _some_live(plan: SitePlan, number: int) -> Ints:
             if len(known):
                 _, _, pos, _ = np.unravel_index(plan.cell[known], plan.shape)
                 wanted = np.unique(pos)
-                known = known[pos == wanted[(turn // 2 + pair + layer) % len(wanted)]]
+                known = known[pos == wanted[-1 - (turn // 2 + pair + layer) % len(wanted)]]
                 chosen.append(int(known[turn % len(known)]))
     return np.array(sorted(chosen), dtype=np.int64)
 

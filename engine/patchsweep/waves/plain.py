@@ -10,6 +10,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from patchsweep.models.homes import ACCELERATE, Home, device_of, home_of, is_offloaded
+from patchsweep.models.quantised import casts_attention
 from patchsweep.models.wrapping import (
     check_causal,
     check_same,
@@ -95,8 +96,8 @@ def check_bridge(bridge: TransformerBridge) -> None:
     """See that `bridge` computes what the model inside it does, and that this model is causal.
 
     Four short forward passes, unless `load_model` made them and nothing has changed since. In
-    compatibility mode the bridge alone has the processed weights, and offloaded weights would be
-    read twice: then nothing is compared.
+    compatibility mode the bridge alone has the processed weights, offloaded weights would be read
+    twice, and a bridge that casts to 8 bits cannot run: then nothing is compared.
 
     Raises:
         ModelError: one of the two is not so.
@@ -104,10 +105,12 @@ def check_bridge(bridge: TransformerBridge) -> None:
     wrapping = known_wrapping(bridge)
     if wrapping is None:
         prompts = prompts_of(int(bridge.cfg.d_vocab), bridge.tokenizer)
-        if getattr(bridge, "compatibility_mode", False) or is_offloaded(bridge.original_model):
-            own = None
-        else:
+        own = run = None
+        if casts_attention(bridge) is not None:
+            plain = PlainModel(bridge).model
+            run = lambda tokens: plain(tokens, use_cache=False, return_dict=True).logits  # noqa: E731
+        elif not (bridge.compatibility_mode or is_offloaded(bridge.original_model)):
             own = logits_of(PlainModel(bridge).model, prompts, device_of(bridge))
-        wrapping = compare_wrapping(bridge, prompts, own)
+        wrapping = compare_wrapping(bridge, prompts, own, run)
     check_same(bridge, wrapping)
     check_causal(bridge, wrapping)
