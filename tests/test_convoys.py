@@ -75,7 +75,7 @@ def test_all_sites_in_common_waves_equal_each_alone(family: str) -> None:
         assert together.shape == (1, len(chosen.patches))
         (alone,) = runner.run_together(loaded, [], METRIC, [chosen])
         torch.testing.assert_close(together, alone, atol=TOLERANCE, rtol=0)
-        assert float((together - base).abs().max()) < 0.1  # a bit of sixteen
+        assert float((together - base).abs().max()) < 0.5  # a bit of sixteen
 
 
 @pytest.mark.parametrize("max_tokens", [4096, 60])

@@ -169,11 +169,12 @@ class _State:
 
     def _n_units(self, site: Site, width: int) -> int:
         """Heads (or neurons) in one vector of `site`."""
-        base = self.given.base
-        if site.unit == "head":
-            return width // base.values[0].shape[-1]
+        base, layer = self.given.base, self.packing.layer
+        if site.unit == "head":  # a query is as wide as a key, and z as a value
+            like = base.keys if site.name in ("q", "rot_q") else base.values
+            return width // like[layer].shape[-1]
         if site.unit == "kv_head":
-            return base.keys[0].shape[1]
+            return base.keys[layer].shape[1]
         return width
 
     @contextmanager
