@@ -46,7 +46,7 @@ class Inputs:
 
 
 def _patchsweep(x: Inputs) -> Tensor:
-    # tables too are made anew, as for a new wave
+    # tables too are made anew, as for a new packed batch
     rows = Rows(
         torch.arange(0, ROWS * SUFFIX + 1, SUFFIX),
         torch.zeros(ROWS, dtype=torch.int64),

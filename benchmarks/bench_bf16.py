@@ -47,7 +47,7 @@ def bench_bf16(benchmark, subject: Subject, sites: tuple[str, ...]) -> None:
         for precision, times in seconds.items():
             start = time.perf_counter()
             found[precision] = ps.sweep(
-                subject.model, subject.pairs, sites, runner="wave", precision=precision
+                subject.model, subject.pairs, sites, runner="packed", precision=precision
             )
             times.append(time.perf_counter() - start)
     fp32, bf16 = found["model"], found["bf16"]

@@ -15,7 +15,7 @@ from pathlib import Path
 import patchsweep as ps
 import pytest
 from conftest import Subject, machine
-from patchsweep.request import make_request
+from patchsweep.spec.spec import make_request
 from patchsweep.tasks import load_task
 
 
@@ -27,7 +27,7 @@ def bench_pairs(benchmark, subject: Subject, n_pairs: int, site: str) -> None:
     times = []
     for _ in range(rounds):
         start = time.perf_counter()
-        ps.sweep(subject.model, pairs, site, runner="wave")
+        ps.sweep(subject.model, pairs, site, runner="packed")
         times.append(time.perf_counter() - start)
     _record(benchmark, subject, pairs, site, statistics.median(times))
 
@@ -41,7 +41,7 @@ def bench_slices(benchmark, subject: Subject, tmp_path: Path, n_slices: int) -> 
             subject.model,
             pairs,
             "resid_pre",
-            runner="wave",
+            runner="packed",
             store=tmp_path / "run.zarr",
             slice_index=i,
             n_slices=n_slices,

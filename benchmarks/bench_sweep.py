@@ -19,8 +19,8 @@ import torch
 import transformer_lens.patching as tl_patching
 import xarray as xr
 from conftest import Subject, machine, matmul_peak
-from patchsweep.models.embedded import embedded_folder
-from patchsweep.request import make_request
+from patchsweep.models.bundled import bundled_folder
+from patchsweep.spec.spec import make_request
 from transformers import AutoModelForCausalLM
 
 SITES = ("resid_pre", "attn_out", "mlp_out", "z")  # what `make demo` sweeps
@@ -29,7 +29,7 @@ TOLERANCE = 1e-4
 
 
 def _ours(subject: Subject, sites: Sequence[str]) -> xr.Dataset:
-    return ps.sweep(subject.model, subject.pairs, sites, runner="wave")
+    return ps.sweep(subject.model, subject.pairs, sites, runner="packed")
 
 
 @pytest.mark.parametrize("site", ["resid_pre", "z", "demo"])
@@ -158,7 +158,7 @@ def bench_nnsight(benchmark, subject: Subject, cells: dict) -> None:
     It runs the plain Hugging Face modules, which are faster than a bridge's; same weights.
     """
     nnsight = pytest.importorskip("nnsight", reason="pip install nnsight to measure it too")
-    folder = embedded_folder("smollm2-135m")
+    folder = bundled_folder("smollm2-135m")
     hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model = nnsight.LanguageModel(hf_model, tokenizer=subject.model.tokenizer)
     layers, length = range(0, subject.model.cfg.n_layers, 3), subject.clean.shape[1]

@@ -14,7 +14,7 @@ import numpy as np
 import patchsweep as ps
 import pytest
 import torch
-from patchsweep.pairs import PromptPairs
+from patchsweep.data.pairs import PromptPairs
 from patchsweep.tasks import DEMO_PAIR
 from transformer_lens.model_bridge import TransformerBridge
 

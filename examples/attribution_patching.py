@@ -12,9 +12,9 @@
 # %%
 import numpy as np
 import patchsweep as ps
+from patchsweep.analyses.circuits import screen_edges
 from patchsweep.attribution.patterns import pattern_scores
-from patchsweep.compare import compare
-from patchsweep.paths import screen_edges
+from patchsweep.results.compare import compare
 from plots import heat_map, picture, scatter
 
 model = ps.load_model("smollm2-135m")

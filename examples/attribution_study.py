@@ -25,7 +25,7 @@ from pathlib import Path
 import patchsweep as ps
 import xarray as xr
 from patchsweep.attribution import IntegratedInputs, IntegratedSite
-from patchsweep.compare import Agreement, compare
+from patchsweep.results.compare import Agreement, compare
 from patchsweep.tasks import load_task
 
 WHOLE = ["resid_pre", "attn_out", "mlp_out"]

@@ -10,7 +10,7 @@
 
 # %%
 import patchsweep as ps
-from patchsweep.lens import Patch, lens, sublayers
+from patchsweep.analyses.logit_lens import Patch, lens, sublayers
 from plots import bars, lines, picture
 
 model = ps.load_model("smollm2-135m")

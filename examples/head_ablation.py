@@ -9,7 +9,7 @@
 # %%
 import numpy as np
 import patchsweep as ps
-from patchsweep.heads import effects, study
+from patchsweep.analyses.heads import effects, study
 from plots import bars, heat_map, picture, scatter
 
 model = ps.load_model("smollm2-135m")

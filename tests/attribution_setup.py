@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 from patchsweep.attribution import Attribution, Method, get_methods
-from patchsweep.batch import Batch, make_batches
-from patchsweep.pairs import PromptPairs
-from patchsweep.request import Request, make_request
+from patchsweep.data.pairs import PromptPairs
+from patchsweep.spec.batch import Batch, make_batches
+from patchsweep.spec.spec import Request, make_request
 from subjects import CLEAN, CORRUPTED, model
 
 NAMES = [(" Mary", " John"), (" Anna", " Paul"), (" Lucy", " Tom"), (" Emma", " James")]

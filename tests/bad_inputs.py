@@ -23,25 +23,26 @@ import patchsweep.transformer_lens as patching
 import torch
 import xarray as xr
 from hydra._internal.hydra import Hydra
-from patchsweep import PatchsweepError, summary
-from patchsweep import config as run_config
-from patchsweep.api import plan, sweep
-from patchsweep.attention import attention
+from patchsweep import PatchsweepError
+from patchsweep.analyses.attention import attention
+from patchsweep.analyses.circuits import circuit, edges, exact_edges, screen_edges
+from patchsweep.analyses.heads import study
+from patchsweep.analyses.heads.classes import Thresholds
+from patchsweep.analyses.heads.optimal import OptimalSettings
+from patchsweep.analyses.logit_lens import Patch, lens, sublayers
 from patchsweep.attribution import IntegratedInputs, IntegratedSite
 from patchsweep.cli import main
-from patchsweep.compare import compare
-from patchsweep.heads import study
-from patchsweep.heads.classes import Thresholds
-from patchsweep.heads.optimal import OptimalSettings
-from patchsweep.interventions import Mean
-from patchsweep.lens import Patch, lens, sublayers
+from patchsweep.cli.schema import run as run_config
+from patchsweep.data.pairs import PromptPairs, PromptRecord
 from patchsweep.models import load_model
-from patchsweep.pairs import PromptPairs, PromptRecord
-from patchsweep.paths import circuit, edges, exact_edges, screen_edges
 from patchsweep.report import write_report
-from patchsweep.screening import Screen
+from patchsweep.results import accessor as summary
+from patchsweep.results.compare import compare
+from patchsweep.spec.interventions import Mean
 from patchsweep.store import Store
 from patchsweep.store.status import store_status
+from patchsweep.sweeps.api import plan, sweep
+from patchsweep.sweeps.screen_settings import Screen
 from patchsweep.tasks import check_task, load_task
 from subjects import CLEAN, CORRUPTED, demo_pairs, model
 
@@ -203,7 +204,7 @@ class World:
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
             patch.object(run_config, "load_model", _kept(run_config.load_model)),
-            patch.object(run_config, "sketch_model", _kept(run_config.sketch_model)),
+            patch.object(run_config, "meta_model", _kept(run_config.meta_model)),
             # which composes every config once more, to see whether a file asks for many runs
             patch.object(Hydra, "get_mode", lambda *_, **__: None),
         ):

@@ -93,7 +93,7 @@ def write_model(folder: Path) -> int:
 def sweep(folder: Path) -> dict[str, Any]:
     """The swept values, and per pass what was fetched and what came from the disk."""
     import patchsweep as ps
-    from patchsweep.waves import WaveRunner
+    from patchsweep.runners.packed.runner import PackedRunner
     from subjects import CLEAN, CORRUPTED
 
     model = ps.load_model(str(folder), dtype="bfloat16", device_map={"": "disk"})
@@ -101,29 +101,29 @@ def sweep(folder: Path) -> dict[str, Any]:
     passes: list[tuple[str, int, int, int]] = []
 
     def counted(name: str, first_block: Any) -> Any:
-        inner = getattr(WaveRunner, name)
+        inner = getattr(PackedRunner, name)
 
-        def outer(self: WaveRunner, *args: Any) -> Any:
-            fetched, read = self.replica.traffic.n_bytes, disk_bytes()
+        def outer(self: PackedRunner, *args: Any) -> Any:
+            fetched, read = self.unwrapped.traffic.n_bytes, disk_bytes()
             result = inner(self, *args)
-            numbers = (self.replica.traffic.n_bytes - fetched, disk_bytes() - read)
+            numbers = (self.unwrapped.traffic.n_bytes - fetched, disk_bytes() - read)
             passes.append((name, first_block(*args), *numbers))
             return result
 
         return outer
 
-    WaveRunner.load = counted("load", lambda *_: 0)  # type: ignore[method-assign]
-    WaveRunner._run_wave = counted(  # type: ignore[method-assign]
-        "_run_wave", lambda loaded, wave, given, metrics: int(wave.entry.min())
+    PackedRunner.load = counted("load", lambda *_: 0)  # type: ignore[method-assign]
+    PackedRunner._run_packed_batch = counted(  # type: ignore[method-assign]
+        "_run_packed_batch", lambda loaded, packed, given, metrics: int(packed.entry.min())
     )
     watch = Watch()
     # the probe would run the bridge too: it is tried by other tests
-    ds = ps.sweep(model, pairs, ["resid_pre", "z"], runner="wave", heads=[0, 31], max_tokens=512)
+    ds = ps.sweep(model, pairs, ["resid_pre", "z"], runner="packed", heads=[0, 31], max_tokens=512)
     return {
         "resid_pre": ds["resid_pre"].values,
         "z": ds["z"].values,
         "first_block": [p[1] for p in passes],
-        "is_wave": [p[0] != "load" for p in passes],
+        "is_packed": [p[0] != "load" for p in passes],
         "fetched": [p[2] for p in passes],
         "from_disk": [p[3] for p in passes],
         "peak_anonymous": watch.stop(),

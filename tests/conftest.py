@@ -10,12 +10,12 @@ from collections.abc import Iterator
 import pytest
 from jaxtyping import install_import_hook
 
-CHECKED = ("waves", "metrics", "batch", "hooked", "planner", "exact")
+CHECKED = ("packed batches", "metrics", "batch", "hooked", "planner", "exact")
 os.environ.pop("COLUMNS", None)  # tables as wide as where there is no terminal
 install_import_hook([f"patchsweep.{module}" for module in CHECKED], "beartype.beartype")
 
 from patchsweep.models import device, load  # noqa: E402  # the hook must come first
-from patchsweep.models.places import Placement  # noqa: E402
+from patchsweep.models.device_map import Placement  # noqa: E402
 from patchsweep.store import process  # noqa: E402
 from subjects import model  # noqa: E402
 from transformer_lens.model_bridge import TransformerBridge  # noqa: E402

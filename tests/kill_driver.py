@@ -24,9 +24,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import patchsweep as ps
 import torch
-from patchsweep import request, work
-from patchsweep.request import convoys_of, make_request
-from patchsweep.store.check import checksums
+from patchsweep.spec import spec as request
+from patchsweep.spec.spec import make_request, site_groups_of
+from patchsweep.store.verify import checksums
+from patchsweep.sweeps import executor as work
 
 torch.set_num_threads(1)
 request.UNIT_TOKENS = 150  # many small units, so that kills fall between and inside them
@@ -50,7 +51,7 @@ def main(folder: Path, n_kills: int, n_slices: int) -> None:
             pairs,
             SITES,
             store=store,
-            runner="wave",
+            runner="packed",
             slice_index=index,
             n_slices=n,
         )
@@ -66,8 +67,8 @@ def main(folder: Path, n_kills: int, n_slices: int) -> None:
                 os._exit(code)
         return pid
 
-    convoys = convoys_of(make_request(model, pairs, SITES).plans).values()
-    assert 1 < len(set(convoys)) < len(SITES)  # some units are computed together, some are not
+    site_groups = site_groups_of(make_request(model, pairs, SITES).plans).values()
+    assert 1 < len(set(site_groups)) < len(SITES)  # some units are computed together, some are not
 
     start = time.perf_counter()
     run(folder / "whole.zarr")

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-from patchsweep.batch import Batch
-from patchsweep.interventions import Intervention
-from patchsweep.planner import SitePlan
-from patchsweep.sites import Site
+from patchsweep.spec.batch import Batch
+from patchsweep.spec.interventions import Intervention
+from patchsweep.spec.planner import SitePlan
+from patchsweep.spec.sites import Site
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 

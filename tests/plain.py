@@ -9,13 +9,14 @@ from functools import cache
 from typing import Any
 
 import torch
-from patchsweep.families.configs import causal_architectures, tiny_config
+from patchsweep.data.pairs import PromptPairs
 from patchsweep.models.load import as_bridge
 from patchsweep.models.tiny import draw_weights, tiny_tokenizer
-from patchsweep.pairs import PromptPairs
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM
+
+from tools.architectures.configs import causal_architectures, tiny_config
 
 CLEAN = "When John and Mary went to the shops, John gave a bottle of milk to"
 CORRUPTED = "When John and Mary went to the shops, Mary gave a bottle of milk to"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import xarray as xr
-from patchsweep.store.whole import write_whole
+from patchsweep.store.save import save_dataset
 
 N_LAYERS, N_HEADS, N_KV_HEADS = 30, 9, 3
 TEMPLATES = (
@@ -115,7 +115,7 @@ def synthetic(
 
 def write(ds: xr.Dataset, store: Path, *, journal: bool = False) -> Path:
     """The store on disk, with a journal beside it (and its last line torn) when asked for."""
-    write_whole(ds, store)
+    save_dataset(ds, store)
     if journal:
         folder = Path(f"{store}.journal")
         folder.mkdir()
@@ -179,7 +179,7 @@ def _attrs(
             "revision": None,
             "weights_hash": "sha256:5d3fa7f1b1c2",
             "dtype": "float32",
-            "runner": "wave",
+            "runner": "packed",
             "runner_reason": "the probe agreed with the bridge to 2.1e-06",
             "versions": {"torch": "2.13.0", "transformers": "5.23.0", "transformer_lens": "4.3.0"},
             "config": {"sites": list(sites), "direction": direction, "seed": 0},

@@ -7,8 +7,8 @@ from functools import cache
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from patchsweep.data.pairs import PromptPairs
 from patchsweep.models import load_model
-from patchsweep.pairs import PromptPairs
 from transformer_lens.model_bridge import TransformerBridge
 
 CLEAN = "When John and Mary went to the shops, John gave a bottle of milk to"

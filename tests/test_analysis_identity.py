@@ -11,28 +11,28 @@ from typing import Any
 import numpy as np
 import pytest
 import xarray as xr
-from patchsweep.attention import attention
-from patchsweep.attention import describe as describe_attention
-from patchsweep.attributes import flat_attributes
+from patchsweep.analyses.attention import attention
+from patchsweep.analyses.attention import describe as describe_attention
+from patchsweep.analyses.circuits.circuits import circuit
+from patchsweep.analyses.circuits.circuits import describe as describe_circuit
+from patchsweep.analyses.circuits.edges import describe as describe_edges
+from patchsweep.analyses.circuits.edges import edges, exact_edges, screen_edges
+from patchsweep.analyses.circuits.scores import circuit_scores
+from patchsweep.analyses.heads.classes import Thresholds
+from patchsweep.analyses.heads.optimal import OptimalSettings
+from patchsweep.analyses.heads.study import describe as describe_heads
+from patchsweep.analyses.heads.study import study
+from patchsweep.analyses.logit_lens import describe as describe_lens
+from patchsweep.analyses.logit_lens import lens
+from patchsweep.analyses.logit_lens.patches import Patch
+from patchsweep.analyses.logit_lens.sublayers import sublayers
 from patchsweep.attribution import IntegratedInputs
+from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import StoreError
-from patchsweep.heads.analysis import describe as describe_heads
-from patchsweep.heads.analysis import study
-from patchsweep.heads.classes import Thresholds
-from patchsweep.heads.optimal import OptimalSettings
-from patchsweep.interventions import Custom, Mean
-from patchsweep.lens import describe as describe_lens
-from patchsweep.lens import lens
-from patchsweep.lens.patches import Patch
-from patchsweep.lens.sublayers import sublayers
-from patchsweep.pairs import PromptPairs
-from patchsweep.paths.circuits import circuit
-from patchsweep.paths.circuits import describe as describe_circuit
-from patchsweep.paths.edges import describe as describe_edges
-from patchsweep.paths.edges import edges, exact_edges, screen_edges
-from patchsweep.paths.scores import circuit_scores
+from patchsweep.spec.interventions import Custom, Mean
+from patchsweep.store.attributes import flat_attributes
 from patchsweep.store.difference import attribute_differences
-from patchsweep.store.whole import read_whole, write_whole
+from patchsweep.store.save import load_dataset, save_dataset
 from subjects import model, reference_pairs
 from test_identity import edited, pairs
 
@@ -159,8 +159,8 @@ def test_results_are_found_again_by_their_description(kind: str, tmp_path: Path)
     analysis, _, arguments, _ = ANALYSES[kind]
     given = {name: value_of(value) for name, value in {**COMMON, **arguments}.items()}
     ds = analysis(**given)
-    write_whole(ds, tmp_path / "a.zarr")
-    found = read_whole(tmp_path / "a.zarr", described(kind))
+    save_dataset(ds, tmp_path / "a.zarr")
+    found = load_dataset(tmp_path / "a.zarr", described(kind))
     assert found is not None
     xr.testing.assert_equal(found, ds)
 
@@ -175,10 +175,10 @@ def test_store_refuses_an_analysis_in_which_one_argument_differs(
     assert argument in cases, f"say what a store of {kind} answers to another {argument}"
     other, words = cases[argument]
     stored = xr.Dataset({"x": ("i", np.zeros(2))}, attrs=flat_attributes(described(kind)))
-    write_whole(stored, tmp_path / "a.zarr")
-    assert read_whole(tmp_path / "a.zarr", described(kind)) is not None
+    save_dataset(stored, tmp_path / "a.zarr")
+    assert load_dataset(tmp_path / "a.zarr", described(kind)) is not None
     with pytest.raises(StoreError, match=f"holds other results: .*(?:{words})"):
-        read_whole(tmp_path / "a.zarr", described(kind, **{argument: other}))
+        load_dataset(tmp_path / "a.zarr", described(kind, **{argument: other}))
 
 
 @pytest.mark.parametrize(
@@ -200,10 +200,10 @@ def test_store_refuses_an_analysis_with_other_prompts_behind_its_means(
 
     some, more = reference_pairs(NAME), PromptPairs((*reference_pairs(NAME), *pairs()))
     stored = xr.Dataset({"x": ("i", np.zeros(2))}, attrs=flat_attributes(attrs(some)))
-    write_whole(stored, tmp_path / "a.zarr")
-    assert read_whole(tmp_path / "a.zarr", attrs(some)) is not None
+    save_dataset(stored, tmp_path / "a.zarr")
+    assert load_dataset(tmp_path / "a.zarr", attrs(some)) is not None
     with pytest.raises(StoreError, match=r"over 6 prompts, .* and mean.* over 4 prompts"):
-        read_whole(tmp_path / "a.zarr", attrs(more))
+        load_dataset(tmp_path / "a.zarr", attrs(more))
 
 
 def test_values_of_a_patch_are_known_by_content_or_version(tmp_path: Path) -> None:
@@ -244,11 +244,11 @@ IN_MEMORY: dict[str, tuple[Callable[..., xr.Dataset], dict[str, Any], dict[str, 
     ),
     "sublayers": (
         sublayers,
-        {"runner": "wave"},
+        {"runner": "packed"},
         {
             "which": ("corrupted", "direction is denoising"),
             "direction": ("denoising", "direction is denoising"),
-            "runner": ("hooked", "runner is hooked in this run and wave in"),
+            "runner": ("hooked", "runner is hooked in this run and packed batch in"),
             "max_tokens": (64, "max_tokens is 64 in this run and 4096 in"),
         },
     ),

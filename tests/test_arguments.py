@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from patchsweep.arguments import check_store_path, index_sets, number, position_axis, whole_number
+from patchsweep.data.pairs import PromptPairs
+from patchsweep.data.tokenize import context_size
 from patchsweep.errors import ConfigError, PlanError, PromptError
-from patchsweep.pairs import PromptPairs
-from patchsweep.request import make_request
-from patchsweep.tokens import context_size
+from patchsweep.spec.spec import make_request
 from subjects import CLEAN, CORRUPTED, demo_pairs, model
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import patchsweep as ps
 import pytest
 import torch
-from patchsweep.arithmetic import full_arithmetic
+from patchsweep.models.arithmetic import full_arithmetic
 from subjects import demo_pairs, model
 
 NAME = "tiny:llama"
@@ -53,7 +53,7 @@ def test_settings_are_restored_behind_an_error() -> None:
     assert CUDA.allow_bf16_reduced_precision_reduction
 
 
-@pytest.mark.parametrize("runner", ["wave", "hooked"])
+@pytest.mark.parametrize("runner", ["packed", "hooked"])
 def test_a_sweep_in_a_loose_process_gives_the_same_values(loose: None, runner: str) -> None:
     # where the CPU multiplies in bf16, the values are off by 0.03 without the guard
     arguments = {"layers": [1], "runner": runner, "method": ["exact", "atp"]}

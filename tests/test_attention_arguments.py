@@ -8,10 +8,10 @@ import numpy as np
 import patchsweep as ps
 import pytest
 import torch
+from patchsweep.analyses.circuits import edges
 from patchsweep.errors import ConfigError, MethodError, PatchsweepError
+from patchsweep.forward.unwrapped import Unsupported
 from patchsweep.models import load_model
-from patchsweep.paths import edges
-from patchsweep.waves import Unsupported
 from plain import make_plain_and_bridge, pairs_for, plain_and_bridge
 from subjects import demo_pairs, model
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ def asking(request: pytest.FixtureRequest) -> TransformerBridge:
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"runner": "wave"}, {"runner": "auto"}, {"method": "atp"}],
+    [{"runner": "packed"}, {"runner": "auto"}, {"method": "atp"}],
     ids=lambda arguments: next(iter(arguments.values())),
 )
 def test_more_outputs_change_no_sweep(asking: TransformerBridge, arguments: Any) -> None:
@@ -48,7 +48,7 @@ def test_more_outputs_change_no_sweep(asking: TransformerBridge, arguments: Any)
         np.testing.assert_allclose(found[name], expected[name], atol=1e-4)
     if arguments == {"runner": "auto"}:
         runner = found.patchsweep.attributes["provenance"]["runner"]
-        assert runner == "wave"
+        assert runner == "packed"
 
 
 def test_more_outputs_change_no_edge(asking: TransformerBridge) -> None:
@@ -120,7 +120,7 @@ def test_what_attention_is_given_is_understood_or_refused(
     bridge = llama_with(attention)
     pairs = pairs_for(bridge)
     with pytest.raises(PatchsweepError, match=why):
-        ps.sweep(bridge, pairs, "z", runner="wave", layers=[1])
+        ps.sweep(bridge, pairs, "z", runner="packed", layers=[1])
     with pytest.raises(PatchsweepError, match=why):
         ps.sweep(bridge, pairs, "z", method="atp", layers=[1])
     with pytest.raises(MethodError, match=why.replace("17", r"\d+")):
@@ -130,13 +130,13 @@ def test_what_attention_is_given_is_understood_or_refused(
 def test_attention_over_other_keys_than_the_tokens_is_refused() -> None:
     _, bridge = plain_and_bridge("DeepseekV4ForCausalLM")  # compressed keys beside the tokens'
     with pytest.raises(PatchsweepError, match=r"reads \d+ keys where the prompt has \d+ tokens"):
-        ps.sweep(bridge, pairs_for(bridge), "resid_pre", runner="wave")
+        ps.sweep(bridge, pairs_for(bridge), "resid_pre", runner="packed")
 
 
 def test_blocks_that_hand_on_more_than_hidden_states_are_refused() -> None:
     _, bridge = plain_and_bridge("GlmMoeDsaForCausalLM")
     with pytest.raises(PatchsweepError, match="hand on more than hidden states"):
-        ps.sweep(bridge, pairs_for(bridge), "resid_pre", runner="wave")
+        ps.sweep(bridge, pairs_for(bridge), "resid_pre", runner="packed")
 
 
 class _Weighed(LlamaDecoderLayer):
@@ -162,7 +162,8 @@ def test_a_tensor_of_as_many_heads_as_tokens_has_no_position_axis() -> None:
     pairs = pairs_for(bridge, SHORT)
     assert len(pairs[0]) == _Weighing.weights.shape[1]
     found, expected = (
-        ps.sweep(bridge, pairs, "z", runner=runner, layers=[0, 1]) for runner in ("wave", "hooked")
+        ps.sweep(bridge, pairs, "z", runner=runner, layers=[0, 1])
+        for runner in ("packed", "hooked")
     )
     np.testing.assert_allclose(found.z, expected.z, atol=1e-4)
     assert float(abs(found.z - found.base_metric).max()) > 0.1
@@ -184,7 +185,7 @@ def test_chunked_attention_behind_a_short_first_pair_gets_the_hooked_runner() ->
     hooked = ps.sweep(bridge, pairs, "z", layers=[1], runner="hooked")
     np.testing.assert_allclose(auto.z, hooked.z, atol=1e-4)
     with pytest.raises(ConfigError, match="neither causal nor a sliding window"):
-        ps.sweep(bridge, pairs, "z", layers=[1], runner="wave")
+        ps.sweep(bridge, pairs, "z", layers=[1], runner="packed")
     with pytest.raises(PatchsweepError, match="neither causal nor a sliding window"):
         ps.sweep(bridge, pairs, "z", layers=[1], method="atp")
 

@@ -14,11 +14,11 @@ import patchsweep as ps
 import pytest
 import torch
 import xarray as xr
-from patchsweep.attention import attention, ranked_heads
+from patchsweep.analyses.attention import attention, ranked_heads
 from patchsweep.cli.main import main
 from patchsweep.errors import PatchsweepError, PlanError
 from patchsweep.report.attention import build
-from patchsweep.store.whole import read_whole, write_whole
+from patchsweep.store.save import load_dataset, save_dataset
 from subjects import demo_pairs, model
 from test_report import in_browser
 
@@ -218,8 +218,8 @@ def test_metric_without_gradient_is_refused() -> None:
 def test_store_gives_back_what_was_found(tmp_path: Path) -> None:
     name = "tiny:llama"
     ds = attention(model(name), mixed_pairs(name), top=3)
-    write_whole(ds, tmp_path / "a.zarr")
-    found = read_whole(tmp_path / "a.zarr", ds.attrs)
+    save_dataset(ds, tmp_path / "a.zarr")
+    found = load_dataset(tmp_path / "a.zarr", ds.attrs)
     assert found is not None
     xr.testing.assert_equal(found, ds)
 

@@ -9,13 +9,13 @@ import pytest
 import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
-from patchsweep.api import sweep
-from patchsweep.attention import attention
-from patchsweep.attributes import attributes, flat_attributes
-from patchsweep.heads import study
-from patchsweep.lens import Patch, lens, sublayers
-from patchsweep.paths import circuit, edges, exact_edges, screen_edges
-from patchsweep.screening import Screen
+from patchsweep.analyses.attention import attention
+from patchsweep.analyses.circuits import circuit, edges, exact_edges, screen_edges
+from patchsweep.analyses.heads import study
+from patchsweep.analyses.logit_lens import Patch, lens, sublayers
+from patchsweep.store.attributes import attributes, flat_attributes
+from patchsweep.sweeps.api import sweep
+from patchsweep.sweeps.screen_settings import Screen
 from subjects import demo_pairs, model
 
 TEXT = st.text('ab{["é ', max_size=4)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from attribution_setup import block, cells
 from oracle import hook_of
-from patchsweep.sites import SITES
+from patchsweep.spec.sites import SITES
 from subjects import model
 from torch import Tensor
 
@@ -189,10 +189,10 @@ def test_no_gradient_is_kept_and_nothing_leaks() -> None:
     import gc
     import weakref
 
-    from patchsweep.attribution import tape as tape_module
+    from patchsweep.forward import grad as tape_module
 
     seen: list[weakref.ref[Tensor]] = []
-    original = tape_module.Tape.forward
+    original = tape_module.GradientModel.forward
 
     def spying(self, tokens, visit, reads, **kw):
         def spy(place, x):
@@ -204,10 +204,10 @@ def test_no_gradient_is_kept_and_nothing_leaks() -> None:
 
     gc.disable()
     try:
-        tape_module.Tape.forward = spying  # type: ignore[method-assign]
+        tape_module.GradientModel.forward = spying  # type: ignore[method-assign]
         cells("tiny:llama", ["resid_pre", "z", "pattern"], "atp")
     finally:
-        tape_module.Tape.forward = original  # type: ignore[method-assign]
+        tape_module.GradientModel.forward = original  # type: ignore[method-assign]
         alive = sum(ref() is not None for ref in seen)
         gc.enable()
     assert len(seen) == 9

@@ -14,7 +14,7 @@ from attribution_setup import pairs_of
 from patchsweep.attribution import METHODS, IntegratedInputs, IntegratedSite
 from patchsweep.attribution.check import check_model
 from patchsweep.errors import MethodError, PatchsweepError
-from patchsweep.screening import Screen
+from patchsweep.sweeps.screen_settings import Screen
 from subjects import model
 
 NAME = "tiny:llama"

@@ -11,9 +11,9 @@ from patchsweep.attribution import AtpStar, IntegratedInputs, IntegratedSite
 from patchsweep.attribution.atp_star import key_effect, query_effect
 from patchsweep.attribution.patterns import pattern_scores
 from patchsweep.attribution.relp import HalfRule, graft, relevance_rules
-from patchsweep.attribution.tape import Heads
-from patchsweep.waves.capture import attention_pattern
-from patchsweep.waves.replica import Replica
+from patchsweep.forward.capture import attention_pattern
+from patchsweep.forward.grad import Heads
+from patchsweep.forward.unwrapped import UnwrappedModel
 from subjects import model
 from torch import Tensor, nn
 
@@ -243,8 +243,8 @@ def test_norm_rule_of_layer_norm_holds_the_scale() -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
 def test_norm_rule_of_rms_norm_holds_the_scale(family: str) -> None:
     # Gemma's weights are 1 + w; the rule reads them off the module, whatever its formula
-    replica = Replica(model(f"tiny:{family}"))
-    norm = replica.module_of(replica.bridge.blocks[0].ln1)
+    unwrapped = UnwrappedModel(model(f"tiny:{family}"))
+    norm = unwrapped.module_of(unwrapped.bridge.blocks[0].ln1)
     x, grad = _draw(2, 3, 32), _draw(2, 3, 32) + 1
     y, found = _with_rules(norm, x, grad)
     torch.testing.assert_close(y, norm(x).detach())

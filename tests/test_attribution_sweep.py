@@ -7,11 +7,11 @@ import patchsweep as ps
 import pytest
 import xarray as xr
 from attribution_setup import pairs_of
-from patchsweep.attributes import attributes
 from patchsweep.attribution import METHODS, Attribution, IntegratedSite, get_methods
 from patchsweep.attribution.run import token_layers
-from patchsweep.pairs import PromptPairs
-from patchsweep.request import make_request
+from patchsweep.data.pairs import PromptPairs
+from patchsweep.spec.spec import make_request
+from patchsweep.store.attributes import attributes
 from subjects import CLEAN, CORRUPTED, model
 
 NAME = "tiny:llama"

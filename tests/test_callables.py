@@ -9,18 +9,18 @@ import numpy as np
 import patchsweep as ps
 import pytest
 import torch
+from patchsweep.analyses.circuits import edges, exact_edges
+from patchsweep.analyses.logit_lens import Patch, lens
 from patchsweep.errors import ConfigError, MetricError
-from patchsweep.interventions import Custom, Mean, Resample, Zero, values_of
-from patchsweep.lens import Patch, lens
-from patchsweep.metrics import Logits, Metric
-from patchsweep.paths import edges, exact_edges
-from patchsweep.sites import SITES
+from patchsweep.spec.interventions import Custom, Mean, Resample, Zero, values_of
+from patchsweep.spec.metrics import Logits, Metric
+from patchsweep.spec.sites import SITES
 from subjects import CLEAN, CORRUPTED, model
 from torch import Tensor
 
 NAME = "tiny:llama"
 FEW: dict[str, Any] = {"layers": [1], "positions": [9, 16]}
-RUNNERS = ["hooked", "wave"]
+RUNNERS = ["hooked", "packed"]
 
 
 def three_pairs() -> ps.PromptPairs:

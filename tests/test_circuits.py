@@ -12,17 +12,12 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from patchsweep.attributes import attributes
-from patchsweep.attribution import IntegratedInputs
-from patchsweep.cli.main import EXIT_MISTAKE, main
-from patchsweep.errors import ConfigError, MethodError, PatchsweepError, PlanError
-from patchsweep.interventions import Custom
-from patchsweep.models.tiny import tiny_model
-from patchsweep.pairs import PromptPairs
-from patchsweep.paths.ablate import run_edges, run_nodes
-from patchsweep.paths.blocks import frozen
-from patchsweep.paths.circuits import circuit
-from patchsweep.paths.growth import (
+from patchsweep.analyses.circuits.ablate import run_edges, run_nodes
+from patchsweep.analyses.circuits.circuits import circuit
+from patchsweep.analyses.circuits.edge_batch import EdgeBatch, ask, scenes
+from patchsweep.analyses.circuits.nodes import Nodes, Reader
+from patchsweep.analyses.circuits.scores import circuit_scores
+from patchsweep.analyses.circuits.selection import (
     areas,
     connected,
     rank_greedy,
@@ -30,11 +25,16 @@ from patchsweep.paths.growth import (
     sizes_of,
     strength_of,
 )
-from patchsweep.paths.nodes import Nodes, Reader
-from patchsweep.paths.scene import Scene, ask, scenes
-from patchsweep.paths.scores import circuit_scores
+from patchsweep.attribution import IntegratedInputs
+from patchsweep.cli.main import EXIT_MISTAKE, main
+from patchsweep.data.pairs import PromptPairs
+from patchsweep.errors import ConfigError, MethodError, PatchsweepError, PlanError
+from patchsweep.forward.blockwise import frozen
+from patchsweep.models.tiny import tiny_model
 from patchsweep.report import write_report
 from patchsweep.report.circuit import build, chosen_size
+from patchsweep.spec.interventions import Custom
+from patchsweep.store.attributes import attributes
 from subjects import CLEAN, CORRUPTED, demo_pairs, model
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
@@ -47,7 +47,7 @@ FAMILIES = ["gpt2", "gpt_neox", "llama", "qwen3", "gemma2", "gemma3", "mixtral",
 TOLERANCE = 1e-4
 
 
-def scene_of(name: str, pairs: PromptPairs | None = None, ablation: str = "resample") -> Scene:
+def scene_of(name: str, pairs: PromptPairs | None = None, ablation: str = "resample") -> EdgeBatch:
     given = demo_pairs(name) if pairs is None else pairs
     question = ask(model(name), given, "logit_diff", "noising", ablation, -1)
     with frozen(question.bridge):
@@ -61,7 +61,7 @@ def random_edges(nodes: Nodes, shares: Sequence[float]) -> np.ndarray:
     return (draws < np.array(shares)[:, None, None]) & nodes.possible
 
 
-def ran(scene: Scene, keep: np.ndarray, pair: int = 0) -> list[float]:
+def ran(scene: EdgeBatch, keep: np.ndarray, pair: int = 0) -> list[float]:
     """logit_diff of these circuits on one pair."""
     run = run_nodes if keep.ndim == 2 else run_edges
     pairs = torch.full((len(keep),), pair)
@@ -120,8 +120,8 @@ def put(value: Tensor) -> Callable[[Tensor, Any], Tensor]:
 class Hooked:
     """One pair's runs and what ablated nodes give, all by hooks."""
 
-    def __init__(self, scene: Scene, pair: int = 0, mean: bool = False) -> None:
-        self.bridge, self.nodes = scene.blocks.replica.bridge, scene.nodes
+    def __init__(self, scene: EdgeBatch, pair: int = 0, mean: bool = False) -> None:
+        self.bridge, self.nodes = scene.blocks.unwrapped.bridge, scene.nodes
         batch = scene.batch
         self.clean, self.corrupted = batch.base[pair : pair + 1], batch.source[pair : pair + 1]
         self.answers = int(batch.answer[pair, 0]), int(batch.wrong[pair, 0])
@@ -284,15 +284,15 @@ def test_rows_in_parts_equal_rows_together(monkeypatch: pytest.MonkeyPatch) -> N
     edges = random_edges(scene.nodes, [0.2, 0.5, 0.8])
     nodes = edges[:, 1:, -1]
     together = ran(scene, edges), ran(scene, nodes)
-    monkeypatch.setattr("patchsweep.paths.ablate.ROW_BYTES", 1)
+    monkeypatch.setattr("patchsweep.analyses.circuits.ablate.ROW_BYTES", 1)
     apart = ran(scene, edges), ran(scene, nodes)
     assert apart == (pytest.approx(together[0], abs=1e-5), pytest.approx(together[1], abs=1e-5))
 
 
-def smollm2_edges(scene: Scene, keep: np.ndarray) -> float:
+def smollm2_edges(scene: EdgeBatch, keep: np.ndarray) -> float:
     """The metric of one circuit by the Llama formulas written out, one reader after the other."""
-    bridge, nodes = scene.blocks.replica.bridge, scene.nodes
-    hf = scene.blocks.replica.model.model
+    bridge, nodes = scene.blocks.unwrapped.bridge, scene.nodes
+    hf = scene.blocks.unwrapped.model.model
     n_heads, group = nodes.n_heads, nodes.n_heads // nodes.n_kv_heads
     d = int(bridge.cfg.d_head)
     tokens = {"clean": scene.batch.base[:1], "corrupted": scene.batch.source[:1]}
@@ -334,7 +334,7 @@ def smollm2_edges(scene: Scene, keep: np.ndarray) -> float:
             writes.append(block.mlp(block.post_attention_layernorm(x)))
         final = hf.norm(mix(reader, writes))[-1]
         answer, wrong = (int(x[0, 0]) for x in (scene.batch.answer, scene.batch.wrong))
-        w = scene.blocks.replica.model.lm_head.weight
+        w = scene.blocks.unwrapped.model.lm_head.weight
         return writes, float(final @ (w[answer] - w[wrong]))
 
     with torch.no_grad():
@@ -517,7 +517,7 @@ def test_mistakes_end_before_anything_runs(
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the model ran")
 
-    monkeypatch.setattr("patchsweep.paths.blocks.Blocks.trace", never)
+    monkeypatch.setattr("patchsweep.forward.blockwise.Blocks.trace", never)
     ran = torch.nn.modules.module.register_module_forward_pre_hook(never)
     with ran, pytest.raises(error, match=words):
         circuit(model("tiny:llama"), demo_pairs("tiny:llama"), **arguments)
@@ -526,10 +526,10 @@ def test_mistakes_end_before_anything_runs(
 def test_a_model_that_is_not_the_sum_of_its_parts_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def off(scene: Scene, keep: Tensor, pair: Tensor) -> Tensor:
+    def off(scene: EdgeBatch, keep: Tensor, pair: Tensor) -> Tensor:
         return run_nodes(scene, keep, pair) + 0.1
 
-    monkeypatch.setattr(sys.modules["patchsweep.paths.circuits"], "run_nodes", off)
+    monkeypatch.setattr(sys.modules["patchsweep.analyses.circuits.circuits"], "run_nodes", off)
     with pytest.raises(MethodError, match="with nothing ablated, differs"):
         circuit(model("tiny:llama"), demo_pairs("tiny:llama"), level="nodes")
 

@@ -19,9 +19,7 @@ import xarray as xr
 import yaml
 from patchsweep.cli import main
 from patchsweep.cli.main import EXIT_DONE, EXIT_MISTAKE, EXIT_STOPPED, VERBS
-from patchsweep.cli.stop import STARTS_ANEW, Stopped, Stopper
-from patchsweep.cli.verify import EXIT_PROBLEMS
-from patchsweep.config import (
+from patchsweep.cli.schema.run import (
     FileTask,
     MetricConfig,
     ModelConfig,
@@ -33,12 +31,14 @@ from patchsweep.config import (
     file_name,
     from_identity,
 )
+from patchsweep.cli.stop import STARTS_ANEW, Stopped, Stopper
+from patchsweep.cli.verify import EXIT_PROBLEMS
 from patchsweep.errors import ConfigError
 from patchsweep.store import Store
-from patchsweep.store.check import checksums
 from patchsweep.store.journal import read_journal
+from patchsweep.store.save import save_dataset
 from patchsweep.store.status import EXIT_INCOMPLETE
-from patchsweep.store.whole import write_whole
+from patchsweep.store.verify import checksums
 from patchsweep.tasks import TASKS
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -155,7 +155,7 @@ MISTAKES = {
     "unknown-choice": (["run", "task=nothing"], "nothing"),
     "wrong-type": (["run", "runner.max_tokens=many"], "many"),
     "missing-value": (["run", "model=hf"], "model.name"),
-    "unknown-runner": (["run", "runner.name=fast"], "use auto, wave or hooked"),
+    "unknown-runner": (["run", "runner.name=fast"], "use auto, packed or hooked"),
     "no-list": (["run", "sites.layers=x"], "must be an index or a list"),
     "unknown-site": (["run", *TINY, "sites=resid"], "use one of"),
     "unknown-metric": (["run", *TINY, "metric=accuracy"], "use one of"),
@@ -184,7 +184,7 @@ def test_mistake_is_told_in_one_line(
     def never(*args: object, **options: object) -> None:
         raise AssertionError("a mistake was noticed only after a forward pass")
 
-    monkeypatch.setattr(sys.modules["patchsweep.api"], "prepare_runner", never)
+    monkeypatch.setattr(sys.modules["patchsweep.sweeps.api"], "prepare_runner", never)
     assert part in refused(capsys, *words)
 
 
@@ -205,7 +205,15 @@ def test_plan_prints_the_cost_and_writes_nothing(
 ) -> None:
     assert patchsweep("plan", *TINY) == EXIT_DONE
     out = capsys.readouterr().out
-    for word in ("patches", "live", "waves", "token-layers", "a loop needs", "FLOPs", "seconds"):
+    for word in (
+        "patches",
+        "live",
+        "packed batches",
+        "token-layers",
+        "a loop needs",
+        "FLOPs",
+        "seconds",
+    ):
         assert word in out
     assert "'<s>' 'When' ' John' ' and' ' Mary' ' went' ... ' gave'" in out
     assert "' milk' ' to', then ' Mary' or ' John' (17 tokens)" in out
@@ -222,8 +230,8 @@ def test_start_token_can_be_left_out(here: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_slices_write_what_one_process_writes(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # a bundle of three sites, and z in two blocks of layers
-    monkeypatch.setattr("patchsweep.request.UNIT_TOKENS", 400)
+    # a work item of three sites, and z in two blocks of layers
+    monkeypatch.setattr("patchsweep.spec.spec.UNIT_TOKENS", 400)
     sweep = ["run", *TINY, "sites=[resid_pre,attn_out,mlp_out,z]"]
     assert patchsweep(*sweep, "store=one.zarr") == EXIT_DONE
     sliced = ["-m", "slice=range(0,3)", "n_slices=3", "hydra.sweep.dir=jobs", "store=many.zarr"]
@@ -246,7 +254,7 @@ def test_unpatched_metrics_do_not_depend_on_the_order_of_slices(here: Path) -> N
 def test_status_and_verify_tell_incomplete_by_their_exit_codes(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("patchsweep.request.UNIT_TOKENS", 250)  # too few for both sites at once
+    monkeypatch.setattr("patchsweep.spec.spec.UNIT_TOKENS", 250)  # too few for both sites at once
     sweep = ["run", *TINY, "sites=[resid_pre,z]", "store=a.zarr", "n_slices=2"]
     assert patchsweep(*sweep, "slice=0") == EXIT_DONE
     assert patchsweep("status", "a.zarr") == EXIT_INCOMPLETE
@@ -347,7 +355,7 @@ def test_report_that_cannot_be_written_is_told(
 ) -> None:
     monkeypatch.setattr("patchsweep.report._page", lambda ds, address: "page")
     (here / "folder").mkdir()
-    write_whole(xr.Dataset(attrs={"kind": "lens"}), here / "a.zarr")
+    save_dataset(xr.Dataset(attrs={"kind": "lens"}), here / "a.zarr")
     assert part in refused(capsys, "report", "a.zarr", "-o", out)
 
 
@@ -360,7 +368,7 @@ def test_report_on_a_full_disk_is_told(
 
     monkeypatch.setattr("patchsweep.report._page", lambda ds, address: "page")
     monkeypatch.setattr(Path, "write_text", full)
-    write_whole(xr.Dataset(attrs={"kind": "lens"}), here / "a.zarr")
+    save_dataset(xr.Dataset(attrs={"kind": "lens"}), here / "a.zarr")
     assert "No space left on device" in refused(capsys, "report", "a.zarr", "-o", "r.html")
     assert os.listdir(here) == ["a.zarr"]
 

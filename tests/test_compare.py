@@ -10,10 +10,10 @@ import patchsweep as ps
 import pytest
 import xarray as xr
 from attribution_setup import pairs_of
-from patchsweep.attributes import attributes
-from patchsweep.compare import as_dict, compare, render, verdict
 from patchsweep.errors import StoreError
-from patchsweep.screening import Screen
+from patchsweep.results.compare import as_dict, compare, render, verdict
+from patchsweep.store.attributes import attributes
+from patchsweep.sweeps.screen_settings import Screen
 from rich.console import Console
 from scipy import stats
 from subjects import demo_pairs, model
@@ -193,7 +193,7 @@ def test_a_screened_run_compares_what_was_run() -> None:
 
 
 def test_random_exact_sample_holds_what_the_whole_sweep_holds() -> None:
-    from patchsweep.sample import sample_exact
+    from patchsweep.sweeps.sample import sample_exact
 
     name = "tiny:llama"
     whole = ps.sweep(model(name), demo_pairs(name), "z")

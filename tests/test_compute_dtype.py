@@ -12,18 +12,18 @@ import numpy as np
 import patchsweep as ps
 import pytest
 import torch
-from patchsweep.attention import attention
-from patchsweep.attributes import attributes
+from patchsweep.analyses.attention import attention
+from patchsweep.analyses.circuits import circuit, edges, exact_edges
+from patchsweep.analyses.heads import study
+from patchsweep.analyses.heads.optimal import OptimalSettings
+from patchsweep.analyses.logit_lens import lens
 from patchsweep.attribution.patterns import pattern_scores
 from patchsweep.errors import ConfigError, MetricError
-from patchsweep.heads import study
-from patchsweep.heads.optimal import OptimalSettings
-from patchsweep.lens import lens
-from patchsweep.paths import circuit, edges, exact_edges
-from patchsweep.request import make_request
-from patchsweep.sample import sample_exact
-from patchsweep.screening import Screen
-from patchsweep.waves import stations
+from patchsweep.forward import weight_streaming as stations
+from patchsweep.spec.spec import make_request
+from patchsweep.store.attributes import attributes
+from patchsweep.sweeps.sample import sample_exact
+from patchsweep.sweeps.screen_settings import Screen
 from subjects import CLEAN, CORRUPTED
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -58,7 +58,7 @@ def equal(family: str, run: Callable[[TransformerBridge, ps.PromptPairs], Any], 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("runner", ["wave", "hooked"])
+@pytest.mark.parametrize("runner", ["packed", "hooked"])
 def test_values_are_those_of_the_fp32_model(family: str, runner: str) -> None:
     metrics = ["logit_diff", "kl_base"]
     equal(family, lambda m, p: ps.sweep(m, p, SITES, metrics, layers=[0, 2], runner=runner))
@@ -68,15 +68,17 @@ def test_values_are_those_of_the_fp32_model(family: str, runner: str) -> None:
 def test_estimates_are_those_of_the_fp32_model(family: str) -> None:
     methods = ["exact", "atp", "atp_star", "ig", "relp"]
     equal(
-        family, lambda m, p: ps.sweep(m, p, ["z", "q"], method=methods, layers=[2], runner="wave")
+        family, lambda m, p: ps.sweep(m, p, ["z", "q"], method=methods, layers=[2], runner="packed")
     )
 
 
 ANALYSES: dict[str, Callable[[TransformerBridge, ps.PromptPairs], Any]] = {
-    "mean": lambda m, p: ps.sweep(m, p, "z", intervention="mean_all", runner="wave"),
+    "mean": lambda m, p: ps.sweep(m, p, "z", intervention="mean_all", runner="packed"),
     "auto": lambda m, p: ps.sweep(m, p, "z", layers=[1]),
     "mean_hooked": lambda m, p: ps.sweep(m, p, "z", intervention="mean_all", runner="hooked"),
-    "bf16": lambda m, p: ps.sweep(m, p, "z", precision="bf16", runner="wave")[["z", "base_metric"]],
+    "bf16": lambda m, p: ps.sweep(m, p, "z", precision="bf16", runner="packed")[
+        ["z", "base_metric"]
+    ],
     "screen": lambda m, p: ps.sweep(m, p, "z", method=Screen(k=5, share=0.3)),
     "sample": lambda m, p: sample_exact(m, p, "z", n=5),
     "edges": edges,
@@ -119,7 +121,7 @@ def test_model_arithmetic_is_the_bridges_own() -> None:
 )
 def test_which_dtype_is_computed_in(dtype: str, wanted: Any, expected: str) -> None:
     bridge = bridges("llama", dtype)[0] if dtype != "float32" else bridges("llama")[1]
-    ds = ps.sweep(bridge, pairs_of(bridge), "z", layers=[2], compute_dtype=wanted, runner="wave")
+    ds = ps.sweep(bridge, pairs_of(bridge), "z", layers=[2], compute_dtype=wanted, runner="packed")
     provenance = attributes(ds)["provenance"]
     assert (provenance["dtype"], provenance["compute_dtype"]) == (dtype, expected)
 
@@ -127,13 +129,13 @@ def test_which_dtype_is_computed_in(dtype: str, wanted: Any, expected: str) -> N
 def test_fp16_weights_are_computed_with_in_fp32() -> None:
     low, wide = bridges("gpt2", "float16")
     found, expected = (
-        ps.sweep(m, pairs_of(m), SITES, layers=[1], runner="wave") for m in (low, wide)
+        ps.sweep(m, pairs_of(m), SITES, layers=[1], runner="packed") for m in (low, wide)
     )
     for name in SITES:
         np.testing.assert_allclose(found[name], expected[name], atol=2e-5)
 
 
-@pytest.mark.parametrize("runner", ["wave", "hooked"])
+@pytest.mark.parametrize("runner", ["packed", "hooked"])
 def test_the_model_is_untouched_afterwards(runner: Any) -> None:
     bridge, _ = bridges("gpt2")
     tokens = torch.tensor([pairs_of(bridge)[0].clean])
@@ -178,7 +180,7 @@ class Casts:
         self.most = max(self.most, self.now)
 
 
-@pytest.mark.parametrize("call", ["wave", "hooked", "atp", "edges", "lens"])
+@pytest.mark.parametrize("call", ["packed", "hooked", "atp", "edges", "lens"])
 def test_one_block_is_cast_at_a_time(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     bridge, _ = bridges("llama")
     casts = Casts(monkeypatch)
@@ -203,8 +205,8 @@ def test_one_block_is_cast_at_a_time(monkeypatch: pytest.MonkeyPatch, call: str)
 
 def test_bf16_products_of_bf16_weights_are_proven_in_fp32() -> None:
     bridge, _ = bridges("llama")
-    ds = ps.sweep(bridge, pairs_of(bridge), "z", precision="bf16", runner="wave")
-    error = abs(ds["z_bf16"] - ps.sweep(bridge, pairs_of(bridge), "z", runner="wave")["z"])
+    ds = ps.sweep(bridge, pairs_of(bridge), "z", precision="bf16", runner="packed")
+    error = abs(ds["z_bf16"] - ps.sweep(bridge, pairs_of(bridge), "z", runner="packed")["z"])
     assert 1e-6 < float(error.max()) < 0.5
 
 

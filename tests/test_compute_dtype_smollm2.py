@@ -9,8 +9,8 @@ import patchsweep as ps
 import pytest
 import torch
 import xarray as xr
-from patchsweep.rounding import noise_floor
-from patchsweep.summary import Effect, largest
+from patchsweep.results.accessor import Effect, largest
+from patchsweep.results.rounding import noise_floor
 
 SITES = ["k", "q", "z"]
 LAYERS = [0, 5, 15, 20, 25, 29]
@@ -31,7 +31,9 @@ def swept(kind: str) -> xr.Dataset:
         answers=[(" Anna", " Paul")],
     )
     compute_dtype = "model" if kind == "bf16" else "float32"
-    return ps.sweep(model, pairs, SITES, layers=LAYERS, compute_dtype=compute_dtype, runner="wave")
+    return ps.sweep(
+        model, pairs, SITES, layers=LAYERS, compute_dtype=compute_dtype, runner="packed"
+    )
 
 
 def _places(effects: list[Effect]) -> list[tuple[object, ...]]:

@@ -1,4 +1,5 @@
-"""Sites that share waves: the same numbers as alone, and the same bytes whoever computes them."""
+"""Sites that share packed batches: the same numbers as alone, and the same bytes whoever computes
+them."""
 
 from __future__ import annotations
 
@@ -8,23 +9,24 @@ import numpy as np
 import patchsweep as ps
 import pytest
 import torch
-from patchsweep import request as requests
-from patchsweep.api import prepare_runner
-from patchsweep.batch import make_batches
-from patchsweep.exact import ExactWork
-from patchsweep.metrics import METRICS
+from patchsweep.forward.site_locations import resolve_site
+from patchsweep.forward.unwrapped import Unsupported
 from patchsweep.models import TINY_FAMILIES
-from patchsweep.planner import PatchSet
-from patchsweep.proof import ProvenWork, proof_variables
-from patchsweep.request import convoys_of, make_request
-from patchsweep.results import make_layout
-from patchsweep.selection import Choice
-from patchsweep.sites import SITES
+from patchsweep.runners.packed.runner import PackedRunner
+from patchsweep.runners.select import RunnerChoice
+from patchsweep.spec import spec as requests
+from patchsweep.spec.batch import make_batches
+from patchsweep.spec.metrics import METRICS
+from patchsweep.spec.planner import PatchSet
+from patchsweep.spec.sites import SITES
+from patchsweep.spec.spec import make_request, site_groups_of
 from patchsweep.store import Store, Unit
-from patchsweep.store.check import checksums
-from patchsweep.waves import Unsupported, WaveRunner
-from patchsweep.waves.locate import locate
-from patchsweep.work import Quiet, Share, bundles_of, run_work
+from patchsweep.store.verify import checksums
+from patchsweep.sweeps.api import prepare_runner
+from patchsweep.sweeps.bf16 import RecheckedWork, recheck_variables
+from patchsweep.sweeps.exact import ExactWork
+from patchsweep.sweeps.executor import Quiet, Share, run_work, work_items_of
+from patchsweep.sweeps.layout import make_layout
 from subjects import demo_pairs, model
 from test_sweep import mixed_pairs
 
@@ -36,11 +38,11 @@ TOLERANCE = 1e-4
 
 
 def _sites_of(family: str) -> list[str]:
-    """Every site that waves can patch there without choosing neurons."""
-    found, replica = [], WaveRunner(model(f"tiny:{family}"), ()).replica
+    """Every site that packed batches can patch there without choosing neurons."""
+    found, unwrapped = [], PackedRunner(model(f"tiny:{family}"), ()).unwrapped
     for name, site in SITES.items():
         try:
-            locate(replica, site)
+            resolve_site(unwrapped, site)
         except (Unsupported, KeyError):
             continue
         if site.unit != "neuron":
@@ -49,13 +51,13 @@ def _sites_of(family: str) -> list[str]:
 
 
 @pytest.mark.parametrize("family", TINY_FAMILIES)
-def test_all_sites_in_common_waves_equal_each_alone(family: str) -> None:
+def test_all_sites_in_common_packed_batches_equal_each_alone(family: str) -> None:
     name = f"tiny:{family}"
     sites = [site for site in _sites_of(family) if site != "pattern_cell"]
     assert len(sites) > 5
     request = make_request(model(name), demo_pairs(name), sites)
     (batch,) = make_batches(request.pairs, [0], request.direction, -1, torch.device("cpu"))
-    runner = WaveRunner(model(name), request.sites, max_tokens=150)  # several waves
+    runner = PackedRunner(model(name), request.sites, max_tokens=150)  # several packed batches
     loaded = runner.load(batch, request.intervention)
     rng = np.random.default_rng(0)
     sets = []
@@ -87,14 +89,14 @@ def test_all_sites_in_common_waves_equal_each_alone(family: str) -> None:
     ],
     ids=["joint layers", "patterns"],
 )
-def test_mixed_pairs_and_sites_of_every_kind_share_waves(
+def test_mixed_pairs_and_sites_of_every_kind_share_packed_batches(
     max_tokens: int, layers: list, sites: list[str]
 ) -> None:
     """Against the hooked runner; pairs of several lengths, layers and neurons patched together."""
     asked = {"neurons": [0, [3, 5]], "layers": layers, "positions": [10, 12, 13]}
     found = [
         ps.sweep(model(NAME), mixed_pairs(), sites, runner=runner, max_tokens=max_tokens, **asked)
-        for runner in ("wave", "hooked")
+        for runner in ("packed", "hooked")
     ]
     for site in sites:
         effect = found[1][site] - found[1].base_metric
@@ -106,19 +108,19 @@ def test_hooked_sites_stay_units_of_their_own() -> None:
     request = make_request(model(NAME), demo_pairs(NAME), ["resid_pre", "mlp_out"])
     choice = prepare_runner(request, "hooked", None)
     units = [u for variable in make_layout(request, choice, {}).variables for u in variable.units()]
-    assert len(bundles_of([ExactWork(request, choice.runner)], units)) == len(units) == 2
+    assert len(work_items_of([ExactWork(request, choice.runner)], units)) == len(units) == 2
 
 
 def test_small_sites_travel_together_and_large_ones_alone() -> None:
     whole = make_request(model(NAME), demo_pairs(NAME), ["resid_pre", "z", "attn_out", "mlp_out"])
-    assert set(convoys_of(whole.plans).values()) == {0}
+    assert set(site_groups_of(whole.plans).values()) == {0}
     tokens = [int(plan.suffix[plan.live_patches()].sum()) for plan in whole.plans]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(requests, "UNIT_TOKENS", tokens[1] + 1)
-        assert convoys_of(whole.plans) == {"attn_out": 0, "mlp_out": 0, "resid_pre": 0, "z": 1}
-        assert convoys_of(whole.plans[::-1]) == convoys_of(whole.plans)
+        assert site_groups_of(whole.plans) == {"attn_out": 0, "mlp_out": 0, "resid_pre": 0, "z": 1}
+        assert site_groups_of(whole.plans[::-1]) == site_groups_of(whole.plans)
         patch.setattr(requests, "UNIT_TOKENS", tokens[0] + 1)  # z is cut into blocks of layers
-        assert sorted(convoys_of(whole.plans).values()) == [0, 1, 2, 3]
+        assert sorted(site_groups_of(whole.plans).values()) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("precision", ["model", "bf16"])
@@ -127,7 +129,7 @@ def test_missing_units_are_made_again_in_the_same_company(tmp_path: Path, precis
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(requests, "UNIT_TOKENS", SMALL_UNITS)
             ps.sweep(
-                model(NAME), mixed_pairs(), ["resid_pre", "z", "mlp_out"], runner="wave",
+                model(NAME), mixed_pairs(), ["resid_pre", "z", "mlp_out"], runner="packed",
                 precision=precision, store=path, **options,
             )  # fmt: skip
 
@@ -153,10 +155,10 @@ def test_every_unit_has_one_bundle_and_a_proof_stays_together() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(requests, "UNIT_TOKENS", SMALL_UNITS)
         request = make_request(model(NAME), mixed_pairs(), ["resid_pre", "z", "mlp_out"])
-        choice = Choice(WaveRunner(request.bridge, request.sites), "", None)
-        work = ProvenWork(request, choice)
-        units = [unit for variable in proof_variables(request) for unit in variable.units()]
-        bundles = bundles_of([work], units)
+        choice = RunnerChoice(PackedRunner(request.bridge, request.sites), "", None)
+        work = RecheckedWork(request, choice)
+        units = [unit for variable in recheck_variables(request) for unit in variable.units()]
+        bundles = work_items_of([work], units)
     covered = [unit for bundle in bundles for unit in bundle.units]
     assert sorted(unit.name for unit in covered) == sorted(unit.name for unit in units)
     for bundle in bundles:
@@ -173,12 +175,12 @@ def test_a_bundle_whose_first_unit_is_held_is_left_to_its_holder(
     tmp_path: Path, monkeypatch
 ) -> None:
     path = tmp_path / "run.zarr"
-    ps.sweep(model(NAME), demo_pairs(NAME), ["resid_pre", "mlp_out"], runner="wave", store=path)
+    ps.sweep(model(NAME), demo_pairs(NAME), ["resid_pre", "mlp_out"], runner="packed", store=path)
     whole = checksums(path)
     request = make_request(model(NAME), demo_pairs(NAME), ["resid_pre", "mlp_out"])
-    work = ExactWork(request, WaveRunner(request.bridge, request.sites))
+    work = ExactWork(request, PackedRunner(request.bridge, request.sites))
     with Store.open(path) as ours, Store.open(path) as theirs:
-        (bundle,) = bundles_of([work], ours.units())
+        (bundle,) = work_items_of([work], ours.units())
         assert len(bundle.units) == 2
         for unit in bundle.units:
             variable = ours.variables[unit.variable]
@@ -192,10 +194,10 @@ def test_a_bundle_whose_first_unit_is_held_is_left_to_its_holder(
         class HandOver(Quiet):
             def waiting(self, n_units: int, holders: object) -> None:
                 assert n_units == 2
-                assert not computed  # the second unit was free, its bundle was not
+                assert not computed  # the second unit was free, its work item was not
                 theirs.release(bundle.units)
 
-        monkeypatch.setattr("patchsweep.work.WAIT_S", 0.0)
+        monkeypatch.setattr("patchsweep.sweeps.executor.WAIT_S", 0.0)
         run_work([work], ours, HandOver(), Share())
     assert len(computed) == 1
     assert checksums(path) == whole

@@ -9,9 +9,9 @@ import patchsweep as ps
 import pytest
 import torch
 from patchsweep.errors import ModelError
-from patchsweep.memory import free_memory
 from patchsweep.models import device as devices
 from patchsweep.models.device import choose_device
+from patchsweep.models.memory import free_memory
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_device_that_does_not_exist_is_refused(
 
 
 def test_memory_that_torch_caches_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or each further sweep of a process would find less, and cut smaller waves."""
+    """Or each further sweep of a process would find less, and cut smaller packed batches."""
     gpu = torch.device("cuda:0")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3_000, 80_000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50_000)

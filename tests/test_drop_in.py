@@ -290,7 +290,7 @@ def test_metric_may_keep_its_logits(view: Callable[[Tensor], object]) -> None:
 
 # a sum over logits of order 10, each rounded to 8 or 11 bits: half and a twentieth of its spread
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.3), (torch.float16, 0.03)])
-def test_models_of_16_bits_run_in_waves(dtype: torch.dtype, tolerance: float) -> None:
+def test_models_of_16_bits_run_in_packed_batches(dtype: torch.dtype, tolerance: float) -> None:
     bridge = load_model("tiny:llama", device="cpu", dtype=dtype)
     clean, corrupted = bridge.to_tokens(CLEAN), bridge.to_tokens(CORRUPTED)
     arguments = (bridge, corrupted, bridge.run_with_cache(clean)[1], everywhere)

@@ -15,14 +15,14 @@ import patchsweep.cli.edges as verb
 import pytest
 import torch
 import xarray as xr
-from patchsweep.attributes import attributes
+from patchsweep.analyses.circuits import edges, exact_edges, screen_edges
 from patchsweep.cli import main
 from patchsweep.cli.main import EXIT_DONE, EXIT_MISTAKE
-from patchsweep.paths import edges, exact_edges, screen_edges
-from patchsweep.paths.blocks import Blocks, frozen
+from patchsweep.forward.blockwise import Blocks, frozen
 from patchsweep.report.edges import Row, build, correlation, rows_of
 from patchsweep.report.graph import Drawn, draw_graph
-from patchsweep.store.check import checksums
+from patchsweep.store.attributes import attributes
+from patchsweep.store.verify import checksums
 from subjects import demo_pairs, model
 from transformer_lens.model_bridge import TransformerBridge
 

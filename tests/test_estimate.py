@@ -8,11 +8,11 @@ from typing import Any
 
 import patchsweep as ps
 import pytest
-from patchsweep.attributes import attributes
 from patchsweep.cli import main
-from patchsweep.estimate import Cost
-from patchsweep.screening import Screen
-from patchsweep.work import Quiet
+from patchsweep.store.attributes import attributes
+from patchsweep.sweeps.cost import Cost
+from patchsweep.sweeps.executor import Quiet
+from patchsweep.sweeps.screen_settings import Screen
 from subjects import demo_pairs, model
 
 SITES = ["resid_pre", "z"]
@@ -37,7 +37,7 @@ def cost(**settings: Any) -> Cost:
 def test_plan_costs_what_the_run_says(method: Any) -> None:
     progress = Total()
     bridge, pairs = model("tiny:llama"), demo_pairs("tiny:llama")
-    ds = ps.sweep(bridge, pairs, SITES, method=method, progress=progress, runner="wave")
+    ds = ps.sweep(bridge, pairs, SITES, method=method, progress=progress, runner="packed")
     found = cost(method=method)
     assert found.token_layers == pytest.approx(progress.total, abs=len(SITES))
     named = attributes(ds).get("attribution", {})
@@ -53,7 +53,7 @@ def test_estimates_run_no_patch_exactly() -> None:
     found = cost(method="atp")
     assert [site.n_exact for site in found.sites] == [0, 0]
     assert [site.token_layers for site in found.sites] == [0, 0]
-    assert (found.n_waves, found.n_captures) == (0, 0)
+    assert (found.n_batches, found.n_captures) == (0, 0)
     assert 0 < found.token_layers < cost().token_layers
     assert found.flops / found.token_layers == cost().flops / cost().token_layers
 
@@ -61,8 +61,8 @@ def test_estimates_run_no_patch_exactly() -> None:
 def test_hooked_patches_are_whole_forward_passes() -> None:
     found = cost(runner="hooked")
     assert found.token_layers == sum(17 * 3 * site.n_live for site in found.sites)
-    assert found.n_waves == 0
-    assert found.token_layers > cost(runner="wave").token_layers
+    assert found.n_batches == 0
+    assert found.token_layers > cost(runner="packed").token_layers
 
 
 def test_bf16_runs_some_patches_again() -> None:

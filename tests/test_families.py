@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from patchsweep.families import Row, families_table, tiny_bridge
-from patchsweep.families.configs import causal_architectures, left_out
-from patchsweep.families.page import page
-from patchsweep.families.table import SITES, compatibility_table
-from patchsweep.waves import Unsupported
-from patchsweep.waves.capture import capture
-from patchsweep.waves.replica import Replica
+from patchsweep.forward.capture import capture
+from patchsweep.forward.unwrapped import Unsupported, UnwrappedModel
+
+from tools.architectures import Row, families_table, tiny_bridge
+from tools.architectures.configs import causal_architectures, left_out
+from tools.architectures.page import page
+from tools.architectures.table import SITES, compatibility_table
 
 # fp32 logits of order 10; the largest seen is 3e-5
 TOLERANCE = 1e-4
@@ -36,10 +36,10 @@ def _check(row: Row) -> None:
         "Gemma4ForCausalLM",  # heads of two sizes, embeddings for each layer
     ],
 )
-def test_wave_equals_hook_loop(architecture: str) -> None:
+def test_packed_equals_hook_loop(architecture: str) -> None:
     (row,) = families_table([architecture])
     _check(row)
-    assert row.runner == "wave"
+    assert row.runner == "packed"
 
 
 @pytest.mark.parametrize(
@@ -65,10 +65,10 @@ def test_refusal_names_its_reason() -> None:
     assert "images" in gemma.reason
 
 
-def test_latent_attention_runs_in_waves_where_the_bridge_cuts_between_no_heads() -> None:
+def test_latent_attention_runs_in_packed_batches_where_the_bridge_cuts_between_no_heads() -> None:
     (row,) = families_table(["DeepseekV3ForCausalLM"])
     _check(row)
-    assert row.cells["z"].runner == "wave"
+    assert row.cells["z"].runner == "packed"
     assert "sees the shape (2, 4, 8, 4) where the model has 4 heads" in row.cells["z"].reason
 
 
@@ -77,22 +77,22 @@ def test_compatibility_mode_gets_the_runner_that_is_right() -> None:
     for row in (gpt2, llama):
         _check(row)
         assert all(cell.difference is not None for cell in row.cells.values())
-    assert llama.runner == "wave"
+    assert llama.runner == "packed"
     assert gpt2.runner == "hooked"  # processed weights replace the joint matrix in the bridge alone
 
 
-def test_chunked_attention_runs_in_waves_within_one_chunk() -> None:
-    replica = Replica(tiny_bridge("Llama4ForCausalLM"))
-    capture(replica, torch.arange(6).unsqueeze(0))
+def test_chunked_attention_runs_in_packed_batches_within_one_chunk() -> None:
+    unwrapped = UnwrappedModel(tiny_bridge("Llama4ForCausalLM"))
+    capture(unwrapped, torch.arange(6).unsqueeze(0))
     with pytest.raises(Unsupported, match="over 7 tokens"):
-        capture(replica, torch.arange(7).unsqueeze(0))
+        capture(unwrapped, torch.arange(7).unsqueeze(0))
 
 
 def test_page_has_a_row_for_each_and_names_the_rest() -> None:
     rows = families_table(["LlamaForCausalLM", "BertLMHeadModel"])
     text = page(rows, [], left_out())
-    assert "2 architectures: 1 wave, 1 refused." in text
-    assert "| LlamaForCausalLM | `llama` | wave | " in text
+    assert "2 architectures: 1 packed, 1 refused." in text
+    assert "| LlamaForCausalLM | `llama` | packed | " in text
     assert ", T5ForConditionalGeneration, " in text
 
 
@@ -106,4 +106,4 @@ def test_every_architecture_has_a_runner_or_a_reason() -> None:
         assert set(row.cells) == set(SITES)
         if any(cell.runner != "none" for cell in row.cells.values()):
             _check(row)
-    assert sum(row.runner == "wave" for row in rows) >= 50
+    assert sum(row.runner == "packed" for row in rows) >= 50

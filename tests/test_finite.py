@@ -8,11 +8,11 @@ from typing import Any
 import patchsweep as ps
 import pytest
 import torch
-from patchsweep.attention import attention
+from patchsweep.analyses.attention import attention
+from patchsweep.analyses.circuits import circuit, edges, exact_edges
+from patchsweep.analyses.logit_lens import lens
 from patchsweep.attribution.patterns import pattern_scores
 from patchsweep.errors import ModelError
-from patchsweep.lens import lens
-from patchsweep.paths import circuit, edges, exact_edges
 from subjects import CLEAN, CORRUPTED, demo_pairs, model
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
@@ -36,9 +36,9 @@ def _pairs(bridge: TransformerBridge, **options: Any) -> ps.PromptPairs:
 
 
 CALLS: dict[str, Callable[[TransformerBridge, ps.PromptPairs], Any]] = {
-    "wave": lambda m, p: ps.sweep(m, p, "z", runner="wave"),
+    "packed": lambda m, p: ps.sweep(m, p, "z", runner="packed"),
     "hooked": lambda m, p: ps.sweep(m, p, "z", runner="hooked"),
-    "bf16": lambda m, p: ps.sweep(m, p, "z", runner="wave", precision="bf16"),
+    "bf16": lambda m, p: ps.sweep(m, p, "z", runner="packed", precision="bf16"),
     **{
         method: lambda m, p, method=method: ps.sweep(m, p, "z", method=method)
         for method in ("atp", "atp_star", "ig", "relp")

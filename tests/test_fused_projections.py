@@ -10,8 +10,8 @@ import numpy as np
 import patchsweep as ps
 import pytest
 import torch
+from patchsweep.data.pairs import PromptPairs
 from patchsweep.models.tiny import tiny_model
-from patchsweep.pairs import PromptPairs
 from plain import logit_diff as plain_logit_diff
 from plain import make_plain_and_bridge, pairs_for
 from subjects import demo_pairs, model
@@ -72,7 +72,7 @@ def patched(
     return float(logit_diff(logits, pairs))
 
 
-@pytest.mark.parametrize("runner", ["wave", "hooked"])
+@pytest.mark.parametrize("runner", ["packed", "hooked"])
 @pytest.mark.parametrize("site", ["q", "k", "v"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_constants_stand_before_rotary(family: str, site: str, runner: str) -> None:
@@ -101,7 +101,7 @@ def test_a_value_of_its_own_changes_nothing(family: str, site: str) -> None:
         demo_pairs(f"tiny:{family}"),
         site,
         intervention=lambda site, layer, base, source: base,
-        runner="wave",
+        runner="packed",
     )
     assert float(abs(ds[site] - ds.base_metric).max()) < TOLERANCE
 
@@ -156,12 +156,14 @@ def test_integrated_gradients_add_up_to_the_exact_effect(family: str, site: str)
 def test_rotated_queries_that_attention_changes_further_are_refused(
     architecture: str, site: str
 ) -> None:
-    from patchsweep.families import tiny_bridge
-    from patchsweep.sites import SITES
-    from patchsweep.waves import Unsupported, WaveRunner
+    from patchsweep.forward.unwrapped import Unsupported
+    from patchsweep.runners.packed.runner import PackedRunner
+    from patchsweep.spec.sites import SITES
+
+    from tools.architectures import tiny_bridge
 
     with pytest.raises(Unsupported, match=f"hook_{site}"):
-        WaveRunner(tiny_bridge(architecture), [SITES[site]])
+        PackedRunner(tiny_bridge(architecture), [SITES[site]])
 
 
 def test_queries_of_latent_attention_have_heads_of_their_own_width() -> None:
@@ -173,7 +175,7 @@ def test_queries_of_latent_attention_have_heads_of_their_own_width() -> None:
     places = {"q": (attention.q_b_proj, "out", 8), "z": (attention.o_proj, "in", 4)}
     ds = ps.sweep(
         bridge, pairs, [*places], intervention="zero", layers=[layer], positions=positions,
-        runner="wave",
+        runner="packed",
     )  # fmt: skip
     for site, (module, side, d_head) in places.items():
         for (i, pos), head in itertools.product(enumerate(positions), range(HEADS)):

@@ -15,10 +15,10 @@ from omegaconf import OmegaConf
 from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.grammar import conf_folder, expand
 from patchsweep.cli.mistakes import one_line
-from patchsweep.config import FileTask, RunConfig, TextTask, from_identity
+from patchsweep.cli.schema.circuit import CircuitRun
+from patchsweep.cli.schema.lens import LensRun
+from patchsweep.cli.schema.run import FileTask, RunConfig, TextTask, from_identity
 from patchsweep.errors import ConfigError
-from patchsweep.lens.config import LensRun
-from patchsweep.paths.circuit_config import CircuitRun
 
 ROOT = Path(__file__).parents[1]
 NAMES = [

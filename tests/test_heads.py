@@ -10,15 +10,15 @@ import pytest
 import subjects
 import torch
 import xarray as xr
-from patchsweep.attributes import attributes
+from patchsweep.analyses.heads import OptimalSettings, Thresholds, disagreement, effects, study
+from patchsweep.analyses.heads.behaviour import Behaviour
+from patchsweep.analyses.heads.classes import detected_classes, member_table, task_classes
+from patchsweep.analyses.heads.findings import ALL, TRAINED
+from patchsweep.analyses.heads.optimal import Trainer
+from patchsweep.analyses.heads.scores import DETECTED, detect, texts
+from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import ConfigError, ModelError, PatchsweepError
-from patchsweep.heads import OptimalSettings, Thresholds, disagreement, effects, study
-from patchsweep.heads.behaviour import Behaviour
-from patchsweep.heads.classes import detected_classes, member_table, task_classes
-from patchsweep.heads.optimal import Trainer
-from patchsweep.heads.scores import DETECTED, detect, texts
-from patchsweep.heads.table import ALL, TRAINED
-from patchsweep.pairs import PromptPairs
+from patchsweep.store.attributes import attributes
 from patchsweep.tasks import load_task
 from torch import Tensor
 from transformer_lens.head_detector import detect_head
@@ -154,7 +154,9 @@ def kl(name: str, layer: int, head: int, value: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["tiny:llama", "tiny:gpt2"])
-def test_optimal_is_never_worse_than_the_mean_and_is_what_the_waves_measure(name: str) -> None:
+def test_optimal_is_never_worse_than_the_mean_and_is_what_the_packed_batches_measure(
+    name: str,
+) -> None:
     ds = studied(name)
     start, end = ds["optimal_loss"].transpose("training", "layer", "head").values
     chosen = np.isfinite(end)

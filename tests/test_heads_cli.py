@@ -11,14 +11,14 @@ import pytest
 import subjects
 import xarray as xr
 import yaml
-from patchsweep.attributes import attributes
+from patchsweep.analyses.heads import OptimalSettings, Thresholds, study
+from patchsweep.analyses.heads.ablations import ABLATIONS
 from patchsweep.cli import main
 from patchsweep.cli.main import EXIT_DONE, EXIT_MISTAKE
-from patchsweep.heads import OptimalSettings, Thresholds, study
-from patchsweep.heads.ablations import ABLATIONS
 from patchsweep.report import write_report
 from patchsweep.report.heads import build, heads_of
-from patchsweep.store.whole import write_whole
+from patchsweep.store.attributes import attributes
+from patchsweep.store.save import save_dataset
 from patchsweep.tasks import load_task
 
 CONF = Path(__file__).parents[1] / "conf" / "heads.yaml"
@@ -145,7 +145,7 @@ def test_a_study_of_positions_and_one_without_task_classes_have_pages(tmp_path: 
     assert "at end" in page
     assert "Each cell shows the position" in page
     plain = study(model, subjects.demo_pairs("tiny:llama"), ablations=["resample"], optimal=None)
-    write_whole(plain, tmp_path / "plain.zarr")
+    save_dataset(plain, tmp_path / "plain.zarr")
     text = write_report(tmp_path / "plain.zarr", tmp_path / "plain.html").read_text()
     assert "were not measured" in text
     assert "name mover" not in text

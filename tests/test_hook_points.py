@@ -11,16 +11,16 @@ import numpy as np
 import patchsweep as ps
 import pytest
 import torch
-from patchsweep.attributes import attributes
+from patchsweep.analyses.logit_lens import Patch, lens
 from patchsweep.errors import SiteError
-from patchsweep.hook_points import STREAM, check_names, refusals
-from patchsweep.lens import Patch, lens
 from patchsweep.models import TINY_FAMILIES
 from patchsweep.models.load import as_bridge
+from patchsweep.models.running import running
 from patchsweep.models.tiny import draw_weights, tiny_tokenizer
-from patchsweep.request import model_shape
-from patchsweep.running import running
-from patchsweep.sites import Site, get_sites
+from patchsweep.runners.hook_points import STREAM, check_names, refusals
+from patchsweep.spec.sites import Site, get_sites
+from patchsweep.spec.spec import model_shape
+from patchsweep.store.attributes import attributes
 from subjects import CLEAN, CORRUPTED, demo_pairs, model
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
@@ -192,9 +192,9 @@ def test_settings_are_as_they_were_after_a_sweep() -> None:
 def test_result_without_its_setting_is_refused_with_the_remedy() -> None:
     bridge, pairs = model("tiny:opt"), demo_pairs("tiny:opt")
     options: dict[str, Any] = {"layers": [1], "positions": [9, 16]}
-    with pytest.raises(SiteError, match=r"site result: .*use_attn_result.*runner=wave"):
+    with pytest.raises(SiteError, match=r"site result: .*use_attn_result.*runner=packed"):
         ps.sweep(bridge, pairs, "result", runner="hooked", **options)
-    found = ps.sweep(bridge, pairs, "result", runner="wave", **options)["result"]
+    found = ps.sweep(bridge, pairs, "result", runner="packed", **options)["result"]
     expected = ps.sweep(bridge, pairs, "z", runner="hooked", **options)["z"]
     np.testing.assert_allclose(found, expected, atol=TOLERANCE)
 
@@ -213,7 +213,7 @@ def test_result_runs_in_packed_passes_under_means_too(intervention: str) -> None
     )
     options: dict[str, Any] = {"sites": "result", "intervention": intervention, "layers": [0, 1]}
     found = ps.sweep(bridge, pairs, **options)
-    assert attributes(found)["provenance"]["runner"] == "wave"
+    assert attributes(found)["provenance"]["runner"] == "packed"
     expected = ps.sweep(bridge, pairs, runner="hooked", **options)
     np.testing.assert_allclose(found["result"], expected["result"], atol=TOLERANCE)
     assert float(abs(expected["result"] - expected["base_metric"]).max()) > 1e-2

@@ -24,14 +24,14 @@ import patchsweep as ps
 import pytest
 import zarr
 from omegaconf import OmegaConf
-from patchsweep.attributes import attributes, flat_attributes
 from patchsweep.cli import main
-from patchsweep.config import ModelConfig
+from patchsweep.cli.schema.run import ModelConfig
 from patchsweep.errors import StoreError
+from patchsweep.store.attributes import attributes, flat_attributes
+from patchsweep.store.backends.local import LocalFolder
 from patchsweep.store.contents import read_contents
 from patchsweep.store.digest import seal
 from patchsweep.store.layout import COMPLETE, FIXED, fixed_key, references_key, with_digests
-from patchsweep.store.local_folder import LocalFolder
 from patchsweep.store.shard import ShardForm
 from subjects import model
 

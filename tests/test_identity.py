@@ -17,18 +17,18 @@ import patchsweep as ps
 import pytest
 import torch
 import xarray as xr
-from patchsweep import api
-from patchsweep.attributes import attributes
 from patchsweep.attribution import AtpStar, IntegratedInputs, IntegratedSite
+from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import ConfigError, DamagedError, StoreError
-from patchsweep.identity import sealed
-from patchsweep.interventions import Custom, Mean
-from patchsweep.metrics import Metric
-from patchsweep.pairs import PromptPairs
-from patchsweep.screening import Screen
+from patchsweep.spec.interventions import Custom, Mean
+from patchsweep.spec.metrics import Metric
 from patchsweep.store import Store
-from patchsweep.store.check import checksums
-from patchsweep.store.whole import read_whole
+from patchsweep.store.attributes import attributes
+from patchsweep.store.save import load_dataset
+from patchsweep.store.verify import checksums
+from patchsweep.sweeps import api
+from patchsweep.sweeps.identity import sealed
+from patchsweep.sweeps.screen_settings import Screen
 from subjects import model, reference_pairs
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
@@ -83,7 +83,7 @@ SWEEP: dict[str, Any] = {
     "positions": [15],
     "heads": [0],
     "neurons": [3, 4],
-    "runner": "wave",
+    "runner": "packed",
 }
 # arguments of a sweep that say where, by whom and how fast it is done
 NO_NUMBER = {"store", "storage_options", "slice_index", "n_slices", "cache_budget", "progress"}
@@ -105,7 +105,7 @@ SWEEP_CASES: dict[str, tuple[Any, str]] = {
     "neurons": ([3, 5], r"sites.mlp_post.neurons is 3,5 in this run and 3\.\.4 in the store"),
     "read": (-2, "read is -2 in this run and -1 in the store"),
     "method": (["exact", "atp"], "methods.atp is only in this run"),
-    "runner": ("hooked", "runner is hooked in this run and wave in the store"),
+    "runner": ("hooked", "runner is hooked in this run and packed batch in the store"),
     "max_tokens": (64, "max_tokens is 64 in this run and 4096 in the store"),
     "precision": ("bf16", "precision is bf16 in this run and model in the store"),
     "compute_dtype": ("model", "compute_dtype is bfloat16 in this run and float32 in the store"),
@@ -349,7 +349,7 @@ def test_digest_is_one_hash_of_all_parts(tmp_path: Path) -> None:
         assert sealed({**parts, key: "another"})["digest"] != identity["digest"]
 
 
-def test_store_goes_on_with_the_wave_size_that_it_was_begun_with(
+def test_store_goes_on_with_the_packed_size_that_it_was_begun_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep(tmp_path / "whole.zarr", max_tokens=64)
@@ -363,7 +363,7 @@ def test_store_goes_on_with_the_wave_size_that_it_was_begun_with(
     assert checksums(cut) == checksums(tmp_path / "whole.zarr")
 
 
-def test_process_adopts_the_wave_size_of_a_store_that_another_made_meanwhile(
+def test_process_adopts_the_packed_size_of_a_store_that_another_made_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare = api.prepare_runner
@@ -457,6 +457,6 @@ def test_variables_without_roles_go_by_their_names() -> None:
 def test_old_results_of_an_analysis_say_that_they_are_old(tmp_path: Path) -> None:
     old = xr.Dataset({"x": ("i", np.zeros(2))}, attrs={"kind": "lens", "patchsweep_version": "0.1"})
     old.to_zarr(tmp_path / "old.zarr", zarr_format=3, consolidated=False)
-    for read in (ps.open_store, lambda place: read_whole(place, {"kind": "lens"})):
+    for read in (ps.open_store, lambda place: load_dataset(place, {"kind": "lens"})):
         with pytest.raises(StoreError, match=r"store format 1, .* xarray.open_zarr reads it as it"):
             read(tmp_path / "old.zarr")

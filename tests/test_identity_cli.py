@@ -11,22 +11,22 @@ from typing import Any
 import pytest
 import xarray as xr
 from omegaconf import DictConfig
-from patchsweep.api import sweep
-from patchsweep.attention import attention
+from patchsweep.analyses.attention import attention
+from patchsweep.analyses.circuits.circuits import circuit
+from patchsweep.analyses.circuits.edges import screen_edges
+from patchsweep.analyses.heads import study
+from patchsweep.analyses.logit_lens import lens
 from patchsweep.attribution import get_methods
 from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.attention import AttentionRun
 from patchsweep.cli.main import EXIT_DONE, EXIT_MISTAKE, main
-from patchsweep.config import RunConfig
-from patchsweep.heads import study
-from patchsweep.heads.config import HeadsRun
-from patchsweep.lens import lens
-from patchsweep.lens.config import LensRun
-from patchsweep.paths.circuit_config import CircuitRun
-from patchsweep.paths.circuits import circuit
-from patchsweep.paths.config import EdgesRun
-from patchsweep.paths.edges import screen_edges
-from patchsweep.screening import Screen
+from patchsweep.cli.schema.circuit import CircuitRun
+from patchsweep.cli.schema.edges import EdgesRun
+from patchsweep.cli.schema.heads import HeadsRun
+from patchsweep.cli.schema.lens import LensRun
+from patchsweep.cli.schema.run import RunConfig
+from patchsweep.sweeps.api import sweep
+from patchsweep.sweeps.screen_settings import Screen
 
 RECORD = {
     "clean": "When John and Mary went to the park, John gave a bottle of milk to",

@@ -40,7 +40,7 @@ def test_resid_mid_equals_plain_hooks(architecture: str, layer: int) -> None:
         patches = [(block, "in", keep), (getattr(block, ATTENTION_OUT[architecture]), "out", fill)]
         return logit_diff(plain, pairs[0].clean, *pairs[0].answer, *pairs[0].wrong_answer, patches)
 
-    arguments = {"intervention": VALUE, "layers": [layer], "runner": "wave"}
+    arguments = {"intervention": VALUE, "layers": [layer], "runner": "packed"}
     whole = ps.sweep(bridge, pairs, "resid_mid", positions="all", **arguments)
     cells = ps.sweep(bridge, pairs, "resid_mid", positions=[length - 3, length - 1], **arguments)
     expected = [patched(slice(p, p + 1)) for p in (length - 3, length - 1)]

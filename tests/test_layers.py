@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from patchsweep.waves.layers import GatedMLP, RMSNorm, leaner
-from patchsweep.waves.precision import use_bf16_products
-from patchsweep.waves.replica import Replica
+from patchsweep.forward.fused_layers import GatedMLP, RMSNorm, leaner
+from patchsweep.forward.unwrapped import UnwrappedModel
+from patchsweep.runners.packed.bf16 import use_bf16_products
 from subjects import model
 from torch import nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
@@ -96,8 +96,8 @@ def test_other_layers_stay_as_they_are(cls: type[nn.Module]) -> None:
 
 def test_a_replica_takes_leaner_layers_and_the_bridge_keeps_its_own() -> None:
     bridge = model("tiny:llama")
-    replica = Replica(bridge)
-    kinds = [type(module) for module in replica.blocks[0].modules()]
+    unwrapped = UnwrappedModel(bridge)
+    kinds = [type(module) for module in unwrapped.blocks[0].modules()]
     assert sum(issubclass(kind, RMSNorm) for kind in kinds) == 2
     assert sum(issubclass(kind, GatedMLP) for kind in kinds) == 1
     assert not any(
@@ -106,8 +106,8 @@ def test_a_replica_takes_leaner_layers_and_the_bridge_keeps_its_own() -> None:
 
 
 def _mlp(kind: str = "tiny:llama") -> tuple[nn.Module, nn.Module]:
-    """The first MLP of a replica, and one whose products are in bf16."""
-    exact, low = Replica(model(kind)).blocks[0], Replica(model(kind)).blocks[0]
+    """The first MLP of a unwrapped model, and one whose products are in bf16."""
+    exact, low = UnwrappedModel(model(kind)).blocks[0], UnwrappedModel(model(kind)).blocks[0]
     use_bf16_products([low])
     return exact.mlp, low.mlp
 

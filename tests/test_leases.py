@@ -16,9 +16,9 @@ import numpy as np
 import patchsweep as ps
 import pytest
 from patchsweep.store import Store
-from patchsweep.store.address import open_folder
+from patchsweep.store.backends.address import open_folder
+from patchsweep.store.backends.local import LocalFolder
 from patchsweep.store.lease import EXPIRY_S, Leases, read_leases
-from patchsweep.store.local_folder import LocalFolder
 from store_faults.runs import small_layout, values_of
 from subjects import demo_pairs, model
 
@@ -221,17 +221,17 @@ def test_a_lost_unit_can_be_claimed_again_when_the_heir_dies(
 @pytest.mark.parametrize(
     ("words", "least"),
     [
-        ({"runner": "wave"}, 6),
+        ({"runner": "packed"}, 6),
         ({"runner": "hooked"}, 3),
         ({"method": "atp"}, 6),
         ({"method": "ig", "layers": [0]}, 9),
     ],
-    ids=["wave", "hooked", "atp", "ig"],
+    ids=["packed", "hooked", "atp", "ig"],
 )
 def test_heart_beats_throughout_a_bundle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: dict[str, Any], least: int
 ) -> None:
-    """Not only between bundles, of which a large model may need minutes each."""
+    """Not only between work items, of which a large model may need minutes each."""
     monkeypatch.setattr("patchsweep.store.lease.EXPIRY_S", 0.0)
     beats: list[str] = []
     put = LocalFolder.put

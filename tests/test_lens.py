@@ -10,11 +10,11 @@ import patchsweep
 import pytest
 import torch
 import xarray as xr
-from patchsweep.attributes import attributes
+from patchsweep.analyses.logit_lens import Patch, describe, lens, sublayers
+from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import MethodError, PlanError
-from patchsweep.interventions import Mean
-from patchsweep.lens import Patch, describe, lens, sublayers
-from patchsweep.pairs import PromptPairs
+from patchsweep.spec.interventions import Mean
+from patchsweep.store.attributes import attributes
 from subjects import CLEAN, CORRUPTED, demo_pairs, model, reference_pairs
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.analysis.logit_lens import logit_lens
@@ -102,7 +102,9 @@ def test_pairs_of_several_lengths_equal_each_alone(monkeypatch: Any) -> None:
         bridge, clean=clean, corrupted=corrupted, answers=[(" Mary", " John")] * 2
     )
     together = lens(bridge, pairs)
-    monkeypatch.setattr("patchsweep.lens.predictions.CHUNK_BYTES", 7 * 4 * bridge.cfg.d_vocab)
+    monkeypatch.setattr(
+        "patchsweep.analyses.logit_lens.predictions.CHUNK_BYTES", 7 * 4 * bridge.cfg.d_vocab
+    )
     for i in range(2):
         alone = lens(bridge, PromptPairs((pairs[i],)))
         n_pos = alone.sizes["pos"]

@@ -11,16 +11,16 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import xarray as xr
-from patchsweep.attributes import attributes
+from patchsweep.analyses.logit_lens import Patch, lens, sublayers
+from patchsweep.analyses.logit_lens.findings import comes_up, places, removals
 from patchsweep.cli.main import main
+from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import StoreError
-from patchsweep.lens import Patch, lens, sublayers
-from patchsweep.pairs import PromptPairs
 from patchsweep.report import figure, write_report
 from patchsweep.report.lens import build
-from patchsweep.report.lens_findings import comes_up, places, removals
 from patchsweep.report.shell import page, section
-from patchsweep.store.whole import write_whole
+from patchsweep.store.attributes import attributes
+from patchsweep.store.save import save_dataset
 from subjects import CLEAN, CORRUPTED, demo_pairs, model
 from test_report import HOSTILE, Reader, in_browser
 
@@ -241,7 +241,7 @@ def test_mistakes_end_before_anything_runs(
     words: list[str], said: str, tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
     bridge = model("tiny:llama")  # loading runs it, to see that it is what it wraps
-    monkeypatch.setattr("patchsweep.config.load_model", lambda *_, **__: bridge)
+    monkeypatch.setattr("patchsweep.cli.schema.run.load_model", lambda *_, **__: bridge)
     monkeypatch.setattr(type(bridge), "forward", lambda *_, **__: pytest.fail("the model ran"))
     assert run(f"store={tmp_path / 'x.zarr'}", *words) == 2
     assert said in capsys.readouterr().err
@@ -249,6 +249,6 @@ def test_mistakes_end_before_anything_runs(
 
 
 def test_a_kind_without_a_page_is_named(tmp_path: Path) -> None:
-    write_whole(xr.Dataset({"a": ("x", [1.0])}, attrs={"kind": "dream"}), tmp_path / "a.zarr")
+    save_dataset(xr.Dataset({"a": ("x", [1.0])}, attrs={"kind": "dream"}), tmp_path / "a.zarr")
     with pytest.raises(StoreError, match="kind 'dream', for which there is no page"):
         write_report(tmp_path / "a.zarr", tmp_path / "page.html")

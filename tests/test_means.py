@@ -19,17 +19,17 @@ import pytest
 import torch
 import xarray as xr
 from patchsweep import report
-from patchsweep.attributes import attributes
-from patchsweep.batch import clean_prompts
+from patchsweep.analyses.circuits import circuit, edges
+from patchsweep.analyses.heads import study
+from patchsweep.analyses.logit_lens import Patch, lens
 from patchsweep.errors import ConfigError, StoreError
-from patchsweep.heads import study
-from patchsweep.interventions import Mean, Reader
-from patchsweep.lens import Patch, lens
-from patchsweep.means import MeansFolder, check_means, keep_means
-from patchsweep.paths import circuit, edges
-from patchsweep.request import make_request
+from patchsweep.spec.batch import clean_prompts
+from patchsweep.spec.interventions import Mean, Reader
+from patchsweep.spec.spec import make_request
 from patchsweep.store import Store
-from patchsweep.store.check import checksums, verify_structure
+from patchsweep.store.attributes import attributes
+from patchsweep.store.verify import checksums, verify_structure
+from patchsweep.sweeps.means import MeansFolder, check_means, keep_means
 from subjects import model, reference_pairs
 from torch import Tensor
 
@@ -103,10 +103,10 @@ def test_kept_means_are_those_of_a_run_without_a_store(tmp_path: Path) -> None:
         stored = sweep(tmp_path / "a.zarr", method=methods).load()
     xr.testing.assert_equal(stored, sweep(None, method=methods))
     # the runner and attribution may take a site at different places: each keeps its own
-    assert [name.split("-")[0] for name in kept(tmp_path / "a.zarr")] == ["attribution", "wave"]
+    assert [name.split("-")[0] for name in kept(tmp_path / "a.zarr")] == ["attribution", "packed"]
 
 
-@pytest.mark.parametrize("runner", ["wave", "hooked"])
+@pytest.mark.parametrize("runner", ["packed", "hooked"])
 def test_slices_share_means(runner: str, tmp_path: Path) -> None:
     sweep(tmp_path / "whole.zarr", runner=runner)
     for index in range(2):
@@ -296,7 +296,7 @@ def test_label_that_few_positions_carry_is_refused(never: None) -> None:
 
 def test_means_are_taken_over_the_prompts_that_are_given(tmp_path: Path) -> None:
     one, reference = pair_of(("Tom", "Lucy"), "park"), pairs()
-    given = {"positions": [11, 15], "layers": [1], "runner": "wave"}
+    given = {"positions": [11, 15], "layers": [1], "runner": "packed"}
     ds = ps.sweep(model(NAME), one, "z", intervention="mean", means_from=reference, **given)
     # by hand: z of the four prompts, averaged, through a hook
     hook = "blocks.1.attn.hook_z"

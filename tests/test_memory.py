@@ -11,7 +11,7 @@ import pytest
 
 FAULTS = """
 import resource, sys, torch
-from patchsweep.memory import keep_freed_memory
+from patchsweep.models.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory(2**30)
 def work():

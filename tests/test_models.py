@@ -8,8 +8,9 @@ import patchsweep as ps
 import pytest
 import torch
 from patchsweep.errors import ModelError
-from patchsweep.models import TINY_FAMILIES, embedded, load, load_model
-from patchsweep.models.embedded import EMBEDDED, Embedded
+from patchsweep.models import TINY_FAMILIES, load, load_model
+from patchsweep.models import bundled as embedded
+from patchsweep.models.bundled import BUNDLED, Bundled
 from patchsweep.models.tiny import tiny_model
 from subjects import demo_pairs, model
 
@@ -104,15 +105,15 @@ def test_file_that_is_no_gguf_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_embedded_file_with_another_hash_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = EMBEDDED["smollm2-135m"]
-    other = Embedded(real.package, real.file, "0" * 64)
-    monkeypatch.setitem(embedded.EMBEDDED, "smollm2-135m", other)
+    real = BUNDLED["smollm2-135m"]
+    other = Bundled(real.package, real.file, "0" * 64)
+    monkeypatch.setitem(embedded.BUNDLED, "smollm2-135m", other)
     with pytest.raises(ModelError, match=r"has SHA-256 b179.*, not 0000.*force-reinstall"):
         load_model("smollm2-135m")
 
 
 def test_embedded_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(embedded.EMBEDDED, "smollm2-135m", Embedded("no-such-package==1", "x", ""))
+    monkeypatch.setitem(embedded.BUNDLED, "smollm2-135m", Bundled("no-such-package==1", "x", ""))
     with pytest.raises(ModelError, match=r"no-such-package==1, which is not installed; run: pip"):
         load_model("smollm2-135m")
 

@@ -11,16 +11,16 @@ import patchsweep as ps
 import pytest
 import torch
 import xarray as xr
-from patchsweep import exact
-from patchsweep.arithmetic import last_bit_turned
-from patchsweep.compare import compare, render
-from patchsweep.noise import FACTOR, N_NULL
+from patchsweep.models.arithmetic import last_bit_turned
 from patchsweep.report import write_report
-from patchsweep.rounding import noise_floor, noise_of
-from patchsweep.sample import sample_exact
-from patchsweep.screening import Screen
+from patchsweep.results.accessor import largest
+from patchsweep.results.compare import compare, render
+from patchsweep.results.rounding import noise_floor, noise_of
 from patchsweep.store import Store
-from patchsweep.summary import largest
+from patchsweep.sweeps import exact
+from patchsweep.sweeps.noise import FACTOR, N_NULL
+from patchsweep.sweeps.sample import sample_exact
+from patchsweep.sweeps.screen_settings import Screen
 from rich.console import Console
 from test_compute_dtype import bridges, pairs_of
 
@@ -28,7 +28,7 @@ SITES = ["resid_pre", "z", "q", "mlp_out"]
 
 
 @cache
-def swept(family: str, n: int = 1, runner: Any = "wave") -> tuple[xr.Dataset, xr.Dataset]:
+def swept(family: str, n: int = 1, runner: Any = "packed") -> tuple[xr.Dataset, xr.Dataset]:
     """A sweep in the arithmetic of bf16 weights, and the fp32 one of the same weights."""
     low, wide = bridges(family)
     return (
@@ -37,7 +37,7 @@ def swept(family: str, n: int = 1, runner: Any = "wave") -> tuple[xr.Dataset, xr
     )
 
 
-@pytest.mark.parametrize("runner", ["wave", "hooked"])
+@pytest.mark.parametrize("runner", ["packed", "hooked"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_floor_is_about_what_rounding_does(family: str, runner: str) -> None:
     low, wide = swept(family, runner=runner)
@@ -55,7 +55,7 @@ def test_the_floor_is_about_what_rounding_does(family: str, runner: str) -> None
 @pytest.mark.parametrize("compute_dtype", ["auto", "float32"])
 def test_fp32_has_no_floor(compute_dtype: Any) -> None:
     low, _ = bridges("llama")
-    ds = ps.sweep(low, pairs_of(low), "z", layers=[1], compute_dtype=compute_dtype, runner="wave")
+    ds = ps.sweep(low, pairs_of(low), "z", layers=[1], compute_dtype=compute_dtype, runner="packed")
     assert set(ds.data_vars) == {"z", "base_metric", "source_metric"}
     assert noise_floor(ds, "z") is None
     assert noise_of(ds) == []
@@ -84,7 +84,7 @@ def test_the_floor_is_a_multiple_of_what_null_patches_did(monkeypatch: pytest.Mo
         original(floor, null, change)
 
     monkeypatch.setattr(exact.Floor, "put", keep)
-    ds = ps.sweep(low, pairs_of(low), "z", compute_dtype="model", runner="wave")
+    ds = ps.sweep(low, pairs_of(low), "z", compute_dtype="model", runner="packed")
     (change,) = seen
     assert change.shape == (1, N_NULL)
     expected = FACTOR * np.sqrt(np.square(change).mean())
@@ -116,7 +116,7 @@ def test_a_store_holds_the_floor_that_memory_holds(tmp_path: Path) -> None:
         pairs_of(low, 2),
         SITES,
         compute_dtype="model",
-        runner="wave",
+        runner="packed",
         store=tmp_path / "a.zarr",
     )
     assert not Store.open(tmp_path / "a.zarr").pending()
@@ -127,7 +127,7 @@ def test_a_store_holds_the_floor_that_memory_holds(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["screen", "sample"])
 def test_screens_and_samples_have_a_floor_too(kind: str) -> None:
     low, _ = bridges("llama")
-    arguments: dict[str, Any] = {"compute_dtype": "model", "runner": "wave"}
+    arguments: dict[str, Any] = {"compute_dtype": "model", "runner": "packed"}
     if kind == "screen":
         method = Screen(k=5, share=0.3)
         ds = ps.sweep(low, pairs_of(low), "z", method=method, **arguments)
@@ -140,7 +140,7 @@ def test_screens_and_samples_have_a_floor_too(kind: str) -> None:
 
 def test_the_floor_of_bf16_products_covers_their_error() -> None:
     _, wide = bridges("llama")
-    ds = ps.sweep(wide, pairs_of(wide), "z", precision="bf16", runner="wave")
+    ds = ps.sweep(wide, pairs_of(wide), "z", precision="bf16", runner="packed")
     exactly = swept("llama")[1]["z"]
     error, floor = np.abs((ds["z_bf16"] - exactly).values), ds["z_noise"].item()
     effect = np.abs((exactly - ds.base_metric).values)
@@ -158,7 +158,7 @@ def test_compare_and_the_report_say_what_is_below_the_floor(tmp_path: Path) -> N
         "q",
         method=["exact", "atp"],
         compute_dtype="model",
-        runner="wave",
+        runner="packed",
         store=store,
     )
     found = compare(ds).of("q", "atp")

@@ -1,4 +1,5 @@
-"""Models whose weights are elsewhere until a block runs: equal values, each weight once a wave."""
+"""Models whose weights are elsewhere until a block runs: equal values, each weight once a packed
+batch."""
 
 from __future__ import annotations
 
@@ -17,18 +18,18 @@ import patchsweep as ps
 import pytest
 import torch
 from big_model import write_model
-from patchsweep.attributes import attributes
 from patchsweep.errors import ModelError
-from patchsweep.estimate import estimate
-from patchsweep.models import load_model, sketch_model
-from patchsweep.models.homes import is_offloaded
+from patchsweep.forward.unwrapped import Unsupported, UnwrappedModel
+from patchsweep.models import load_model, meta_model
+from patchsweep.models.offload import is_offloaded
 from patchsweep.models.tiny import tiny_model
 from patchsweep.models.weights import weights_digest
-from patchsweep.planner import PatchSet
-from patchsweep.reading import weights_of
-from patchsweep.request import Request, make_request
-from patchsweep.waves import Unsupported, WaveRunner
-from patchsweep.waves.replica import Replica
+from patchsweep.runners.packed.runner import PackedRunner
+from patchsweep.spec.planner import PatchSet
+from patchsweep.spec.spec import Request, make_request
+from patchsweep.store.attributes import attributes
+from patchsweep.sweeps.cost import estimate
+from patchsweep.sweeps.weight_reads import weights_of
 from subjects import CLEAN, CORRUPTED
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -88,7 +89,9 @@ def request_of(bridge: TransformerBridge, sites: list[str]) -> Request:
 def test_offloaded_sweep_equals_in_memory_sweep_bit_for_bit(folder: Path, family: str) -> None:
     sites = ["embed", "resid_pre", "resid_post", "z", "q", "pattern", "mlp_out"]
     found = [
-        ps.sweep(bridge, pairs_of(bridge), sites, ["logit_diff", "kl_base", "rank"], runner="wave")
+        ps.sweep(
+            bridge, pairs_of(bridge), sites, ["logit_diff", "kl_base", "rank"], runner="packed"
+        )
         for bridge in (in_memory(folder, family), offloaded(folder, family))
     ]
     assert is_offloaded(offloaded(folder, family).original_model)
@@ -99,40 +102,44 @@ def test_offloaded_sweep_equals_in_memory_sweep_bit_for_bit(folder: Path, family
     assert provenance[0] == provenance[1]
 
 
-def test_a_wave_fetches_each_offloaded_weight_once_and_keeps_none(folder: Path) -> None:
+def test_a_packed_fetches_each_offloaded_weight_once_and_keeps_none(folder: Path) -> None:
     bridge = offloaded(folder, "llama")
     request = request_of(bridge, ["resid_pre"])
-    runner = WaveRunner(bridge, request.sites, max_tokens=10_000)
-    traffic, weights = runner.replica.traffic, weights_of(request)
+    runner = PackedRunner(bridge, request.sites, max_tokens=10_000)
+    traffic, weights = runner.unwrapped.traffic, weights_of(request)
     loaded = runner.load(request.batches([0])[0], request.intervention)
     assert traffic.n_bytes == weights.fetched > 0
-    runner.references(loaded, request.metrics)  # which tries the readout out, once
+    runner.references(loaded, request.metrics)  # which tries the unembedding out, once
     plan = request.plans[0]
     live = plan.live_patches()
-    for first in (0, 1, 2):  # the first block that a wave visits: those below are not fetched
+    for first in (
+        0,
+        1,
+        2,
+    ):  # the first block that a packed batch visits: those below are not fetched
         patches = live[plan.entry[live] >= first]
         before = traffic.n_bytes
         runner.run(loaded, plan, patches, request.metrics)
         rows = 2 * 4 * int(bridge.cfg.d_model)  # of the unembedding
         assert traffic.n_bytes - before == sum(weights.blocks[first:]) + rows
     # matrices of a block on disk; its norms are kept
-    assert {p.is_meta for p in runner.replica.blocks[2].parameters() if p.ndim > 1} == {True}
-    assert not any(p.is_meta for p in runner.replica.blocks[2].parameters() if p.ndim == 1)
-    assert not any(p.is_meta for p in runner.replica.blocks[0].parameters())
+    assert {p.is_meta for p in runner.unwrapped.blocks[2].parameters() if p.ndim > 1} == {True}
+    assert not any(p.is_meta for p in runner.unwrapped.blocks[2].parameters() if p.ndim == 1)
+    assert not any(p.is_meta for p in runner.unwrapped.blocks[0].parameters())
 
 
 def test_weights_are_let_go_when_a_block_fails(folder: Path) -> None:
-    replica = Replica(offloaded(folder, "llama"))
+    unwrapped = UnwrappedModel(offloaded(folder, "llama"))
     with pytest.raises(TypeError):
-        replica.blocks[1](torch.zeros(1, 2, 32), no_such_argument=1)
-    assert all(p.is_meta for p in replica.blocks[1].parameters() if p.ndim > 1)
+        unwrapped.blocks[1](torch.zeros(1, 2, 32), no_such_argument=1)
+    assert all(p.is_meta for p in unwrapped.blocks[1].parameters() if p.ndim > 1)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_probe_takes_the_wave_runner_for_an_offloaded_model(folder: Path, family: str) -> None:
+def test_probe_takes_the_packed_runner_for_an_offloaded_model(folder: Path, family: str) -> None:
     bridge = offloaded(folder, family)
     ds = ps.sweep(bridge, pairs_of(bridge), ["resid_pre", "z"])
-    assert attributes(ds)["provenance"]["runner"] == "wave"
+    assert attributes(ds)["provenance"]["runner"] == "packed"
 
 
 @pytest.mark.parametrize("method", ["atp", "ig", "relp"])
@@ -147,7 +154,7 @@ def test_attribution_on_an_offloaded_model_equals_that_in_memory(folder: Path, m
 
 def test_bf16_products_of_an_offloaded_model_equal_those_in_memory(folder: Path) -> None:
     found = [
-        ps.sweep(bridge, pairs_of(bridge), "z", runner="wave", precision="bf16")["z"]
+        ps.sweep(bridge, pairs_of(bridge), "z", runner="packed", precision="bf16")["z"]
         for bridge in (in_memory(folder, "llama"), offloaded(folder, "llama"))
     ]
     np.testing.assert_array_equal(*found)
@@ -155,7 +162,7 @@ def test_bf16_products_of_an_offloaded_model_equal_those_in_memory(folder: Path)
 
 def test_plan_knows_what_will_be_fetched_without_the_weights(folder: Path) -> None:
     path = str(saved(folder, "llama"))
-    sketch = sketch_model(path, device_map=MAPS["llama"])
+    sketch = meta_model(path, device_map=MAPS["llama"])
     assert all(p.is_meta for p in sketch.original_model.parameters())
     costs = [
         estimate(request_of(bridge, ["resid_pre", "z"]), max_tokens=200)
@@ -164,14 +171,15 @@ def test_plan_knows_what_will_be_fetched_without_the_weights(folder: Path) -> No
     assert costs[0].weights == costs[1].weights
     assert costs[0].read_bytes == costs[1].read_bytes
     bridge = offloaded(folder, "llama")
-    runner = WaveRunner(bridge, request_of(bridge, ["resid_pre", "z"]).sites, max_tokens=200)
+    runner = PackedRunner(bridge, request_of(bridge, ["resid_pre", "z"]).sites, max_tokens=200)
     request = request_of(bridge, ["resid_pre", "z"])
     loaded = runner.load(request.batches([0])[0], request.intervention)
     sets = [PatchSet(plan, plan.live_patches()) for plan in request.plans]
     runner.run_together(loaded, sets, request.metrics)
-    # the plan leaves out what the readout takes: a few rows a wave, and one trial of the whole
-    left_out = runner.replica.traffic.n_bytes - costs[1].read_bytes
-    assert left_out == weights_of(request).around + costs[1].n_waves * 2 * 4 * 32
+    # the plan leaves out what the unembedding takes: a few rows a packed batch, and one trial of
+    # the whole
+    left_out = runner.unwrapped.traffic.n_bytes - costs[1].read_bytes
+    assert left_out == weights_of(request).around + costs[1].n_batches * 2 * 4 * 32
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
@@ -182,7 +190,7 @@ def test_auto_fills_the_cpu_up_to_max_memory_and_leaves_the_rest_on_disk(
     arguments = {"device_map": "auto", "max_memory": {"cpu": "150KB"}}
     maps = [
         make(path, **arguments).original_model.hf_device_map  # type: ignore[arg-type]
-        for make in (load_model, sketch_model)
+        for make in (load_model, meta_model)
     ]
     assert {"cpu", "disk"} == set(maps[0].values())
     assert maps[0] == maps[1]
@@ -193,7 +201,7 @@ def test_a_block_split_over_devices_is_left_to_the_hooked_runner(folder: Path) -
     q = bridge.blocks[1].attn.q.original_component
     q._hf_hook.execution_device = "cuda:1"
     with pytest.raises(Unsupported, match=r"block 1 is split over cpu and cuda:1"):
-        Replica(bridge)
+        UnwrappedModel(bridge)
 
 
 @pytest.mark.parametrize(
@@ -237,11 +245,11 @@ def test_bridge_knows_the_dtype_of_its_weights(
     assert bridge.cfg.dtype == torch.bfloat16
     ds = ps.sweep(bridge, pairs_of(bridge), ["resid_pre", "z"])
     assert attributes(ds)["provenance"]["dtype"] == "bfloat16"
-    assert attributes(ds)["provenance"]["runner"] == "wave"
+    assert attributes(ds)["provenance"]["runner"] == "packed"
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
-@pytest.mark.parametrize("runner", ["wave", "hooked"])
+@pytest.mark.parametrize("runner", ["packed", "hooked"])
 def test_offloaded_weights_of_16_bits_are_computed_with_in_fp32(
     folder: Path, family: str, runner: str
 ) -> None:
@@ -294,7 +302,7 @@ def forget_files(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_model_four_times_the_memory_reads_each_weight_once_a_wave(
+def test_model_four_times_the_memory_reads_each_weight_once_a_packed(
     tmp_path: Path,
 ) -> None:
     if shutil.disk_usage(tempfile.gettempdir()).free < 8e9:
@@ -317,13 +325,14 @@ def test_model_four_times_the_memory_reads_each_weight_once_a_wave(
         assert float(np.nanmax(free[site]) - np.nanmin(free[site])) > 0.05  # patches do something
         # the same operations on the same bits, whatever memory there is
         np.testing.assert_array_equal(capped[site], free[site])
-    waves = capped["is_wave"]
-    assert waves.sum() >= 4
+    batches = capped["is_packed"]
+    assert batches.sum() >= 4
     assert (capped["fetched"] <= n_bytes).all()
-    # what the disk gave, per capture or wave: the model's size, and pages of libraries
+    # what the disk gave, per capture or packed batch: the model's size, and pages of libraries
     assert (capped["from_disk"] <= 1.1 * n_bytes).all(), capped["from_disk"] / n_bytes
-    # waves that visit all blocks must really read them: memory holds a quarter of the weights
-    whole = waves & (capped["first_block"] == 0)
+    # packed batches that visit all blocks must really read them: memory holds a quarter of the
+    # weights
+    whole = batches & (capped["first_block"] == 0)
     assert (capped["from_disk"][whole] >= 0.75 * n_bytes).all()
     assert int(capped["peak_anonymous"]) < CAP
     print(

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from patchsweep.data.pairs import CharSpan, PromptPairs, PromptRecord, UnfitPair
+from patchsweep.data.tokenize import char_ranges, char_ranges_by_prefix, token_ids
 from patchsweep.errors import PromptError
-from patchsweep.pairs import CharSpan, PromptPairs, PromptRecord, UnfitPair
-from patchsweep.tokens import char_ranges, char_ranges_by_prefix, token_ids
 from transformer_lens.model_bridge import TransformerBridge
 
 CLEAN = "When John and Mary went to the shops, John gave the bag to"

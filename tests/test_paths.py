@@ -7,24 +7,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import patchsweep.paths.scene as scene_module
+import patchsweep.analyses.circuits.edge_batch as scene_module
 import pytest
 import torch
 import xarray as xr
-from patchsweep.attributes import attributes
-from patchsweep.batch import Batch, make_batches
+from patchsweep.analyses.circuits import (
+    Edge,
+    Nodes,
+    Reader,
+    Sender,
+    edges,
+    exact_edges,
+    screen_edges,
+)
+from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import ConfigError, MethodError, MetricError, PlanError
-from patchsweep.families import tiny_bridge
+from patchsweep.forward.blockwise import Blocks
 from patchsweep.models import load_model
-from patchsweep.pairs import PromptPairs
-from patchsweep.paths import Edge, Nodes, Reader, Sender, edges, exact_edges, screen_edges
-from patchsweep.paths.blocks import Blocks
-from patchsweep.store.whole import read_whole, write_whole
+from patchsweep.spec.batch import Batch, make_batches
+from patchsweep.store.attributes import attributes
+from patchsweep.store.save import load_dataset, save_dataset
 from plain import make_plain_and_bridge, pairs_for
 from subjects import CLEAN, CORRUPTED, demo_pairs, model
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.patching import get_act_patch_direct_path
+
+from tools.architectures import tiny_bridge
 
 # fused and split projections, learned and rotary positions, grouped heads, parallel blocks, norms
 # after attention, query and key norms, experts
@@ -434,8 +443,8 @@ def test_pairs_too_short_for_a_position_are_nan_there_and_count_as_nothing() -> 
 def test_edges_outlive_the_process_in_a_store(tmp_path: Path) -> None:
     name = "tiny:llama"
     found = screen_edges(model(name), demo_pairs(name), top=5, positions=True)
-    write_whole(found, tmp_path / "edges.zarr")
-    again = read_whole(tmp_path / "edges.zarr", {"kind": "edges"})
+    save_dataset(found, tmp_path / "edges.zarr")
+    again = load_dataset(tmp_path / "edges.zarr", {"kind": "edges"})
     assert again is not None
     xr.testing.assert_equal(again, found)
     assert {"edge", "edge_estimate", "edge_eap"} <= set(again.data_vars)

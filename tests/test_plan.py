@@ -1,4 +1,4 @@
-"""The planner: every cell once, dead means no effect, waves hold each live patch once."""
+"""The planner: every cell once, dead means no effect, packed batches hold each live patch once."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from patchsweep.api import NO_RUNNER
-from patchsweep.batch import make_batches
+from patchsweep.data.pairs import PromptPair, PromptPairs
 from patchsweep.errors import PlanError
-from patchsweep.estimate import _count_waves
-from patchsweep.exact import ExactWork
-from patchsweep.hooked import HookedRunner
-from patchsweep.interventions import Resample
-from patchsweep.metrics import METRICS
-from patchsweep.pairs import PromptPair, PromptPairs
-from patchsweep.planner import Axes, ModelShape, PairShape, PatchSet, plan_site
-from patchsweep.request import UNIT_TOKENS, blocks_of, make_request
-from patchsweep.results import make_layout
-from patchsweep.sites import SITES
-from patchsweep.waves.budget import GPU_TOKENS
-from patchsweep.waves.packing import pack
-from patchsweep.waves.runner import WaveRunner
-from patchsweep.waves.schedule import make_waves
-from patchsweep.work import bundles_of
+from patchsweep.runners.hooked import HookedRunner
+from patchsweep.runners.packed.budget import GPU_TOKENS
+from patchsweep.runners.packed.packing import pack
+from patchsweep.runners.packed.runner import PackedRunner
+from patchsweep.runners.packed.schedule import make_packed_batches
+from patchsweep.spec.batch import make_batches
+from patchsweep.spec.interventions import Resample
+from patchsweep.spec.metrics import METRICS
+from patchsweep.spec.planner import Axes, ModelShape, PairShape, PatchSet, plan_site
+from patchsweep.spec.sites import SITES
+from patchsweep.spec.spec import UNIT_TOKENS, blocks_of, make_request
+from patchsweep.sweeps.api import NO_RUNNER
+from patchsweep.sweeps.cost import _count_batches
+from patchsweep.sweeps.exact import ExactWork
+from patchsweep.sweeps.executor import work_items_of
+from patchsweep.sweeps.layout import make_layout
 from subjects import CLEAN, CORRUPTED, demo_pairs, model
 
 SHAPE = ModelShape(
@@ -91,16 +91,18 @@ def test_plan_covers_every_cell_once(drawn) -> None:
 
 @given(site_plans(), st.integers(1, 40))
 @settings(max_examples=150, deadline=None)
-def test_waves_hold_every_live_patch_once_and_cost_what_the_plan_says(drawn, max_tokens) -> None:
+def test_packed_batches_hold_every_live_patch_once_and_cost_what_the_plan_says(
+    drawn, max_tokens
+) -> None:
     plan, _ = drawn
     live = plan.live_patches()
     if not len(live):
         return
-    waves = list(make_waves([PatchSet(plan, live)], max_tokens))
-    assert sorted(p for wave in waves for p in wave.patch.tolist()) == live.tolist()
+    batches = list(make_packed_batches([PatchSet(plan, live)], max_tokens))
+    assert sorted(p for packed in batches for p in packed.patch.tolist()) == live.tolist()
     passed = 0
-    for wave in waves:
-        for packing in pack(wave):
+    for packed in batches:
+        for packing in pack(packed):
             if packing.layer < plan.n_layers:
                 passed += packing.n_tokens
             assert packing.offsets[-1] == packing.n_tokens
@@ -147,7 +149,7 @@ def test_a_plan_of_half_a_billion_patches_is_small() -> None:
 
 
 @pytest.mark.parametrize("max_tokens", [37, 150, 10_000])
-def test_waves_are_counted_without_being_made(max_tokens: int) -> None:
+def test_packed_batches_are_counted_without_being_made(max_tokens: int) -> None:
     bridge = model("tiny:llama")
     pairs = PromptPairs.from_strings(
         bridge,
@@ -156,11 +158,11 @@ def test_waves_are_counted_without_being_made(max_tokens: int) -> None:
         answers=[(" Mary", " John")] * 3,
     )
     request = make_request(bridge, pairs, ["resid_pre", "z", "pattern"])
-    counts = _count_waves(request, max_tokens)
-    works = [ExactWork(request, WaveRunner(bridge, request.sites))]
+    counts = _count_batches(request, max_tokens)
+    works = [ExactWork(request, PackedRunner(bridge, request.sites))]
     units = [unit for v in make_layout(request, NO_RUNNER, {}).variables for unit in v.units()]
     first = Counter()
-    for bundle in bundles_of(works, units):
+    for bundle in work_items_of(works, units):
         sets = [
             PatchSet(plan, plan.live_patches(unit.pairs, unit.layers))
             for unit in bundle.units
@@ -168,7 +170,9 @@ def test_waves_are_counted_without_being_made(max_tokens: int) -> None:
             if plan.site.name == unit.variable
         ]
         if any(len(chosen.patches) for chosen in sets):
-            first.update(int(wave.entry.min()) for wave in make_waves(sets, max_tokens))
+            first.update(
+                int(packed.entry.min()) for packed in make_packed_batches(sets, max_tokens)
+            )
     assert sum(counts.values()) == sum(first.values())
     assert counts == first
 

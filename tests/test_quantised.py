@@ -13,7 +13,7 @@ from patchsweep.errors import ConfigError, ModelError
 from patchsweep.models.load import as_bridge
 from patchsweep.models.quantised import first_packed
 from patchsweep.models.tiny import tiny_model
-from patchsweep.request import model_shape
+from patchsweep.spec.spec import model_shape
 from subjects import CLEAN, CORRUPTED
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
@@ -106,12 +106,12 @@ def test_packed_weights_have_no_bf16_products() -> None:
     bridge = quantised(Linear4bit)
     words = r"precision=bf16 .*layers.0.*q_proj is a Linear4bit with packed weights \(uint8\)"
     with pytest.raises(ConfigError, match=words):
-        ps.sweep(bridge, _pairs(bridge), "z", precision="bf16", runner="wave")
+        ps.sweep(bridge, _pairs(bridge), "z", precision="bf16", runner="packed")
 
 
 def test_packed_weights_are_computed_with_as_they_are() -> None:
     bridge = quantised(Linear4bit, torch.bfloat16)
-    ds = ps.sweep(bridge, _pairs(bridge), "z", layers=[1], runner="wave")
+    ds = ps.sweep(bridge, _pairs(bridge), "z", layers=[1], runner="packed")
     assert '"compute_dtype": "bfloat16"' in ds.attrs["provenance"]
     with pytest.raises(
         ConfigError, match=r"compute_dtype=float32 .*Linear4bit.*compute_dtype=model"
@@ -128,7 +128,7 @@ def test_int8_with_outliers_is_refused(method: str) -> None:
 
 def test_int8_without_outliers_takes_each_row_by_itself() -> None:
     bridge = quantised(Linear8bitLt, threshold=0.0)
-    ps.sweep(bridge, _pairs(bridge), "z", layers=[2], runner="wave")
+    ps.sweep(bridge, _pairs(bridge), "z", layers=[2], runner="packed")
 
 
 def test_fp8_runs_in_packed_batches_alone() -> None:
@@ -136,9 +136,9 @@ def test_fp8_runs_in_packed_batches_alone() -> None:
     found = first_packed(bridge)
     assert found is not None
     assert found.dtype == torch.float8_e4m3fn
-    ps.sweep(bridge, _pairs(bridge), "z", layers=[1], runner="wave")
+    ps.sweep(bridge, _pairs(bridge), "z", layers=[1], runner="packed")
     for runner in ("auto", "hooked"):
-        with pytest.raises(ConfigError, match=r"float8_e4m3fn.*use runner=wave"):
+        with pytest.raises(ConfigError, match=r"float8_e4m3fn.*use runner=packed"):
             ps.sweep(bridge, _pairs(bridge), "z", layers=[1], runner=runner)
     with pytest.raises(ConfigError, match=r"FP8Linear with packed weights \(float8_e4m3fn\)"):
-        ps.sweep(bridge, _pairs(bridge), "z", precision="bf16", runner="wave")
+        ps.sweep(bridge, _pairs(bridge), "z", precision="bf16", runner="packed")

@@ -19,13 +19,14 @@ import numpy as np
 import patchsweep as ps
 import pytest
 import torch
+from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import PatchsweepError
-from patchsweep.families.configs import N_LAYERS, causal_architectures, tiny_config
 from patchsweep.models.load import as_bridge
 from patchsweep.models.tiny import draw_weights, tiny_tokenizer
-from patchsweep.pairs import PromptPairs
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+
+from tools.architectures.configs import N_LAYERS, causal_architectures, tiny_config
 
 SITES = ("resid_pre", "resid_post", "z", "q", "k", "v")
 INTERVENTIONS = ("resample", "zero", "constant")

@@ -17,7 +17,7 @@ import pytest
 import torch
 import xarray as xr
 from numpy.typing import NDArray
-from patchsweep.attributes import attributes
+from patchsweep.store.attributes import attributes
 from subjects import demo_pairs, model
 from torch import Tensor
 from transformer_lens import patching
@@ -76,7 +76,7 @@ def swept(positions: str | None, layers: tuple[int, ...] | None) -> xr.Dataset:
 @pytest.mark.parametrize("site", SITES)
 def test_whole_heads_equal_transformer_lens(site: str) -> None:
     mine = swept("all", None)
-    assert attributes(mine)["provenance"]["runner"] == "wave"
+    assert attributes(mine)["provenance"]["runner"] == "packed"
     heads = mine[site].dims[-1]
     assert mine.sizes[heads] == (3 if site in ("k", "v") else 9)
     cells = [(layer, head) for layer in LAYERS for head in range(mine.sizes[heads])]

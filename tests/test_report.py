@@ -18,13 +18,13 @@ import pytest
 import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
-from patchsweep import summary
 from patchsweep.errors import StoreError
 from patchsweep.report import comparison, write_report
 from patchsweep.report.heatmap import colour_limit
 from patchsweep.report.html import embed_json, number, percent, token_html, visible
 from patchsweep.report.page import build_page
 from patchsweep.report.tables import Journal, read_journal
+from patchsweep.results import accessor as summary
 from plotly.offline import get_plotlyjs
 from report_data import synthetic, write
 

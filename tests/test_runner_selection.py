@@ -9,19 +9,20 @@ import numpy as np
 import patchsweep as ps
 import pytest
 import torch
-from patchsweep.attributes import attributes
 from patchsweep.errors import ModelError, SiteError
-from patchsweep.families.table import tiny_bridge
-from patchsweep.hooked import HookedRunner
-from patchsweep.metrics import METRICS
+from patchsweep.forward.capture import capture
+from patchsweep.forward.unwrapped import Unsupported, UnwrappedModel
 from patchsweep.models import load_model
-from patchsweep.planner import PatchSet
-from patchsweep.request import make_request
-from patchsweep.waves import WaveRunner
-from patchsweep.waves.capture import capture
-from patchsweep.waves.replica import Replica, Unsupported
+from patchsweep.runners.hooked import HookedRunner
+from patchsweep.runners.packed.runner import PackedRunner
+from patchsweep.spec.metrics import METRICS
+from patchsweep.spec.planner import PatchSet
+from patchsweep.spec.spec import make_request
+from patchsweep.store.attributes import attributes
 from subjects import CLEAN, CORRUPTED, demo_pairs, model
 from transformer_lens.model_bridge import TransformerBridge
+
+from tools.architectures.table import tiny_bridge
 
 
 @contextmanager
@@ -59,26 +60,26 @@ def test_hooked_runner_shares_a_pass_among_sites_and_layers() -> None:
 
 
 def test_an_error_before_attention_keeps_its_own_name() -> None:
-    replica = Replica(load_model("tiny:llama", device="cpu"))
+    unwrapped = UnwrappedModel(load_model("tiny:llama", device="cpu"))
 
     def fail(*_: object) -> None:
         raise RuntimeError("tensors on two devices")
 
-    replica.blocks[0].register_forward_pre_hook(fail)
+    unwrapped.blocks[0].register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="tensors on two devices"):
-        capture(replica, torch.arange(5).unsqueeze(0))
+        capture(unwrapped, torch.arange(5).unsqueeze(0))
 
 
 def test_attention_of_its_own_is_called_that(monkeypatch: pytest.MonkeyPatch) -> None:
-    replica = Replica(load_model("tiny:llama", device="cpu"))
-    monkeypatch.setattr(Replica, "takes_attention_functions", False)
+    unwrapped = UnwrappedModel(load_model("tiny:llama", device="cpu"))
+    monkeypatch.setattr(UnwrappedModel, "takes_attention_functions", False)
 
     def fail(*_: object) -> None:
         raise RuntimeError("no mask")
 
-    replica.blocks[0].register_forward_pre_hook(fail)
+    unwrapped.blocks[0].register_forward_pre_hook(fail)
     with pytest.raises(Unsupported, match=r"attention interface .*no mask"):
-        capture(replica, torch.arange(5).unsqueeze(0))
+        capture(unwrapped, torch.arange(5).unsqueeze(0))
 
 
 def fresh(family: str = "llama") -> TransformerBridge:
@@ -105,7 +106,7 @@ def test_a_model_is_tested_once() -> None:
         sweep(bridge, "z", layers=[0], positions=[3, 16])
         assert len(passes) == n_tested
     assert n_tested <= 8  # 4 of them try the hook points
-    assert runner_of(first) == runner_of(second) == ("wave", "passes the self-test")
+    assert runner_of(first) == runner_of(second) == ("packed", "passes the self-test")
     np.testing.assert_array_equal(first["z"], second["z"])
 
 
@@ -142,7 +143,7 @@ def test_the_runner_that_a_store_records_is_trusted(tmp_path) -> None:
     with counted_passes(bridge) as passes:
         again = sweep(bridge, store=tmp_path / "a.zarr")
     assert not passes
-    assert runner_of(first) == runner_of(again) == ("wave", "passes the self-test")
+    assert runner_of(first) == runner_of(again) == ("packed", "passes the self-test")
 
 
 def test_the_hooked_runner_that_a_store_records_is_trusted(tmp_path) -> None:
@@ -164,8 +165,10 @@ def test_a_switch_to_hooks_is_told_and_stored(caplog: pytest.LogCaptureFixture) 
     assert reason in caplog.text
 
 
-def test_waves_that_differ_from_the_hooks_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = WaveRunner.run_together
+def test_packed_batches_that_differ_from_the_hooks_are_not_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = PackedRunner.run_together
 
     def half(self, loaded, sets, metrics, null=()):
         base = self.references(loaded, metrics)[0].cpu()
@@ -173,7 +176,7 @@ def test_waves_that_differ_from_the_hooks_are_not_taken(monkeypatch: pytest.Monk
         pairs = [chosen.plan.pair[chosen.patches] for chosen in sets]
         return [(v + base[:, pair]) / 2 for v, pair in zip(found, pairs, strict=True)]
 
-    monkeypatch.setattr(WaveRunner, "run_together", half)
+    monkeypatch.setattr(PackedRunner, "run_together", half)
     runner, reason = runner_of(sweep(fresh()))
     assert runner == "hooked"
     assert "differs from the bridge's hooks at pair" in reason
@@ -194,7 +197,7 @@ def test_running_out_of_memory_is_no_reason_for_hooks(monkeypatch: pytest.Monkey
     def fail(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(WaveRunner, "load", fail)
+    monkeypatch.setattr(PackedRunner, "load", fail)
     with pytest.raises(torch.OutOfMemoryError):
         sweep(fresh())
 
@@ -205,10 +208,10 @@ def test_blocks_that_break_when_they_are_replayed_go_to_hooks(
     def fail(*_: object, **__: object) -> None:
         raise IndexError("no such axis")
 
-    monkeypatch.setattr(WaveRunner, "load", fail)
+    monkeypatch.setattr(PackedRunner, "load", fail)
     assert runner_of(sweep(fresh())) == (
         "hooked",
-        "the wave runner cannot: IndexError: no such axis",
+        "the packed runner cannot: IndexError: no such axis",
     )
 
 
@@ -221,7 +224,7 @@ def test_a_site_that_mixes_tokens_behind_it_is_refused() -> None:
         ps.sweep(bridge, pairs, "resid_mid", runner="hooked", intervention="zero")
 
 
-def test_waves_are_not_taken_where_the_embedding_is_read_again() -> None:
+def test_packed_batches_are_not_taken_where_the_embedding_is_read_again() -> None:
     bridge = tiny_bridge("Gemma4ForCausalLM")  # each layer reads the token embeddings too
     pairs = ps.PromptPairs.from_strings(
         bridge, clean=[CLEAN], corrupted=[CORRUPTED], answers=[(" Mary", " John")]

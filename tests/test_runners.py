@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 import torch
 from oracle import donors, hook_of, loop_logit_diff, oracle_activations
-from patchsweep.batch import make_batches
 from patchsweep.errors import SiteError
-from patchsweep.hooked import HookedRunner
-from patchsweep.interventions import Prompts, get_intervention
-from patchsweep.metrics import METRICS
+from patchsweep.forward.unwrapped import Unsupported
 from patchsweep.models import TINY_FAMILIES
-from patchsweep.request import make_request
-from patchsweep.sites import SITES
-from patchsweep.waves import Unsupported, WaveRunner
+from patchsweep.runners.hooked import HookedRunner
+from patchsweep.runners.packed.runner import PackedRunner
+from patchsweep.spec.batch import make_batches
+from patchsweep.spec.interventions import Prompts, get_intervention
+from patchsweep.spec.metrics import METRICS
+from patchsweep.spec.sites import SITES
+from patchsweep.spec.spec import make_request
 from subjects import demo_pairs, model, reference_pairs
 
 # fp32 logits of order 10 carry about 1e-6 each; a dozen products and norms stay far below this
@@ -52,7 +53,7 @@ def _compare(request, batch, sample: int = 24) -> float:
     bridge = request.bridge
     chosen = get_intervention(request.intervention.name)
     clean = batch.source if request.direction == "denoising" else batch.base
-    runners = [WaveRunner(bridge, request.sites, max_tokens=64)]
+    runners = [PackedRunner(bridge, request.sites, max_tokens=64)]
     if hook_of(bridge, plan.site, 0) == plan.site.hook_name(0):
         try:
             runner = HookedRunner(bridge, request.sites)
@@ -122,10 +123,10 @@ def test_both_runners_equal_hook_loop_sets(family: str, site: str) -> None:
     assert _compare(request, batch) > 1e-3
 
 
-def test_wave_refuses_what_it_cannot_place() -> None:
+def test_packed_refuses_what_it_cannot_place() -> None:
     bridge = model("tiny:gpt_neox")  # attention and MLP in parallel: there is no resid_mid
     with pytest.raises(Unsupported, match="hook_resid_mid"):
-        WaveRunner(bridge, [SITES["resid_mid"]])
+        PackedRunner(bridge, [SITES["resid_mid"]])
 
 
 def test_hook_that_never_fires_is_an_error() -> None:
@@ -142,8 +143,8 @@ def demo_tokens(bridge):
 @torch.no_grad()
 def test_hooked_runs_hold_few_logits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes stay within `LOGIT_BYTES`, and only logits at positions that are read are kept."""
-    from patchsweep import hooked
-    from patchsweep.batch import Batch
+    from patchsweep.runners import hooked
+    from patchsweep.spec.batch import Batch
 
     bridge = model("tiny:llama")
     pair = demo_pairs("tiny:llama")[0]

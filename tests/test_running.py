@@ -13,18 +13,18 @@ import numpy as np
 import patchsweep as ps
 import pytest
 import torch
-from patchsweep.attention import attention
-from patchsweep.attributes import attributes
+from patchsweep.analyses.attention import attention
+from patchsweep.analyses.circuits import circuit, circuit_scores, edges, exact_edges, screen_edges
+from patchsweep.analyses.heads import study
+from patchsweep.analyses.heads.optimal import OptimalSettings
+from patchsweep.analyses.logit_lens import lens, sublayers
 from patchsweep.attribution import METHODS, IntegratedSite
 from patchsweep.attribution.patterns import pattern_scores
 from patchsweep.errors import ModelError
-from patchsweep.heads import study
-from patchsweep.heads.optimal import OptimalSettings
-from patchsweep.lens import lens, sublayers
-from patchsweep.paths import circuit, circuit_scores, edges, exact_edges, screen_edges
-from patchsweep.running import running, users_hooks
-from patchsweep.sample import sample_exact
-from patchsweep.screening import Screen
+from patchsweep.models.running import running, users_hooks
+from patchsweep.store.attributes import attributes
+from patchsweep.sweeps.sample import sample_exact
+from patchsweep.sweeps.screen_settings import Screen
 from patchsweep.tasks.check import last_logits
 from subjects import CLEAN, CORRUPTED, demo_pairs, model
 from torch import Tensor
@@ -32,10 +32,10 @@ from transformer_lens.model_bridge import TransformerBridge
 
 NAME = "tiny:llama"
 FEW: dict[str, Any] = {"layers": [0, 2], "positions": [9, 16]}
-Run = Callable[[TransformerBridge, ps.PromptPairs], np.ndarray]
+ActivationCache = Callable[[TransformerBridge, ps.PromptPairs], np.ndarray]
 
 
-def _sweep(**arguments: Any) -> Run:
+def _sweep(**arguments: Any) -> ActivationCache:
     options = {"sites": ["z"], **FEW, **arguments}
 
     def run(bridge: TransformerBridge, pairs: ps.PromptPairs) -> np.ndarray:
@@ -45,14 +45,14 @@ def _sweep(**arguments: Any) -> Run:
     return run
 
 
-def _values(call: Callable[..., Any], *names: str) -> Run:
+def _values(call: Callable[..., Any], *names: str) -> ActivationCache:
     return lambda bridge, pairs: np.concatenate(
         [call(bridge, pairs)[n].values.ravel() for n in names]
     )
 
 
 QUICK = OptimalSettings(heads=2, steps=2, prompts=1)
-TAKES_GRADIENTS: dict[str, Run] = {
+TAKES_GRADIENTS: dict[str, ActivationCache] = {
     **{
         method: _sweep(method=IntegratedSite(2) if method == "ig" else method) for method in METHODS
     },
@@ -67,11 +67,11 @@ TAKES_GRADIENTS: dict[str, Run] = {
     "circuit_scores": lambda m, p: circuit_scores(m, p, level="nodes").values,
     "study": _values(lambda m, p: study(m, p, optimal=QUICK), "ablated"),
 }
-NO_GRADIENT: dict[str, Run] = {
+NO_GRADIENT: dict[str, ActivationCache] = {
     "auto": _sweep(),
     "hooked": _sweep(runner="hooked"),
-    "wave": _sweep(runner="wave"),
-    "bf16": _sweep(runner="wave", precision="bf16"),
+    "packed": _sweep(runner="packed"),
+    "bf16": _sweep(runner="packed", precision="bf16"),
     "lens": _values(lambda m, p: lens(m, p, remove=("mlp", 1)), "answer_log_prob"),
     "sublayers": _values(sublayers, "without"),
     "sample": _values(lambda m, p: sample_exact(m, p, "z", n=5), "base_metric"),
@@ -160,7 +160,7 @@ def test_one_module_in_training_mode_is_refused_by_name(own: TransformerBridge) 
         ps.sweep(own, demo_pairs(NAME), "z")
 
 
-@pytest.mark.parametrize("call", ["auto", "hooked", "wave", "atp", "edges", "lens"])
+@pytest.mark.parametrize("call", ["auto", "hooked", "packed", "atp", "edges", "lens"])
 def test_weights_of_another_dtype_than_the_bridge_says_are_refused(
     own: TransformerBridge, call: str
 ) -> None:
@@ -221,7 +221,7 @@ def test_a_model_loaded_in_inference_mode_runs_or_is_refused(call: str) -> None:
         CALLS[call](bridge, demo_pairs(NAME))
 
 
-THREADED = ["auto", "hooked", "wave", "atp", "lens", "attention", "edges", "exact_edges", "check"]
+THREADED = ["auto", "hooked", "packed", "atp", "lens", "attention", "edges", "exact_edges", "check"]
 
 
 @pytest.mark.parametrize("n", [6, pytest.param(30, marks=pytest.mark.slow)])

@@ -7,15 +7,15 @@ import patchsweep as ps
 import pytest
 import xarray as xr
 from attribution_setup import block, pairs_of
-from patchsweep.api import prepare_runner
-from patchsweep.attributes import attributes
-from patchsweep.attribution.tape import Tape
-from patchsweep.request import make_request
-from patchsweep.screening import Screen
-from patchsweep.screening.bound import Subsets, draw_members, upper_bound
-from patchsweep.screening.work import ScreenWork
+from patchsweep.forward.grad import GradientModel
+from patchsweep.runners.packed.runner import PackedRunner
+from patchsweep.spec.spec import make_request
 from patchsweep.store import Unit
-from patchsweep.waves.runner import WaveRunner
+from patchsweep.store.attributes import attributes
+from patchsweep.sweeps.api import prepare_runner
+from patchsweep.sweeps.screen import ScreenWork
+from patchsweep.sweeps.screen_bound import Subsets, draw_members, upper_bound
+from patchsweep.sweeps.screen_settings import Screen
 from scipy import stats
 from scipy.stats import binom
 from subjects import demo_pairs, model
@@ -75,12 +75,12 @@ def test_a_subset_of_one_is_the_exact_patch(family: str, site: str) -> None:
     name = f"tiny:{family}"
     request, batch = block(name, [site])
     plan = request.plans[0]
-    runner = prepare_runner(request, "wave", 4096).runner
+    runner = prepare_runner(request, "packed", 4096).runner
     live = plan.live_patches()
     chosen = live[np.random.default_rng(0).permutation(len(live))[:8]]
     loaded = runner.load(batch, request.intervention)
     expected = runner.run(loaded, plan, np.sort(chosen), request.metrics).numpy()
-    subsets = Subsets(request, Tape(request.bridge, [plan.site]), plan, Screen())
+    subsets = Subsets(request, GradientModel(request.bridge, [plan.site]), plan, Screen())
     run = subsets.capture(batch)
     start = int(min(plan.start[chosen].min(), batch.reads[0]))
     assert start > 0  # the shared tokens are read, not run again
@@ -92,7 +92,7 @@ def test_a_joint_patch_of_all_positions_is_the_layer_patch() -> None:
     request, batch = block(NAME, ["resid_pre"])
     plan = request.plans[0]
     together = ps.sweep(model(NAME), pairs_of(NAME, 1), ["resid_pre"], positions="all")
-    subsets = Subsets(request, Tape(request.bridge, [plan.site]), plan, Screen())
+    subsets = Subsets(request, GradientModel(request.bridge, [plan.site]), plan, Screen())
     run = subsets.capture(batch)
     live = plan.live_patches(layers=range(1, 2))
     start = int(plan.start[live].min())
@@ -145,7 +145,7 @@ def test_bound_is_violated_no_more_often_than_its_level(family: str) -> None:
         ds = ps.sweep(
             model(name),
             pairs_of(name, 1),
-            runner="wave",
+            runner="packed",
             method=Screen(k=8, seed=seed),
             **options,
         )
@@ -161,7 +161,7 @@ def test_screen_finds_the_top_of_the_z_sweep_of_smollm2(smollm2) -> None:
     effects = np.abs(_effects(exact, "z")).ravel()
     top = set(np.argsort(-effects)[:20].tolist())
     screen = Screen(by="atp", k=60, subsets=32, share=0.1)
-    ds = ps.sweep(smollm2, pairs, ["z"], method=screen, runner="wave")
+    ds = ps.sweep(smollm2, pairs, ["z"], method=screen, runner="packed")
     ran = np.nan_to_num(np.abs(_effects(ds, "z")).ravel())
     assert len(top & set(np.argsort(-ran)[:20].tolist())) >= 19
     request = make_request(smollm2, pairs, ["z"])
@@ -169,7 +169,7 @@ def test_screen_finds_the_top_of_the_z_sweep_of_smollm2(smollm2) -> None:
     finite = np.isfinite(ds.z.values).ravel()
     live = plan.live_patches()
     cost = int(plan.cost[live[finite[plan.cell[live]]]].sum())
-    work = ScreenWork(request, prepare_runner(request, "wave", None), screen)
+    work = ScreenWork(request, prepare_runner(request, "packed", None), screen)
     cost += work.cost(Unit("z_bound", 0, 0, range(1), range(1)))
     assert cost <= 0.1 * plan.token_layers  # patches and subsets together
     left = effects[~finite]
@@ -179,12 +179,12 @@ def test_screen_finds_the_top_of_the_z_sweep_of_smollm2(smollm2) -> None:
 def test_a_screen_that_was_stopped_runs_the_missing_patches_alone(
     tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"sites": ["z"], "method": Screen(k=40, subsets=8), "runner": "wave"}
+    options = {"sites": ["z"], "method": Screen(k=40, subsets=8), "runner": "packed"}
     pairs = pairs_of(NAME, 3)
-    monkeypatch.setattr("patchsweep.request.UNIT_TOKENS", 40)  # several units
+    monkeypatch.setattr("patchsweep.spec.spec.UNIT_TOKENS", 40)  # several units
     whole = ps.sweep(model(NAME), pairs, **options, store=tmp_path / "whole.zarr").load()
     asked: list[int] = []
-    run = WaveRunner.run
+    run = PackedRunner.run
 
     def counted(self, loaded, plan, patches, metrics):
         asked.append(len(patches))
@@ -199,11 +199,11 @@ def test_a_screen_that_was_stopped_runs_the_missing_patches_alone(
             if unit.variable == "z":
                 raise KeyboardInterrupt
 
-        def bundle_done(self) -> None: ...
+        def item_done(self) -> None: ...
 
         def waiting(self, n_units: int, holders: object) -> None: ...
 
-    monkeypatch.setattr(WaveRunner, "run", counted)
+    monkeypatch.setattr(PackedRunner, "run", counted)
     cut = tmp_path / "cut.zarr"
     with pytest.raises(KeyboardInterrupt):
         ps.sweep(model(NAME), pairs, **options, store=cut, progress=Stop())

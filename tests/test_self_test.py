@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from patchsweep.hooked import HookedRunner
 from patchsweep.models import load_model
-from patchsweep.selection.self_test import SelfTest
-from patchsweep.selection.trials import AMPLIFIED, N_SHARED, SPAN, Kind
-from patchsweep.sites import SITES
-from patchsweep.waves import WaveRunner
+from patchsweep.runners.hooked import HookedRunner
+from patchsweep.runners.packed.runner import PackedRunner
+from patchsweep.runners.self_test import SelfTest
+from patchsweep.runners.trials import AMPLIFIED, N_SHARED, SPAN, Kind
+from patchsweep.spec.sites import SITES
 from subjects import model
 from transformer_lens.model_bridge import TransformerBridge
 from wrong_runners import WRONG, moved, ways_of
@@ -35,13 +35,13 @@ def _cases(cases: Iterable[tuple[str, str]], quick: Callable[[str, str], bool]) 
 def make_test(bridge: TransformerBridge, site: str, kind: Kind) -> SelfTest:
     """A self-test of one site, amplified for it by a right runner."""
     test = SelfTest(bridge, [SITES[site]], kind, joint_layers=True)
-    outcome = test.judge(waves(test))[site]
+    outcome = test.judge(batches(test))[site]
     assert outcome.passed, outcome.failure
     assert outcome.seen
     return test
 
 
-def waves(test: SelfTest, cls: type[WaveRunner] = WaveRunner) -> WaveRunner:
+def batches(test: SelfTest, cls: type[PackedRunner] = PackedRunner) -> PackedRunner:
     return cls(test.bridge, test.sites, compute_dtype=test.compute_dtype)
 
 
@@ -56,9 +56,9 @@ def self_test(site: str, kind: Kind = "resample") -> SelfTest:
 )
 def test_a_right_runner_passes(site: str, kind: Kind) -> None:
     if (site, kind) == ("result", "custom"):
-        pytest.skip("waves refuse it")
+        pytest.skip("packed batches refuse it")
     test = self_test(site, kind)
-    few = WaveRunner(test.bridge, test.sites, max_tokens=16)
+    few = PackedRunner(test.bridge, test.sites, max_tokens=16)
     outcome = test.judge(few)[site]
     assert outcome.passed, outcome.failure
     assert outcome.error < 2e-4  # a tenth of what is allowed
@@ -70,7 +70,7 @@ def test_a_right_runner_passes(site: str, kind: Kind) -> None:
 )
 def test_a_wrong_runner_is_caught(site: str, way: str) -> None:
     test = self_test(site)
-    assert not test.judge(waves(test, ways_of(site)[way]()))[site].passed
+    assert not test.judge(batches(test, ways_of(site)[way]()))[site].passed
 
 
 @pytest.mark.parametrize(
@@ -78,14 +78,14 @@ def test_a_wrong_runner_is_caught(site: str, way: str) -> None:
 )
 def test_a_patch_on_the_wrong_side_of_rotary_is_caught(site: str, to: str) -> None:
     test = self_test(site, "custom")  # a source's values may stand on either side
-    assert not test.judge(waves(test, moved(site, to)))[site].passed
+    assert not test.judge(batches(test, moved(site, to)))[site].passed
 
 
 @pytest.mark.parametrize("way", ["ignores-the-patch", "returns-nan", "effect-of-the-other-sign"])
 @pytest.mark.parametrize("site", ["z", "q", "mlp_post"])
 def test_a_wrong_runner_is_caught_that_says_how_far_to_amplify(site: str, way: str) -> None:
     test = SelfTest(model("tiny:llama"), [SITES[site]], "resample")
-    assert not test.judge(waves(test, WRONG[way]()))[site].passed
+    assert not test.judge(batches(test, WRONG[way]()))[site].passed
 
 
 @pytest.mark.parametrize("site", ["q", "mlp_post", "pattern_cell"])
@@ -94,11 +94,11 @@ def test_weights_of_16_bits_are_tested_in_fp32(site: str) -> None:
     test = make_test(bridge, site, "resample")
     assert test.compute_dtype == torch.float32
     wrong = WRONG["effect-too-large-by-1-percent"]()
-    assert not test.judge(waves(test, wrong))[site].passed
+    assert not test.judge(batches(test, wrong))[site].passed
 
 
 def test_one_wrong_site_does_not_fail_the_others() -> None:
-    class OneWrong(WaveRunner):
+    class OneWrong(PackedRunner):
         def run_together(self, loaded, sets, metrics, null=()):
             found = super().run_together(loaded, sets, metrics)
             names = [chosen.plan.site.name for chosen in sets]
@@ -106,7 +106,7 @@ def test_one_wrong_site_does_not_fail_the_others() -> None:
 
     sites = [SITES[name] for name in ("resid_pre", "k", "z")]
     test = SelfTest(model("tiny:llama"), sites, "resample")
-    outcomes = test.judge(waves(test, OneWrong))
+    outcomes = test.judge(batches(test, OneWrong))
     assert [name for name, outcome in outcomes.items() if not outcome.passed] == ["k"]
     assert "pair 0, layer 0" in outcomes["k"].failure
 
@@ -120,7 +120,7 @@ def test_a_site_without_any_effect_is_called_unseen() -> None:
     # hooks that change nothing are refused, unless they were tried before the weights were edited
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(HookedRunner, "check", lambda self, tokens: None)
-        outcomes = test.judge(waves(test))
+        outcomes = test.judge(batches(test))
     assert outcomes["resid_pre"].seen
     assert not outcomes["v"].seen
     assert outcomes["v"].passed

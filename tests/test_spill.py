@@ -11,9 +11,9 @@ import patchsweep as ps
 import pytest
 import torch
 from patchsweep.errors import ModelError
-from patchsweep.request import make_request
-from patchsweep.waves import WaveRunner
-from patchsweep.waves.cache import Budget, Shelf
+from patchsweep.forward.activation_store import ActivationStore, Budget
+from patchsweep.runners.packed.runner import PackedRunner
+from patchsweep.spec.spec import make_request
 from subjects import demo_pairs, model
 
 NAME = "tiny:llama"
@@ -26,7 +26,7 @@ def test_spilled_sweep_equals_the_one_in_memory_bit_for_bit(
     intervention: str, budget: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    arguments = {"intervention": intervention, "heads": [0, 1], "runner": "wave"}
+    arguments = {"intervention": intervention, "heads": [0, 1], "runner": "packed"}
     sites = SITES if intervention == "resample" else ["resid_pre", "z"]
     found = [
         ps.sweep(model(NAME), demo_pairs(NAME), sites, cache_budget=n, **arguments)
@@ -40,7 +40,7 @@ def test_spilled_sweep_equals_the_one_in_memory_bit_for_bit(
 def test_only_what_exceeds_the_budget_is_spilled_and_the_budget_comes_back() -> None:
     request = make_request(model(NAME), demo_pairs(NAME), ["z"], ["logit_diff"])
     batch = request.batches([0])[0]
-    whole = WaveRunner(model(NAME), request.sites, cache_budget=10**9)
+    whole = PackedRunner(model(NAME), request.sites, cache_budget=10**9)
     loaded = whole.load(batch, request.intervention)
     n_bytes = whole.budget.n_used
     # 2 prompts x 17 tokens: 4 residuals of 32, k and v of 16 and z of 32 in three blocks, in fp32
@@ -49,7 +49,7 @@ def test_only_what_exceeds_the_budget_is_spilled_and_the_budget_comes_back() -> 
     del loaded
     gc.collect()
     assert whole.budget.n_used == 0
-    half = WaveRunner(model(NAME), request.sites, cache_budget=n_bytes // 2)
+    half = PackedRunner(model(NAME), request.sites, cache_budget=n_bytes // 2)
     loaded = half.load(batch, request.intervention)
     assert loaded.base.shelf is loaded.base.half(slice(0, 1)).shelf
     assert half.budget.n_used <= n_bytes // 2
@@ -59,7 +59,7 @@ def test_only_what_exceeds_the_budget_is_spilled_and_the_budget_comes_back() -> 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_mapped_tensor_is_the_same_tensor(dtype: torch.dtype) -> None:
     x = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0)).to(dtype).transpose(0, 1)
-    kept = Shelf(Budget(0)).copy(x)
+    kept = ActivationStore(Budget(0)).copy(x)
     assert torch.equal(kept, x)
     assert kept.is_contiguous()
     kept[0] = 1  # and belongs to us alone
@@ -72,4 +72,4 @@ def test_a_full_disk_is_told_before_anything_is_written(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(ModelError, match=r"No space left on device.*TMPDIR"):
-        Shelf(Budget(0)).copy(torch.zeros(1000))
+        ActivationStore(Budget(0)).copy(torch.zeros(1000))

@@ -23,13 +23,13 @@ from hypothesis import strategies as st
 from patchsweep.errors import StoreError
 from patchsweep.store import Layout, Store
 from patchsweep.store import layout as layout_module
-from patchsweep.store.check import checksums, verify_structure
-from patchsweep.store.credentials import refuse_credentials, scrub
-from patchsweep.store.folder import PARTIAL
+from patchsweep.store.backends.base import PARTIAL
+from patchsweep.store.backends.credentials import refuse_credentials, scrub
+from patchsweep.store.backends.local import LocalFolder
+from patchsweep.store.backends.process import is_gone, process_name
 from patchsweep.store.journal import Journal, read_journal
 from patchsweep.store.layout import COMPLETE, Variable, with_digests
-from patchsweep.store.local_folder import LocalFolder
-from patchsweep.store.process import is_gone, process_name
+from patchsweep.store.verify import checksums, verify_structure
 from store_faults.runs import run, small_layout, values_of
 
 
@@ -401,7 +401,7 @@ def test_journal_is_read_back_past_torn_and_foreign_lines(tmp_path: Path) -> Non
     with Journal(path) as journal:
         journal.started({"sites": ["z"]}, n_units=9, slice=2, n_slices=8)
         journal.unit_done(unit, seconds=0.25, token_layers=100, n_live=7)
-        journal.warning("the wave was halved")
+        journal.warning("the packed batch was halved")
     second = Journal(path)
     second.started("again", n_units=8)
     second.__exit__(RuntimeError, RuntimeError("no more"), None)

@@ -13,13 +13,13 @@ import pytest
 import xarray as xr
 import zarr
 from fsspec.implementations.memory import MemoryFileSystem
-from patchsweep import api
 from patchsweep.cli.analysis import stored
-from patchsweep.config import StoreConfig
+from patchsweep.cli.schema.run import StoreConfig
 from patchsweep.errors import StoreError
-from patchsweep.identity import sealed
-from patchsweep.store.local_folder import LocalFolder
-from patchsweep.store.whole import write_whole
+from patchsweep.store.backends.local import LocalFolder
+from patchsweep.store.save import save_dataset
+from patchsweep.sweeps import api
+from patchsweep.sweeps.identity import sealed
 from subjects import demo_pairs, model
 
 NAME = "tiny:llama"
@@ -47,7 +47,7 @@ def another_programs(here: Path, patch: pytest.MonkeyPatch) -> str:
 
 
 def an_analysis(here: Path, patch: pytest.MonkeyPatch) -> str:
-    write_whole(xr.Dataset({"a": ("x", [1.0])}, attrs={"kind": "dream"}), here / "a.zarr")
+    save_dataset(xr.Dataset({"a": ("x", [1.0])}, attrs={"kind": "dream"}), here / "a.zarr")
     return str(here / "a.zarr")
 
 
@@ -58,12 +58,12 @@ def read_only_disk(here: Path, patch: pytest.MonkeyPatch) -> str:
         return os.statvfs_result(found)
 
     os_statvfs = os.statvfs
-    patch.setattr("patchsweep.store.local_folder.os.statvfs", read_only)
+    patch.setattr("patchsweep.store.backends.local.os.statvfs", read_only)
     return str(here / "a.zarr")
 
 
 def no_right_to_write(here: Path, patch: pytest.MonkeyPatch) -> str:
-    patch.setattr("patchsweep.store.local_folder.os.access", lambda *args: False)
+    patch.setattr("patchsweep.store.backends.local.os.access", lambda *args: False)
     return str(here / "a.zarr")
 
 

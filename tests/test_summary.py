@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from patchsweep import summary
 from patchsweep.errors import MetricError, PlanError, SiteError, StoreError
+from patchsweep.results import accessor as summary
 from report_data import synthetic, write
 from transformer_lens.utilities.statistics import bootstrap_ci, sign_flip_permutation_pvalue
 

@@ -6,10 +6,10 @@ import numpy as np
 import patchsweep as ps
 import pytest
 import torch
-from patchsweep.attributes import attributes
+from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import ConfigError, MetricError, ModelError, PromptError, SiteError
-from patchsweep.pairs import PromptPairs
-from patchsweep.rounding import bf16_error
+from patchsweep.results.rounding import bf16_error
+from patchsweep.store.attributes import attributes
 from subjects import demo_pairs, model
 
 NAME = "tiny:llama"
@@ -52,12 +52,12 @@ def test_runners_agree_on_every_metric(family: str) -> None:
     metrics = list(ps.metrics.METRICS)
     found = [
         ps.sweep(model(name), demo_pairs(name), "resid_pre", metrics, layers=[1, 2], runner=runner)
-        for runner in ("wave", "hooked")
+        for runner in ("packed", "hooked")
     ]
     for metric in metrics:
         a, b = (ds["resid_pre"].sel(metric=metric).values for ds in found)
         np.testing.assert_allclose(a, b, atol=1e-4, err_msg=metric)
-    assert attributes(found[0])["provenance"]["runner"] == "wave"
+    assert attributes(found[0])["provenance"]["runner"] == "packed"
     assert float(np.ptp(found[0]["resid_pre"].sel(metric="kl_base").values)) > 1e-3
 
 
@@ -95,7 +95,7 @@ def test_callable_metric_of_wrong_shape_is_refused() -> None:
 def test_metrics_read_at_another_position() -> None:
     found = [
         ps.sweep(model(NAME), demo_pairs(NAME), "resid_pre", read=12, runner=runner)
-        for runner in ("wave", "hooked")
+        for runner in ("packed", "hooked")
     ]
     np.testing.assert_allclose(found[0]["resid_pre"], found[1]["resid_pre"], atol=1e-4)
     after = found[0]["resid_pre"].values[0, 0][:, 13:]
@@ -141,7 +141,7 @@ def test_other_interventions_agree_between_runners(intervention) -> None:
     pairs = PromptPairs((*mixed_pairs()[1:2], *mixed_pairs()[3:4]))
     found = [
         ps.sweep(bridge, pairs, ["z", "resid_mid"], intervention=intervention, runner=runner)
-        for runner in ("wave", "hooked")
+        for runner in ("packed", "hooked")
     ]
     for site in ("z", "resid_mid"):
         np.testing.assert_allclose(found[0][site], found[1][site], atol=1e-4)
@@ -185,21 +185,21 @@ def test_training_mode_is_refused() -> None:
         ps.sweep(bridge, demo_pairs(NAME), "z")
 
 
-def test_out_of_memory_halves_the_wave_and_loses_nothing(monkeypatch, caplog) -> None:
-    from patchsweep.waves import runner as wave_runner
+def test_out_of_memory_halves_the_packed_and_loses_nothing(monkeypatch, caplog) -> None:
+    from patchsweep.runners.packed import runner as packed_runner
 
     sites = ["resid_pre", "mlp_out", "z"]
-    whole = ps.sweep(model(NAME), demo_pairs(NAME), sites, runner="wave")
-    run_wave = wave_runner.run_wave
+    whole = ps.sweep(model(NAME), demo_pairs(NAME), sites, runner="packed")
+    run_packed_batch = packed_runner.run_packed_batch
 
-    def scarce(replica, wave, given):
-        if wave.n_tokens > 60:
+    def scarce(unwrapped, packed, given):
+        if packed.n_tokens > 60:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")
-        return run_wave(replica, wave, given)
+        return run_packed_batch(unwrapped, packed, given)
 
-    monkeypatch.setattr(wave_runner, "run_wave", scarce)
-    halved = ps.sweep(model(NAME), demo_pairs(NAME), sites, runner="wave")
-    for site in sites:  # waves of another size round differently
+    monkeypatch.setattr(packed_runner, "run_packed_batch", scarce)
+    halved = ps.sweep(model(NAME), demo_pairs(NAME), sites, runner="packed")
+    for site in sites:  # packed batches of another size round differently
         np.testing.assert_allclose(halved[site], whole[site], atol=1e-5)
     assert "halved" in caplog.text
 
@@ -211,7 +211,7 @@ def test_nan_in_activations_is_reported_with_its_first_place() -> None:
     with torch.no_grad():
         weight[name].fill_(float("nan"))
     with pytest.raises(ModelError, match="first in block 2's input at position 0"):
-        ps.sweep(bridge, demo_pairs(NAME), "z", runner="wave")
+        ps.sweep(bridge, demo_pairs(NAME), "z", runner="packed")
 
 
 def test_any_hook_point_can_be_swept_by_its_full_name() -> None:
@@ -231,7 +231,7 @@ def test_any_hook_point_can_be_swept_by_its_full_name() -> None:
 @pytest.mark.parametrize("intervention", ["resample", "zero"])
 def test_result_of_a_head_is_patched_as_its_z(intervention: str) -> None:
     ds = ps.sweep(model(NAME), demo_pairs(NAME), ["result", "z"], intervention=intervention)
-    assert attributes(ds)["provenance"]["runner"] == "wave"
+    assert attributes(ds)["provenance"]["runner"] == "packed"
     np.testing.assert_allclose(ds["result"], ds["z"], atol=1e-5)
     hooked = ps.sweep(
         model(NAME), demo_pairs(NAME), "result", intervention=intervention, runner="hooked"
@@ -244,7 +244,7 @@ def test_single_cells_of_the_pattern(intervention: str) -> None:
     arguments = {"intervention": intervention, "layers": [1, 2], "positions": [3, 11, 16]}
     found = [
         ps.sweep(model(NAME), demo_pairs(NAME), "pattern_cell", runner=runner, **arguments)
-        for runner in ("wave", "hooked")
+        for runner in ("packed", "hooked")
     ]
     assert found[0]["pattern_cell"].dims == ("metric", "pair", "layer", "pos", "head", "src")
     np.testing.assert_allclose(found[0]["pattern_cell"], found[1]["pattern_cell"], atol=1e-4)
@@ -253,7 +253,7 @@ def test_single_cells_of_the_pattern(intervention: str) -> None:
     assert float(abs(effect.sel(pos=3, src=slice(4, None))).max()) == 0  # causality
 
 
-@pytest.mark.parametrize("runner", ["wave", "hooked"])
+@pytest.mark.parametrize("runner", ["packed", "hooked"])
 def test_sources_past_a_shorter_prompt_s_end_are_nan(runner: str) -> None:
     """They are no cells: the base metric there would count as an effect of 0 in every mean."""
     pairs = mixed_pairs()
@@ -280,7 +280,7 @@ def test_sources_past_a_shorter_prompt_s_end_are_nan(runner: str) -> None:
 def test_patterns_of_several_layers_at_once_are_left_to_the_hooked_runner(site: str) -> None:
     asked = {"layers": [[0, 1], 2], "positions": [12, 16]}
     with pytest.raises(ConfigError, match=f"{site} is patched in several layers at once"):
-        ps.sweep(model(NAME), demo_pairs(NAME), site, runner="wave", **asked)
+        ps.sweep(model(NAME), demo_pairs(NAME), site, runner="packed", **asked)
     auto = ps.sweep(model(NAME), demo_pairs(NAME), site, **asked)
     assert attributes(auto)["provenance"]["runner"] == "hooked"
     hooked = ps.sweep(model(NAME), demo_pairs(NAME), site, runner="hooked", **asked)
@@ -311,8 +311,8 @@ def test_a_unit_has_one_proof_however_many_lengths_its_prompts_have() -> None:
     assert again.ravel()[np.argsort(-effect)[:10]].all()
 
 
-def test_bf16_needs_the_wave_runner() -> None:
-    with pytest.raises(ConfigError, match="precision=bf16 is done by the wave runner alone"):
+def test_bf16_needs_the_packed_runner() -> None:
+    with pytest.raises(ConfigError, match="precision=bf16 is done by the packed runner alone"):
         ps.sweep(model(NAME), demo_pairs(NAME), "z", precision="bf16", runner="hooked")
     with pytest.raises(ConfigError, match="precision='fp8' is not known"):
         ps.sweep(model(NAME), demo_pairs(NAME), "z", precision="fp8")
@@ -343,7 +343,7 @@ def test_means_by_label_average_a_role_over_prompts_of_any_length() -> None:
     )
     found = [
         ps.sweep(bridge, pairs, "z", positions=["S2"], intervention="mean_label", runner=runner)
-        for runner in ("wave", "hooked")
+        for runner in ("packed", "hooked")
     ]
     np.testing.assert_allclose(found[0]["z"], found[1]["z"], atol=1e-4)
     # by hand: the mean of one head at S2 over the clean prompts, patched into the first of them
@@ -371,7 +371,7 @@ def test_means_by_label_need_labels() -> None:
 
 
 def test_shuffle_takes_the_next_pair_whatever_shares_its_unit(monkeypatch) -> None:
-    from patchsweep import request
+    from patchsweep.spec import spec as request
 
     pairs = PromptPairs((*mixed_pairs()[1:2], *mixed_pairs()[3:4]))
     together = ps.sweep(model(NAME), pairs, "z", intervention="shuffle")

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from patchsweep.data.pairs import PromptPairs
+from patchsweep.data.tokenize import token_ids
 from patchsweep.errors import PromptError
-from patchsweep.pairs import PromptPairs
 from patchsweep.tasks import DEMO_PAIR, TASKS, check_task, load_task
 from patchsweep.tasks.base import draw_limit
 from patchsweep.tasks.check import last_logits
 from patchsweep.tasks.facts import RELATIONS
 from patchsweep.tasks.ioi import NAMES, TEMPLATES
-from patchsweep.tokens import token_ids
 from transformer_lens.model_bridge import TransformerBridge
 
 MANY = sorted(set(TASKS) - {"ioi_demo"})

@@ -8,11 +8,11 @@ from typing import Any
 
 import patchsweep as ps
 import pytest
+from patchsweep.data.pairs import UnfitPair
+from patchsweep.data.tokenize import token_ids
 from patchsweep.errors import PromptError
 from patchsweep.models import TINY_FAMILIES
 from patchsweep.models.tiny import tiny_model
-from patchsweep.pairs import UnfitPair
-from patchsweep.tokens import token_ids
 from subjects import CLEAN, CORRUPTED, model
 from tokenizers import Tokenizer, processors
 from transformer_lens.model_bridge import TransformerBridge

@@ -8,11 +8,12 @@ import numpy as np
 import patchsweep as ps
 import pytest
 import torch
-from patchsweep.families.table import tiny_bridge
-from patchsweep.pairs import PromptPairs
-from patchsweep.waves.readout import Readout
+from patchsweep.data.pairs import PromptPairs
+from patchsweep.forward.unembed import Unembed
 from subjects import CLEAN
 from transformer_lens.model_bridge import TransformerBridge
+
+from tools.architectures.table import tiny_bridge
 
 SUMS = ["log_prob", "kl_base", "kl_source", "tv_base", "tv_source"]
 
@@ -31,7 +32,7 @@ def _subject(family: str) -> tuple[TransformerBridge, PromptPairs]:
 
 
 def _values(family: str, metric: str) -> np.ndarray:
-    ds = ps.sweep(*_subject(family), "resid_pre", [metric], layers=[1], runner="wave")
+    ds = ps.sweep(*_subject(family), "resid_pre", [metric], layers=[1], runner="packed")
     every = (ds["resid_pre"], ds.base_metric, ds.source_metric)
     return np.concatenate([x.values.ravel() for x in every])
 
@@ -41,16 +42,16 @@ def _values(family: str, metric: str) -> np.ndarray:
 def test_sums_equal_whole_logits(family: str, metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gemma2 caps its logits, Phi adds a bias, Cohere scales them."""
     made: list[int] = []
-    whole = Readout.logits
+    whole = Unembed.logits
 
-    def counted(self: Readout, resid: torch.Tensor) -> torch.Tensor:
+    def counted(self: Unembed, resid: torch.Tensor) -> torch.Tensor:
         made.append(len(resid))
         return whole(self, resid)
 
-    monkeypatch.setattr(Readout, "logits", counted)
+    monkeypatch.setattr(Unembed, "logits", counted)
     streamed = _values(family, metric)
     assert sum(made) <= 8, "whole logits are made of the few rows that are tried, no others"
-    monkeypatch.setattr(Readout, "is_direct", lambda self, resid: False)
+    monkeypatch.setattr(Unembed, "is_direct", lambda self, resid: False)
     expected = _values(family, metric)
     # fp32 logits of order 10, and sums of them in another order
     np.testing.assert_allclose(streamed, expected, atol=1e-5, rtol=1e-5)

@@ -12,11 +12,11 @@ import patchsweep as ps
 import pytest
 import torch
 from patchsweep.errors import StoreError
-from patchsweep.identity import model_identity
 from patchsweep.models import weights
 from patchsweep.models.load import as_bridge
 from patchsweep.models.tiny import tiny_model
 from patchsweep.models.weights import checksum, known_digest, weights_digest, weights_stamp
+from patchsweep.sweeps.identity import model_identity
 from subjects import demo_pairs, model
 from torch import Tensor, nn
 

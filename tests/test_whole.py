@@ -11,12 +11,12 @@ import fsspec
 import numpy as np
 import pytest
 import xarray as xr
-from patchsweep.attributes import attributes
 from patchsweep.errors import StoreError
-from patchsweep.store.local_folder import LocalFolder
-from patchsweep.store.process import process_name
-from patchsweep.store.remote_folder import RemoteFolder
-from patchsweep.store.whole import read_whole, write_whole
+from patchsweep.store.attributes import attributes
+from patchsweep.store.backends.local import LocalFolder
+from patchsweep.store.backends.process import process_name
+from patchsweep.store.backends.remote import RemoteFolder
+from patchsweep.store.save import load_dataset, save_dataset
 
 ATTRS: dict[str, Any] = {
     "kind": "lens",
@@ -49,9 +49,9 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 def test_what_was_written_is_read_back(place: str) -> None:
     ds = made()
-    assert read_whole(place, ATTRS) is None
-    write_whole(ds, place)
-    found = read_whole(place, ATTRS)
+    assert load_dataset(place, ATTRS) is None
+    save_dataset(ds, place)
+    found = load_dataset(place, ATTRS)
     assert found is not None
     assert found["prob"].dtype == np.float32
     xr.testing.assert_equal(found, ds)
@@ -63,7 +63,7 @@ def test_what_was_written_is_read_back(place: str) -> None:
 
 def test_the_same_results_are_the_same_bytes(tmp_path: Path) -> None:
     for name in "ab":
-        write_whole(made(), tmp_path / name)
+        save_dataset(made(), tmp_path / name)
     a, b = (
         {p.relative_to(tmp_path / n): p.read_bytes() for p in (tmp_path / n).rglob("*.*")}
         for n in "ab"
@@ -73,26 +73,26 @@ def test_the_same_results_are_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_an_occupied_place_is_refused_and_left_alone(place: str) -> None:
-    write_whole(made(n=1), place)
+    save_dataset(made(n=1), place)
     with pytest.raises(StoreError, match="something lies at"):
-        write_whole(made(n=2), place)
-    found = read_whole(place, {"n": 1})
+        save_dataset(made(n=2), place)
+    found = load_dataset(place, {"n": 1})
     assert found is not None
 
 
 def test_files_of_others_are_neither_read_nor_replaced(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(StoreError, match="something lies at"):
-        write_whole(made(), tmp_path)
+        save_dataset(made(), tmp_path)
     with pytest.raises(StoreError, match="no results that are whole"):
-        read_whole(tmp_path, ATTRS)
+        load_dataset(tmp_path, ATTRS)
     for content in ('{"node_type": "group"}', "half a fi"):
         (tmp_path / "zarr.json").write_text(content)
         with pytest.raises(StoreError, match="this version of patchsweep has not written"):
-            read_whole(tmp_path, ATTRS)
+            load_dataset(tmp_path, ATTRS)
     assert (tmp_path / "notes.txt").read_text() == "mine"
     with pytest.raises(StoreError, match="a store is a folder"):
-        write_whole(made(), tmp_path / "notes.txt")
+        save_dataset(made(), tmp_path / "notes.txt")
 
 
 @pytest.mark.parametrize(
@@ -113,9 +113,9 @@ def test_files_of_others_are_neither_read_nor_replaced(tmp_path: Path) -> None:
     ],
 )
 def test_the_first_difference_is_named(place: str, attrs: dict[str, Any], words: str) -> None:
-    write_whole(made(), place)
+    save_dataset(made(), place)
     with pytest.raises(StoreError, match=f"holds other results: attrs.{words}"):
-        read_whole(place, attrs)
+        load_dataset(place, attrs)
 
 
 class Broken(Exception):
@@ -141,10 +141,10 @@ def test_a_write_that_breaks_off_on_disk_leaves_nothing(
 ) -> None:
     break_off(monkeypatch, LocalFolder, after, Broken())
     with pytest.raises(Broken):
-        write_whole(made(), tmp_path / "run.zarr")
+        save_dataset(made(), tmp_path / "run.zarr")
     assert list(tmp_path.iterdir()) == []
-    assert read_whole(tmp_path / "run.zarr", ATTRS) is None
-    write_whole(made(), tmp_path / "run.zarr")
+    assert load_dataset(tmp_path / "run.zarr", ATTRS) is None
+    save_dataset(made(), tmp_path / "run.zarr")
     assert [path.name for path in tmp_path.iterdir()] == ["run.zarr"]
 
 
@@ -152,9 +152,9 @@ def test_a_full_disk_is_a_store_error(tmp_path: Path, monkeypatch: Any) -> None:
     def full(handle: int) -> None:
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr("patchsweep.store.local_folder.os.fsync", full)
+    monkeypatch.setattr("patchsweep.store.backends.local.os.fsync", full)
     with pytest.raises(StoreError, match="no space is left"):
-        write_whole(made(), tmp_path / "run.zarr")
+        save_dataset(made(), tmp_path / "run.zarr")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -166,7 +166,7 @@ def test_leftovers_of_a_killed_process_are_swept(tmp_path: Path) -> None:
     for left in (dead, alive):
         left.mkdir()
         (left / "zarr.json").write_text("{}")
-    write_whole(made(), tmp_path / "run.zarr")
+    save_dataset(made(), tmp_path / "run.zarr")
     assert not dead.exists()
     assert alive.exists()  # whose it is cannot be known
 
@@ -176,13 +176,13 @@ def test_a_rival_that_was_quicker_is_not_written_over(tmp_path: Path, monkeypatc
 
     def late(self: Path, target: Path) -> Path:
         monkeypatch.undo()
-        write_whole(made(n=1), tmp_path / "run.zarr")
+        save_dataset(made(n=1), tmp_path / "run.zarr")
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", late)
     with pytest.raises(StoreError, match="something lies at"):
-        write_whole(made(n=2), tmp_path / "run.zarr")
-    assert read_whole(tmp_path / "run.zarr", {"n": 1}) is not None
+        save_dataset(made(n=2), tmp_path / "run.zarr")
+    assert load_dataset(tmp_path / "run.zarr", {"n": 1}) is not None
     assert [path.name for path in tmp_path.iterdir()] == ["run.zarr"]
 
 
@@ -193,15 +193,15 @@ def test_a_write_that_breaks_off_behind_a_url_is_not_read_and_goes_on(
     url = f"memory://{uuid.uuid4().hex}/run.zarr"
     break_off(monkeypatch, RemoteFolder, after, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
-        write_whole(made(), url)
-    assert read_whole(url, ATTRS) is None
+        save_dataset(made(), url)
+    assert load_dataset(url, ATTRS) is None
     if after > 1:  # something was put: it is another's place for other results
         with pytest.raises(StoreError, match="something lies at"):
-            write_whole(made(kind="edges"), url)
+            save_dataset(made(kind="edges"), url)
         with pytest.raises(StoreError, match="no results that are whole"):
-            read_whole(url, {"kind": "edges"})
-    write_whole(made(), url)
-    found = read_whole(url, ATTRS)
+            load_dataset(url, {"kind": "edges"})
+    save_dataset(made(), url)
+    found = load_dataset(url, ATTRS)
     assert found is not None
     xr.testing.assert_equal(found, made())
     assert "whole.partial" not in {path.rpartition("/")[2] for path in files_of(url)}
@@ -216,7 +216,7 @@ def test_the_root_comes_last_behind_a_url(monkeypatch: Any) -> None:
         put(self, key, data)
 
     monkeypatch.setattr(RemoteFolder, "put", told)
-    write_whole(made(), f"memory://{uuid.uuid4().hex}/run.zarr")
+    save_dataset(made(), f"memory://{uuid.uuid4().hex}/run.zarr")
     assert keys.index("zarr.json") == len(keys) - 1
 
 

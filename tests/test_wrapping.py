@@ -5,16 +5,17 @@ from __future__ import annotations
 import patchsweep as ps
 import pytest
 import torch
-from patchsweep.attributes import attributes
 from patchsweep.errors import ModelError
-from patchsweep.families.configs import causal_architectures
-from patchsweep.families.table import tiny_bridge
 from patchsweep.models.load import as_bridge
 from patchsweep.models.tiny import tiny_model
 from patchsweep.models.wrapping import known_wrapping, state_of
+from patchsweep.store.attributes import attributes
 from subjects import CLEAN, CORRUPTED, model
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
+
+from tools.architectures.configs import causal_architectures
+from tools.architectures.table import tiny_bridge
 
 
 class ScaledNorm(nn.LayerNorm):
@@ -62,7 +63,7 @@ def test_a_users_bridge_of_a_known_model_is_swept() -> None:
     bridge.eval()
     assert known_wrapping(bridge) is None
     ds = ps.sweep(bridge, pairs_of(bridge), "resid_pre", layers=[1])
-    assert attributes(ds)["provenance"]["runner"] == "wave"
+    assert attributes(ds)["provenance"]["runner"] == "packed"
     wrapping = known_wrapping(bridge)
     assert wrapping is not None
     assert wrapping.same

@@ -8,19 +8,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from patchsweep.planner import Axes, Cells, PatchSet, PatchTable, Plan
-from patchsweep.sites import SITES
-from patchsweep.waves import WaveRunner
-from patchsweep.waves.locate import SitePoint, locate
+from patchsweep.forward.site_locations import SiteLocation, resolve_site
+from patchsweep.runners.packed.runner import PackedRunner
+from patchsweep.spec.planner import Axes, Cells, PatchSet, PatchTable, Plan
+from patchsweep.spec.sites import SITES
 from torch import Tensor
 
-Make = Callable[[], type[WaveRunner]]
+Make = Callable[[], type[PackedRunner]]
 
 
-def changed_cells(change: Callable[[Cells, Plan], Cells]) -> type[WaveRunner]:
+def changed_cells(change: Callable[[Cells, Plan], Cells]) -> type[PackedRunner]:
     """Runs other patches than it was asked for."""
 
-    class Wrong(WaveRunner):
+    class Wrong(PackedRunner):
         def run_together(self, loaded, sets, metrics, null=()):
             made = []
             for chosen in sets:
@@ -33,10 +33,10 @@ def changed_cells(change: Callable[[Cells, Plan], Cells]) -> type[WaveRunner]:
     return Wrong
 
 
-def changed_axes(change: Callable[[Axes, Plan], Axes]) -> type[WaveRunner]:
+def changed_axes(change: Callable[[Axes, Plan], Axes]) -> type[PackedRunner]:
     """Takes other heads, or layers, for the coordinates."""
 
-    class Wrong(WaveRunner):
+    class Wrong(PackedRunner):
         def run_together(self, loaded, sets, metrics, null=()):
             sets = [
                 PatchSet(replace(c.plan, axes=change(c.plan.axes, c.plan)), c.patches) for c in sets
@@ -46,11 +46,11 @@ def changed_axes(change: Callable[[Axes, Plan], Axes]) -> type[WaveRunner]:
     return Wrong
 
 
-def changed_results(change: Callable[..., Tensor]) -> type[WaveRunner]:
+def changed_results(change: Callable[..., Tensor]) -> type[PackedRunner]:
     """Hands on something else than what came out: `change(values, base, source, chosen, loaded)`,
     of which base and source are those of each patch's pair."""
 
-    class Wrong(WaveRunner):
+    class Wrong(PackedRunner):
         def run_together(self, loaded, sets, metrics, null=()):
             base, source = (x.cpu() for x in self.references(loaded, metrics))
             found = super().run_together(loaded, sets, metrics)
@@ -63,10 +63,10 @@ def changed_results(change: Callable[..., Tensor]) -> type[WaveRunner]:
     return Wrong
 
 
-def changed_values(change: Callable[[Tensor, Tensor], Tensor]) -> type[WaveRunner]:
+def changed_values(change: Callable[[Tensor, Tensor], Tensor]) -> type[PackedRunner]:
     """Patches in `change(values, base)`."""
 
-    class Wrong(WaveRunner):
+    class Wrong(PackedRunner):
         def load(self, batch, intervention):
             own = intervention.values
 
@@ -79,20 +79,20 @@ def changed_values(change: Callable[[Tensor, Tensor], Tensor]) -> type[WaveRunne
     return Wrong
 
 
-def changed_batch(change: Callable[[Any], Any]) -> type[WaveRunner]:
+def changed_batch(change: Callable[[Any], Any]) -> type[PackedRunner]:
     """Takes values from another batch than it was given."""
 
-    class Wrong(WaveRunner):
+    class Wrong(PackedRunner):
         def load(self, batch, intervention):
             return super().load(change(batch), intervention)
 
     return Wrong
 
 
-def changed_prefix(change: Callable[[Any, Any, WaveRunner], list[Tensor]], name: str):
+def changed_prefix(change: Callable[[Any, Any, PackedRunner], list[Tensor]], name: str):
     """Reads other keys or values of the prefix."""
 
-    class Wrong(WaveRunner):
+    class Wrong(PackedRunner):
         def load(self, batch, intervention):
             loaded = super().load(batch, intervention)
             other = super().load(replace(batch, base=batch.source), intervention)
@@ -163,7 +163,7 @@ def _one_nan(values, base, source, chosen, loaded):
     return values
 
 
-class ReadsTooEarly(WaveRunner):
+class ReadsTooEarly(PackedRunner):
     """Reads the logits one token before the last of a row."""
 
     def run_together(self, loaded, sets, metrics, null=()):
@@ -172,7 +172,7 @@ class ReadsTooEarly(WaveRunner):
         return super().run_together(loaded, sets, metrics)
 
 
-class OtherReferences(WaveRunner):
+class OtherReferences(PackedRunner):
     """Says that base and source metric are each other."""
 
     def references(self, loaded, metrics):
@@ -180,14 +180,14 @@ class OtherReferences(WaveRunner):
         return source, base
 
 
-def moved(site: str, to: str) -> type[WaveRunner]:
+def moved(site: str, to: str) -> type[PackedRunner]:
     """Patches `site` where `to` is: before rotary instead of after, or the other way round."""
 
-    class Wrong(WaveRunner):
+    class Wrong(PackedRunner):
         def __init__(self, bridge, sites, *args, **kwargs):
             super().__init__(bridge, sites, *args, **kwargs)
-            points = locate(self.replica, SITES[to]).points
-            self.points[site] = SitePoint(SITES[site], points)
+            points = resolve_site(self.unwrapped, SITES[to]).points
+            self.points[site] = SiteLocation(SITES[site], points)
 
     return Wrong
 

@@ -22,7 +22,7 @@ import torch
 import transformer_lens.patching as tl_patching
 from kernel_table import write_page
 from numpy.typing import NDArray
-from patchsweep.pairs import PromptPairs
+from patchsweep.data.pairs import PromptPairs
 from sweep_cases import CASES, SweepCase, make_model, make_pairs
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -92,7 +92,9 @@ def measure_sweep(
     sample = sample.sort_values(names).reset_index(drop=True)
 
     def sweep() -> NDArray[np.float32]:
-        found: NDArray[np.float32] = ps.sweep(model, pairs, site, runner="wave")[site].values[0, 0]
+        found: NDArray[np.float32] = ps.sweep(model, pairs, site, runner="packed")[site].values[
+            0, 0
+        ]
         return found
 
     sweep()  # compiles the kernels

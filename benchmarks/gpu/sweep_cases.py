@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from patchsweep.data.pairs import PromptPair, PromptPairs
 from patchsweep.models.load import as_bridge
 from patchsweep.models.tiny import tiny_tokenizer
-from patchsweep.pairs import PromptPair, PromptPairs
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 

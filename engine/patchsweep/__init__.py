@@ -7,17 +7,17 @@ notebook that reads a store start at once.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from patchsweep import summary  # registers the accessor `dataset.patchsweep`
 from patchsweep.errors import PatchsweepError
+from patchsweep.results import accessor as summary
 
 if TYPE_CHECKING:
-    from patchsweep import metrics
-    from patchsweep.api import plan, sweep
-    from patchsweep.interventions import Custom
-    from patchsweep.metrics import Metric
+    from patchsweep.data.pairs import PromptPairs
     from patchsweep.models import load_model
-    from patchsweep.pairs import PromptPairs
+    from patchsweep.spec import metrics
+    from patchsweep.spec.interventions import Custom
+    from patchsweep.spec.metrics import Metric
     from patchsweep.store.dataset import open_store
+    from patchsweep.sweeps.api import plan, sweep
 
 __all__ = [
     "Custom",
@@ -33,19 +33,19 @@ __all__ = [
 ]
 
 _LATER = {
-    "Custom": "patchsweep.interventions",
-    "Metric": "patchsweep.metrics",
-    "PromptPairs": "patchsweep.pairs",
+    "Custom": "patchsweep.spec.interventions",
+    "Metric": "patchsweep.spec.metrics",
+    "PromptPairs": "patchsweep.data.pairs",
     "load_model": "patchsweep.models",
     "open_store": "patchsweep.store.dataset",
-    "plan": "patchsweep.api",
-    "sweep": "patchsweep.api",
+    "plan": "patchsweep.sweeps.api",
+    "sweep": "patchsweep.sweeps.api",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name == "metrics":
-        return import_module("patchsweep.metrics")
+        return import_module("patchsweep.spec.metrics")
     if name in _LATER:
         return getattr(import_module(_LATER[name]), name)
     raise AttributeError(f"module 'patchsweep' has no attribute {name!r}")

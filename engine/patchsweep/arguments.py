@@ -13,7 +13,7 @@ import numpy as np
 from patchsweep.errors import ConfigError, ModelError, PatchsweepError, PlanError
 
 Sets = tuple[tuple[int, ...], ...]
-RUNNERS = ("auto", "wave", "hooked")
+RUNNERS = ("auto", "packed", "hooked")
 
 
 def check_bridge(model: Any) -> None:

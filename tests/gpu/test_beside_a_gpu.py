@@ -11,9 +11,9 @@ import patchsweep.transformer_lens as patching
 import pytest
 import torch
 from patchsweep import heads, lens, paths
-from patchsweep.attention import attention
+from patchsweep.analyses.attention import attention
 from patchsweep.attribution.patterns import pattern_scores
-from patchsweep.screening import Screen
+from patchsweep.sweeps.screen_settings import Screen
 from patchsweep.tasks import check_task
 from transformer_lens import patching as theirs
 from transformer_lens.model_bridge import TransformerBridge
@@ -54,7 +54,7 @@ def drop_in(model: TransformerBridge) -> Any:
 
 
 CALLS: dict[str, Callable[[TransformerBridge], Any]] = {
-    **{f"sweep-{name}": swept(runner=name) for name in ("wave", "hooked", "auto")},
+    **{f"sweep-{name}": swept(runner=name) for name in ("packed", "hooked", "auto")},
     "sweep-mean-all": swept(intervention="mean_all"),
     "sweep-bf16-products": swept(precision="bf16", sites=["z"]),
     "sweep-vocabulary": swept(metrics=["kl_base", "tv_source", "rank"]),

@@ -20,10 +20,10 @@ import patchsweep as ps
 import pytest
 import torch
 from patchsweep import lens, paths
-from patchsweep.attributes import attributes
 from patchsweep.attribution.patterns import pattern_scores
-from patchsweep.screening import Screen
-from patchsweep.waves import runner as packed
+from patchsweep.runners.packed import runner as packed
+from patchsweep.store.attributes import attributes
+from patchsweep.sweeps.screen_settings import Screen
 from patchsweep_kernels.dispatch import INTERPRETED
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
@@ -85,7 +85,7 @@ def check_equal(expected: Any, found: Any, tolerance: float = TOLERANCE) -> None
 
 
 def sweep(sites: Any, **settings: Any) -> Callable[[TransformerBridge, Any], Any]:
-    settings.setdefault("runner", "wave")
+    settings.setdefault("runner", "packed")
     return lambda model, given: ps.sweep(model, given, sites, **settings)
 
 
@@ -145,7 +145,7 @@ def test_analysis_on_a_gpu_equals_the_cpus(name: str) -> None:
     check_equal(*both(WITH_GRADIENTS[name], gradients=True), tolerance=10 * TOLERANCE)
 
 
-@pytest.mark.parametrize("runner", ["wave", "hooked", "auto"])
+@pytest.mark.parametrize("runner", ["packed", "hooked", "auto"])
 def test_default_device_of_the_users_changes_nothing(runner: Any) -> None:
     call = sweep(["resid_pre", "z"], runner=runner)
 
@@ -178,7 +178,7 @@ def test_model_on_the_second_gpu_gets_its_prompts_there() -> None:
 
 
 def test_batch_that_does_not_fit_is_halved() -> None:
-    original, failed = packed.run_wave, []
+    original, failed = packed.run_packed_batch, []
 
     def once(*args: Any) -> Any:
         hidden = original(*args)
@@ -191,7 +191,7 @@ def test_batch_that_does_not_fit_is_halved() -> None:
     given = pairs(model)
     with on_cpu():
         expected = sweep("z")(model, given)
-    with virtual_cuda(), mock.patch.object(packed, "run_wave", once):
+    with virtual_cuda(), mock.patch.object(packed, "run_packed_batch", once):
         move(model)
         model.cfg.device = "cuda:0"
         found = sweep("z")(model, given)

@@ -216,8 +216,8 @@ def virtual_cuda(*, gradients: bool = False, **settings: Any) -> Iterator[Gpu]:
 
 def _phases(stack: ExitStack, gpu: Gpu) -> None:
     """Tell the parts of a sweep apart."""
-    from patchsweep.waves import replay
-    from patchsweep.waves import runner as waves
+    from patchsweep.runners.packed import forward as replay
+    from patchsweep.runners.packed import runner as batches
 
     def within(target: Any, name: str, phase: str) -> None:
         original = getattr(target, name)
@@ -228,12 +228,12 @@ def _phases(stack: ExitStack, gpu: Gpu) -> None:
 
         stack.enter_context(mock.patch.object(target, name, call))
 
-    within(waves.WaveRunner, "load", "load (capture)")
-    within(waves.WaveRunner, "references", "references")
-    within(waves.WaveRunner, "_run_wave", "wave: around the blocks")
-    within(waves.WaveRunner, "_metrics", "wave: readout")
-    within(replay._State, "enter", "wave: enter a block")
-    within(replay._State, "replay", "wave: the block itself")
+    within(batches.PackedRunner, "load", "load (capture)")
+    within(batches.PackedRunner, "references", "references")
+    within(batches.PackedRunner, "_run_packed_batch", "packed batch: around the blocks")
+    within(batches.PackedRunner, "_metrics", "packed batch: unembedding")
+    within(replay._State, "enter", "packed batch: enter a block")
+    within(replay._State, "replay", "packed batch: the block itself")
 
 
 def move(

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 from patchsweep.store import Store
-from patchsweep.store.check import checksums, verify_structure
 from patchsweep.store.journal import UNIT, read_journal
+from patchsweep.store.verify import checksums, verify_structure
 
 from slurm import cluster
 
 N_SLICES = 4
-# the hooked runner, since waves would be done before anybody could cancel them
+# the hooked runner, since packed batches would be done before anybody could cancel them
 SWEEP = [
     "model=tiny:llama",
     "task=ioi",

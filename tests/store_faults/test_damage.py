@@ -16,19 +16,19 @@ from typing import Any
 import patchsweep as ps
 import pytest
 import xarray as xr
-from patchsweep.attributes import attributes
+from patchsweep.analyses.logit_lens import lens
 from patchsweep.cli import main
 from patchsweep.cli.analysis import stored
 from patchsweep.cli.main import EXIT_MISTAKE
+from patchsweep.cli.schema.run import StoreConfig
 from patchsweep.cli.verify import EXIT_PROBLEMS
-from patchsweep.config import StoreConfig
 from patchsweep.errors import StoreError
-from patchsweep.lens import lens
 from patchsweep.report import write_report
-from patchsweep.store.address import open_folder
-from patchsweep.store.check import checksums
+from patchsweep.store.attributes import attributes
+from patchsweep.store.backends.address import open_folder
 from patchsweep.store.lease import Leases
 from patchsweep.store.status import EXIT_INCOMPLETE
+from patchsweep.store.verify import checksums
 from subjects import demo_pairs, model
 from test_means import pairs
 
@@ -144,9 +144,9 @@ def look(store: Path) -> bool:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several units, and short leases."""
-    monkeypatch.setattr("patchsweep.request.UNIT_TOKENS", 20)
+    monkeypatch.setattr("patchsweep.spec.spec.UNIT_TOKENS", 20)
     monkeypatch.setattr("patchsweep.store.lease.EXPIRY_S", 0.2)
-    monkeypatch.setattr("patchsweep.work.WAIT_S", 0.05)
+    monkeypatch.setattr("patchsweep.sweeps.executor.WAIT_S", 0.05)
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with stores, what lies beside them, and their pages."""
     folder = tmp_path_factory.mktemp("sound")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("patchsweep.request.UNIT_TOKENS", 20)
+        patch.setattr("patchsweep.spec.spec.UNIT_TOKENS", 20)
         sweep(folder / "a.zarr")
         sweep(folder / "b.zarr", "mean_all")
     look(folder / "l.zarr")

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from patchsweep.errors import StoreError
 from patchsweep.store import Layout, Store
-from patchsweep.store.check import checksums, verify_structure
 from patchsweep.store.layout import Variable
+from patchsweep.store.verify import checksums, verify_structure
 
 from store_faults.runs import run, small_layout, values_of
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from patchsweep.attribution.estimates import Estimates, Found, Work, backward_each
-from patchsweep.attribution.tape import Heads, Place
-from patchsweep.planner import SitePlan
-from patchsweep.sites import Site
+from patchsweep.forward.grad import Heads, Place
+from patchsweep.spec.planner import SitePlan
+from patchsweep.spec.sites import Site
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,12 @@ from torch import Tensor, nn
 
 from patchsweep.attribution.atp import differentiable_run
 from patchsweep.attribution.estimates import Estimates, Found, Work, backward_each
-from patchsweep.attribution.tape import Heads, Place, Tape
 from patchsweep.errors import MethodError
-from patchsweep.interventions import Intervention
-from patchsweep.planner import SitePlan
-from patchsweep.sites import SITES, Site
-from patchsweep.waves.capture import attention_pattern
+from patchsweep.forward.capture import attention_pattern
+from patchsweep.forward.grad import GradientModel, Heads, Place
+from patchsweep.spec.interventions import Intervention
+from patchsweep.spec.planner import SitePlan
+from patchsweep.spec.sites import SITES, Site
 
 QUERIES, KEYS = ("q", "rot_q"), ("k", "rot_k")
 
@@ -101,7 +101,9 @@ class AtpStar:
             x.copy_(total[name] / max(1, n_layers - 1))
 
 
-def check_intervention(tape: Tape, sites: Sequence[Site], intervention: Intervention) -> None:
+def check_intervention(
+    tape: GradientModel, sites: Sequence[Site], intervention: Intervention
+) -> None:
     """The value after rotary must be the rotary of the value patched in before it.
 
     Raises:

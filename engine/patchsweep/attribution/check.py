@@ -8,10 +8,10 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.attribution.method import Method
 from patchsweep.errors import MethodError, ModelError
-from patchsweep.interventions import Custom
-from patchsweep.metrics import Metric, has_gradient
-from patchsweep.planner import SitePlan
-from patchsweep.request import Request
+from patchsweep.spec.interventions import Custom
+from patchsweep.spec.metrics import Metric, has_gradient
+from patchsweep.spec.planner import SitePlan
+from patchsweep.spec.spec import Request
 
 
 def check_request(request: Request, methods: Sequence[Method]) -> None:

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from patchsweep_kernels.attribution import attribution_dot
 from torch import Tensor
 
-from patchsweep.attribution.tape import Place, Tape
-from patchsweep.batch import Batch
-from patchsweep.interventions import Intervention, values_of
-from patchsweep.metrics import Logits, Metric, compute
-from patchsweep.planner import Ints, ModelShape, SitePlan
-from patchsweep.sites import Site
+from patchsweep.forward.grad import GradientModel, Place
+from patchsweep.spec.batch import Batch
+from patchsweep.spec.interventions import Intervention, values_of
+from patchsweep.spec.metrics import Logits, Metric, compute
+from patchsweep.spec.planner import Ints, ModelShape, SitePlan
+from patchsweep.spec.sites import Site
 
 
 class Estimates:
@@ -130,7 +130,7 @@ def _sum_sets(effect: Tensor, sets: Sequence[tuple[int, ...]], *, compact: bool)
 class Work:
     """One batch, ready for any method: the source run has been made."""
 
-    tape: Tape
+    tape: GradientModel
     batch: Batch
     plans: tuple[SitePlan, ...]
     shape: ModelShape
@@ -141,7 +141,7 @@ class Work:
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """The sites that are attributed; the tape may watch more."""
+        """The sites that are attributed; the gradient model may watch more."""
         return tuple(plan.site for plan in self.plans)
 
     def empty(self) -> Estimates:

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from patchsweep.arguments import whole_number
 from patchsweep.attribution.estimates import Estimates, Found, Work, backward_each
-from patchsweep.attribution.tape import Place
 from patchsweep.errors import MethodError
-from patchsweep.planner import SitePlan
-from patchsweep.sites import SITES, Site
+from patchsweep.forward.grad import Place
+from patchsweep.spec.planner import SitePlan
+from patchsweep.spec.sites import SITES, Site
 
 # tokens of one forward pass; steps are stacked as rows up to this many
 MAX_TOKENS = 4096

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Protocol, runtime_checkable
 
 from patchsweep.attribution.estimates import Found, Work
-from patchsweep.planner import SitePlan
-from patchsweep.sites import Site
+from patchsweep.spec.planner import SitePlan
+from patchsweep.spec.sites import Site
 
 
 @runtime_checkable

@@ -26,13 +26,13 @@ from transformer_lens.model_bridge import TransformerBridge
 from patchsweep.attribution.atp import Atp
 from patchsweep.attribution.check import check_request
 from patchsweep.attribution.estimates import Work
-from patchsweep.attribution.tape import Heads, Place, Tape
-from patchsweep.batch import Batch, clean_prompts
-from patchsweep.finite import check_finite
-from patchsweep.pairs import PromptPairs
-from patchsweep.request import MetricLike, Request, make_request
-from patchsweep.running import runs_model
-from patchsweep.sites import SITES
+from patchsweep.data.pairs import PromptPairs
+from patchsweep.forward.grad import GradientModel, Heads, Place
+from patchsweep.models.running import runs_model
+from patchsweep.spec.batch import Batch, clean_prompts
+from patchsweep.spec.finite import check_finite
+from patchsweep.spec.sites import SITES
+from patchsweep.spec.spec import MetricLike, Request, make_request
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def pattern_scores(
     """
     request = make_request(model, pairs, "pattern", metrics, **selection)
     check_request(request, [Atp()])
-    tape = Tape(model, [SITES["pattern"]], compute_dtype=request.compute_dtype)
+    tape = GradientModel(model, [SITES["pattern"]], compute_dtype=request.compute_dtype)
     shape = request.shape
     longest = int(request.plans[0].full_lengths.max())
     size = (len(request.metrics), len(pairs), shape.n_layers, shape.n_heads, longest, longest)
@@ -127,7 +127,9 @@ def pattern_scores(
     )
 
 
-def _one(request: Request, tape: Tape, batch: Batch, zero: np.ndarray, patch: np.ndarray) -> None:
+def _one(
+    request: Request, tape: GradientModel, batch: Batch, zero: np.ndarray, patch: np.ndarray
+) -> None:
     """Fill `[metric, layer, head, dest, src]` of one pair."""
     source, source_logits = tape.activations(batch.source, batch.reads)
     work = work_of(request, tape, batch, source, source_logits)
@@ -142,7 +144,7 @@ def _one(request: Request, tape: Tape, batch: Batch, zero: np.ndarray, patch: np
 
 def work_of(
     request: Request,
-    tape: Tape,
+    tape: GradientModel,
     batch: Batch,
     source: Mapping[str, list[Tensor]],
     source_logits: Tensor,

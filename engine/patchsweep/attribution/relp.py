@@ -26,9 +26,9 @@ from torch.overrides import TorchFunctionMode
 from patchsweep.attribution.atp import differentiable_run
 from patchsweep.attribution.estimates import Found, Work, backward_each
 from patchsweep.errors import MethodError
-from patchsweep.planner import SitePlan
-from patchsweep.sites import Site
-from patchsweep.waves.replica import Replica
+from patchsweep.forward.unwrapped import UnwrappedModel
+from patchsweep.spec.planner import SitePlan
+from patchsweep.spec.sites import Site
 
 # size of the vector that a norm's weights are read off with, so that its epsilon does not show
 _LARGE = 1e3
@@ -45,7 +45,7 @@ class Relp:
     def run(self, work: Work) -> Found:
         """See `Method`."""
         estimates = work.empty()
-        with relevance_rules(work.tape.replica):
+        with relevance_rules(work.tape.unwrapped):
             logits = differentiable_run(
                 work, estimates, work.sites, fixed_pattern=self.fixed_pattern
             )
@@ -81,14 +81,14 @@ def graft(value: Tensor, carrier: Tensor) -> Tensor:
 
 
 @contextmanager
-def relevance_rules(replica: Replica) -> Iterator[None]:
+def relevance_rules(unwrapped: UnwrappedModel) -> Iterator[None]:
     """Forward passes inside build a graph whose backward pass follows the rules.
 
     Raises:
         MethodError: a norm of the model is neither a LayerNorm nor an RMS norm.
     """
     with ExitStack() as stack:
-        for module in replica.model.modules():
+        for module in unwrapped.model.modules():
             if is_norm(module):
                 stack.callback(module.register_forward_hook(_norm_rule).remove)
             elif is_activation(module):

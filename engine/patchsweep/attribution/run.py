@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from patchsweep.attribution.atp_star import AtpStar, check_intervention
 from patchsweep.attribution.estimates import Work
 from patchsweep.attribution.method import Method
-from patchsweep.attribution.tape import Tape
-from patchsweep.batch import Batch, clean_prompts
-from patchsweep.finite import check_cells, check_references
-from patchsweep.interventions import Reader
-from patchsweep.planner import SitePlan
-from patchsweep.request import Request
+from patchsweep.forward.grad import GradientModel
+from patchsweep.spec.batch import Batch, clean_prompts
+from patchsweep.spec.finite import check_cells, check_references
+from patchsweep.spec.interventions import Reader
+from patchsweep.spec.planner import SitePlan
+from patchsweep.spec.spec import Request
 
 # tokens of the prompts that are attributed in one pass
 MAX_TOKENS = 2048
@@ -46,7 +46,7 @@ class Attribution:
         own = [site for site in extra.values() if site not in request.sites]
         self.sites = (*request.sites, *own)
         longest = max(int(plan.full_lengths.max()) for plan in request.plans)
-        self.tape = Tape(
+        self.tape = GradientModel(
             request.bridge, request.sites, own, longest, compute_dtype=request.compute_dtype
         )
         if any(isinstance(method, AtpStar) for method in methods):

@@ -15,12 +15,12 @@ from typing import Any
 from omegaconf import DictConfig
 
 from patchsweep.cli.app import as_config, compose
-from patchsweep.config import RunConfig, SitesConfig
+from patchsweep.cli.schema.run import RunConfig, SitesConfig
 from patchsweep.errors import ConfigError, StoreError
-from patchsweep.identity import request_difference
-from patchsweep.request import MetricLike, Request, make_request
+from patchsweep.spec.spec import MetricLike, Request, make_request
 from patchsweep.store import Store
 from patchsweep.store.difference import IDENTITY
+from patchsweep.sweeps.identity import request_difference
 
 NAMED = ("model", "task", "metric")  # groups that the command line names
 HELP = (

@@ -9,12 +9,12 @@ import xarray as xr
 from rich.console import Console
 
 from patchsweep.arguments import check_store_path
-from patchsweep.config import StoreConfig
+from patchsweep.cli.schema.run import StoreConfig
 from patchsweep.errors import ConfigError
-from patchsweep.identity import refuse_unversioned
-from patchsweep.store.credentials import scrub
+from patchsweep.store.backends.credentials import scrub
 from patchsweep.store.difference import IDENTITY
-from patchsweep.store.whole import check_place, read_whole, write_whole
+from patchsweep.store.save import check_place, load_dataset, save_dataset
+from patchsweep.sweeps.identity import refuse_unversioned
 
 
 def refuse_unused(
@@ -50,12 +50,12 @@ def stored(
     """
     check_store_path(store.path)
     refuse_unversioned(attrs[IDENTITY])
-    ds = read_whole(store.path, attrs, store.storage_options)
+    ds = load_dataset(store.path, attrs, store.storage_options)
     if ds is not None:
         return ds, True
     check_place(store.path, attrs, store.storage_options)  # before minutes of work
     ds = compute()
-    write_whole(ds, store.path, store.storage_options)
+    save_dataset(ds, store.path, store.storage_options)
     return ds, False
 
 

@@ -15,7 +15,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from patchsweep.cli.grammar import conf_folder, expand, is_many
-from patchsweep.config import RunConfig, register
+from patchsweep.cli.schema.run import RunConfig, register
 from patchsweep.errors import ConfigError
 
 

@@ -10,11 +10,11 @@ from omegaconf import DictConfig
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from patchsweep.attention import attention, describe, ranked_heads
+from patchsweep.analyses.attention import attention, describe, ranked_heads
 from patchsweep.cli.analysis import refuse_unused, say_where, stored
 from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.console import stdout
-from patchsweep.config import AnalysisRun
+from patchsweep.cli.schema.run import AnalysisRun
 from patchsweep.errors import ConfigError
 
 N_SHOWN = 5  # next tokens that are printed

@@ -9,12 +9,12 @@ from omegaconf import DictConfig
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from patchsweep.attributes import attributes
+from patchsweep.analyses.circuits.circuits import circuit, describe
 from patchsweep.cli.analysis import refuse_unused, say_where, stored
 from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.console import stdout
-from patchsweep.paths.circuit_config import CircuitRun
-from patchsweep.paths.circuits import circuit, describe
+from patchsweep.cli.schema.circuit import CircuitRun
+from patchsweep.store.attributes import attributes
 
 
 def main(arguments: list[str]) -> int:

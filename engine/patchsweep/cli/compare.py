@@ -10,12 +10,12 @@ import xarray as xr
 from patchsweep.cli.again import HELP, run_again
 from patchsweep.cli.console import stdout
 from patchsweep.cli.parser import Parser, at_least
-from patchsweep.compare import as_dict, compare, render
 from patchsweep.errors import ConfigError
-from patchsweep.sample import draw
+from patchsweep.results.compare import as_dict, compare, render
 from patchsweep.store import Store
+from patchsweep.store.backends.credentials import scrub
 from patchsweep.store.contents import told
-from patchsweep.store.credentials import scrub
+from patchsweep.sweeps.sample import draw
 
 
 def main(arguments: list[str]) -> int:

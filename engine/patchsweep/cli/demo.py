@@ -18,13 +18,10 @@ from transformer_lens import patching
 from transformer_lens.model_bridge import TransformerBridge
 from transformers.utils import logging as transformers_logging
 
-from patchsweep import summary
-from patchsweep.api import sweep
-from patchsweep.attributes import attributes
 from patchsweep.cli.console import stdout
 from patchsweep.cli.parser import Parser
 from patchsweep.cli.progress import Bar
-from patchsweep.config import (
+from patchsweep.cli.schema.run import (
     BuiltinTask,
     MetricConfig,
     ModelConfig,
@@ -34,9 +31,12 @@ from patchsweep.config import (
     SitesConfig,
     StoreConfig,
 )
-from patchsweep.models.homes import device_of
-from patchsweep.pairs import PromptPair
+from patchsweep.data.pairs import PromptPair
+from patchsweep.models.offload import device_of
 from patchsweep.report import write_report
+from patchsweep.results import accessor as summary
+from patchsweep.store.attributes import attributes
+from patchsweep.sweeps.api import sweep
 
 SITES = ("resid_pre", "attn_out", "mlp_out", "z")
 N_CELLS = 24  # checked against TransformerLens

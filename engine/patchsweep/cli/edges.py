@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from patchsweep.attributes import attributes
+from patchsweep.analyses.circuits.edges import describe, screen_edges
 from patchsweep.cli.analysis import refuse_unused, say_where, stored
 from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.console import stdout
-from patchsweep.paths.config import EdgesRun
-from patchsweep.paths.edges import describe, screen_edges
+from patchsweep.cli.schema.edges import EdgesRun
 from patchsweep.report.edges import Row, correlation, rows_of
+from patchsweep.store.attributes import attributes
 
 N_SHOWN = 12
 _STAGES = {"estimates": "scoring all edges", "exact": "running the foremost exactly"}

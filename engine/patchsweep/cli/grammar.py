@@ -16,10 +16,10 @@ from hydra.core.override_parser.types import ChoiceSweep, Quote, QuotedString
 from hydra.errors import HydraException
 
 from patchsweep.cli.keys import refuse_unknown
-from patchsweep.config import RunConfig
+from patchsweep.cli.schema.run import RunConfig
+from patchsweep.data.records import REQUIRED
 from patchsweep.errors import ConfigError
-from patchsweep.models.embedded import EMBEDDED
-from patchsweep.records import REQUIRED
+from patchsweep.models.bundled import BUNDLED
 
 # group -> the key that a value goes to which is none of the group's choices
 _MAIN_KEYS = {
@@ -171,7 +171,7 @@ def _is_override(word: str) -> bool:
 
 def _kind(model: str) -> str:
     """The choice of the group model that a model's name belongs to."""
-    return "tiny" if model.startswith("tiny:") else "smollm2" if model in EMBEDDED else "hf"
+    return "tiny" if model.startswith("tiny:") else "smollm2" if model in BUNDLED else "hf"
 
 
 def _is_choice(group: str, value: str) -> bool:

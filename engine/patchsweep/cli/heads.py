@@ -10,15 +10,15 @@ from omegaconf import DictConfig
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from patchsweep.analyses.heads import effects, study
+from patchsweep.analyses.heads.findings import ALL, TRAINED
+from patchsweep.analyses.heads.study import describe
 from patchsweep.cli.analysis import refuse_unused, say_where, stored
 from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.console import stdout
 from patchsweep.cli.progress import Bar
+from patchsweep.cli.schema.heads import HeadsRun
 from patchsweep.cli.stop import STARTS_ANEW, STOPPER
-from patchsweep.heads import effects, study
-from patchsweep.heads.analysis import describe
-from patchsweep.heads.config import HeadsRun
-from patchsweep.heads.table import ALL, TRAINED
 
 N_SHOWN = 8  # heads of a class that are named
 

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 from hydra.conf import HydraConf
 
-from patchsweep.config import GROUPS, RunConfig
+from patchsweep.cli.schema.run import GROUPS, RunConfig
 from patchsweep.errors import ConfigError
 
 Keys = Mapping[str, "Keys"]

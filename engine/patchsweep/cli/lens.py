@@ -10,16 +10,16 @@ from omegaconf import DictConfig
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from patchsweep.attributes import attributes, flat_attributes
+from patchsweep.analyses.logit_lens import describe, lens, sublayers
+from patchsweep.analyses.logit_lens import findings as lens_findings
 from patchsweep.cli.analysis import refuse_unused, say_where, stored
 from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.console import stdout
 from patchsweep.cli.progress import Bar
-from patchsweep.identity import sealed
-from patchsweep.lens import describe, lens, sublayers
-from patchsweep.lens.config import LensRun
-from patchsweep.report import lens_findings
+from patchsweep.cli.schema.lens import LensRun
+from patchsweep.store.attributes import attributes, flat_attributes
 from patchsweep.store.difference import IDENTITY
+from patchsweep.sweeps.identity import sealed
 
 N_SHOWN = 10
 

@@ -70,7 +70,7 @@ def usage() -> str:
 def _guarded(verb: str, rest: list[str]) -> int:
     from patchsweep.cli.mistakes import one_line
     from patchsweep.cli.stop import GOES_ON, STARTS_ANEW, Stopped
-    from patchsweep.store.credentials import scrub
+    from patchsweep.store.backends.credentials import scrub
 
     try:
         return int(import_module(f"patchsweep.cli.{verb}").main(rest))

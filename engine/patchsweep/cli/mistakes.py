@@ -9,8 +9,8 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from patchsweep.cli.keys import elsewhere
 from patchsweep.errors import PatchsweepError
+from patchsweep.store.backends.credentials import scrub
 from patchsweep.store.contents import printable
-from patchsweep.store.credentials import scrub
 
 # a launcher's name in Hydra's message -> what brings it
 _EXTRAS = {"submitit": "slurm", "joblib": "joblib", "ray": "ray"}

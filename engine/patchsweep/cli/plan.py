@@ -7,12 +7,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from patchsweep.api import plan
 from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.console import stdout
-from patchsweep.estimate import Cost
-from patchsweep.pairs import PromptPair
-from patchsweep.reading import Weights
+from patchsweep.data.pairs import PromptPair
+from patchsweep.sweeps.api import plan
+from patchsweep.sweeps.cost import Cost
+from patchsweep.sweeps.weight_reads import Weights
 
 SHOWN_TOKENS = 12  # of the first prompt: enough to see its start token and its end
 
@@ -71,7 +71,7 @@ def show(cost: Cost, console: Console) -> None:
     table.add_row("all", *(f"{n:,}" for n in totals), ratio)
     console.print(table)
     for name, value in (
-        ("waves", f"{cost.n_waves:,}"),
+        ("packed batches", f"{cost.n_batches:,}"),
         ("FLOPs", f"{cost.flops:.3g}"),
         ("seconds", f"{cost.seconds:.1f} at this device's matrix-product rate, attention left out"),
         ("values written", size(cost.result_bytes)),
@@ -123,10 +123,10 @@ def reading(cost: Cost) -> str:
         return "once: all of them stay where they run"
     if not cost.n_captures:
         return f"{size(cost.weights.fetched)} are offloaded, and fetched in each pass"
-    n_passes = cost.n_captures + cost.n_waves
+    n_passes = cost.n_captures + cost.n_batches
     return (
         f"{size(cost.read_bytes)}: {size(cost.weights.fetched)} are offloaded, and fetched in "
-        f"{n_passes} passes ({cost.n_captures} captures, {cost.n_waves} waves)"
+        f"{n_passes} passes ({cost.n_captures} captures, {cost.n_batches} packed batches)"
     )
 
 

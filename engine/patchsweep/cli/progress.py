@@ -25,7 +25,7 @@ from patchsweep.store.lease import EXPIRY_S
 class Bar:
     """The progress of one run; a bar on a terminal, at most one line a unit elsewhere.
 
-    Between bundles of units it looks whether a signal has come.
+    Between work items of units it looks whether a signal has come.
     """
 
     def __init__(self, console: Console) -> None:
@@ -72,7 +72,7 @@ class Bar:
                 f"{seconds:.2f} s"
             )
 
-    def bundle_done(self) -> None:
+    def item_done(self) -> None:
         """See `work.Progress`."""
         self._check()
 

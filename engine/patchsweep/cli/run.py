@@ -5,16 +5,16 @@ from __future__ import annotations
 from omegaconf import DictConfig
 from transformers.utils import logging as transformers_logging
 
-from patchsweep.api import sweep
-from patchsweep.attributes import attributes
 from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.console import stdout
 from patchsweep.cli.progress import Bar
+from patchsweep.cli.schema.run import RunConfig
 from patchsweep.cli.stop import STOPPER
-from patchsweep.compute import sentence
-from patchsweep.config import RunConfig
-from patchsweep.rounding import noise_of
-from patchsweep.store.credentials import scrub
+from patchsweep.models.compute import sentence
+from patchsweep.results.rounding import noise_of
+from patchsweep.store.attributes import attributes
+from patchsweep.store.backends.credentials import scrub
+from patchsweep.sweeps.api import sweep
 
 
 def main(arguments: list[str]) -> int:

@@ -15,7 +15,7 @@ STARTS_ANEW = "nothing was kept, so the same command starts anew"
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and has stopped between two bundles of units."""
+    """The run was asked to stop, and has stopped between two work items of units."""
 
 
 class Stopper:

@@ -10,21 +10,21 @@ import xarray as xr
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from patchsweep.api import prepare_runner
-from patchsweep.attributes import attributes
 from patchsweep.cli.again import HELP, run_again, said_by
 from patchsweep.cli.console import stdout
 from patchsweep.cli.parser import Parser, at_least
 from patchsweep.errors import ConfigError
-from patchsweep.means import check_means
-from patchsweep.planner import SitePlan
-from patchsweep.selection import TOLERANCE
+from patchsweep.runners.select import TOLERANCE
+from patchsweep.spec.planner import SitePlan
 from patchsweep.store import Store
-from patchsweep.store.check import check_store
+from patchsweep.store.attributes import attributes
 from patchsweep.store.contents import printable
 from patchsweep.store.layout import Unit
 from patchsweep.store.status import EXIT_COMPLETE, EXIT_INCOMPLETE
 from patchsweep.store.survey import Survey
+from patchsweep.store.verify import check_store
+from patchsweep.sweeps.api import prepare_runner
+from patchsweep.sweeps.means import check_means
 
 EXIT_PROBLEMS = 4  # files are damaged, or values differ
 N_CELLS = 24

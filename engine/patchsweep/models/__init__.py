@@ -1,6 +1,6 @@
 """Models by name: embedded, tiny random, GGUF files, local folders, Hugging Face."""
 
-from patchsweep.models.load import load_model, sketch_model
+from patchsweep.models.load import load_model, meta_model
 from patchsweep.models.tiny import TINY_FAMILIES
 
-__all__ = ["TINY_FAMILIES", "load_model", "sketch_model"]
+__all__ = ["TINY_FAMILIES", "load_model", "meta_model"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from patchsweep.errors import ModelError
-from patchsweep.models.places import Placement
+from patchsweep.models.device_map import Placement
 
 log = logging.getLogger("patchsweep")
 # what NVIDIA's kernel module shows of itself, whether torch can use it or not

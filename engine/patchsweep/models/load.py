@@ -12,15 +12,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from patchsweep.arguments import true_or_false
 from patchsweep.errors import ModelError
+from patchsweep.models.bundled import BUNDLED, bundled_folder
 from patchsweep.models.device import choose_device
-from patchsweep.models.embedded import EMBEDDED, embedded_folder
+from patchsweep.models.device_map import DeviceMap, MaxMemory, Placement, as_placement
 from patchsweep.models.gguf import dequantised_folder
-from patchsweep.models.homes import is_offloaded, main_device
-from patchsweep.models.pages import forget_after_use
-from patchsweep.models.places import DeviceMap, MaxMemory, Placement, as_placement
+from patchsweep.models.meta import meta_bridge
+from patchsweep.models.offload import is_offloaded, main_device
+from patchsweep.models.page_cache import forget_after_use
 from patchsweep.models.quantised import casts_attention
 from patchsweep.models.settle import settle
-from patchsweep.models.sketch import sketch_bridge
 from patchsweep.models.tiny import TINY_FAMILIES, tiny_model
 from patchsweep.models.wrapping import check_same, compare_wrapping, logits_of, prompts_of
 
@@ -64,7 +64,7 @@ def load_model(
     return _load(name, device, dtype, placement, revision, trust_remote_code, weights=True)
 
 
-def sketch_model(
+def meta_model(
     name: str,
     *,
     device: str | None = None,
@@ -131,8 +131,8 @@ def _tiny(
 
 def _source_of(name: str) -> str:
     """The folder or Hugging Face name that `name` means."""
-    if name in EMBEDDED:
-        return str(embedded_folder(name))
+    if name in BUNDLED:
+        return str(bundled_folder(name))
     if name.endswith(".gguf"):
         return str(dequantised_folder(Path(name)))
     if name.startswith((".", "/", "~")) or Path(name).exists():
@@ -192,7 +192,7 @@ def _pretrained(
         # trained with; tokenizers saved by hand often forget to add it
         tokenizer = AutoTokenizer.from_pretrained(source, add_bos_token=True, **common)
         if not weights:
-            bridge = sketch_bridge(
+            bridge = meta_bridge(
                 name,
                 source,
                 tokenizer,
@@ -245,8 +245,8 @@ def as_bridge(name: str, hf_model: PreTrainedModel, tokenizer: Any) -> Transform
 def _offloaded_bridge(
     name: str, hf_model: PreTrainedModel, arguments: dict[str, Any]
 ) -> TransformerBridge:
-    # oneDNN keeps up to 1024 matrix products, about 1 MB each, and every layer of a wave brings new
-    # shapes: memory that such a model's process does not have
+    # oneDNN keeps up to 1024 matrix products, about 1 MB each, and every layer of a packed batch
+    # brings new shapes: memory that such a model's process does not have
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     # of a map with weights elsewhere, the bridge would take the place of the embedding's weights
     # for the device of the tokens, and refuse GPUs; its components work where accelerate's do

@@ -97,7 +97,7 @@ def check_hooks(bridge: TransformerBridge) -> None:
     if cast is not None:
         raise ConfigError(
             f"the weights behind block {cast[0]}'s attention are {cast[1]}, to which the bridge "
-            "casts what attention gives, so its hooks cannot run this model; use runner=wave"
+            "casts what attention gives, so its hooks cannot run this model; use runner=packed"
         )
 
 

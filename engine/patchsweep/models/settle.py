@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.tokens import declares_start
+from patchsweep.data.tokenize import declares_start
 
 
 def settle(bridge: TransformerBridge, device: torch.device | str | None) -> TransformerBridge:

@@ -17,8 +17,8 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from patchsweep.models.homes import named_weights
-from patchsweep.models.pages import extent_of
+from patchsweep.models.offload import named_weights
+from patchsweep.models.page_cache import extent_of
 
 CHUNK_BYTES = 1 << 24  # hashed by one thread
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

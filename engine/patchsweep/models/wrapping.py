@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.errors import ModelError
-from patchsweep.models.homes import device_of
+from patchsweep.models.offload import device_of
 
 LENGTHS = (5, 8)
 # largest change of a position's logits, relative to their spread, that rounding may explain:

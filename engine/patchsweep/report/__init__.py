@@ -12,8 +12,8 @@ import xarray as xr
 from patchsweep.errors import ConfigError, StoreError
 from patchsweep.report.page import build_page
 from patchsweep.report.tables import read_journal
+from patchsweep.store.backends.credentials import scrub
 from patchsweep.store.contents import told
-from patchsweep.store.credentials import scrub
 from patchsweep.store.dataset import open_store
 
 __all__ = ["write_report"]

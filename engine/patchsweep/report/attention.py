@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from patchsweep.attention import RankedHead, ranked_heads
-from patchsweep.attributes import attributes
+from patchsweep.analyses.attention import RankedHead, ranked_heads
 from patchsweep.report.figure import BLUES, RED_BLUE
 from patchsweep.report.html import count, esc, number, percent, plural, token_html, visible
 from patchsweep.report.shell import page, resource, section
+from patchsweep.store.attributes import attributes
 
 N_PAIRS = 8
 """Pairs whose maps are on the page, as far as they stay within `MAP_BYTES`."""
@@ -21,7 +21,7 @@ MAP_BYTES = 6 * 2**20
 
 
 def build(ds: xr.Dataset) -> str:
-    """The whole page of what `patchsweep.attention.attention` gave."""
+    """The whole page of what `patchsweep.analyses.attention.attention` gave."""
     model = str(attributes(ds)["provenance"]["model"]).rpartition("/")[2]
     metrics = [str(name) for name in ds["metric"].values]
     n_shown = _n_shown(ds)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-from patchsweep import summary
+from patchsweep.results import accessor as summary
 
 MAX_UNITS = 128
 """Above this many heads or neurons the map shows positions instead of them."""

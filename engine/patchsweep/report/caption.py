@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from patchsweep import summary
 from patchsweep.report.axes import DIM_WORDS, Axes
 from patchsweep.report.html import count, esc, number, percent, plural, token_html
 from patchsweep.report.views import View
+from patchsweep.results import accessor as summary
 
 _NAMED = 4  # cells, or places, that are listed one by one
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from patchsweep.attributes import attributes
 from patchsweep.report import question
 from patchsweep.report.figure import RED_BLUE, SERIES, figure, figure_scripts, plain
 from patchsweep.report.graph import Drawn, draw_graph
@@ -17,6 +16,7 @@ from patchsweep.report.html import count, esc, number, percent, plural
 from patchsweep.report.shell import page, section
 from patchsweep.report.tables import provenance_table
 from patchsweep.report.views import choose_views
+from patchsweep.store.attributes import attributes
 
 FAITHFUL = 0.8  # the smallest circuit that does this share of the metric is drawn
 N_DRAWN = 60  # edges that one picture holds

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-from patchsweep import summary
-from patchsweep.compare import Agreement, Measure, at, compare, thresholds
 from patchsweep.report.html import count, esc, number, plural
+from patchsweep.results import accessor as summary
+from patchsweep.results.compare import Agreement, Measure, at, compare, thresholds
 
 __all__ = ["Panel", "compare_panels", "thresholds"]
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-from patchsweep.attributes import attributes
 from patchsweep.report import question
 from patchsweep.report.graph import Drawn, draw_graph
 from patchsweep.report.html import count, esc, number, plural, token_html, visible
 from patchsweep.report.shell import page, section
 from patchsweep.report.tables import provenance_table
 from patchsweep.report.views import choose_views
+from patchsweep.store.attributes import attributes
 
 N_DRAWN = 40
 N_LISTED = 40  # rows of the table that are not behind a fold

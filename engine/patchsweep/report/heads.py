@@ -11,13 +11,13 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from patchsweep.attributes import attributes
 from patchsweep.report import question
 from patchsweep.report.figure import RED_BLUE, SERIES
 from patchsweep.report.html import count, esc, number, plural
 from patchsweep.report.shell import page, section
 from patchsweep.report.tables import provenance_table
 from patchsweep.report.views import choose_views
+from patchsweep.store.attributes import attributes
 
 N_LISTED = 12  # heads of a class in its row
 N_HEADS = 30  # rows of the table of single heads

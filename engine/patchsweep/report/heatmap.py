@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-from patchsweep import summary
 from patchsweep.report import caption
 from patchsweep.report.axes import Axes, lay_out
 from patchsweep.report.html import count, esc
 from patchsweep.report.views import View
+from patchsweep.results import accessor as summary
 
 USUAL = 0.99
 """Beyond the natural scale, colours end at twice this quantile of the sizes shown."""

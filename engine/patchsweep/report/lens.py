@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from patchsweep.attributes import attributes
-from patchsweep.report import lens_findings
+from patchsweep.analyses.logit_lens import findings as lens_findings
+from patchsweep.analyses.logit_lens.findings import Place, Removal
 from patchsweep.report.figure import SERIES, figure, figure_scripts, plain
 from patchsweep.report.html import esc, number, plural, token_html, visible
-from patchsweep.report.lens_findings import Place, Removal
 from patchsweep.report.question import behind_means
 from patchsweep.report.shell import page, resource, section
 from patchsweep.report.tables import provenance_table
+from patchsweep.store.attributes import attributes
 
 MAX_PAIRS = 12
 """Pairs of which the page holds the grid; the mean of the rest would say no words."""

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import xarray as xr
 from plotly.offline import get_plotlyjs
 
-from patchsweep import summary
 from patchsweep.errors import StoreError
 from patchsweep.report import comparison, question
 from patchsweep.report.heatmap import Figure, draw_site
@@ -23,6 +22,7 @@ from patchsweep.report.tables import (
     totals,
 )
 from patchsweep.report.views import View, choose_views, has_source
+from patchsweep.results import accessor as summary
 
 _WIDE = 30  # columns from which a map takes the page's whole width
 

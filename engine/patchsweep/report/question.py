@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from patchsweep import summary
-from patchsweep.attributes import attributes
 from patchsweep.report.html import count, esc, number, percent, plural, token_html
 from patchsweep.report.views import View, has_source
+from patchsweep.results import accessor as summary
+from patchsweep.store.attributes import attributes
 
 N_SHOWN = 3
 """Pairs whose prompts are printed beside the mean."""

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import xarray as xr
 
-from patchsweep import summary
-from patchsweep.attributes import attributes
 from patchsweep.report.html import count, esc, number, plural, token_html
 from patchsweep.report.views import View
-from patchsweep.rounding import NOISE, bf16_error, noise_of
+from patchsweep.results import accessor as summary
+from patchsweep.results.rounding import NOISE, bf16_error, noise_of
 from patchsweep.store import journal
+from patchsweep.store.attributes import attributes
 from patchsweep.store.difference import DIGEST, IDENTITY
 
 N_LARGEST = 8

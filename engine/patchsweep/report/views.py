@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import xarray as xr
 
-from patchsweep import summary
 from patchsweep.report.html import visible
+from patchsweep.results import accessor as summary
 
 MAX_PAIRS = 64
 """Up to this many pairs, each can be chosen in the page."""

@@ -19,9 +19,9 @@ from typing import Any
 import zarr
 
 from patchsweep.errors import DamagedError, PatchsweepError, StoreError
-from patchsweep.store.credentials import scrub
+from patchsweep.store.backends.base import Folder
+from patchsweep.store.backends.credentials import scrub
 from patchsweep.store.digest import digest_of
-from patchsweep.store.folder import Folder
 from patchsweep.store.layout import (
     COMPLETE,
     DIGESTS,

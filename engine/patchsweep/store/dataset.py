@@ -14,10 +14,10 @@ from xarray.backends import BackendArray
 from xarray.core import indexing
 
 from patchsweep.errors import StoreError
-from patchsweep.store.address import open_folder
+from patchsweep.store.backends.address import open_folder
+from patchsweep.store.backends.base import Folder
 from patchsweep.store.contents import Contents, damaged, read_contents
 from patchsweep.store.digest import SEAL_BYTES, seal
-from patchsweep.store.folder import Folder
 from patchsweep.store.layout import FIXED, FORMAT_KEY, Variable, fixed_key, references_key
 from patchsweep.store.shard import ShardForm
 

@@ -1,7 +1,7 @@
 """What differs between two runs: the first difference of their identities or attributes, in words.
 
-An identity (see `patchsweep.identity`) is a tree of JSON under the attribute `identity`. Results
-that have one are never taken for results without one, nor for those of a function without a
+An identity (see `patchsweep.sweeps.identity`) is a tree of JSON under the attribute `identity`.
+Results that have one are never taken for results without one, nor for those of a function without a
 version: equal descriptions say nothing about such functions.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from patchsweep.attributes import attributes
+from patchsweep.store.attributes import attributes
 
 IDENTITY = "identity"  # the attribute that holds it
 DIGEST = "digest"  # its key that holds one hash of all the others

@@ -25,10 +25,10 @@ from pathlib import Path
 from types import TracebackType, UnionType
 from typing import Any, Self
 
-from patchsweep.store.address import open_folder
-from patchsweep.store.credentials import scrub
+from patchsweep.store.backends.address import open_folder
+from patchsweep.store.backends.credentials import scrub
+from patchsweep.store.backends.process import process_name
 from patchsweep.store.layout import Unit
-from patchsweep.store.process import process_name
 
 PUT_EVERY_S = 5.0
 
@@ -69,7 +69,7 @@ class Journal:
         )
 
     def warning(self, text: str) -> None:
-        """Record what people should know of, such as a halved wave or the first NaN."""
+        """Record what people should know of, such as a halved packed batch or the first NaN."""
         self.record(WARNING, text=text)
 
     def finished(self) -> None:

@@ -24,7 +24,7 @@ from zarr.buffer.cpu import Buffer
 from zarr.codecs import ZstdCodec
 from zarr.storage import MemoryStore
 
-from patchsweep.attributes import flat_attributes
+from patchsweep.store.attributes import flat_attributes
 from patchsweep.store.difference import attribute_differences, differ, differences
 from patchsweep.store.digest import SEAL_BYTES, digest_of
 

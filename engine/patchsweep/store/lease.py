@@ -5,8 +5,8 @@ They lie beside the store, in `<store>.leases`:
 - `units/<unit>@<generation>` names the owner of a unit. It is made exclusively: on a local disk
   by linking, on object stores by a conditional put where they have one.
 - `owners/<owner>` is an owner's heartbeat. The loop that does the work puts it, with another
-  content each time, at most every quarter of `EXPIRY_S` (see `patchsweep.heartbeat`): a process
-  that hangs gives no sign, although its threads may live.
+  content each time, at most every quarter of `EXPIRY_S` (see `patchsweep.models.heartbeat`): a
+  process that hangs gives no sign, although its threads may live.
 
 An owner is dead if its process has certainly ended, if it has no heartbeat, or if this process has
 seen the same heartbeat for `EXPIRY_S` by its own monotonic clock. No clocks are compared, so that
@@ -32,8 +32,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from patchsweep.errors import StoreError
-from patchsweep.store.folder import PARTIAL, Folder
-from patchsweep.store.process import is_gone, process_name
+from patchsweep.store.backends.base import PARTIAL, Folder
+from patchsweep.store.backends.process import is_gone, process_name
 
 EXPIRY_S = 120.0
 _OWNER = re.compile(r"[\w.-]+~[0-9a-f]+")  # a process name, and a random part

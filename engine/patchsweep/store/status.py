@@ -13,10 +13,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from patchsweep.store.backends.process import is_gone
 from patchsweep.store.contents import printable
 from patchsweep.store.journal import FINISHED, INTERRUPTED, UNIT, WARNING, read_journal
 from patchsweep.store.lease import process_of, read_leases
-from patchsweep.store.process import is_gone
 from patchsweep.store.store import Store
 
 EXIT_COMPLETE = 0  # every unit is done

@@ -22,14 +22,14 @@ from typing import Any, Self
 import numpy as np
 import xarray as xr
 
-from patchsweep.attributes import attributes
 from patchsweep.errors import DamagedError, StoreError
-from patchsweep.store.address import open_folder
+from patchsweep.store.attributes import attributes
+from patchsweep.store.backends.address import open_folder
+from patchsweep.store.backends.base import Folder
 from patchsweep.store.contents import KIND, ROOT, Contents, digests_of, read_contents, read_root
 from patchsweep.store.dataset import dataset_of
 from patchsweep.store.difference import attribute_differences
 from patchsweep.store.digest import digest_of, seal
-from patchsweep.store.folder import Folder
 from patchsweep.store.layout import (
     COMPLETE,
     FIXED,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from patchsweep.store.backends.base import NOT_A_FILE, Folder
 from patchsweep.store.contents import Contents
 from patchsweep.store.digest import SEAL_BYTES, seal, sealed_size
-from patchsweep.store.folder import NOT_A_FILE, Folder
 from patchsweep.store.layout import (
     FIXED,
     PROGRESS,

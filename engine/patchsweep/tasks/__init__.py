@@ -12,8 +12,8 @@ from typing import Any
 
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import PromptError
-from patchsweep.pairs import PromptPairs
 from patchsweep.tasks.addition import ADDITION
 from patchsweep.tasks.base import Task, load_pairs
 from patchsweep.tasks.check import TaskCheck, check_pairs

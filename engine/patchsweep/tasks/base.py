@@ -13,10 +13,10 @@ from typing import Any
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.arguments import check_bridge, whole_number
+from patchsweep.data.pairs import PromptPair, PromptPairs, UnfitPair, tokenise_pair
+from patchsweep.data.records import CharSpan, PromptRecord
+from patchsweep.data.tokenize import token_ids
 from patchsweep.errors import PromptError
-from patchsweep.pairs import PromptPair, PromptPairs, UnfitPair, tokenise_pair
-from patchsweep.records import CharSpan, PromptRecord
-from patchsweep.tokens import token_ids
 
 Draw = Callable[[random.Random], PromptRecord]  # one record from one random state
 

@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.models.homes import device_of
-from patchsweep.pairs import PromptPair, PromptPairs
-from patchsweep.running import runs_model
+from patchsweep.data.pairs import PromptPair, PromptPairs
+from patchsweep.models.offload import device_of
+from patchsweep.models.running import runs_model
 from patchsweep.tasks.base import Task, load_pairs
 
 _ROWS = 8  # prompts at once: their logits over the whole vocabulary must fit

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.records import PromptRecord
+from patchsweep.data.records import PromptRecord
 from patchsweep.tasks.base import Draw, Task, compose, end_of, one_of
 
 

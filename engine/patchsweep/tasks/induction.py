@@ -8,10 +8,10 @@ import re
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.arguments import whole_number
+from patchsweep.data.records import CharSpan, PromptRecord
+from patchsweep.data.tokenize import token_strings
 from patchsweep.errors import PromptError
-from patchsweep.records import CharSpan, PromptRecord
 from patchsweep.tasks.base import Draw, Task, end_of
-from patchsweep.tokens import token_strings
 
 _WORD = re.compile(r" [a-z]{3,8}")
 _N_WORDS = 2000  # the first of the vocabulary: byte-pair tokenizers learn common words first

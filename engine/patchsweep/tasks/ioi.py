@@ -6,7 +6,7 @@ import random
 
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.records import PromptRecord
+from patchsweep.data.records import PromptRecord
 from patchsweep.tasks.base import Draw, Task, after, compose, end_of, one_of, words
 
 _SOURCE = (
@@ -53,7 +53,7 @@ NAMES = words(
 )
 PLACES = words(
     """
-    store garden restaurant school hospital office house station park library shops beach
+    store garden restaurant school hospital office house streamed module park library shops beach
     market museum church farm
     """
 )

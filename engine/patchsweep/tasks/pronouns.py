@@ -6,7 +6,7 @@ import random
 
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.records import PromptRecord
+from patchsweep.data.records import PromptRecord
 from patchsweep.tasks.base import Draw, Task, compose, end_of, words
 
 TEMPLATES = (

@@ -1,8 +1,8 @@
 """`transformer_lens.patching`, faster: `import patchsweep.transformer_lens as patching`.
 
 Everything that `transformer_lens.patching` offers, with the same signatures and results. The
-`get_act_patch_*` functions over layers, positions and heads run in waves; direct path patching
-and patch setters of the user's own are TransformerLens's unchanged.
+`get_act_patch_*` functions over layers, positions and heads run in packed batches; direct path
+patching and patch setters of the user's own are TransformerLens's unchanged.
 """
 
 from __future__ import annotations
@@ -74,30 +74,30 @@ __all__ = [
 ]
 
 
-def _in_waves(theirs: partial[Any]) -> partial[Any]:
+def _packed(theirs: partial[Any]) -> partial[Any]:
     """The same sweep (setter, activation, axes, docstring), by our `generic_activation_patch`."""
     ours = partial(generic_activation_patch, **theirs.keywords)
     ours.__doc__ = theirs.__doc__
     return ours
 
 
-get_act_patch_resid_pre = _in_waves(tl.get_act_patch_resid_pre)
-get_act_patch_resid_mid = _in_waves(tl.get_act_patch_resid_mid)
-get_act_patch_attn_out = _in_waves(tl.get_act_patch_attn_out)
-get_act_patch_mlp_out = _in_waves(tl.get_act_patch_mlp_out)
-get_act_patch_attn_head_out_by_pos = _in_waves(tl.get_act_patch_attn_head_out_by_pos)
-get_act_patch_attn_head_q_by_pos = _in_waves(tl.get_act_patch_attn_head_q_by_pos)
-get_act_patch_attn_head_k_by_pos = _in_waves(tl.get_act_patch_attn_head_k_by_pos)
-get_act_patch_attn_head_v_by_pos = _in_waves(tl.get_act_patch_attn_head_v_by_pos)
-get_act_patch_attn_head_pattern_by_pos = _in_waves(tl.get_act_patch_attn_head_pattern_by_pos)
-get_act_patch_attn_head_pattern_dest_src_pos = _in_waves(
+get_act_patch_resid_pre = _packed(tl.get_act_patch_resid_pre)
+get_act_patch_resid_mid = _packed(tl.get_act_patch_resid_mid)
+get_act_patch_attn_out = _packed(tl.get_act_patch_attn_out)
+get_act_patch_mlp_out = _packed(tl.get_act_patch_mlp_out)
+get_act_patch_attn_head_out_by_pos = _packed(tl.get_act_patch_attn_head_out_by_pos)
+get_act_patch_attn_head_q_by_pos = _packed(tl.get_act_patch_attn_head_q_by_pos)
+get_act_patch_attn_head_k_by_pos = _packed(tl.get_act_patch_attn_head_k_by_pos)
+get_act_patch_attn_head_v_by_pos = _packed(tl.get_act_patch_attn_head_v_by_pos)
+get_act_patch_attn_head_pattern_by_pos = _packed(tl.get_act_patch_attn_head_pattern_by_pos)
+get_act_patch_attn_head_pattern_dest_src_pos = _packed(
     tl.get_act_patch_attn_head_pattern_dest_src_pos
 )
-get_act_patch_attn_head_out_all_pos = _in_waves(tl.get_act_patch_attn_head_out_all_pos)
-get_act_patch_attn_head_q_all_pos = _in_waves(tl.get_act_patch_attn_head_q_all_pos)
-get_act_patch_attn_head_k_all_pos = _in_waves(tl.get_act_patch_attn_head_k_all_pos)
-get_act_patch_attn_head_v_all_pos = _in_waves(tl.get_act_patch_attn_head_v_all_pos)
-get_act_patch_attn_head_pattern_all_pos = _in_waves(tl.get_act_patch_attn_head_pattern_all_pos)
+get_act_patch_attn_head_out_all_pos = _packed(tl.get_act_patch_attn_head_out_all_pos)
+get_act_patch_attn_head_q_all_pos = _packed(tl.get_act_patch_attn_head_q_all_pos)
+get_act_patch_attn_head_k_all_pos = _packed(tl.get_act_patch_attn_head_k_all_pos)
+get_act_patch_attn_head_v_all_pos = _packed(tl.get_act_patch_attn_head_v_all_pos)
+get_act_patch_attn_head_pattern_all_pos = _packed(tl.get_act_patch_attn_head_pattern_all_pos)
 
 _HEAD_TYPES = ("out", "q", "k", "v", "pattern")
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformer_lens import patching as tl
 from transformer_lens.utilities import get_act_name
 
-from patchsweep.planner import Bools, Ints
-from patchsweep.sites import SITES, Site
-from patchsweep.waves import Unsupported
+from patchsweep.forward.unwrapped import Unsupported
+from patchsweep.spec.planner import Bools, Ints
+from patchsweep.spec.sites import SITES, Site
 
 # what the columns of `index_df` mean to each of TransformerLens's patch setters
 COLUMNS: dict[Callable[..., Tensor], tuple[str, ...]] = {

@@ -1,4 +1,4 @@
-"""`generic_activation_patch` of TransformerLens, with the patched runs made in waves."""
+"""`generic_activation_patch` of TransformerLens, with the patched runs made in packed batches."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from transformer_lens.ActivationCache import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.arguments import check_bridge
-from patchsweep.arithmetic import autocast_devices
 from patchsweep.errors import ConfigError, MetricError, PlanError
-from patchsweep.models.homes import device_of
-from patchsweep.running import alone, training_module, users_hooks
+from patchsweep.forward.unwrapped import Unsupported
+from patchsweep.models.arithmetic import autocast_devices
+from patchsweep.models.offload import device_of
+from patchsweep.models.running import alone, training_module, users_hooks
 from patchsweep.transformer_lens.cells import Cells, differing, live_rows, make_cells
-from patchsweep.transformer_lens.stand_in import StandIn
-from patchsweep.transformer_lens.waves import CellWaves
-from patchsweep.waves import Unsupported
+from patchsweep.transformer_lens.packed import PackedCells
+from patchsweep.transformer_lens.precomputed import PrecomputedModel
 
-# sweeps of so few cells are done before waves are set up
+# sweeps of so few cells are done before packed batches are set up
 FEW_CELLS = 4
 N_PROBES = 3
 # difference in logits that rounding may explain, as a share of the largest logit (13 units in its
@@ -54,8 +54,8 @@ def generic_activation_patch(
 
     TransformerLens's own function runs the sweep: it builds the index, calls the metric on full
     logits `[batch, pos, d_vocab]`, reduces, and raises the errors. Only its forward passes are
-    taken over: those of TransformerLens's own patch setters run in waves. Anything else runs in
-    its own loop; for a built-in sweep a warning then says why.
+    taken over: those of TransformerLens's own patch setters run in packed batches. Anything else
+    runs in its own loop; for a built-in sweep a warning then says why.
 
     Raises:
         PatchsweepError: an argument is not of the kind that it has to be; nothing has run then.
@@ -71,7 +71,7 @@ def generic_activation_patch(
         "baseline": baseline,
     }
     with alone(model):
-        runs: TransformerBridge | StandIn = model
+        runs: TransformerBridge | PrecomputedModel = model
         try:
             cells = _cells(
                 model, corrupted_tokens, patch_setter, activation_name, index_axis_names, index_df
@@ -80,8 +80,8 @@ def generic_activation_patch(
         except Unsupported as error:
             if error.reason:
                 warnings.warn(
-                    f"{activation_name} is patched by TransformerLens's own loop, not in waves: "
-                    f"{error.reason}",
+                    f"{activation_name} is patched by TransformerLens's own loop, not in packed "
+                    f"batches: {error.reason}",
                     stacklevel=2,
                 )
         return tl.generic_activation_patch(
@@ -162,7 +162,7 @@ def _stand_in(
     clean_cache: ActivationCache,
     setter: Setter,
     cells: Cells,
-) -> StandIn:
+) -> PrecomputedModel:
     """What knows the logits of all cells, some of them checked against the bridge.
 
     Raises:
@@ -186,18 +186,18 @@ def _stand_in(
     differs = {layer: differing(base[layer], clean[layer], cells) for layer in names}
     rows = live_rows(cells, differs)
     if not len(rows):
-        return StandIn(model, base_logits, None, len(cells))
+        return PrecomputedModel(model, base_logits, None, len(cells))
     tolerance = max(1e-3, ROUNDING.get(base_logits.dtype, 0.0) * float(base_logits.abs().max()))
     try:
         # a tensor that needs a gradient is copied before it is patched: what reads the original
         # goes on reading it
-        waves = CellWaves(model, tokens, cells, rows, base, clean, in_place=not needs_grad)
-        for where, part in waves.base_logits():
+        batches = PackedCells(model, tokens, cells, rows, base, clean, in_place=not needs_grad)
+        for where, part in batches.base_logits():
             expected = base_logits.flatten(0, 1)[torch.from_numpy(where).to(tokens.device)]
             _agree(part, expected, tolerance, "the unpatched run")
         live = np.unique(rows.cell)
         chosen = live[np.linspace(0, len(live) - 1, N_PROBES).astype(np.int64)]
-        for cell, changed in zip(chosen.tolist(), waves.suffixes(chosen.tolist()), strict=True):
+        for cell, changed in zip(chosen.tolist(), batches.suffixes(chosen.tolist()), strict=True):
             hook = _hook(setter, _index(cells, cell), clean[int(cells.layer[cell])])
             name = names[int(cells.layer[cell])]
             patched = model.run_with_hooks(tokens, fwd_hooks=[(name, hook)]).detach()
@@ -207,7 +207,7 @@ def _stand_in(
         raise
     except Exception as error:  # an architecture whose blocks cannot be replayed
         raise Unsupported(f"{type(error).__name__}: {error}") from error
-    return StandIn(model, base_logits, waves, len(cells))
+    return PrecomputedModel(model, base_logits, batches, len(cells))
 
 
 def _base_run(

@@ -1,0 +1,1 @@
+"""Analyses on top of sweeps and attribution, one package each."""

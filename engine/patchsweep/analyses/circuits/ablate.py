@@ -1,0 +1,315 @@
+"""Runs with everything outside a circuit ablated; a row is one circuit on one pair.
+
+Nodes: outside the circuit a head's z and an MLP's output take the ablated value, at every
+position. Edges: every reader sees a stream of its own,
+
+    in_v = sum of what its senders write, those of removed edges as ablated
+
+so that a sender reaches some readers as it is in this run and others as it is when ablated. What
+attention's heads of one layer write passes their norm together where there is one (Gemma 2 and
+3, OLMo 2), as that reader sees them. Then a circuit that has all edges of some nodes and no
+others equals the circuit of these nodes.
+
+All rows go through each block of the model at once, from the first position that can differ.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from patchsweep.analyses.circuits.edge_batch import EdgeBatch
+from patchsweep.analyses.circuits.nodes import Reader
+from patchsweep.forward.blockwise import Part
+from patchsweep.forward.capture import watch
+from patchsweep.forward.site_locations import resolve_site
+from patchsweep.forward.unembed import Unembed
+from patchsweep.forward.unwrapped import HookLocation
+from patchsweep.spec.sites import SITES
+
+# what the rows that travel together write stays within this many bytes
+ROW_BYTES = 512 * 2**20
+
+Kind = Literal["q", "k", "v", "mlp"]
+# from a head's write to the stream: nothing between, a factor, or a norm over all heads together
+Way = Literal["as it is", "linear", "normed"]
+
+
+@torch.no_grad()
+def run_nodes(
+    edge_batch: EdgeBatch, keep: Bool[Tensor, "row node"], pair: Int[Tensor, " row"]
+) -> Float[Tensor, "metric row"]:
+    """The metrics of runs on `pair` in which the nodes that are not kept are ablated.
+
+    Nodes stand in the order of `Nodes.senders` without embed, which every circuit keeps.
+    """
+    width = edge_batch.base.resid[0][0, edge_batch.start :].numel()
+    # the stream, q, k, v, z and what the MLP makes of it
+    size = max(1, ROW_BYTES // (4 * 16 * width))
+    ablation = _Nodes(edge_batch)
+    parts = [
+        _score(edge_batch, ablation.run(keep[rows], pair[rows]), pair[rows])
+        for rows in _chunks(len(pair), size)
+    ]
+    return torch.cat(parts, dim=1)
+
+
+@torch.no_grad()
+def run_edges(
+    edge_batch: EdgeBatch, keep: Bool[Tensor, "row sender reader"], pair: Int[Tensor, " row"]
+) -> Float[Tensor, "metric row"]:
+    """The metrics of runs on `pair` in which the edges that are not kept are ablated."""
+    width = edge_batch.base.resid[0][0].numel()
+    nodes = edge_batch.nodes
+    n_readers = nodes.n_heads + 2 * nodes.n_kv_heads
+    size = max(1, ROW_BYTES // (4 * width * (len(nodes.senders) + 8 * n_readers)))
+    ablated = _Ablated(edge_batch)
+    parts = []
+    for rows in _chunks(len(pair), size):
+        final = _Edges(ablated, keep[rows], pair[rows]).run()
+        parts.append(_score(edge_batch, final, pair[rows]))
+    return torch.cat(parts, dim=1)
+
+
+def _chunks(n: int, size: int) -> list[slice]:
+    return [slice(first, first + size) for first in range(0, n, size)]
+
+
+def _score(
+    edge_batch: EdgeBatch, final: Float[Tensor, "row pos d_model"], pair: Tensor
+) -> Float[Tensor, "metric row"]:
+    """The metrics of runs that end in the residual `final`, from the start on."""
+    unembed = Unembed(edge_batch.blocks.unwrapped)
+    reads = [read - edge_batch.start for read in edge_batch.batch.reads]
+    parts = []
+    for rows in unembed.chunks(len(final), len(reads)):
+        logits = unembed.logits(final[rows][:, reads].flatten(0, 1)).float()
+        parts.append(edge_batch.score(logits.unflatten(0, (-1, len(reads))), pair[rows]))
+    return torch.cat(parts, dim=1)
+
+
+class _Nodes:
+    """What node circuits of one scene share."""
+
+    def __init__(self, edge_batch: EdgeBatch) -> None:
+        self.edge_batch = edge_batch
+        self.z_points = _z_points(edge_batch)
+        every = torch.arange(edge_batch.base.n_pairs, device=edge_batch.batch.base.device)
+        # An ablated MLP gives what it gave in the source run, so that a norm behind it, if any,
+        # is passed as there; what the ablated value is beyond that is added where it is linear.
+        self.beyond = []
+        for layer, change in enumerate(edge_batch.changes.mlp):
+            source, base = (
+                run.part(layer, "mlp_out") for run in (edge_batch.source, edge_batch.base)
+            )
+            rest = base + change - source
+            self.beyond.append(
+                edge_batch.blocks.push(layer, "mlp_out", rest, edge_batch.base, every)
+            )
+
+    def run(self, keep: Bool[Tensor, "row node"], pair: Tensor) -> Float[Tensor, "row pos d_model"]:
+        """The final residual of every row, from the start on."""
+        edge_batch, start = self.edge_batch, self.edge_batch.start
+        n_heads = edge_batch.nodes.n_heads
+        by_layer = keep.unflatten(1, (edge_batch.nodes.n_layers, n_heads + 1))
+        x = edge_batch.base.resid[0][pair, start:]
+        for layer in range(edge_batch.nodes.n_layers):
+            heads, gone = by_layer[:, layer, :n_heads], ~by_layer[:, layer, n_heads]
+            new_z = (edge_batch.base.z[layer] + edge_batch.changes.z[layer])[pair, start:]
+
+            def put(z: Tensor, heads: Tensor = heads, new_z: Tensor = new_z) -> Tensor:
+                own = z.reshape(*new_z.shape[:2], n_heads, -1)
+                mixed = torch.where(heads[:, None, :, None], own, new_z.view_as(own))
+                return mixed.reshape(z.shape)
+
+            def replace(kind: Kind, y: Tensor, layer: int = layer, gone: Tensor = gone) -> None:
+                if kind == "mlp":
+                    y[gone] = edge_batch.source.part(layer, "mlp")[pair[gone], start:]
+
+            with watch(self.z_points[layer], put):
+                x = edge_batch.blocks.run(layer, x, edge_batch.base, pair, start, replace)
+            x = x + gone[:, None, None] * self.beyond[layer][pair, start:]
+        return x
+
+
+class _Ablated:
+    """What edge circuits of one scene share: the stream when every sender is ablated.
+
+    It is summed up from what the ablated parts write, not from the base run by subtraction: a
+    norm makes anything large of the rounding that would be left of a stream of zeros.
+    """
+
+    def __init__(self, edge_batch: EdgeBatch) -> None:
+        self.edge_batch = edge_batch
+        self.z_points = _z_points(edge_batch)
+        blocks, nodes, base, changes = (
+            edge_batch.blocks,
+            edge_batch.nodes,
+            edge_batch.base,
+            edge_batch.changes,
+        )
+        self.ways = [_way_of(edge_batch, layer) for layer in range(nodes.n_layers)]
+        self.normed = [layer for layer, way in enumerate(self.ways) if way == "normed"]
+        every = torch.arange(base.n_pairs, device=base.resid[0].device)
+        own = slice(edge_batch.start, None)
+        self.embed = changes.embed[:, own].float()  # what the embeddings lose, with a minus
+        self.z = [(z + dz)[:, own] for z, dz in zip(base.z, changes.z, strict=True)]
+        self.attn: list[Float[Tensor, "pair pos d_model"]] = []  # per layer, before a norm of it
+        self.mlp: list[Float[Tensor, "pair pos d_model"]] = []  # per layer, what the stream gains
+        # entering each block, and before its MLP; of layers in `normed` without attention's part
+        self.entering = [(base.resid[0] + changes.embed)[:, own].float()]
+        self.between: list[Float[Tensor, "pair pos d_model"]] = []
+        for layer in range(nodes.n_layers):
+            self.attn.append(blocks.attention_of(layer, self.z[layer]))
+            between = self.entering[-1]
+            if layer not in self.normed:
+                between = between + self.written(layer, "attn", self.attn[layer], every)
+            mlp = (base.part(layer, "mlp_out") + changes.mlp[layer])[:, own]
+            self.mlp.append(self.written(layer, "mlp_out", mlp, every))
+            self.between.append(between)
+            self.entering.append(between + self.mlp[layer])
+
+    def written(
+        self, layer: int, part: Part, value: Float[Tensor, "row pos d_model"], pair: Tensor
+    ) -> Float[Tensor, "row pos d_model"]:
+        """What the stream gains when a part of the block gives `value`; row i is of `pair[i]`."""
+        base, start = self.edge_batch.base, self.edge_batch.start
+        value = value.to(base.resid[0])
+        return self.edge_batch.blocks.writes(layer, {part: value}, base, pair, start).float()
+
+    def stream(self, reader: Reader) -> Float[Tensor, "pair pos d_model"]:
+        """What `reader` sees when every sender is ablated, but for heads of layers in `normed`."""
+        if reader.kind == "mlp" and not self.edge_batch.nodes.parallel[reader.layer]:
+            return self.between[reader.layer]
+        return self.entering[reader.layer]
+
+    def heads(self, layer: int) -> slice:
+        """The senders that are heads of `layer`."""
+        first = 1 + layer * (self.edge_batch.nodes.n_heads + 1)
+        return slice(first, first + self.edge_batch.nodes.n_heads)
+
+
+class _Edges:
+    """Rows of edge circuits on their way through the blocks."""
+
+    def __init__(
+        self, ablated: _Ablated, keep: Bool[Tensor, "row sender reader"], pair: Tensor
+    ) -> None:
+        self.ablated, self.edge_batch, self.pair = ablated, ablated.edge_batch, pair
+        self.keep = keep.to(ablated.embed)
+        # per sender what it writes in this row, less what it writes when ablated
+        n_senders = len(self.edge_batch.nodes.senders)
+        self.more = ablated.embed.new_zeros(len(pair), n_senders, *ablated.embed.shape[1:])
+        self.more[:, 0] = -ablated.embed[pair]
+        # the same before the norm, of heads that pass one together
+        self.gained: dict[int, Float[Tensor, "row head pos d_model"]] = {}
+
+    def run(self) -> Float[Tensor, "row pos d_model"]:
+        """The final residual of every row as the logits see it, from the start on."""
+        for layer in range(self.edge_batch.nodes.n_layers):
+            self._attention(layer)
+            self._mlp(layer)
+        last = len(self.edge_batch.nodes.readers) - 1
+        return self._seen(slice(last, last + 1))[:, 0]
+
+    def _seen(self, readers: slice) -> Float[Tensor, "row reader pos d_model"]:
+        """The stream that each of these readers of one layer sees."""
+        edge_batch, ablated, pair = self.edge_batch, self.ablated, self.pair
+        reader = edge_batch.nodes.readers[readers.start]
+        n_seen = edge_batch.nodes.n_seen(reader)
+        removed = ablated.stream(reader)
+        kept = self.keep[:, :n_seen, readers].transpose(1, 2) @ self.more[:, :n_seen].flatten(2)
+        seen = removed[pair].unsqueeze(1) + kept.unflatten(-1, removed.shape[1:])
+        rows = pair.repeat_interleave(seen.shape[1])
+        for layer in ablated.normed:
+            heads = ablated.heads(layer)
+            if heads.stop > n_seen:
+                break
+            own = self.keep[:, heads, readers].transpose(1, 2) @ self.gained[layer].flatten(2)
+            attn = ablated.attn[layer][pair].unsqueeze(1) + own.unflatten(-1, removed.shape[1:])
+            seen += ablated.written(layer, "attn", attn.flatten(0, 1), rows).view_as(seen)
+        return seen.to(edge_batch.base.resid[0])
+
+    def _attention(self, layer: int) -> None:
+        """Attention of `layer`, each of its q, k and v from a stream of its own."""
+        edge_batch, pair, start = self.edge_batch, self.pair, self.edge_batch.start
+        n_heads, n_kv = edge_batch.nodes.n_heads, edge_batch.nodes.n_kv_heads
+        readers = edge_batch.nodes.of_layer(layer)
+        n_readers = n_heads + 2 * n_kv
+        x = self._seen(slice(readers.start, readers.start + n_readers))
+        rows = pair.repeat_interleave(n_readers)
+        qkv = edge_batch.blocks.qkv_of(layer, x.flatten(0, 1), edge_batch.base, rows, start)
+        # reader i is head i among those of its kind
+        own = {}
+        first = 0
+        for kind, every in zip(("q", "k", "v"), qkv, strict=True):
+            head = torch.arange(every.shape[1], device=x.device)
+            own[kind] = every.unflatten(0, (len(pair), n_readers))[:, first + head, head]
+            first += len(head)
+        change = self._z(layer, own) - self.ablated.z[layer][pair]
+        gained = edge_batch.blocks.head_writes(layer, change, n_heads)
+        way = self.ablated.ways[layer]
+        if way == "normed":
+            self.gained[layer] = gained.transpose(0, 1).float()
+            return
+        if way == "linear":
+            flat, rows = gained.flatten(0, 1), pair.repeat(n_heads)
+            written = self.ablated.written(layer, "attn", flat, rows)
+            gained = (written - self.ablated.written(layer, "attn", 0 * flat, rows)).view_as(gained)
+        self.more[:, self.ablated.heads(layer)] = gained.transpose(0, 1).float()
+
+    def _z(self, layer: int, own: dict[str, Tensor]) -> Float[Tensor, "row pos width"]:
+        """What attention makes of these q, k and v `[row, head, pos, d]`."""
+        edge_batch, pair, start = self.edge_batch, self.pair, self.edge_batch.start
+        x = edge_batch.base.resid[layer][pair, start:]
+        seen: list[Tensor] = []
+
+        def stop(z: Tensor) -> None:
+            seen.append(z.reshape(*x.shape[:2], -1))
+            raise _Seen
+
+        def replace(kind: Kind, value: Tensor) -> None:
+            value.copy_(own[kind])
+
+        with watch(self.ablated.z_points[layer], stop), suppress(_Seen):
+            edge_batch.blocks.run(layer, x, edge_batch.base, pair, start, replace)
+        return seen[0]
+
+    def _mlp(self, layer: int) -> None:
+        """The MLP of `layer` on the stream that it sees."""
+        edge_batch, pair = self.edge_batch, self.pair
+        reader = edge_batch.nodes.of_layer(layer).stop - 1
+        (seen,) = self._seen(slice(reader, reader + 1)).unbind(1)
+        # attention's part is in the stream already, as far as the MLP sees it
+        nothing: dict[Part, Tensor] = dict.fromkeys(("attn", "attn_out"), torch.zeros_like(seen))
+        y = edge_batch.blocks.mlp_of(
+            layer, seen, edge_batch.base, pair, edge_batch.start, held=nothing
+        )
+        written = self.ablated.written(layer, "mlp", y, pair)
+        self.more[:, self.ablated.heads(layer).stop] = written - self.ablated.mlp[layer][pair]
+
+
+class _Seen(Exception):
+    """All that was wanted of a block has been seen."""
+
+
+def _z_points(edge_batch: EdgeBatch) -> tuple[HookLocation, ...]:
+    return resolve_site(edge_batch.blocks.unwrapped, SITES["z"]).points
+
+
+def _way_of(edge_batch: EdgeBatch, layer: int) -> Way:
+    """How what the heads write reaches the stream, found by sending something along."""
+    # any change that is no multiple of the output itself, which a norm would not see
+    gained = edge_batch.base.part(layer, "attn")[:1].roll(1, dims=-1)
+    first = torch.zeros(1, dtype=torch.long, device=gained.device)
+    once, twice = (
+        edge_batch.blocks.exact_head_writes(layer, factor * gained, edge_batch.base, first)
+        for factor in (1, 2)
+    )
+    if torch.equal(once, gained):
+        return "as it is"
+    return "linear" if torch.equal(2 * once, twice) else "normed"

@@ -1,0 +1,389 @@
+"""Edges of a model on prompt pairs, as xarray datasets: estimated, exact, or screened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.analyses.circuits.eap import check_gradients, eap
+from patchsweep.analyses.circuits.edge_batch import Question, ask, edge_batches, nodes_of
+from patchsweep.analyses.circuits.exact import exact
+from patchsweep.analyses.circuits.nodes import Edge, EdgeLike, Nodes
+from patchsweep.arguments import true_or_false, whole_number
+from patchsweep.data.pairs import PromptPairs
+from patchsweep.errors import PlanError
+from patchsweep.forward.blockwise import frozen
+from patchsweep.models.running import runs_model
+from patchsweep.spec.batch import base_and_source
+from patchsweep.spec.interventions import Direction, Intervention, ValueFn
+from patchsweep.spec.reference import MeansFrom
+from patchsweep.spec.spec import MetricLike, model_shape
+from patchsweep.store.attributes import flat_attributes
+from patchsweep.sweeps.identity import identity_of, question_settings, read_weights
+from patchsweep.sweeps.layout import analysis_attrs
+
+Values = NDArray[np.float32]
+
+_ENDS = ("edge_sender", "edge_reader")
+
+
+@runs_model
+def edges(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    metrics: MetricLike | Sequence[MetricLike] = "logit_diff",
+    *,
+    direction: Direction | None = None,
+    intervention: str | Intervention | float | Tensor | ValueFn = "resample",
+    steps: int | None = None,
+    positions: bool = False,
+    read: int = -1,
+    means_from: MeansFrom = None,
+) -> xr.Dataset:
+    """Edge attribution of every edge: `edge_eap` [metric, pair, sender, reader(, pos)].
+
+    Values are signed estimates of metric(patched) - metric(base), in the metric's unit, NaN
+    where there is no such edge; `base_metric` and `source_metric` stand beside them. Senders are
+    called embed, a3.h2 (head 2 of layer 3) and m5 (the MLP of layer 5); readers a7.h1.q, a7.h1.k
+    and a7.h1.v (for k and v the key-value head), m5 and logits.
+
+    A head's write passes the norm after attention where there is one (Gemma 2 and 3), to first
+    order at the base run. Over all readers a sender's edges sum to its attribution patching
+    estimate (site z, mlp_out, or the first block's input).
+
+    Args:
+        steps: average the gradients at this many nodes between the base and the source prompt's
+            embeddings, which gives `edge_eap_ig`. It is complete at the embeddings alone: other
+            senders' whole changes meet gradients taken along a path that they do not follow.
+        positions: keep the position at which an edge is written and read.
+        means_from: as in `patchsweep.sweep`.
+
+    Raises:
+        PatchsweepError: an argument breaks a rule; the text says which, and what to do.
+        MethodError: the metric has no use for gradients, or the model is not a sum of parts.
+    """
+    question = ask(model, pairs, metrics, direction, intervention, read, means_from)
+    check_gradients(question, steps)
+    true_or_false("positions", positions)
+    attrs = _attrs(question, {"steps": steps, "positions": positions})
+    return _edges(question, steps, positions).assign_attrs(flat_attributes(attrs))
+
+
+@runs_model
+def exact_edges(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    edges: Sequence[EdgeLike],
+    metrics: MetricLike | Sequence[MetricLike] = "logit_diff",
+    *,
+    direction: Direction | None = None,
+    intervention: str | Intervention | float | Tensor | ValueFn = "resample",
+    positions: bool = False,
+    read: int = -1,
+    means_from: MeansFrom = None,
+) -> xr.Dataset:
+    """Exact patches of `edges`: `edge` [metric, pair, chosen(, pos)], the raw patched metric.
+
+    The reader alone gets its base input plus what the sender's change adds to the stream, at all
+    positions; nothing else changes but what follows from that. The coordinates `edge_sender` and
+    `edge_reader` name the ends; `edge - base_metric` compares with the estimates of `edges`.
+
+    An edge may have a position of its own: of `("a3.h2", "a7.h1.q", 16)` or `"m5->logits@16"` the
+    reader sees the change at that position alone, and `edge_pos` stands beside the ends.
+
+    Args:
+        positions: run every edge at every position by itself; NaN beyond a pair's length.
+        means_from: as in `patchsweep.sweep`.
+
+    Raises:
+        PlanError: there is no edge, or no such edge; `edges` names one twice, or gives some of
+            them a position and others none.
+        PatchsweepError: another argument breaks a rule.
+    """
+    question = ask(model, pairs, metrics, direction, intervention, read, means_from)
+    chosen = _chosen(nodes_of(model), edges, _length(question))
+    true_or_false("positions", positions)
+    attrs = _attrs(question, {"edges": list(map(str, chosen)), "positions": positions})
+    if not positions:
+        return _exact(question, chosen).assign_attrs(flat_attributes(attrs))
+    if chosen[0].pos is not None:
+        raise PlanError(
+            f"edge {edges[0]!r} has a position of its own, and positions=True runs each edge at "
+            "every position; leave one of them out"
+        )
+    every = [replace(edge, pos=pos) for edge in chosen for pos in range(_length(question))]
+    found = _exact(question, every)
+    ends = {name: ("chosen", found[name].values[:: _length(question)]) for name in _ENDS}
+    dims = ("metric", "pair", "chosen", "pos")
+    values = found["edge"].values.reshape(*found["base_metric"].shape, len(chosen), -1)
+    return (
+        found.drop_dims("chosen")
+        .assign_coords(ends)
+        .assign(edge=(dims, values, found["edge"].attrs))
+        .assign_attrs(flat_attributes({**attrs, "positions": True}))
+    )
+
+
+@runs_model
+def screen_edges(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    metrics: MetricLike | Sequence[MetricLike] = "logit_diff",
+    *,
+    top: int = 200,
+    direction: Direction | None = None,
+    intervention: str | Intervention | float | Tensor | ValueFn = "resample",
+    steps: int | None = None,
+    positions: bool = False,
+    read: int = -1,
+    means_from: MeansFrom = None,
+    config: Mapping[str, Any] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> xr.Dataset:
+    """Estimates rank all edges, exact patches verify the foremost `top`.
+
+    They are ranked by their mean |estimate| over the pairs for the first metric; ties go to the
+    earlier edge. The dataset holds `edge_eap` of all edges (see `edges`) and `edge` of the chosen,
+    in the order of their rank (see `exact_edges`), with `edge_estimate` [metric, pair, chosen]
+    beside it.
+
+    Args:
+        positions: rank and verify edges at single positions, counted from the start; a pair that
+            is too short for one counts as 0. The coordinate `edge_pos` names the positions.
+        config: what a command line was told, kept in the provenance.
+        means_from: as in `patchsweep.sweep`.
+        progress: is told of each stage as it begins: "estimates", then "exact".
+
+    Raises:
+        PlanError: `top` is less than one or more than there are edges.
+        PatchsweepError: another argument breaks a rule.
+    """
+    question = ask(model, pairs, metrics, direction, intervention, read, means_from)
+    check_gradients(question, steps)
+    nodes = nodes_of(model)
+    most = nodes.n_edges * (_length(question) if positions else 1)
+    whole_number("top", top, least=1, most=most)
+    true_or_false("positions", positions)
+    attrs = _attrs(question, {"steps": steps, "positions": positions, "top": top}, config)
+    tell = progress or (lambda stage: None)
+    tell("estimates")
+    scores = _edges(question, steps, positions)
+    tell("exact")
+    name = _name(steps)
+    values = scores[name].values
+    ranked = _foremost(values[0], top)
+    at = np.unravel_index(ranked, values.shape[2:])
+    labels = [
+        [x.item() if dim == "pos" else str(x) for x in scores[dim].values[i]]
+        for dim, i in zip(("sender", "reader", "pos"), at, strict=False)
+    ]
+    verified = _exact(question, [nodes.edge(ends) for ends in zip(*labels, strict=True)])
+    dims = ("metric", "pair", "chosen")
+    estimate = values.reshape(*values.shape[:2], -1)[:, :, ranked]
+    both = {"edge_estimate": (dims, estimate), name: scores[name]}
+    method = f"screen:{scores.attrs['method']}"
+    told = {"method": method, "positions": positions, "steps": steps, "top": top}
+    return verified.assign(both).assign_attrs(flat_attributes({**attrs, **told}))
+
+
+def describe(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    metrics: MetricLike | Sequence[MetricLike] = "logit_diff",
+    *,
+    top: int = 200,
+    direction: Direction | None = None,
+    intervention: str | Intervention | float | Tensor | ValueFn = "resample",
+    steps: int | None = None,
+    positions: bool = False,
+    read: int = -1,
+    means_from: MeansFrom = None,
+    config: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Attributes by which a store knows what `screen_edges` gives for these; runs nothing.
+
+    Raises:
+        PatchsweepError: an argument breaks a rule.
+    """
+    question = ask(model, pairs, metrics, direction, intervention, read, means_from)
+    settings = {"steps": steps, "positions": positions, "top": top}
+    read_weights(model)
+    return _attrs(question, settings, config)
+
+
+def _attrs(
+    question: Question,
+    settings: Mapping[str, Any],
+    config: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    identity = identity_of(
+        "edges",
+        question.bridge,
+        question.pairs,
+        {**question_settings(question), **settings},
+    )
+    return analysis_attrs(question.bridge, identity, config)
+
+
+def _foremost(scores: Values, top: int) -> NDArray[np.intp]:
+    """The largest by mean |score| over the first axis, the pairs'; indices of the rest, flat."""
+    known = np.isfinite(scores).any(axis=0)
+    mean = np.nansum(np.abs(scores), axis=0, dtype=np.float64) / len(scores)
+    strength = np.where(known, mean, -1.0)
+    # parallel blocks have fewer edges than were counted beforehand; a stable order, so that ties
+    # go to the earlier edge on every machine
+    return np.argsort(-strength, axis=None, kind="stable")[: min(top, int(known.sum()))]
+
+
+def _edges(question: Question, steps: int | None, positions: bool) -> xr.Dataset:
+    found: dict[tuple[int, ...], tuple[Values, ...]] = {}
+    with frozen(question.bridge):
+        for edge_batch in edge_batches(question, gradient=steps is None):
+            nodes = edge_batch.nodes
+            values = eap(edge_batch, steps=steps, positions=positions).cpu().numpy()
+            found[edge_batch.batch.pairs] = (values, *_references(edge_batch))
+    dims = ["metric", "pair", "sender", "reader", *(["pos"] if positions else [])]
+    coords: dict[str, Any] = {
+        "sender": _strings([str(sender) for sender in nodes.senders]),
+        "reader": _strings([str(reader) for reader in nodes.readers]),
+        "sender_layer": ("sender", [sender.layer for sender in nodes.senders]),
+        "reader_layer": ("reader", [reader.layer for reader in nodes.readers]),
+    }
+    words = {"long_name": "estimate of metric(patched) - metric(base) of an edge"}
+    attrs = {"method": _name(steps)[5:], "positions": positions, "steps": steps}
+    return _dataset(question, _name(steps), dims, found, coords, words, attrs)
+
+
+def _exact(question: Question, chosen: Sequence[Edge]) -> xr.Dataset:
+    found: dict[tuple[int, ...], tuple[Values, ...]] = {}
+    with frozen(question.bridge):
+        for edge_batch in edge_batches(question):
+            checked = [edge_batch.nodes.edge(edge) for edge in chosen]  # parallel blocks have fewer
+            values = exact(edge_batch, checked).cpu().numpy()
+            found[edge_batch.batch.pairs] = (values, *_references(edge_batch))
+    positions = chosen[0].pos is not None
+    ends = ([getattr(edge, name) for edge in chosen] for name in ("sender", "reader"))
+    coords: dict[str, Any] = {
+        name: ("chosen", _strings([str(end) for end in column]))
+        for name, column in zip(_ENDS, ends, strict=True)
+    }
+    if positions:
+        coords["edge_pos"] = ("chosen", np.array([edge.pos for edge in chosen]))
+    words = {"long_name": "metric with one edge patched"}
+    attrs = {"method": "exact", "positions": positions}
+    return _dataset(question, "edge", ["metric", "pair", "chosen"], found, coords, words, attrs)
+
+
+def _references(edge_batch: Any) -> tuple[Values, Values]:
+    base, source = edge_batch.references()
+    return base.cpu().numpy(), source.cpu().numpy()
+
+
+def _dataset(
+    question: Question,
+    name: str,
+    dims: list[str],
+    found: dict[tuple[int, ...], tuple[Values, ...]],
+    coords: dict[str, Any],
+    words: dict[str, str],
+    attrs: dict[str, Any],
+) -> xr.Dataset:
+    n_metrics, n_pairs = len(question.metrics), len(question.pairs)
+    shape = list(next(iter(found.values()))[0].shape)
+    shape[1] = n_pairs
+    if "pos" in dims:
+        shape[-1] = max(values.shape[-1] for values, *_ in found.values())
+    cells = np.full(shape, np.nan, np.float32)
+    references = np.full((2, n_metrics, n_pairs), np.nan, np.float32)
+    for members, (values, *both) in found.items():
+        which = list(members)
+        if "pos" in dims:
+            cells[:, which, ..., : values.shape[-1]] = values
+        else:
+            cells[:, which] = values
+        references[:, :, which] = both
+    return xr.Dataset(
+        {
+            name: (dims, cells, words),
+            "base_metric": (("metric", "pair"), references[0]),
+            "source_metric": (("metric", "pair"), references[1]),
+        },
+        coords={
+            "metric": _strings([metric.name for metric in question.metrics]),
+            "metric_unit": ("metric", _strings([metric.unit for metric in question.metrics])),
+            "pair": np.arange(n_pairs),
+            "answer": ("pair", _strings([pair.answer_text for pair in question.pairs])),
+            "wrong_answer": ("pair", _strings([pair.wrong_answer_text for pair in question.pairs])),
+            **_tokens(question),
+            **coords,
+        },
+        attrs=flat_attributes(
+            {
+                **attrs,
+                "direction": question.direction,
+                "intervention": question.intervention.name,
+                **question.means_attrs(),
+                "read": question.read,
+                "n_heads": model_shape(question.bridge).n_heads,
+                "n_kv_heads": model_shape(question.bridge).n_kv_heads,
+            }
+        ),
+    )
+
+
+def _tokens(question: Question) -> dict[str, Any]:
+    """The tokens of both runs, position by position; "" beyond a prompt's end."""
+    tokenizer: Any = question.bridge.tokenizer
+    runs = [base_and_source(pair, question.direction) for pair in question.pairs]
+    width = max(len(base) for base, _ in runs)
+    coords: dict[str, Any] = {"pos": np.arange(width)}
+    for name, which in (("base_token", 0), ("source_token", 1)):
+        table = [[tokenizer.decode([i]) for i in run[which]] for run in runs]
+        coords[name] = (
+            ("pair", "pos"),
+            _strings([[*row, *[""] * (width - len(row))] for row in table]),
+        )
+    return coords
+
+
+def _strings(values: Any) -> NDArray[Any]:
+    return np.array(values, dtype=object)
+
+
+def _name(steps: int | None) -> str:
+    return "edge_eap" if steps is None else "edge_eap_ig"
+
+
+def _length(question: Question) -> int:
+    """Positions of the longest pair, forced answer tokens included."""
+    return max(len(base_and_source(pair, question.direction)[0]) for pair in question.pairs)
+
+
+def _chosen(nodes: Nodes, given: Sequence[EdgeLike], length: int) -> list[Edge]:
+    """The edges given, as far as their labels tell whether there are such edges."""
+    if isinstance(given, str) or not isinstance(given, Sequence) or not given:
+        raise PlanError(
+            f"edges={given!r} is no list of edges; write [('a3.h2', 'a7.h1.q'), 'm5->logits']"
+        )
+    chosen = [nodes.edge(edge) for edge in given]
+    names = [str(edge) for edge in chosen]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise PlanError(f"edges names {twice} twice; name each edge once")
+    if len({edge.pos is None for edge in chosen}) > 1:
+        raise PlanError(
+            "some edges have a position and others have none; give all of them one, or none"
+        )
+    late = next((edge for edge in chosen if edge.pos is not None and edge.pos >= length), None)
+    if late is not None:
+        raise PlanError(
+            f"edge {late}: the longest prompt has {length} tokens; use positions 0..{length - 1}"
+        )
+    return chosen

@@ -1,0 +1,226 @@
+"""Circuits as results: which ones are run, and their metrics as an xarray dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from patchsweep.analyses.circuits.edge_batch import Question
+from patchsweep.analyses.circuits.faithfulness import fraction, undefined
+from patchsweep.analyses.circuits.nodes import Nodes
+from patchsweep.analyses.circuits.scores import Level
+from patchsweep.analyses.circuits.selection import (
+    RankBy,
+    Sizes,
+    areas,
+    connected,
+    rank_greedy,
+    rank_top,
+    sizes_of,
+    strength_of,
+)
+from patchsweep.store.attributes import flat_attributes
+
+Growth = Literal["top", "greedy"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which circuits are run."""
+
+    nodes: Nodes
+    level: Level
+    growth: Growth
+    rank_by: RankBy
+    sizes: Sizes
+    scores: NDArray[np.float32]  # [node] or [sender, reader]; NaN: no such edge
+    ranks: NDArray[np.int32]  # likewise; -1: no such edge
+
+    @property
+    def circuits(self) -> NDArray[np.bool_]:
+        """[size, ...] what belongs to the circuit of each size."""
+        counts = np.array(self.sizes.counts).reshape(-1, *[1] * self.ranks.ndim)
+        return (self.ranks >= 0) & (self.ranks < counts)
+
+    @cached_property
+    def rows(self) -> NDArray[np.bool_]:
+        """[row, ...] what is kept in each run: the circuits, their complements, nothing, all.
+
+        Of edges only those on a way from embed to the logits, as MIB has it: what reaches a node
+        by no kept edge is not what the circuit computes.
+        """
+        circuits = self.circuits
+        every = np.broadcast_to(self.ranks >= 0, circuits.shape)
+        both = [circuits, every & ~circuits, np.zeros_like(circuits[:1]), every[:1]]
+        rows = np.concatenate(both)
+        return connected(self.nodes, rows) if self.level == "edges" else rows
+
+    @cached_property
+    def runs(self) -> tuple[NDArray[np.bool_], NDArray[np.intp]]:
+        """The different ones of `rows`, and where among them each of `rows` is found.
+
+        Small circuits are often alike: none of their edges lies on a whole way.
+        """
+        different, where = np.unique(self.rows, axis=0, return_inverse=True)
+        return different, where.ravel()
+
+
+def make_plan(
+    nodes: Nodes,
+    level: Level,
+    growth: Growth,
+    rank_by: RankBy,
+    sizes: Sequence[float] | None,
+    scores: NDArray[np.float32],
+) -> Plan:
+    strength = strength_of(scores, rank_by)
+    ranks = rank_greedy(nodes, strength) if growth == "greedy" else rank_top(strength)
+    chosen = sizes_of(sizes, int((ranks >= 0).sum()), level)
+    return Plan(nodes, level, growth, rank_by, chosen, scores, ranks)
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The metrics of one batch."""
+
+    circuit: NDArray[np.float32]  # [metric, pair, size]
+    complement: NDArray[np.float32]  # [metric, pair, size]
+    empty: NDArray[np.float32]  # [metric, pair]
+    base: NDArray[np.float32]  # [metric, pair]
+    source: NDArray[np.float32]  # [metric, pair]
+    whole: NDArray[np.float32]  # [metric, pair] the model taken apart, nothing ablated
+
+
+def circuit_dataset(
+    question: Question,
+    plan: Plan,
+    found: dict[tuple[int, ...], Runs],
+    method: str,
+    attrs: Mapping[str, Any],
+) -> xr.Dataset:
+    n_metrics, n_pairs = len(question.metrics), len(question.pairs)
+    raw = {
+        "circuit_metric": np.full((n_metrics, n_pairs, len(plan.sizes.counts)), np.nan, np.float32)
+    }
+    raw["complement_metric"] = raw["circuit_metric"].copy()
+    for name in ("empty_metric", "base_metric", "source_metric", "whole"):
+        raw[name] = np.full((n_metrics, n_pairs), np.nan, np.float32)
+    for members, runs in found.items():
+        for values, part in zip(
+            raw.values(),
+            (runs.circuit, runs.complement, runs.empty, runs.base, runs.source, runs.whole),
+            strict=True,
+        ):
+            values[:, list(members)] = part
+    shares = np.array(plan.sizes.shares)
+    names = [metric.name for metric in question.metrics]
+    empty, base = raw["empty_metric"], raw["base_metric"]
+    dtype = next(question.bridge.original_model.parameters()).dtype
+    without = undefined(names, empty, base, raw["whole"], dtype)
+    faithfulness, completeness = (
+        fraction(names, raw[name], empty, base, without)
+        for name in ("circuit_metric", "complement_metric")
+    )
+    both = {
+        name: areas(shares.tolist(), curve.tolist())
+        for name, curve in zip(names, faithfulness, strict=True)
+        if np.isfinite(curve).all()  # attributes are JSON, which has no NaN
+    }
+    curves = {
+        "faithfulness": "share of the metric that the circuit alone keeps",
+        "completeness": "share of the metric that all but the circuit keeps",
+    }
+    dims, coords = _dims(plan)
+    return xr.Dataset(
+        {
+            "faithfulness": (
+                ("metric", "size"), faithfulness, {"long_name": curves["faithfulness"]}
+            ),
+            "completeness": (
+                ("metric", "size"), completeness, {"long_name": curves["completeness"]}
+            ),
+            "circuit_metric": (("metric", "pair", "size"), raw["circuit_metric"]),
+            "complement_metric": (("metric", "pair", "size"), raw["complement_metric"]),
+            **{
+                name: (("metric", "pair"), raw[name])
+                for name in ("empty_metric", "base_metric", "source_metric")
+            },
+            "score": (dims, plan.scores, {"long_name": "what ranked it"}),
+            "rank": (dims, plan.ranks, {"long_name": "the turn at which it joins; -1: no edge"}),
+            **_membership(plan),
+        },
+        coords={
+            "metric": _strings(names),
+            "metric_unit": ("metric", _strings([metric.unit for metric in question.metrics])),
+            "pair": np.arange(n_pairs),
+            "answer": ("pair", _strings([pair.answer_text for pair in question.pairs])),
+            "wrong_answer": ("pair", _strings([pair.wrong_answer_text for pair in question.pairs])),
+            **_tokens(question),
+            "size": shares,
+            "count": ("size", np.array(plan.sizes.counts)),
+            **coords,
+        },
+        attrs=flat_attributes(
+            {
+                **attrs,
+                "level": plan.level,
+                "method": method,
+                "growth": plan.growth,
+                "rank_by": plan.rank_by,
+                "undefined": without,
+                **question.means_attrs(),
+                "direction": question.direction,
+                "intervention": question.intervention.name,
+                "read": question.read,
+                "n_heads": plan.nodes.n_heads,
+                "n_kv_heads": plan.nodes.n_kv_heads,
+                "cpr": {name: cpr for name, (cpr, _) in both.items()},
+                "cmd": {name: cmd for name, (_, cmd) in both.items()},
+            }
+        ),
+    )  # fmt: skip
+
+
+def _dims(plan: Plan) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The dims of scores and ranks, and the coordinates that name them."""
+    senders = plan.nodes.senders
+    if plan.level == "nodes":
+        return ("node",), {
+            "node": _strings([str(node) for node in senders[1:]]),
+            "node_layer": ("node", [node.layer for node in senders[1:]]),
+        }
+    return ("sender", "reader"), {
+        "sender": _strings([str(sender) for sender in senders]),
+        "reader": _strings([str(reader) for reader in plan.nodes.readers]),
+        "sender_layer": ("sender", [sender.layer for sender in senders]),
+        "reader_layer": ("reader", [reader.layer for reader in plan.nodes.readers]),
+    }
+
+
+def _tokens(question: Question) -> dict[str, Any]:
+    """The tokens of the clean and the corrupted prompts; "" beyond a prompt's end."""
+    pairs = question.pairs
+    width = max(len(pair) for pair in pairs)
+    found: dict[str, Any] = {"pos": np.arange(width)}
+    for name, which in (("base_token", "clean_tokens"), ("source_token", "corrupted_tokens")):
+        table = [[*getattr(pair, which), *[""] * (width - len(pair))] for pair in pairs]
+        found[name] = (("pair", "pos"), _strings(table))
+    return found
+
+
+def _membership(plan: Plan) -> dict[str, Any]:
+    if plan.level == "nodes":
+        return {"member": (("size", "node"), plan.circuits)}
+    alive = plan.rows[: len(plan.sizes.counts)].sum(axis=(1, 2))
+    text = "edges of the circuit on a way from embed to the logits"
+    return {"n_connected": (("size",), alive, {"long_name": text})}
+
+
+def _strings(values: Any) -> NDArray[Any]:
+    return np.array(values, dtype=object)

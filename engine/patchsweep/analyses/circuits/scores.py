@@ -1,0 +1,208 @@
+"""What nodes and edges are ranked by, before circuits are made of them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.analyses.circuits.edge_batch import nodes_of
+from patchsweep.analyses.circuits.edges import edges, exact_edges
+from patchsweep.analyses.circuits.nodes import Nodes
+from patchsweep.attribution import IntegratedInputs, Method, get_methods
+from patchsweep.data.pairs import PromptPairs
+from patchsweep.errors import MethodError, PlanError
+from patchsweep.forward.blockwise import Blocks
+from patchsweep.models.running import runs_model
+from patchsweep.spec.interventions import Intervention, ValueFn, get_intervention
+from patchsweep.spec.reference import MeansFrom, with_reference
+from patchsweep.spec.spec import MetricLike
+from patchsweep.sweeps.api import sweep
+from patchsweep.sweeps.estimates import variable_name
+from patchsweep.sweeps.identity import method_identity
+
+Level = Literal["nodes", "edges"]
+Ablation = str | Intervention | float | Tensor | ValueFn
+
+# nodes of the EAP-IG path when it is asked for by its name, as its authors have it
+IG_STEPS = 5
+# what a method of nodes is called for edges
+_OF_EDGES = {
+    "atp": "eap",
+    "eap": "eap",
+    "ig_inputs": "eap_ig",
+    "eap_ig": "eap_ig",
+    "exact": "exact",
+}
+
+
+def method_name(level: Level, method: str | Method) -> str:
+    """The method as the results name it.
+
+    Raises:
+        MethodError: nodes or edges have no such method.
+    """
+    if level == "nodes":
+        if method == "screen":
+            raise MethodError(
+                "method=screen leaves most nodes without an exact effect; use method=exact or "
+                "method=atp"
+            )
+        return method if isinstance(method, str) else method.name
+    if isinstance(method, IntegratedInputs):
+        return "eap_ig"
+    name = method if isinstance(method, str) else method.name
+    if name not in _OF_EDGES:
+        raise MethodError(
+            f"method={name} does not score edges; use eap, eap_ig or exact, or level=nodes"
+        )
+    return _OF_EDGES[name]
+
+
+def method_settings(level: Level, method: str | Method) -> dict[str, Any]:
+    """The method and what it is told, as results record it.
+
+    Raises:
+        MethodError: nodes or edges have no such method.
+    """
+    name = method_name(level, method)
+    if name == "eap_ig":
+        return {name: {"n_steps": _steps(method)}}
+    if level == "edges" or name == "exact":
+        return {name: {}}
+    return {name: method_identity(get_methods([method])[0])}
+
+
+def _steps(method: str | Method) -> int:
+    """Of EAP-IG: its authors' number where it is asked for by their name for it."""
+    if method == "eap_ig":
+        return IG_STEPS
+    return method.n_steps if isinstance(method, IntegratedInputs) else IntegratedInputs().n_steps
+
+
+@runs_model
+def circuit_scores(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    metric: MetricLike = "logit_diff",
+    *,
+    level: Level = "edges",
+    method: str | Method = "atp",
+    ablation: Ablation = "resample",
+    read: int = -1,
+    means_from: MeansFrom = None,
+) -> xr.DataArray:
+    """What circuits are ranked by: [node] or [sender, reader], signed, in the metric's unit.
+
+    The mean over `pairs` of the effect that ablating the node or edge in the clean run has on the
+    metric, estimated or exact; NaN where there is no such edge. Arguments as of `circuit`.
+    """
+    name = method_name(level, method)
+    ablation = with_reference(get_intervention(ablation), means_from, model)
+    if level == "nodes":
+        return _node_scores(model, pairs, metric, method, ablation, read).assign_attrs(method=name)
+    if name == "exact":
+        return _exact_scores(model, pairs, metric, ablation, read)
+    steps = _steps(method) if name == "eap_ig" else None
+    ds = edges(
+        model, pairs, metric, direction="noising", intervention=ablation, steps=steps, read=read
+    )
+    values = ds[f"edge_{name}"].values[0].mean(axis=0)
+    return _edge_array(ds["sender"].values, ds["reader"].values, values, name)
+
+
+def score_values(scores: xr.DataArray, nodes: Nodes, level: Level) -> NDArray[np.float32]:
+    """`scores` in the order of the model's nodes or edges, NaN where there is no edge.
+
+    Raises:
+        PlanError: they are of another level or model, or one is missing.
+    """
+    labels = {"node": [str(sender) for sender in nodes.senders[1:]]}
+    if level == "edges":
+        labels = {
+            "sender": [str(sender) for sender in nodes.senders],
+            "reader": [str(reader) for reader in nodes.readers],
+        }
+    if not isinstance(scores, xr.DataArray):
+        raise PlanError(f"scores={scores!r} must be what circuit_scores gives, a DataArray")
+    if set(scores.dims) != set(labels):
+        raise PlanError(
+            f"scores have the dims {', '.join(map(str, scores.dims))}, and circuits of {level} "
+            f"want {', '.join(labels)}; take them from circuit_scores"
+        )
+    for dim, wanted in labels.items():
+        if sorted(map(str, scores[dim].values)) != sorted(wanted):
+            raise PlanError(
+                f"scores name other {dim}s than this model has; take them from circuit_scores "
+                "with the same model"
+            )
+    values = scores.sel(labels).transpose(*labels).values.astype(np.float32)
+    if level == "edges":
+        values = np.where(nodes.possible, values, np.float32(np.nan))
+    missing = int(np.isnan(values).sum() - (level == "edges") * (~nodes.possible).sum())
+    if missing:
+        raise PlanError(f"{missing} of the scores of {level} are NaN; give each a number")
+    return values
+
+
+def _node_scores(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    metric: MetricLike,
+    method: str | Method,
+    ablation: Ablation,
+    read: int,
+) -> xr.DataArray:
+    ds = sweep(
+        model,
+        pairs,
+        ["z", "mlp_out"],
+        metric,
+        direction="noising",
+        intervention=ablation,
+        positions="all",
+        read=read,
+        method=method,
+    )
+    effects = {}
+    for site in ("z", "mlp_out"):
+        if site in ds:
+            effect = ds[site] - ds["base_metric"]
+        else:
+            effect = ds[variable_name(site, method_name("nodes", method))]
+        effects[site] = effect.isel(metric=0).mean("pair", skipna=False).values
+    by_layer = np.concatenate([effects["z"], effects["mlp_out"][:, None]], axis=1)
+    labels = [str(sender) for sender in nodes_of(model).senders[1:]]
+    return xr.DataArray(by_layer.ravel(), dims="node", coords={"node": _strings(labels)})
+
+
+def _exact_scores(
+    model: TransformerBridge, pairs: PromptPairs, metric: MetricLike, ablation: Ablation, read: int
+) -> xr.DataArray:
+    nodes = nodes_of(model, Blocks(model).parallel())
+    at = np.nonzero(nodes.possible)
+    every = [(str(nodes.senders[u]), str(nodes.readers[v])) for u, v in zip(*at, strict=True)]
+    ds = exact_edges(
+        model, pairs, every, metric, direction="noising", intervention=ablation, read=read
+    )
+    values = np.full(nodes.possible.shape, np.nan, np.float32)
+    values[at] = (ds["edge"] - ds["base_metric"]).values[0].mean(axis=0)
+    senders, readers = ([str(end) for end in ends] for ends in (nodes.senders, nodes.readers))
+    return _edge_array(senders, readers, values, "exact")
+
+
+def _edge_array(senders: Any, readers: Any, values: Any, method: str) -> xr.DataArray:
+    return xr.DataArray(
+        values,
+        dims=("sender", "reader"),
+        coords={"sender": _strings(senders), "reader": _strings(readers)},
+        attrs={"method": method},
+    )
+
+
+def _strings(values: Any) -> NDArray[Any]:
+    return np.array(values, dtype=object)

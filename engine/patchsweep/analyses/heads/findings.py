@@ -1,0 +1,85 @@
+"""How much each ablation disagrees with resample, class by class."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+from patchsweep.analyses.heads.ablations import REFERENCE
+
+ALL = "all"  # beside the classes: every head
+TRAINED = "with_constant"  # and, with optimal ablation, the heads that have a constant
+LEAST = 3  # heads that a rank correlation needs
+
+
+def effects(ds: xr.Dataset) -> xr.DataArray:
+    """ablated - clean, [ablation, metric, pair, layer(, pos), head], in the metric's unit.
+
+    Below zero: without the head the metric is lower, so that the head raises it.
+    """
+    return (ds["ablated"] - ds["base_metric"]).transpose(*ds["ablated"].dims)
+
+
+def disagreement(ds: xr.Dataset) -> xr.Dataset:
+    """Each ablation beside resample, [metric, ablation, table_class]: the classes, `all`, and with
+    optimal ablation `with_constant`, on which all ablations are compared on the same heads.
+
+    `mean_effect`: mean over the heads of a class of their effect, itself the mean over pairs, in
+    the metric's unit. `disagreement`: mean over heads of |effect - resample's effect|.
+    `rank_correlation`: Spearman's between the two effects over the heads; NaN for fewer than
+    three heads, or where all effects are equal. `n_heads` [ablation, table_class]: heads compared,
+    for optimal those that have a constant.
+
+    With positions apart every position of a head counts, and `n_heads` is their number.
+    """
+    mean = (
+        effects(ds).mean("pair", skipna=False).transpose("ablation", "metric", "head", "layer", ...)
+    )
+    values = mean.values.reshape(*mean.shape[:4], -1)  # [ablation, metric, head, layer, cell]
+    member = ds["member"].transpose("head_class", "head", "layer").values
+    names = [*ds["head_class"].values.tolist(), ALL]
+    masks = [*member, np.ones_like(member[0])]
+    if "optimal_loss" in ds:
+        loss = ds["optimal_loss"].isel(training=0).transpose("head", "layer").values
+        names.append(TRAINED)
+        masks.append(np.isfinite(loss))
+    reference = ds["ablation"].values.tolist().index(REFERENCE)
+    n_ablations, n_metrics = values.shape[:2]
+    shape = (n_metrics, n_ablations, len(names))
+    found = {name: np.full(shape, np.nan) for name in _TABLES}
+    n_heads = np.zeros(shape[1:], int)
+    for a in range(n_ablations):
+        for c, mask in enumerate(masks):
+            both = values[a][:, mask].reshape(n_metrics, -1)
+            ours = values[reference][:, mask].reshape(n_metrics, -1)
+            ran = np.isfinite(both).all(axis=0) & np.isfinite(ours).all(axis=0)
+            n_heads[a, c] = ran.sum()
+            for m in range(n_metrics):
+                x, y = both[m, ran], ours[m, ran]
+                if len(x):
+                    found["mean_effect"][m, a, c] = x.mean()
+                    found["disagreement"][m, a, c] = np.abs(x - y).mean()
+                found["rank_correlation"][m, a, c] = spearman(x, y)
+    dims = ("metric", "ablation", "table_class")
+    return xr.Dataset(
+        {
+            **{name: (dims, table.astype(np.float32)) for name, table in found.items()},
+            "n_heads": (dims[1:], n_heads),
+        },
+        coords={
+            "table_class": np.array(names, dtype=object),
+            **{dim: ds[dim] for dim in ("metric", "ablation") if dim in ds.coords},
+        },
+    )
+
+
+_TABLES = ("mean_effect", "disagreement", "rank_correlation")
+
+
+def spearman(x: NDArray[np.floating], y: NDArray[np.floating]) -> float:
+    """Rank correlation; NaN for fewer than three numbers, or if all of one side are equal."""
+    if len(x) < LEAST or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return float("nan")
+    return float(np.corrcoef(rankdata(x), rankdata(y))[0, 1])

@@ -1,0 +1,220 @@
+"""`study`: ablations side by side, classes of heads, and how far the ablations disagree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.analyses.heads.ablations import (
+    ABLATIONS,
+    MEANING,
+    OPTIMAL,
+    Ask,
+    ablate,
+    check_ablations,
+    interventions,
+    prepare,
+)
+from patchsweep.analyses.heads.behaviour import LABELS, PLACES, Behaviour, has_labels
+from patchsweep.analyses.heads.classes import (
+    Thresholds,
+    detected_classes,
+    member_table,
+    task_classes,
+)
+from patchsweep.analyses.heads.findings import disagreement
+from patchsweep.analyses.heads.optimal import OptimalSettings
+from patchsweep.analyses.heads.scores import detect
+from patchsweep.arguments import check_runner, position_axis
+from patchsweep.data.pairs import PromptPairs
+from patchsweep.errors import ConfigError, MethodError
+from patchsweep.models.running import runs_model
+from patchsweep.runners.select import RunnerName
+from patchsweep.spec.metrics import get_metrics
+from patchsweep.spec.reference import MeansFrom, load_reference
+from patchsweep.spec.spec import MetricLike, Positions
+from patchsweep.store.attributes import flat_attributes
+from patchsweep.sweeps.executor import Progress
+from patchsweep.sweeps.identity import identity_of, intervention_words, metric_words, read_weights
+from patchsweep.sweeps.layout import analysis_attrs
+
+KIND = "heads"
+TRAINED = OptimalSettings()
+USUAL = Thresholds()
+
+
+@runs_model
+def study(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    metrics: MetricLike | Sequence[MetricLike] = "logit_diff",
+    *,
+    ablations: Sequence[str] = ABLATIONS,
+    positions: Positions = "all",
+    optimal: OptimalSettings | None = TRAINED,
+    thresholds: Thresholds = USUAL,
+    read: int = -1,
+    means_from: MeansFrom = None,
+    runner: RunnerName = "auto",
+    max_tokens: int | None = None,
+    config: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    stage: Callable[[str], None] | None = None,
+) -> xr.Dataset:
+    """Every head ablated in several ways, its class, and how much the ways disagree.
+
+    `ablated` [ablation, metric, pair, layer, head] is the raw metric of the clean run with one
+    head's z replaced; `base_metric` [metric, pair] that of the clean run and `source_metric` of
+    the corrupted one. `member` [head_class, layer, head] says which head is of which class;
+    `detected` [pattern, layer, head] and, on tasks that label IO, S2 and end, `attention`,
+    `direct`, `direct_without_movers` and `through_queries` are what the classes follow from (see
+    `analyses.heads.classes`). `disagreement`, `rank_correlation`, `mean_effect` [metric, ablation,
+    table_class] and `n_heads` compare each ablation with resample (see `analyses.heads.findings`).
+
+    Args:
+        ablations: of `resample` (needed: the others are compared with it), `mean` (one vector a
+            head: over every position of every clean prompt), `mean_label`, `zero`, `optimal`.
+        positions: `"all"` replaces z at every position at once; indices or labels give each
+            position a patch of its own, and a `pos` dim. Not with optimal.
+        optimal: how constants are trained; None leaves optimal ablation out. With it the metric
+            `kl_base`, which it minimises, is measured too, for all ablations.
+        thresholds: from where on a head counts as one of a class.
+        read, means_from, runner, max_tokens, progress: as in `patchsweep.sweep`. Optimal constants
+            start from the mean over `pairs` in any case.
+        config: what a command line was told, kept in the provenance.
+        stage: told in words what begins.
+
+    Raises:
+        PatchsweepError: an argument breaks a rule; nothing has run then.
+    """
+    if not isinstance(optimal, OptimalSettings | None):
+        raise ConfigError(f"optimal={optimal!r} must be OptimalSettings(...), or None")
+    if not isinstance(thresholds, Thresholds):
+        raise ConfigError(f"thresholds={thresholds!r} must be Thresholds(...)")
+    check_runner(runner, max_tokens)
+    ask = _ask(
+        model, pairs, metrics, ablations, positions, optimal, read, means_from, runner, max_tokens
+    )
+    trainer = prepare(ask)
+    attrs = _attrs(ask, thresholds, config)
+    tell = stage or (lambda words: None)
+    tell("attention on repeated words")
+    scores = detect(model)  # before the sweeps, since it refuses models
+    ds = ablate(ask, trainer, progress, tell)
+    ran = ds.attrs
+    masks = detected_classes(scores, thresholds)
+    measured, reason = xr.Dataset(), ""
+    if has_labels(pairs):
+        try:
+            behaviour = Behaviour(model, pairs, read)
+        except MethodError as error:
+            reason = str(error)
+        else:
+            tell("paths to the logits and to the name movers' queries")
+            found, measured = task_classes(behaviour, thresholds)
+            masks |= found
+            measured = measured.assign_coords(place=np.array(PLACES, dtype=object))
+    else:
+        reason = f"not every pair has the labels {', '.join(LABELS)}"
+    ds = ds.assign(detected=scores, member=member_table(masks))
+    ds = ds.assign({str(name): values for name, values in measured.data_vars.items()})
+    ds = ds.merge(disagreement(ds))
+    ds.attrs = flat_attributes(
+        {**attrs, **ran, "task_classes": reason or "measured", **measured.attrs}
+    )
+    return ds
+
+
+def describe(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    metrics: MetricLike | Sequence[MetricLike] = "logit_diff",
+    *,
+    ablations: Sequence[str] = ABLATIONS,
+    positions: Positions = "all",
+    optimal: OptimalSettings | None = TRAINED,
+    thresholds: Thresholds = USUAL,
+    read: int = -1,
+    means_from: MeansFrom = None,
+    runner: RunnerName = "auto",
+    max_tokens: int | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Attributes by which a store knows what `study` gives for these arguments; runs nothing.
+
+    Raises:
+        PatchsweepError: an argument breaks a rule.
+    """
+    ask = _ask(
+        model, pairs, metrics, ablations, positions, optimal, read, means_from, runner, max_tokens
+    )
+    read_weights(model)
+    return _attrs(ask, thresholds, config)
+
+
+def _ask(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    metrics: MetricLike | Sequence[MetricLike],
+    ablations: Sequence[str],
+    positions: Positions,
+    optimal: OptimalSettings | None,
+    read: int,
+    means_from: MeansFrom,
+    runner: RunnerName,
+    max_tokens: int | None,
+) -> Ask:
+    if positions is not None and not isinstance(positions, str):
+        positions = position_axis(positions)
+    return Ask(
+        model=model,
+        pairs=pairs,
+        metrics=get_metrics(metrics),
+        ablations=check_ablations(ablations, positions, optimal),
+        positions=positions,
+        read=read,
+        runner=runner,
+        max_tokens=max_tokens,
+        optimal=optimal,
+        reference=load_reference(means_from, model),
+    )
+
+
+def _attrs(
+    ask: Ask,
+    thresholds: Thresholds,
+    config: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """The attributes that are known before anything runs: whose study, of what, and how."""
+    more = {
+        "positions": ask.positions if isinstance(ask.positions, str) else _listed(ask.positions),
+        "ablations": {name: MEANING[name] for name in ask.ablations},
+        "optimal": asdict(ask.optimal) if ask.optimal and OPTIMAL in ask.ablations else None,
+        "thresholds": asdict(thresholds),
+    }
+    settings = {
+        "metrics": [metric_words(metric) for metric in ask.metrics],
+        "read": ask.read,
+        **more,
+        "interventions": {
+            name: intervention_words(one) for name, one in interventions(ask).items()
+        },
+        "runner": ask.runner,
+        "max_tokens": ask.max_tokens,
+    }
+    identity = identity_of(KIND, ask.model, ask.pairs, settings)
+    return {
+        **analysis_attrs(ask.model, identity, config),
+        "method": "exact",
+        "direction": "noising",
+        **more,
+    }
+
+
+def _listed(positions: int | Sequence[int | str] | None) -> list[int | str]:
+    return [] if positions is None else list(position_axis(positions))

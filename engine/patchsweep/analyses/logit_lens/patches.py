@@ -1,0 +1,208 @@
+"""Patches of a run that is looked at: what they are, and the hooks that do them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.arguments import is_whole
+from patchsweep.data.pairs import PromptPairs
+from patchsweep.errors import MethodError, PlanError
+from patchsweep.runners.hook_points import Hook, write_units, writing
+from patchsweep.runners.hooked import HookedRunner
+from patchsweep.spec.batch import Batch, clean_prompts
+from patchsweep.spec.interventions import (
+    Direction,
+    Intervention,
+    ValueFn,
+    get_intervention,
+    values_of,
+)
+from patchsweep.spec.reference import means_attrs
+from patchsweep.spec.sites import SITES, Site, get_sites
+from patchsweep.spec.spec import Request, make_request, model_shape
+from patchsweep.sweeps.identity import intervention_words
+
+Sublayer = tuple[Literal["attn", "mlp"], int]
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Values put in place of a run's own, at one place; several act together in one run."""
+
+    site: str  # such as z or mlp_out, see `patchsweep.spec.sites`
+    layer: int | Sequence[int] | None = None  # several: all at once; None: a site of no layer
+    pos: int | str = "all"  # a position, a label of the pairs, or all
+    head: int | Sequence[int] | None = None  # or key head, or neuron of mlp_post; None: all
+    intervention: str | Intervention | float | Tensor | ValueFn = "resample"
+
+    def told(self) -> dict[str, Any]:
+        """The patch as JSON takes it; values of the user's own by their name alone."""
+        given = self.intervention
+        name = given if isinstance(given, str | float | int) else getattr(given, "name", "custom")
+        return {
+            "site": self.site,
+            "layer": _plain(self.layer),
+            "pos": self.pos,
+            "head": _plain(self.head),
+            "intervention": name,
+        }
+
+    def means(self, pairs: PromptPairs) -> dict[str, Any]:
+        """See `reference.means_attrs`."""
+        return means_attrs(get_intervention(self.intervention), pairs, get_sites([self.site]))
+
+    def identity(self) -> dict[str, Any]:
+        """The patch as JSON takes it; values by their content, or by name and version."""
+        values = intervention_words(get_intervention(self.intervention))
+        return {**self.told(), "intervention": values}
+
+
+def removal(model: TransformerBridge, remove: Any) -> Patch:
+    """The patch that zeroes a sublayer's write, after any norm of its own.
+
+    Raises:
+        PlanError: `remove` is no sublayer of the model.
+        MethodError: the model has no hook for it.
+    """
+    n_layers = model_shape(model).n_layers
+    named = isinstance(remove, Sequence) and not isinstance(remove, str) and len(remove) == 2
+    if not named or remove[0] not in ("attn", "mlp"):
+        raise PlanError(
+            f"remove={remove!r} is no sublayer; write ('attn', layer) or ('mlp', layer)"
+        )
+    kind, layer = remove
+    if not is_whole(layer) or not 0 <= layer < n_layers:
+        raise PlanError(f"remove={remove!r}: there is no such layer; use 0..{n_layers - 1}")
+    hook = SITES[f"{kind}_out"].hook_name(layer)
+    if hook not in model.hook_dict:
+        raise MethodError(
+            f"remove={remove!r}: this model has no hook {hook}; choose another sublayer"
+        )
+    return Patch(f"{kind}_out", layer, intervention="zero")
+
+
+class Patching:
+    """Patches of the base runs of `pairs`, checked; `hooks` does them in a batch.
+
+    Resampled values come from the other prompt of the pair. All values are made from unpatched
+    runs, also where one patch lies behind another.
+
+    Raises:
+        PatchsweepError: a patch is not one that the model or the pairs have.
+    """
+
+    def __init__(
+        self,
+        model: TransformerBridge,
+        pairs: PromptPairs,
+        patches: Sequence[Patch],
+        direction: Direction,
+    ) -> None:
+        self.model = model
+        self.requests = [_request(model, pairs, patch, direction) for patch in patches]
+        sites: dict[str, Site] = {s.name: s for request in self.requests for s in request.sites}
+        self.runner = HookedRunner(model, list(sites.values()))
+
+    def prepare(self) -> None:
+        """See that the sites can be patched here, and make what values come from, such as means.
+
+        Raises:
+            SiteError: a hook of a site does nothing in this model.
+        """
+        for request in self.requests:
+            batches = request.batches(range(len(request.pairs)))
+            self.runner.check(batches[0].base[:1])
+            clean = clean_prompts(batches, request.direction)
+            request.intervention.prepare(clean, self.runner.activations)
+
+    def hooks(self, batch: Batch) -> list[Hook]:
+        """Hooks under which a run of `batch.base` is patched."""
+        base = self.runner.activations(batch.base)
+        sources: dict[bool, Mapping[str, Sequence[Tensor]]] = {}
+        found: list[Hook] = []
+        for request in self.requests:
+            (plan,) = request.plans
+            shuffled = request.source_of is not None
+            if shuffled not in sources:
+                (own,) = request.batches(batch.pairs)
+                sources[shuffled] = self.runner.activations(own.source)
+            patches = plan.patches(batch.pairs)  # a shorter prompt may not have the position
+            spans = {
+                batch.local[pair]: slice(start, stop)
+                for pair, start, stop in zip(
+                    plan.pair[patches].tolist(),
+                    plan.start[patches].tolist(),
+                    plan.stop[patches].tolist(),
+                    strict=True,
+                )
+            }
+            units = None if plan.axes.units is None else list(plan.axes.units[0])
+            n_units = 1 if units is None else request.shape.n_units(plan.site)
+            for layer in plan.axes.layers[0]:
+                name = plan.site.name
+                new = values_of(
+                    request.intervention,
+                    plan.site,
+                    layer,
+                    base[name][layer],
+                    sources[shuffled][name][layer],
+                    batch.spans,
+                )
+                write = _write(plan.site, new, spans, units, n_units)
+                found.append(writing(plan.site.hook_name(layer), write))
+        return found
+
+
+def _request(
+    model: TransformerBridge, pairs: PromptPairs, patch: Patch, direction: Direction
+) -> Request:
+    """The patch as a sweep of one patch for each pair."""
+    if not isinstance(patch, Patch):
+        raise PlanError(f"patch={patch!r} is no Patch; write Patch(site='z', layer=3, head=1)")
+    (site,) = get_sites([patch.site])
+    if site.name == "pattern_cell":
+        raise PlanError("a lens patches rows of a pattern, not cells; use site='pattern'")
+    if site.layered and patch.layer is None:
+        raise PlanError(f"a patch of {site.name} needs a layer; give one, such as layer=3")
+    if patch.head is not None and site.unit is None:
+        raise PlanError(f"site {site.name} has no heads; leave head out for it")
+    if not isinstance(patch.pos, str) and not is_whole(patch.pos):
+        raise PlanError(f"pos={patch.pos!r} must be a position, a label of the pairs, or 'all'")
+    units: Any = "all" if patch.head is None else [patch.head]
+    return make_request(
+        model,
+        pairs,
+        patch.site,
+        direction=direction,
+        intervention=patch.intervention,
+        layers=[patch.layer] if patch.layer is not None and site.layered else None,
+        positions="all" if patch.pos == "all" else [patch.pos],
+        heads=None if site.unit == "neuron" else units,
+        neurons=units if site.unit == "neuron" else None,
+    )
+
+
+def _write(
+    site: Site, new: Tensor, spans: Mapping[int, slice], units: list[int] | None, n_units: int
+) -> Callable[[Tensor], None]:
+    """What puts `new` `[pair, pos, width]` into its spans, in the given units alone; of a pattern
+    `[pair, head, dest, src]` the spans are rows `dest`."""
+    which = slice(None) if units is None else units
+
+    def write(x: Tensor) -> None:
+        for row, span in spans.items():
+            if site.is_pattern:
+                x[row, which, span] = new[row, which, span].to(x)
+            else:
+                write_units(x, row, new[row].to(x), span, which, n_units)
+
+    return write
+
+
+def _plain(given: int | Sequence[int] | None) -> int | list[int] | None:
+    return given if given is None or isinstance(given, int) else list(given)

@@ -1,0 +1,86 @@
+"""Which sublayer brings the answer in: each one's write removed, all in packed batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.analyses.logit_lens.compute import Which, base_direction
+from patchsweep.data.pairs import PromptPairs
+from patchsweep.runners.select import RunnerName
+from patchsweep.spec.interventions import Direction
+from patchsweep.store.difference import IDENTITY
+from patchsweep.sweeps.api import sweep
+from patchsweep.sweeps.executor import Progress
+
+SUBLAYERS = ("attn", "mlp")
+METRICS = ("prob", "log_prob", "rank", "logit_diff")
+
+
+def sublayers(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    *,
+    which: Which | None = None,
+    direction: Direction | None = None,
+    runner: RunnerName = "auto",
+    max_tokens: int | None = None,
+    config: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> xr.Dataset:
+    """The model's prediction without each sublayer, one at a time.
+
+    `without` [metric, pair, sublayer, layer] is the metric after the prompt when the write of that
+    sublayer (`attn` or `mlp`) is zeroed at every position and the rest of the run goes on;
+    `whole` [metric, pair] is that of the whole run. Metrics are those of sweeps: `prob`,
+    `log_prob` (nats), `rank` (tokens above the answer) and `logit_diff`; of an answer of several
+    tokens, all tokens count. `without - whole` is negative where the sublayer helps the answer
+    (of a rank: positive).
+
+    One sweep of `attn_out` and `mlp_out` under zero: a row passes only what comes after its
+    sublayer. Arguments are those of `lens` and, for the runner, those of `sweep`.
+
+    Raises:
+        PatchsweepError: an argument breaks a rule, or the model has no such hooks.
+    """
+    towards, prompt = base_direction(which, direction, "noising")
+    ds = sweep(
+        model,
+        pairs,
+        [f"{kind}_out" for kind in SUBLAYERS],
+        list(METRICS),
+        direction=towards,
+        intervention="zero",
+        positions="all",
+        runner=runner,
+        max_tokens=max_tokens,
+        config=config,
+        progress=progress,
+    )
+    without = np.stack([ds[f"{kind}_out"].values for kind in SUBLAYERS], axis=2)
+    return xr.Dataset(
+        {
+            "without": (("metric", "pair", "sublayer", "layer"), without),
+            "whole": (("metric", "pair"), ds["base_metric"].values),
+        },
+        coords={
+            "metric": np.array(METRICS, dtype=object),
+            "pair": ds["pair"].values,
+            "sublayer": np.array(SUBLAYERS, dtype=object),
+            "layer": ds["layer"].values,
+            "answer": ds["answer"],
+            "wrong_answer": ds["wrong_answer"],
+        },
+        attrs={
+            "patchsweep_version": version("patchsweep"),
+            "kind": "lens",
+            "prompt": prompt,
+            IDENTITY: ds.attrs[IDENTITY],  # flat, as it is
+            "provenance": ds.attrs["provenance"],
+        },
+    )

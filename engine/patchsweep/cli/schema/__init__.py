@@ -1,0 +1,1 @@
+"""What each verb is told: dataclasses that Hydra fills from `conf/` and the command line."""

@@ -1,0 +1,35 @@
+"""What `patchsweep edges` is told besides what every run is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from patchsweep.cli.schema.run import AnalysisRun
+from patchsweep.errors import ConfigError
+
+
+@dataclass
+class EdgesRun(AnalysisRun):
+    """One scoring of all edges, and the verification of the foremost."""
+
+    # keys of a sweep that say nothing about edges
+    unused: ClassVar[tuple[str, ...]] = (
+        "sites",
+        "method",
+        "runner",
+        "precision",
+        "compute_dtype",
+        "slice",
+        "n_slices",
+    )
+
+    top: int = 200  # foremost edges that are run exactly
+    positions: bool = False  # rank and run edges at single positions
+    steps: int | None = None  # of integrated gradients; null: the gradient at the base run alone
+
+    def __post_init__(self) -> None:
+        if self.top < 1:
+            raise ConfigError(f"top={self.top} must be at least 1; 200 is usual")
+        if self.steps is not None and self.steps < 1:
+            raise ConfigError(f"steps={self.steps} must be at least 1, or null for plain EAP")

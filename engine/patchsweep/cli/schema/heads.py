@@ -1,0 +1,41 @@
+"""What `patchsweep heads` is told besides what every run is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from patchsweep.analyses.heads.ablations import ABLATIONS, check_ablations
+from patchsweep.analyses.heads.classes import Thresholds
+from patchsweep.analyses.heads.optimal import OptimalSettings
+from patchsweep.cli.schema.run import AnalysisRun
+from patchsweep.errors import ConfigError
+
+
+@dataclass
+class HeadsRun(AnalysisRun):
+    """One study of all heads."""
+
+    # keys of a sweep that say nothing about a study of heads
+    unused: ClassVar[tuple[str, ...]] = (
+        "method",
+        "intervention",
+        "direction",
+        "precision",
+        "compute_dtype",
+        "slice",
+        "n_slices",
+    )
+
+    ablations: list[str] = field(default_factory=lambda: list(ABLATIONS))  # resample among them
+    optimal: OptimalSettings = field(default_factory=OptimalSettings)  # how constants are trained
+    thresholds: Thresholds = field(default_factory=Thresholds)  # of the classes
+
+    def __post_init__(self) -> None:
+        for key in ("layers", "heads", "neurons"):
+            if getattr(self.sites, key) is not None:
+                raise ConfigError(
+                    f"sites.{key}={getattr(self.sites, key)!r}: a study is of all heads; leave it "
+                    "out"
+                )
+        check_ablations(self.ablations, self.sites.positions, self.optimal)

@@ -1,0 +1,443 @@
+"""What a run is told: dataclasses that Hydra fills from `conf/` and from the command line.
+
+Each config group has its dataclasses here. They are registered as `<group>/schema...`, and every
+file of `conf/<group>/` begins with the schema it follows, so that a wrong key or type is refused
+when the config is composed. `OmegaConf.to_object` turns the whole into a `RunConfig` once, at the
+edge (`cli.app`); everything below takes dataclasses.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from hydra.core.config_store import ConfigStore
+from hydra.errors import InstantiationException
+from hydra.utils import get_object, instantiate
+from omegaconf import MISSING, OmegaConf
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.arguments import check_runner, is_whole
+from patchsweep.attribution import IntegratedInputs, IntegratedSite
+from patchsweep.data.pairs import PromptPairs
+from patchsweep.data.records import PromptRecord
+from patchsweep.errors import ConfigError
+from patchsweep.models import load_model, meta_model
+from patchsweep.spec.metrics import Metric
+from patchsweep.spec.spec import MetricLike, Request, make_request
+from patchsweep.sweeps.methods import MethodLike
+from patchsweep.sweeps.screen_settings import Screen
+from patchsweep.tasks import load_task
+
+# what it logs of an object that cannot be imported is in the error that it raises
+logging.getLogger("hydra.utils").disabled = True
+# keys that say where and by whom a run is done, not what it is; they stay out of provenance
+PLACES = ("store", "slice", "n_slices")
+# how much of a machine it may fill: likewise
+ROOM = (("model", "max_memory"), ("model", "offload_folder"), ("runner", "cache_budget"))
+
+
+@dataclass
+class ModelConfig:
+    """Which model, where and in which precision; see `patchsweep.load_model`."""
+
+    name: str = MISSING  # smollm2-135m, tiny:<family>, a Hugging Face name, a folder, a GGUF file
+    device: str | None = None  # such as cuda:1; null: a GPU if there is one
+    dtype: str = "float32"  # float32, bfloat16 or float16
+    device_map: Any = None  # auto and its like, or modules to devices: for big models
+    max_memory: Any = None  # device to bytes that auto may fill, such as {0: 60GiB, cpu: 100GiB}
+    offload_folder: str | None = None  # for weights on disk that cannot stay in the model's files
+    revision: str | None = None  # of a Hugging Face model
+    trust_remote_code: bool = False  # run code from the model's repository
+
+    def load(self) -> TransformerBridge:
+        """The model."""
+        return load_model(**asdict(self))
+
+    def sketch(self) -> TransformerBridge:
+        """The model without its weights, where its architecture allows that: for plans."""
+        return meta_model(**asdict(self))
+
+
+@dataclass
+class TaskConfig:
+    """Where the prompt pairs come from; one of the classes below."""
+
+    def load(self, model: TransformerBridge) -> PromptPairs:
+        """The pairs, in tokens of `model`."""
+        raise ConfigError("a task is needed; give task=<name>, task=jsonl or task=strings")
+
+
+@dataclass
+class BuiltinTask(TaskConfig):
+    """A built-in task: seeded pairs, see `patchsweep task list`."""
+
+    name: str = MISSING
+    n_pairs: int | None = None  # null: the task's own number
+    seed: int = 0  # the same seed gives the same pairs
+    options: dict[str, Any] = field(default_factory=dict)  # the task's own
+
+    def load(self, model: TransformerBridge) -> PromptPairs:
+        return load_task(model, self.name, self.n_pairs, self.seed, **self.options)
+
+
+@dataclass
+class FileTask(TaskConfig):
+    """Pairs from a JSONL file: clean, corrupted, answer, wrong_answer and perhaps labels."""
+
+    path: str = MISSING
+    multi_token: bool = False  # answers may have several tokens
+    prepend_bos: bool | None = None  # start token: null: unless a prompt begins with it
+
+    def load(self, model: TransformerBridge) -> PromptPairs:
+        path = Path(self.path).expanduser()
+        return PromptPairs.from_jsonl(
+            model, path, multi_token=self.multi_token, prepend_bos=self.prepend_bos
+        )
+
+
+@dataclass
+class TextTask(TaskConfig):
+    """One pair, written on the command line."""
+
+    clean: str = MISSING
+    corrupted: str = MISSING
+    answer: str = MISSING  # right after `clean`; one token, its leading space included
+    wrong_answer: str = MISSING  # right after `corrupted`
+    multi_token: bool = False  # answers may have several tokens
+    prepend_bos: bool | None = None  # start token: null: unless a prompt begins with it
+
+    def load(self, model: TransformerBridge) -> PromptPairs:
+        record = PromptRecord(self.clean, self.corrupted, self.answer, self.wrong_answer)
+        return PromptPairs.from_records(
+            model, [record], multi_token=self.multi_token, prepend_bos=self.prepend_bos
+        )
+
+
+@dataclass
+class SitesConfig:
+    """What is patched, and how finely. Lists hold indices, or lists of indices patched together."""
+
+    names: list[str] = MISSING  # such as [resid_pre, z]
+    layers: Any = None  # null: each layer by itself
+    positions: Any = None  # null: each; a list of indices or labels; or all, for one patch over all
+    heads: Any = None  # null: each; or all, for one patch over all heads
+    neurons: Any = None  # of mlp_post: a list, or all
+
+    def __post_init__(self) -> None:
+        for key in ("layers", "positions", "heads", "neurons"):
+            value = getattr(self, key)
+            if value is None or is_whole(value) or (value == "all" and key != "layers"):
+                continue
+            if not isinstance(value, list):
+                wanted = "an index or a list" + (", or all" if key != "layers" else "")
+                raise ConfigError(f"sites.{key}={value!r} must be {wanted}, such as [0,1]")
+            setattr(self, key, [tuple(v) if isinstance(v, list) else v for v in value])
+
+
+@dataclass
+class MethodConfig:
+    """How the effects are found; one of the classes below."""
+
+    def asked(self) -> list[MethodLike]:
+        """What `sweep(method=...)` takes."""
+        raise ConfigError("a method is needed; give method=exact, method=screen or method=atp")
+
+
+@dataclass
+class NamedMethods(MethodConfig):
+    """Exact patches, or attribution methods by their names; several share a store."""
+
+    names: list[str] = MISSING
+
+    def asked(self) -> list[MethodLike]:
+        return list(self.names)
+
+
+@dataclass
+class IntegratedMethod(MethodConfig):
+    """Integrated gradients."""
+
+    over: str = MISSING  # site: over the site's activation; inputs: over the embedding
+    n_steps: int | None = None  # points of the path; null: the method's own number
+
+    def asked(self) -> list[MethodLike]:
+        methods: dict[str, IntegratedSite | IntegratedInputs] = {
+            "site": IntegratedSite(),
+            "inputs": IntegratedInputs(),
+        }
+        if self.over in methods:
+            usual = methods[self.over]
+            return [usual if self.n_steps is None else replace(usual, n_steps=self.n_steps)]
+        raise ConfigError(f"method.over={self.over!r} is not known; use site or inputs")
+
+
+@dataclass
+class ScreenMethod(MethodConfig):
+    """Attribution ranks, the foremost patches run exactly; see `patchsweep.screening.Screen`."""
+
+    by: str = str(Screen.by)  # the method that ranks
+    k: int = Screen.k  # patches of each site that run exactly
+    margin: float | None = Screen.margin  # until the k-th effect is so much above what remains
+    subsets: int = Screen.subsets  # random subsets per pair and site, for the bound; 0: no bound
+    share: float = Screen.share  # of the subsets hold a patch
+    level: float = Screen.level  # of the bound's test
+    seed: int = Screen.seed
+
+    def asked(self) -> list[MethodLike]:
+        return [Screen(**asdict(self))]
+
+
+@dataclass
+class MetricConfig:
+    """Which numbers are read off the logits."""
+
+    # names, or {_target_: module.function, name: peak, version: 1} over [row, read, d_vocab]
+    names: list[Any] = MISSING
+    read: int = -1  # prompt position whose logits are read; -1 is the last
+
+    def metrics(self) -> list[MetricLike]:
+        """What `sweep(metrics=...)` takes.
+
+        Raises:
+            ConfigError: a `_target_` cannot be imported, or is missing.
+        """
+        return [_own(name) if isinstance(name, Mapping) else name for name in self.names]
+
+
+def _own(target: Mapping[str, Any]) -> MetricLike:
+    """A metric of the user's: a function, or an object of a class that is made with arguments.
+
+    `name` and `version` say which one it is; a `Metric` says so itself.
+    """
+    if "_target_" not in target:
+        raise ConfigError(
+            f"metric {dict(target)!r} names no function; give _target_ as module.function"
+        )
+    given = dict(target)
+    name, version = given.pop("name", None), given.pop("version", None)
+    try:
+        if set(given) == {"_target_"}:
+            made = get_object(given["_target_"])
+            made = made() if isinstance(made, type) else made
+        else:
+            made = instantiate(given)
+        if isinstance(made, Metric):
+            return made
+        return Metric.of_logits(
+            made,
+            name=str(name or getattr(made, "__name__", type(made).__name__)),
+            version=None if version is None else str(version),
+            parameters={key: value for key, value in given.items() if key != "_target_"},
+        )
+    except (InstantiationException, ImportError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"metric {dict(target)!r} cannot be made: {error}; give _target_ as module.function, "
+            "on the Python path"
+        ) from error
+
+
+@dataclass
+class StoreConfig:
+    """Where the values go."""
+
+    path: str = MISSING  # a folder or a URL
+    storage_options: dict[str, Any] = field(default_factory=dict)  # for fsspec; no credentials
+
+
+@dataclass
+class RunnerConfig:
+    """What runs the patches."""
+
+    name: str = MISSING  # auto (a probe chooses), packed or hooked
+    max_tokens: int | None = None  # most tokens of one packed batch; null: what suits the machine
+    cache_budget: float | None = None  # bytes of activations in memory; null: a share of the free
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """The budget as a whole number."""
+        return None if self.cache_budget is None else int(self.cache_budget)
+
+    def __post_init__(self) -> None:
+        check_runner(self.name, self.max_tokens, self.cache_budget)
+
+
+@dataclass
+class RunConfig:
+    """One run, whole."""
+
+    model: ModelConfig = MISSING
+    task: TaskConfig = MISSING
+    sites: SitesConfig = MISSING
+    method: MethodConfig = MISSING
+    metric: MetricConfig = MISSING
+    store: StoreConfig = MISSING
+    runner: RunnerConfig = MISSING
+    intervention: str = "resample"  # resample, zero, mean, mean_all, mean_label or shuffle
+    direction: str | None = None  # denoising or noising; null: what suits the intervention
+    means_from: str | None = None  # JSONL of the pairs that means are taken over; null: the task's
+    precision: str = "model"  # model: the weights' dtype; bf16: bf16 products, proven in the run
+    # auto: float32 for weights of 16 bits, else their own dtype; float32; or model: their own
+    compute_dtype: str = "auto"
+    slice: int = 0  # this process does every n_slices-th work item of units, from this one on
+    n_slices: int = 1
+
+    def selection(self) -> dict[str, Any]:
+        """What `sweep` and `plan` both take besides model, pairs, sites and metrics."""
+        return {
+            "direction": self.direction,
+            "intervention": self.intervention,
+            "layers": self.sites.layers,
+            "positions": self.sites.positions,
+            "heads": self.sites.heads,
+            "neurons": self.sites.neurons,
+            "read": self.metric.read,
+            "compute_dtype": self.compute_dtype,
+        }
+
+    def arguments(self, model: TransformerBridge) -> dict[str, Any]:
+        """What `sweep` and `plan` take besides model, pairs and what is kept of the config."""
+        return {
+            "sites": self.sites.names,
+            "metrics": self.metric.metrics(),
+            **self.selection(),
+            "means_from": self.reference(model),
+            "method": self.method.asked(),
+            "store": self.store.path,
+            "storage_options": self.store.storage_options,
+            "slice_index": self.slice,
+            "n_slices": self.n_slices,
+            "runner": self.runner.name,
+            "max_tokens": self.runner.max_tokens,
+            "cache_budget": self.runner.cache_bytes,
+            "precision": self.precision,
+        }
+
+    def reference(self, model: TransformerBridge) -> PromptPairs | None:
+        """The pairs that means are taken over, read as the task's own are; None: the task's."""
+        if self.means_from is None:
+            return None
+        read = FileTask(
+            path=self.means_from,
+            multi_token=getattr(self.task, "multi_token", False),
+            prepend_bos=getattr(self.task, "prepend_bos", None),
+        )
+        return read.load(model)
+
+    def identity(self) -> dict[str, Any]:
+        """What the run is: the same in every slice, and kept in the store's provenance."""
+        kept = {key: value for key, value in asdict(self).items() if key not in PLACES}
+        for group, key in ROOM:
+            del kept[group][key]
+        if self.model.device is not None:  # cuda, whichever of the GPUs it is
+            kept["model"]["device"] = self.model.device.partition(":")[0]
+        return kept
+
+
+@dataclass
+class AnalysisRun(RunConfig):
+    """A run of another verb than `run`; what it is does not depend on a sweep's own keys."""
+
+    unused: ClassVar[tuple[str, ...]] = ()  # keys of a sweep that say nothing about it
+
+    def identity(self) -> dict[str, Any]:
+        """What the results depend on."""
+        return {key: value for key, value in super().identity().items() if key not in self.unused}
+
+
+def file_name(text: str) -> str:
+    """The end of `text`, such as a model's name or folder, fit for a file's name."""
+    return re.sub(r"[^\w.-]+", "-", text.rstrip("/").rpartition("/")[2]) or "model"
+
+
+def of_verb(job: str) -> str:
+    """What the default store of a verb other than `run` adds to its name."""
+    return "" if job == "patchsweep" else f"-{job}"
+
+
+# here, at import, since a launcher's process resolves the config without composing one
+OmegaConf.register_new_resolver("file_name", file_name, replace=True)
+OmegaConf.register_new_resolver("of_verb", of_verb, replace=True)
+
+# group -> its classes and, in the same order, the names of their schemas in the config store
+GROUPS: dict[str, dict[type, str]] = {
+    "model": {ModelConfig: "schema"},
+    "task": {BuiltinTask: "schema", FileTask: "jsonl_schema", TextTask: "strings_schema"},
+    "sites": {SitesConfig: "schema"},
+    "method": {
+        NamedMethods: "schema",
+        IntegratedMethod: "ig_schema",
+        ScreenMethod: "screen_schema",
+    },
+    "metric": {MetricConfig: "schema"},
+    "store": {StoreConfig: "schema"},
+    "runner": {RunnerConfig: "schema"},
+}
+
+
+def register() -> None:
+    """Make the schemas known to Hydra."""
+    store = ConfigStore.instance()
+    store.store(name="run_schema", node=RunConfig)
+    for group, classes in GROUPS.items():
+        for one, name in classes.items():
+            store.store(group=group, name=name, node=one)
+
+
+def _of_its_class(group: str, values: Mapping[str, Any]) -> Any:
+    """An object of that class of `group` which has the keys of `values`.
+
+    Stores of earlier versions may lack keys that have a default.
+    """
+    for one in GROUPS[group]:
+        known = {f.name: f.default is MISSING for f in fields(one)}
+        needed = {name for name, is_needed in known.items() if is_needed}
+        if needed <= set(values) <= set(known):
+            return one(**values)
+    raise KeyError(group)
+
+
+def from_identity(config: Mapping[str, Any]) -> RunConfig:
+    """The config of which `identity` was kept; its store is unknown.
+
+    Raises:
+        ConfigError: it is no such thing, for example because no command line wrote it.
+    """
+    try:
+        return RunConfig(
+            model=ModelConfig(**config["model"]),
+            task=_of_its_class("task", config["task"]),
+            sites=SitesConfig(**config["sites"]),
+            method=_of_its_class("method", config["method"]),
+            metric=MetricConfig(**config["metric"]),
+            runner=RunnerConfig(**config["runner"]),
+            store=StoreConfig(path=""),
+            intervention=config["intervention"],
+            direction=config["direction"],
+            means_from=config.get("means_from"),
+            precision=config["precision"],
+            compute_dtype=config.get("compute_dtype", "model"),  # as stores of 0.1 were computed
+        )
+    except (KeyError, TypeError):
+        raise ConfigError(
+            "the store holds no config of a `patchsweep run`, so its cells cannot be run again; "
+            "only stores of the command line can"
+        ) from None
+
+
+def request_of(config: RunConfig) -> Request:
+    """The request of a run, its model and pairs loaded."""
+    model = config.model.load()
+    pairs = config.task.load(model)
+    return make_request(
+        model,
+        pairs,
+        config.sites.names,
+        config.metric.metrics(),
+        **config.selection(),
+        means_from=config.reference(model),
+    )

@@ -1,0 +1,402 @@
+"""Prompt pairs: what a sweep is about, as text and as tokens.
+
+Everything that can be wrong with a prompt, an answer or a label is found here, with the
+tokenizer alone, before the model runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, overload
+
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.arguments import check_bridge, true_or_false
+from patchsweep.data.labels import place_labels
+from patchsweep.data.records import REQUIRED, CharSpan, Label, PromptRecord, read_jsonl
+from patchsweep.data.tokenize import context_size, token_ids, token_strings
+from patchsweep.errors import PromptError
+
+__all__ = [
+    "CharSpan",
+    "Label",
+    "PromptPair",
+    "PromptPairs",
+    "PromptRecord",
+    "UnfitPair",
+    "tokenise_pair",
+]
+
+
+class UnfitPair(PromptError):
+    """A pair that this model's tokenizer or context does not allow."""
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason  # the rule alone, the same words for every pair that breaks it
+
+
+@dataclass(frozen=True)
+class PromptPair:
+    """A clean and a corrupted prompt of the same number of tokens."""
+
+    clean: tuple[int, ...]  # token ids, by the model's own rule for the start token
+    corrupted: tuple[int, ...]  # same length as `clean`
+    answer: tuple[int, ...]  # ids of the right answer after `clean`; one unless multi-token
+    wrong_answer: tuple[int, ...]  # ids of the right answer after `corrupted`
+    clean_tokens: tuple[str, ...]  # token strings of `clean`
+    corrupted_tokens: tuple[str, ...]  # token strings of `corrupted`
+    answer_text: str  # `answer` as it was written
+    wrong_answer_text: str  # `wrong_answer` as it was written
+    labels: Mapping[str, tuple[int, int]] = field(hash=False)  # name -> [first, past last) token
+
+    def __len__(self) -> int:
+        """Tokens in each of the two prompts."""
+        return len(self.clean)
+
+    @property
+    def differ(self) -> int:
+        """Which token of the two answers is the first that tells them apart."""
+        both = zip(self.answer, self.wrong_answer, strict=False)
+        return next((i for i, (right, wrong) in enumerate(both) if right != wrong), 0)
+
+
+@dataclass(frozen=True)
+class PromptPairs(Sequence[PromptPair]):
+    """The pairs of one sweep; lengths may differ from pair to pair.
+
+    Raises:
+        PromptError: there is no pair.
+    """
+
+    pairs: tuple[PromptPair, ...]  # in the order given, at least one
+
+    def __post_init__(self) -> None:
+        if not self.pairs:
+            raise PromptError("a sweep needs at least one prompt pair, got 0; give a pair")
+        for pair in self.pairs:
+            if not isinstance(pair, PromptPair):
+                raise PromptError(
+                    f"pairs must be of PromptPair, got {pair!r}; make them with "
+                    "PromptPairs.from_strings, from_records or from_jsonl"
+                )
+
+    @classmethod
+    def from_strings(
+        cls,
+        model: TransformerBridge,
+        clean: Sequence[str],
+        corrupted: Sequence[str],
+        answers: Sequence[tuple[str, str]],
+        labels: Sequence[Mapping[str, Label]] | None = None,
+        *,
+        multi_token: bool = False,
+        prepend_bos: bool | None = None,
+    ) -> PromptPairs:
+        """Pairs from parallel lists, one entry per pair.
+
+        `answers` holds (right for clean, right for corrupted). `labels` names places in the
+        clean prompt: a substring that occurs once, a `CharSpan`, or token positions
+        `(first, past_last)`. `multi_token=True` allows answers of several tokens. A prompt gets
+        the model's start token in front unless it begins with it, as what a chat template gives
+        does; `prepend_bos=True` or `False` overrides that.
+
+        Raises:
+            PromptError: the lists differ in size or are empty, or `from_records` refuses.
+        """
+        columns: dict[str, Sequence[Any]] = {
+            "clean": clean,
+            "corrupted": corrupted,
+            "answers": answers,
+        }
+        if labels is not None:
+            columns["labels"] = labels
+        for name, column in columns.items():
+            if isinstance(column, str | Mapping) or not isinstance(column, Sequence):
+                raise PromptError(
+                    f"{name} must be a list with one entry per pair, got {column!r}; "
+                    f"for a single pair write {name}=[...]"
+                )
+        sizes = {name: len(column) for name, column in columns.items()}
+        if len(set(sizes.values())) > 1:
+            counted = ", ".join(f"{name} has {size}" for name, size in sizes.items())
+            raise PromptError(
+                f"the lists must have one entry per pair each, but {counted}; "
+                "give lists of the same size"
+            )
+        for index, pair in enumerate(answers):
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise PromptError(
+                    f"pair {index}: answers must be (right for clean, right for corrupted), "
+                    f"got {pair!r}; write for example (' Mary', ' John')"
+                )
+        for index, names in enumerate(labels or ()):
+            if not isinstance(names, Mapping):
+                raise PromptError(
+                    f"pair {index}: labels must map names to places, got {names!r}; "
+                    "write for example {'subject': 'John'}, or {} for none"
+                )
+        records = [
+            PromptRecord(
+                clean=clean[index],
+                corrupted=corrupted[index],
+                answer=answers[index][0],
+                wrong_answer=answers[index][1],
+                labels={} if labels is None else labels[index],
+            )
+            for index in range(len(clean))
+        ]
+        return cls.from_records(model, records, multi_token=multi_token, prepend_bos=prepend_bos)
+
+    @classmethod
+    def from_records(
+        cls,
+        model: TransformerBridge,
+        records: Iterable[PromptRecord],
+        *,
+        multi_token: bool = False,
+        prepend_bos: bool | None = None,
+    ) -> PromptPairs:
+        """Pairs from text records, tokenised one prompt at a time.
+
+        Raises:
+            PromptError: there is no record; a prompt is empty or longer than the context; the
+                prompts of a pair are equal or differ in length; an answer is not one token, is
+                not what the prompt's tokens are followed by in the joined text, or equals the
+                other; a label cannot be placed.
+        """
+        return cls(
+            tuple(
+                tokenise_pair(
+                    model,
+                    record,
+                    where=f"pair {index}",
+                    multi_token=multi_token,
+                    prepend_bos=prepend_bos,
+                )
+                for index, record in enumerate(records)
+            )
+        )
+
+    @classmethod
+    def from_jsonl(
+        cls,
+        model: TransformerBridge,
+        path: str | Path,
+        *,
+        multi_token: bool = False,
+        prepend_bos: bool | None = None,
+    ) -> PromptPairs:
+        """Pairs from a file with one JSON object per line; blank lines are skipped.
+
+        Keys: `clean`, `corrupted`, `answer`, `wrong_answer`, and optionally `labels`, whose
+        values are substrings of the clean prompt or `[first, past_last]` token positions.
+
+        Raises:
+            PromptError: as `from_records`, or the file cannot be read, or a line is no such
+                object; file and line number come first.
+        """
+        return cls(
+            tuple(
+                tokenise_pair(
+                    model, record, where=where, multi_token=multi_token, prepend_bos=prepend_bos
+                )
+                for where, record in read_jsonl(Path(path))
+            )
+        )
+
+    @property
+    def n_pos(self) -> int:
+        """Tokens in the longest pair."""
+        return max(len(pair) for pair in self.pairs)
+
+    def by_length(self) -> dict[int, tuple[int, ...]]:
+        """Indices of the pairs of each length, shortest length first."""
+        groups: dict[int, list[int]] = {}
+        for index, pair in enumerate(self.pairs):
+            groups.setdefault(len(pair), []).append(index)
+        return {length: tuple(groups[length]) for length in sorted(groups)}
+
+    def content_hash(self) -> str:
+        """SHA-256 (hex) of what a sweep reads of the pairs: ids, answers and labels."""
+        content = [
+            [
+                pair.clean,
+                pair.corrupted,
+                pair.answer,
+                pair.wrong_answer,
+                sorted(pair.labels.items()),
+            ]
+            for pair in self.pairs
+        ]
+        return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @overload
+    def __getitem__(self, index: int) -> PromptPair: ...
+    @overload
+    def __getitem__(self, index: slice) -> PromptPairs: ...
+    def __getitem__(self, index: int | slice) -> PromptPair | PromptPairs:
+        return PromptPairs(self.pairs[index]) if isinstance(index, slice) else self.pairs[index]
+
+    def __iter__(self) -> Iterator[PromptPair]:
+        return iter(self.pairs)
+
+
+def tokenise_pair(
+    model: TransformerBridge,
+    record: PromptRecord,
+    *,
+    where: str,
+    multi_token: bool = False,
+    prepend_bos: bool | None = None,
+) -> PromptPair:
+    """`record` in tokens of `model`; `where` opens each error message.
+
+    Raises:
+        PromptError: see `PromptPairs.from_records`; `UnfitPair` where another model's
+            tokenizer or context might take the same record.
+    """
+    check_bridge(model)
+    true_or_false("multi_token", multi_token, error=PromptError)
+    true_or_false("prepend_bos", prepend_bos, none=True, error=PromptError)
+    if not isinstance(record, PromptRecord):
+        raise PromptError(
+            f"{where} must be a PromptRecord, got {record!r}; write "
+            "PromptRecord(clean, corrupted, answer, wrong_answer)"
+        )
+    for name in REQUIRED:
+        text = getattr(record, name)
+        if not isinstance(text, str) or not text:
+            raise PromptError(f"{where}: {name} must be a text, got {text!r}; write it out")
+    if record.clean == record.corrupted:
+        raise PromptError(
+            f"{where}: the clean and the corrupted prompt must differ, both are "
+            f"{record.clean!r}; change the words that the answer depends on"
+        )
+    if record.answer == record.wrong_answer:
+        raise PromptError(
+            f"{where}: answer and wrong_answer must differ, both are {record.answer!r}; "
+            "give the right answer of each prompt"
+        )
+    clean = _prompt_ids(model, record.clean, where, prepend_bos)
+    corrupted = _prompt_ids(model, record.corrupted, where, prepend_bos)
+    clean_tokens = token_strings(model, clean)
+    corrupted_tokens = token_strings(model, corrupted)
+    if len(clean) != len(corrupted):
+        raise UnfitPair(
+            f"{where}: both prompts must have the same number of tokens, but clean has "
+            f"{len(clean)}: {list(clean_tokens)}, corrupted has {len(corrupted)}: "
+            f"{list(corrupted_tokens)}; change words for others of as many tokens",
+            reason="the prompts differ in tokens",
+        )
+    if clean == corrupted:
+        raise UnfitPair(
+            f"{where}: the clean and the corrupted prompt must differ in tokens, both are "
+            f"{list(clean_tokens)}; change the words that the answer depends on",
+            reason="the prompts are the same tokens",
+        )
+    answer, wrong_answer = (
+        _answer_ids(model, prompt, ids, name, text, where, multi_token, prepend_bos)
+        for prompt, ids, name, text in (
+            (record.clean, clean, "answer", record.answer),
+            (record.corrupted, corrupted, "wrong_answer", record.wrong_answer),
+        )
+    )
+    if answer == wrong_answer:
+        raise UnfitPair(
+            f"{where}: answer {record.answer!r} and wrong_answer {record.wrong_answer!r} must "
+            f"differ in tokens, both are {list(token_strings(model, answer))}; "
+            "give the right answer of each prompt",
+            reason="the answers are the same tokens",
+        )
+    return PromptPair(
+        clean=clean,
+        corrupted=corrupted,
+        answer=answer,
+        wrong_answer=wrong_answer,
+        clean_tokens=clean_tokens,
+        corrupted_tokens=corrupted_tokens,
+        answer_text=record.answer,
+        wrong_answer_text=record.wrong_answer,
+        labels=place_labels(model, record, clean, where),
+    )
+
+
+def _prompt_ids(
+    model: TransformerBridge, text: str, where: str, prepend_bos: bool | None
+) -> tuple[int, ...]:
+    ids = token_ids(model, text, prepend_bos=prepend_bos)
+    n_ctx = context_size(model)
+    if len(ids) > n_ctx:
+        raise UnfitPair(
+            f"{where}: a prompt may have {n_ctx} tokens with this model, this one has "
+            f"{len(ids)}: {text[:60]!r}...; shorten it",
+            reason="a prompt is longer than the context",
+        )
+    return ids
+
+
+def _answer_ids(
+    model: TransformerBridge,
+    prompt: str,
+    prompt_ids: tuple[int, ...],
+    name: str,
+    answer: str,
+    where: str,
+    multi_token: bool,
+    prepend_bos: bool | None,
+) -> tuple[int, ...]:
+    """What follows the prompt's tokens where the text goes on with `answer`."""
+    joined = token_ids(model, prompt + answer, prepend_bos=prepend_bos)
+    n_prompt = len(prompt_ids)
+    follows = joined[:n_prompt] == prompt_ids and len(joined) > n_prompt
+    ids = joined[n_prompt:]
+    if follows and (multi_token or len(ids) == 1):
+        return ids
+    # the same prompt goes on with a word of its own
+    spaced = f" {answer}" if not (answer[0].isspace() or prompt[-1].isspace()) else ""
+    if spaced and token_ids(model, prompt + spaced, prepend_bos=prepend_bos)[:-1] != prompt_ids:
+        spaced = ""
+    if follows:
+        remedy = (
+            "choose an answer of one token, or allow more with multi_token=True (on the command "
+            "line: task.multi_token=true)"
+        )
+        if spaced:
+            remedy = f"{spaced!r}, with a leading space, is one token: write that"
+        raise UnfitPair(
+            f"{where}: {name} must be one token, {answer!r} is {len(ids)}: "
+            f"{list(token_strings(model, ids))}; {remedy}",
+            reason="an answer is not one token",
+        )
+    fed = _end_of(model, (*prompt_ids, *token_ids(model, answer, alone=True)))
+    kept, rest = _cut_at(model, joined, prompt + answer, len(answer))
+    raise UnfitPair(
+        f"{where}: {name} {answer!r} must follow the prompt token by token, but prompt and answer "
+        f"one by one are {fed}, and as one text {_end_of(model, joined)}, so the model never reads "
+        f"the first; end the prompt at {kept[-40:]!r} and give the answer {rest!r}"
+        + (f", or give the answer {spaced!r}" if spaced else ""),
+        reason="an answer does not follow the prompt",
+    )
+
+
+def _cut_at(
+    model: TransformerBridge, ids: tuple[int, ...], text: str, n_chars: int
+) -> tuple[str, str]:
+    """`text`, whose tokens are `ids`, cut where tokens meet, at least `n_chars` before its end."""
+    ends = (model.tokenizer.decode(ids[i:]) for i in range(len(ids) - 1, -1, -1))
+    rest = next((end for end in ends if len(end) >= n_chars), text)
+    return text.removesuffix(rest), rest
+
+
+def _end_of(model: TransformerBridge, ids: tuple[int, ...]) -> str:
+    """The last tokens of `ids`, such as `[..., ' is', ' happy']`."""
+    shown = ", ".join(map(repr, token_strings(model, ids[-4:])))
+    return f"[{'..., ' if len(ids) > 4 else ''}{shown}]"

@@ -1,0 +1,1 @@
+"""One forward pass through the plain Hugging Face modules."""

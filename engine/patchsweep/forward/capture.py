@@ -1,0 +1,317 @@
+"""Capture: run prompts once through the plain model and keep what the packed batches need.
+
+What is kept of the base run: the input of every block, post-rotary keys and values, and the
+very arguments each block was called with. Of any run: the activations of the swept sites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from patchsweep_kernels.attention import Rows, prefix_attention
+from torch import Tensor, nn
+
+from patchsweep.forward.activation_store import ActivationStore
+from patchsweep.forward.block_args import (
+    BlockArgs,
+    are_known,
+    argument_axes,
+    first_of,
+    split_hidden,
+    with_first,
+)
+from patchsweep.forward.casting import cast_while
+from patchsweep.forward.site_locations import SiteLocation, resolve_site
+from patchsweep.forward.unwrapped import (
+    OWN_ATTENTION,
+    Attend,
+    HookLocation,
+    Unsupported,
+    UnwrappedModel,
+    attention_settings,
+)
+from patchsweep.models.offload import device_of
+from patchsweep.spec.sites import SITES
+
+_NO_LOGITS = torch.empty(0, dtype=torch.long, device="cpu")  # positions whose logits are made
+
+
+@dataclass
+class ActivationCache:
+    """What was kept of one batch of prompts of equal length.
+
+    The tensors of a block lie on its device, or on the CPU where a budget was used up.
+    """
+
+    shape: tuple[int, int]  # prompts, positions
+    shelf: ActivationStore = field(default_factory=ActivationStore)  # keeps the tensors below
+    devices: list[torch.device] = field(default_factory=list)  # per block; + of the final residual
+    resid: list[Tensor] = field(default_factory=list)  # per block [pair, pos, d_model]; + final
+    keys: list[Tensor] = field(default_factory=list)  # per block [pair, kv_head, pos, d_head]
+    values: list[Tensor] = field(default_factory=list)  # per block [pair, kv_head, pos, d_head]
+    calls: list[BlockArgs] = field(default_factory=list)  # per block
+    sites: dict[str, list[Tensor]] = field(default_factory=dict)  # per block [pair, pos, width]
+
+    def layers_of(self, name: str) -> list[Tensor]:
+        """A site's activations, layer by layer."""
+        if name == "resid_pre":
+            return self.resid[:-1]
+        return self.resid[1:] if name == "resid_post" else self.sites[name]
+
+    def half(self, which: slice) -> ActivationCache:
+        """The prompts `which` of the batch."""
+        return ActivationCache(
+            shape=(len(range(*which.indices(self.shape[0]))), self.shape[1]),
+            shelf=self.shelf,
+            devices=self.devices,
+            resid=[x[which] for x in self.resid],
+            keys=[x[which] for x in self.keys],
+            values=[x[which] for x in self.values],
+            calls=self.calls,
+            sites={name: [x[which] for x in xs] for name, xs in self.sites.items()},
+        )
+
+
+@torch.no_grad()
+def capture(
+    unwrapped: UnwrappedModel,
+    tokens: Tensor,
+    sites: Sequence[SiteLocation] = (),
+    shelf: ActivationStore | None = None,
+) -> ActivationCache:
+    """One forward pass over `tokens` `[pair, pos]`, keeping every block's input, K, V and sites."""
+    shelf = shelf or ActivationStore()
+    run = ActivationCache((len(tokens), tokens.shape[1]), shelf)
+    for site in sites:
+        if site.points or site.in_attention:
+            run.sites[site.site.name] = []
+    inside = {s.site.name for s in sites if s.in_attention}
+    rows = _whole_prompts(*tokens.shape)
+    called: list[int] = []  # layers whose attention was reached
+
+    def attention(layer: int) -> Attend:
+        def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **kw: Any) -> Tensor:
+            called.append(layer)
+            return _causal(run, rows, inside, module, q, k, v, kw)
+
+        return attend
+
+    def keep_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden, rest_args, rest_kwargs = split_hidden(args, kwargs)
+        run.devices.append(hidden.device)
+        run.resid.append(shelf.copy(hidden))
+        run.calls.append(BlockArgs(rest_args, rest_kwargs, axes[len(run.calls) % len(axes)]))
+
+    def keep_final(module: nn.Module, args: Any, output: Any) -> None:
+        run.devices.append(first_of(output).device)
+        run.resid.append(shelf.copy(first_of(output)))
+
+    with ExitStack() as stack:
+        if not are_known(unwrapped):  # the dry runs and this one share what lies around the blocks
+            stack.enter_context(unwrapped.unembed_in_memory())
+        axes = argument_axes(unwrapped)
+        for block in unwrapped.blocks:
+            handle = block.register_forward_pre_hook(keep_input, with_kwargs=True)
+            stack.callback(handle.remove)
+        handle = unwrapped.blocks[-1].register_forward_hook(keep_final)
+        stack.callback(handle.remove)
+        for site in sites:
+            kept = run.sites.get(site.site.name)
+            for point in site.points:
+
+                def keep(x: Tensor, kept: list[Tensor] | None = kept) -> None:
+                    assert kept is not None
+                    kept.append(shelf.copy(x.reshape(*tokens.shape, -1)))
+
+                stack.enter_context(watch(point, keep))
+        unwrapped.attend_with(attention)
+        stack.callback(unwrapped.attend_with, None)
+        try:
+            unwrapped.model(tokens, use_cache=False, logits_to_keep=_NO_LOGITS)
+        except Exception as error:
+            if called or unwrapped.takes_attention_functions:
+                raise  # no matter of attention: out of memory, tensors on two devices, ...
+            why = f"{OWN_ATTENTION} ({type(error).__name__}: {error})"
+            raise Unsupported(why) from error
+    if not called:
+        raise Unsupported(OWN_ATTENTION)
+    if len(run.resid) != unwrapped.n_layers + 1 or len(run.keys) != unwrapped.n_layers:
+        raise Unsupported("the model does not call every block's attention once")
+    for call in run.calls:
+        call.check()
+    return run
+
+
+@torch.no_grad()
+def check_attention_sites(unwrapped: UnwrappedModel, sites: Sequence[SiteLocation]) -> None:
+    """See that what attention is called with is what the bridge's hooks show.
+
+    Attention may get more than `hook_rot_q` sees (all of a query, of which only a part is
+    rotated), or what a norm made of it. Where such a hook is missing or never fires, there is
+    nothing to compare with. Two forward passes over three tokens, if there is such a site at all.
+
+    Raises:
+        Unsupported: a hook shows another tensor.
+    """
+    inside = [s for s in sites if s.in_attention and not s.site.is_pattern]
+    if not inside:
+        return
+    bridge = unwrapped.bridge
+    tokens = torch.arange(3, device=device_of(bridge)).unsqueeze(0)
+    ours = capture(unwrapped, tokens, inside).sites
+    theirs: dict[str, Tensor] = {}
+    names = [s.site.hook_name(layer) for s in inside for layer in range(unwrapped.n_layers)]
+    hooks = [
+        (name, lambda x, hook, name=name: theirs.update({name: x.detach().clone()}))
+        for name in names
+        if unwrapped.has_hook(name)
+    ]
+    with cast_while(bridge, unwrapped.dtype):
+        bridge.run_with_hooks(tokens, fwd_hooks=hooks)
+    for point in inside:
+        for layer, x in enumerate(ours[point.site.name]):
+            name = point.site.hook_name(layer)
+            if name not in theirs:
+                continue
+            y = theirs[name]
+            if y.ndim == 4 and bridge.hook_dict[name].pos_dim == 2:
+                y = y.transpose(1, 2)
+            y = y.flatten(2)
+            # 16-bit numbers are rounded at every step of a block, in either order
+            share = 1e-3 if x.dtype in (torch.float32, torch.float64) else 0.05
+            if x.shape != y.shape or bool((x - y).abs().max() > share * x.abs().max()):
+                raise Unsupported(
+                    f"{name} of the bridge shows something else than what attention gets"
+                )
+
+
+def _whole_prompts(n_pairs: int, length: int) -> Rows:
+    return Rows(
+        offsets=torch.arange(n_pairs + 1, device="cpu") * length,
+        pair=torch.arange(n_pairs, device="cpu"),
+        start=torch.zeros(n_pairs, dtype=torch.int64, device="cpu"),
+    )
+
+
+def _causal(
+    run: ActivationCache,
+    rows: Rows,
+    inside: set[str],
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kw: Any,
+) -> Tensor:
+    """Plain causal attention over whole prompts; keeps K, V and the sites that live here."""
+    settings = attention_settings(module, q.shape[-1], kw)
+    run.keys.append(run.shelf.keep(k))
+    run.values.append(run.shelf.keep(v))
+    for name, x in (("q", q), ("rot_q", q), ("k", k), ("rot_k", k), ("v", v)):
+        if name in inside:
+            flat = rearrange(x, "pair head pos d -> pair pos (head d)")
+            run.sites[name].append(run.shelf.copy(flat))
+    patterns = inside & {"pattern", "pattern_cell"}
+    if patterns:
+        pattern = attention_pattern(q, k, **settings)
+        for name in patterns:
+            run.sites[name].append(run.shelf.keep(pattern))
+    flat_q, flat_k, flat_v = (
+        rearrange(x, "pair head pos d -> (pair pos) head d") for x in (q, k, v)
+    )
+    z = prefix_attention(flat_q, flat_k, flat_v, k, v, rows, **settings)
+    return rearrange(z, "(pair pos) head d -> pair pos head d", pair=len(q))
+
+
+def attention_pattern(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention probabilities `[pair, head, dest, src]` of whole prompts, fp32 (fp64 for fp64)."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scores = (q.to(dtype) @ k.to(dtype).transpose(-1, -2)) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    dest = torch.arange(q.shape[2], device=q.device)[:, None]
+    src = torch.arange(k.shape[2], device=q.device)[None, :]
+    hidden = src > dest
+    if window is not None:
+        hidden |= src <= dest - window
+    scores = scores.masked_fill(hidden, float("-inf"))
+    if sinks is None:
+        return scores.softmax(dim=-1)
+    sink = sinks.to(dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+    return torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1]
+
+
+class _FrontDone(Exception):
+    """The first block was reached."""
+
+
+@torch.no_grad()
+def embed_to_stream(
+    unwrapped: UnwrappedModel, values: Float[Tensor, "pair pos d_model"]
+) -> Float[Tensor, "pair pos d_model"]:
+    """The first block's input when the token embeddings are `values`."""
+    point = resolve_site(unwrapped, SITES["embed"]).points[0]
+    stream: list[Tensor] = []
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        stream.append(split_hidden(args, kwargs)[0])
+        raise _FrontDone
+
+    with ExitStack() as stack:
+        stack.enter_context(watch(point, lambda x: x.copy_(values)))
+        handle = unwrapped.blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
+        stack.callback(handle.remove)
+        tokens = torch.zeros(values.shape[:2], dtype=torch.long, device=values.device)
+        with suppress(_FrontDone):
+            unwrapped.model(tokens, use_cache=False)
+    return stream[0]
+
+
+@contextmanager
+def watch(point: HookLocation, visit: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Call `visit` with the tensor that passes `point`.
+
+    It may change the tensor in place, or return another one that goes on in its stead. Of a
+    point with columns it gets these alone, as a tensor of their own.
+    """
+
+    def visited(x: Tensor) -> Tensor | None:
+        if point.columns is None:
+            return visit(x)
+        columns = point.columns.to(x.device)
+        part = x.index_select(-1, columns)
+        new = visit(part)
+        return x.index_copy(-1, columns, part if new is None else new)
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden, rest_args, rest_kwargs = split_hidden(args, kwargs)
+        new = visited(hidden)
+        return None if new is None else ((new, *rest_args), rest_kwargs)
+
+    def after(module: nn.Module, args: Any, output: Any) -> Any:
+        new = visited(first_of(output))
+        return None if new is None else with_first(output, new)
+
+    if point.side == "in":
+        handle = point.module.register_forward_pre_hook(before, with_kwargs=True)
+    else:
+        handle = point.module.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,285 @@
+"""The gradient model: one differentiable forward pass over the model's plain modules, its sites
+watched.
+
+Attribution runs on the same plain modules as the packed batches (`forward.unwrapped`), with an
+attention function that autograd can go through. Gradients are those of the metric with respect to
+the activations; weights take none, which is what a plain backward pass spends most of its time on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.errors import MethodError
+from patchsweep.forward.block_args import dry_run, split_hidden
+from patchsweep.forward.capture import attention_pattern, check_attention_sites, watch
+from patchsweep.forward.site_locations import resolve_site
+from patchsweep.forward.unwrapped import Attend, Unsupported, UnwrappedModel, attention_settings
+from patchsweep.spec.sites import SITES, Site
+
+PATTERNS = ("pattern", "pattern_cell")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a watched tensor was found, and how its axes lie. Holds no tensor."""
+
+    site: Site
+    layer: int
+    n_rows: int
+    n_pos: int
+    heads_first: bool  # [row, head, pos, d] as attention has it, not [row, pos, width]
+
+    @property
+    def is_pattern(self) -> bool:
+        """Whether the tensor is `[row, head, dest, src]`."""
+        return self.site.name in PATTERNS
+
+    def flat(self, x: Tensor) -> Tensor:
+        """`x` or its gradient as `[row, pos, width]`; a pattern as `[row, head, dest, src]`."""
+        if self.is_pattern:
+            return x
+        if self.heads_first:
+            return rearrange(x, "row head pos d -> row pos (head d)")
+        return x.reshape(self.n_rows, self.n_pos, -1)
+
+    def write(self, x: Tensor, values: Tensor) -> None:
+        """Put `values` (shaped as `flat` gives them) into `x` in place, for every reader of it."""
+        if self.heads_first and not self.is_pattern:
+            values = rearrange(values, "row pos (head d) -> row head pos d", head=x.shape[1])
+        x.copy_(values.reshape(x.shape))
+
+
+@dataclass(frozen=True)
+class Heads:
+    """One layer's attention: after rotary, before the output projection."""
+
+    q: Float[Tensor, "row head pos d"]
+    k: Float[Tensor, "row kv_head pos d"]
+    v: Float[Tensor, "row kv_head pos d"]
+    pattern: Float[Tensor, "row head dest src"]  # fp32, part of the graph
+    settings: dict[str, Any]  # scale, window, softcap, sinks
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """A run whose first tokens others share: they read its keys and values there."""
+
+    start: int  # tokens that are shared
+    keys: list[Float[Tensor, "row kv_head pos d"]]  # per layer, as many rows as the tokens
+    values: list[Float[Tensor, "row kv_head pos d"]]
+
+
+# told of every watched activation; it may write into it where nothing below takes a gradient
+Visit = Callable[[Place, Tensor], None]
+
+
+class GradientModel:
+    """Forward passes over plain modules that share every weight with `bridge`.
+
+    Raises:
+        MethodError: the model or a site has no place among its plain modules.
+    """
+
+    def __init__(
+        self,
+        bridge: TransformerBridge,
+        sites: Sequence[Site],
+        own: Sequence[Site] = (),
+        longest: int = 1,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        """`own`: sites of a method's own, which it need not share with the bridge. `longest`:
+        tokens of the longest prompt, since masks of longer ones may be of another kind.
+        `compute_dtype`: what weights of 16 bits are cast to; None: they stay as they are."""
+        try:
+            self.unwrapped = UnwrappedModel(bridge, compute_dtype)
+            self.points = {site.name: resolve_site(self.unwrapped, site) for site in (*sites, *own)}
+            check_attention_sites(self.unwrapped, [self.points[site.name] for site in sites])
+            dry_run(self.unwrapped, 1, longest)
+            self._embed = resolve_site(self.unwrapped, SITES["embed"]).points[0]
+        except Unsupported as error:
+            raise MethodError(
+                f"attribution cannot run on {bridge.cfg.model_name}: {error.reason}; "
+                "use method=exact, whose hooked runner takes every model"
+            ) from error
+
+    @property
+    def n_layers(self) -> int:
+        return self.unwrapped.n_layers
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Weights take no gradient inside; restored at the end."""
+        trainable = [p for p in self.unwrapped.model.parameters() if p.requires_grad]
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "row pos"],
+        visit: Visit,
+        reads: Sequence[int],
+        *,
+        sites: Sequence[Site] | None = None,
+        gradient: bool = False,
+        embeds: Float[Tensor, "row pos d_model"] | None = None,
+        first_layer: int = 0,
+        stream: Float[Tensor, "row pos d_model"] | None = None,
+        fixed_pattern: bool = False,
+        prefix: Prefix | None = None,
+        on_attention: Callable[[int, Heads], None] | None = None,
+        after: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> Float[Tensor, "row read d_vocab"]:
+        """fp32 logits at the positions `reads`; `visit` is called at every site and layer.
+
+        Args:
+            sites: which of the gradient model's sites are watched; default all.
+            gradient: the token embeddings start the graph.
+            embeds: take the place of the token embeddings.
+            first_layer, stream: start there, with that residual stream entering the block.
+            fixed_pattern: attention patterns are constants to the backward pass.
+            prefix: only the tokens from `prefix.start` on are run; `reads` lie among them.
+            on_attention: told of each layer's queries, keys and pattern.
+            after: a context entered when all sites are watched, for hooks that come after.
+        """
+        watched = (
+            [self.points[s.name] for s in sites] if sites is not None else [*self.points.values()]
+        )
+        skipped = 0 if prefix is None else prefix.start
+        tokens = tokens[:, skipped:]
+        inside = {p.site.name: p.site for p in watched if p.in_attention}
+
+        def see(site: Site, layer: int, x: Tensor, *, heads_first: bool = False) -> None:
+            visit(Place(site, layer, tokens.shape[0], tokens.shape[1], heads_first), x)
+
+        def attention(layer: int) -> Attend:
+            def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **kw: Any) -> Tensor:
+                if inside and not gradient:
+                    q, k, v = q.clone(), k.clone(), v.clone()  # parts of one tensor: no writing
+                for name, x in (("q", q), ("rot_q", q), ("k", k), ("rot_k", k), ("v", v)):
+                    if name in inside:
+                        see(inside[name], layer, x, heads_first=True)
+                settings = attention_settings(module, q.shape[-1], kw)
+                if prefix is not None:
+                    k = torch.cat([prefix.keys[layer][:, :, :skipped], k], dim=2)
+                    v = torch.cat([prefix.values[layer][:, :, :skipped], v], dim=2)
+                    q = nn.functional.pad(q, (0, 0, skipped, 0))  # stands at its own position
+                pattern = attention_pattern(q, k, **settings)[:, :, skipped:]
+                if fixed_pattern:
+                    pattern = pattern.detach().requires_grad_(torch.is_grad_enabled())
+                if on_attention is not None:
+                    on_attention(
+                        layer, Heads(q.detach(), k.detach(), v.detach(), pattern, settings)
+                    )
+                for name in PATTERNS:
+                    if name in inside:
+                        see(inside[name], layer, pattern, heads_first=True)
+                values = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+                return (pattern.to(v) @ values).transpose(1, 2)
+
+            return attend
+
+        def start(x: Tensor) -> None:
+            if embeds is not None:
+                x.copy_(embeds)
+            if gradient:
+                x.requires_grad_()
+
+        with ExitStack() as stack:
+            stack.enter_context(self.unwrapped.graph())
+            if gradient or embeds is not None:
+                stack.enter_context(watch(self._embed, start))
+            for point in watched:
+                for layer, place in enumerate(point.points):
+                    stack.enter_context(
+                        watch(place, lambda x, s=point.site, i=layer: see(s, i, x))  # type: ignore[misc]
+                    )
+                if point.site.name in ("resid_pre", "resid_post"):
+                    self._watch_stream(stack, point.site, see)
+            stack.enter_context(after())
+            self.unwrapped.attend_with(attention)
+            stack.callback(self.unwrapped.attend_with, None)
+            if stream is not None:
+                stack.enter_context(self._starting_at(first_layer, stream))
+            kept = torch.tensor(
+                [read - skipped * (read >= 0) for read in reads], device=tokens.device
+            )
+            positions = torch.arange(skipped, skipped + tokens.shape[1], device=tokens.device)
+            output = self.unwrapped.model(
+                tokens,
+                use_cache=False,
+                logits_to_keep=kept,
+                **({} if prefix is None else {"position_ids": positions.unsqueeze(0)}),
+            )
+        logits: Tensor = output.logits.float()
+        return logits
+
+    def _watch_stream(self, stack: ExitStack, site: Site, see: Callable[..., None]) -> None:
+        """Watch the input, or the output, of every block."""
+        for layer, block in enumerate(self.unwrapped.blocks):
+            if site.name == "resid_pre":
+
+                def before(module: nn.Module, args: Any, kwargs: Any, layer: int = layer) -> None:
+                    see(site, layer, split_hidden(args, kwargs)[0])
+
+                handle = block.register_forward_pre_hook(before, with_kwargs=True)
+            else:
+
+                def leaving(module: nn.Module, args: Any, out: Any, layer: int = layer) -> None:
+                    see(site, layer, out[0] if isinstance(out, tuple) else out)
+
+                handle = block.register_forward_hook(leaving)
+            stack.callback(handle.remove)
+
+    @contextmanager
+    def _starting_at(self, layer: int, stream: Tensor) -> Iterator[None]:
+        """Blocks below `layer` are passed over; the one at `layer` gets `stream`."""
+        skipped = self.unwrapped.blocks[:layer]
+        for block in skipped:
+            block.__dict__["forward"] = lambda hidden_states, *args, **kwargs: hidden_states
+
+        def replace(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            _, rest, named = split_hidden(args, kwargs)
+            return (stream, *rest), named
+
+        # first of the hooks, so that sites see the stream
+        handle = self.unwrapped.blocks[layer].register_forward_pre_hook(
+            replace, with_kwargs=True, prepend=True
+        )
+        try:
+            yield
+        finally:
+            handle.remove()
+            for block in skipped:
+                del block.__dict__["forward"]
+
+    @torch.no_grad()
+    def activations(
+        self,
+        tokens: Int[Tensor, "row pos"],
+        reads: Sequence[int] = (-1,),
+        sites: Sequence[Site] | None = None,
+    ) -> tuple[dict[str, list[Tensor]], Tensor]:
+        """Per site and layer what `Place.flat` gives, and the logits at `reads`."""
+        kept: dict[str, list[Tensor]] = {}
+
+        def keep(place: Place, x: Tensor) -> None:
+            kept.setdefault(place.site.name, []).append(place.flat(x))
+
+        logits = self.forward(tokens, keep, reads, sites=sites)
+        return kept, logits

@@ -1,0 +1,119 @@
+"""Where the plain modules hold a site: at a module's border, or inside the attention function."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformer_lens.model_bridge.generalized_components import JointQKVAttentionBridge
+from transformers.pytorch_utils import Conv1D
+
+from patchsweep.forward.unwrapped import HookLocation, Unsupported, UnwrappedModel
+from patchsweep.spec.sites import SITES, Site
+
+# sites that are written at the input of a block, or into the final residual
+STREAM_SITES = ("resid_pre", "resid_post", "embed")
+
+
+@dataclass(frozen=True)
+class SiteLocation:
+    """Where the plain modules hold a site, layer by layer; no points: inside attention."""
+
+    site: Site
+    points: tuple[HookLocation, ...]
+    in_place: bool = True  # a patched value is seen by every reader of the tensor, not the next one
+
+    @property
+    def in_attention(self) -> bool:
+        return not self.points and self.site.name not in STREAM_SITES
+
+
+def resolve_site(unwrapped: UnwrappedModel, site: Site) -> SiteLocation:
+    """Where `site` is found in `unwrapped`.
+
+    Raises:
+        Unsupported: this architecture has no such place, or only the bridge has it.
+    """
+    if site.named:
+        raise Unsupported(f"{site.hook} was given by its full name")
+    if site.name in ("resid_pre", "resid_post"):
+        return SiteLocation(site, ())
+    if site.name == "result":  # z times W_O, so it is patched as z
+        return SiteLocation(site, resolve_site(unwrapped, SITES["z"]).points)
+    points: list[HookLocation] = []
+    if not site.layered:
+        point = unwrapped.point(site.hook_name(0))
+        if point is None:
+            raise Unsupported(f"{site.hook} is at no border of the model's own modules")
+        return SiteLocation(site, (point,))
+    for layer in range(unwrapped.n_layers):
+        hook = site.hook_name(layer)
+        if not unwrapped.has_hook(hook):
+            if site.in_attention:  # without rotary tables rot_q is q
+                return SiteLocation(site, ())
+            raise Unsupported(f"this architecture has no {hook}")
+        point = None if site.in_attention else unwrapped.point(hook)
+        if point is None and site.name in ("q", "k", "v"):
+            point = _in_fused_projection(unwrapped, layer, site.name)
+        if point is None:
+            if site.name in ("q", "k", "v", "rot_q", "rot_k") or site.is_pattern:
+                return SiteLocation(site, ())
+            raise Unsupported(f"{hook} is at no border of the model's own modules")
+        points.append(point)
+    return SiteLocation(site, tuple(points))
+
+
+def _in_fused_projection(unwrapped: UnwrappedModel, layer: int, name: str) -> HookLocation | None:
+    """Where q, k or v leaves the one matrix that makes all three; None: there is none."""
+    attention = getattr(unwrapped.bridge.blocks[layer], "attn", None)
+    if not isinstance(attention, JointQKVAttentionBridge):
+        return None
+    projection = unwrapped.module_of(getattr(attention, "qkv", None))
+    if projection is None:
+        return None
+    columns = _columns(attention, projection)
+    return None if columns is None else HookLocation(projection, "out", columns[name])
+
+
+def _columns(
+    attention: JointQKVAttentionBridge, projection: nn.Module
+) -> Mapping[str, Tensor] | None:
+    """Which outputs of `projection` are q, k and v, by the way in which the bridge splits it.
+
+    The bridge's own function splits a matrix whose rows hold their numbers. None if it cannot.
+    """
+    if isinstance(projection, Conv1D):
+        n_in, n_out = projection.weight.shape
+    elif isinstance(projection, nn.Linear):
+        n_in, n_out = projection.in_features, projection.out_features
+    else:
+        return None
+    bias = torch.arange(n_out, dtype=torch.float32, device="cpu")
+    rows = bias.expand(n_in, n_out)
+    weight = rows if isinstance(projection, Conv1D) else rows.T
+    numbered = SimpleNamespace(weight=weight, bias=bias)
+    try:
+        parts = attention.split_qkv_matrix(
+            _Replaced(attention.original_component, str(attention.qkv.name), numbered)
+        )
+    except (AttributeError, AssertionError, RuntimeError, TypeError, ValueError):
+        return None  # an architecture's own function may look at more than the matrix
+    return {
+        name: part.weight.detach()[:, 0].round().long()
+        for name, part in zip(("q", "k", "v"), parts, strict=True)
+    }
+
+
+class _Replaced:
+    """A module with another object in the place of one of its children."""
+
+    def __init__(self, module: Any, name: str, child: Any) -> None:
+        self._module = module
+        setattr(self, name, child)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)

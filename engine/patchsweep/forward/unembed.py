@@ -1,0 +1,180 @@
+"""The unembedding: from final residuals to logits, by the model's own last steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from patchsweep_kernels.answer_logits import answer_logits
+from patchsweep_kernels.unembedding import Unembedding
+from patchsweep_kernels.vocab import log_z, total_variation, vocab_kl
+from torch import Tensor, nn
+
+from patchsweep.forward.unwrapped import UnwrappedModel
+from patchsweep.spec.metrics import Sum
+
+# a chunk of logits stays within this many bytes
+CHUNK_BYTES = 32 * 2**20
+
+
+class Unembed:
+    """Logits of final residuals: `[row, d_model]` to `[row, d_vocab]`, or chosen tokens only.
+
+    The whole vocabulary goes through the model's own tail: its forward pass, with one stand-in
+    block that hands over the residual. Chosen tokens, and sums over the vocabulary, go through
+    the final norm and the unembedding itself, where that was checked to give the same logits.
+    """
+
+    def __init__(self, unwrapped: UnwrappedModel) -> None:
+        self.unwrapped = unwrapped
+        self.d_vocab: int = unwrapped.bridge.cfg.d_vocab
+        self._norm = unwrapped.module_of(getattr(unwrapped.bridge, "ln_final", None))
+        self._unembed = unwrapped.module_of(getattr(unwrapped.bridge, "unembed", None))
+        self._scale, self._softcap = _logit_scale(unwrapped.model.config)
+        self._direct: bool | None = None
+
+    @torch.no_grad()
+    def logits(self, resid: Tensor) -> Tensor:
+        """Logits `[row, d_vocab]` of final residuals `[row, d_model]`; the caller chunks."""
+        parent, name, blocks = self.unwrapped.list_of_blocks()
+        # one token a prompt, so that learned positions never run out
+        tokens = torch.zeros(len(resid), 1, dtype=torch.long, device=resid.device)
+        setattr(parent, name, nn.ModuleList([_StandIn(resid.unsqueeze(1))]))
+        try:
+            output = self.unwrapped.model(tokens, use_cache=False)
+        finally:
+            setattr(parent, name, blocks)
+        logits: Tensor = output.logits[:, 0].to(resid.device)
+        return logits
+
+    def chunk_rows(self, n_reads: int = 1) -> int:
+        """How many rows have fp32 logits that fit `CHUNK_BYTES`."""
+        return max(1, CHUNK_BYTES // (4 * self.d_vocab * n_reads))
+
+    def chunks(self, n_rows: int, n_reads: int = 1) -> Iterator[slice]:
+        """Row slices whose fp32 logits fit `CHUNK_BYTES`."""
+        size = self.chunk_rows(n_reads)
+        for first in range(0, n_rows, size):
+            yield slice(first, min(first + size, n_rows))
+
+    @torch.no_grad()
+    def token_logits(self, resid: Tensor, tokens: Tensor) -> Tensor:
+        """fp32 logits `[row, k]` of `tokens` `[row, k]` for final residuals `[row, d_model]`."""
+        if self.is_direct(resid):
+            # the model's own norm, whatever kind it is
+            final = self._final(resid)
+            unembedding, rows = self._rows_of(tokens, final.device, final.dtype)
+            return answer_logits(final, unembedding, rows).to(resid.device)
+        with self.unwrapped.unembed_in_memory():
+            parts = [
+                self.logits(resid[rows]).float().gather(1, tokens[rows])
+                for rows in self.chunks(len(resid))
+            ]
+        return torch.cat(parts) if parts else resid.new_zeros(tokens.shape)
+
+    @torch.no_grad()
+    def sum_over_vocab(
+        self, name: Sum, resid: Tensor, reference: Tensor, reference_row: Tensor
+    ) -> Tensor:
+        """A sum over the vocabulary `[row]` of final residuals, fp32, without `[row, d_vocab]`.
+
+        Row i of `resid` `[row, d_model]` is held against row `reference_row[i]` of `reference`;
+        `log_z` needs neither. Only where `is_direct`.
+        """
+        with self.unwrapped.unembed_in_memory():
+            unembedding = self._unembedding()
+            device = unembedding.w_u.device
+            final = self._final(resid).to(device)
+            if name == "log_z":
+                return log_z(final, unembedding).to(resid.device)
+            compare = vocab_kl if name.startswith("kl") else total_variation
+            base = self._final(reference).to(device)
+            found = compare(base, final, unembedding, base_row=reference_row.to(device))
+            return found.to(resid.device)
+
+    @torch.no_grad()
+    def is_direct(self, resid: Tensor) -> bool:
+        """Whether final norm and unembedding give the model's logits; tried on the first rows."""
+        if self._direct is None:
+            with self.unwrapped.unembed_in_memory():
+                self._direct = self._check(resid[:4])
+        return self._direct
+
+    def _check(self, resid: Tensor) -> bool:
+        if self._norm is None or self._unembed is None:
+            return False
+        if not isinstance(getattr(self._unembed, "weight", None), Tensor):
+            return False
+        unembedding = self._unembedding()
+        product = nn.functional.linear(
+            self._final(resid).to(unembedding.w_u.device), unembedding.w_u
+        )
+        mine = unembedding.finish(product.float(), unembedding.bias).to(resid.device)
+        whole = self.logits(resid).float()
+        if mine.shape != whole.shape:
+            return False
+        # 16-bit logits are rounded, by the model at the end and here before bias and soft-cap
+        wide = resid.dtype in (torch.float32, torch.float64)
+        atol, rtol = (1e-4, 1e-5) if wide else (0.1, 2**-6)
+        return bool(torch.allclose(mine, whole, atol=atol, rtol=rtol))
+
+    def _final(self, resid: Tensor) -> Tensor:
+        """Final residuals after the model's last norm."""
+        assert self._norm is not None
+        final: Tensor = self._norm(resid)
+        return final
+
+    def _unembedding(self) -> Unembedding:
+        assert self._unembed is not None
+        return Unembedding(
+            self._unembed.weight.detach(),  # type: ignore[operator]
+            getattr(self._unembed, "bias", None),
+            self._scale,
+            self._softcap,
+        )
+
+    def _rows_of(
+        self, tokens: Tensor, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Unembedding, Tensor]:
+        """The unembedding on `device` in `dtype`, and `tokens` as its rows.
+
+        Of one that is elsewhere, or cast, only the rows of `tokens` are fetched, and numbered anew.
+        """
+        assert self._unembed is not None
+        weight = self.unwrapped.values_of(self._unembed, "weight")
+        bias = self.unwrapped.values_of(self._unembed, "bias")
+        assert weight is not None
+        if weight.device == device and not self.unwrapped.is_away(self._unembed):
+            return Unembedding(weight, bias, self._scale, self._softcap), tokens
+        chosen, numbers = tokens.cpu().unique(return_inverse=True)
+
+        def few(x: Tensor) -> Tensor:
+            return x[chosen.to(x.device)].to(device, dtype)
+
+        some = Unembedding(
+            few(weight), None if bias is None else few(bias), self._scale, self._softcap
+        )
+        if self.unwrapped.rests_elsewhere(self._unembed):
+            self.unwrapped.traffic.n_bytes += some.w_u.numel() * some.w_u.element_size()
+        return some, numbers
+
+
+class _StandIn(nn.Module):
+    """A block whose output is given."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
+        self.attention_type = "full_attention"  # some models ask their blocks for it
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.output
+
+
+def _logit_scale(config: Any) -> tuple[float, float | None]:
+    """Factor and soft-cap that follow the unembedding, by the names that configs use."""
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return scale, None if softcap is None else float(softcap)

@@ -1,0 +1,331 @@
+"""The Hugging Face modules behind a bridge, once more: no hooks, the same tensors.
+
+`TransformerBridge` wraps the modules of a model in place. The packed runner needs them plain,
+with an attention function of its own. A `UnwrappedModel` copies the module objects (not one weight)
+and leaves the bridge as it is.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from patchsweep.errors import ModelError
+from patchsweep.forward.casting import cast_rows, keep_no_casts, looks_up
+from patchsweep.forward.fused_layers import leaner
+from patchsweep.forward.plain import MORE_OUTPUTS, PlainModel
+from patchsweep.forward.weight_streaming import SplitBlock, WeightTraffic, stream_modules
+from patchsweep.models.heartbeat import beat
+
+ATTENTION = "patchsweep"
+OWN_ATTENTION = "its attention does not go through the attention interface of transformers"
+Attend = Callable[..., Tensor]
+
+
+class Unsupported(ModelError):
+    """The packed runner cannot run this model or site; `reason` says why.
+
+    Most callers take another way, or say in their own words what to do. One that meets it in the
+    middle of its work lets it pass, as the user's error that it then is.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"the model's plain modules cannot run this: {reason}; use method=exact with "
+            "runner=hooked, which takes every model"
+        )
+        self.reason = reason
+
+
+@dataclass(frozen=True, eq=False)
+class HookLocation:
+    """A place at the border of a module, where an activation can be read and replaced."""
+
+    module: nn.Module
+    side: Literal["in", "out"]
+    columns: Tensor | None = None  # of the tensor there; None: all of them, in their order
+
+
+class UnwrappedModel(PlainModel):
+    """Plain modules that share every parameter and buffer with `bridge`, to run packed batches
+    with.
+
+    Where `accelerate` placed the model on several devices, or keeps weights on the CPU or on disk
+    until they are needed, each block is visited on its device and its weights are fetched once a
+    visit; `traffic` counts them. Weights of 16 bits are cast to `dtype` in the same way, if it is
+    given: a block's while it runs.
+
+    Raises:
+        Unsupported: the model has no list of blocks with attention that takes
+            a registered attention function, or a block is split over devices.
+    """
+
+    blocks: tuple[nn.Module, ...]
+
+    def __init__(self, bridge: TransformerBridge, dtype: torch.dtype | None = None) -> None:
+        super().__init__(bridge, ATTENTION)
+        self.dtype: torch.dtype = dtype or bridge.cfg.dtype  # of activations
+        self._hooks = bridge.hook_dict
+        self._names: dict[int, list[str]] = defaultdict(list)  # hook point -> its names
+        for name, hook in self._hooks.items():
+            self._names[id(hook)] += [name, str(hook.name)]
+        self.traffic = WeightTraffic()
+        if not hasattr(bridge, "blocks"):
+            raise Unsupported("the model has no single list of decoder blocks")
+        self.blocks = tuple(self._copies[id(b.original_component)] for b in bridge.blocks)
+        for layer, block in enumerate(self.blocks):
+            if any(isinstance(module, nn.Conv1d) for module in block.modules()):
+                # its state runs from token to token: there is no prefix that rows could share
+                raise Unsupported(f"block {layer} mixes tokens by a convolution, not by attention")
+        self._attentions = tuple(self._attention_of(i) for i in range(len(self.blocks)))
+        try:
+            cast = None if self.dtype == bridge.cfg.dtype else self.dtype
+            self._stations = stream_modules(
+                self.model, self.blocks, self._homes, self.traffic, cast
+            )
+        except SplitBlock as error:
+            raise Unsupported(str(error)) from None
+        for module, station in [*self._stations.items()]:
+            if module not in self._homes and looks_up(module, station):
+                cast_rows(module, *self._stations.pop(module).away)
+            else:
+                station.serve(module)
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def takes_attention_functions(self) -> bool:
+        """Whether the code of every block's attention calls a registered attention function."""
+        return all(
+            any(
+                "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(cls.forward).__code__.co_names
+                for cls in type(module).__mro__  # a subclass may leave the rest to its base
+                if "forward" in vars(cls) and issubclass(cls, nn.Module) and cls is not nn.Module
+            )
+            for module in self._attentions
+        )
+
+    @contextmanager
+    def unembed_in_memory(self) -> Iterator[None]:
+        """Keep what lies around the blocks fetched, for several calls of it one after another."""
+        around = [s for module, s in self._stations.items() if module not in self.blocks]
+        for station in around:
+            station.fetch()
+        try:
+            yield
+        finally:
+            for station in around:
+                station.release()
+
+    def list_of_blocks(self) -> tuple[nn.Module, str, nn.Module]:
+        """The module that holds the list of blocks, the list's name, and the list.
+
+        Raises:
+            Unsupported: there is no such list.
+        """
+        for parent in self.model.modules():
+            for name, child in parent.named_children():
+                if isinstance(child, nn.ModuleList) and tuple(child) == self.blocks:
+                    return parent, name, child
+        raise Unsupported("the model keeps its blocks in no list")
+
+    @contextmanager
+    def block_at_hand(self, layer: int) -> Iterator[None]:
+        """Keep the weights of a block fetched, for calls of modules inside it."""
+        station = self._stations.get(self.blocks[layer])
+        if station is None:
+            yield
+            return
+        station.fetch()
+        try:
+            yield
+        finally:
+            station.release()
+
+    def is_away(self, module: nn.Module) -> bool:
+        """Whether weights of one of the plain modules are elsewhere, or cast, until it runs."""
+        station = self._stations.get(module)
+        return station is not None and bool(station.away)
+
+    def rests_elsewhere(self, module: nn.Module) -> bool:
+        """Whether weights of one of the plain modules come from elsewhere when it runs."""
+        return self.is_away(module) and self._stations[module].n_bytes > 0
+
+    def cast_no_weights_of(self, modules: Collection[nn.Module]) -> None:
+        """Let weights that rest with `modules` be as they are while those run."""
+        for station in self._stations.values():
+            station.leave(modules)
+
+    def graph(self) -> AbstractContextManager[Any]:
+        """Forward passes inside it are differentiated, and keep no weights that were cast."""
+        return keep_no_casts(self._stations.values())
+
+    def values_of(self, module: nn.Module, name: str) -> Tensor | None:
+        """The values of a weight of one of the plain modules, where they are: nothing is fetched.
+
+        None if the module has no weight of that name.
+        """
+        weight = getattr(module, name, None)
+        if not isinstance(weight, Tensor):
+            return None
+        home = self._homes.get(module)
+        if weight.is_meta and home is not None and home.away is not None:
+            return home.away[name]
+        return weight.detach()
+
+    def attend_with(self, layer_fns: Callable[[int], Attend] | None) -> None:
+        """Let layer i's attention call `layer_fns(i)`; None takes the functions away."""
+        for layer, module in enumerate(self._attentions):
+            if layer_fns is None:
+                module.__dict__.pop("patchsweep_attend", None)
+            else:
+                module.__dict__["patchsweep_attend"] = layer_fns(layer)
+
+    def has_hook(self, hook_name: str) -> bool:
+        """Whether the bridge has a hook of that name. Its own table is made anew at every look."""
+        return hook_name in self._hooks
+
+    def point(self, hook_name: str) -> HookLocation | None:
+        """Where the bridge's hook `hook_name` sits among the plain modules.
+
+        None if the hook exists but lies inside a function rather than at a module's
+        border, or on a module that only the bridge has.
+
+        Raises:
+            KeyError: the bridge has no such hook.
+        """
+        sides: dict[str, Literal["in", "out"]] = {"hook_in": "in", "hook_out": "out"}
+        for name in self._names[id(self._hooks[hook_name])]:
+            path, _, leaf = name.rpartition(".")
+            if leaf not in sides:
+                continue
+            component: Any = self.bridge
+            for part in path.split("."):
+                component = component[int(part)] if part.isdigit() else getattr(component, part)
+            module = self.module_of(component)
+            if module is not None:
+                return HookLocation(module, sides[leaf])
+        return None
+
+    def _class_of(self, module: nn.Module) -> type[nn.Module]:
+        return leaner(type(module))  # type: ignore[arg-type]  # mypy takes classes for unhashable
+
+    def _attention_of(self, layer: int) -> nn.Module:
+        component = getattr(self.bridge.blocks[layer], "attn", None)
+        module = None if component is None else self.module_of(component)
+        if module is None:
+            raise Unsupported(f"block {layer} has no attention module of its own")
+        return module
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What Hugging Face attention layers call; q, k, v are `[1, head, token, d_head]`."""
+    if not query.shape[2] == key.shape[2] == value.shape[2]:
+        raise Unsupported(
+            f"its attention reads {key.shape[2]} keys where the prompt has {query.shape[2]} tokens"
+        )
+    # rotary tables lift q and k to fp32 where the layers hand on bf16
+    dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
+    query, key, value = (x.to(dtype) for x in (query, key, value))
+    attend = module.__dict__["patchsweep_attend"]
+    beat()  # every pass comes by here once a layer
+    return attend(module, query, key, value, attention_mask=attention_mask, **kwargs), None
+
+
+@dataclass(frozen=True)
+class CausalMask:
+    """A mask that a model asked for: query i sees key j if i - window < j <= i."""
+
+    length: int  # tokens
+    window: int  # at most the length
+
+    def __getitem__(self, index: object) -> NoReturn:
+        raise Unsupported("its own code works on the attention mask")
+
+
+def _make_mask(
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable[..., Tensor],
+    attention_mask: Tensor | None = None,
+    device: torch.device | None = None,
+    **_: Any,
+) -> CausalMask:
+    """What `mask_function` comes to; the blocks hand it on to their attention.
+
+    Raises:
+        Unsupported: the mask is neither causal nor a sliding window.
+    """
+    row = torch.arange(batch_size, device=device).view(-1, 1, 1)
+    head = torch.zeros((), dtype=torch.long, device=device)
+    query = torch.arange(q_length, device=device).unsqueeze(1)
+    key = torch.arange(kv_length, device=device).unsqueeze(0)
+    seen = mask_function(row, head, query, key).expand(batch_size, q_length, kv_length)
+    window = int(seen[0].sum(dim=1).max())
+    known = (key <= query) & (key > query - window)
+    if attention_mask is not None or not bool((seen == known).all()):
+        raise Unsupported(
+            f"its attention over {kv_length} tokens is neither causal nor a sliding window"
+        )
+    return CausalMask(kv_length, window)
+
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, _make_mask)
+
+# what layers pass to their attention: what changes nothing in it, and what is honoured
+_HARMLESS = ("position_ids", "cache_position", "use_cache", *MORE_OUTPUTS)
+_HONOURED = ("attention_mask", "scaling", "sliding_window", "softcap", "s_aux", "is_causal")
+
+
+def attention_settings(module: nn.Module, d_head: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`scale`, `window`, `softcap` and `sinks` from what a layer passed to its attention.
+
+    Raises:
+        Unsupported: the layer asks for something that is not honoured.
+    """
+    for name, value in kwargs.items():
+        asked = value is not None and value is not False
+        if asked and name not in (*_HARMLESS, *_HONOURED) and (name, value) != ("dropout", 0.0):
+            raise Unsupported(f"its attention is given {name}, which is not known")
+    if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        raise Unsupported("attention is not causal")
+    window, mask = kwargs.get("sliding_window"), kwargs.get("attention_mask")
+    if not isinstance(mask, CausalMask):
+        kind = "no mask" if mask is None else "a mask of its own making"
+        raise Unsupported(f"its attention is given {kind}")
+    if min(window or mask.length, mask.length) != mask.window:
+        raise Unsupported(
+            f"its mask shows {mask.window} of {mask.length} tokens, and its attention is told of "
+            + (f"a window of {window}" if window else "no window")
+        )
+    scale = kwargs.get("scaling")
+    if scale is None:
+        scale = getattr(module, "scaling", None)
+    sinks = kwargs.get("s_aux")
+    return {
+        "scale": float(d_head**-0.5 if scale is None else scale),
+        "window": window,
+        "softcap": kwargs.get("softcap"),
+        "sinks": sinks.detach() if isinstance(sinks, torch.Tensor) else None,
+    }

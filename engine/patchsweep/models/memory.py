@@ -1,0 +1,101 @@
+"""How much memory this process can still take, and how much it keeps."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from functools import cache
+from pathlib import Path
+
+import torch
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process can still take on `device`.
+
+    On a GPU: what the driver has, and what torch's allocator holds without using it. On a CPU:
+    what the system has, or what its control group leaves, whichever is less.
+    """
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
+    return min(_system_memory(), _group_memory())
+
+
+# the largest block that glibc can be told to take from its heap, and not from the system each time
+LARGEST_KEPT = 32 * 2**20
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_INT_MAX = 2**31 - 1
+
+
+def keep_freed_memory(n_bytes: int) -> None:
+    """Let this process keep up to `n_bytes` of the CPU's memory that was freed, to use it again.
+
+    glibc gives large blocks back to the system as soon as they are free. A packed batch takes and
+    frees some hundred megabytes in every block of a model, and the system would map and zero each
+    page each time. Blocks above `LARGEST_KEPT` are given back all the same. Nothing happens where
+    the C library is another one.
+    """
+    mallopt = getattr(_libc(), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, LARGEST_KEPT)
+        mallopt(_M_TRIM_THRESHOLD, min(n_bytes, _INT_MAX))
+
+
+def give_memory_back() -> None:
+    """Return what was freed to the system: between blocks glibc would keep hundreds of MB."""
+    trim = getattr(_libc(), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _libc() -> ctypes.CDLL | None:
+    """glibc; None where the C library is another one."""
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+
+
+def _system_memory() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    except OSError:
+        pass
+    return 4 * 2**30  # no Linux: a modest guess
+
+
+def _group_memory() -> int:
+    """What the control group of this process leaves; very much where there is none."""
+    most = 2**62
+    try:
+        groups = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return most
+    for line in groups:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "memory":  # version 1
+            folder = Path("/sys/fs/cgroup/memory" + path)
+            limit, used, stat = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_{}"
+        elif not controllers:  # version 2
+            folder = Path("/sys/fs/cgroup" + path)
+            limit, used, stat = "memory.max", "memory.current", "{}"
+        else:
+            continue
+        try:
+            total = int((folder / limit).read_text())
+            taken = int((folder / used).read_text())
+            stats = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):  # no limit, or the folder is not shown to us
+            continue
+        # pages of files are given up when memory is asked for
+        files = sum(int(stats.get(stat.format(f"{x}_file"), 0)) for x in ("active", "inactive"))
+        most = min(most, max(0, total - taken + files))
+    return most
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or on the CPU (a plain RuntimeError there)."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return "allocate memory" in str(error) or "out of memory" in str(error).lower()

@@ -1,0 +1,100 @@
+"""Pages of weight files: where weights lie on disk, and when their pages are not worth memory.
+
+Weights that are mapped from a file live in the page cache, which all processes of a machine share.
+Whoever goes round and round through more of them than memory holds finds no page again, but pages
+that were used crowd out those that are about to be: then each is forgotten after its use.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from accelerate.utils import PrefixedDataset
+from torch import nn
+
+from patchsweep.models.memory import free_memory
+from patchsweep.models.offload import Stored, home_of
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Where in a file the values of a weight lie."""
+
+    file: str
+    first: int  # byte
+    n_bytes: int
+
+
+def extent_of(stored: Stored, name: str) -> Extent | None:
+    """Where the weight called `name` lies on disk; None if it lies in memory."""
+    if not isinstance(stored, PrefixedDataset):
+        return None
+    entry = getattr(stored.dataset, "index", {}).get(f"{stored.prefix}{name}", {})
+    if "safetensors_file" not in entry:
+        return None
+    file = entry["safetensors_file"]
+    first, last = _offsets(file)[entry.get("weight_name", f"{stored.prefix}{name}")]
+    return Extent(file, first, last - first)
+
+
+@cache
+def _offsets(file: str) -> dict[str, tuple[int, int]]:
+    """First byte, and the one after the last, of every tensor of a safetensors file."""
+    with open(file, "rb") as opened:
+        header = int.from_bytes(opened.read(8), "little")
+        entries = json.loads(opened.read(header))
+    entries.pop("__metadata__", None)
+    start = 8 + header
+    return {
+        name: (start + entry["data_offsets"][0], start + entry["data_offsets"][1])
+        for name, entry in entries.items()
+    }
+
+
+def extents_of(module: nn.Module) -> list[Extent]:
+    """Where the offloaded weights of `module` itself lie on disk."""
+    home = home_of(module)
+    if home is None or home.away is None:
+        return []
+    found = [extent_of(home.away, name) for name, p in module._parameters.items() if p is not None]
+    return [extent for extent in found if extent is not None]
+
+
+def overflows(extents: Iterable[Extent]) -> bool:
+    """Whether the pages of `extents` are more than memory holds."""
+    return sum(extent.n_bytes for extent in extents) > free_memory(_CPU)
+
+
+def forget(extents: Iterable[Extent]) -> None:
+    """Take pages out of memory, those that no process has mapped."""
+    if not hasattr(os, "posix_fadvise"):  # not Linux
+        return
+    for extent in extents:
+        with open(extent.file, "rb") as opened:
+            os.posix_fadvise(opened.fileno(), extent.first, extent.n_bytes, os.POSIX_FADV_DONTNEED)
+
+
+def forget_after_use(model: nn.Module) -> None:
+    """Let every module of `model` forget the pages of its weights, if all are more than fit."""
+    extents = {module: extents_of(module) for module in model.modules()}
+    if not overflows(extent for some in extents.values() for extent in some):
+        return
+    for module, some in extents.items():
+        if some:
+            # after accelerate's own wrapper, which has let the weights go by then
+            module.register_forward_hook(_forgetting(some))
+
+
+def _forgetting(extents: list[Extent]) -> Any:
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        forget(extents)
+
+    return after

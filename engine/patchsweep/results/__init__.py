@@ -1,0 +1,1 @@
+"""What results say: the dataset accessor, the comparison of estimates with exact effects."""

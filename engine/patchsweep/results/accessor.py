@@ -1,0 +1,426 @@
+"""What a sweep's Dataset says: effects, recovered fractions, intervals, the largest cells.
+
+Every function takes the Dataset of one run (`xarray.open_zarr(store, consolidated=False)`) and
+returns new arrays; nothing is written back. Cells that have not run are NaN and stay NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from patchsweep.arguments import number, whole_number
+from patchsweep.errors import MetricError, PlanError, SiteError, StoreError
+from patchsweep.results.rounding import BF16, NOISE, floor_of_mean, noise_floor
+from patchsweep.store.attributes import attributes
+
+SMALL_GAP = 0.1
+"""A pair is flagged when its |source - base| is below this fraction of the metric's median."""
+
+UNIT_DIMS = ("head", "kv_head", "neuron")
+"""What a patch can be narrowed to inside one layer and position."""
+
+SITE_WORDS = {
+    "embed": "Token embedding",
+    "resid_pre": "Residual stream entering a block",
+    "resid_mid": "Residual stream between attention and MLP",
+    "resid_post": "Residual stream leaving a block",
+    "attn_out": "Attention output",
+    "mlp_out": "MLP output",
+    "z": "Attention heads",
+    "q": "Queries, per head",
+    "k": "Keys, per key head",
+    "v": "Values, per key head",
+    "rot_q": "Queries after rotary, per head",
+    "rot_k": "Keys after rotary, per key head",
+    "pattern": "Attention pattern, per head",
+    "pattern_cell": "Attention pattern, per head and source",
+    "mlp_post": "MLP neurons",
+}
+"""Site names and what they are, in words, in the order in which reports show them."""
+
+_CELL_DIMS = {"metric", "pair", "layer", "pos", *UNIT_DIMS}
+_FLOATS_PER_BLOCK = 1 << 23  # 32 MiB of resampled effects at a time
+
+
+@dataclass(frozen=True)
+class Effect:
+    """One patch, or the mean of one patch over the pairs, and what it did to the metric."""
+
+    site: str  # variable of the Dataset, e.g. "z" or "z_atp"
+    pair: int | None  # pair coordinate; None for the mean over pairs
+    layer: int | str | None  # layer coordinate; None for the embedding
+    pos: int | str | None  # position, or a span's name; None when a patch covered all positions
+    token: str | None  # base token at `pos`; None where the pairs disagree
+    head: int | str | None  # head, key head or neuron, "0+1" for two together; None without one
+    value: float  # patched metric
+    effect: float  # value - base metric
+    recovered: float  # effect / (source metric - base metric); NaN where that gap is zero
+    noise: float | None = None  # effects below it are rounding; None: none was measured
+
+
+def estimates(ds: xr.Dataset) -> dict[str, tuple[str, str]]:
+    """Variables that hold an attribution's estimate: name -> (site, method).
+
+    Their attributes say so (`role`, `site`, `method`). Variables without a role, of old stores or
+    after arithmetic, go by their names: `z_atp` is then an estimate because it starts with a site's
+    name and is no site itself.
+    """
+    found = _cell_variables(ds)
+    # shortest first: z_atp_star is atp_star of z, not star of z_atp
+    bases = [*SITE_WORDS, *sorted(found, key=len)]
+    named = {}
+    for name in sorted(found):
+        attrs = ds[name].attrs
+        if "role" in attrs:
+            if attrs["role"] == "estimate":
+                named[name] = (str(attrs["site"]), str(attrs["method"]))
+            continue
+        site = next((b for b in bases if name.startswith(f"{b}_")), None)
+        if site is not None and name not in SITE_WORDS:
+            named[name] = (site, name[len(site) + 1 :])
+    return named
+
+
+def is_absolute(ds: xr.Dataset, name: str) -> bool:
+    """Whether the estimates called `name` are sizes, without a sign."""
+    sign = ds[name].attrs.get("sign")
+    return name.endswith("_drop") if sign is None else sign == "absolute"
+
+
+def sites(ds: xr.Dataset) -> tuple[str, ...]:
+    """Variables that hold exactly patched metrics, in the order of `SITE_WORDS`."""
+    estimated = estimates(ds)
+    found = [name for name in _cell_variables(ds) if name not in estimated]
+    order = [*SITE_WORDS, *sorted(set(found) - set(SITE_WORDS))]  # a folder lists in any order
+    return tuple(sorted(found, key=order.index))
+
+
+def unit_dim(array: xr.DataArray) -> str | None:
+    """The dim that numbers heads, key heads or neurons; None for a site without one."""
+    return next((str(d) for d in array.dims if d in UNIT_DIMS), None)
+
+
+def gap(ds: xr.Dataset) -> xr.DataArray:
+    """source metric - base metric, [metric, pair]: what a patch could bring back."""
+    return _metric_array(ds, "source_metric") - _metric_array(ds, "base_metric")
+
+
+def small_gaps(ds: xr.Dataset, threshold: float = SMALL_GAP) -> xr.DataArray:
+    """Pairs whose recovered fraction says little, [metric, pair] bool.
+
+    True where |source - base| is zero, NaN, or below `threshold` times the metric's median over
+    pairs. Flagged pairs stay in every mean; a ratio of means gives them the weight they have.
+    """
+    size = abs(gap(ds))
+    return ~((size > 0) & (size >= threshold * size.median("pair"))).rename("small_gap")
+
+
+def value(ds: xr.Dataset, site: str) -> xr.DataArray:
+    """Patched metric of `site`; for an estimate such as `z_atp`, base metric + estimate."""
+    values = _variable(ds, site)
+    if site in estimates(ds):
+        values = (values + _metric_array(ds, "base_metric")).transpose(*values.dims)
+    return values.rename(site)
+
+
+def effect(ds: xr.Dataset, site: str) -> xr.DataArray:
+    """Patched metric - base metric, with the dims of `site`, in the metric's unit.
+
+    Positive where the patch raises the metric. An estimate such as `z_atp` is an effect already.
+    """
+    values = _variable(ds, site)
+    if site in estimates(ds):
+        return values.rename("effect")
+    return (values - _metric_array(ds, "base_metric")).transpose(*values.dims).rename("effect")
+
+
+def recovered(ds: xr.Dataset, site: str) -> xr.DataArray:
+    """effect / (source metric - base metric) per pair, with the dims of `site`; no unit.
+
+    0: as the base run; 1: as the source run; NaN where source and base do not differ.
+    """
+    effects, gaps = effect(ds, site), gap(ds)
+    return (effects / gaps.where(gaps != 0)).transpose(*effects.dims).rename("recovered")
+
+
+def effect_mean(ds: xr.Dataset, site: str) -> xr.DataArray:
+    """Mean effect over the pairs in which the cell has run; NaN where none has."""
+    return effect(ds, site).mean("pair", skipna=True)
+
+
+def recovered_mean(ds: xr.Dataset, site: str) -> xr.DataArray:
+    """Sum of effects / sum of gaps over pairs: a ratio of means, not a mean of ratios.
+
+    Both sums run over the same pairs, those in which the cell has run, so pairs of different
+    length and unfinished runs do not bias it. A pair with a small gap has a small say.
+    """
+    effects, gaps = effect(ds, site), gap(ds)
+    both = effects.notnull() & gaps.notnull()
+    total = effects.where(both).sum("pair", min_count=1)
+    whole = gaps.where(both).sum("pair", min_count=1)
+    dims = [d for d in effects.dims if d != "pair"]
+    return (total / whole.where(whole != 0)).transpose(*dims).rename("recovered")
+
+
+def interval(
+    ds: xr.Dataset, site: str, confidence: float = 0.95, n_resamples: int = 1000
+) -> xr.DataArray:
+    """Percentile bootstrap interval of the mean effect over pairs, [bound, ...]: "low", "high".
+
+    In the metric's unit. NaN where the cell has run in fewer than two pairs.
+
+    Raises:
+        SiteError, PlanError: `site` is not in the Dataset, or a number is out of range.
+    """
+    number("confidence", confidence, above=0, below=1)
+    whole_number("n_resamples", n_resamples, least=1)
+    effects = effect(ds, site)
+    bounds = bootstrap(_pairs_first(effects), confidence=confidence, n_resamples=n_resamples)
+    dims = [d for d in effects.dims if d != "pair"]
+    template = effects.isel(pair=0, drop=True)
+    return xr.concat(
+        [template.copy(data=b.reshape(template.shape)) for b in bounds],
+        xr.DataArray(["low", "high"], dims="bound", name="bound"),
+    ).transpose("bound", *dims)
+
+
+def p_value(ds: xr.Dataset, site: str, n_permutations: int = 1000) -> xr.DataArray:
+    """Two-sided sign-flip p-value that the mean effect over pairs is zero, per cell.
+
+    Exact up to 12 pairs. Not corrected for the number of cells. NaN below two pairs.
+
+    Raises:
+        SiteError, PlanError: `site` is not in the Dataset, or there is no permutation.
+    """
+    whole_number("n_permutations", n_permutations, least=1)
+    effects = effect(ds, site)
+    template = effects.isel(pair=0, drop=True)
+    p = sign_flip(_pairs_first(effects), n_permutations=n_permutations)
+    return template.copy(data=p.reshape(template.shape)).rename("p_value")
+
+
+def shared_tokens(
+    ds: xr.Dataset, pair: int | None = None, name: str = "base_token"
+) -> list[str | None]:
+    """Token at each position of `pair`, or (None) the one on which all pairs agree.
+
+    None where the pairs differ, where the prompt has ended, and where the store has no tokens of
+    its positions. `name` is "base_token" or "source_token".
+    """
+    if name not in ds.variables or "pos" not in ds[name].dims:
+        return [None] * ds.sizes.get("pos", 0)
+    tokens = ds[name].transpose("pair", "pos")
+    if pair is not None:
+        return [str(t) or None for t in tokens.sel(pair=pair).values]
+    columns = ({str(t) for t in column} - {""} for column in tokens.values.T)
+    return [c.pop() if len(c) == 1 else None for c in columns]
+
+
+def missing(ds: xr.Dataset, site: str) -> tuple[int, int]:
+    """(cells of `site` that have not run, all its cells), positions past a prompt's end apart."""
+    empty = _variable(ds, site).isnull()
+    if "pos" in empty.dims and "base_token" in ds.variables and "pos" in ds["base_token"].dims:
+        real = (ds["base_token"] != "").reset_coords(drop=True)
+        n_real = empty.size // (real.size or 1) * int(real.sum())
+        return int((empty & real).sum()), n_real
+    return int(empty.sum()), empty.size
+
+
+def largest(
+    ds: xr.Dataset,
+    site: str,
+    metric: str | None = None,
+    n: int = 10,
+    *,
+    pair: int | None = None,
+) -> list[Effect]:
+    """The `n` cells of `site` with the largest |effect|, largest first, exact zeros left out.
+
+    Where the run has a noise floor (`patchsweep.results.rounding`), cells below it are left out
+    too: there may be fewer than `n`. `metric` defaults to the first; `pair=None` ranks the mean
+    over pairs, whose `recovered` is the ratio of means.
+
+    Raises:
+        SiteError, MetricError, PlanError: `site`, `metric` or `pair` is not in the Dataset, or
+            `n` is no number of cells.
+    """
+    whole_number("n", n, least=1)
+    one = ds.sel(metric=[_metric_name(ds, metric)])
+    if pair is not None:
+        if pair not in ds["pair"].values:
+            raise PlanError(f"pair={pair} is not in the store; it has {ds['pair'].values.tolist()}")
+        one = one.sel(pair=[pair])
+    effects = effect_mean(one, site).squeeze("metric", drop=True)
+    values = value(one, site).mean("pair").squeeze("metric", drop=True)
+    fractions = recovered_mean(one, site).squeeze("metric", drop=True)
+    unit = unit_dim(effects)
+    tokens = shared_tokens(ds, pair)
+    floor = noise_floor(one, site)
+    noise = None if floor is None else floor_of_mean(effect(one, site), floor).values.ravel()
+
+    flat = np.abs(effects.values).ravel()
+    order = np.argsort(-np.nan_to_num(flat, nan=-1.0), kind="stable")
+    order = order[flat[order] > (0 if noise is None else noise[order])]
+    found = []
+    for cell in order[:n]:
+        at = dict(zip(effects.dims, np.unravel_index(cell, effects.shape), strict=True))
+        found.append(
+            Effect(
+                site=site,
+                pair=pair,
+                layer=_label(effects, "layer", at),
+                pos=_label(effects, "pos", at),
+                token=tokens[at["pos"]] if "pos" in at else None,
+                head=_label(effects, unit, at) if unit else None,
+                value=float(values.values.ravel()[cell]),
+                effect=float(effects.values.ravel()[cell]),
+                recovered=float(fractions.values.ravel()[cell]),
+                noise=None if noise is None else float(noise[cell]),
+            )
+        )
+    return found
+
+
+def bootstrap(
+    effects: np.ndarray, *, confidence: float = 0.95, n_resamples: int = 1000
+) -> tuple[np.ndarray, np.ndarray]:
+    """(low, high) of the mean over axis 0 of `effects` [pair, cell], NaN pairs left out."""
+    import torch  # here, so that reading a store does not load a model library
+    from transformer_lens.utilities.statistics import bootstrap_ci
+
+    low, high = np.full((2, effects.shape[1]), np.nan)
+    for cells, present in _same_pairs(effects, 256):
+        bounds = bootstrap_ci(
+            torch.from_numpy(present), dim=0, confidence=confidence, n_resamples=n_resamples
+        )
+        low[cells], high[cells] = (b.numpy() for b in bounds)
+    return low, high
+
+
+def sign_flip(effects: np.ndarray, *, n_permutations: int = 1000) -> np.ndarray:
+    """Two-sided sign-flip p-value of the mean over axis 0 of `effects` [pair, cell]."""
+    import torch
+    from transformer_lens.utilities.statistics import sign_flip_permutation_pvalue
+
+    p = np.full(effects.shape[1], np.nan)
+    for cells, present in _same_pairs(effects, 4096):
+        p[cells] = sign_flip_permutation_pvalue(
+            torch.from_numpy(present), dim=0, n_permutations=n_permutations
+        ).numpy()
+    return p
+
+
+@xr.register_dataset_accessor("patchsweep")
+class PatchsweepAccessor:
+    """`ds.patchsweep`: the functions of this module, on the Dataset at hand."""
+
+    def __init__(self, ds: xr.Dataset) -> None:
+        self._ds = ds
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """See `patchsweep.store.attributes.attributes`."""
+        return attributes(self._ds)
+
+    def effect(self, site: str) -> xr.DataArray:
+        """See `patchsweep.results.accessor.effect`."""
+        return effect(self._ds, site)
+
+    def recovered(self, site: str) -> xr.DataArray:
+        """See `patchsweep.results.accessor.recovered`."""
+        return recovered(self._ds, site)
+
+    def noise_floor(self, site: str) -> xr.DataArray | None:
+        """See `patchsweep.results.rounding.noise_floor`."""
+        return noise_floor(self._ds, site)
+
+    def effect_mean(self, site: str) -> xr.DataArray:
+        """See `patchsweep.results.accessor.effect_mean`."""
+        return effect_mean(self._ds, site)
+
+    def recovered_mean(self, site: str) -> xr.DataArray:
+        """See `patchsweep.results.accessor.recovered_mean`."""
+        return recovered_mean(self._ds, site)
+
+    def largest(
+        self, site: str, n: int = 10, *, metric: str | None = None, pair: int | None = None
+    ) -> list[Effect]:
+        """See `patchsweep.results.accessor.largest`; over the mean of all pairs, or of one
+        `pair`."""
+        return largest(self._ds, site, metric, n, pair=pair)
+
+
+def _cell_variables(ds: xr.Dataset) -> list[str]:
+    """Data variables with one number per patch; those with other axes are not cells."""
+    return [
+        str(name)
+        for name, array in ds.data_vars.items()
+        if {"metric", "pair"} <= set(array.dims) <= _CELL_DIMS and _holds_cells(str(name), array)
+    ]
+
+
+def _holds_cells(name: str, array: xr.DataArray) -> bool:
+    if "role" in array.attrs:
+        return array.attrs["role"] in ("exact", "estimate")
+    # [metric, pair] is a baseline, or one patch
+    return not name.endswith((BF16, NOISE)) and (array.ndim > 2 or name in SITE_WORDS)
+
+
+def _variable(ds: xr.Dataset, site: str) -> xr.DataArray:
+    known = _cell_variables(ds)
+    if site not in known:
+        raise SiteError(f"site={site!r} is not in the store; it has {', '.join(known) or 'none'}")
+    unit = unit_dim(ds[site])
+    dims = ["metric", "pair", "layer", "pos", *([unit] if unit else [])]
+    return ds[site].transpose(*dims, missing_dims="ignore")
+
+
+def _metric_array(ds: xr.Dataset, name: str) -> xr.DataArray:
+    if name not in ds.variables:
+        raise StoreError(f"the Dataset has no {name!r}; open a store written by a patchsweep run")
+    return ds[name].transpose("metric", "pair")
+
+
+def _metric_name(ds: xr.Dataset, metric: str | None) -> str:
+    known = [str(m) for m in ds["metric"].values]
+    if metric is None:
+        return known[0]
+    if metric not in known:
+        raise MetricError(f"metric={metric!r} is not in the store; it has {', '.join(known)}")
+    return metric
+
+
+def _label(array: xr.DataArray, dim: str, at: dict[Hashable, np.intp]) -> int | str | None:
+    """The coordinate of `array` along `dim` at the index `at`; None without that dim."""
+    if dim not in at:
+        return None
+    label = array[dim].values[at[dim]]
+    return int(label) if isinstance(label, np.integer) else str(label)
+
+
+def _pairs_first(effects: xr.DataArray) -> np.ndarray:
+    """[pair, cell] in float64, contiguous."""
+    moved = effects.transpose("pair", ...).values
+    return np.ascontiguousarray(moved.reshape(moved.shape[0], -1), dtype=np.float64)
+
+
+def _same_pairs(effects: np.ndarray, draws: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Cells that ran in the same pairs, and their effects in just those: (cells, [pair, cell]).
+
+    Cells that ran in fewer than two pairs are left out. Each block stays within a memory budget
+    when `draws` resamples of it are made.
+    """
+    ran = np.isfinite(effects)
+    patterns, group = np.unique(ran, axis=1, return_inverse=True)
+    for index, pairs in enumerate(patterns.T):
+        if pairs.sum() < 2:
+            continue
+        cells = np.flatnonzero(group.ravel() == index)
+        n_blocks = -(-len(cells) * int(pairs.sum()) * draws // _FLOATS_PER_BLOCK)
+        for block in np.array_split(cells, max(1, min(n_blocks, len(cells)))):
+            yield block, effects[np.ix_(pairs, block)]

@@ -1,0 +1,1 @@
+"""Runners: given a batch and a plan, the metrics of every patched run."""

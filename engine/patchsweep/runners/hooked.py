@@ -1,0 +1,284 @@
+"""The hooked runner: whole batched forward passes through the bridge, patched by its hooks.
+
+Slower than packed batches and right for every model that the bridge supports; it is also the oracle
+that the packed runner is checked against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.forward.casting import cast_while
+from patchsweep.models.arithmetic import last_bit_turned
+from patchsweep.models.quantised import check_hooks
+from patchsweep.runners.hook_points import (
+    Hook,
+    by_setting,
+    check_names,
+    check_sites,
+    forward,
+    hooks_of,
+    write_units,
+    writing,
+)
+from patchsweep.spec.batch import Batch
+from patchsweep.spec.interventions import Intervention, values_of
+from patchsweep.spec.metrics import Logits, Metric, compute
+from patchsweep.spec.planner import Ints, PatchSet, Plan
+from patchsweep.spec.sites import Site
+from patchsweep.spec.spec import model_shape
+
+# the logits of one batched forward pass stay within this many bytes
+LOGIT_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A batch with the values to patch in and the unpatched logits."""
+
+    batch: Batch
+    donors: dict[str, list[Tensor]]  # site -> per layer [pair, pos, width] (pattern: its own)
+    base_logits: Float[Tensor, "pair read d_vocab"]
+    source_logits: Float[Tensor, "pair read d_vocab"]
+
+
+class _Write(NamedTuple):
+    """What one patch replaces in a forward pass."""
+
+    row: int  # of the forward pass
+    pair: int  # row of the batch, whose values are patched in
+    unit_set: int
+    span: slice  # positions
+
+
+class HookedRunner:
+    """Exact patches by hooks; one forward pass per layer and batch of patches.
+
+    Weights of 16 bits are cast to `compute_dtype` (None: the model's own), each block's while it
+    runs.
+
+    Raises:
+        SiteError: the model has no hook for one of `sites`, or not the setting that it needs.
+        ConfigError: the bridge cannot run the model.
+    """
+
+    name = "hooked"
+    joins = False
+
+    def __init__(
+        self,
+        bridge: TransformerBridge,
+        sites: Sequence[Site],
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        check_hooks(bridge)
+        self.bridge = bridge
+        self.compute_dtype = bridge.cfg.dtype if compute_dtype is None else compute_dtype
+        self.sites = tuple(sites)
+        self.shape = model_shape(bridge)
+        check_names(bridge, sites)
+        self._groups = by_setting(bridge, sites)  # that can be run together
+
+    def check(self, tokens: Tensor) -> None:
+        """See that patches at the sites can work in this model.
+
+        Raises:
+            SiteError: a hook does not fire once a pass on `[batch, pos, ...]`, or fires where a new
+                value changes nothing.
+        """
+        with cast_while(self.bridge, self.compute_dtype):
+            check_sites(self.bridge, self.sites, self.shape, tokens)
+
+    @torch.no_grad()
+    def activations(self, tokens: Tensor) -> Mapping[str, Sequence[Tensor]]:
+        """See `Runner`."""
+        self.check(tokens)
+        return self._run(tokens)[1]
+
+    def _rows(self, length: int) -> int:
+        """How many prompts of that length have logits of `LOGIT_BYTES`."""
+        return max(1, LOGIT_BYTES // (4 * length * self.bridge.cfg.d_vocab))
+
+    def _run(
+        self, tokens: Tensor, reads: Sequence[int] = ()
+    ) -> tuple[Float[Tensor, "row read d_vocab"], dict[str, list[Tensor]]]:
+        """fp32 logits at `reads`, and the activations of the sites; some prompts at a time."""
+        rows = tokens.split(self._rows(tokens.shape[1]))
+        parts = [self._run_rows(some, reads) for some in rows]
+        activations = {
+            site.name: [
+                torch.cat(x) for x in zip(*(found[site.name] for _, found in parts), strict=True)
+            ]
+            for site in self.sites
+        }
+        return torch.cat([logits for logits, _ in parts]), activations
+
+    def _run_rows(
+        self, tokens: Tensor, reads: Sequence[int]
+    ) -> tuple[Float[Tensor, "row read d_vocab"], dict[str, list[Tensor]]]:
+        kept: dict[str, Tensor] = {}
+
+        def keep(x: Tensor, hook: Any, name: str) -> None:
+            kept[name] = x.detach().clone()
+
+        logits: list[Tensor] = []
+        for group in self._groups:
+            names = [name for site in group for name in hooks_of(self.bridge, site)]
+            keeping = [(name, partial(keep, name=name)) for name in names]
+            with cast_while(self.bridge, self.compute_dtype):
+                logits.append(forward(self.bridge, tokens, (), keeping)[:, list(reads)].float())
+        found = {}
+        for site in self.sites:
+            layers = [kept[name] for name in hooks_of(self.bridge, site)]
+            if not site.is_pattern:
+                layers = [x.reshape(*tokens.shape, -1) for x in layers]
+            found[site.name] = layers
+        return logits[0], found
+
+    @torch.no_grad()
+    def load(self, batch: Batch, intervention: Intervention) -> Loaded:
+        """See `Runner`."""
+        self.check(batch.base)
+        n = len(batch.base)
+        logits, both = self._run(torch.cat([batch.base, batch.source]), batch.reads)
+        return Loaded(
+            batch=batch,
+            donors={
+                site.name: [
+                    values_of(intervention, site, layer, b, s, batch.spans)
+                    for layer, (b, s) in enumerate((x[:n], x[n:]) for x in both[site.name])
+                ]
+                for site in self.sites
+            },
+            base_logits=logits[:n],
+            source_logits=logits[n:],
+        )
+
+    def references(
+        self, loaded: Loaded, metrics: Sequence[Metric]
+    ) -> tuple[Float[Tensor, "metric pair"], Float[Tensor, "metric pair"]]:
+        """See `Runner`."""
+        pair = torch.arange(len(loaded.batch.base), device=loaded.base_logits.device)
+        return (
+            self._metrics(loaded, loaded.base_logits, pair, metrics),
+            self._metrics(loaded, loaded.source_logits, pair, metrics),
+        )
+
+    def run(
+        self, loaded: Loaded, plan: Plan, patches: Ints, metrics: Sequence[Metric]
+    ) -> Float[Tensor, "metric patch"]:
+        """See `Runner`."""
+        return self.run_together(loaded, [PatchSet(plan, patches)], metrics)[0]
+
+    @torch.no_grad()
+    def run_together(
+        self,
+        loaded: Loaded,
+        sets: Sequence[PatchSet],
+        metrics: Sequence[Metric],
+        null: Sequence[PatchSet] = (),
+    ) -> list[Float[Tensor, "metric patch"]]:
+        """See `Runner`; a row of a forward pass is one patch, whatever its site and layer."""
+        n_sets = len(sets)
+        sets = (*sets, *null)
+        sizes = [len(chosen.patches) for chosen in sets]
+        which = np.repeat(np.arange(len(sets)), sizes)  # [patch of all sets] its set
+        patch = np.concatenate([chosen.patches for chosen in sets])
+        values = torch.empty(len(metrics), len(patch), device="cpu")
+        size = self._rows(loaded.batch.length)
+        for group in self._groups:
+            members = [i for i, chosen in enumerate(sets) if chosen.plan.site in group]
+            rows = np.flatnonzero(np.isin(which, members))
+            for first in range(0, len(rows), size):
+                part = rows[first : first + size]
+                values[:, part] = self._run_part(
+                    loaded, sets, n_sets, which[part], patch[part], metrics
+                )
+        return list(values.split(sizes, dim=1))
+
+    def _run_part(
+        self,
+        loaded: Loaded,
+        sets: Sequence[PatchSet],
+        n_sets: int,
+        which: Ints,
+        patch: Ints,
+        metrics: Sequence[Metric],
+    ) -> Float[Tensor, "metric row"]:
+        """One forward pass: row i is the patch `patch[i]` of the set `which[i]`; those from
+        `n_sets` on are null."""
+        batch, local = loaded.batch, loaded.batch.local
+        hooks: list[Hook] = []
+        pair = np.empty(len(patch), dtype=np.int64)  # row of the batch
+        for i in np.unique(which).tolist():
+            rows = np.flatnonzero(which == i)
+            plan, patches = sets[i].plan, patch[rows]
+            pair[rows] = [local[p] for p in plan.pair[patches].tolist()]
+            hooks += self._hooks_of(loaded, plan, patches, rows, null=i >= n_sets)
+        index = torch.from_numpy(pair).to(batch.base.device)
+        with cast_while(self.bridge, self.compute_dtype):
+            logits = forward(self.bridge, batch.base[index], hooks)
+        read = logits[:, list(batch.reads)].float()
+        return self._metrics(loaded, read, index, metrics).cpu()
+
+    def _hooks_of(
+        self, loaded: Loaded, plan: Plan, patches: Ints, rows: Ints, *, null: bool
+    ) -> list[Hook]:
+        """Hooks that put patch `patches[i]` of `plan` into row `rows[i]` of a forward pass."""
+        local = loaded.batch.local
+        by_layer: dict[int, list[_Write]] = {}
+        cells = zip(rows.tolist(), *(x.tolist() for x in plan.cells(patches)), strict=True)
+        for row, pair, layer_set, unit_set, start, stop in cells:
+            write = _Write(row, local[pair], unit_set, slice(start, stop))
+            for layer in plan.axes.layers[layer_set]:
+                by_layer.setdefault(layer, []).append(write)
+        return [
+            writing(plan.site.hook_name(layer), self._write(loaded, plan, written, layer, null))
+            for layer, written in by_layer.items()
+        ]
+
+    def _write(
+        self, loaded: Loaded, plan: Plan, written: Sequence[_Write], layer: int, null: bool
+    ) -> Callable[[Tensor], None]:
+        """What replaces what the patches of `written` cover."""
+        donor = loaded.donors[plan.site.name][layer]
+        units, is_pattern = plan.axes.units, plan.site.is_pattern
+        n_units = 1 if units is None else self.shape.n_units(plan.site)
+
+        def write(x: Tensor) -> None:
+            for row, pair, unit_set, span in written:
+                which = slice(None) if units is None else list(units[unit_set])
+                new = last_bit_turned(x[row]) if null else donor[pair].to(x)
+                if new.ndim > 2 and not is_pattern:
+                    new = new.flatten(1)
+                if plan.axes.n_sources:
+                    src = unit_set % plan.axes.n_sources
+                    x[row, which, span, src] = new[which, span, src]
+                elif is_pattern:
+                    x[row, which, span] = new[which, span]
+                else:
+                    write_units(x, row, new, span, which, n_units)
+
+        return write
+
+    def _metrics(
+        self,
+        loaded: Loaded,
+        full: Float[Tensor, "row read d_vocab"],
+        pair: Tensor,
+        metrics: Sequence[Metric],
+    ) -> Float[Tensor, "metric row"]:
+        batch = loaded.batch
+        answer = full.gather(2, batch.answer[pair].unsqueeze(-1)).squeeze(-1)
+        wrong = full.gather(2, batch.wrong[pair].unsqueeze(-1)).squeeze(-1)
+        base, source = loaded.base_logits[pair], loaded.source_logits[pair]
+        return compute(metrics, Logits(answer, wrong, full, base, source))

@@ -1,0 +1,366 @@
+"""`PackedRunner`: captures a batch, sends packed batches of patches through, reads the metrics."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from einops import einsum, rearrange, repeat
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.errors import ModelError
+from patchsweep.forward.activation_store import ActivationStore, Budget
+from patchsweep.forward.block_args import dry_run
+from patchsweep.forward.capture import (
+    ActivationCache,
+    capture,
+    check_attention_sites,
+    embed_to_stream,
+)
+from patchsweep.forward.site_locations import SiteLocation, resolve_site
+from patchsweep.forward.unembed import Unembed
+from patchsweep.forward.unwrapped import Unsupported, UnwrappedModel
+from patchsweep.models.memory import is_out_of_memory
+from patchsweep.runners.packed.bf16 import use_bf16_products
+from patchsweep.runners.packed.budget import default_cache, default_max_tokens, keep_batch_memory
+from patchsweep.runners.packed.forward import PackedInput, PatchValues, run_packed_batch
+from patchsweep.runners.packed.schedule import PackedBatch, make_packed_batches
+from patchsweep.spec.batch import Batch
+from patchsweep.spec.interventions import Custom, Intervention, Spans, values_of
+from patchsweep.spec.metrics import Logits, Metric, Sum, compute
+from patchsweep.spec.planner import Column, Ints, PatchSet, Plan, SitePlan
+from patchsweep.spec.sites import Site
+
+log = logging.getLogger("patchsweep")
+Precision = Literal["model", "bf16"]
+
+
+@dataclass
+class Loaded:
+    """A batch, captured."""
+
+    batch: Batch
+    base: ActivationCache
+    donors: dict[str, Sequence[Tensor]]  # site -> per layer of writing [pair, pos, width]
+    base_resid: Float[Tensor, "pair read d_model"]  # final residuals
+    source_resid: Float[Tensor, "pair read d_model"]
+    _logits: dict[str, Tensor] = field(default_factory=dict)  # of base and source, on demand
+
+
+class PackedRunner:
+    """Patches in packed batches of at most `max_tokens` tokens (None: what suits the machine).
+
+    Activations of the present batches stay in memory up to `cache_budget` bytes (None: a share of
+    what is free); what exceeds it lies in memory-mapped files, see `cache`.
+    Exact in the model's own precision, or in `compute_dtype`, to which weights of 16 bits are cast
+    block by block; `precision="bf16"` multiplies in bf16 (see `precision`).
+
+    Raises:
+        Unsupported: the model or one of `sites` cannot be run this way.
+    """
+
+    name = "packed"
+    joins = True
+
+    def __init__(
+        self,
+        bridge: TransformerBridge,
+        sites: Sequence[Site],
+        max_tokens: int | None = None,
+        precision: Precision = "model",
+        cache_budget: int | None = None,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        keep_batch_memory(bridge)
+        self.unwrapped = UnwrappedModel(bridge, compute_dtype)
+        if precision == "bf16":
+            # in the dtype that they rest in, or cast once
+            self.unwrapped.cast_no_weights_of(use_bf16_products(self.unwrapped.blocks))
+        self.points: dict[str, SiteLocation] = {
+            s.name: resolve_site(self.unwrapped, s) for s in sites
+        }
+        check_attention_sites(self.unwrapped, [*self.points.values()])
+        self.unembed = Unembed(self.unwrapped)
+        self.max_tokens = default_max_tokens(bridge) if max_tokens is None else max_tokens
+        self.budget = Budget(default_cache(bridge) if cache_budget is None else cache_budget)
+
+    def check(self, plans: Sequence[SitePlan]) -> None:
+        """See that the patches of `plans` can be run in packed batches, prompts of every length.
+
+        Raises:
+            Unsupported: attention patterns of several layers at once. A pattern is patched as the
+                z that it makes of the base run's values; behind another patch the values differ.
+                Or the longest prompts have a mask that shorter ones do not have.
+        """
+        dry_run(self.unwrapped, 1, max(int(plan.full_lengths.max()) for plan in plans))
+        for plan in plans:
+            if plan.site.is_pattern and any(len(layers) > 1 for layers in plan.axes.layers):
+                raise Unsupported(f"{plan.site.name} is patched in several layers at once")
+
+    def activations(self, tokens: Tensor) -> Mapping[str, Sequence[Tensor]]:
+        """See `Runner`."""
+        run = capture(self.unwrapped, tokens, list(self.points.values()))
+        return {name: run.layers_of(name) for name in self.points}
+
+    def load(self, batch: Batch, intervention: Intervention) -> Loaded:
+        """See `Runner`. One forward pass over all base and source prompts."""
+        n = len(batch.base)
+        both = capture(
+            self.unwrapped,
+            torch.cat([batch.base, batch.source]),
+            list(self.points.values()),
+            ActivationStore(self.budget),
+        )
+        base, source = both.half(slice(0, n)), both.half(slice(n, 2 * n))
+        _check_finite(base, "base", batch)
+        _check_finite(source, "source", batch)
+        reads = list(batch.reads)
+        return Loaded(
+            batch=batch,
+            base=base,
+            donors={
+                name: self._values(point, intervention, base, source, batch.spans)
+                for name, point in self.points.items()
+            },
+            base_resid=base.resid[-1][:, reads].to(base.devices[-1]),
+            source_resid=source.resid[-1][:, reads].to(base.devices[-1]),
+        )
+
+    def references(
+        self, loaded: Loaded, metrics: Sequence[Metric]
+    ) -> tuple[Float[Tensor, "metric pair"], Float[Tensor, "metric pair"]]:
+        """See `Runner`."""
+        pair = torch.arange(len(loaded.batch.base), device=loaded.base_resid.device)
+        return (
+            self._metrics(loaded, loaded.base_resid, pair, metrics),
+            self._metrics(loaded, loaded.source_resid, pair, metrics),
+        )
+
+    def run(
+        self, loaded: Loaded, plan: SitePlan, patches: Ints, metrics: Sequence[Metric]
+    ) -> Float[Tensor, "metric patch"]:
+        """See `Runner`."""
+        return self.run_together(loaded, [PatchSet(plan, patches)], metrics)[0]
+
+    def run_together(
+        self,
+        loaded: Loaded,
+        sets: Sequence[PatchSet],
+        metrics: Sequence[Metric],
+        null: Sequence[PatchSet] = (),
+    ) -> list[Float[Tensor, "metric patch"]]:
+        """See `Runner`; all sets share packed batches.
+
+        `null`: sets, told of after the others, that are patched with the values that are there
+        anyway, their last bit turned (see `patchsweep.sweeps.noise`). What they change is rounding.
+        """
+        every = (*sets, *null)
+        donors = [self._donors(chosen, loaded) for chosen in sets]
+        donors += [PatchValues(self.points[chosen.plan.site.name], None) for chosen in null]
+        sizes = [len(chosen.patches) for chosen in every]
+        values = torch.empty(len(metrics), sum(sizes), device="cpu")
+        given = PackedInput(loaded.base, donors, loaded.batch.local)
+        batches = deque(make_packed_batches(every, self.max_tokens))
+        while batches:
+            packed = batches.popleft()
+            try:
+                result = self._run_packed_batch(loaded, packed, given, metrics)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or len(packed.patch) == 1:
+                    raise
+                # later packed batches are no larger; nothing that was computed is lost
+                self.max_tokens = max(1, packed.n_tokens // 2)
+                log.warning(
+                    "out of memory: packed batches are halved to %d tokens", self.max_tokens
+                )
+                waiting = np.concatenate([w.place for w in (packed, *batches)])
+                batches = deque(make_packed_batches(every, self.max_tokens, waiting))
+                torch.cuda.empty_cache()  # does nothing without CUDA
+                continue
+            values[:, packed.place] = result.cpu()
+        return list(values.split(sizes, dim=1))
+
+    def _donors(self, chosen: PatchSet, loaded: Loaded) -> PatchValues:
+        """What the patches of `chosen` put in."""
+        point = self.points[chosen.plan.site.name]
+        values = loaded.donors[point.site.name]
+        return PatchValues(point, values, _cell_rows(chosen.plan, loaded.batch))
+
+    def _run_packed_batch(
+        self, loaded: Loaded, packed: PackedBatch, given: PackedInput, metrics: Sequence[Metric]
+    ) -> Float[Tensor, "metric row"]:
+        local = loaded.batch.local
+        hidden = run_packed_batch(self.unwrapped, packed, given)
+        device = hidden.device
+        pair = torch.tensor([local[p] for p in packed.pair.tolist()], device=device)
+        # a row ends with the last position read; positions before its start are the base run's
+        end = np.cumsum(packed.length - packed.start)
+        resid = loaded.base_resid[pair]
+        for i, read in enumerate(loaded.batch.reads):
+            inside = np.flatnonzero(packed.start <= read)
+            token = end[inside] - (packed.length - read)
+            resid[torch.from_numpy(inside).to(device), i] = hidden[
+                torch.from_numpy(token).to(device)
+            ]
+        return self._metrics(loaded, resid, pair, metrics)
+
+    def _metrics(
+        self,
+        loaded: Loaded,
+        resid: Float[Tensor, "row read d_model"],
+        pair: Tensor,
+        metrics: Sequence[Metric],
+    ) -> Float[Tensor, "metric row"]:
+        batch = loaded.batch
+        n_reads = len(batch.reads)
+        targets = torch.stack([batch.answer, batch.wrong], dim=-1).to(resid.device)
+        flat = resid.flatten(0, 1)
+        sums = sorted({name for metric in metrics for name in metric.sums})
+        few = all(metric.needs == "answers" or metric.sums for metric in metrics)
+        # every sum makes all logits again, block by block: for two, keeping them costs less
+        if few and (not sums or (len(sums) == 1 and self.unembed.is_direct(flat))):
+            chosen = rearrange(targets[pair], "row read k -> (row read) k")
+            logits = self.unembed.token_logits(flat, chosen)
+            both = rearrange(logits, "(row read) k -> k row read", read=n_reads)
+            made = {name: self._sum(name, loaded, flat, pair).view(-1, n_reads) for name in sums}
+            return compute(metrics, Logits(both[0], both[1], sums=made))
+        references = any(metric.needs == "references" for metric in metrics)
+        parts = []
+        with self.unwrapped.unembed_in_memory():
+            for rows in self.unembed.chunks(len(resid), n_reads):
+                full = self._full(resid[rows])
+                chosen = full.gather(2, targets[pair[rows]])
+                parts.append(
+                    compute(
+                        metrics,
+                        Logits(
+                            chosen[..., 0],
+                            chosen[..., 1],
+                            full,
+                            self._reference(loaded, "base")[pair[rows]] if references else None,
+                            self._reference(loaded, "source")[pair[rows]] if references else None,
+                        ),
+                    )
+                )
+        return torch.cat(parts, dim=1)
+
+    def _sum(
+        self, name: Sum, loaded: Loaded, final: Float[Tensor, "row_read d_model"], pair: Tensor
+    ) -> Float[Tensor, " row_read"]:
+        base = name.endswith("_base")
+        reference = (loaded.base_resid if base else loaded.source_resid).flatten(0, 1)
+        n_reads = len(loaded.batch.reads)
+        row = pair[:, None] * n_reads + torch.arange(n_reads, device=pair.device)
+        return self.unembed.sum_over_vocab(name, final, reference, row.flatten())
+
+    def _full(self, resid: Float[Tensor, "row read d_model"]) -> Float[Tensor, "row read d_vocab"]:
+        logits = self.unembed.logits(resid.flatten(0, 1)).float()
+        return rearrange(logits, "(row read) v -> row read v", read=resid.shape[1])
+
+    def _reference(self, loaded: Loaded, which: str) -> Tensor:
+        if which not in loaded._logits:
+            resid = loaded.base_resid if which == "base" else loaded.source_resid
+            loaded._logits[which] = self._full(resid)
+        return loaded._logits[which]
+
+    def _values(
+        self,
+        point: SiteLocation,
+        intervention: Intervention,
+        base: ActivationCache,
+        source: ActivationCache,
+        spans: Sequence[Spans],
+    ) -> Sequence[Tensor]:
+        """The values patched in, at the place where the packed batch writes them."""
+        site = point.site
+        if site.name == "result" and isinstance(intervention, Custom):
+            # resample, zero and mean commute with W_O; other values need not
+            raise Unsupported("custom values of result are no values of z")
+        pairs = zip(base.layers_of(site.name), source.layers_of(site.name), strict=True)
+        values = []
+        for layer, (b, s) in enumerate(pairs):
+            value = values_of(intervention, site, layer, b, s, spans)
+            # the source's own values lie on its activation store already
+            values.append(s if value is s else base.shelf.keep(value.contiguous()))
+        if site.name == "resid_post":
+            return [values[0], *values]  # written at the next block's input, never at block 0
+        if site.name == "embed":
+            return [embed_to_stream(self.unwrapped, values[0])]
+        if site.name == "pattern_cell":
+            return _CellValues(base.sites[site.name], values, base.values)
+        if site.name == "pattern":
+            # a patched pattern changes its own token's z alone, so its value is a z
+            return [
+                base.shelf.keep(_attend(pattern, v))
+                for pattern, v in zip(values, base.values, strict=True)
+            ]
+        return values
+
+
+def _check_finite(run: ActivationCache, name: str, batch: Batch) -> None:
+    """Raises ModelError where a run's residual stream first holds NaN or infinity."""
+    if bool(torch.isfinite(run.resid[-1]).all()):
+        return  # nothing that is not finite leaves a stream that blocks only add to
+    for layer, resid in enumerate(run.resid):
+        if not bool(torch.isfinite(resid).all()):
+            row, pos = torch.nonzero(~torch.isfinite(resid).all(dim=-1))[0].tolist()
+            place = "the final residual" if layer == len(run.calls) else f"block {layer}'s input"
+            raise ModelError(
+                f"the {name} run of pair {batch.pairs[row]} holds NaN or infinity, first in "
+                f"{place} at position {pos}; check the weights, or load the model in float32 "
+                "or bfloat16 if float16 overflows"
+            )
+
+
+class _CellValues(Sequence[Tensor]):
+    """Per layer `[cell, width]`: z of a token in which one cell (dest, src) of the pattern is new.
+
+    Cells are in the order pair, dest, src. A layer's are made when they are asked for: all
+    layers' would be `[layer, pos, pos, width]`.
+    """
+
+    def __init__(self, base: list[Tensor], new: list[Tensor], values: list[Tensor]) -> None:
+        self._base, self._new, self._values = base, new, values
+
+    def __len__(self) -> int:
+        return len(self._base)
+
+    def __getitem__(self, layer: Any) -> Any:
+        v = self._values[layer]
+        z = _attend(self._base[layer], v)
+        groups = self._base[layer].shape[1] // v.shape[1]
+        v = repeat(v, "pair kv src d -> pair (kv g) src d", g=groups)
+        change = (self._new[layer] - self._base[layer]).to(v)
+        change = einsum(change, v, "pair head dest src, pair head src d -> pair dest src head d")
+        rows = rearrange(change, "pair dest src head d -> pair dest src (head d)") + z[:, :, None]
+        return rows.flatten(0, 2)
+
+
+def _cell_rows(plan: Plan, batch: Batch) -> Column | None:
+    """[patch] the row of `_CellValues` that it takes; None for sites other than pattern_cell."""
+    if not plan.axes.n_sources:
+        return None
+    local = np.array([batch.local.get(pair, 0) for pair in range(plan.shape[0])])
+
+    def of(patches: Ints) -> Ints:
+        cells = plan.cells(patches)
+        # sources past the end of a shorter prompt are dead, so their rows are never asked for
+        source = cells.unit_set % plan.axes.n_sources
+        return (local[cells.pair] * batch.length + cells.start) * batch.length + source
+
+    return Column(of)
+
+
+def _attend(
+    pattern: Float[Tensor, "pair head dest src"], v: Float[Tensor, "pair kv_head src d"]
+) -> Float[Tensor, "pair dest width"]:
+    groups = pattern.shape[1] // v.shape[1]
+    v = repeat(v, "pair kv src d -> pair (kv g) src d", g=groups)
+    return rearrange(pattern.to(v) @ v, "pair head dest d -> pair dest (head d)")

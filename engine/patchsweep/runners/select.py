@@ -1,0 +1,232 @@
+"""Which runner a sweep gets: packed batches where the self-test finds them right, else hooks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.errors import ConfigError, ModelError, PatchsweepError, SiteError
+from patchsweep.forward.plain import check_bridge
+from patchsweep.forward.unwrapped import Unsupported
+from patchsweep.models.memory import is_out_of_memory
+from patchsweep.models.wrapping import state_of
+from patchsweep.runners.base import Runner
+from patchsweep.runners.hooked import HookedRunner
+from patchsweep.runners.packed.runner import PackedRunner
+from patchsweep.runners.self_test import NotDeadError, Outcome, SelfTest
+from patchsweep.runners.trials import Kind, kind_of
+from patchsweep.spec.interventions import Intervention
+from patchsweep.spec.planner import SitePlan
+from patchsweep.spec.sites import Site
+
+log = logging.getLogger("patchsweep")
+RunnerName = Literal["auto", "packed", "hooked"]
+# largest difference in logits that rounding may explain, by the dtype that is computed in
+TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.3}
+
+
+@dataclass(frozen=True)
+class RunnerChoice:
+    """The runner that a sweep uses, and why."""
+
+    runner: Runner
+    reason: str
+    difference: float | None  # largest error relative to its effect, where it was measured
+
+
+@dataclass
+class _Known:
+    """What was found about a bridge while its weights and modules were as they are."""
+
+    state: int
+    outcomes: dict[_Key, Outcome] = field(default_factory=dict)
+    hooked: set[_Key] = field(default_factory=set)  # the hooks can patch the site
+
+
+_Key = tuple[str, Kind, bool]  # site, values patched in, whether in several layers at once
+_KNOWN: WeakKeyDictionary[TransformerBridge, _Known] = WeakKeyDictionary()
+
+
+def select_runner(
+    bridge: TransformerBridge,
+    plans: Sequence[SitePlan],
+    intervention: Intervention,
+    *,
+    wanted: RunnerName = "auto",
+    tested: bool = False,
+    max_tokens: int | None = None,
+    cache_budget: int | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> RunnerChoice:
+    """The packed runner where it passes the self-test at every site, else the hooked one.
+
+    `packed` or `hooked` as `wanted` takes that runner without comparing; for `hooked` the model is
+    still seen to be causal, unless it was `tested` before. What was found is kept while the
+    process lives and the model stays as it is. A switch to hooks is logged. The runner
+    computes in `compute_dtype` (None: the model's own); the self-test takes fp32 for weights of 16
+    bits in any case, where an error is no larger than it should be.
+
+    Raises:
+        ConfigError: the packed runner is wanted and the model or a site does not allow it.
+        ModelError: the model is not causal, the bridge computes something else than the model, or
+            neither runner can run it.
+        SiteError: no runner can patch a site.
+    """
+    sites = [plan.site for plan in plans]
+    if wanted == "packed":
+        try:
+            packed = _packed(bridge, plans, max_tokens, cache_budget, compute_dtype)
+            return RunnerChoice(packed, "asked for", None)
+        except Unsupported as error:
+            raise ConfigError(
+                f"runner=packed cannot run this: {error.reason}; use runner=auto or runner=hooked"
+            ) from error
+    if tested:
+        return RunnerChoice(HookedRunner(bridge, sites, compute_dtype), "asked for", None)
+    check_bridge(bridge)
+    test = _Tests(bridge, kind_of(intervention), _joint(plans))
+    if wanted == "hooked":
+        test.check_hooks(sites)
+        return RunnerChoice(HookedRunner(bridge, sites, compute_dtype), "asked for", None)
+    try:
+        packed = _packed(bridge, plans, max_tokens, cache_budget, compute_dtype)
+        outcomes = test.outcomes(sites)
+    except Unsupported as error:
+        return _hooked(bridge, sites, test, error.reason, None, compute_dtype)
+    failed = next((o for o in outcomes.values() if not o.passed), None)
+    difference = max(outcome.error for outcome in outcomes.values())
+    if failed is not None:
+        return _hooked(bridge, sites, test, failed.failure, difference, compute_dtype)
+    # no measured number in the reason: it goes into the store, which is the same on every machine
+    reason = "passes the self-test"
+    if unseen := [name for name, outcome in outcomes.items() if not outcome.seen]:
+        reason += f"; not compared, since the bridge's hooks do nothing there: {', '.join(unseen)}"
+    return RunnerChoice(packed, reason, difference)
+
+
+class _Tests:
+    """Self-tests of one bridge: what is known already, and the rest on demand."""
+
+    def __init__(self, bridge: TransformerBridge, kind: Kind, joint_layers: bool) -> None:
+        self.bridge, self.kind, self.joint_layers = bridge, kind, joint_layers
+        state = state_of(bridge)
+        known = _KNOWN.get(bridge)
+        if known is None or known.state != state:
+            known = _KNOWN[bridge] = _Known(state)
+        self.known = known
+
+    def outcomes(self, sites: Sequence[Site]) -> dict[str, Outcome]:
+        """What the self-test found at each of `sites`, by name."""
+        self._judge([site for site in sites if self._key(site) not in self.known.outcomes])
+        return {site.name: self.known.outcomes[self._key(site)] for site in sites}
+
+    def check_hooks(self, sites: Sequence[Site]) -> None:
+        """See that the bridge's hooks can patch `sites`, and that dead patches are dead there.
+
+        Raises:
+            SiteError: one of them cannot be patched.
+            ModelError: the bridge cannot be run.
+        """
+        todo = [site for site in sites if self._key(site) not in self.known.hooked]
+        if not todo:
+            return
+        try:
+            self._self_test(todo).check_hooks()
+        except PatchsweepError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise ModelError(
+                f"the bridge of {self.bridge.cfg.model_name} cannot be run with hooks: "
+                f"{type(error).__name__}: {error}; runner=packed runs the model's own modules, "
+                "without the self-test"
+            ) from error
+        self.known.hooked.update(self._key(site) for site in todo)
+
+    def _key(self, site: Site) -> _Key:
+        return site.name, self.kind, self.joint_layers
+
+    def _self_test(self, sites: Sequence[Site]) -> SelfTest:
+        return SelfTest(self.bridge, sites, self.kind, joint_layers=self.joint_layers)
+
+    def _judge(self, sites: Sequence[Site]) -> None:
+        """Test `sites` together; one by one if that fails, to see which it is."""
+        if not sites:
+            return
+        try:
+            test = self._self_test(sites)
+            found = test.judge(PackedRunner(self.bridge, sites, compute_dtype=test.compute_dtype))
+            self.known.hooked.update(self._key(site) for site in sites)
+        except NotDeadError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            if len(sites) > 1:
+                for site in sites:
+                    self._judge([site])
+                return
+            found = {sites[0].name: self._failed(sites[0], error)}
+        for site in sites:
+            self.known.outcomes[self._key(site)] = found[site.name]
+
+    def _failed(self, site: Site, error: Exception) -> Outcome:
+        """What it means that the self-test of one site ended with `error`."""
+        if isinstance(error, Unsupported):
+            return Outcome(error.reason, 0.0)
+        if isinstance(error, SiteError):  # the packed batches may well patch what no hook can
+            return Outcome("", 0.0, seen=False)
+        if isinstance(error, PatchsweepError):
+            raise error
+        # blocks of an unknown kind may break in any way when they are replayed: to find that out
+        # is what the self-test is for; where the bridge breaks too, its own error is told
+        self.check_hooks([site])
+        return Outcome(f"{type(error).__name__}: {error}", 0.0)
+
+
+def _packed(
+    bridge: TransformerBridge,
+    plans: Sequence[SitePlan],
+    max_tokens: int | None,
+    cache_budget: int | None,
+    compute_dtype: torch.dtype | None,
+) -> PackedRunner:
+    packed = PackedRunner(
+        bridge,
+        [p.site for p in plans],
+        max_tokens,
+        cache_budget=cache_budget,
+        compute_dtype=compute_dtype,
+    )
+    packed.check(plans)
+    return packed
+
+
+def _hooked(
+    bridge: TransformerBridge,
+    sites: Sequence[Site],
+    test: _Tests,
+    why: str,
+    error: float | None,
+    compute_dtype: torch.dtype | None,
+) -> RunnerChoice:
+    """The hooked runner in the place of packed batches, if it can run the sites; the user is
+    told."""
+    test.check_hooks(sites)
+    reason = f"the packed runner cannot: {why}"
+    log.warning(
+        "runner=auto takes the hooked runner, tens of times slower than packed batches: %s", reason
+    )
+    return RunnerChoice(HookedRunner(bridge, sites, compute_dtype), reason, error)
+
+
+def _joint(plans: Iterable[SitePlan]) -> bool:
+    """Whether a patch covers several layers."""
+    return any(len(layers) > 1 for plan in plans for layers in plan.axes.layers)

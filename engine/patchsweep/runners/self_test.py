@@ -1,0 +1,287 @@
+"""The self-test: a runner against the bridge's hooks, on a few amplified patches of every site.
+
+One patch of one head, or of one neuron, may change a logit by less than rounding does, and then a
+runner that ignores it would pass. So values are moved away from the base run's until each patch
+changes logits about as much as they differ from each other, and errors are held against that
+effect. Patches that a plan calls dead are tried too: their value must be the base metric.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.errors import SiteError
+from patchsweep.models.compute import compute_dtype_of, name_of
+from patchsweep.models.offload import device_of
+from patchsweep.runners.base import Runner
+from patchsweep.runners.hooked import HookedRunner
+from patchsweep.runners.trials import (
+    AMPLIFIED,
+    N_PAIRS,
+    Factors,
+    Kind,
+    amplified,
+    intervention_of,
+    make_trials,
+    whole,
+)
+from patchsweep.spec.interventions import Intervention, Prompts
+from patchsweep.spec.metrics import METRICS
+from patchsweep.spec.planner import PatchSet, SitePlan
+from patchsweep.spec.sites import Site
+from patchsweep.spec.spec import model_shape
+
+# what rounding may explain: a share of a patch's effect, and a share of the spread of logits
+# (16 bits are computed in where quantised weights leave no choice)
+ERROR = {"float64": 1e-6, "float32": 1e-3, "float16": 0.03, "bfloat16": 0.2}
+FLOOR = {"float64": 1e-8, "float32": 1e-4, "float16": 0.01, "bfloat16": 0.05}
+# effects are sought as large as the spread of logits, and one of this share is seen
+VISIBLE = 0.02
+MOST = 1e3  # by which values are amplified at once
+LONGEST_PLACE = 60  # letters
+METRICS_COMPARED = (METRICS["logit_diff"], METRICS["logit"])
+
+Values = Float[Tensor, "metric patch"]
+
+
+class NotDeadError(SiteError):
+    """A patch that plans take for dead has an effect."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a runner gives for one trial, on the CPU."""
+
+    base: Float[Tensor, "metric pair"]
+    source: Float[Tensor, "metric pair"]
+    live: tuple[Values, ...]  # of each site
+
+    def effects(self, site: int, chosen: PatchSet) -> Values:
+        """Patched minus base metric."""
+        return self.live[site] - self.base[:, chosen.plan.pair[chosen.patches]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the self-test found at one site."""
+
+    failure: str  # what differs; empty: nothing does
+    error: float  # largest error, as a share of its patch's effect
+    seen: bool = True  # whether a patch of the site had an effect to compare
+
+    @property
+    def passed(self) -> bool:
+        """Whether the runner gives what the bridge's hooks give."""
+        return not self.failure
+
+
+class SelfTest:
+    """What the bridge's hooks give for the trials of some sites; a runner is held against it.
+
+    Four forward passes through the bridge over prompts of 4 and 7 tokens, once for all runners.
+    """
+
+    def __init__(
+        self,
+        bridge: TransformerBridge,
+        sites: Sequence[Site],
+        kind: Kind,
+        *,
+        joint_layers: bool = False,
+    ) -> None:
+        self.bridge, self.sites, self.kind = bridge, tuple(sites), kind
+        self.compute_dtype = compute_dtype_of(bridge)
+        dtype = name_of(self.compute_dtype)
+        self.error, self.floor = ERROR.get(dtype, 1e-3), FLOOR.get(dtype, 1e-4)
+        self.trials = make_trials(
+            model_shape(bridge),
+            sites,
+            kind,
+            avoid=getattr(bridge.tokenizer, "all_special_ids", None) or (),
+            device=device_of(bridge),
+            joint_layers=joint_layers,
+        )
+        ones = torch.ones(model_shape(bridge).n_layers, N_PAIRS, dtype=torch.float64)
+        self.factors: Factors = {site.name: ones.clone() for site in sites}
+        self._expected: list[Measured] | None = None
+        self._spread = 0.0  # of logits
+
+    def judge(self, runner: Runner) -> dict[str, Outcome]:
+        """How far `runner` agrees, by site; where its unpatched runs differ, no site passes.
+
+        The first runner also tells how far values are to be amplified. If it is wrong in that,
+        its effects are wrong, or those of the hooks are not seen, and they are amplified further.
+
+        Raises:
+            SiteError: the bridge cannot patch one of the sites.
+            NotDeadError: a patch that plans call dead has an effect.
+        """
+        intervention = self._prepared(runner)
+        if self._expected is None:
+            self._set_factors(runner, intervention)
+            self._expected = self._run_hooks()
+            if self._raise_factors():
+                self._expected = self._run_hooks()
+        found = self._measure(runner, intervention)
+        outcomes = {}
+        for i, site in enumerate(self.sites):
+            failure, error, seen = self._unpatched(found), 0.0, False
+            for trial, expected, got in zip(self.trials, self._expected, found, strict=True):
+                text, share, visible = self._compare(trial.live[i], i, expected, got)
+                failure, error = failure or text, max(error, share)
+                seen |= visible
+            outcomes[site.name] = Outcome(failure, error, seen)
+        return outcomes
+
+    def check_hooks(self) -> None:
+        """See that the bridge's hooks can patch the sites, and that dead patches are dead there.
+
+        Raises:
+            SiteError: they cannot.
+            NotDeadError: a patch that plans call dead has an effect.
+        """
+        self._run_hooks(live=False)
+
+    def _prepared(self, runner: Runner) -> Intervention:
+        """An intervention of the kind, with means of what `runner` reads."""
+        intervention = intervention_of(self.kind)
+        batches = [trial.batch for trial in self.trials]
+        prompts = [Prompts(x, b.spans) for b in batches for x in (b.base, b.source)]
+        intervention.prepare(prompts, runner.activations)
+        return intervention
+
+    def _set_factors(self, runner: Runner, intervention: Intervention) -> None:
+        """Factors with which a patch changes logits about as much as logits differ."""
+        trial = self.trials[0]
+        loaded = runner.load(trial.batch, intervention)
+        base, source = (x.cpu() for x in runner.references(loaded, METRICS_COMPARED))
+        wanted = float(torch.cat([base[0], source[0]]).square().mean().sqrt())  # a logit_diff
+        values = runner.run_together(loaded, trial.live, METRICS_COMPARED)
+        for chosen, x in zip(trial.live, values, strict=True):
+            pair = chosen.plan.pair[chosen.patches]
+            size = (x.cpu() - base[:, pair]).abs().amax(dim=0).nan_to_num(0.0)
+            for layer, columns in _by_layer(chosen).items():
+                for column in columns:
+                    factor = wanted / max(float(size[column]), 1e-30)
+                    factor = min(max(factor, 1.0), MOST)
+                    self.factors[chosen.plan.site.name][layer, pair[column]] = factor
+
+    def _run_hooks(self, *, live: bool = True) -> list[Measured]:
+        """What the bridge's hooks give, every position of each patch replaced."""
+        runner = HookedRunner(self.bridge, self.sites, self.compute_dtype)
+        intervention = self._prepared(runner)
+        found = []
+        for number, trial in enumerate(self.trials):
+            loaded = runner.load(trial.batch, amplified(intervention, self.factors))
+            if not number:
+                logits = loaded.base_logits
+                self._spread = float((logits - logits.mean(dim=-1, keepdim=True)).std())
+            base, source = (x.cpu() for x in runner.references(loaded, METRICS_COMPARED))
+            chosen = (*(trial.live if live else ()), *trial.dead)
+            values = runner.run_together(loaded, [whole(c) for c in chosen], METRICS_COMPARED)
+            n_live = len(chosen) - len(trial.dead)
+            for dead, x in zip(trial.dead, values[n_live:], strict=True):
+                _check_dead(dead, x - base[:, dead.plan.pair[dead.patches]], self._limit)
+            found.append(Measured(base, source, tuple(values[:n_live])))
+        return found
+
+    @property
+    def _limit(self) -> float:
+        """How far two logits may be apart by rounding."""
+        return self.floor * self._spread
+
+    def _measure(self, runner: Runner, intervention: Intervention) -> list[Measured]:
+        found = []
+        for trial in self.trials:
+            loaded = runner.load(trial.batch, amplified(intervention, self.factors))
+            base, source = runner.references(loaded, METRICS_COMPARED)
+            values = runner.run_together(loaded, trial.live, METRICS_COMPARED)
+            found.append(Measured(base.cpu(), source.cpu(), tuple(x.cpu() for x in values)))
+        return found
+
+    def _raise_factors(self) -> bool:
+        """Amplify layers further in which no patch is seen; whether there are such."""
+        assert self._expected is not None
+        raised = False
+        for i, site in enumerate(self.sites):
+            seen: dict[int, bool] = {}
+            for trial, measured in zip(self.trials, self._expected, strict=True):
+                visible = self._visible(measured.effects(i, trial.live[i]))
+                for layer, columns in _by_layer(trial.live[i]).items():
+                    seen[layer] = seen.get(layer, False) or bool(visible[columns].any())
+            for layer in (layer for layer, enough in seen.items() if not enough):
+                self.factors[site.name][layer, :AMPLIFIED] *= MOST
+                raised = True
+        return raised
+
+    def _visible(self, effects: Values) -> Bool[Tensor, " patch"]:
+        """[patch] whether it has an effect that rounding is small against."""
+        size = effects.abs().amax(dim=0)
+        return torch.isfinite(size) & (size >= VISIBLE * self._spread)
+
+    def _unpatched(self, found: Sequence[Measured]) -> str:
+        """What differs in the runs without a patch."""
+        assert self._expected is not None
+        for trial, expected, got in zip(self.trials, self._expected, found, strict=True):
+            for which in ("base", "source"):
+                worst = float((getattr(got, which) - getattr(expected, which)).abs().max())
+                if not worst <= self._limit:  # NaN included
+                    return (
+                        f"its unpatched runs differ from the bridge's by {worst:.2g} in logits at "
+                        f"{trial.batch.length} tokens"
+                    )
+        return ""
+
+    def _compare(
+        self, chosen: PatchSet, site: int, expected: Measured, got: Measured
+    ) -> tuple[str, float, bool]:
+        """What differs first, the largest error as a share of its effect, whether one is seen."""
+        effect = expected.effects(site, chosen).abs().amax(dim=0)
+        error = (got.live[site] - expected.live[site]).abs().amax(dim=0)
+        known = torch.isfinite(effect)  # values may overflow where they are amplified
+        bad = known & ~(error <= self.error * effect + self._limit)  # NaN included
+        visible = self._visible(expected.effects(site, chosen))
+        share = float((error / effect)[visible].amax()) if bool(visible.any()) else 0.0
+        text = ""
+        if bool(bad.any()):
+            column = int(torch.nonzero(bad)[0])
+            text = (
+                f"it differs from the bridge's hooks at {_place(chosen, column)} by "
+                f"{float(error[column]):.2g} logits, where the patch changes them by "
+                f"{float(effect[column]):.2g}"
+            )
+        return text, share, bool(visible.any())
+
+
+def _by_layer(chosen: PatchSet) -> dict[int, list[int]]:
+    """Layer -> the columns of the patches at this layer alone."""
+    found: dict[int, list[int]] = {}
+    for column, layer_set in enumerate(chosen.plan.layer_set[chosen.patches].tolist()):
+        layers = chosen.plan.axes.layers[layer_set]
+        if len(layers) == 1:
+            found.setdefault(layers[0], []).append(column)
+    return found
+
+
+def _check_dead(chosen: PatchSet, effects: Values, limit: float) -> None:
+    """Raises NotDeadError where a patch that plans call dead has an effect."""
+    size = effects.abs().amax(dim=0)
+    for column in torch.nonzero(~(size <= limit)).flatten().tolist():
+        raise NotDeadError(
+            f"site {chosen.plan.site.name}: the patch of {_place(chosen, column)} changes logits "
+            f"by {float(size[column]):.2g}, though by causality it changes nothing that is read; "
+            "something behind the site mixes tokens, so leave the site out"
+        )
+
+
+def _place(chosen: PatchSet, column: int) -> str:
+    """Where a patch is, in words."""
+    assert isinstance(chosen.plan, SitePlan)
+    place = chosen.plan.place_of(int(chosen.patches[column]))
+    return place if len(place) <= LONGEST_PLACE else f"{place[:LONGEST_PLACE]}..."

@@ -1,0 +1,258 @@
+"""Trials of the self-test: short random prompts, and a few patches of every site.
+
+Each trial has three pairs of prompts. The first pair takes patches of one head (or neuron), the
+second those of many heads, so that the values of a pair can be amplified alike; the third takes
+patches that plans call dead, with values as they are. Layers are the first, the middle and the
+last one; positions are single ones and a span.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from patchsweep.models.wrapping import trial_tokens
+from patchsweep.spec.batch import Batch
+from patchsweep.spec.interventions import (
+    Custom,
+    Intervention,
+    Mean,
+    Resample,
+    Shuffle,
+    Spans,
+    Zero,
+    values_of,
+)
+from patchsweep.spec.planner import (
+    Axes,
+    Ints,
+    ModelShape,
+    PairShape,
+    PatchSet,
+    PatchTable,
+    Plan,
+    SitePlan,
+    plan_site,
+)
+from patchsweep.spec.sites import Site
+
+N_PAIRS = 3
+AMPLIFIED = 2  # of the pairs
+N_SHARED = 1  # tokens that base and source have in common, at the start
+SPAN = "span"  # the label of all tokens but the last
+
+Kind = Literal["resample", "zero", "mean", "mean_all", "mean_label", "custom"]
+Factors = Mapping[str, Float[Tensor, "layer pair"]]  # by site
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Patches of every site on prompts of one length."""
+
+    batch: Batch
+    live: tuple[PatchSet, ...]  # of each site
+    dead: tuple[PatchSet, ...]  # of each site, whose value is the base metric by the plan's claim
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a trial looks like."""
+
+    length: int
+    reads: tuple[int, ...]  # positions whose logits are read
+
+
+# the second length is longer than the windows of tiny models, reads two tokens, and has one after
+SHAPES = (Shape(4, (3,)), Shape(7, (4, 5)))
+
+
+def kind_of(intervention: Intervention) -> Kind:
+    """The kind of values that an intervention patches in: those of one kind share a self-test."""
+    cls = type(intervention)
+    if cls in (Resample, Shuffle):
+        return "resample"
+    if cls is Zero:
+        return "zero"
+    if isinstance(intervention, Mean):
+        kinds: dict[str, Kind] = {"position": "mean", "all": "mean_all", "label": "mean_label"}
+        return kinds[intervention.per]
+    return "custom"
+
+
+def intervention_of(kind: Kind) -> Intervention:
+    """A stand-in for the interventions of `kind`, fit for any prompts."""
+    if kind == "resample":
+        return Resample()
+    if kind == "zero":
+        return Zero()
+    if kind == "custom":
+        return Custom(_noise)
+    return Mean({"mean": "position", "mean_all": "all", "mean_label": "label"}[kind])  # type: ignore[arg-type]
+
+
+def _noise(site: Site, layer: int, base: Tensor, source: Tensor) -> Tensor:
+    """Values that no other place on the way would make the same effect with."""
+    generator = torch.Generator().manual_seed(layer)
+    noise = torch.randn(base.shape[1:], generator=generator).to(base)
+    if site.is_pattern:
+        return base * (1 + noise)  # nothing where causality has nothing
+    return base + noise * base.float().square().mean().sqrt().to(base)
+
+
+def amplified(intervention: Intervention, factors: Factors) -> Intervention:
+    """`intervention`, whose values lie `factors` times as far from the base run's.
+
+    An intervention of the same class, since runners ask for it.
+    """
+
+    def values(
+        site: Site, layer: int, base: Tensor, source: Tensor, spans: Sequence[Spans]
+    ) -> Tensor:
+        new = values_of(intervention, site, layer, base, source, spans)
+        factor = factors[site.name][layer].to(base)
+        factor = rearrange(factor, f"pair -> pair {' '.join(['1'] * (base.ndim - 1))}")
+        return base + factor * (new - base)
+
+    made = copy.copy(intervention)
+    made.__dict__["values"] = values
+    made.__dict__["asks_pair_by_pair"] = True
+    return made
+
+
+def make_trials(
+    shape: ModelShape,
+    sites: Sequence[Site],
+    kind: Kind,
+    *,
+    avoid: Sequence[int],
+    device: torch.device,
+    joint_layers: bool,
+) -> list[Trial]:
+    """One trial for each of `SHAPES`; tokens are none of `avoid`.
+
+    `joint_layers`: patches of several layers at once too.
+    """
+    return [
+        _make_trial(shape, sites, kind, number, avoid, device, joint_layers)
+        for number in range(len(SHAPES))
+    ]
+
+
+def _make_trial(
+    shape: ModelShape,
+    sites: Sequence[Site],
+    kind: Kind,
+    number: int,
+    avoid: Sequence[int],
+    device: torch.device,
+    joint_layers: bool,
+) -> Trial:
+    length, reads = SHAPES[number].length, SHAPES[number].reads
+    tokens = trial_tokens(
+        shape.d_vocab, length + 2 * len(reads), n_prompts=2 * N_PAIRS, avoid=avoid, seed=number
+    )
+    base, source = tokens[:N_PAIRS, :length].clone(), tokens[N_PAIRS:, :length].clone()
+    source[:, :N_SHARED] = base[:, :N_SHARED]
+    answers = tokens[:N_PAIRS, length:].view(N_PAIRS, 2, len(reads))
+    spans: Spans = {SPAN: (0, length - 1)}
+    batch = Batch(
+        pairs=tuple(range(N_PAIRS)),
+        base=base.to(device),
+        source=source.to(device),
+        reads=reads,
+        answer=answers[:, 0].to(device),
+        wrong=answers[:, 1].to(device),
+        spans=(spans,) * N_PAIRS,
+    )
+    pairs = [
+        PairShape(tuple((b != s).tolist()), reads, spans) for b, s in zip(base, source, strict=True)
+    ]
+    plans = [_plan(site, shape, pairs, kind, joint_layers) for site in sites]
+    return Trial(
+        batch,
+        live=tuple(PatchSet(plan, _some_live(plan, number)) for plan in plans),
+        dead=tuple(PatchSet(plan, _some_dead(plan, number)) for plan in plans),
+    )
+
+
+def _plan(
+    site: Site, shape: ModelShape, pairs: Sequence[PairShape], kind: Kind, joint_layers: bool
+) -> SitePlan:
+    last, length = shape.n_layers - 1, pairs[0].length
+    layers: list[tuple[int, ...]] = [(0,), (last // 2,), (last,)]
+    if joint_layers and last and not site.is_pattern:
+        layers.append((0, last))
+    positions: tuple[int | str, ...] = (0, 1, *pairs[0].reads, length - 1, SPAN)
+    units = _units(site, shape)
+    n_sources = 0
+    if site.name == "pattern_cell":
+        assert units is not None
+        n_sources, positions = length, positions[:-1]
+        units = tuple(unit for unit in units for _ in range(length))
+    axes = Axes(
+        tuple(dict.fromkeys(layers)) if site.layered else ((0,),),
+        tuple(dict.fromkeys(positions)),
+        units,
+        n_sources,
+    )
+    return plan_site(site, axes, shape, pairs, resample=kind == "resample")
+
+
+def _units(site: Site, shape: ModelShape) -> tuple[tuple[int, ...], ...] | None:
+    """For the first pair the first head and the last; for the second every other one, and all."""
+    if site.unit is None:
+        return None
+    n = shape.n_units(site)
+    return (0,), (n - 1,), tuple(range(0, n, 2)), tuple(range(n))
+
+
+def whole(chosen: PatchSet) -> PatchSet:
+    """The same patches with all the positions they cover; plans leave out what changes nothing."""
+    plan = chosen.plan
+    assert isinstance(plan, SitePlan)
+    assert plan.axes.positions is not None
+    _, _, pos, _ = np.unravel_index(plan.cell[chosen.patches], plan.shape)
+    last = int(plan.full_lengths[0]) - 1
+    spans = [(p, p + 1) if isinstance(p, int) else (0, last) for p in plan.axes.positions]
+    start, stop = np.array(spans, dtype=np.int64)[pos].T
+    cells = plan.cells(chosen.patches)._replace(start=start, stop=stop)
+    shared = {f.name: getattr(plan, f.name) for f in fields(Plan)}
+    return PatchSet(PatchTable(**shared, table=cells), np.arange(len(chosen.patches)))
+
+
+def _some_live(plan: SitePlan, number: int) -> Ints:
+    """A live patch of each layer and pair; units and positions take turns."""
+    chosen: list[int] = []
+    for layer in range(len(plan.axes.layers)):
+        for pair in range(AMPLIFIED):
+            known = plan.live_patches([pair], range(layer, layer + 1))
+            turn = number + layer
+            if plan.axes.units is not None:
+                unit = plan.unit_set[known] // (plan.axes.n_sources or 1)
+                known = known[unit == 2 * pair + turn % 2]
+            if len(known):
+                _, _, pos, _ = np.unravel_index(plan.cell[known], plan.shape)
+                wanted = np.unique(pos)
+                known = known[pos == wanted[-1 - (turn // 2 + pair + layer) % len(wanted)]]
+                chosen.append(int(known[turn % len(known)]))
+    return np.array(sorted(chosen), dtype=np.int64)
+
+
+def _some_dead(plan: SitePlan, number: int) -> Ints:
+    """A dead patch of each layer."""
+    rng = np.random.default_rng(number)
+    chosen: list[int] = []
+    for layer in range(len(plan.axes.layers)):
+        known = plan.patches([AMPLIFIED], range(layer, layer + 1))
+        known = known[~plan.live[known]]
+        if len(known):
+            chosen.append(int(rng.choice(known)))
+    return np.array(sorted(chosen), dtype=np.int64)

@@ -1,0 +1,1 @@
+"""What a sweep is: sites, interventions, metrics, batches, the plan. Runs nothing."""

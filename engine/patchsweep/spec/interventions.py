@@ -1,0 +1,348 @@
+"""Interventions: which values a patch puts in place of the base run's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from patchsweep.data.pairs import PromptPair, PromptPairs
+from patchsweep.errors import ConfigError
+from patchsweep.spec.sites import Site
+
+Direction = Literal["denoising", "noising"]
+# (site, layer, base activations, source activations) -> values, all `[1, pos, width]`: of one pair
+# (of `pattern` `[1, head, dest, src]`)
+ValueFn = Callable[[Site, int, Tensor, Tensor], Tensor]
+Spans = Mapping[str, tuple[int, int]]  # label -> [first, past last) position
+# tokens `[prompt, pos]` -> site name -> per layer activations `[prompt, pos, width]`
+Activations = Callable[[Tensor], Mapping[str, Sequence[Tensor]]]
+# (site, layer, of what): a number of tokens, a label, or "" for every position
+MeanKey = tuple[str, int, int | str]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Clean prompts of one length."""
+
+    tokens: Tensor  # [prompt, pos]
+    spans: tuple[Spans, ...]  # of each prompt
+
+
+@dataclass(frozen=True)
+class Reader:
+    """`Activations` that say where they come from, so that means of them can be kept."""
+
+    name: str  # who reads: runners may take one site at different places (q before, after rotary)
+    sites: tuple[Site, ...]  # of which there are activations
+    read: Activations
+
+    def __call__(self, tokens: Tensor) -> Mapping[str, Sequence[Tensor]]:
+        return self.read(tokens)
+
+
+class MeansKept(Protocol):
+    """Where means outlive the process."""
+
+    def get(
+        self,
+        per: str,
+        prompts: Sequence[Prompts],
+        reader: Reader,
+        compute: Callable[[], dict[MeanKey, Tensor]],
+    ) -> dict[MeanKey, Tensor]:
+        """The means that are kept; what `compute` gives, and from now on kept, if none are."""
+
+
+@runtime_checkable
+class Intervention(Protocol):
+    """Turns the activations of a base and a source run into the values patched in."""
+
+    name: str
+    from_source: bool  # values equal the base run's wherever the prompts cannot differ
+    default_direction: Direction
+
+    def prepare(self, prompts: Sequence[Prompts], activations: Activations) -> None:
+        """Called once with all clean prompts, before any patch runs."""
+
+    def values(
+        self, site: Site, layer: int, base: Tensor, source: Tensor, spans: Sequence[Spans]
+    ) -> Tensor:
+        """What replaces `base` `[pair, pos, width]`; `pattern`: `[pair, head, dest, src]`.
+
+        `spans` are those of the pairs, in their order. `values_of` shows one pair at a time to
+        interventions other than those of this module.
+        """
+
+
+class _Plain:
+    """Learns nothing from the prompts."""
+
+    def prepare(self, prompts: Sequence[Prompts], activations: Activations) -> None:
+        """See `Intervention`."""
+
+
+@dataclass
+class Resample(_Plain):
+    """The paired prompt's activation at the same place."""
+
+    name: str = "resample"
+    from_source: bool = True
+    default_direction: Direction = "denoising"
+
+    def values(
+        self, site: Site, layer: int, base: Tensor, source: Tensor, spans: Sequence[Spans]
+    ) -> Tensor:
+        return source
+
+
+@dataclass
+class Zero(_Plain):
+    """Zeros. The base is the clean run unless said otherwise."""
+
+    name: str = "zero"
+    from_source: bool = False
+    default_direction: Direction = "noising"
+
+    def values(
+        self, site: Site, layer: int, base: Tensor, source: Tensor, spans: Sequence[Spans]
+    ) -> Tensor:
+        return torch.zeros_like(base)
+
+
+MEAN_NAMES = {"position": "mean", "all": "mean_all", "label": "mean_label"}
+
+
+@dataclass
+class Mean:
+    """The mean over clean prompts: those of the sweep, or those of `reference`.
+
+    `per="position"`: over prompts of the same length, position by position.
+    `per="all"`: over every position of every prompt.
+    `per="label"`: over every position that carries the same label, whatever the prompts' lengths;
+    positions without a label get the mean over all. Where labels overlap, the shorter span counts.
+    """
+
+    per: Literal["position", "all", "label"] = "position"
+    name: str = ""  # default: that of `per`, so that a store tells the three apart
+    from_source: bool = False
+    default_direction: Direction = "noising"
+    reference: PromptPairs | None = None  # None: the sweep's own pairs
+    kept: MeansKept | None = field(default=None, repr=False)  # None: computed by each process
+    _means: dict[MeanKey, Tensor] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.per not in MEAN_NAMES:
+            raise ConfigError(
+                f"mean per={self.per!r} is not known; use 'position', 'all' or 'label'"
+            )
+        self.name = self.name or MEAN_NAMES[self.per]
+
+    def prepare(self, prompts: Sequence[Prompts], activations: Activations) -> None:
+        """Take the means, from where they are kept if `activations` is a `Reader`.
+
+        Raises:
+            ConfigError: means by label, and no pair has labels.
+            StoreError: kept means are damaged.
+        """
+        if self.reference is not None:
+            prompts = _reference_prompts(self.reference, prompts[0].tokens.device)
+        check_labels(self, [spans for group in prompts for spans in group.spans])
+
+        def compute() -> dict[MeanKey, Tensor]:
+            return _means(self.per, prompts, activations)
+
+        if self.kept is not None and isinstance(activations, Reader):
+            self._means = self.kept.get(self.per, prompts, activations, compute)
+        else:
+            self._means = compute()
+
+    def values(
+        self, site: Site, layer: int, base: Tensor, source: Tensor, spans: Sequence[Spans]
+    ) -> Tensor:
+        def mean(which: int | str) -> Tensor:
+            return self._means[site.name, layer, which].to(base)
+
+        if self.per == "position" or site.is_pattern:
+            return mean(base.shape[-2] if site.is_pattern else base.shape[1]).expand_as(base)
+        values = mean("").expand_as(base).clone()
+        for row, labels in enumerate(spans if self.per == "label" else ()):
+            longest_first = sorted(labels.items(), key=lambda item: item[1][0] - item[1][1])
+            for label, (first, stop) in longest_first:
+                values[row, first:stop] = mean(label)
+        return values
+
+
+def _reference_prompts(pairs: Sequence[PromptPair], device: torch.device) -> list[Prompts]:
+    """The clean prompts of `pairs`, one entry for each length, as they run: with their answers'
+    tokens but the last."""
+    groups: dict[int, list[tuple[tuple[int, ...], Spans]]] = {}
+    for pair in pairs:
+        tokens = (*pair.clean, *pair.answer[:-1])
+        groups.setdefault(len(tokens), []).append((tokens, pair.labels))
+    return [
+        Prompts(
+            torch.tensor([tokens for tokens, _ in group], device=device),
+            tuple(spans for _, spans in group),
+        )
+        for group in groups.values()
+    ]
+
+
+def check_labels(intervention: Intervention, spans: Sequence[Spans]) -> None:
+    """Raise for means by label where no pair has a label; `spans` are those of all pairs.
+
+    Raises:
+        ConfigError: there is no label to take means by.
+    """
+    if isinstance(intervention, Mean) and intervention.per == "label" and not any(spans):
+        raise ConfigError(
+            "intervention=mean_label takes means by label, and no pair has labels; label the "
+            "pairs, or use mean or mean_all"
+        )
+
+
+def _means(per: str, prompts: Sequence[Prompts], activations: Activations) -> dict[MeanKey, Tensor]:
+    """fp64 means of all activations; a few prompts at a time, of which only sums are kept."""
+    sums: dict[MeanKey, tuple[Tensor, int]] = {}
+
+    def add(key: MeanKey, x: Tensor) -> None:
+        total, count = sums.get(key, (torch.zeros_like(x[0]), 0))
+        sums[key] = (total + x.sum(dim=0), count + len(x))
+
+    def add_all(name: str, layer: int, x: Tensor, spans: Sequence[Spans]) -> None:
+        if per == "position" or name.startswith("pattern"):
+            add((name, layer, x.shape[-2] if x.ndim == 4 else x.shape[1]), x)
+            return
+        add((name, layer, ""), x.flatten(0, 1))
+        for row, labels in enumerate(spans if per == "label" else ()):
+            for label, (first, stop) in labels.items():
+                add((name, layer, label), x[row, first:stop])
+
+    for group in prompts:
+        parts = zip(group.tokens.split(16), _chunks(group.spans, 16), strict=True)
+        for tokens, spans in parts:
+            for name, layers in activations(tokens).items():
+                for layer, x in enumerate(layers):
+                    add_all(name, layer, x.double(), spans)
+    return {key: total / count for key, (total, count) in sums.items()}
+
+
+def _chunks(spans: Sequence[Spans], size: int) -> list[Sequence[Spans]]:
+    return [spans[i : i + size] for i in range(0, len(spans), size)]
+
+
+@dataclass
+class Shuffle(Resample):
+    """Another pair's source activation: the source run is the next pair's of the same length."""
+
+    name: str = "shuffle"
+    from_source: bool = False
+
+
+@dataclass
+class Custom(_Plain):
+    """Values of the user's own: a constant, or a function of base and source activations.
+
+    A constant is one number, `[width]` or `[pos, width]` (of `pattern` up to `[head, dest, src]`).
+    A function gets and gives `[1, pos, width]`, one pair at a time.
+    A store knows a constant by its content, and a function by `name` and `version` alone: give
+    another version whenever the function, or what it reads, changes.
+    """
+
+    value: float | Tensor | ValueFn
+    name: str = "custom"
+    from_source: bool = False
+    default_direction: Direction = "noising"
+    version: str | None = None  # None: a function that no store can tell from another
+
+    def values(
+        self, site: Site, layer: int, base: Tensor, source: Tensor, spans: Sequence[Spans]
+    ) -> Tensor:
+        if callable(self.value):
+            return self.value(site, layer, base, source)
+        constant = torch.as_tensor(self.value)
+        fits = constant.ndim < base.ndim and all(
+            size in (1, wanted)
+            for size, wanted in zip(constant.shape[::-1], base.shape[::-1], strict=False)
+        )
+        # an axis for pairs would be read as one of positions where the sizes agree
+        return constant.expand_as(base) if fits else constant
+
+
+INTERVENTIONS: dict[str, Callable[[], Intervention]] = {
+    "resample": Resample,
+    "zero": Zero,
+    "mean": Mean,
+    "mean_all": partial(Mean, per="all"),
+    "mean_label": partial(Mean, per="label"),
+    "shuffle": Shuffle,
+}
+
+
+def get_intervention(given: str | Intervention | float | Tensor | ValueFn) -> Intervention:
+    """The intervention of a name, of a constant, of a callable, or the one given.
+
+    Raises:
+        ConfigError: the name is unknown.
+    """
+    if isinstance(given, str):
+        if given not in INTERVENTIONS:
+            raise ConfigError(
+                f"intervention {given!r} is not known; use one of {', '.join(INTERVENTIONS)}, "
+                "a constant, or a callable"
+            )
+        return INTERVENTIONS[given]()
+    if hasattr(given, "values") and hasattr(given, "from_source"):
+        return given  # type: ignore[return-value]
+    constant = isinstance(given, float | int | np.ndarray | np.number | Tensor)
+    if isinstance(given, bool) or not (constant or callable(given)):
+        raise ConfigError(
+            f"intervention={given!r} is no intervention; use one of {', '.join(INTERVENTIONS)}, "
+            "a constant, or a callable (site, layer, base, source) -> values"
+        )
+    if constant and not bool(torch.as_tensor(given).isfinite().all()):
+        raise ConfigError(f"intervention={given!r} must be finite; give numbers")
+    return Custom(given)
+
+
+def values_of(
+    intervention: Intervention,
+    site: Site,
+    layer: int,
+    base: Tensor,
+    source: Tensor,
+    spans: Sequence[Spans],
+) -> Tensor:
+    """The values that `intervention` puts in place of `base` `[pair, pos, width]`, in its shape.
+
+    An intervention of the user's own is asked pair by pair, with copies of the activations: its
+    values depend neither on what else is in the batch, nor can it change what others see.
+
+    Raises:
+        ConfigError: it gives values of another shape.
+    """
+    own = type(intervention) in (Resample, Shuffle, Zero, Mean)
+    # one that was made of another, and asks that one pair by pair itself
+    if own or getattr(intervention, "asks_pair_by_pair", False):
+        return intervention.values(site, layer, base, source, spans)
+    found = []
+    for i in range(len(base)):
+        one = slice(i, i + 1)
+        values = intervention.values(
+            site, layer, base[one].clone(), source[one].clone(), spans[one]
+        )
+        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        if shape != tuple(base[one].shape):
+            raise ConfigError(
+                f"intervention={intervention.name} gave values of the shape {shape} for "
+                f"{site.name} {tuple(base[one].shape)}; give one value for each (a constant may "
+                "be a number, [width] or [pos, width])"
+            )
+        found.append(values.detach().to(base))
+    return torch.cat(found)

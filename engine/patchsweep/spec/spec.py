@@ -1,0 +1,321 @@
+"""A request: everything that a sweep was asked for, checked, with its plans. Runs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.arguments import check_bridge, index_sets, whole_number
+from patchsweep.arguments import position_axis as given_positions
+from patchsweep.data.pairs import PromptPairs
+from patchsweep.data.tokenize import context_size
+from patchsweep.errors import ConfigError, ModelError, PlanError, PromptError
+from patchsweep.models.arithmetic import SIXTEEN_BITS
+from patchsweep.models.compute import ComputeDtype, compute_dtype_of
+from patchsweep.models.offload import device_of
+from patchsweep.models.quantised import check_each_row, first_packed, n_parameters
+from patchsweep.spec.batch import Batch, make_batches, next_of_length, pair_shape
+from patchsweep.spec.interventions import (
+    Direction,
+    Intervention,
+    ValueFn,
+    check_labels,
+    get_intervention,
+)
+from patchsweep.spec.metrics import Metric, MetricLike, check_rows, get_metrics
+from patchsweep.spec.planner import Axes, ModelShape, SitePlan, plan_site
+from patchsweep.spec.reference import MeansFrom, check_means, with_reference
+from patchsweep.spec.sites import Site, get_sites
+
+Sets = int | Sequence[int | Sequence[int]]
+Positions = int | Sequence[int | str] | Literal["all"] | None
+# tokens of live patches in one unit of work: as many as fill a packed batch on a GPU (GPU_TOKENS of
+# packed batches.budget), which four of a CPU's hold; no more, so that a kill loses little
+UNIT_TOKENS = 16_384
+
+
+@dataclass(frozen=True)
+class Request:
+    """A sweep, decided but not run."""
+
+    bridge: TransformerBridge
+    pairs: PromptPairs
+    metrics: tuple[Metric, ...]
+    intervention: Intervention
+    direction: Direction
+    read: int  # prompt position whose logits are read first; -1 is the last
+    shape: ModelShape
+    plans: tuple[SitePlan, ...]
+    compute_dtype: torch.dtype  # of activations and products
+    noisy: bool  # rounding may pass for effects: 16 bits, or quantised weights
+    source_of: Mapping[int, int] | None = None  # pair -> the pair of its source; None: itself
+
+    def batches(self, numbers: Sequence[int]) -> list[Batch]:
+        """The pairs `numbers` as batches, one for each length."""
+        return make_batches(
+            self.pairs,
+            numbers,
+            self.direction,
+            self.read,
+            device_of(self.bridge),
+            self.source_of,
+        )
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(plan.site for plan in self.plans)
+
+
+def make_request(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    sites: str | Sequence[str],
+    metrics: MetricLike | Sequence[MetricLike] = "logit_diff",
+    *,
+    direction: Direction | None = None,
+    intervention: str | Intervention | float | Tensor | ValueFn = "resample",
+    layers: Sets | None = None,
+    positions: Positions = None,
+    heads: Sets | Literal["all"] | None = None,
+    neurons: Sets | Literal["all"] | None = None,
+    read: int = -1,
+    compute_dtype: ComputeDtype = "auto",
+    means_from: MeansFrom = None,
+) -> Request:
+    """Check the arguments of a sweep and plan it; see `patchsweep.sweeps.api` for their meaning.
+
+    Raises:
+        PatchsweepError: an argument breaks a rule; the text says which, and what to do.
+    """
+    shape = model_shape(model)
+    read = whole_number("read", read)
+    check_pairs(model, pairs)
+    chosen_sites = get_sites(sites)
+    chosen_metrics = get_metrics(metrics)
+    chosen = with_reference(get_intervention(intervention), means_from, model)
+    if means_from is None:
+        check_labels(chosen, [pair.labels for pair in pairs])
+    check_means(chosen, pairs, chosen_sites)
+    if direction is None:
+        direction = chosen.default_direction
+    if direction not in ("denoising", "noising"):
+        raise ConfigError(
+            f"direction={direction!r} is not known; use 'denoising' (base is the corrupted "
+            "prompt) or 'noising' (base is the clean prompt)"
+        )
+    check_metrics(model, pairs, chosen_metrics)
+    check_each_row(model)
+    dtype = compute_dtype_of(model, compute_dtype)
+    pair_shapes = [pair_shape(pair, direction, read) for pair in pairs]
+    position_axis: tuple[int | str, ...] | None
+    if positions is None:
+        position_axis = tuple(range(max(p.length for p in pair_shapes)))
+    elif isinstance(positions, str):
+        if positions != "all":
+            raise PlanError(
+                f"positions={positions!r} is not known; use 'all', or a list of indices or labels"
+            )
+        position_axis = None
+    else:
+        position_axis = given_positions(positions)
+    plans = []
+    for site in chosen_sites:
+        units = _unit_sets(site, shape, heads, neurons)
+        n_sources = 0
+        if site.name == "pattern_cell":
+            if units is None or position_axis is None:
+                raise PlanError(
+                    "site pattern_cell patches single cells (dest, src); use the site pattern for "
+                    "whole rows, heads='all' or positions='all'"
+                )
+            n_sources = max(p.length for p in pair_shapes)
+            units = tuple(unit for unit in units for _ in range(n_sources))
+        layer_sets = _sets("layers", layers, shape.n_layers) if site.layered else ((0,),)
+        plans.append(
+            plan_site(
+                site,
+                Axes(layer_sets, position_axis, units, n_sources),
+                shape,
+                pair_shapes,
+                resample=chosen.from_source,
+            )
+        )
+    return Request(
+        bridge=model,
+        pairs=pairs,
+        metrics=chosen_metrics,
+        intervention=chosen,
+        direction=direction,
+        read=read,
+        shape=shape,
+        plans=tuple(plans),
+        compute_dtype=dtype,
+        noisy=dtype in SIXTEEN_BITS or first_packed(model) is not None,
+        source_of=next_of_length(pairs) if chosen.name == "shuffle" else None,
+    )
+
+
+def check_pairs(model: TransformerBridge, pairs: PromptPairs) -> None:
+    """Raise unless `pairs` are prompt pairs that `model` can read.
+
+    Raises:
+        PromptError: they are something else, one is longer than the context, holds a token that
+            the model does not know, or its parts do not fit each other.
+    """
+    if not isinstance(pairs, PromptPairs):
+        raise PromptError(
+            f"pairs must be PromptPairs, got a {type(pairs).__name__}; make them with "
+            "PromptPairs.from_strings, from_records or from_jsonl"
+        )
+    n_ctx, d_vocab = context_size(model), int(model.cfg.d_vocab)
+    for number, pair in enumerate(pairs):
+        length = len(pair) + len(pair.answer) - 1  # all tokens of an answer but the last are read
+        if len(pair.corrupted) != len(pair):
+            raise PromptError(
+                f"pair {number}: the prompts have {len(pair)} and {len(pair.corrupted)} tokens; "
+                "both must have as many"
+            )
+        if len(pair.answer) != len(pair.wrong_answer) or not pair.answer:
+            raise PromptError(
+                f"pair {number}: the answers {pair.answer_text!r} and {pair.wrong_answer_text!r} "
+                f"have {len(pair.answer)} and {len(pair.wrong_answer)} tokens; use answers of the "
+                "same number of tokens"
+            )
+        if length > n_ctx:
+            raise PromptError(
+                f"pair {number}: prompt and answer have {length + 1} tokens, and this model reads "
+                f"{n_ctx} and says one more; shorten the prompt"
+            )
+        most = max(*pair.clean, *pair.corrupted, *pair.answer, *pair.wrong_answer)
+        if most >= d_vocab:
+            raise PromptError(
+                f"pair {number} has token {most}, and this model knows {d_vocab} tokens; make the "
+                "pairs with the model that is swept"
+            )
+
+
+def check_metrics(model: TransformerBridge, pairs: PromptPairs, metrics: Sequence[Metric]) -> None:
+    """Try metrics of the user's own on drawn logits, see `metrics.check_rows`; the model rests.
+
+    Raises:
+        MetricError: one fails there, has another shape, or mixes rows.
+    """
+    if len(set(getattr(model.original_model, "hf_device_map", {}).values())) > 1:
+        return  # which of its devices the logits are on is known only when it runs
+    check_rows(metrics, len(pairs[0].answer), int(model.cfg.d_vocab), device_of(model))
+
+
+def _sets(name: str, given: Sets | None, n: int) -> tuple[tuple[int, ...], ...]:
+    """Every index by itself, or the sets that were given."""
+    return tuple((i,) for i in range(n)) if given is None else index_sets(name, given)
+
+
+def _unit_sets(
+    site: Site, shape: ModelShape, heads: Any, neurons: Any
+) -> tuple[tuple[int, ...], ...] | None:
+    """The unit axis of `site`: heads one by one unless said otherwise, chosen neurons."""
+    if site.unit is None:
+        return None
+    name = "neurons" if site.unit == "neuron" else "heads"
+    given = neurons if site.unit == "neuron" else heads
+    if isinstance(given, str):
+        if given != "all":
+            raise PlanError(f"{name}={given!r} is not known; use 'all' or a list of indices")
+        return None
+    if site.unit == "neuron" and given is None:
+        raise PlanError(
+            f"site {site.name} has {shape.d_mlp} neurons a layer; choose some with neurons=[...], "
+            "or neurons='all' for one patch over all of them"
+        )
+    return _sets(name, given, shape.n_units(site))
+
+
+def model_shape(model: TransformerBridge) -> ModelShape:
+    """Sizes of the model behind a bridge.
+
+    Raises:
+        ModelError: it is no bridge, or not a causal language model.
+    """
+    check_bridge(model)
+    cfg = model.cfg
+    config = getattr(model.original_model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{cfg.model_name} is not a causal decoder; patch a causal language model")
+    if not hasattr(model, "blocks"):
+        raise ModelError(
+            f"{cfg.model_name} has no single stack of blocks; patch a model that runs one, once"
+        )
+    if getattr(cfg, "attention_dir", "causal") == "bidirectional":
+        raise ModelError(
+            f"{cfg.model_name} attends in both directions; patch a causal language model"
+        )
+    block = model.blocks[0]
+    return ModelShape(
+        n_layers=int(cfg.n_layers),
+        n_heads=int(cfg.n_heads),
+        n_kv_heads=int(getattr(cfg, "n_key_value_heads", None) or cfg.n_heads),
+        d_head=int(cfg.d_head),
+        d_model=int(cfg.d_model),
+        d_mlp=int(cfg.d_mlp or 0),
+        d_vocab=int(cfg.d_vocab),
+        block_parameters=n_parameters(block),
+    )
+
+
+def blocks_of(plans: Sequence[SitePlan]) -> dict[str, tuple[int, int]]:
+    """Per site the pairs and layer sets in one unit of work.
+
+    It follows from the plans alone, so that every machine cuts a run in the same way. All sites
+    cut the pairs alike: then a pair's unpatched runs share a batch with the same other pairs in
+    every unit, and have the same bits whichever unit comes first.
+    """
+    blocks = {plan.site.name: _blocks_of(plan) for plan in plans}
+    n_pairs = min(pairs for pairs, _ in blocks.values())
+    return {name: (n_pairs, layers) for name, (_, layers) in blocks.items()}
+
+
+def site_groups_of(plans: Sequence[SitePlan]) -> dict[str, int]:
+    """Per site the number of its site group: sites whose units are small run in common packed
+    batches.
+
+    Alone, their first and last blocks would hold a few hundred tokens, too few for the full speed
+    of a matrix product. Like the units, site groups follow from the plans alone.
+    """
+    blocks = blocks_of(plans)
+    found: dict[str, int] = {}
+    sizes: list[float] = []  # tokens of each site group
+    for plan in sorted(plans, key=lambda plan: plan.site.name):  # in whatever order they were asked
+        n_pairs, n_layers = blocks[plan.site.name]
+        whole = n_layers == plan.shape[1]
+        mine = _tokens_per_pair(plan) * n_pairs if whole else np.inf
+        room = (i for i, size in enumerate(sizes) if size + mine <= UNIT_TOKENS)
+        number = next(room, len(sizes))
+        if number == len(sizes):
+            sizes.append(0.0)
+        sizes[number] += mine
+        found[plan.site.name] = number
+    return found
+
+
+def _tokens_per_pair(plan: SitePlan) -> float:
+    return max(1, int(plan.live_by_layer()[1].sum())) / plan.shape[0]
+
+
+def _blocks_of(plan: SitePlan) -> tuple[int, int]:
+    n_pairs, n_layers = plan.shape[:2]
+    per_pair = _tokens_per_pair(plan)
+    if per_pair <= UNIT_TOKENS:
+        return min(n_pairs, max(1, int(UNIT_TOKENS // per_pair))), n_layers
+    n_blocks = min(n_layers, -(-int(per_pair) // UNIT_TOKENS))
+    return 1, -(-n_layers // n_blocks)
+
+
+def bytes_of(request: Request) -> int:
+    """Bytes of the values that the sweep writes."""
+    return 4 * len(request.metrics) * sum(int(np.prod(plan.shape)) for plan in request.plans)

@@ -1,0 +1,1 @@
+"""Where the files of a store lie: a local folder, or any address that fsspec opens."""

@@ -1,0 +1,33 @@
+"""Addresses of folders: a path, or any URL that fsspec opens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from patchsweep.store.backends.base import Folder
+from patchsweep.store.backends.credentials import refuse_credentials
+from patchsweep.store.backends.local import LocalFolder
+
+
+def open_folder(
+    url: str | Path, storage_options: Mapping[str, Any] | None = None, *, sync: bool = True
+) -> Folder:
+    """The folder at `url`, which need not exist yet.
+
+    `sync=False` skips the waits for the disk, for files that may be lost with the power.
+
+    Raises:
+        StoreError: `url` or `storage_options` carry credentials, or fsspec cannot open `url`.
+    """
+    text = str(url)
+    if text.startswith("file://"):
+        text = text.removeprefix("file://")
+    if "://" not in text:
+        return LocalFolder(Path(text).expanduser(), sync=sync)
+    options = dict(storage_options or {})
+    refuse_credentials(text, options)
+    from patchsweep.store.backends.remote import RemoteFolder  # fsspec, only where there is a URL
+
+    return RemoteFolder(text.rstrip("/"), options)

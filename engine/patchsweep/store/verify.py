@@ -1,0 +1,105 @@
+"""What is wrong with a store on disk, and the checksums by which two stores are compared."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from patchsweep.errors import DamagedError
+from patchsweep.store.backends.address import open_folder
+from patchsweep.store.backends.base import PARTIAL, Folder
+from patchsweep.store.contents import DELETE, MEND, Contents, read_contents
+from patchsweep.store.layout import FIXED, fixed_key, references_key
+from patchsweep.store.store import Store
+from patchsweep.store.survey import Survey
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A store whose every file was read and held against its digest."""
+
+    problems: list[str]  # a line each
+    kind: str | None  # of which analysis it holds the results; None: of a sweep
+    store: Store | None  # the sweep, if it can be opened
+    survey: Survey | None  # likewise; its units
+
+
+def check_store(url: str | Path, *, storage_options: Mapping[str, Any] | None = None) -> Checked:
+    """Read a store of a sweep or an analysis whole.
+
+    Raises:
+        StoreError: there is no store, or one of another program.
+    """
+    folder = open_folder(url, storage_options)
+    try:
+        contents = read_contents(folder)
+    except DamagedError as error:
+        return Checked([str(error)], None, None, None)
+    problems = [f"{problem}; {MEND}" for problem in contents.problems]
+    if not contents.is_sweep:
+        problems = [f"{problem}; {DELETE}" for problem in contents.problems]
+        return Checked(problems + _strays(folder, contents, set()), contents.kind, None, None)
+    if problems:
+        return Checked(problems, None, None, None)
+    store = Store(folder, contents)
+    survey = store.survey(read=True)
+    return Checked(_problems(store, survey), None, store, survey)
+
+
+def checksums(
+    url: str | Path, *, storage_options: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """SHA-256 of every file of the store, by its path within; empty if there is none.
+
+    Two runs that gave the same values give equal dicts.
+    """
+    folder = open_folder(url, storage_options)
+    return {key: hashlib.sha256(folder.read(key) or b"").hexdigest() for key in folder.list()}
+
+
+def verify_structure(store: Store) -> list[str]:
+    """What is wrong with the store's files, one line each; empty if nothing is.
+
+    Everything that is done is read and held against its digest. Units that are not done are no
+    problem: see `status`.
+    """
+    return _problems(store, store.survey(read=True))
+
+
+def _problems(store: Store, survey: Survey) -> list[str]:
+    problems = [f"{problem}; {MEND}" for problem in survey.problems]
+    possible = {references_key(pair) for pair in range(store.n_pairs)}
+    possible |= {fixed_key(name, pair) for name in FIXED for pair in range(store.n_pairs)}
+    to_do = set(survey.to_do)
+    for variable in store.variables.values():
+        form = store.contents.form(variable.name)
+        units = variable.units()
+        possible |= {key(unit) for unit in units for key in (variable.shard_key, variable.flag_key)}
+        done = [unit for unit in units if unit not in to_do]
+        files = store.folder.read_many(variable.shard_key(unit) for unit in done)
+        for unit, data in zip(done, files, strict=True):
+            try:
+                if data is not None and np.isnan(form.decode(data)).all():
+                    problems.append(f"{unit.name}: holds nothing but NaN")
+            except ValueError as error:
+                problems.append(f"{unit.name}: holds no values ({error}); do not trust it")
+    return problems + _strays(store.folder, store.contents, possible)
+
+
+def _strays(folder: Folder, contents: Contents, possible: set[str]) -> list[str]:
+    """A line for each file that nobody of ours has put there."""
+    problems = []
+    named = {problem.partition(":")[0] for problem in contents.problems}
+    for key in sorted(folder.sizes().keys() - contents.files.keys() - possible - named):
+        if key.endswith(PARTIAL):
+            problems.append(
+                f"{key}: left by a killed process; running the command again removes it"
+            )
+        else:
+            problems.append(f"{key}: is no file of this store; delete it")
+    return problems

@@ -1,0 +1,352 @@
+"""`sweep`: plan, run, store. And `plan`, which takes the same arguments and runs nothing."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import xarray as xr
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.arguments import check_runner, check_store_path, one_of
+from patchsweep.attribution import check_request
+from patchsweep.data.pairs import PromptPairs
+from patchsweep.errors import ConfigError
+from patchsweep.models.compute import ComputeDtype, name_of, sentence
+from patchsweep.models.running import runs_model
+from patchsweep.runners.packed.runner import PackedRunner
+from patchsweep.runners.select import RunnerChoice, RunnerName, select_runner
+from patchsweep.spec.batch import clean_prompts
+from patchsweep.spec.interventions import Direction, Intervention, Reader, ValueFn
+from patchsweep.spec.reference import MeansFrom
+from patchsweep.spec.spec import MetricLike, Positions, Request, Sets, make_request
+from patchsweep.store import Store
+from patchsweep.store.difference import IDENTITY
+from patchsweep.store.journal import Journal
+from patchsweep.store.layout import Layout
+from patchsweep.store.store import check_space, recorded_attributes
+from patchsweep.sweeps.bf16 import RecheckedWork, check_proof, recheck_variables
+from patchsweep.sweeps.cost import Cost, estimate
+from patchsweep.sweeps.estimates import Estimator
+from patchsweep.sweeps.exact import ExactWork
+from patchsweep.sweeps.executor import Journalled, Progress, Quiet, Share, Work, run_work
+from patchsweep.sweeps.identity import read_weights, refuse_unversioned, request_settings
+from patchsweep.sweeps.layout import Memory, make_layout
+from patchsweep.sweeps.means import keep_means
+from patchsweep.sweeps.methods import MethodLike, MethodSpec, parse_methods
+from patchsweep.sweeps.screen import ScreenWork
+
+Precision = Literal["model", "bf16"]
+PRECISIONS = ("model", "bf16")
+log = logging.getLogger("patchsweep")
+
+
+@runs_model
+def sweep(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    sites: str | Sequence[str] = ("resid_pre",),
+    metrics: MetricLike | Sequence[MetricLike] = "logit_diff",
+    *,
+    direction: Direction | None = None,
+    intervention: str | Intervention | float | Tensor | ValueFn = "resample",
+    layers: Sets | None = None,
+    positions: Positions = None,
+    heads: Sets | Literal["all"] | None = None,
+    neurons: Sets | Literal["all"] | None = None,
+    read: int = -1,
+    means_from: MeansFrom = None,
+    method: MethodLike | Sequence[MethodLike] = "exact",
+    store: str | Path | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    slice_index: int = 0,
+    n_slices: int = 1,
+    runner: RunnerName = "auto",
+    max_tokens: int | None = None,
+    cache_budget: int | None = None,
+    precision: Precision = "model",
+    compute_dtype: ComputeDtype = "auto",
+    config: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> xr.Dataset:
+    """Every patch of `sites` on `pairs`, exactly, as an `xarray.Dataset`.
+
+    The variable of a site holds the raw patched metric, dims `metric, pair, layer, pos` and
+    `head` (`kv_head` for k and v) where the site has heads; `base_metric` and `source_metric`
+    `[metric, pair]` are the unpatched runs.
+
+    Args:
+        model: what `load_model` gives, or any TransformerBridge of a causal model.
+        direction: `denoising` patches clean values into the corrupted run, `noising` the other
+            way round. Default: denoising for resample, noising for zero and mean.
+        intervention: `resample`, `zero`, `mean`, `shuffle`, a constant (a number, `[width]` or
+            `[pos, width]`), or a callable `(site, layer, base, source) -> values` of one pair, all
+            three `[1, pos, width]`.
+        layers, heads, neurons: indices, or tuples of indices that are patched together.
+            Default: each by itself. `heads="all"`: all heads together, no head dim.
+        positions: indices, labels of the pairs (a label's whole span is one patch), or `"all"`
+            for one patch over all positions, which drops the pos dim. Default: each position.
+        read: prompt position whose logits the metrics read; default the last.
+        means_from: pairs, or a JSONL file of them, over whose clean prompts the means of
+            `intervention` mean, mean_all or mean_label are taken. Default: the pairs swept. Each
+            mean needs four prompts of the pair's length (mean_all: positions; mean_label:
+            positions of the label).
+        method: `exact`, or attribution: `atp`, `atp_star`, `ig`, `relp` and the others of
+            `patchsweep.attribution.METHODS`; several at once share a Dataset. The variable
+            `<site>_<method>` then holds the estimate of metric(patched) - metric(base).
+            `screen` (or a `Screen`) estimates all patches and runs the foremost exactly.
+        store: folder or URL of a Zarr store; results stream there, and a second call with the
+            same arguments goes on where the first stopped. Many processes may do so at once.
+        storage_options: what the storage library is told (endpoint, retries); no credentials.
+        slice_index, n_slices: do every n-th work item of units only, from this one on; all slices
+            together write what one process would.
+        runner: `auto` takes packed batches where they pass the self-test (see
+            `patchsweep.runners.select`), else hooks; `packed` and `hooked` insist.
+        max_tokens: most tokens in one packed batch. Default: what the store was begun with, or else
+        what
+            suits where the weights are, see `patchsweep.runners.packed.budget`.
+        cache_budget: bytes of activations that may stay in memory; what exceeds it lies in files.
+            Default: a share of what is free.
+        precision: `model` multiplies in `compute_dtype`; `bf16` multiplies in bf16 and runs the
+            largest effects and a sample again, see `patchsweep.sweeps.bf16`.
+        compute_dtype: `float32` computes in fp32 with weights of 16 bits, each block's cast while
+            it runs; `model` in the weights' own dtype, whose rounding hides small effects (the
+            variable `<site>_noise` says how large ones). Default `auto`: float32 for weights of 16
+            bits, which takes 2 to 4 times as long where 16-bit products are fast.
+
+    Raises:
+        PatchsweepError: an argument breaks a rule; nothing has run then.
+    """
+    request = make_request(
+        model,
+        pairs,
+        sites,
+        metrics,
+        direction=direction,
+        intervention=intervention,
+        layers=layers,
+        positions=positions,
+        heads=heads,
+        neurons=neurons,
+        read=read,
+        compute_dtype=compute_dtype,
+        means_from=means_from,
+    )
+    share = Share(slice_index, n_slices)
+    asked = _check_settings(
+        request, method, store, n_slices, runner, max_tokens, cache_budget, precision
+    )
+    proven = precision == "bf16"
+    if store is None and n_slices > 1:
+        raise ConfigError(f"n_slices={n_slices} needs a store, where the slices meet; give one")
+    own = model.cfg.dtype
+    if request.compute_dtype != own:
+        log.info(
+            "computing in %s; compute_dtype=model multiplies in %s, faster, with its rounding",
+            sentence(name_of(own), name_of(request.compute_dtype)),
+            name_of(own),
+        )
+
+    def layout_of(choice: RunnerChoice) -> Layout:
+        return make_layout(
+            request,
+            choice,
+            config or {},
+            exact=asked.exact,
+            more=asked.variables(request) + (recheck_variables(request) if proven else ()),
+            attrs=asked.attrs(request),
+            methods=asked.settings(),
+            precision=precision,
+        )
+
+    if store is not None:  # a place that will not do is refused before anything runs
+        refuse_unversioned(request_settings(request) | asked.settings())
+        attrs = recorded_attributes(store, storage_options)
+        recorded = _recorded_choice(attrs, runner, max_tokens)
+        read_weights(model)
+        if recorded is None:
+            check_space(store, layout_of(NO_RUNNER), storage_options)
+        else:
+            layout = layout_of(recorded)
+            Store.create_or_resume(store, layout, storage_options=storage_options).close()
+        request = keep_means(request, store, storage_options)
+    choice = NO_RUNNER
+    if asked.exact:
+        begun_with = None if store is None else recorded
+        choice = prepare_runner(request, runner, max_tokens, cache_budget, begun_with)
+    progress = progress or Quiet()
+    if store is None:
+        memory = Memory(layout_of(choice))
+        run_work(_works(request, asked, choice, proven), memory, progress, share)
+        return memory.dataset()
+    if (
+        recorded is None
+    ):  # another process may have made it meanwhile, with packed batches of another size
+        attrs = recorded_attributes(store, storage_options)
+        recorded = _recorded_choice(attrs, runner, max_tokens)
+    if recorded is not None and isinstance(choice.runner, PackedRunner):
+        choice.runner.max_tokens = recorded.runner.max_tokens  # type: ignore[attr-defined]
+    works = _works(request, asked, choice, proven)
+    with ExitStack() as stack:
+        sink = stack.enter_context(
+            Store.create_or_resume(store, layout_of(choice), storage_options=storage_options)
+        )
+        journal = stack.enter_context(Journal(store, storage_options=storage_options))
+        journalled = Journalled(
+            progress, journal, share, config or {}, self_test_error=choice.difference
+        )
+        run_work(works, sink, journalled, share)
+        return sink.dataset()
+
+
+def _works(request: Request, asked: MethodSpec, choice: RunnerChoice, proven: bool) -> list[Work]:
+    """Who fills which variables; the first that tells the unpatched metrics is the one asked."""
+    if asked.screen is not None:
+        return [ScreenWork(request, choice, asked.screen)]
+    works: list[Work] = []
+    if proven:
+        works.append(RecheckedWork(request, choice))
+    elif asked.exact:
+        works.append(ExactWork(request, choice.runner))
+    if asked.methods:
+        works.append(Estimator(request, asked.methods, tells_references=not asked.exact))
+    return works
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """Stands for the runner of which a store tells the name."""
+
+    name: str
+    max_tokens: int | None = None
+
+
+NO_RUNNER = RunnerChoice(_Recorded("none"), "no patch was run exactly", None)  # type: ignore[arg-type]
+
+
+def _recorded_choice(
+    attrs: Mapping[str, Any] | None, runner: RunnerName, max_tokens: int | None
+) -> RunnerChoice | None:
+    """What an existing store was begun with, where nothing else is asked for; None: no store."""
+    if attrs is None:
+        return None
+    provenance, identity = attrs.get("provenance"), attrs.get(IDENTITY)
+    told = provenance if isinstance(provenance, Mapping) else {}
+    name = str(told.get("runner"))
+    begun_with = identity.get("max_tokens") if isinstance(identity, Mapping) else None
+    if not isinstance(begun_with, int) or begun_with < 1:
+        begun_with = None
+    if runner != "auto" and name != "none":
+        name = runner
+    if name == "packed" and max_tokens is not None:
+        begun_with = max_tokens
+    stand_in = _Recorded(name, begun_with)
+    return RunnerChoice(stand_in, str(told.get("runner_reason")), None)  # type: ignore[arg-type]
+
+
+def plan(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    sites: str | Sequence[str] = ("resid_pre",),
+    metrics: MetricLike | Sequence[MetricLike] = "logit_diff",
+    **settings: Any,
+) -> Cost:
+    """What `sweep` with these arguments will cost; checks them all and runs no model.
+
+    `settings` are those of `sweep`. A store is neither made nor looked at, and slices need none.
+
+    Raises:
+        PatchsweepError: an argument breaks a rule.
+        TypeError: `sweep` has no such argument.
+    """
+    told = inspect.signature(sweep).bind(model, pairs, sites, metrics, **settings)
+    told.apply_defaults()
+    given = told.arguments
+    selection = ("direction", "intervention", "layers", "positions", "heads", "neurons", "read")
+    request = make_request(
+        model, pairs, sites, metrics, **{name: given[name] for name in selection}
+    )
+    share = Share(given["slice_index"], given["n_slices"])
+    names = ("method", "store", "n_slices", "runner", "max_tokens", "cache_budget", "precision")
+    asked = _check_settings(request, *(given[name] for name in names))
+    return estimate(
+        request,
+        given["max_tokens"],
+        given["cache_budget"],
+        asked=asked,
+        runner=given["runner"],
+        proven=given["precision"] == "bf16",
+        n_slices=share.n,
+    )
+
+
+def _check_settings(
+    request: Request,
+    method: MethodLike | Sequence[MethodLike],
+    store: str | Path | None,
+    n_slices: int,
+    runner: RunnerName,
+    max_tokens: int | None,
+    cache_budget: float | None,
+    precision: Precision,
+) -> MethodSpec:
+    """What `method` asks for; raises for settings that make no sense, alone or together."""
+    check_runner(runner, max_tokens, cache_budget)
+    one_of("precision", precision, PRECISIONS)
+    if store is not None:
+        check_store_path(store)
+    asked = parse_methods(method)
+    if asked.methods:
+        check_request(request, asked.methods)
+    if asked.screen is not None:
+        asked.screen.check(request, n_slices)
+    if precision == "bf16" and (not asked.exact or asked.screen is not None):
+        raise ConfigError("precision=bf16 is for method=exact; use precision=model")
+    if precision == "bf16" and runner == "hooked":
+        raise ConfigError(
+            "precision=bf16 is done by the packed runner alone; use runner=auto, or precision=model"
+        )
+    if precision == "bf16":
+        check_proof(request)
+    return asked
+
+
+def prepare_runner(
+    request: Request,
+    wanted: RunnerName,
+    max_tokens: int | None,
+    cache_budget: int | None = None,
+    begun_with: RunnerChoice | None = None,
+) -> RunnerChoice:
+    """The runner for `request`, its intervention prepared.
+
+    `begun_with` is what a store of the same run records: its runner was tested then.
+    """
+    tested = wanted == "auto" and begun_with is not None and begun_with.runner.name != "none"
+    if tested:
+        assert begun_with is not None
+        wanted = "hooked" if begun_with.runner.name == "hooked" else "packed"
+    choice = select_runner(
+        request.bridge,
+        request.plans,
+        request.intervention,
+        wanted=wanted,
+        tested=tested,
+        max_tokens=max_tokens,
+        cache_budget=cache_budget,
+        compute_dtype=request.compute_dtype,
+    )
+    if tested:
+        assert begun_with is not None
+        choice = replace(choice, reason=begun_with.reason)
+    # means are read where they are written: runners may take one site at different places
+    batches = request.batches(range(len(request.pairs)))
+    reader = Reader(choice.runner.name, request.sites, choice.runner.activations)
+    request.intervention.prepare(clean_prompts(batches, request.direction), reader)
+    return choice

@@ -1,0 +1,218 @@
+"""What a sweep will cost, told before anything runs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+
+from patchsweep.attribution.run import token_layers
+from patchsweep.models.compute import name_of, sentence
+from patchsweep.models.offload import device_of
+from patchsweep.runners.packed.budget import default_cache, default_max_tokens
+from patchsweep.spec.planner import SitePlan
+from patchsweep.spec.spec import Request, blocks_of, bytes_of, site_groups_of
+from patchsweep.sweeps.bf16 import recheck_cost, recheck_variables
+from patchsweep.sweeps.methods import EXACT, MethodSpec
+from patchsweep.sweeps.noise import null_cost
+from patchsweep.sweeps.weight_reads import Weights, bytes_read, count_captures, weights_of
+
+
+@dataclass(frozen=True)
+class SiteCost:
+    """The cost of one site's patches."""
+
+    site: str
+    n_patches: int
+    n_live: int
+    n_exact: int  # live patches that run exactly; of a screen: at least
+    n_units: int  # units of work, each of which owns whole shards of a store
+    token_layers: int  # of those that run exactly
+    loop_token_layers: int  # what one full forward pass per patch would need
+
+
+@dataclass(frozen=True)
+class Part:
+    """What runs besides exact patches, for all sites together."""
+
+    name: str  # such as atp
+    token_layers: int  # a backward pass counts as a forward pass
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of a sweep."""
+
+    sites: tuple[SiteCost, ...]
+    parts: tuple[Part, ...]  # estimates, the bound of a screen, what bf16 runs again
+    n_slices: int  # processes that share the run
+    n_batches: int  # several sites may share one
+    flops: float  # multiplications and additions of the blocks' weights, for all that runs
+    seconds: float  # at the matrix-product rate measured just now; attention and norms left out
+    result_bytes: int  # values written
+    cache_bytes: int  # activations kept of one pair's base and source runs
+    cache_budget: int  # bytes of activations that stay in memory; more of them lie in files
+    weights: Weights
+    arithmetic: str  # what is computed in, in words
+    cast_bytes: int  # weights in fp32 while a block runs, where they rest in 16 bits
+    slowdown: float  # against products in the weights' own dtype, measured just now
+    n_captures: int  # passes that run unpatched prompts
+    read_bytes: int  # weights that captures and packed batches fetch from the CPU or from disk
+
+    @property
+    def n_patches(self) -> int:
+        return sum(site.n_patches for site in self.sites)
+
+    @property
+    def n_live(self) -> int:
+        return sum(site.n_live for site in self.sites)
+
+    @property
+    def token_layers(self) -> int:
+        """Of everything that runs, in all slices together."""
+        exact = sum(site.token_layers for site in self.sites)
+        return exact + sum(part.token_layers for part in self.parts)
+
+    @property
+    def loop_token_layers(self) -> int:
+        return sum(site.loop_token_layers for site in self.sites)
+
+
+def estimate(
+    request: Request,
+    max_tokens: int | None = None,
+    cache_budget: int | None = None,
+    *,
+    asked: MethodSpec = EXACT,
+    runner: str = "auto",
+    proven: bool = False,
+    n_slices: int = 1,
+) -> Cost:
+    """The cost of `request` in packed batches of `max_tokens` tokens; runs no model.
+
+    `asked` says which patches run exactly and what else does; `auto` counts as the packed runner,
+    and the hooked one runs every patch as a whole forward pass. `proven`: bf16 products, and what
+    is run again in fp32.
+    """
+    if max_tokens is None:
+        max_tokens = default_max_tokens(request.bridge)
+    if cache_budget is None:
+        cache_budget = default_cache(request.bridge)
+    is_packed = asked.exact and runner != "hooked"
+    batches = _count_batches(request, max_tokens) if is_packed else Counter[int]()
+    sites = tuple(_site_cost(request, plan, asked, is_packed) for plan in request.plans)
+    parts = _parts(request, asked, proven)
+    weights = weights_of(request)
+    n_captures = count_captures(request) if asked.exact else 0
+    n_passed = sum(site.token_layers for site in sites) + sum(part.token_layers for part in parts)
+    flops = 2.0 * n_passed * request.shape.block_parameters
+    shape = request.shape
+    longest = max(int(plan.full_lengths.max()) for plan in request.plans)
+    per_token = shape.d_model * (shape.n_layers + 1) + 2 * shape.n_layers * (
+        shape.n_kv_heads * shape.d_head
+    )
+    per_token += shape.n_layers * shape.d_model * len(sites)
+    dtype, own = request.compute_dtype, request.bridge.cfg.dtype
+    device = device_of(request.bridge)
+    rate = matmul_rate(device, dtype)
+    return Cost(
+        sites=sites,
+        parts=parts,
+        n_slices=n_slices,
+        n_batches=sum(batches.values()),
+        flops=flops,
+        seconds=flops / rate,
+        result_bytes=_result_bytes(request, asked, proven),
+        cache_bytes=2 * longest * per_token * dtype.itemsize,
+        cache_budget=cache_budget,
+        weights=weights,
+        arithmetic=sentence(name_of(own), name_of(dtype)),
+        cast_bytes=0 if own == dtype else dtype.itemsize * shape.block_parameters,
+        slowdown=1.0 if own == dtype else matmul_rate(device, own) / rate,
+        n_captures=n_captures,
+        read_bytes=bytes_read(weights, request, n_captures, batches),
+    )
+
+
+def _count_batches(request: Request, max_tokens: int) -> Counter[int]:
+    """First block -> how many packed batches begin there, as `make_packed_batches` packs the work
+    items of the run.
+
+    Counted from the tokens of each (pair, layer set), without a look at single patches: a packed
+    batch holds prompts of one length and an equal share of their tokens, in the order of their
+    entry.
+    """
+    blocks, site_groups = blocks_of(request.plans), site_groups_of(request.plans)
+    tokens: dict[tuple[int, ...], int] = defaultdict(int)
+    for plan in request.plans:
+        n_pairs, n_layers = blocks[plan.site.name]
+        pair, layer = np.nonzero(live := plan.live_by_layer()[1])
+        keys = (pair // n_pairs, layer // n_layers, plan.lengths[pair], plan.entry_of_set[layer])
+        unique, at = np.unique(np.stack(keys), axis=1, return_inverse=True)
+        n_tokens = np.bincount(at.ravel(), live[pair, layer], minlength=unique.shape[1])
+        for key, n in zip(unique.T.tolist(), n_tokens.astype(np.int64).tolist(), strict=True):
+            tokens[site_groups[plan.site.name], *key] += n
+    counts: Counter[int] = Counter()
+    # of one work item and one length, by entry
+    for _, group in groupby(sorted(tokens.items()), key=lambda item: item[0][:-1]):
+        entries, sums = zip(*((key[-1], n) for key, n in group), strict=True)
+        ends = np.cumsum(sums)
+        n_batches = max(1, -(-int(ends[-1]) // max_tokens))
+        first = np.searchsorted(
+            ends, np.arange(n_batches) * int(ends[-1]) // n_batches, side="right"
+        )
+        counts.update(np.array(entries)[first].tolist())
+    return counts
+
+
+def _site_cost(request: Request, plan: SitePlan, asked: MethodSpec, is_packed: bool) -> SiteCost:
+    pairs, layers = blocks_of(request.plans)[plan.site.name]
+    share = 0.0 if not asked.exact else 1.0 if asked.screen is None else asked.screen.share_of(plan)
+    token_layers = plan.token_layers
+    if not is_packed:  # whole forward passes
+        live = plan.live_by_layer()[0].sum(axis=1)  # [pair]
+        token_layers = int((live * plan.full_lengths).sum()) * plan.n_layers
+    return SiteCost(
+        site=plan.site.name,
+        n_patches=plan.n_patches,
+        n_live=plan.n_live,
+        n_exact=round(plan.n_live * share),
+        n_units=-(-plan.shape[0] // pairs) * -(-plan.shape[1] // layers),
+        token_layers=round(token_layers * share),
+        loop_token_layers=plan.loop_token_layers,
+    )
+
+
+def _parts(request: Request, asked: MethodSpec, proven: bool) -> tuple[Part, ...]:
+    parts = [Part(method.name, token_layers(request, method)) for method in asked.methods]
+    if asked.screen is not None and asked.screen.subsets:
+        every = range(len(request.pairs))
+        bound = sum(asked.screen.bound_cost(plan, every) for plan in request.plans)
+        parts.append(Part("bound on the rest", bound))
+    if proven:
+        parts.append(Part("again in fp32", recheck_cost(request)))
+    elif request.noisy and asked.exact:
+        parts.append(Part("noise floor", null_cost(request)))
+    return tuple(parts)
+
+
+def _result_bytes(request: Request, asked: MethodSpec, proven: bool) -> int:
+    more = (*asked.variables(request), *(recheck_variables(request) if proven else ()))
+    exact = bytes_of(request) if asked.exact else 0
+    return exact + 4 * sum(math.prod(variable.shape) for variable in more)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a product at the shape of a packed batch (1024 x 1024 x 1024), best of a few."""
+    a = torch.randn(1024, 1024, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(6):
+        start = time.perf_counter()
+        (a @ a).sum().item()  # item() waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best

@@ -1,0 +1,176 @@
+"""Exact patches as work: the live patches of units are run, the dead ones known."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from patchsweep.runners.base import Runner
+from patchsweep.spec.batch import Batch
+from patchsweep.spec.finite import check_cells, check_references
+from patchsweep.spec.metrics import Metric
+from patchsweep.spec.planner import Ints, PatchSet, SitePlan
+from patchsweep.spec.spec import Request, site_groups_of
+from patchsweep.store import Unit
+from patchsweep.sweeps.executor import Values
+from patchsweep.sweeps.layout import shape_of
+from patchsweep.sweeps.noise import Floor, identity_patches, site_of
+
+
+class ExactWork:
+    """The raw patched metric of every patch of a site, in the site's own variable; of a run that
+    is not in fp32 its noise floor too (see `noise`)."""
+
+    def __init__(self, request: Request, runner: Runner) -> None:
+        self.request, self.runner = request, runner
+        self.plans = {plan.site.name: plan for plan in request.plans}
+        self.site_groups = site_groups_of(request.plans)
+        self.captures = Captures(request, runner)
+
+    def __contains__(self, variable: str) -> bool:
+        return site_of(variable) in self.plans
+
+    def cost(self, unit: Unit) -> int:
+        """See `Work`; null patches are few and not counted."""
+        if unit.variable not in self.plans:
+            return 0
+        return self.plans[unit.variable].totals(unit.pairs, unit.layers).token_layers
+
+    def n_live(self, unit: Unit) -> int:
+        """See `Work`."""
+        if unit.variable not in self.plans:
+            return 0
+        return self.plans[unit.variable].totals(unit.pairs, unit.layers).n_live
+
+    def together(self, unit: Unit) -> Hashable:
+        """See `Work`: the noise floor comes with the first layers of its site."""
+        site = site_of(unit.variable)
+        return (
+            self.site_groups[site] if self.runner.joins else site,
+            unit.pair_block,
+            unit.layer_block,
+        )
+
+    def values(self, units: Sequence[Unit]) -> list[Values]:
+        """See `Work`."""
+        metrics, pairs = self.request.metrics, units[0].pairs
+        blocks = {u: Block(self.plans[u.variable], u, len(metrics)) for u in units if self._is(u)}
+        floors = {
+            u: Floor(self.plans[site_of(u.variable)], pairs, len(metrics))
+            for u in units
+            if not self._is(u)
+        }
+        for captured in self.captures.of(pairs):
+            live = [PatchSet(block.plan, block.fill_dead(captured)) for block in blocks.values()]
+            null = [identity_patches(floor.plan, captured.batch.pairs) for floor in floors.values()]
+            found = self.runner.run_together(captured.loaded, live, metrics, null)
+            for block, ran, values in zip(blocks.values(), live, found, strict=False):
+                numbers = check_cells(values.numpy(), block.plan, ran.patches, metrics)
+                block.put(ran.patches, numbers)
+            for floor, ran, values in zip(floors.values(), null, found[len(live) :], strict=True):
+                floor.put(ran.patches, values.numpy() - captured.base_of(floor.plan, ran.patches))
+        return [blocks[u].values() if u in blocks else floors[u].values for u in units]
+
+    def _is(self, unit: Unit) -> bool:
+        """Whether the unit holds patched metrics, not noise."""
+        return unit.variable in self.plans
+
+    def references(self, unit: Unit) -> tuple[Values, Values]:
+        """See `Work`."""
+        return references_of(self.captures, unit, len(self.request.metrics))
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A batch with what its runner loaded and its unpatched metrics."""
+
+    batch: Batch
+    loaded: Any  # the runner's own
+    base: Values  # [metric, pair of the batch]
+    source: Values  # [metric, pair of the batch]
+
+    def base_of(self, plan: SitePlan, patches: Ints) -> Values:
+        """The base metric of each patch's pair `[metric, patch]`."""
+        local = self.batch.local
+        return self.base[:, [local[p] for p in plan.pair[patches].tolist()]]
+
+
+class Captures:
+    """The captured batches of the present pairs: their units follow each other."""
+
+    def __init__(self, request: Request, runner: Runner) -> None:
+        self.request, self.runner = request, runner
+        self._kept: dict[tuple[int, ...], Captured] = {}
+
+    def of(self, pairs: range) -> Iterator[Captured]:
+        """The batches of `pairs`, one for each length."""
+        request = self.request
+        batches = request.batches(pairs)
+        present = {batch.pairs for batch in batches}
+        self._kept = {key: kept for key, kept in self._kept.items() if key in present}
+        for batch in batches:
+            if batch.pairs not in self._kept:
+                loaded = self.runner.load(batch, request.intervention)
+                base, source = (
+                    metrics.cpu().numpy()
+                    for metrics in self.runner.references(loaded, request.metrics)
+                )
+                check_references(base, source, batch.pairs, request.metrics)
+                self._kept[batch.pairs] = Captured(batch, loaded, base, source)
+            yield self._kept[batch.pairs]
+
+
+def measured_floor(
+    runner: Runner, captures: Captures, plan: SitePlan, pairs: range, metrics: Sequence[Metric]
+) -> Values:
+    """The noise floor `[metric, pair]` of a site, where nothing else is run beside it."""
+    floor = Floor(plan, pairs, len(metrics))
+    for captured in captures.of(pairs):
+        null = identity_patches(plan, captured.batch.pairs)
+        (values,) = runner.run_together(captured.loaded, [], metrics, [null])
+        floor.put(null.patches, values.numpy() - captured.base_of(plan, null.patches))
+    return floor.values
+
+
+def references_of(captures: Captures, unit: Unit, n_metrics: int) -> tuple[Values, Values]:
+    """Base and source metric `[metric, pair]` of the unit's pairs."""
+    base, source = np.empty((2, n_metrics, len(unit.pairs)), np.float32)
+    for captured in captures.of(unit.pairs):
+        columns = [pair - unit.pairs.start for pair in captured.batch.pairs]
+        base[:, columns], source[:, columns] = captured.base, captured.source
+    return base, source
+
+
+class Block:
+    """The cells of one unit, as the store keeps them; NaN until put."""
+
+    def __init__(self, plan: SitePlan, unit: Unit, n_metrics: int) -> None:
+        self.plan, self.unit = plan, unit
+        self.shape = (len(unit.pairs), len(unit.layers), *plan.shape[2:])
+        self._cells = np.full((n_metrics, int(np.prod(self.shape))), np.nan, np.float32)
+
+    def fill_dead(self, captured: Captured) -> Ints:
+        """Put the base metric where a patch of the batch changes nothing; gives the others."""
+        plan = self.plan
+        patches = plan.patches(captured.batch.pairs, self.unit.layers)
+        dead = patches[~plan.live[patches]]
+        self.put(dead, captured.base_of(plan, dead))
+        return patches[plan.live[patches]]
+
+    def put(self, patches: Ints, values: Values) -> None:
+        """Keep `values` `[metric, patch]`."""
+        pair, layer, pos, units = np.unravel_index(self.plan.cell[patches], self.plan.shape)
+        local = (pair - self.unit.pairs.start, layer - self.unit.layers.start, pos, units)
+        self._cells[:, np.ravel_multi_index(local, self.shape)] = values
+
+    def values(self) -> Values:
+        """The block, without the axes that the site does not have."""
+        n_metrics = len(self._cells)
+        shape = list(shape_of(self.plan, n_metrics))
+        shape[1] = self.shape[0]
+        if self.plan.site.layered:
+            shape[2] = self.shape[1]
+        return self._cells.reshape(shape)

@@ -1,0 +1,353 @@
+"""What a run is: the content of everything that decides one of its numbers, and one hash of it all.
+
+An identity is plain JSON, so that it can be read, and so that two of them can be compared part by
+part (`store.difference` says what differs in words). Prompts are known by their token ids, weights
+and tensors by their bytes, what patchsweep itself has (metrics, interventions, methods) by its name
+and parameters. A function of the user's own has no content that could be compared: it is known by
+the name and the version that the user gives it, and without a version not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import fields, is_dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.data.pairs import PromptPair, PromptPairs
+from patchsweep.errors import ConfigError
+from patchsweep.models.compute import compute_dtype_of
+from patchsweep.models.offload import device_of
+from patchsweep.models.weights import known_digest, tensor_digest, weights_digest
+from patchsweep.spec.interventions import (
+    MEAN_NAMES,
+    Custom,
+    Intervention,
+    Mean,
+    Resample,
+    Shuffle,
+    Zero,
+)
+from patchsweep.spec.metrics import BUILT_IN, Metric
+from patchsweep.spec.planner import SitePlan
+from patchsweep.spec.spec import Request
+from patchsweep.store.difference import (
+    DIGEST,
+    IDENTITY,
+    PAIR_DIGITS,
+    UNVERSIONED,
+    identity_difference,
+    unversioned,
+)
+
+PACKAGES = ("patchsweep", "torch", "transformers", "transformer-lens")
+# packages whose code is told by their versions, those above or those that they require
+_LIBRARIES = {"torch", "transformers", "transformer_lens", "accelerate", "patchsweep"}
+# of a model's config: what wrote it, what the weights tell, what classifiers use
+_NOT_CONTENT = {"transformers_version", "dtype", "id2label", "label2id", "problem_type"}
+
+
+def identity_of(
+    kind: str,
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The identity of a run of `kind` (sweep, edges, ...) with `settings`.
+
+    The weights count as they were when they were read last, by `read_weights` or after an edit
+    that torch counts: whoever compares identities reads them first.
+    """
+    return sealed(
+        {
+            "kind": kind,
+            "model": model_identity(model),
+            "prompts": prompts_identity(pairs),
+            "compute_dtype": _name(compute_dtype_of(model)),
+            **described(settings),
+            "versions": versions(),
+        }
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of the packages whose code makes the numbers."""
+    return {name: version(name) for name in PACKAGES}
+
+
+def read_weights(model: TransformerBridge) -> None:
+    """Read every byte of the weights, so that identities made from now on know of all edits."""
+    weights_digest(model.original_model)
+
+
+def sealed(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """`parts` of an identity with the hash of all of them."""
+    rest = {key: value for key, value in parts.items() if key != DIGEST}
+    return {DIGEST: _hash(rest), **rest}
+
+
+def refuse_unversioned(identity: Mapping[str, Any]) -> None:
+    """Refuse results that are to be kept, and follow from a function that nothing identifies.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    function = unversioned(identity)
+    if function is not None:
+        raise ConfigError(
+            f"{function}: a store must know which function its numbers came from; give it a name "
+            "and a version, as in Metric.of_logits(function, name='peak', version='1') or "
+            "Custom(function, name='steer', version='1'), and a new version whenever it changes; "
+            "or leave the store out"
+        )
+
+
+def model_identity(model: TransformerBridge) -> dict[str, Any]:
+    """Which code computes, how it is set up, and with which weights."""
+    plain: Any = model.original_model
+    kind = type(plain)
+    return {
+        "class": f"{kind.__module__}.{kind.__qualname__}",
+        "code": _own_code(plain),
+        "attention": str(getattr(plain.config, "_attn_implementation", None)),
+        "device": device_of(model).type,
+        "dtype": ", ".join(sorted({_name(p.dtype) for p in plain.parameters()})),
+        "config": _config(plain.config.to_dict()),
+        "weights": known_digest(plain),
+    }
+
+
+def prompts_identity(pairs: Sequence[PromptPair]) -> dict[str, Any]:
+    """Token ids of both prompts and of the answers, and the spans of the labels.
+
+    `each` holds `PAIR_DIGITS` digits for each pair, by which the first that differs is found.
+    """
+    content = {
+        "clean prompts": [list(pair.clean) for pair in pairs],
+        "corrupted prompts": [list(pair.corrupted) for pair in pairs],
+        "answers": [[list(pair.answer), list(pair.wrong_answer)] for pair in pairs],
+        "labels": [
+            {name: list(span) for name, span in sorted(pair.labels.items())} for pair in pairs
+        ],
+    }
+    each = (_hash(part)[:PAIR_DIGITS] for part in zip(*content.values(), strict=True))
+    return {
+        "n_pairs": len(pairs),
+        **{name: _hash(values) for name, values in content.items()},
+        "each": "".join(each),
+    }
+
+
+def request_settings(request: Request) -> dict[str, Any]:
+    """What a request asks for besides its model and its pairs."""
+    return {
+        **question_settings(request),
+        "compute_dtype": _name(request.compute_dtype),
+        "sites": sites_identity(request.plans),
+    }
+
+
+def request_difference(request: Request, attrs: Mapping[str, Any]) -> str | None:
+    """What keeps the values of a store with the attributes `attrs` from being run again by
+    `request`; None: nothing, or nothing that a store without an identity tells."""
+    kept = attrs.get(IDENTITY)
+    if not isinstance(kept, Mapping):
+        return None
+    read_weights(request.bridge)
+    mine = {
+        "model": model_identity(request.bridge),
+        "prompts": prompts_identity(request.pairs),
+        **request_settings(request),
+    }
+    theirs = {key: kept[key] for key in mine if key in kept}
+    if isinstance(kept.get("model"), Mapping):
+        # other hardware rounds otherwise: its values are compared with a tolerance
+        theirs["model"] = {**kept["model"], "device": mine["model"]["device"]}
+    return identity_difference(mine, theirs)
+
+
+class Question(Protocol):
+    """What a sweep and the analyses are asked alike."""
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]: ...
+    @property
+    def intervention(self) -> Intervention: ...
+    @property
+    def direction(self) -> str: ...
+    @property
+    def read(self) -> int: ...
+
+
+def question_settings(question: Question) -> dict[str, Any]:
+    """What is patched in, into which run, which patches count as those that change nothing, and
+    what is read."""
+    return {
+        "intervention": intervention_words(question.intervention),
+        "from_source": question.intervention.from_source,
+        "direction": question.direction,
+        "metrics": [metric_words(metric) for metric in question.metrics],
+        "read": question.read,
+    }
+
+
+def sites_identity(plans: Iterable[SitePlan]) -> dict[str, Any]:
+    """Of each site the hook, and what the patches along each axis cover."""
+    found: dict[str, Any] = {}
+    for plan in plans:
+        site, axes = plan.site, plan.axes
+        found[site.name] = {
+            "hook": site.hook,
+            "layers": _sets(axes.layers) if site.layered else None,
+            "positions": "all" if axes.positions is None else _sets([(p,) for p in axes.positions]),
+        }
+        if site.unit is not None:
+            units = None if axes.units is None else axes.units[:: axes.n_sources or 1]
+            found[site.name][f"{site.unit}s"] = "all" if units is None else _sets(units)
+    return found
+
+
+def metric_words(metric: Metric) -> str:
+    """The metric in words; equal words mean the same numbers, unless they name no version."""
+    return metric.name if metric in BUILT_IN else _own(metric, metric.name, metric.parameters)
+
+
+def intervention_words(intervention: Intervention) -> str:
+    """The intervention in words; equal words mean the same values, unless they name no version."""
+    if type(intervention) is Custom and not callable(intervention.value):
+        return f"constant {_constant(intervention.value)}"
+    if type(intervention) is Mean:
+        name, reference = MEAN_NAMES[intervention.per], intervention.reference
+        if reference is None:  # over the run's own prompts, which the identity holds
+            return name
+        return f"{name} over {len(reference)} prompts, {_hash(prompts_identity(reference))[:16]}"
+    if type(intervention) in (Resample, Zero, Shuffle):
+        return type(intervention).__name__.lower()
+    parameters: dict[str, Any] = {}
+    if is_dataclass(intervention) and type(intervention) is not Custom:
+        parameters = _parameters(intervention)
+    return _own(intervention, intervention.name, parameters)
+
+
+def method_identity(method: Any) -> dict[str, Any]:
+    """The settings of an attribution method."""
+    settings = _parameters(method)
+    if type(method).__module__.partition(".")[0] != "patchsweep":
+        settings["method"] = _own(method, type(method).__qualname__, {})
+    return settings
+
+
+def described(value: Any) -> Any:
+    """`value` as JSON, by its content: equal descriptions mean equal values.
+
+    Raises:
+        TypeError: it holds something without content that can be compared, such as a function.
+    """
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, np.generic):
+        return described(value.item())
+    if isinstance(value, np.ndarray) and value.dtype.kind not in "biufc":
+        return described(value.tolist())
+    if isinstance(value, np.ndarray):
+        return described(torch.from_numpy(np.ascontiguousarray(value)))
+    if isinstance(value, Tensor):
+        return f"tensor {list(value.shape)} {_name(value.dtype)} {tensor_digest(value)}"
+    if isinstance(value, Mapping):
+        return {str(key): described(inner) for key, inner in value.items()}
+    if isinstance(value, Sequence):
+        return [described(inner) for inner in value]
+    if isinstance(value, torch.dtype):
+        return _name(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: described(getattr(value, f.name)) for f in fields(value)}
+    raise TypeError(f"{value!r} has no content that can be compared")
+
+
+# what a user's object and one of ours have besides their parameters
+_NO_PARAMETERS = {"name", "version", "at_base", "from_source", "default_direction"}
+
+
+def _parameters(thing: Any) -> dict[str, Any]:
+    """The fields of a dataclass that have content; a function among them is left to the version."""
+    found = {}
+    for f in fields(thing):
+        if f.init and not f.name.startswith("_") and f.name not in _NO_PARAMETERS:
+            with suppress(TypeError):
+                found[f.name] = described(getattr(thing, f.name))
+    return found
+
+
+def _own(thing: Any, name: str, parameters: Mapping[str, Any]) -> str:
+    """Something of the user's own, in words."""
+    given = "".join(f", {key}={value}" for key, value in parameters.items())
+    label = getattr(thing, "version", None)
+    return f"{name}{given}, " + (UNVERSIONED if label is None else f"version {label}")
+
+
+def _constant(value: Any) -> Any:
+    return float(value) if isinstance(value, int | float) else described(value)
+
+
+def _sets(sets: Sequence[tuple[Any, ...]]) -> str:
+    """An axis in words: `0..29`, or `0,3,5+6` where two are patched together."""
+    words: list[str | list[int]] = []  # a list: first and last of indices that follow each other
+    for members in sets:
+        if len(members) == 1 and isinstance(members[0], int | np.integer):
+            index = int(members[0])
+            if words and isinstance(words[-1], list) and words[-1][1] + 1 == index:
+                words[-1][1] = index
+            else:
+                words.append([index, index])
+        else:
+            words.append("+".join(map(str, members)))
+    return ",".join(
+        word if isinstance(word, str) else "..".join(map(str, dict.fromkeys(word)))
+        for word in words
+    )
+
+
+def _config(values: Mapping[str, Any]) -> dict[str, Any]:
+    found = {}
+    for key, value in sorted(values.items()):
+        if not key.startswith("_") and key not in _NOT_CONTENT:
+            try:
+                found[key] = described(value)
+            except TypeError:  # an object of a library's, such as a quantisation's settings
+                found[key] = str(value)
+    return found
+
+
+def _own_code(model: nn.Module) -> str | None:
+    """A hash of the files that define the model's modules, those of libraries aside."""
+    names = {type(module).__module__ for module in model.modules()}
+    files = [
+        getattr(sys.modules.get(name), "__file__", None)
+        for name in sorted(names)
+        if name.partition(".")[0] not in _LIBRARIES
+    ]
+    if not files:
+        return None
+    content = b"".join(Path(file).read_bytes() for file in files if file is not None)
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,0 +1,277 @@
+"""What a sweep's results look like: the arrays, coordinates and provenance of one run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.runners.select import RunnerChoice
+from patchsweep.spec.batch import base_and_source
+from patchsweep.spec.planner import SitePlan
+from patchsweep.spec.reference import means_attrs
+from patchsweep.spec.spec import Request, blocks_of
+from patchsweep.store import Layout, Unit, Variable
+from patchsweep.store.attributes import flat_attributes
+from patchsweep.store.difference import IDENTITY
+from patchsweep.sweeps.identity import identity_of, request_settings
+from patchsweep.sweeps.noise import noise_variables
+
+
+def make_layout(
+    request: Request,
+    choice: RunnerChoice,
+    config: Mapping[str, Any],
+    *,
+    exact: bool = True,
+    more: Sequence[Variable] = (),
+    attrs: Mapping[str, Any] | None = None,
+    methods: Mapping[str, Any] | None = None,
+    precision: str = "model",
+) -> Layout:
+    """Arrays, coordinates and attributes of the run; holds no times, so that reruns are equal.
+
+    `more` variables and `attrs` are those of attribution; without `exact` they stand alone.
+    `methods` are those of the run with their settings, default `exact` alone.
+    """
+    plans = {plan.site.name: plan for plan in request.plans}
+    blocks = blocks_of(request.plans)
+    noise = exact and request.noisy and precision == "model"  # a proof has its own
+    settings = {
+        **request_settings(request),
+        "methods": methods or {"exact": {}},
+        "precision": precision,
+        "runner": choice.runner.name,
+        # where it cuts packed batches, the last bits of the values depend on it
+        "max_tokens": getattr(choice.runner, "max_tokens", None),
+    }
+    identity = identity_of("sweep", request.bridge, request.pairs, settings)
+    return Layout(
+        variables=(
+            *(_variable(request, plan, blocks[name]) for name, plan in plans.items() if exact),
+            *(noise_variables(request) if noise else ()),
+            *more,
+        ),
+        coords=_coords(request),
+        attrs={
+            "patchsweep_version": version("patchsweep"),
+            "method": "exact",
+            "direction": request.direction,
+            "intervention": request.intervention.name,
+            **means_attrs(request.intervention, request.pairs, request.sites),
+            "precision": precision,
+            IDENTITY: identity,
+            "provenance": {
+                **model_provenance(request.bridge, identity),
+                "runner": choice.runner.name,
+                "runner_reason": choice.reason,
+                "config": dict(config),
+            },
+            "plan": {name: plan_counts(plan) for name, plan in plans.items()},
+            **(attrs or {}),
+        },
+    )
+
+
+def analysis_attrs(
+    model: TransformerBridge, identity: Mapping[str, Any], config: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The attributes that the results of an analysis have in common, known before it runs."""
+    return {
+        "kind": identity["kind"],
+        "patchsweep_version": version("patchsweep"),
+        IDENTITY: dict(identity),
+        "provenance": {**model_provenance(model, identity), "config": dict(config or {})},
+    }
+
+
+def plan_counts(plan: SitePlan) -> dict[str, int]:
+    """The numbers that say what a site's sweep costs."""
+    return {
+        "n_patches": plan.n_patches,
+        "n_live": plan.n_live,
+        "n_dead": plan.n_patches - plan.n_live,
+        "token_layers": plan.token_layers,
+        "loop_token_layers": plan.loop_token_layers,
+    }
+
+
+def model_provenance(bridge: TransformerBridge, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Which model, by its name, the numbers came from, and what of the run's identity says most."""
+    config = bridge.original_model.config
+    return {
+        "model": str(bridge.cfg.model_name),
+        "revision": getattr(config, "_commit_hash", None),
+        "weights_hash": identity["model"]["weights"],
+        "dtype": str(bridge.cfg.dtype).removeprefix("torch."),
+        "compute_dtype": identity["compute_dtype"],
+        "fp32_products": "full",  # no TF32, no autocast: see `arithmetic`
+        "versions": dict(identity["versions"]),
+    }
+
+
+def dims_of(plan: SitePlan) -> tuple[str, ...]:
+    """Names of the axes of a site's values, the metric's included."""
+    dims = ["metric", "pair"]
+    if plan.site.layered:
+        dims.append("layer")
+    if plan.axes.positions is not None:
+        dims.append("pos")
+    if plan.axes.units is not None:
+        assert plan.site.unit is not None
+        dims.append(plan.site.unit)
+    if plan.axes.n_sources:
+        dims.append("src")
+    return tuple(dims)
+
+
+def shape_of(plan: SitePlan, n_metrics: int) -> tuple[int, ...]:
+    """Sizes of the axes `dims_of`."""
+    n_pairs, n_layers, n_pos, n_units = plan.shape
+    n_units //= plan.axes.n_sources or 1
+    sizes = {
+        "metric": n_metrics,
+        "pair": n_pairs,
+        "layer": n_layers,
+        "pos": n_pos,
+        "head": n_units,
+        "kv_head": n_units,
+        "neuron": n_units,
+        "src": plan.axes.n_sources,
+    }
+    return tuple(sizes[dim] for dim in dims_of(plan))
+
+
+def _variable(request: Request, plan: SitePlan, unit: tuple[int, int]) -> Variable:
+    return Variable(
+        name=plan.site.name,
+        dims=dims_of(plan),
+        shape=shape_of(plan, len(request.metrics)),
+        unit=unit,
+        attrs={
+            "long_name": f"patched metric at {plan.site.name}",
+            "role": "exact",
+            "site": plan.site.name,
+        },
+    )
+
+
+def _coords(request: Request) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+    pairs = request.pairs
+    coords: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
+        "metric": (("metric",), _strings([metric.name for metric in request.metrics])),
+        "metric_unit": (("metric",), _strings([metric.unit for metric in request.metrics])),
+        "pair": (("pair",), np.arange(len(pairs))),
+        "answer": (("pair",), _strings([pair.answer_text for pair in pairs])),
+        "wrong_answer": (("pair",), _strings([pair.wrong_answer_text for pair in pairs])),
+    }
+    for plan in request.plans:
+        axes = plan.axes
+        if plan.site.layered:
+            coords["layer"] = (("layer",), _labels(axes.layers))
+        if axes.units is not None:
+            assert plan.site.unit is not None
+            units = axes.units[:: axes.n_sources or 1]
+            coords[plan.site.unit] = ((plan.site.unit,), _labels(units))
+        if axes.n_sources:
+            coords["src"] = (("src",), np.arange(axes.n_sources))
+    positions = request.plans[0].axes.positions
+    if positions is not None:
+        every_index = all(isinstance(position, int) for position in positions)
+        labels = np.array(positions) if every_index else _strings([str(p) for p in positions])
+        coords["pos"] = (("pos",), labels)
+    tokens = _token_strings(request)
+    width = max(len(base) for base, _ in tokens)
+    for name, which in (("base_token", 0), ("source_token", 1)):
+        table = [[*row[which], *[""] * (width - len(row[which]))] for row in tokens]
+        if positions is None:
+            coords[name] = (("pair", "token"), _strings(table))
+        else:
+            coords[name] = (
+                ("pair", "pos"),
+                _strings(
+                    [
+                        [_token_at(row, p, pair) for p in positions]
+                        for row, pair in zip(table, pairs, strict=True)
+                    ]
+                ),
+            )
+    return coords
+
+
+def _token_at(row: Sequence[str], position: int | str, pair: Any) -> str:
+    if isinstance(position, int):
+        return row[position]
+    first, stop = pair.labels[position]
+    return "".join(row[first:stop])
+
+
+def _token_strings(request: Request) -> list[tuple[list[str], list[str]]]:
+    """Per pair the token strings of base and source, forced answer tokens included."""
+    tokenizer = request.bridge.tokenizer
+    found = []
+    for pair in request.pairs:
+        ids = base_and_source(pair, request.direction)
+        known = dict(
+            zip(pair.clean + pair.corrupted, pair.clean_tokens + pair.corrupted_tokens, strict=True)
+        )
+        found.append(tuple([known.get(i) or tokenizer.decode([i]) for i in run] for run in ids))
+    return found  # type: ignore[return-value]
+
+
+def _labels(sets: Sequence[tuple[int, ...]]) -> np.ndarray:
+    """Indices where every set has one member, else strings such as `0+1`."""
+    if all(len(members) == 1 for members in sets):
+        return np.array([members[0] for members in sets])
+    return _strings(["+".join(map(str, members)) for members in sets])
+
+
+def _strings(values: Any) -> np.ndarray:
+    return np.array(values, dtype=object)
+
+
+class Memory:
+    """Results kept in memory, with the interface of a store."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.variables = {v.name: v for v in layout.variables}
+        self._values = {v.name: np.full(v.shape, np.nan, np.float32) for v in layout.variables}
+        metrics, pairs = len(layout.coords["metric"][1]), len(layout.coords["pair"][1])
+        self._fixed = {
+            name: np.full((metrics, pairs), np.nan, np.float32)
+            for name in ("base_metric", "source_metric")
+        }
+
+    def pending(self) -> list[Unit]:
+        """Every unit of every variable."""
+        return [unit for variable in self.layout.variables for unit in variable.units()]
+
+    def write(self, unit: Unit, values: np.ndarray) -> None:
+        """Keep the values of one unit."""
+        variable = next(v for v in self.layout.variables if v.name == unit.variable)
+        self._values[unit.variable][variable.slices(unit)] = values
+
+    def pending_pairs(self) -> list[int]:
+        """Every pair: unpatched metrics that are to be written."""
+        return list(range(len(self.layout.coords["pair"][1])))
+
+    def write_references(self, first_pair: int, base: np.ndarray, source: np.ndarray) -> None:
+        """Keep base and source metric `[metric, pair]` of the pairs from `first_pair` on."""
+        for name, values in (("base_metric", base), ("source_metric", source)):
+            self._fixed[name][:, first_pair : first_pair + values.shape[1]] = values
+
+    def dataset(self) -> xr.Dataset:
+        """All results, as `Store.dataset` gives them."""
+        arrays: dict[str, Any] = {
+            v.name: (v.dims, self._values[v.name], dict(v.attrs)) for v in self.layout.variables
+        }
+        for name, values in self._fixed.items():
+            arrays[name] = (("metric", "pair"), values)
+        return xr.Dataset(
+            arrays, coords=dict(self.layout.coords), attrs=flat_attributes(self.layout.attrs)
+        )

@@ -1,0 +1,117 @@
+"""What `method=` asked for: exact values, estimates, or a screen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from patchsweep.attribution import Method, get_methods
+from patchsweep.attribution.run import pairs_per_block, token_layers
+from patchsweep.errors import MethodError
+from patchsweep.spec.spec import Request
+from patchsweep.store import Variable
+from patchsweep.sweeps.estimates import variables_of
+from patchsweep.sweeps.identity import method_identity
+from patchsweep.sweeps.screen_settings import Screen
+
+MethodLike = str | Method | Screen
+ASSUMPTION = (
+    "a patch's mean effect among random subsets of the patches that were not run stands for its "
+    "effect alone; patches that cancel or back each other up can hide"
+)
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """What `method=` asked for."""
+
+    exact: bool  # patches run exactly: all, or those that the screen chooses
+    methods: tuple[Method, ...]
+    screen: Screen | None
+
+    def variables(self, request: Request) -> tuple[Variable, ...]:
+        """The variables besides the exact ones."""
+        found = variables_of(request, self.methods)
+        if self.screen is None or not self.screen.subsets:
+            return found
+        n_metrics, n_pairs = len(request.metrics), len(request.pairs)
+        return found + tuple(
+            Variable(
+                name=bound_name(plan.site.name),
+                dims=("metric", "pair"),
+                shape=(n_metrics, n_pairs),
+                unit=(pairs_per_block(plan), 1),
+                attrs={
+                    "long_name": f"largest |effect| that a patch of {plan.site.name} that was not "
+                    "run may have, at the stated level",
+                    "role": "bound",
+                    "site": plan.site.name,
+                },
+            )
+            for plan in request.plans
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """Every method and what it was told, as a store records it."""
+        methods = {method.name: method_identity(method) for method in self.methods}
+        if self.screen is not None:
+            given = {f.name: getattr(self.screen, f.name) for f in fields(self.screen)}
+            return {"screen": {**given, "by": methods}}
+        return {"exact": {}, **methods} if self.exact else methods
+
+    def attrs(self, request: Request) -> dict[str, Any]:
+        """What a store records of the methods."""
+        if not self.methods:
+            return {}
+        costs = {
+            method.name: {"token_layers": token_layers(request, method)} for method in self.methods
+        }
+        names = ["exact"] * (self.exact and self.screen is None) + [*costs]
+        found: dict[str, Any] = {"method": ", ".join(names), "attribution": costs}
+        if self.screen is not None:
+            screen = self.screen
+            found["method"] = "screen"
+            found["screen"] = {
+                "by": screen.method.name,
+                "k": screen.k,
+                "margin": screen.margin,
+                "subsets": screen.subsets,
+                "share": screen.share,
+                "level": screen.level,
+                "seed": screen.seed,
+                "assumption": ASSUMPTION,
+                "cells": "<site> holds exact values where a patch was run or is known to change "
+                "nothing, NaN elsewhere; <site>_<method> holds an estimate everywhere",
+            }
+        return found
+
+
+EXACT = MethodSpec(exact=True, methods=(), screen=None)
+
+
+def parse_methods(given: MethodLike | Sequence[MethodLike]) -> MethodSpec:
+    """What `method=given` asks for.
+
+    Raises:
+        MethodError: a method is unknown, or screening stands beside other methods.
+    """
+    methods: list[MethodLike] = (
+        list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    )
+    screens = [m for m in methods if m == "screen" or isinstance(m, Screen)]
+    if screens:
+        if len(methods) > 1:
+            raise MethodError("method=screen stands alone; its ranking method is Screen(by=...)")
+        screen = screens[0] if isinstance(screens[0], Screen) else Screen()
+        return MethodSpec(exact=True, methods=(screen.method,), screen=screen)
+    others = [m for m in methods if m != "exact"]
+    if len(methods) - len(others) > 1:
+        raise MethodError("method names exact twice; name each once")
+    found = get_methods(others) if others or not methods else ()  # type: ignore[arg-type]
+    return MethodSpec(exact=len(others) < len(methods), methods=found, screen=None)
+
+
+def bound_name(site: str) -> str:
+    """Where a store keeps the bound of a site."""
+    return f"{site}_bound"

@@ -1,0 +1,94 @@
+"""A random exact sample: what estimates are compared with where no exact sweep was run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.data.pairs import PromptPairs
+from patchsweep.errors import PlanError
+from patchsweep.models.running import running
+from patchsweep.runners.select import RunnerName
+from patchsweep.spec.finite import check_cells
+from patchsweep.spec.spec import MetricLike, Request, make_request
+from patchsweep.sweeps.api import prepare_runner
+from patchsweep.sweeps.exact import Block, Captures, measured_floor
+from patchsweep.sweeps.layout import Memory, make_layout
+from patchsweep.sweeps.noise import site_of
+
+
+def sample_exact(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    sites: str | Sequence[str],
+    metrics: MetricLike | Sequence[MetricLike] = "logit_diff",
+    *,
+    n: int = 200,
+    seed: int = 0,
+    runner: RunnerName = "auto",
+    max_tokens: int | None = None,
+    **selection: Any,
+) -> xr.Dataset:
+    """Exact values of `n` random live patches of each site, as `sweep` gives them.
+
+    Live patches that were not drawn are NaN; dead ones are known. To compare estimates with it:
+    `compare(estimates.merge(sample, compat="override"))`.
+
+    Raises:
+        PatchsweepError: an argument breaks a rule; nothing has run then.
+    """
+    request = make_request(model, pairs, sites, metrics, **selection)
+    return draw(request, n, seed, runner, max_tokens)
+
+
+def draw(
+    request: Request, n: int, seed: int, runner: RunnerName, max_tokens: int | None = None
+) -> xr.Dataset:
+    """`sample_exact` for a request.
+
+    Raises:
+        PlanError: `n` is not positive.
+        ModelError: the model cannot be run as it is, see `running.check_state`.
+    """
+    with running(request.bridge):
+        return _draw(request, n, seed, runner, max_tokens)
+
+
+def _draw(
+    request: Request, n: int, seed: int, runner: RunnerName, max_tokens: int | None
+) -> xr.Dataset:
+    if n < 1:
+        raise PlanError(f"a sample of {n} patches says nothing; draw at least one")
+    rng = np.random.default_rng(seed)
+    drawn = {}
+    for plan in request.plans:
+        numbers = rng.choice(plan.n_live, size=min(n, plan.n_live), replace=False)
+        drawn[plan.site.name] = plan.nth_live(numbers)
+    choice = prepare_runner(request, runner, max_tokens)
+    memory = Memory(make_layout(request, choice, {}))
+    captures = Captures(request, choice.runner)
+    plans = {plan.site.name: plan for plan in request.plans}
+    for unit in sorted(memory.pending(), key=lambda unit: unit.first_pair):
+        plan = plans[site_of(unit.variable)]
+        if plan.site.name != unit.variable:
+            floor = measured_floor(choice.runner, captures, plan, unit.pairs, request.metrics)
+            memory.write(unit, floor)
+            continue
+        block = Block(plan, unit, len(request.metrics))
+        for captured in captures.of(unit.pairs):
+            live = block.fill_dead(captured)
+            mine = live[np.isin(live, drawn[plan.site.name])]
+            if len(mine):
+                found = choice.runner.run(captured.loaded, plan, mine, request.metrics)
+                block.put(mine, check_cells(found.numpy(), plan, mine, request.metrics))
+            for row, pair in enumerate(captured.batch.pairs):
+                columns = slice(row, row + 1)
+                memory.write_references(
+                    pair, captured.base[:, columns], captured.source[:, columns]
+                )
+        memory.write(unit, block.values())
+    return memory.dataset()

@@ -1,0 +1,106 @@
+"""A screen as work: estimates first, then the foremost patches, then the bound on the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from functools import cached_property
+
+import numpy as np
+
+from patchsweep.results.rounding import NOISE
+from patchsweep.runners.select import RunnerChoice
+from patchsweep.spec.planner import SitePlan
+from patchsweep.spec.spec import Request
+from patchsweep.store import Unit
+from patchsweep.sweeps.estimates import Estimator, variable_name
+from patchsweep.sweeps.executor import Values
+from patchsweep.sweeps.methods import bound_name
+from patchsweep.sweeps.screen_bound import Subsets
+from patchsweep.sweeps.screen_settings import Screen
+from patchsweep.sweeps.top_k import TopK
+
+
+class ScreenWork:
+    """Every unit of a screen. The estimates of all pairs are made when the first is asked for;
+    a run that was stopped makes them again and goes on with the patches that are missing.
+    """
+
+    def __init__(self, request: Request, choice: RunnerChoice, screen: Screen) -> None:
+        self.request, self.screen = request, screen
+        self.estimator = Estimator(request, (screen.method,), tells_references=False)
+        self.foremost = TopK(
+            request, choice.runner, screen, lambda plan: self._estimates[plan.site.name]
+        )
+        self._plans = {plan.site.name: plan for plan in request.plans}
+        self._estimated = {
+            variable_name(name, screen.method.name): plan for name, plan in self._plans.items()
+        }
+        self._bounded = {bound_name(name): plan for name, plan in self._plans.items()}
+        self._noise = {name + NOISE: plan for name, plan in self._plans.items()}
+        self._others = (self._estimated, self._bounded, self._noise)
+
+    def __contains__(self, variable: str) -> bool:
+        return any(variable in known for known in (self._plans, *self._others))
+
+    def cost(self, unit: Unit) -> int:
+        """See `Work`; of exact units the mean cost of a patch times how many run at least."""
+        if unit.variable in self._estimated:
+            return self.estimator.cost(unit)
+        if unit.variable in self._bounded:
+            return self.screen.bound_cost(self._bounded[unit.variable], unit.pairs)
+        if unit.variable in self._noise:
+            return 0
+        plan = self._plans[unit.variable]
+        return round(plan.totals(unit.pairs, unit.layers).token_layers * self.screen.share_of(plan))
+
+    def n_live(self, unit: Unit) -> int:
+        """See `Work`; of exact units how many run, as nearly as is known before the ranking."""
+        if unit.variable in self._plans:
+            plan = self._plans[unit.variable]
+            return round(plan.totals(unit.pairs, unit.layers).n_live * self.screen.share_of(plan))
+        return 0
+
+    def together(self, unit: Unit) -> Hashable:
+        """See `Work`: each unit stands alone."""
+        return unit
+
+    def values(self, units: Sequence[Unit]) -> list[Values]:
+        """See `Work`."""
+        return [self._values(unit) for unit in units]
+
+    def _values(self, unit: Unit) -> Values:
+        if unit.variable in self._estimated:
+            return self._estimate(unit)
+        if unit.variable in self._bounded:
+            return self._bound(self._bounded[unit.variable], unit)
+        if unit.variable in self._noise:
+            return self.foremost.noise(self._noise[unit.variable], unit)
+        return self.foremost.values(self._plans[unit.variable], unit)
+
+    def references(self, unit: Unit) -> tuple[Values, Values]:
+        """See `Work`."""
+        return self.foremost.references(unit)
+
+    @cached_property
+    def _estimates(self) -> Mapping[str, Values]:
+        """Site -> `[metric, pair, layer, pos, unit]`, of all pairs."""
+        found = [
+            self.estimator.attribution.run(self.screen.method, pairs)
+            for pairs in self.estimator.blocks()
+        ]
+        return {
+            name: np.concatenate([block.cells[name] for block in found], axis=1)
+            for name in self._plans
+        }
+
+    def _estimate(self, unit: Unit) -> Values:
+        plan = self._estimated[unit.variable]
+        cells = self._estimates[plan.site.name][:, unit.pairs.start : unit.pairs.stop]
+        return self.estimator.as_stored(plan, cells)
+
+    def _bound(self, plan: SitePlan, unit: Unit) -> Values:
+        live = plan.live_patches()
+        rest = live[~self.foremost.chosen(plan)[live]]
+        tape = self.estimator.attribution.tape
+        subsets = Subsets(self.estimator.request, tape, plan, self.screen)
+        return subsets.bounds(rest, unit.pairs)

@@ -1,0 +1,102 @@
+"""How a screen is done: what ranks, how many run, how the rest is bounded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from patchsweep.arguments import whole_number
+from patchsweep.attribution import Method, get_methods
+from patchsweep.errors import MethodError
+from patchsweep.spec.planner import SitePlan
+from patchsweep.spec.spec import Request
+
+
+@dataclass(frozen=True)
+class Screen:
+    """How to screen. Patches are ranked, site by site, by their mean |estimate| over the pairs
+    for the first metric; a chosen one runs on every pair.
+
+    Raises:
+        MethodError: a number is out of range.
+    """
+
+    by: str | Method = "atp"  # the method that ranks
+    k: int = 100  # patches of each site that run exactly; with `margin`: the top ones sought
+    # go on until the k-th largest exact effect is (1 + margin) times every remaining estimate
+    margin: float | None = None
+    subsets: int = 64  # random subsets per pair and site; 0: no bound
+    # of the subsets hold a patch; the fewer others stand beside it, the better its effect there
+    # speaks for its effect alone
+    share: float = 0.05
+    level: float = 0.05  # of the one-sided test
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("k", "subsets", "seed"):
+            whole_number(f"screen's {name}", getattr(self, name), error=MethodError)
+        for name in ("margin", "share", "level"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) and not (name == "margin" and value is None):
+                raise MethodError(f"screen has {name}={value!r}; use a number")
+        self.method  # noqa: B018  # which says whether there is such a method
+        rules = {
+            "k": (self.k >= 1, "k >= 1"),
+            "margin": (self.margin is None or self.margin >= 0, "margin >= 0"),
+            "subsets": (self.subsets == 0 or self.subsets >= 8, "subsets >= 8, or 0 for no bound"),
+            "share": (0 < self.share < 1, "0 < share < 1"),
+            "level": (0 < self.level < 0.5, "0 < level < 0.5"),
+        }
+        for name, (kept, rule) in rules.items():
+            if not kept:
+                raise MethodError(f"screen has {name}={getattr(self, name)}; use {rule}")
+
+    @property
+    def method(self) -> Method:
+        """The method that ranks."""
+        return get_methods([self.by])[0]
+
+    def check(self, request: Request, n_slices: int) -> None:
+        """Raise unless `request` can be screened so.
+
+        Raises:
+            MethodError: k is larger than the plan, or the run is cut into slices.
+        """
+        if n_slices > 1:
+            raise MethodError(
+                f"n_slices={n_slices} with method=screen: the ranking needs all pairs at once; "
+                "screen in one process"
+            )
+        for plan in request.plans:
+            if plan.axes.n_sources and self.subsets:
+                raise MethodError(
+                    "single cells of a pattern are patched one by one, not in random subsets; "
+                    "use Screen(subsets=0) for pattern_cell"
+                )
+            n_live = int((live_of(plan)).any(axis=0).sum())
+            if self.k > n_live:
+                raise MethodError(
+                    f"screen has k={self.k}, and site {plan.site.name} has {n_live} patches that "
+                    f"can change the metric; use k <= {n_live}, or method=exact"
+                )
+
+    def share_of(self, plan: SitePlan) -> float:
+        """Of the live places of `plan`, how many run exactly at least."""
+        return self.k / int(live_of(plan).any(axis=0).sum())
+
+    def bound_cost(self, plan: SitePlan, pairs: range) -> int:
+        """Token-layers of the random subsets of `pairs`, from the first live patch of each on."""
+        starts = np.full(plan.shape[0], plan.full_lengths.max())
+        live = plan.live_patches()
+        np.minimum.at(starts, plan.pair[live], plan.start[live])
+        tokens = np.maximum(0, plan.full_lengths - starts)[pairs.start : pairs.stop]
+        return int(self.subsets * plan.n_layers * tokens.sum())
+
+
+def live_of(plan: SitePlan) -> NDArray[np.bool_]:
+    """[pair, place] whether the patch of that pair at that layer, position and unit is live."""
+    live = np.zeros(int(np.prod(plan.shape)), dtype=bool)
+    live[plan.cell[plan.live_patches()]] = True
+    return live.reshape(plan.shape[0], -1)

@@ -1,0 +1,233 @@
+"""Logits of patched runs, cell by cell, from packed batches: only the positions that a patch can
+change."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from einops import repeat
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.forward.capture import capture, check_attention_sites
+from patchsweep.forward.site_locations import resolve_site
+from patchsweep.forward.unembed import Unembed
+from patchsweep.forward.unwrapped import Unsupported, UnwrappedModel
+from patchsweep.runners.packed.forward import PackedInput, PatchValues, run_packed_batch
+from patchsweep.runners.packed.schedule import make_packed_batches
+from patchsweep.spec.planner import Axes, Ints, PatchSet, PatchTable
+from patchsweep.spec.planner import Cells as PlanCells
+from patchsweep.transformer_lens.cells import Cells, Rows
+
+# tokens of a packed batch: enough for full matrix-product speed
+MAX_TOKENS = 4096
+
+# a row's prompt, its first position, and its logits from there on [pos, d_vocab]
+Suffix = tuple[int, int, Tensor]
+
+
+class PackedCells:
+    """Patched runs of `cells` on the prompts `tokens` `[prompt, pos]`.
+
+    `base` and `clean` hold, for every patched layer, the activation as the hook sees it. With
+    `in_place` false a patch is seen by the module right after the hook alone.
+
+    Raises:
+        Unsupported: the model or the site is not one for packed batches.
+    """
+
+    def __init__(
+        self,
+        model: TransformerBridge,
+        tokens: Tensor,
+        cells: Cells,
+        rows: Rows,
+        base: Mapping[int, Tensor],
+        clean: Mapping[int, Tensor],
+        *,
+        in_place: bool,
+    ) -> None:
+        self.cells, self.rows, self._base, self._clean = cells, rows, base, clean
+        self.unwrapped = UnwrappedModel(model)
+        self.point = replace(resolve_site(self.unwrapped, cells.site), in_place=in_place)
+        check_attention_sites(self.unwrapped, [self.point])
+        self.run = capture(self.unwrapped, tokens)
+        self.unembed = Unembed(self.unwrapped)
+        self._check_shapes()
+        self.plan = self._plan(tokens)
+        self._donors = None if cells.src is not None else self._place(self._values())
+
+    @torch.no_grad()
+    def base_logits(self) -> Iterator[tuple[Ints, Tensor]]:
+        """Parts of the base run's logits: flat indices into `[prompt pos]`, and the logits."""
+        final = self.run.resid[-1].flatten(0, 1)
+        for part in self.unembed.chunks(len(final)):
+            yield np.arange(part.start, part.stop), self.unembed.logits(final[part])
+
+    @torch.no_grad()
+    def suffixes(self, cells: Sequence[int]) -> Iterator[list[Suffix]]:
+        """For each of `cells`, in order, the logits that its live rows change."""
+        of_cell = [range(*self.rows.of(cell).indices(len(self.rows))) for cell in cells]
+        n_tokens = [int(self.plan.suffix[list(rows)].sum()) for rows in of_cell]
+        for group in _groups(n_tokens, MAX_TOKENS):
+            rows = np.array([row for i in group for row in of_cell[i]], dtype=np.int64)
+            resid = self._final_residuals(rows)
+            chunk = self.unembed.chunk_rows()
+            for part in _groups([n_tokens[i] for i in group], chunk):
+                members = [of_cell[group[i]] for i in part]
+                yield from self._read(members, resid)
+
+    def _read(
+        self, members: Sequence[range], resid: Mapping[int, Tensor]
+    ) -> Iterator[list[Suffix]]:
+        """The suffix logits of a few cells, from one pass of the unembedding."""
+        rows = [row for member in members for row in member]
+        if not rows:
+            yield from ([] for _ in members)
+            return
+        logits = self.unembed.logits(torch.cat([resid[row] for row in rows]))
+        pieces = dict(zip(rows, logits.split([len(resid[row]) for row in rows]), strict=True))
+        for member in members:
+            yield [
+                (int(self.rows.prompt[row]), int(self.rows.start[row]), pieces[row])
+                for row in member
+            ]
+
+    def _final_residuals(self, rows: Ints) -> dict[int, Tensor]:
+        """Final residuals of `rows`, each `[pos, d_model]` from its first position on."""
+        donor_row: Ints | None = None
+        donors = self._donors
+        if donors is None:
+            donor_row = np.zeros(len(self.rows), np.int64)
+            donor_row[rows] = np.arange(len(rows))
+            donors = self._place(self._entry_values(rows))
+        given = PackedInput(
+            base=self.run,
+            donors=[PatchValues(self.point, donors, donor_row)],
+            local={prompt: prompt for prompt in range(self.plan.shape[0])},
+        )
+        found: dict[int, Tensor] = {}
+        if not len(rows):
+            return found
+        for packed in make_packed_batches([PatchSet(self.plan, rows)], MAX_TOKENS):
+            hidden = run_packed_batch(self.unwrapped, packed, given)
+            sizes = (packed.length - packed.start).tolist()
+            found.update(zip(packed.patch.tolist(), hidden.split(sizes), strict=True))
+        return found
+
+    def _plan(self, tokens: Tensor) -> PatchTable:
+        cells, rows = self.cells, self.rows
+        n_prompts, n_pos = tokens.shape
+        n_layers = self.unwrapped.n_layers
+        units = None
+        if cells.unit is not None:
+            units = tuple((unit,) for unit in range(int(cells.unit.max()) + 1))
+        return PatchTable(
+            site=cells.site,
+            axes=Axes(layers=tuple((i,) for i in range(n_layers)), positions=None, units=units),
+            shape=(n_prompts, len(cells), 1, 1),
+            lengths=np.full(n_prompts, n_pos),
+            reads=np.ones((n_prompts, n_pos), dtype=bool),  # a metric may read any position
+            n_layers=n_layers,
+            table=PlanCells(
+                pair=rows.prompt,
+                layer_set=cells.layer[rows.cell],
+                unit_set=(
+                    np.zeros(len(rows), np.int64) if cells.unit is None else cells.unit[rows.cell]
+                ),
+                start=rows.start,
+                stop=rows.stop,
+            ),
+        )
+
+    def _values(self) -> dict[int, Tensor]:
+        """Per layer the clean values `[prompt, pos, width]`, where the packed batch writes them."""
+        if self.cells.site.name == "pattern":
+            # a patched pattern changes its own token's z alone, so its value is a z
+            return {layer: self._attend(layer, p) for layer, p in self._clean.items()}
+        return {layer: x.flatten(2) for layer, x in self._clean.items()}
+
+    def _entry_values(self, rows: Ints) -> dict[int, Tensor]:
+        """Per layer `[row, width]`: z of each row's token with one entry of the pattern replaced.
+
+        Rows of other layers hold nothing of use there.
+        """
+        cells, found = self.cells, {}
+        assert cells.pos is not None
+        assert cells.unit is not None
+        assert cells.src is not None
+        cell = self.rows.cell[rows]
+        for layer in np.unique(cells.layer[cell]).tolist():
+            base, clean = self._base[layer], self._clean[layer]
+            mine = np.flatnonzero(cells.layer[cell] == layer)
+            device = base.device
+            prompt, head, pos, src = (
+                torch.from_numpy(np.ascontiguousarray(x[mine])).to(device)
+                for x in (
+                    self.rows.prompt[rows],
+                    cells.unit[cell],
+                    cells.pos[cell],
+                    cells.src[cell],
+                )
+            )
+            v = self.run.values[layer]
+            d_head = v.shape[-1]
+            change = clean[prompt, head, pos, src] - base[prompt, head, pos, src]
+            kv_head = head // (base.shape[1] // v.shape[1])
+            z = self._attend(layer, base)[prompt, pos].unflatten(1, (-1, d_head))
+            each = torch.arange(len(mine), device=device)
+            z[each, head] += change.to(v).unsqueeze(1) * v[prompt, kv_head, src]
+            values = z.new_empty(len(rows), z.shape[1] * d_head)
+            values[torch.from_numpy(mine).to(device)] = z.flatten(1)
+            found[layer] = values
+        return found
+
+    def _attend(self, layer: int, pattern: Tensor) -> Tensor:
+        """z `[prompt, pos, (head d_head)]` of a pattern `[prompt, head, dest, src]`."""
+        v = self.run.values[layer]
+        v = repeat(v, "p kv src d -> p (kv g) src d", g=pattern.shape[1] // v.shape[1])
+        z = torch.einsum("phqs,phsd->pqhd", pattern.to(v), v)
+        return z.flatten(2)
+
+    def _place(self, values: Mapping[int, Tensor]) -> list[Tensor]:
+        """`values` as a list by layer of writing; layers that no cell patches stay empty."""
+        nothing = torch.empty(0, device=self.run.resid[0].device)
+        shift = int(self.cells.site.name == "resid_post")  # written at the next block's input
+        return [values.get(i - shift, nothing) for i in range(self.unwrapped.n_layers + shift)]
+
+    def _check_shapes(self) -> None:
+        """Refuse hooks that do not see an activation in the shape that the plain model has."""
+        site = self.cells.site
+        v, k = self.run.values[0], self.run.keys[0]
+        for layer, x in self._base.items():
+            hook = self.unwrapped.bridge.hook_dict[site.hook_name(layer)]
+            if not site.is_pattern and hook.pos_dim not in (None, 1):
+                # a prompt of as many tokens as heads would look right
+                raise Unsupported(f"the hook of {site.name} sees heads before positions")
+            fits = x.ndim == 3
+            if site.unit == "kv_head":
+                fits = x.ndim == 4 and x.shape[2] == k.shape[1]
+            elif site.name == "pattern":
+                fits = x.shape[1] % v.shape[1] == 0
+            elif site.unit == "head":
+                fits = x.ndim == 4 and x.shape[3] == v.shape[3]
+            if not fits:
+                raise Unsupported(f"the hook of {site.name} sees a tensor {tuple(x.shape)}")
+
+
+def _groups(sizes: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Indices of adjacent `sizes` that together stay within about `most`, at least one a group."""
+    if not sizes:
+        return
+    total = np.cumsum(sizes)
+    n_groups = max(1, -(-int(total[-1]) // most))
+    # equal shares rather than full groups and a small last one
+    share = max(1, -(-int(total[-1]) // n_groups))
+    for _, group in itertools.groupby(
+        range(len(sizes)), lambda i: (int(total[i]) - 1) // share if total[i] else 0
+    ):
+        yield list(group)
