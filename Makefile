@@ -8,6 +8,9 @@ STAMP := $(VENV)/.patchsweep-setup
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 EXTRAS := dev,s3,slurm,joblib,gpu
 TESTS ?= tests
+# a worker for each core, with one thread each
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count(), 8))')
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow check bench bench-gpu wheel clean
@@ -32,15 +35,16 @@ demo: setup ## sweep a real model, check it against TransformerLens, write runs/
 	$(BIN)/patchsweep demo
 
 test: setup ## the tests; the slow ones are left out (see test-slow)
-	$(BIN)/python -m pytest $(TESTS) -m "not slow" -q
+	$(PYTEST) $(TESTS) -m "not slow" -q
 
 test-slow: setup ## the slow tests too
-	$(BIN)/python -m pytest $(TESTS) -q
+	$(PYTEST) $(TESTS) -q
 
-check: setup ## ruff and mypy
+check: setup ## ruff, mypy, and that packages import one way
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: setup ## beside a TransformerLens loop, on this machine; writes runs/bench.json
 	mkdir -p runs

@@ -18,9 +18,9 @@ import time
 from pathlib import Path
 
 import numpy as np
-from patchsweep.store import Layout, Store, Variable
 from patchsweep.store.digest import seal
-from patchsweep.store.layout import FIXED, fixed_key, references_key
+from patchsweep.store.layout import FIXED, Layout, Variable, fixed_key, references_key
+from patchsweep.store.store import Store
 
 N_PAIRS, N_LAYERS, N_POS, N_HEADS = 4096, 32, 4, 2
 VERBS = {

@@ -1,4 +1,4 @@
-"""Writes the tables of modules in structure.md, from the first line of each module's docstring.
+"""Writes modules.md, a table of all modules, from the first line of each module's docstring.
 
 python docs/modules.py
 """
@@ -9,8 +9,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "structure.md"
-HEADING = "## Modules\n"
+PAGE = ROOT / "docs" / "modules.md"
 PACKAGES = ("engine/patchsweep", "kernels/patchsweep_kernels")
 
 
@@ -42,9 +41,11 @@ def _first_line(path: Path) -> str:
 
 
 def page() -> str:
-    """structure.md with the tables as they should be."""
-    text = PAGE.read_text(encoding="utf-8")
-    return text[: text.index(HEADING) + len(HEADING)] + "\n" + tables()
+    """modules.md as it should be."""
+    return (
+        "# Modules\n\nEvery module in one line, made by `python docs/modules.py` from docstrings; "
+        "[structure.md](structure.md) is the\nmap.\n\n" + tables()
+    )
 
 
 if __name__ == "__main__":

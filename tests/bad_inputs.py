@@ -39,8 +39,8 @@ from patchsweep.report import write_report
 from patchsweep.results import accessor as summary
 from patchsweep.results.compare import compare
 from patchsweep.spec.interventions import Mean
-from patchsweep.store import Store
 from patchsweep.store.status import store_status
+from patchsweep.store.store import Store
 from patchsweep.sweeps.api import plan, sweep
 from patchsweep.sweeps.screen_settings import Screen
 from patchsweep.tasks import check_task, load_task

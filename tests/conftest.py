@@ -10,7 +10,16 @@ from collections.abc import Iterator
 import pytest
 from jaxtyping import install_import_hook
 
-CHECKED = ("packed batches", "metrics", "batch", "hooked", "planner", "exact")
+CHECKED = (
+    "forward",
+    "runners.hooked",
+    "runners.packed",
+    "spec.batch",
+    "spec.metrics",
+    "spec.plan",
+    "spec.planner",
+    "sweeps.exact",
+)
 os.environ.pop("COLUMNS", None)  # tables as wide as where there is no terminal
 install_import_hook([f"patchsweep.{module}" for module in CHECKED], "beartype.beartype")
 

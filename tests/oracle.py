@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from patchsweep.spec.batch import Batch
 from patchsweep.spec.interventions import Intervention
-from patchsweep.spec.planner import SitePlan
+from patchsweep.spec.plan import SitePlan
 from patchsweep.spec.sites import Site
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge

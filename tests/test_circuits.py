@@ -29,7 +29,7 @@ from patchsweep.attribution import IntegratedInputs
 from patchsweep.cli.main import EXIT_MISTAKE, main
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import ConfigError, MethodError, PatchsweepError, PlanError
-from patchsweep.forward.blockwise import frozen
+from patchsweep.forward.grad import frozen
 from patchsweep.models.tiny import tiny_model
 from patchsweep.report import write_report
 from patchsweep.report.circuit import build, chosen_size

@@ -34,10 +34,10 @@ from patchsweep.cli.schema.run import (
 from patchsweep.cli.stop import STARTS_ANEW, Stopped, Stopper
 from patchsweep.cli.verify import EXIT_PROBLEMS
 from patchsweep.errors import ConfigError
-from patchsweep.store import Store
 from patchsweep.store.journal import read_journal
 from patchsweep.store.save import save_dataset
 from patchsweep.store.status import EXIT_INCOMPLETE
+from patchsweep.store.store import Store
 from patchsweep.store.verify import checksums
 from patchsweep.tasks import TASKS
 

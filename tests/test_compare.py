@@ -11,7 +11,8 @@ import pytest
 import xarray as xr
 from attribution_setup import pairs_of
 from patchsweep.errors import StoreError
-from patchsweep.results.compare import as_dict, compare, render, verdict
+from patchsweep.results.compare import compare, verdict
+from patchsweep.results.render import as_dict, render
 from patchsweep.store.attributes import attributes
 from patchsweep.sweeps.screen_settings import Screen
 from rich.console import Console

@@ -17,10 +17,11 @@ from patchsweep.runners.select import RunnerChoice
 from patchsweep.spec import spec as requests
 from patchsweep.spec.batch import make_batches
 from patchsweep.spec.metrics import METRICS
-from patchsweep.spec.planner import PatchSet
+from patchsweep.spec.plan import PatchSet
 from patchsweep.spec.sites import SITES
 from patchsweep.spec.spec import make_request, site_groups_of
-from patchsweep.store import Store, Unit
+from patchsweep.store.layout import Unit
+from patchsweep.store.store import Store
 from patchsweep.store.verify import checksums
 from patchsweep.sweeps.api import prepare_runner
 from patchsweep.sweeps.bf16 import RecheckedWork, recheck_variables

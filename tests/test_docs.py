@@ -13,9 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def test_structure_lists_every_module() -> None:
+def test_modules_lists_every_module() -> None:
     made = runpy.run_path(str(ROOT / "docs" / "modules.py"))["page"]()
-    assert made == (ROOT / "docs" / "structure.md").read_text(), "run: python docs/modules.py"
+    assert made == (ROOT / "docs" / "modules.md").read_text(), "run: python docs/modules.py"
 
 
 def test_every_verb_is_documented() -> None:

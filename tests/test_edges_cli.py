@@ -18,7 +18,8 @@ import xarray as xr
 from patchsweep.analyses.circuits import edges, exact_edges, screen_edges
 from patchsweep.cli import main
 from patchsweep.cli.main import EXIT_DONE, EXIT_MISTAKE
-from patchsweep.forward.blockwise import Blocks, frozen
+from patchsweep.forward.blockwise import Blocks
+from patchsweep.forward.grad import frozen
 from patchsweep.report.edges import Row, build, correlation, rows_of
 from patchsweep.report.graph import Drawn, draw_graph
 from patchsweep.store.attributes import attributes

@@ -22,9 +22,9 @@ from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import ConfigError, DamagedError, StoreError
 from patchsweep.spec.interventions import Custom, Mean
 from patchsweep.spec.metrics import Metric
-from patchsweep.store import Store
 from patchsweep.store.attributes import attributes
 from patchsweep.store.save import load_dataset
+from patchsweep.store.store import Store
 from patchsweep.store.verify import checksums
 from patchsweep.sweeps import api
 from patchsweep.sweeps.identity import sealed

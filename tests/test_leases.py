@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import patchsweep as ps
 import pytest
-from patchsweep.store import Store
 from patchsweep.store.backends.address import open_folder
 from patchsweep.store.backends.local import LocalFolder
 from patchsweep.store.lease import EXPIRY_S, Leases, read_leases
+from patchsweep.store.store import Store
 from store_faults.runs import small_layout, values_of
 from subjects import demo_pairs, model
 

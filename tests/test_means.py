@@ -26,8 +26,8 @@ from patchsweep.errors import ConfigError, StoreError
 from patchsweep.spec.batch import clean_prompts
 from patchsweep.spec.interventions import Mean, Reader
 from patchsweep.spec.spec import make_request
-from patchsweep.store import Store
 from patchsweep.store.attributes import attributes
+from patchsweep.store.store import Store
 from patchsweep.store.verify import checksums, verify_structure
 from patchsweep.sweeps.means import MeansFolder, check_means, keep_means
 from subjects import model, reference_pairs

@@ -14,9 +14,10 @@ import xarray as xr
 from patchsweep.models.arithmetic import last_bit_turned
 from patchsweep.report import write_report
 from patchsweep.results.accessor import largest
-from patchsweep.results.compare import compare, render
+from patchsweep.results.compare import compare
+from patchsweep.results.render import render
 from patchsweep.results.rounding import noise_floor, noise_of
-from patchsweep.store import Store
+from patchsweep.store.store import Store
 from patchsweep.sweeps import exact
 from patchsweep.sweeps.noise import FACTOR, N_NULL
 from patchsweep.sweeps.sample import sample_exact

@@ -25,7 +25,7 @@ from patchsweep.models.offload import is_offloaded
 from patchsweep.models.tiny import tiny_model
 from patchsweep.models.weights import weights_digest
 from patchsweep.runners.packed.runner import PackedRunner
-from patchsweep.spec.planner import PatchSet
+from patchsweep.spec.plan import PatchSet
 from patchsweep.spec.spec import Request, make_request
 from patchsweep.store.attributes import attributes
 from patchsweep.sweeps.cost import estimate

@@ -21,7 +21,8 @@ from patchsweep.runners.packed.schedule import make_packed_batches
 from patchsweep.spec.batch import make_batches
 from patchsweep.spec.interventions import Resample
 from patchsweep.spec.metrics import METRICS
-from patchsweep.spec.planner import Axes, ModelShape, PairShape, PatchSet, plan_site
+from patchsweep.spec.plan import Axes, ModelShape, PairShape, PatchSet
+from patchsweep.spec.planner import plan_site
 from patchsweep.spec.sites import SITES
 from patchsweep.spec.spec import UNIT_TOKENS, blocks_of, make_request
 from patchsweep.sweeps.api import NO_RUNNER

@@ -16,7 +16,7 @@ from patchsweep.models import load_model
 from patchsweep.runners.hooked import HookedRunner
 from patchsweep.runners.packed.runner import PackedRunner
 from patchsweep.spec.metrics import METRICS
-from patchsweep.spec.planner import PatchSet
+from patchsweep.spec.plan import PatchSet
 from patchsweep.spec.spec import make_request
 from patchsweep.store.attributes import attributes
 from subjects import CLEAN, CORRUPTED, demo_pairs, model

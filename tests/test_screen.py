@@ -10,8 +10,8 @@ from attribution_setup import block, pairs_of
 from patchsweep.forward.grad import GradientModel
 from patchsweep.runners.packed.runner import PackedRunner
 from patchsweep.spec.spec import make_request
-from patchsweep.store import Unit
 from patchsweep.store.attributes import attributes
+from patchsweep.store.layout import Unit
 from patchsweep.sweeps.api import prepare_runner
 from patchsweep.sweeps.screen import ScreenWork
 from patchsweep.sweeps.screen_bound import Subsets, draw_members, upper_bound

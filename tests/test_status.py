@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from patchsweep.store import Store
 from patchsweep.store.journal import Journal
 from patchsweep.store.lease import Leases
 from patchsweep.store.status import (
@@ -19,6 +18,7 @@ from patchsweep.store.status import (
     render,
     store_status,
 )
+from patchsweep.store.store import Store
 from rich.console import Console
 from store_faults.runs import run, small_layout, values_of
 

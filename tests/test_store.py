@@ -21,14 +21,14 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from patchsweep.errors import StoreError
-from patchsweep.store import Layout, Store
 from patchsweep.store import layout as layout_module
 from patchsweep.store.backends.base import PARTIAL
 from patchsweep.store.backends.credentials import refuse_credentials, scrub
 from patchsweep.store.backends.local import LocalFolder
 from patchsweep.store.backends.process import is_gone, process_name
 from patchsweep.store.journal import Journal, read_journal
-from patchsweep.store.layout import COMPLETE, Variable, with_digests
+from patchsweep.store.layout import COMPLETE, Layout, Variable, with_digests
+from patchsweep.store.store import Store
 from patchsweep.store.verify import checksums, verify_structure
 from store_faults.runs import run, small_layout, values_of
 

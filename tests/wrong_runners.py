@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from patchsweep.forward.site_locations import SiteLocation, resolve_site
 from patchsweep.runners.packed.runner import PackedRunner
-from patchsweep.spec.planner import Axes, Cells, PatchSet, PatchTable, Plan
+from patchsweep.spec.plan import Axes, Cells, PatchSet, PatchTable, Plan
 from patchsweep.spec.sites import SITES
 from torch import Tensor
 

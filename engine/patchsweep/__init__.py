@@ -1,51 +1,102 @@
 """patchsweep: exact activation-patching sweeps of language models in a few packed passes.
 
-Names that need torch are loaded when they are first used, so that `patchsweep status` and a
-notebook that reads a store start at once.
+What is here is the public face. Each name is loaded when it is first used, so that a command
+which needs no model starts at once.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from patchsweep import _accessor, _moved  # noqa: F401
 from patchsweep.errors import PatchsweepError
-from patchsweep.results import accessor as summary
 
 if TYPE_CHECKING:
+    from patchsweep import attribution
+    from patchsweep.analyses.attention import attention
+    from patchsweep.analyses.circuits import (
+        circuit,
+        circuit_scores,
+        edges,
+        exact_edges,
+        screen_edges,
+    )
+    from patchsweep.analyses.heads import study
+    from patchsweep.analyses.logit_lens import lens, sublayers
     from patchsweep.data.pairs import PromptPairs
     from patchsweep.models import load_model
+    from patchsweep.report import write_report
+    from patchsweep.results import accessor as summary
+    from patchsweep.results.compare import compare
     from patchsweep.spec import metrics
     from patchsweep.spec.interventions import Custom
     from patchsweep.spec.metrics import Metric
     from patchsweep.store.dataset import open_store
     from patchsweep.sweeps.api import plan, sweep
+    from patchsweep.sweeps.sample import sample_exact
+    from patchsweep.sweeps.screen_settings import Screen
+    from patchsweep.tasks import load_task
 
 __all__ = [
     "Custom",
     "Metric",
     "PatchsweepError",
     "PromptPairs",
+    "Screen",
+    "attention",
+    "attribution",
+    "circuit",
+    "circuit_scores",
+    "compare",
+    "edges",
+    "exact_edges",
+    "lens",
     "load_model",
+    "load_task",
     "metrics",
     "open_store",
     "plan",
+    "sample_exact",
+    "screen_edges",
+    "study",
+    "sublayers",
     "summary",
     "sweep",
+    "write_report",
 ]
 
-_LATER = {
-    "Custom": "patchsweep.spec.interventions",
-    "Metric": "patchsweep.spec.metrics",
-    "PromptPairs": "patchsweep.data.pairs",
-    "load_model": "patchsweep.models",
-    "open_store": "patchsweep.store.dataset",
-    "plan": "patchsweep.sweeps.api",
-    "sweep": "patchsweep.sweeps.api",
+_HOME = {
+    "Custom": "spec.interventions",
+    "Metric": "spec.metrics",
+    "PromptPairs": "data.pairs",
+    "Screen": "sweeps.screen_settings",
+    "attention": "analyses.attention",
+    "circuit": "analyses.circuits",
+    "circuit_scores": "analyses.circuits",
+    "compare": "results.compare",
+    "edges": "analyses.circuits",
+    "exact_edges": "analyses.circuits",
+    "lens": "analyses.logit_lens",
+    "load_model": "models",
+    "load_task": "tasks",
+    "open_store": "store.dataset",
+    "plan": "sweeps.api",
+    "sample_exact": "sweeps.sample",
+    "screen_edges": "analyses.circuits",
+    "study": "analyses.heads",
+    "sublayers": "analyses.logit_lens",
+    "sweep": "sweeps.api",
+    "write_report": "report",
 }
+_MODULES = {"attribution": "attribution", "metrics": "spec.metrics", "summary": "results.accessor"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "metrics":
-        return import_module("patchsweep.spec.metrics")
-    if name in _LATER:
-        return getattr(import_module(_LATER[name]), name)
+    if name in _MODULES:
+        return import_module(f"patchsweep.{_MODULES[name]}")
+    if name in _HOME:
+        return getattr(import_module(f"patchsweep.{_HOME[name]}"), name)
     raise AttributeError(f"module 'patchsweep' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from patchsweep.store import Store
 from patchsweep.store.journal import UNIT, read_journal
+from patchsweep.store.store import Store
 from patchsweep.store.verify import checksums, verify_structure
 
 from slurm import cluster

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from patchsweep.store import Layout, Store, Unit, Variable
 from patchsweep.store.journal import Journal
-from patchsweep.store.layout import FIXED
+from patchsweep.store.layout import FIXED, Layout, Unit, Variable
+from patchsweep.store.store import Store
 
 N_PAIRS, N_LAYERS = 5, 3
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from patchsweep.errors import StoreError
-from patchsweep.store import Layout, Store
-from patchsweep.store.layout import Variable
+from patchsweep.store.layout import Layout, Variable
+from patchsweep.store.store import Store
 from patchsweep.store.verify import checksums, verify_structure
 
 from store_faults.runs import run, small_layout, values_of

@@ -12,10 +12,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from patchsweep.store import Store
 from patchsweep.store.backends.local import LocalFolder
 from patchsweep.store.layout import COMPLETE
 from patchsweep.store.lease import EXPIRY_S
+from patchsweep.store.store import Store
 from patchsweep.store.verify import checksums, verify_structure
 
 from store_faults.runs import kill_at_random, run, small_layout, start

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import xarray as xr
 from patchsweep.errors import StoreError
-from patchsweep.store import Store
 from patchsweep.store.backends.address import open_folder
 from patchsweep.store.journal import Journal, read_journal
 from patchsweep.store.lease import Leases
 from patchsweep.store.status import store_status
+from patchsweep.store.store import Store
 from patchsweep.store.verify import checksums, verify_structure
 
 from store_faults.runs import run, small_layout, values_of

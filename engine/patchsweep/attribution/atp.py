@@ -19,7 +19,7 @@ from torch import Tensor
 
 from patchsweep.attribution.estimates import Estimates, Found, Work, backward_each
 from patchsweep.forward.grad import Heads, Place
-from patchsweep.spec.planner import SitePlan
+from patchsweep.spec.plan import SitePlan
 from patchsweep.spec.sites import Site
 
 

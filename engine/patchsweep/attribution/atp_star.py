@@ -33,7 +33,7 @@ from patchsweep.errors import MethodError
 from patchsweep.forward.capture import attention_pattern
 from patchsweep.forward.grad import GradientModel, Heads, Place
 from patchsweep.spec.interventions import Intervention
-from patchsweep.spec.planner import SitePlan
+from patchsweep.spec.plan import SitePlan
 from patchsweep.spec.sites import SITES, Site
 
 QUERIES, KEYS = ("q", "rot_q"), ("k", "rot_k")

@@ -10,7 +10,7 @@ from patchsweep.attribution.method import Method
 from patchsweep.errors import MethodError, ModelError
 from patchsweep.spec.interventions import Custom
 from patchsweep.spec.metrics import Metric, has_gradient
-from patchsweep.spec.planner import SitePlan
+from patchsweep.spec.plan import SitePlan
 from patchsweep.spec.spec import Request
 
 

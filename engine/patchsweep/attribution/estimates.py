@@ -16,7 +16,7 @@ from patchsweep.forward.grad import GradientModel, Place
 from patchsweep.spec.batch import Batch
 from patchsweep.spec.interventions import Intervention, values_of
 from patchsweep.spec.metrics import Logits, Metric, compute
-from patchsweep.spec.planner import Ints, ModelShape, SitePlan
+from patchsweep.spec.plan import Ints, ModelShape, SitePlan
 from patchsweep.spec.sites import Site
 
 

@@ -27,7 +27,7 @@ from patchsweep.arguments import whole_number
 from patchsweep.attribution.estimates import Estimates, Found, Work, backward_each
 from patchsweep.errors import MethodError
 from patchsweep.forward.grad import Place
-from patchsweep.spec.planner import SitePlan
+from patchsweep.spec.plan import SitePlan
 from patchsweep.spec.sites import SITES, Site
 
 # tokens of one forward pass; steps are stacked as rows up to this many

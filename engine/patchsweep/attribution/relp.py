@@ -27,7 +27,7 @@ from patchsweep.attribution.atp import differentiable_run
 from patchsweep.attribution.estimates import Found, Work, backward_each
 from patchsweep.errors import MethodError
 from patchsweep.forward.unwrapped import UnwrappedModel
-from patchsweep.spec.planner import SitePlan
+from patchsweep.spec.plan import SitePlan
 from patchsweep.spec.sites import Site
 
 # size of the vector that a norm's weights are read off with, so that its epsilon does not show

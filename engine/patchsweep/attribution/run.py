@@ -15,7 +15,7 @@ from patchsweep.forward.grad import GradientModel
 from patchsweep.spec.batch import Batch, clean_prompts
 from patchsweep.spec.finite import check_cells, check_references
 from patchsweep.spec.interventions import Reader
-from patchsweep.spec.planner import SitePlan
+from patchsweep.spec.plan import SitePlan
 from patchsweep.spec.spec import Request
 
 # tokens of the prompts that are attributed in one pass

@@ -18,8 +18,8 @@ from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.schema.run import RunConfig, SitesConfig
 from patchsweep.errors import ConfigError, StoreError
 from patchsweep.spec.spec import MetricLike, Request, make_request
-from patchsweep.store import Store
 from patchsweep.store.difference import IDENTITY
+from patchsweep.store.store import Store
 from patchsweep.sweeps.identity import request_difference
 
 NAMED = ("model", "task", "metric")  # groups that the command line names

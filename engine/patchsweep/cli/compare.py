@@ -11,10 +11,11 @@ from patchsweep.cli.again import HELP, run_again
 from patchsweep.cli.console import stdout
 from patchsweep.cli.parser import Parser, at_least
 from patchsweep.errors import ConfigError
-from patchsweep.results.compare import as_dict, compare, render
-from patchsweep.store import Store
+from patchsweep.results.compare import compare
+from patchsweep.results.render import as_dict, render
 from patchsweep.store.backends.credentials import scrub
 from patchsweep.store.contents import told
+from patchsweep.store.store import Store
 from patchsweep.sweeps.sample import draw
 
 

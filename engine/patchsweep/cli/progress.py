@@ -18,7 +18,7 @@ from rich.progress import (
 )
 
 from patchsweep.cli.stop import STOPPER
-from patchsweep.store import Unit
+from patchsweep.store.layout import Unit
 from patchsweep.store.lease import EXPIRY_S
 
 

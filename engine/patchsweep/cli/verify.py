@@ -15,12 +15,12 @@ from patchsweep.cli.console import stdout
 from patchsweep.cli.parser import Parser, at_least
 from patchsweep.errors import ConfigError
 from patchsweep.runners.select import TOLERANCE
-from patchsweep.spec.planner import SitePlan
-from patchsweep.store import Store
+from patchsweep.spec.plan import SitePlan
 from patchsweep.store.attributes import attributes
 from patchsweep.store.contents import printable
 from patchsweep.store.layout import Unit
 from patchsweep.store.status import EXIT_COMPLETE, EXIT_INCOMPLETE
+from patchsweep.store.store import Store
 from patchsweep.store.survey import Survey
 from patchsweep.store.verify import check_store
 from patchsweep.sweeps.api import prepare_runner

@@ -72,19 +72,6 @@ class Trace:
         return first_of(self.parts[layer, name]).reshape(self.n_pairs, self.length, -1)
 
 
-@contextmanager
-def frozen(bridge: TransformerBridge) -> Iterator[None]:
-    """Weights take no gradient inside; restored at the end."""
-    trainable = [p for p in bridge.original_model.parameters() if p.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-
 def unfit(bridge: TransformerBridge, reason: Exception) -> MethodError:
     """The error for a model whose blocks cannot be taken apart."""
     text = (

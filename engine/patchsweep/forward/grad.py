@@ -283,3 +283,16 @@ class GradientModel:
 
         logits = self.forward(tokens, keep, reads, sites=sites)
         return kept, logits
+
+
+@contextmanager
+def frozen(bridge: TransformerBridge) -> Iterator[None]:
+    """Weights take no gradient inside; restored at the end."""
+    trainable = [p for p in bridge.original_model.parameters() if p.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)

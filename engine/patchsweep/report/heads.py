@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from patchsweep.report import question
 from patchsweep.report.figure import RED_BLUE, SERIES
+from patchsweep.report.head_terms import ABLATIONS, CLASSES, RULES
 from patchsweep.report.html import count, esc, number, plural
 from patchsweep.report.shell import page, section
 from patchsweep.report.tables import provenance_table
@@ -25,35 +26,6 @@ _ALL = "all"
 # rows of the table that are no class
 _WHOLE = {_ALL: "all heads", "with_constant": "heads with an optimal constant"}
 _REFERENCE = "resample"
-# ablation -> what takes the place of z
-_ABLATIONS = {
-    "resample": "its z on the corrupted prompt",
-    "mean": "its mean z over all positions of all clean prompts",
-    "mean_label": "its mean z over the positions with the same label",
-    "zero": "zeros",
-    "optimal": "the constant that changes the predictions least",
-}
-# class -> what a head of it does
-_CLASSES = {
-    "induction": "after a repeated word, looks at what came after it the first time",
-    "previous_token": "looks at the token before",
-    "duplicate_token": "looks at the same word earlier on",
-    "name_mover": "looks at IO from the end, and writes directly in favour of its name",
-    "negative": "looks at IO from the end, and writes directly against its name",
-    "s_inhibition": "looks at S2 from the end, and works through the queries of name movers",
-    "backup": "writes directly for the name only when the name movers are held at their means",
-    "other": "none of these",
-}
-# class -> the thresholds that it depends on
-_RULES = {
-    "induction": ("induction",),
-    "previous_token": ("previous_token",),
-    "duplicate_token": ("duplicate_token",),
-    "name_mover": ("attention", "direct"),
-    "negative": ("attention", "direct"),
-    "s_inhibition": ("attention", "queries"),
-    "backup": ("direct", "rise"),
-}
 _STYLE = """
 .heads {
   display: grid; gap: 1.6rem;
@@ -176,7 +148,7 @@ def _maps(found: Heads, means: Mapping[str, Any]) -> str:
     unit = f" {esc(found.unit)}" if found.unit else ""
     drawn = "".join(
         f"<figure><h3>{esc(name)}</h3>{_map(found, i)}"
-        f"<figcaption>z becomes {esc(_ABLATIONS.get(name, name))}.{told.get(name, '')}"
+        f"<figcaption>z becomes {esc(ABLATIONS.get(name, name))}.{told.get(name, '')}"
         "</figcaption></figure>"
         for i, name in enumerate(found.ablations)
     )
@@ -272,11 +244,11 @@ def _classes(ds: xr.Dataset, found: Heads) -> str:
         listed = ", ".join(f"L{layer} H{head}" for layer, head in members[:N_LISTED])
         if len(members) > N_LISTED:
             listed += f" and {len(members) - N_LISTED} more"
-        rule = ", ".join(_rule(name, key, thresholds[key]) for key in _RULES.get(name, ()))
+        rule = ", ".join(_rule(name, key, thresholds[key]) for key in RULES.get(name, ()))
         rows.append(
             f'<tr><th scope="row">{esc(_name(name))}</th><td class="n">{len(members)}</td>'
             f'<td class="wide">{esc(listed) or "none"}</td>'
-            f'<td class="wide">{esc(_CLASSES.get(name, ""))}</td><td>{esc(rule)}</td></tr>'
+            f'<td class="wide">{esc(CLASSES.get(name, ""))}</td><td>{esc(rule)}</td></tr>'
         )
     gap = ds.attrs.get("gap")
     shares = (

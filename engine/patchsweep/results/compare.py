@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -377,79 +377,6 @@ def at(template: xr.DataArray, cell: int, tokens: Sequence[str | None]) -> dict[
         "head": label(unit) if unit else None,
         "token": token,
     }
-
-
-def as_dict(comparison: Comparison) -> dict[str, Any]:
-    """All fields as plain JSON data; NaN becomes null."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        if isinstance(value, float) and not math.isfinite(value):
-            return None
-        return value
-
-    found: dict[str, Any] = plain(asdict(comparison))
-    return {**found, "thresholds": thresholds()}
-
-
-def render(comparison: Comparison) -> Any:
-    """A rich renderable: one table, then the largest misses and what the verdicts mean."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title="Estimates against exact effects", title_justify="left")
-    several = len({a.metric for a in comparison.sites}) > 1
-    names = ["metric"] * several + [
-        "site",
-        "method",
-        "cells",
-        "Pearson",
-        "Spearman",
-        "slope",
-        "sign",
-        "top-k",
-        "cost",
-        "verdict",
-    ]
-    for name in names:
-        table.add_column(name, justify="left" if name in ("metric", "site", "method") else "right")
-    colours = {"good": "green", "screen": "yellow", "poor": "red", "unknown": "dim"}
-    for a in (*comparison.sites, *comparison.overall):
-        cost = f"1/{a.cost_ratio:.3g}" if math.isfinite(a.cost_ratio) else "?"
-        table.add_row(
-            *([printable(a.metric)] if several else []),
-            a.site,
-            a.method,
-            str(a.n_cells),
-            _shown(a.pearson),
-            _shown(a.spearman),
-            _shown(a.slope),
-            f"{a.sign_agreement.value:.2f}",
-            f"{a.recall.value:.2f}",
-            cost,
-            Text(a.verdict, style=colours[a.verdict]),
-        )
-    lines = []
-    for a in comparison.sites:
-        worst = "; ".join(
-            f"{m.place}: {m.exact:.3g} is called {m.estimate:.3g}" for m in a.misses[:3]
-        )
-        lines.append(f"{a.method} on {a.site}: {a.words} Largest misses: {worst}.")
-    note = (
-        f"top-k: share of the largest exact effects among twice as many estimates. cost: of all "
-        f"the method's sites, against the exact sweep of this one. {thresholds()}"
-    )
-    return Group(table, *lines, Text(note, style="dim"))
-
-
-def _shown(measure: Measure) -> str:
-    if not math.isfinite(measure.low):
-        return f"{measure.value:.3f}"
-    return f"{measure.value:.3f} [{measure.low:.2f}, {measure.high:.2f}]"
 
 
 def _open(store: str | Path) -> xr.Dataset:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import xarray as xr
-from scipy.stats import rankdata
 
 BF16, NOISE = "_bf16", "_noise"  # ends of the variables, see `proof` and `noise`
 
@@ -83,6 +82,8 @@ class Bf16Error:
 
 def bf16_error(ds: xr.Dataset) -> list[Bf16Error]:
     """The measured error of every site that was swept in bf16; empty for other sweeps."""
+    from scipy.stats import rankdata  # here, so that reading a store does not load it
+
     found = []
     for site in _sites_with(ds, BF16):
         proven, raw = ds[site], ds[site + BF16].transpose(*ds[site].dims)

@@ -11,7 +11,7 @@ from torch import Tensor
 from patchsweep.spec.batch import Batch
 from patchsweep.spec.interventions import Intervention
 from patchsweep.spec.metrics import Metric
-from patchsweep.spec.planner import Ints, PatchSet, SitePlan
+from patchsweep.spec.plan import Ints, PatchSet, SitePlan
 
 
 @runtime_checkable

@@ -17,7 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from patchsweep.errors import SiteError
 from patchsweep.models.heartbeat import beat
 from patchsweep.models.running import running
-from patchsweep.spec.planner import ModelShape
+from patchsweep.spec.plan import ModelShape
 from patchsweep.spec.sites import Site
 
 Hook = tuple[str, Callable[[Tensor, Any], Tensor | None]]

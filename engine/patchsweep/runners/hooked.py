@@ -33,7 +33,7 @@ from patchsweep.runners.hook_points import (
 from patchsweep.spec.batch import Batch
 from patchsweep.spec.interventions import Intervention, values_of
 from patchsweep.spec.metrics import Logits, Metric, compute
-from patchsweep.spec.planner import Ints, PatchSet, Plan
+from patchsweep.spec.plan import Ints, PatchSet, Plan
 from patchsweep.spec.sites import Site
 from patchsweep.spec.spec import model_shape
 

@@ -22,7 +22,7 @@ from patchsweep.runners.packed.runner import PackedRunner
 from patchsweep.runners.self_test import NotDeadError, Outcome, SelfTest
 from patchsweep.runners.trials import Kind, kind_of
 from patchsweep.spec.interventions import Intervention
-from patchsweep.spec.planner import SitePlan
+from patchsweep.spec.plan import SitePlan
 from patchsweep.spec.sites import Site
 
 log = logging.getLogger("patchsweep")

@@ -33,7 +33,7 @@ from patchsweep.runners.trials import (
 )
 from patchsweep.spec.interventions import Intervention, Prompts
 from patchsweep.spec.metrics import METRICS
-from patchsweep.spec.planner import PatchSet, SitePlan
+from patchsweep.spec.plan import PatchSet, SitePlan
 from patchsweep.spec.sites import Site
 from patchsweep.spec.spec import model_shape
 

@@ -31,7 +31,7 @@ from patchsweep.spec.interventions import (
     Zero,
     values_of,
 )
-from patchsweep.spec.planner import (
+from patchsweep.spec.plan import (
     Axes,
     Ints,
     ModelShape,
@@ -40,8 +40,8 @@ from patchsweep.spec.planner import (
     PatchTable,
     Plan,
     SitePlan,
-    plan_site,
 )
+from patchsweep.spec.planner import plan_site
 from patchsweep.spec.sites import Site
 
 N_PAIRS = 3

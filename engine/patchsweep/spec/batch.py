@@ -13,7 +13,7 @@ from torch import Tensor
 from patchsweep.data.pairs import PromptPair
 from patchsweep.errors import PlanError, PromptError
 from patchsweep.spec.interventions import Direction, Prompts, Spans
-from patchsweep.spec.planner import PairShape
+from patchsweep.spec.plan import PairShape
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from patchsweep.errors import ModelError
 from patchsweep.spec.metrics import Metric
-from patchsweep.spec.planner import Ints, SitePlan
+from patchsweep.spec.plan import Ints, SitePlan
 
 Values = NDArray[np.float32]
 

@@ -29,7 +29,8 @@ from patchsweep.spec.interventions import (
     get_intervention,
 )
 from patchsweep.spec.metrics import Metric, MetricLike, check_rows, get_metrics
-from patchsweep.spec.planner import Axes, ModelShape, SitePlan, plan_site
+from patchsweep.spec.plan import Axes, ModelShape, SitePlan
+from patchsweep.spec.planner import plan_site
 from patchsweep.spec.reference import MeansFrom, check_means, with_reference
 from patchsweep.spec.sites import Site, get_sites
 

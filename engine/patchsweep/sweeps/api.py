@@ -26,11 +26,10 @@ from patchsweep.spec.batch import clean_prompts
 from patchsweep.spec.interventions import Direction, Intervention, Reader, ValueFn
 from patchsweep.spec.reference import MeansFrom
 from patchsweep.spec.spec import MetricLike, Positions, Request, Sets, make_request
-from patchsweep.store import Store
 from patchsweep.store.difference import IDENTITY
 from patchsweep.store.journal import Journal
 from patchsweep.store.layout import Layout
-from patchsweep.store.store import check_space, recorded_attributes
+from patchsweep.store.store import Store, check_space, recorded_attributes
 from patchsweep.sweeps.bf16 import RecheckedWork, check_proof, recheck_variables
 from patchsweep.sweeps.cost import Cost, estimate
 from patchsweep.sweeps.estimates import Estimator

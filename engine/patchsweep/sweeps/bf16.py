@@ -23,9 +23,9 @@ from patchsweep.runners.packed.runner import PackedRunner
 from patchsweep.runners.select import RunnerChoice
 from patchsweep.spec.finite import check_cells
 from patchsweep.spec.metrics import Metric
-from patchsweep.spec.planner import Ints, PatchSet, SitePlan
+from patchsweep.spec.plan import Ints, PatchSet, SitePlan
 from patchsweep.spec.spec import Request, blocks_of
-from patchsweep.store import Unit, Variable
+from patchsweep.store.layout import Unit, Variable
 from patchsweep.sweeps.exact import Block, Captured, Captures, ExactWork
 from patchsweep.sweeps.executor import Values
 from patchsweep.sweeps.layout import dims_of, shape_of

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from patchsweep.attribution.method import Method
 from patchsweep.attribution.run import Attribution, BlockOfPairs, pairs_per_block, token_layers
-from patchsweep.spec.planner import SitePlan
+from patchsweep.spec.plan import SitePlan
 from patchsweep.spec.spec import Request
-from patchsweep.store import Unit, Variable
+from patchsweep.store.layout import Unit, Variable
 from patchsweep.sweeps.layout import dims_of, shape_of
 
 

@@ -12,9 +12,9 @@ from patchsweep.runners.base import Runner
 from patchsweep.spec.batch import Batch
 from patchsweep.spec.finite import check_cells, check_references
 from patchsweep.spec.metrics import Metric
-from patchsweep.spec.planner import Ints, PatchSet, SitePlan
+from patchsweep.spec.plan import Ints, PatchSet, SitePlan
 from patchsweep.spec.spec import Request, site_groups_of
-from patchsweep.store import Unit
+from patchsweep.store.layout import Unit
 from patchsweep.sweeps.executor import Values
 from patchsweep.sweeps.layout import shape_of
 from patchsweep.sweeps.noise import Floor, identity_patches, site_of

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from patchsweep.arguments import whole_number
 from patchsweep.errors import ConfigError
 from patchsweep.models.heartbeat import beating
-from patchsweep.store import Store, Unit
 from patchsweep.store.journal import Journal
+from patchsweep.store.layout import Unit
+from patchsweep.store.store import Store
 from patchsweep.sweeps.layout import Memory
 
 WAIT_S = 1.0  # between two looks at units that other processes hold

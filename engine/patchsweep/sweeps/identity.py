@@ -40,7 +40,7 @@ from patchsweep.spec.interventions import (
     Zero,
 )
 from patchsweep.spec.metrics import BUILT_IN, Metric
-from patchsweep.spec.planner import SitePlan
+from patchsweep.spec.plan import SitePlan
 from patchsweep.spec.spec import Request
 from patchsweep.store.difference import (
     DIGEST,

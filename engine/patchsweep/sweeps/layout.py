@@ -12,12 +12,12 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.runners.select import RunnerChoice
 from patchsweep.spec.batch import base_and_source
-from patchsweep.spec.planner import SitePlan
+from patchsweep.spec.plan import SitePlan
 from patchsweep.spec.reference import means_attrs
 from patchsweep.spec.spec import Request, blocks_of
-from patchsweep.store import Layout, Unit, Variable
 from patchsweep.store.attributes import flat_attributes
 from patchsweep.store.difference import IDENTITY
+from patchsweep.store.layout import Layout, Unit, Variable
 from patchsweep.sweeps.identity import identity_of, request_settings
 from patchsweep.sweeps.noise import noise_variables
 

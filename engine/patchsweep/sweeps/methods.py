@@ -10,7 +10,7 @@ from patchsweep.attribution import Method, get_methods
 from patchsweep.attribution.run import pairs_per_block, token_layers
 from patchsweep.errors import MethodError
 from patchsweep.spec.spec import Request
-from patchsweep.store import Variable
+from patchsweep.store.layout import Variable
 from patchsweep.sweeps.estimates import variables_of
 from patchsweep.sweeps.identity import method_identity
 from patchsweep.sweeps.screen_settings import Screen

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchsweep.results.rounding import NOISE
-from patchsweep.spec.planner import Ints, PatchSet, SitePlan
+from patchsweep.spec.plan import Ints, PatchSet, SitePlan
 from patchsweep.spec.spec import Request, blocks_of
-from patchsweep.store import Variable
+from patchsweep.store.layout import Variable
 
 N_NULL = 16  # null patches of each site and pair
 FACTOR = 4.0  # of their root mean square

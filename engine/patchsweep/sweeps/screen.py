@@ -9,9 +9,9 @@ import numpy as np
 
 from patchsweep.results.rounding import NOISE
 from patchsweep.runners.select import RunnerChoice
-from patchsweep.spec.planner import SitePlan
+from patchsweep.spec.plan import SitePlan
 from patchsweep.spec.spec import Request
-from patchsweep.store import Unit
+from patchsweep.store.layout import Unit
 from patchsweep.sweeps.estimates import Estimator, variable_name
 from patchsweep.sweeps.executor import Values
 from patchsweep.sweeps.methods import bound_name

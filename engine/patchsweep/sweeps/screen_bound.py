@@ -25,7 +25,7 @@ from patchsweep.forward.grad import GradientModel, Heads, Place, Prefix
 from patchsweep.spec.batch import Batch
 from patchsweep.spec.interventions import values_of
 from patchsweep.spec.metrics import Logits, compute
-from patchsweep.spec.planner import SitePlan
+from patchsweep.spec.plan import SitePlan
 from patchsweep.spec.spec import Request
 from patchsweep.sweeps.screen_settings import Screen
 

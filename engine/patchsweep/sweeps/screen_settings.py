@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from patchsweep.arguments import whole_number
 from patchsweep.attribution import Method, get_methods
 from patchsweep.errors import MethodError
-from patchsweep.spec.planner import SitePlan
+from patchsweep.spec.plan import SitePlan
 from patchsweep.spec.spec import Request
 
 

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from patchsweep.runners.base import Runner
 from patchsweep.spec.finite import check_cells
-from patchsweep.spec.planner import Ints, SitePlan
+from patchsweep.spec.plan import Ints, SitePlan
 from patchsweep.spec.spec import Request
-from patchsweep.store import Unit
+from patchsweep.store.layout import Unit
 from patchsweep.sweeps.exact import Block, Captured, Captures, measured_floor, references_of
 from patchsweep.sweeps.executor import Values
 from patchsweep.sweeps.screen_settings import Screen, live_of

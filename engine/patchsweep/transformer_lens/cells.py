@@ -13,7 +13,7 @@ from transformer_lens import patching as tl
 from transformer_lens.utilities import get_act_name
 
 from patchsweep.forward.unwrapped import Unsupported
-from patchsweep.spec.planner import Bools, Ints
+from patchsweep.spec.plan import Bools, Ints
 from patchsweep.spec.sites import SITES, Site
 
 # what the columns of `index_df` mean to each of TransformerLens's patch setters

@@ -19,8 +19,8 @@ from patchsweep.forward.unembed import Unembed
 from patchsweep.forward.unwrapped import Unsupported, UnwrappedModel
 from patchsweep.runners.packed.forward import PackedInput, PatchValues, run_packed_batch
 from patchsweep.runners.packed.schedule import make_packed_batches
-from patchsweep.spec.planner import Axes, Ints, PatchSet, PatchTable
-from patchsweep.spec.planner import Cells as PlanCells
+from patchsweep.spec.plan import Axes, Ints, PatchSet, PatchTable
+from patchsweep.spec.plan import Cells as PlanCells
 from patchsweep.transformer_lens.cells import Cells, Rows
 
 # tokens of a packed batch: enough for full matrix-product speed

@@ -25,7 +25,7 @@ from patchsweep.analyses.circuits.selection import RankBy, check_rank_by, sizes_
 from patchsweep.attribution import Method
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import MethodError, PlanError
-from patchsweep.forward.blockwise import frozen
+from patchsweep.forward.grad import frozen
 from patchsweep.models.running import runs_model
 from patchsweep.spec.finite import check_finite, names_of
 from patchsweep.spec.reference import MeansFrom

@@ -19,7 +19,7 @@ from patchsweep.analyses.circuits.nodes import Edge, EdgeLike, Nodes
 from patchsweep.arguments import true_or_false, whole_number
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import PlanError
-from patchsweep.forward.blockwise import frozen
+from patchsweep.forward.grad import frozen
 from patchsweep.models.running import runs_model
 from patchsweep.spec.batch import base_and_source
 from patchsweep.spec.interventions import Direction, Intervention, ValueFn

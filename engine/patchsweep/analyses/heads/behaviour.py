@@ -24,8 +24,9 @@ from patchsweep.analyses.circuits.nodes import Edge, Reader
 from patchsweep.analyses.heads.optimal import Head
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import PatchsweepError
-from patchsweep.forward.blockwise import Blocks, Trace, frozen, unfit
+from patchsweep.forward.blockwise import Blocks, Trace, unfit
 from patchsweep.forward.capture import capture, watch
+from patchsweep.forward.grad import frozen
 from patchsweep.forward.site_locations import resolve_site
 from patchsweep.forward.unwrapped import Unsupported
 from patchsweep.models.compute import compute_dtype_of

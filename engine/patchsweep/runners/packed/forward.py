@@ -20,7 +20,7 @@ from patchsweep.forward.unwrapped import Attend, HookLocation, UnwrappedModel, a
 from patchsweep.models.arithmetic import last_bit_turned
 from patchsweep.runners.packed.packing import Packing, pack
 from patchsweep.runners.packed.schedule import PackedBatch
-from patchsweep.spec.planner import Column, Ints
+from patchsweep.spec.plan import Column, Ints
 from patchsweep.spec.sites import Site
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from patchsweep.runners.packed.schedule import PackedBatch
-from patchsweep.spec.planner import Ints
+from patchsweep.spec.plan import Ints
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from patchsweep.runners.packed.schedule import PackedBatch, make_packed_batches
 from patchsweep.spec.batch import Batch
 from patchsweep.spec.interventions import Custom, Intervention, Spans, values_of
 from patchsweep.spec.metrics import Logits, Metric, Sum, compute
-from patchsweep.spec.planner import Column, Ints, PatchSet, Plan, SitePlan
+from patchsweep.spec.plan import Column, Ints, PatchSet, Plan, SitePlan
 from patchsweep.spec.sites import Site
 
 log = logging.getLogger("patchsweep")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from patchsweep.spec.planner import Bools, Ints, PatchSet
+from patchsweep.spec.plan import Bools, Ints, PatchSet
 
 
 @dataclass(frozen=True)

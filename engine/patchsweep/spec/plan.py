@@ -1,0 +1,421 @@
+"""Plans: the patches of one site as a product of places, layers and units.
+
+Plain data, no tensor and no file. Nothing here is as large as the number of patches: counts and
+costs are arithmetic on the factors, and patches are made when somebody takes a slice of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from patchsweep.spec.sites import Site
+
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class PairShape:
+    """What the planner needs to know of a prompt pair."""
+
+    differs: tuple[bool, ...]  # per position: base and source hold different tokens
+    reads: tuple[int, ...]  # positions whose logits a metric reads, ascending
+    spans: Mapping[str, tuple[int, int]]  # label -> [first, past-last) position
+
+    @property
+    def length(self) -> int:
+        return len(self.differs)
+
+    @property
+    def first_difference(self) -> int:
+        return self.differs.index(True) if any(self.differs) else self.length
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a model, in TransformerLens words."""
+
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    d_model: int
+    d_mlp: int
+    d_vocab: int
+    block_parameters: int  # weights that one token meets in one block
+
+    def n_units(self, site: Site) -> int:
+        """How many heads or neurons `site` has in one block; 1 if it is not divided."""
+        sizes = {"head": self.n_heads, "kv_head": self.n_kv_heads, "neuron": self.d_mlp}
+        return 1 if site.unit is None else sizes[site.unit]
+
+
+@dataclass(frozen=True)
+class Axes:
+    """What one patch covers along each axis; every entry is one coordinate of the result."""
+
+    layers: tuple[tuple[int, ...], ...]  # layers patched together
+    positions: tuple[int | str, ...] | None  # an index, or a label; None: all positions at once
+    units: tuple[tuple[int, ...], ...] | None  # heads (or neurons) patched together; None: all
+    n_sources: int = 0  # of pattern_cell: each of the units stands once for every source position
+
+
+class Column:
+    """One column of a plan's table: `column[patches]` computes the values of those patches."""
+
+    def __init__(self, of: Callable[[Ints], NDArray[Any]]) -> None:
+        self._of = of
+
+    def __getitem__(self, patches: ArrayLike | int) -> NDArray[Any]:
+        chosen = np.asarray(patches, dtype=np.int64)
+        return self._of(chosen.ravel()).reshape(chosen.shape)
+
+
+class Cells(NamedTuple):
+    """Where some patches lie: arrays `[patch]`."""
+
+    pair: Ints
+    layer_set: Ints  # index into axes.layers
+    unit_set: Ints  # index into axes.units
+    start: Ints  # first position whose value may change
+    stop: Ints  # past the last position that is replaced
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Patches of one site, numbered; `plan.start[patches]` and the other columns look some up."""
+
+    site: Site
+    axes: Axes
+    shape: tuple[int, int, int, int]  # cells along pair, layer, pos, unit
+    lengths: Ints  # [pair] tokens that matter: up to the last position read
+    reads: Bools  # [pair, pos] whether a metric reads the logits there
+    n_layers: int  # of the model
+
+    def cells(self, patches: Ints) -> Cells:
+        """Where `patches` lie."""
+        raise NotImplementedError
+
+    @property
+    def pair(self) -> Column:
+        """[patch]"""
+        return Column(lambda patches: self.cells(patches).pair)
+
+    @property
+    def layer_set(self) -> Column:
+        """[patch] index into axes.layers."""
+        return Column(lambda patches: self.cells(patches).layer_set)
+
+    @property
+    def unit_set(self) -> Column:
+        """[patch] index into axes.units."""
+        return Column(lambda patches: self.cells(patches).unit_set)
+
+    @property
+    def start(self) -> Column:
+        """[patch] first position whose value may change."""
+        return Column(lambda patches: self.cells(patches).start)
+
+    @property
+    def stop(self) -> Column:
+        """[patch] past the last position that is replaced."""
+        return Column(lambda patches: self.cells(patches).stop)
+
+    @property
+    def entry(self) -> Column:
+        """[patch] first block that its tokens pass; n_layers: none, only the unembedding."""
+        return Column(lambda patches: self.entry_of_set[self.cells(patches).layer_set])
+
+    @property
+    def token_entry(self) -> Column:
+        """[patch] whether only the patched tokens pass the entry block, not the whole suffix."""
+        return Column(lambda patches: np.full(len(patches), self.enters_by_token))
+
+    @property
+    def suffix(self) -> Column:
+        """[patch] tokens from the patch on, up to the last that is read."""
+
+        def of(patches: Ints) -> Ints:
+            cells = self.cells(patches)
+            return self.lengths[cells.pair] - cells.start
+
+        return Column(of)
+
+    @property
+    def cost(self) -> Column:
+        """[patch] token-layers of a patch that runs."""
+
+        def of(patches: Ints) -> Ints:
+            cells = self.cells(patches)
+            suffix = self.lengths[cells.pair] - cells.start
+            here = self.enters_by_token * (cells.stop - cells.start)
+            found: Ints = self.suffix_blocks[cells.layer_set] * suffix + here
+            return found
+
+        return Column(of)
+
+    @cached_property
+    def write_layers(self) -> Bools:
+        """[layer set, layer] where the value is written; `resid_post` writes one further on."""
+        table = np.zeros((len(self.axes.layers), self.n_layers + 1), dtype=bool)
+        for i, layers in enumerate(self.axes.layers):
+            for layer in layers:
+                table[i, layer + (self.site.name == "resid_post")] = True
+        return table
+
+    @cached_property
+    def entry_of_set(self) -> Ints:
+        """[layer set] first block that its patches' tokens pass."""
+        return self.write_layers.argmax(axis=1)
+
+    @property
+    def enters_by_token(self) -> bool:
+        """Whether a patch changes only its own tokens in the block where it enters."""
+        return self.site.reach == "token" and self.site.name != "resid_post"
+
+    @cached_property
+    def suffix_blocks(self) -> Ints:
+        """[layer set] blocks that the whole suffix passes."""
+        found: Ints = self.n_layers - self.entry_of_set - self.enters_by_token
+        return found
+
+
+@dataclass(frozen=True)
+class Places:
+    """The places of a sweep: each (pair, position) at which a patch can lie, in that order."""
+
+    pair: Ints  # [place]
+    pos: Ints  # [place] index into axes.positions
+    first: Ints  # [place] first position that is replaced
+    start: Ints  # [place] first position whose value may change
+    stop: Ints  # [place] past the last position that is replaced and matters
+    dead: Bools  # [place] nothing changes, at any layer
+    unread: Bools  # [place] no metric reads a position of it: dead in the last block alone
+    equal: Bools  # [place] base and source tokens are equal there: dead at layer 0 alone
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a part of a plan comes to."""
+
+    n_patches: int
+    n_live: int
+    token_layers: int  # tokens times blocks that live patches pass
+
+
+@dataclass(frozen=True)
+class SitePlan(Plan):
+    """All patches of one site, live and dead, as a product: place x layer set x unit set.
+
+    What decides whether a patch is live, and what it costs, depends on its place and on its layer
+    set alone. The plan keeps these two tables, counts by arithmetic, and holds nothing that is as
+    large as the number of patches. Patches are numbered in the order of the result's cells `[pair,
+    layer, pos, unit]`; positions and sources past the end of a shorter prompt have none.
+    """
+
+    full_lengths: Ints  # [pair] tokens of the prompt
+    places: Places
+
+    def cells(self, patches: Ints) -> Cells:
+        pair, layer, place, unit = self._decode(patches)
+        return Cells(pair, layer, unit, self.places.start[place], self.places.stop[place])
+
+    @property
+    def cell(self) -> Column:
+        """[patch] flat index into `shape`."""
+
+        def of(patches: Ints) -> Ints:
+            pair, layer, place, unit = self._decode(patches)
+            where = (pair, layer, self.places.pos[place], unit)
+            return np.asarray(np.ravel_multi_index(where, self.shape), dtype=np.int64)
+
+        return Column(of)
+
+    @property
+    def live(self) -> Column:
+        """[patch] whether it can change a metric."""
+
+        def of(patches: Ints) -> Bools:
+            _, layer, place, unit = self._decode(patches)
+            dead = self.places.dead[place] | (self._only_last[layer] & self.places.unread[place])
+            dead |= self._only_first[layer] & self.places.equal[place]
+            if self.axes.n_sources:  # causality: nothing attends to what follows it
+                dead |= unit % self.axes.n_sources > self.places.first[place]
+            return ~dead
+
+        return Column(of)
+
+    def place_of(self, patch: int) -> str:
+        """Where a patch is, by its labels: such as `pair 0, layer 12, pos S, head 3`."""
+        pair, layer, pos, unit = np.unravel_index(int(self.cell[np.array([patch])][0]), self.shape)
+        words = [f"pair {pair}"]
+        if self.site.layered:
+            words.append(f"layer {'+'.join(map(str, self.axes.layers[layer]))}")
+        if self.axes.positions is not None:
+            words.append(f"pos {self.axes.positions[pos]}")
+        if self.axes.units is not None:
+            words.append(f"{self.site.unit} {'+'.join(map(str, self.axes.units[unit]))}")
+        if self.axes.n_sources:
+            words.append(f"src {unit % self.axes.n_sources}")
+        return ", ".join(words)
+
+    def patches(self, pairs: Sequence[int] | None = None, layers: range | None = None) -> Ints:
+        """The patches of `pairs` (default: all) in the layer sets `layers`, pair by pair."""
+        pairs = range(self.shape[0]) if pairs is None else pairs
+        layers = range(self.shape[1]) if layers is None else layers
+        per_set = np.diff(self._first_place) * self._units_of
+        parts = [
+            self._first_patch[pair]
+            + np.arange(layers.start * per_set[pair], layers.stop * per_set[pair])
+            for pair in pairs
+        ]
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def live_patches(self, pairs: Sequence[int] | None = None, layers: range | None = None) -> Ints:
+        """Those of `patches` that can change a metric."""
+        patches = self.patches(pairs, layers)
+        found: Ints = patches[self.live[patches]]
+        return found
+
+    def nth_live(self, numbers: Ints) -> Ints:
+        """The patches that have these numbers among the live ones."""
+        ends = np.concatenate([[0], np.cumsum(self.live_by_layer()[0].sum(axis=1))])
+        pair = np.searchsorted(ends, numbers, side="right") - 1
+        found = np.empty(len(numbers), np.int64)
+        for p in np.unique(pair).tolist():
+            found[pair == p] = self.live_patches([p])[numbers[pair == p] - ends[p]]
+        return found
+
+    @property
+    def n_patches(self) -> int:
+        return int(self._first_patch[-1])
+
+    @property
+    def n_live(self) -> int:
+        return self.totals().n_live
+
+    @property
+    def token_layers(self) -> int:
+        """Tokens times blocks that the live patches pass."""
+        return self.totals().token_layers
+
+    @property
+    def loop_token_layers(self) -> int:
+        """What a loop needs that runs one full forward pass per patch."""
+        return int((self.full_lengths * np.diff(self._first_patch)).sum()) * self.n_layers
+
+    def totals(self, pairs: range | None = None, layers: range | None = None) -> Totals:
+        """What the patches of `pairs` (default: all) in the layer sets `layers` come to."""
+        pairs = range(self.shape[0]) if pairs is None else pairs
+        layers = range(self.shape[1]) if layers is None else layers
+        chosen = slice(self._first_place[pairs.start], self._first_place[pairs.stop])
+        units, suffix, here = self._weights(chosen)
+        n_live = token_layers = 0
+        for alive, members in self._layer_classes(chosen):
+            members = members[layers.start : layers.stop]
+            blocks = self.suffix_blocks[layers.start : layers.stop][members]
+            live = units * alive
+            n_live += len(blocks) * int(live.sum())
+            token_layers += int(blocks.sum()) * int((live * suffix).sum())
+            token_layers += len(blocks) * self.enters_by_token * int((live * here).sum())
+        n_patches = int(self._units_of[self.places.pair[chosen]].sum()) * len(layers)
+        return Totals(n_patches, n_live, token_layers)
+
+    def live_by_layer(self) -> tuple[Ints, Ints]:
+        """[pair, layer set] how many patches are live, and the sum of their suffixes."""
+        n_live, tokens = np.zeros((2, *self.shape[:2]), np.int64)
+        units, suffix, _ = self._weights(slice(None))
+        for alive, members in self._layer_classes(slice(None)):
+            for table, weights in ((n_live, units * alive), (tokens, units * alive * suffix)):
+                sums = np.concatenate([[0], np.cumsum(weights)])
+                table += np.outer(np.diff(sums[self._first_place]), members)
+        return n_live, tokens
+
+    @cached_property
+    def _first_place(self) -> Ints:
+        """[pair + 1] where the places of each pair begin; last: how many there are."""
+        return np.searchsorted(self.places.pair, np.arange(self.shape[0] + 1))
+
+    @cached_property
+    def _first_patch(self) -> Ints:
+        """[pair + 1] where the patches of each pair begin; last: how many there are."""
+        per_pair = np.diff(self._first_place) * self._units_of * self.shape[1]
+        return np.concatenate([[0], np.cumsum(per_pair)])
+
+    @cached_property
+    def _units_of(self) -> Ints:
+        """[pair] unit sets; of pattern_cell only sources that the pair's prompts have count."""
+        n = self.axes.n_sources
+        sources = np.minimum(self.full_lengths, n) if n else np.ones_like(self.full_lengths)
+        found: Ints = self.shape[3] // (n or 1) * sources
+        return found
+
+    def _decode(self, patches: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+        """[patch] pair, layer set, place, unit set."""
+        pair = np.searchsorted(self._first_patch, patches, side="right") - 1
+        n_units = self._units_of[pair]
+        per_set = np.diff(self._first_place)[pair] * n_units
+        layer, within = np.divmod(patches - self._first_patch[pair], per_set)
+        place, unit = np.divmod(within, n_units)
+        if n := self.axes.n_sources:
+            head, source = np.divmod(unit, np.minimum(self.full_lengths[pair], n))
+            unit = head * n + source
+        return pair, layer, self._first_place[pair] + place, unit
+
+    @cached_property
+    def _only_last(self) -> Bools:
+        """[layer set] patched in the last block alone, at a site that changes its own token."""
+        wanted = {self.n_layers - 1} if self.site.reach == "token" else None
+        return np.array([set(layers) == wanted for layers in self.axes.layers])
+
+    @cached_property
+    def _only_first(self) -> Bools:
+        """[layer set] patched at layer 0 alone, at a site that there depends on the token alone."""
+        wanted = {0} if self.site.from_token else None
+        return np.array([set(layers) == wanted for layers in self.axes.layers])
+
+    def _layer_classes(self, chosen: slice) -> Iterator[tuple[Bools, Bools]]:
+        """Layer sets by what is dead there: ([place] alive, [layer set] members of the class)."""
+        places = self.places
+        for last in (False, True):
+            for first in (False, True):
+                dead = places.dead[chosen].copy()
+                if last:
+                    dead |= places.unread[chosen]
+                if first:
+                    dead |= places.equal[chosen]
+                yield ~dead, (self._only_last == last) & (self._only_first == first)
+
+    def _weights(self, chosen: slice) -> tuple[Ints, Ints, Ints]:
+        """[place] unit sets that causality leaves alive, tokens of the suffix, tokens replaced."""
+        places = self.places
+        first, pair = places.first[chosen], places.pair[chosen]
+        units = np.full(len(first), self.shape[3], np.int64)
+        if n := self.axes.n_sources:
+            units = units // n * np.minimum(first + 1, n)
+        here = places.stop[chosen] - places.start[chosen]
+        return units, self.lengths[pair] - places.start[chosen], here
+
+
+@dataclass(frozen=True)
+class PatchTable(Plan):
+    """Patches that were chosen one by one, all of them live."""
+
+    table: Cells
+
+    def cells(self, patches: Ints) -> Cells:
+        return Cells(*(column[patches] for column in self.table))
+
+
+@dataclass(frozen=True, eq=False)
+class PatchSet:
+    """Some patches of one site."""
+
+    plan: Plan
+    patches: Ints  # their numbers in the plan
