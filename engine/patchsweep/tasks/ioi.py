@@ -53,7 +53,7 @@ NAMES = words(
 )
 PLACES = words(
     """
-    store garden restaurant school hospital office house streamed module park library shops beach
+    store garden restaurant school hospital office house station park library shops beach
     market museum church farm
     """
 )
