@@ -25,7 +25,7 @@ install_import_hook([f"patchsweep.{module}" for module in CHECKED], "beartype.be
 
 from patchsweep.models import device, load  # noqa: E402  # the hook must come first
 from patchsweep.models.device_map import Placement  # noqa: E402
-from patchsweep.store import process  # noqa: E402
+from patchsweep.store.backends import process  # noqa: E402
 from subjects import model  # noqa: E402
 from transformer_lens.model_bridge import TransformerBridge  # noqa: E402
 from visible_gpu import visible_gpu  # noqa: E402

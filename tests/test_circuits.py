@@ -14,7 +14,7 @@ import torch
 import xarray as xr
 from patchsweep.analyses.circuits.ablate import run_edges, run_nodes
 from patchsweep.analyses.circuits.circuits import circuit
-from patchsweep.analyses.circuits.edge_batch import EdgeBatch, ask, scenes
+from patchsweep.analyses.circuits.edge_batch import EdgeBatch, ask, edge_batches
 from patchsweep.analyses.circuits.nodes import Nodes, Reader
 from patchsweep.analyses.circuits.scores import circuit_scores
 from patchsweep.analyses.circuits.selection import (
@@ -51,7 +51,7 @@ def scene_of(name: str, pairs: PromptPairs | None = None, ablation: str = "resam
     given = demo_pairs(name) if pairs is None else pairs
     question = ask(model(name), given, "logit_diff", "noising", ablation, -1)
     with frozen(question.bridge):
-        return next(scenes(question))
+        return next(edge_batches(question))
 
 
 def random_edges(nodes: Nodes, shares: Sequence[float]) -> np.ndarray:
