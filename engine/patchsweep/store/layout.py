@@ -244,7 +244,7 @@ def with_digests(files: Mapping[str, bytes]) -> dict[str, bytes]:
     """`files`, with the digests of all in the attributes of `COMPLETE`, which is one of them."""
     complete = json.loads(files[COMPLETE])
     complete.setdefault("attributes", {})[DIGESTS] = {
-        key: digest_of(data) for key, data in files.items() if key != COMPLETE
+        key: digest_of(data) for key, data in sorted(files.items()) if key != COMPLETE
     }
     return {**files, COMPLETE: json.dumps(complete, indent=2).encode()}
 
