@@ -15,7 +15,7 @@ from pathlib import Path
 import patchsweep as ps
 import pytest
 from conftest import Subject, machine
-from patchsweep.spec.spec import make_request
+from patchsweep.spec.spec import SweepSpec, make_request
 from patchsweep.tasks import load_task
 
 
@@ -50,7 +50,7 @@ def bench_slices(benchmark, subject: Subject, tmp_path: Path, n_slices: int) -> 
 
 
 def _record(benchmark, subject: Subject, pairs: ps.PromptPairs, site: str, seconds: float) -> None:
-    plan = make_request(subject.model, pairs, site).plans[0]
+    plan = make_request(subject.model, pairs, SweepSpec(site)).plans[0]
     benchmark.extra_info.update(
         machine(),
         seconds=seconds,

@@ -20,7 +20,7 @@ import transformer_lens.patching as tl_patching
 import xarray as xr
 from conftest import Subject, machine, matmul_peak
 from patchsweep.models.bundled import bundled_folder
-from patchsweep.spec.spec import make_request
+from patchsweep.spec.spec import SweepSpec, make_request
 from transformers import AutoModelForCausalLM
 
 SITES = ("resid_pre", "attn_out", "mlp_out", "z")  # what `make demo` sweeps
@@ -39,7 +39,7 @@ def bench_patchsweep(benchmark, subject: Subject, cells: dict, site: str) -> Non
     ds = _ours(subject, sites)  # also the warm-up
     cells.update({name: ds[name].values[0, 0] for name in sites})
     benchmark.pedantic(_ours, (subject, sites), rounds=5, warmup_rounds=1)
-    request = make_request(subject.model, subject.pairs, sites)
+    request = make_request(subject.model, subject.pairs, SweepSpec(sites))
     patches = sum(plan.n_patches for plan in request.plans)
     token_layers = sum(plan.token_layers for plan in request.plans)
     # what passes the blocks: the patches, and the two prompts once

@@ -9,7 +9,7 @@ import torch
 from patchsweep.attribution import Attribution, Method, get_methods
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.spec.batch import Batch, make_batches
-from patchsweep.spec.spec import Request, make_request
+from patchsweep.spec.spec import Request, SweepSpec, make_request
 from subjects import CLEAN, CORRUPTED, model
 
 NAMES = [(" Mary", " John"), (" Anna", " Paul"), (" Lucy", " Tom"), (" Emma", " James")]
@@ -26,7 +26,7 @@ def pairs_of(name: str, n: int) -> PromptPairs:
 
 def block(name: str, sites: list[str], n_pairs: int = 1, **options: Any) -> tuple[Request, Batch]:
     """A request, and its first batch."""
-    request = make_request(model(name), pairs_of(name, n_pairs), sites, **options)
+    request = make_request(model(name), pairs_of(name, n_pairs), SweepSpec(sites, **options))
     batch = make_batches(
         request.pairs, range(n_pairs), request.direction, request.read, torch.device("cpu")
     )[0]

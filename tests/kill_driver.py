@@ -25,7 +25,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import patchsweep as ps
 import torch
 from patchsweep.spec import spec as request
-from patchsweep.spec.spec import make_request, site_groups_of
+from patchsweep.spec.spec import SweepSpec, make_request, site_groups_of
 from patchsweep.store.verify import checksums
 from patchsweep.sweeps import executor as work
 
@@ -67,7 +67,7 @@ def main(folder: Path, n_kills: int, n_slices: int) -> None:
                 os._exit(code)
         return pid
 
-    site_groups = site_groups_of(make_request(model, pairs, SITES).plans).values()
+    site_groups = site_groups_of(make_request(model, pairs, SweepSpec(SITES)).plans).values()
     assert 1 < len(set(site_groups)) < len(SITES)  # some units are computed together, some are not
 
     start = time.perf_counter()

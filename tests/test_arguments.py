@@ -14,7 +14,7 @@ from patchsweep.arguments import check_store_path, index_sets, number, position_
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.data.tokenize import context_size
 from patchsweep.errors import ConfigError, PlanError, PromptError
-from patchsweep.spec.spec import make_request
+from patchsweep.spec.spec import SweepSpec, make_request
 from subjects import CLEAN, CORRUPTED, demo_pairs, model
 
 
@@ -37,7 +37,9 @@ from subjects import CLEAN, CORRUPTED, demo_pairs, model
 )
 def test_indices_may_be_given_as(given: Any, sets: tuple[tuple[int, ...], ...]) -> None:
     assert index_sets("layers", given) == sets
-    request = make_request(model("tiny:llama"), demo_pairs("tiny:llama"), "z", layers=given)
+    request = make_request(
+        model("tiny:llama"), demo_pairs("tiny:llama"), SweepSpec("z", layers=given)
+    )
     assert request.plans[0].axes.layers == sets
     assert all(type(i) is int for members in sets for i in members)
 
@@ -89,10 +91,12 @@ def test_answer_tokens_count_as_context(monkeypatch: pytest.MonkeyPatch) -> None
     bridge, (pair,) = model("tiny:llama"), demo_pairs("tiny:llama")
     long = replace(pair, answer=(5, 6, 7), wrong_answer=(6, 6, 7))
     monkeypatch.setattr(bridge.cfg, "n_ctx", len(pair) + 2)
-    make_request(bridge, PromptPairs((long,)), "z")  # all of an answer but its last token is read
+    make_request(
+        bridge, PromptPairs((long,)), SweepSpec("z")
+    )  # all of an answer but its last token is read
     monkeypatch.setattr(bridge.cfg, "n_ctx", len(pair) + 1)
     with pytest.raises(PromptError, match="have 20 tokens, and this model reads 18"):
-        make_request(bridge, PromptPairs((long,)), "z")
+        make_request(bridge, PromptPairs((long,)), SweepSpec("z"))
 
 
 def test_checking_arguments_does_not_load_torch() -> None:

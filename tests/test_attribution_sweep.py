@@ -10,7 +10,7 @@ from attribution_setup import pairs_of
 from patchsweep.attribution import METHODS, Attribution, IntegratedSite, get_methods
 from patchsweep.attribution.run import token_layers
 from patchsweep.data.pairs import PromptPairs
-from patchsweep.spec.spec import make_request
+from patchsweep.spec.spec import SweepSpec, make_request
 from patchsweep.store.attributes import attributes
 from subjects import CLEAN, CORRUPTED, model
 
@@ -32,7 +32,7 @@ def test_every_method_has_its_variable_and_dead_cells_are_zero() -> None:
     names = ["atp", "atp_star", "atp_star_drop", "relp", "ig_inputs", "ig"]
     ds = ps.sweep(model(NAME), _mixed_pairs(), ["z", "k"], method=names)
     assert "z" not in ds
-    request = make_request(model(NAME), _mixed_pairs(), ["z"])
+    request = make_request(model(NAME), _mixed_pairs(), SweepSpec(["z"]))
     plan = request.plans[0]
     dead = np.zeros(int(np.prod(plan.shape)), bool)
     patches = plan.patches()
@@ -126,7 +126,7 @@ def test_mean_ablation_uses_the_mean_of_the_clean_prompts() -> None:
 def test_half_precision_accumulates_in_fp32() -> None:
     bridge = ps.load_model(NAME, dtype="bfloat16", device="cpu")
     pairs = PromptPairs(pairs_of(NAME, 1).pairs)
-    request = make_request(bridge, pairs, ["resid_pre"])
+    request = make_request(bridge, pairs, SweepSpec(["resid_pre"]))
     methods = get_methods(["atp"])
     found = Attribution(request, methods).run(methods[0], range(1)).cells["resid_pre"]
     full = ps.sweep(model(NAME), pairs, ["resid_pre"], method="atp").resid_pre_atp.values
@@ -137,7 +137,7 @@ def test_half_precision_accumulates_in_fp32() -> None:
 
 
 def test_cost_counts_passes_and_layers() -> None:
-    request = make_request(model(NAME), pairs_of(NAME, 2), ["resid_pre"], layers=[2])
+    request = make_request(model(NAME), pairs_of(NAME, 2), SweepSpec(["resid_pre"], layers=[2]))
     tokens = sum(len(pair.clean) for pair in pairs_of(NAME, 2))
     # base and source, then a forward and a backward pass per step through the last block alone
     assert token_layers(request, IntegratedSite(4)) == round(tokens * 3 * (2 + 4 * 2 / 3))

@@ -34,6 +34,7 @@ from patchsweep.models.tiny import tiny_model
 from patchsweep.report import write_report
 from patchsweep.report.circuit import build, chosen_size
 from patchsweep.spec.interventions import Custom
+from patchsweep.spec.spec import SweepSpec
 from patchsweep.store.attributes import attributes
 from subjects import CLEAN, CORRUPTED, demo_pairs, model
 from torch import Tensor
@@ -49,7 +50,7 @@ TOLERANCE = 1e-4
 
 def scene_of(name: str, pairs: PromptPairs | None = None, ablation: str = "resample") -> EdgeBatch:
     given = demo_pairs(name) if pairs is None else pairs
-    question = ask(model(name), given, "logit_diff", "noising", ablation, -1)
+    question = ask(model(name), given, SweepSpec(direction="noising", intervention=ablation))
     with frozen(question.bridge):
         return next(edge_batches(question))
 

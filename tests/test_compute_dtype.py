@@ -20,7 +20,7 @@ from patchsweep.analyses.logit_lens import lens
 from patchsweep.attribution.patterns import pattern_scores
 from patchsweep.errors import ConfigError, MetricError
 from patchsweep.forward import weight_streaming as stations
-from patchsweep.spec.spec import make_request
+from patchsweep.spec.spec import SweepSpec, make_request
 from patchsweep.store.attributes import attributes
 from patchsweep.sweeps.sample import sample_exact
 from patchsweep.sweeps.screen_settings import Screen
@@ -225,6 +225,6 @@ def test_what_cannot_be_computed_is_refused(arguments: dict[str, Any], words: st
 
 def test_float64_is_not_rounded() -> None:
     bridge = ps.load_model("tiny:llama", dtype=torch.float64, device="cpu")
-    assert make_request(bridge, pairs_of(bridge), "z").compute_dtype == torch.float64
+    assert make_request(bridge, pairs_of(bridge), SweepSpec("z")).compute_dtype == torch.float64
     with pytest.raises(ConfigError, match="would round weights of float64"):
         ps.sweep(bridge, pairs_of(bridge), "z", compute_dtype="float32")

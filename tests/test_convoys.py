@@ -19,7 +19,7 @@ from patchsweep.spec.batch import make_batches
 from patchsweep.spec.metrics import METRICS
 from patchsweep.spec.plan import PatchSet
 from patchsweep.spec.sites import SITES
-from patchsweep.spec.spec import make_request, site_groups_of
+from patchsweep.spec.spec import SweepSpec, make_request, site_groups_of
 from patchsweep.store.layout import Unit
 from patchsweep.store.store import Store
 from patchsweep.store.verify import checksums
@@ -56,7 +56,7 @@ def test_all_sites_in_common_packed_batches_equal_each_alone(family: str) -> Non
     name = f"tiny:{family}"
     sites = [site for site in _sites_of(family) if site != "pattern_cell"]
     assert len(sites) > 5
-    request = make_request(model(name), demo_pairs(name), sites)
+    request = make_request(model(name), demo_pairs(name), SweepSpec(sites))
     (batch,) = make_batches(request.pairs, [0], request.direction, -1, torch.device("cpu"))
     runner = PackedRunner(model(name), request.sites, max_tokens=150)  # several packed batches
     loaded = runner.load(batch, request.intervention)
@@ -106,14 +106,16 @@ def test_mixed_pairs_and_sites_of_every_kind_share_packed_batches(
 
 
 def test_hooked_sites_stay_units_of_their_own() -> None:
-    request = make_request(model(NAME), demo_pairs(NAME), ["resid_pre", "mlp_out"])
+    request = make_request(model(NAME), demo_pairs(NAME), SweepSpec(["resid_pre", "mlp_out"]))
     choice = prepare_runner(request, "hooked", None)
     units = [u for variable in make_layout(request, choice, {}).variables for u in variable.units()]
     assert len(work_items_of([ExactWork(request, choice.runner)], units)) == len(units) == 2
 
 
 def test_small_sites_travel_together_and_large_ones_alone() -> None:
-    whole = make_request(model(NAME), demo_pairs(NAME), ["resid_pre", "z", "attn_out", "mlp_out"])
+    whole = make_request(
+        model(NAME), demo_pairs(NAME), SweepSpec(["resid_pre", "z", "attn_out", "mlp_out"])
+    )
     assert set(site_groups_of(whole.plans).values()) == {0}
     tokens = [int(plan.suffix[plan.live_patches()].sum()) for plan in whole.plans]
     with pytest.MonkeyPatch.context() as patch:
@@ -155,7 +157,7 @@ def test_missing_units_are_made_again_in_the_same_company(tmp_path: Path, precis
 def test_every_unit_has_one_bundle_and_a_proof_stays_together() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(requests, "UNIT_TOKENS", SMALL_UNITS)
-        request = make_request(model(NAME), mixed_pairs(), ["resid_pre", "z", "mlp_out"])
+        request = make_request(model(NAME), mixed_pairs(), SweepSpec(["resid_pre", "z", "mlp_out"]))
         choice = RunnerChoice(PackedRunner(request.bridge, request.sites), "", None)
         work = RecheckedWork(request, choice)
         units = [unit for variable in recheck_variables(request) for unit in variable.units()]
@@ -178,7 +180,7 @@ def test_a_bundle_whose_first_unit_is_held_is_left_to_its_holder(
     path = tmp_path / "run.zarr"
     ps.sweep(model(NAME), demo_pairs(NAME), ["resid_pre", "mlp_out"], runner="packed", store=path)
     whole = checksums(path)
-    request = make_request(model(NAME), demo_pairs(NAME), ["resid_pre", "mlp_out"])
+    request = make_request(model(NAME), demo_pairs(NAME), SweepSpec(["resid_pre", "mlp_out"]))
     work = ExactWork(request, PackedRunner(request.bridge, request.sites))
     with Store.open(path) as ours, Store.open(path) as theirs:
         (bundle,) = work_items_of([work], ours.units())

@@ -25,7 +25,7 @@ from patchsweep.analyses.logit_lens import Patch, lens
 from patchsweep.errors import ConfigError, StoreError
 from patchsweep.spec.batch import clean_prompts
 from patchsweep.spec.interventions import Mean, Reader
-from patchsweep.spec.spec import make_request
+from patchsweep.spec.spec import SweepSpec, make_request
 from patchsweep.store.attributes import attributes
 from patchsweep.store.store import Store
 from patchsweep.store.verify import checksums, verify_structure
@@ -186,7 +186,7 @@ def test_means_of_something_else_under_this_runs_name_are_refused(tmp_path: Path
 
 
 def test_of_two_that_start_at_once_the_first_to_finish_counts(tmp_path: Path) -> None:
-    request = make_request(model(NAME), pairs(), SITES, intervention="mean")
+    request = make_request(model(NAME), pairs(), SweepSpec(SITES, intervention="mean"))
     prompts = clean_prompts(request.batches(range(4)), request.direction)
     reader = Reader("hooked", request.sites, lambda tokens: {})
     intervention = keep_means(request, tmp_path / "a.zarr", None).intervention

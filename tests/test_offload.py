@@ -26,7 +26,7 @@ from patchsweep.models.tiny import tiny_model
 from patchsweep.models.weights import weights_digest
 from patchsweep.runners.packed.runner import PackedRunner
 from patchsweep.spec.plan import PatchSet
-from patchsweep.spec.spec import Request, make_request
+from patchsweep.spec.spec import Request, SweepSpec, make_request
 from patchsweep.store.attributes import attributes
 from patchsweep.sweeps.cost import estimate
 from patchsweep.sweeps.weight_reads import weights_of
@@ -82,7 +82,7 @@ def pairs_of(bridge: TransformerBridge) -> ps.PromptPairs:
 
 
 def request_of(bridge: TransformerBridge, sites: list[str]) -> Request:
-    return make_request(bridge, pairs_of(bridge), sites, ["logit_diff"])
+    return make_request(bridge, pairs_of(bridge), SweepSpec(sites, ["logit_diff"]))
 
 
 @pytest.mark.parametrize("family", list(MAPS))

@@ -24,7 +24,7 @@ from patchsweep.spec.metrics import METRICS
 from patchsweep.spec.plan import Axes, ModelShape, PairShape, PatchSet
 from patchsweep.spec.planner import plan_site
 from patchsweep.spec.sites import SITES
-from patchsweep.spec.spec import UNIT_TOKENS, blocks_of, make_request
+from patchsweep.spec.spec import UNIT_TOKENS, SweepSpec, blocks_of, make_request
 from patchsweep.sweeps.api import NO_RUNNER
 from patchsweep.sweeps.cost import _count_batches
 from patchsweep.sweeps.exact import ExactWork
@@ -158,7 +158,7 @@ def test_packed_batches_are_counted_without_being_made(max_tokens: int) -> None:
         corrupted=[CORRUPTED, "She saw that Mary gave milk to", CORRUPTED],
         answers=[(" Mary", " John")] * 3,
     )
-    request = make_request(bridge, pairs, ["resid_pre", "z", "pattern"])
+    request = make_request(bridge, pairs, SweepSpec(["resid_pre", "z", "pattern"]))
     counts = _count_batches(request, max_tokens)
     works = [ExactWork(request, PackedRunner(bridge, request.sites))]
     units = [unit for v in make_layout(request, NO_RUNNER, {}).variables for unit in v.units()]
@@ -193,7 +193,7 @@ def test_every_patch_called_dead_has_no_effect(name: str) -> None:
             corrupted_tokens=("",) * length, answer_text="a", wrong_answer_text="b", labels={},
         )  # fmt: skip
         request = make_request(
-            bridge, PromptPairs((pair,)), name, read=int(rng.integers(1, length))
+            bridge, PromptPairs((pair,)), SweepSpec(name, read=int(rng.integers(1, length)))
         )
         plan = request.plans[0]
         patches = plan.patches()
@@ -215,7 +215,7 @@ def test_every_patch_called_dead_has_no_effect(name: str) -> None:
 
 
 def test_demo_plan_costs_what_the_design_says(smollm2) -> None:
-    plan = make_request(smollm2, demo_pairs("smollm2-135m"), "resid_pre").plans[0]
+    plan = make_request(smollm2, demo_pairs("smollm2-135m"), SweepSpec("resid_pre")).plans[0]
     assert (plan.n_patches, plan.n_live) == (510, 204)
     assert plan.token_layers == 12_390
     assert plan.loop_token_layers == 260_100
@@ -236,12 +236,12 @@ def test_demo_plan_costs_what_the_design_says(smollm2) -> None:
 )
 def test_selection_out_of_range_is_refused(selection, message: str) -> None:
     with pytest.raises(PlanError, match=message):
-        make_request(model("tiny:llama"), demo_pairs("tiny:llama"), "z", **selection)
+        make_request(model("tiny:llama"), demo_pairs("tiny:llama"), SweepSpec("z", **selection))
 
 
 def test_neurons_must_be_chosen() -> None:
     with pytest.raises(PlanError, match="48 neurons a layer; choose some"):
-        make_request(model("tiny:llama"), demo_pairs("tiny:llama"), "mlp_post")
+        make_request(model("tiny:llama"), demo_pairs("tiny:llama"), SweepSpec("mlp_post"))
 
 
 def test_prompts_are_the_demo_pair() -> None:

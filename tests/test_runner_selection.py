@@ -17,7 +17,7 @@ from patchsweep.runners.hooked import HookedRunner
 from patchsweep.runners.packed.runner import PackedRunner
 from patchsweep.spec.metrics import METRICS
 from patchsweep.spec.plan import PatchSet
-from patchsweep.spec.spec import make_request
+from patchsweep.spec.spec import SweepSpec, make_request
 from patchsweep.store.attributes import attributes
 from subjects import CLEAN, CORRUPTED, demo_pairs, model
 from transformer_lens.model_bridge import TransformerBridge
@@ -43,7 +43,7 @@ def counted_passes(bridge: TransformerBridge) -> Iterator[list[int]]:
 
 def test_hooked_runner_shares_a_pass_among_sites_and_layers() -> None:
     bridge = model("tiny:llama")
-    request = make_request(bridge, demo_pairs("tiny:llama"), ["resid_pre", "z", "k"])
+    request = make_request(bridge, demo_pairs("tiny:llama"), SweepSpec(["resid_pre", "z", "k"]))
     batch = request.batches([0])[0]
     runner = HookedRunner(bridge, request.sites)
     loaded = runner.load(batch, request.intervention)

@@ -15,7 +15,7 @@ from patchsweep.spec.batch import make_batches
 from patchsweep.spec.interventions import Prompts, get_intervention
 from patchsweep.spec.metrics import METRICS
 from patchsweep.spec.sites import SITES
-from patchsweep.spec.spec import make_request
+from patchsweep.spec.spec import SweepSpec, make_request
 from subjects import demo_pairs, model, reference_pairs
 
 # fp32 logits of order 10 carry about 1e-6 each; a dozen products and norms stay far below this
@@ -35,11 +35,13 @@ def _setup(family: str, site: str, intervention: str, direction: str | None, **s
     request = make_request(
         bridge,
         demo_pairs(f"tiny:{family}"),
-        site,
-        direction=direction,
-        intervention=intervention,
-        means_from=reference_pairs(f"tiny:{family}") if intervention == "mean" else None,
-        **selection,
+        SweepSpec(
+            site,
+            direction=direction,
+            intervention=intervention,
+            means_from=reference_pairs(f"tiny:{family}") if intervention == "mean" else None,
+            **selection,
+        ),
     )
     batch = make_batches(request.pairs, [0], request.direction, request.read, torch.device("cpu"))[
         0

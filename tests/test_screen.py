@@ -9,7 +9,7 @@ import xarray as xr
 from attribution_setup import block, pairs_of
 from patchsweep.forward.grad import GradientModel
 from patchsweep.runners.packed.runner import PackedRunner
-from patchsweep.spec.spec import make_request
+from patchsweep.spec.spec import SweepSpec, make_request
 from patchsweep.store.attributes import attributes
 from patchsweep.store.layout import Unit
 from patchsweep.sweeps.api import prepare_runner
@@ -164,7 +164,7 @@ def test_screen_finds_the_top_of_the_z_sweep_of_smollm2(smollm2) -> None:
     ds = ps.sweep(smollm2, pairs, ["z"], method=screen, runner="packed")
     ran = np.nan_to_num(np.abs(_effects(ds, "z")).ravel())
     assert len(top & set(np.argsort(-ran)[:20].tolist())) >= 19
-    request = make_request(smollm2, pairs, ["z"])
+    request = make_request(smollm2, pairs, SweepSpec(["z"]))
     plan = request.plans[0]
     finite = np.isfinite(ds.z.values).ravel()
     live = plan.live_patches()

@@ -13,7 +13,7 @@ import torch
 from patchsweep.errors import ModelError
 from patchsweep.forward.activation_store import ActivationStore, Budget
 from patchsweep.runners.packed.runner import PackedRunner
-from patchsweep.spec.spec import make_request
+from patchsweep.spec.spec import SweepSpec, make_request
 from subjects import demo_pairs, model
 
 NAME = "tiny:llama"
@@ -38,7 +38,7 @@ def test_spilled_sweep_equals_the_one_in_memory_bit_for_bit(
 
 
 def test_only_what_exceeds_the_budget_is_spilled_and_the_budget_comes_back() -> None:
-    request = make_request(model(NAME), demo_pairs(NAME), ["z"], ["logit_diff"])
+    request = make_request(model(NAME), demo_pairs(NAME), SweepSpec(["z"], ["logit_diff"]))
     batch = request.batches([0])[0]
     whole = PackedRunner(model(NAME), request.sites, cache_budget=10**9)
     loaded = whole.load(batch, request.intervention)

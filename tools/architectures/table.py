@@ -19,7 +19,7 @@ from patchsweep.runners.hooked import HookedRunner
 from patchsweep.runners.select import select_runner
 from patchsweep.spec.batch import Batch
 from patchsweep.spec.metrics import METRICS
-from patchsweep.spec.spec import Request, make_request
+from patchsweep.spec.spec import Request, SweepSpec, make_request
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM
@@ -147,7 +147,7 @@ def measure(architecture: str, model_type: str, bridge: TransformerBridge) -> Ro
 
 
 def _cell(bridge: TransformerBridge, pairs: PromptPairs, site: str) -> Cell:
-    request = make_request(bridge, pairs, site)
+    request = make_request(bridge, pairs, SweepSpec(site))
     batch = request.batches([0])[0]
     try:
         choice = select_runner(bridge, request.plans, request.intervention)

@@ -32,7 +32,7 @@ from patchsweep.models.running import runs_model
 from patchsweep.spec.batch import Batch, base_and_source
 from patchsweep.spec.interventions import Direction
 from patchsweep.spec.sites import SITES
-from patchsweep.spec.spec import MetricLike, Request, make_request
+from patchsweep.spec.spec import MetricLike, Request, SweepSpec, make_request
 from patchsweep.store.attributes import flat_attributes
 from patchsweep.sweeps.api import sweep
 from patchsweep.sweeps.identity import identity_of, question_settings, read_weights
@@ -50,10 +50,10 @@ Floats = NDArray[np.float32]
 def attention(
     model: TransformerBridge,
     pairs: PromptPairs,
-    metrics: MetricLike | Sequence[MetricLike] = "logit_diff",
+    metrics: MetricLike | Sequence[MetricLike] = SweepSpec.metrics,
     *,
-    direction: Direction | None = None,
-    read: int = -1,
+    direction: Direction | None = SweepSpec.direction,
+    read: int = SweepSpec.read,
     heads: Sequence[Head] | None = None,
     top: int = 16,
     predictions: int = 10,
@@ -90,7 +90,9 @@ def attention(
         PatchsweepError: an argument breaks a rule, or the model has no gradient at its patterns;
             nothing has run then.
     """
-    request = make_request(model, pairs, "pattern", metrics, direction=direction, read=read)
+    request = make_request(
+        model, pairs, SweepSpec("pattern", metrics, direction=direction, read=read)
+    )
     check_request(request, [Atp()])
     _check(request, heads, top, predictions)
     attrs = _attrs(request, heads, top, predictions, config)
@@ -115,10 +117,10 @@ def attention(
 def describe(
     model: TransformerBridge,
     pairs: PromptPairs,
-    metrics: MetricLike | Sequence[MetricLike] = "logit_diff",
+    metrics: MetricLike | Sequence[MetricLike] = SweepSpec.metrics,
     *,
-    direction: Direction | None = None,
-    read: int = -1,
+    direction: Direction | None = SweepSpec.direction,
+    read: int = SweepSpec.read,
     heads: Sequence[Head] | None = None,
     top: int = 16,
     predictions: int = 10,
@@ -129,7 +131,9 @@ def describe(
     Raises:
         PatchsweepError: an argument breaks a rule.
     """
-    request = make_request(model, pairs, "pattern", metrics, direction=direction, read=read)
+    request = make_request(
+        model, pairs, SweepSpec("pattern", metrics, direction=direction, read=read)
+    )
     _check(request, heads, top, predictions)
     read_weights(model)
     return _attrs(request, heads, top, predictions, config)

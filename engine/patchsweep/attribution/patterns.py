@@ -12,7 +12,7 @@ as where a head's effect comes from. Summed over a row, `patch` is the AtP estim
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ from patchsweep.models.running import runs_model
 from patchsweep.spec.batch import Batch, clean_prompts
 from patchsweep.spec.finite import check_finite
 from patchsweep.spec.sites import SITES
-from patchsweep.spec.spec import MetricLike, Request, make_request
+from patchsweep.spec.spec import MetricLike, Request, SweepSpec, make_request
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class PatternScores:
 def pattern_scores(
     model: TransformerBridge,
     pairs: PromptPairs,
-    metrics: MetricLike | list[MetricLike] = "logit_diff",
+    metrics: MetricLike | Sequence[MetricLike] = SweepSpec.metrics,
     **selection: Any,
 ) -> PatternScores:
     """Scores of all cells of all attention patterns, in the metric's unit, signed.
@@ -92,7 +92,7 @@ def pattern_scores(
     Raises:
         PatchsweepError: an argument breaks a rule; nothing has run then.
     """
-    request = make_request(model, pairs, "pattern", metrics, **selection)
+    request = make_request(model, pairs, SweepSpec("pattern", metrics, **selection))
     check_request(request, [Atp()])
     tape = GradientModel(model, [SITES["pattern"]], compute_dtype=request.compute_dtype)
     shape = request.shape

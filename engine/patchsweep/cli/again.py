@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.schema.run import RunConfig, SitesConfig
 from patchsweep.errors import ConfigError, StoreError
-from patchsweep.spec.spec import MetricLike, Request, make_request
+from patchsweep.spec.spec import MetricLike, Request, SweepSpec, make_request
 from patchsweep.store.difference import IDENTITY
 from patchsweep.store.store import Store
 from patchsweep.sweeps.identity import request_difference
@@ -34,7 +34,7 @@ class Recorded:
 
     sites: list[str]
     metrics: list[Any]  # names; of a metric of the user's own something else
-    selection: dict[str, Any]  # what `make_request` takes besides
+    selection: dict[str, Any]  # other fields of its `SweepSpec`
     precision: str
 
     @classmethod
@@ -103,7 +103,7 @@ def run_again(store: Store, words: Sequence[str], verb: str) -> tuple[Request, R
         )
     model = config.model.load()
     pairs = config.task.load(model)
-    request = make_request(model, pairs, recorded.sites, metrics, **recorded.selection)
+    request = make_request(model, pairs, SweepSpec(recorded.sites, metrics, **recorded.selection))
     _check_same(store, request)
     return request, config
 

@@ -29,7 +29,7 @@ def job(cfg: DictConfig) -> None:
     transformers_logging.disable_progress_bar()
     model = config.model.sketch()
     pairs = config.task.load(model)
-    cost = plan(model, pairs, **config.arguments(model))
+    cost = plan(model, pairs, config.spec(model), **config.settings())
     console = stdout()
     show(cost, console)
     if cost.n_slices > 1:

@@ -37,7 +37,14 @@ def execute(config: RunConfig) -> None:
     model = config.model.load()
     pairs = config.task.load(model)
     with Bar(console) as bar:
-        ds = sweep(model, pairs, **config.arguments(model), config=config.identity(), progress=bar)
+        ds = sweep(
+            model,
+            pairs,
+            config.spec(model),
+            **config.settings(),
+            config=config.identity(),
+            progress=bar,
+        )
     told = attributes(ds)
     provenance = told["provenance"]
     share = f"slice {config.slice} of {config.n_slices}: " if config.n_slices > 1 else ""

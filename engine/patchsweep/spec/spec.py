@@ -1,17 +1,22 @@
-"""A request: everything that a sweep was asked for, checked, with its plans. Runs nothing."""
+"""What a sweep is: a `SweepSpec`, and the `Request` that it becomes for a model and prompts.
+
+A `SweepSpec` says everything that decides a number of a sweep, besides the model and the prompts.
+Its defaults are the only ones: `sweep`, the command line and the analyses take theirs from it.
+Nothing here runs a model.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import KW_ONLY, dataclass, fields
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.arguments import check_bridge, index_sets, whole_number
+from patchsweep.arguments import check_bridge, index_sets, one_of, whole_number
 from patchsweep.arguments import position_axis as given_positions
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.data.tokenize import context_size
@@ -29,7 +34,7 @@ from patchsweep.spec.interventions import (
     get_intervention,
 )
 from patchsweep.spec.metrics import Metric, MetricLike, check_rows, get_metrics
-from patchsweep.spec.plan import Axes, ModelShape, SitePlan
+from patchsweep.spec.plan import Axes, ModelShape, PairShape, SitePlan
 from patchsweep.spec.planner import plan_site
 from patchsweep.spec.reference import MeansFrom, check_means, with_reference
 from patchsweep.spec.sites import Site, get_sites
@@ -41,9 +46,82 @@ Positions = int | Sequence[int | str] | Literal["all"] | None
 UNIT_TOKENS = 16_384
 
 
+Precision = Literal["model", "bf16"]
+
+
 @dataclass(frozen=True)
-class Request:
-    """A sweep, decided but not run."""
+class SweepSpec:
+    """What a sweep is, apart from its model and its prompts. Checked when it is made.
+
+    `sweep`, `plan` and `sample_exact` take one in the place of `sites`, or its fields one by one;
+    `sweep` says what each field means.
+
+        spec = SweepSpec("z", "logit_diff", layers=[9, 10], intervention="zero")
+        plan(model, pairs, spec)
+        sweep(model, pairs, spec, store="runs/z.zarr")
+
+    Raises:
+        PatchsweepError: a field breaks a rule that holds for any model.
+    """
+
+    sites: str | Sequence[str] = ("resid_pre",)
+    metrics: MetricLike | Sequence[MetricLike] = "logit_diff"
+    _: KW_ONLY
+    direction: Direction | None = None  # None: denoising for resample, noising for the others
+    intervention: str | Intervention | float | Tensor | ValueFn = "resample"
+    layers: Sets | None = None
+    positions: Positions = None
+    heads: Sets | Literal["all"] | None = None
+    neurons: Sets | Literal["all"] | None = None
+    read: int = -1
+    means_from: MeansFrom = None
+    method: Any = "exact"  # names, methods or a Screen, see `sweeps.methods`
+    precision: Precision = "model"
+    compute_dtype: ComputeDtype = "auto"
+
+    def __post_init__(self) -> None:
+        get_sites(self.sites)
+        get_metrics(self.metrics)
+        get_intervention(self.intervention)
+        whole_number("read", self.read)
+        check_direction(self.direction)
+        one_of("precision", self.precision, get_args(Precision))
+
+
+SPEC_FIELDS = tuple(f.name for f in fields(SweepSpec))
+
+
+def as_spec(sites: SweepSpec | str | Sequence[str], **others: Any) -> SweepSpec:
+    """The spec that was given as `sites`, or the one that these fields make.
+
+    Raises:
+        ConfigError: `others` says something beside a spec.
+        PatchsweepError: a field breaks a rule.
+    """
+    if not isinstance(sites, SweepSpec):
+        return SweepSpec(sites, **others)
+    default = SweepSpec()
+    for name, value in others.items():
+        if value is not getattr(default, name):
+            raise ConfigError(
+                f"{name}={value!r} stands beside a SweepSpec, which says its {name} itself; use "
+                f"dataclasses.replace(spec, {name}=...)"
+            )
+    return sites
+
+
+def check_direction(direction: Direction | None) -> None:
+    """Raise ConfigError unless `direction` is one of the two, or None."""
+    if direction is not None and direction not in get_args(Direction):
+        raise ConfigError(
+            f"direction={direction!r} is not known; use 'denoising' (base is the corrupted "
+            "prompt) or 'noising' (base is the clean prompt)"
+        )
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Two runs of each pair, what the patches of one take from the other, and what is measured."""
 
     bridge: TransformerBridge
     pairs: PromptPairs
@@ -51,6 +129,35 @@ class Request:
     intervention: Intervention
     direction: Direction
     read: int  # prompt position whose logits are read first; -1 is the last
+
+
+def make_experiment(
+    model: TransformerBridge, pairs: PromptPairs, spec: SweepSpec, sites: Sequence[Site]
+) -> Experiment:
+    """The two runs that `spec` means for a model and its pairs; `sites` is where means are taken.
+
+    Raises:
+        PatchsweepError: an argument breaks a rule; the text says which, and what to do.
+    """
+    model_shape(model)
+    check_pairs(model, pairs)
+    metrics = get_metrics(spec.metrics)
+    intervention = with_reference(get_intervention(spec.intervention), spec.means_from, model)
+    if spec.means_from is None:
+        check_labels(intervention, [pair.labels for pair in pairs])
+    check_means(intervention, pairs, sites)
+    check_metrics(model, pairs, metrics)
+    direction = intervention.default_direction if spec.direction is None else spec.direction
+    for pair in pairs:
+        pair_shape(pair, direction, spec.read)
+    return Experiment(model, pairs, metrics, intervention, direction, spec.read)
+
+
+@dataclass(frozen=True)
+class Request(Experiment):
+    """A sweep of one model on its prompts: a spec made concrete, with the plans of its sites."""
+
+    spec: SweepSpec
     shape: ModelShape
     plans: tuple[SitePlan, ...]
     compute_dtype: torch.dtype  # of activations and products
@@ -73,93 +180,69 @@ class Request:
         return tuple(plan.site for plan in self.plans)
 
 
-def make_request(
-    model: TransformerBridge,
-    pairs: PromptPairs,
-    sites: str | Sequence[str],
-    metrics: MetricLike | Sequence[MetricLike] = "logit_diff",
-    *,
-    direction: Direction | None = None,
-    intervention: str | Intervention | float | Tensor | ValueFn = "resample",
-    layers: Sets | None = None,
-    positions: Positions = None,
-    heads: Sets | Literal["all"] | None = None,
-    neurons: Sets | Literal["all"] | None = None,
-    read: int = -1,
-    compute_dtype: ComputeDtype = "auto",
-    means_from: MeansFrom = None,
-) -> Request:
-    """Check the arguments of a sweep and plan it; see `patchsweep.sweeps.api` for their meaning.
+def make_request(model: TransformerBridge, pairs: PromptPairs, spec: SweepSpec) -> Request:
+    """Check `spec` against a model and its pairs, and plan it.
 
     Raises:
         PatchsweepError: an argument breaks a rule; the text says which, and what to do.
     """
+    sites = get_sites(spec.sites)
+    experiment = make_experiment(model, pairs, spec, sites)
     shape = model_shape(model)
-    read = whole_number("read", read)
-    check_pairs(model, pairs)
-    chosen_sites = get_sites(sites)
-    chosen_metrics = get_metrics(metrics)
-    chosen = with_reference(get_intervention(intervention), means_from, model)
-    if means_from is None:
-        check_labels(chosen, [pair.labels for pair in pairs])
-    check_means(chosen, pairs, chosen_sites)
-    if direction is None:
-        direction = chosen.default_direction
-    if direction not in ("denoising", "noising"):
-        raise ConfigError(
-            f"direction={direction!r} is not known; use 'denoising' (base is the corrupted "
-            "prompt) or 'noising' (base is the clean prompt)"
-        )
-    check_metrics(model, pairs, chosen_metrics)
     check_each_row(model)
-    dtype = compute_dtype_of(model, compute_dtype)
-    pair_shapes = [pair_shape(pair, direction, read) for pair in pairs]
-    position_axis: tuple[int | str, ...] | None
-    if positions is None:
-        position_axis = tuple(range(max(p.length for p in pair_shapes)))
-    elif isinstance(positions, str):
-        if positions != "all":
-            raise PlanError(
-                f"positions={positions!r} is not known; use 'all', or a list of indices or labels"
-            )
-        position_axis = None
-    else:
-        position_axis = given_positions(positions)
-    plans = []
-    for site in chosen_sites:
-        units = _unit_sets(site, shape, heads, neurons)
-        n_sources = 0
-        if site.name == "pattern_cell":
-            if units is None or position_axis is None:
-                raise PlanError(
-                    "site pattern_cell patches single cells (dest, src); use the site pattern for "
-                    "whole rows, heads='all' or positions='all'"
-                )
-            n_sources = max(p.length for p in pair_shapes)
-            units = tuple(unit for unit in units for _ in range(n_sources))
-        layer_sets = _sets("layers", layers, shape.n_layers) if site.layered else ((0,),)
-        plans.append(
-            plan_site(
-                site,
-                Axes(layer_sets, position_axis, units, n_sources),
-                shape,
-                pair_shapes,
-                resample=chosen.from_source,
-            )
-        )
+    dtype = compute_dtype_of(model, spec.compute_dtype)
+    pair_shapes = [pair_shape(pair, experiment.direction, spec.read) for pair in pairs]
+    resample = experiment.intervention.from_source
+    plans = tuple(_plan(spec, site, shape, pair_shapes, resample=resample) for site in sites)
     return Request(
-        bridge=model,
-        pairs=pairs,
-        metrics=chosen_metrics,
-        intervention=chosen,
-        direction=direction,
-        read=read,
+        **{f.name: getattr(experiment, f.name) for f in fields(Experiment)},
+        spec=spec,
         shape=shape,
-        plans=tuple(plans),
+        plans=plans,
         compute_dtype=dtype,
         noisy=dtype in SIXTEEN_BITS or first_packed(model) is not None,
-        source_of=next_of_length(pairs) if chosen.name == "shuffle" else None,
+        source_of=next_of_length(pairs) if experiment.intervention.name == "shuffle" else None,
     )
+
+
+def _plan(
+    spec: SweepSpec,
+    site: Site,
+    shape: ModelShape,
+    pair_shapes: Sequence[PairShape],
+    *,
+    resample: bool,
+) -> SitePlan:
+    """The plan of one site."""
+    positions = _position_axis(spec.positions, pair_shapes)
+    units = _unit_sets(site, shape, spec.heads, spec.neurons)
+    n_sources = 0
+    if site.name == "pattern_cell":
+        if units is None or positions is None:
+            raise PlanError(
+                "site pattern_cell patches single cells (dest, src); use the site pattern for "
+                "whole rows, heads='all' or positions='all'"
+            )
+        n_sources = max(p.length for p in pair_shapes)
+        units = tuple(unit for unit in units for _ in range(n_sources))
+    layers = _sets("layers", spec.layers, shape.n_layers) if site.layered else ((0,),)
+    axes = Axes(layers, positions, units, n_sources)
+    return plan_site(site, axes, shape, pair_shapes, resample=resample)
+
+
+def _position_axis(
+    positions: Positions, pair_shapes: Sequence[PairShape]
+) -> tuple[int | str, ...] | None:
+    """The position axis of every site; None: one patch over all positions."""
+    if positions is None:
+        return tuple(range(max(p.length for p in pair_shapes)))
+    if not isinstance(positions, str):
+        return given_positions(positions)
+    if positions != "all":
+        raise PlanError(
+            f"positions={positions!r} is not known; use 'all', or a list of indices or labels"
+        )
+    return None
 
 
 def check_pairs(model: TransformerBridge, pairs: PromptPairs) -> None:

@@ -14,7 +14,7 @@ import xarray as xr
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.arguments import check_runner, check_store_path, one_of
+from patchsweep.arguments import check_runner, check_store_path
 from patchsweep.attribution import check_request
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import ConfigError
@@ -25,7 +25,17 @@ from patchsweep.runners.select import RunnerChoice, RunnerName, select_runner
 from patchsweep.spec.batch import clean_prompts
 from patchsweep.spec.interventions import Direction, Intervention, Reader, ValueFn
 from patchsweep.spec.reference import MeansFrom
-from patchsweep.spec.spec import MetricLike, Positions, Request, Sets, make_request
+from patchsweep.spec.spec import (
+    SPEC_FIELDS,
+    MetricLike,
+    Positions,
+    Precision,
+    Request,
+    Sets,
+    SweepSpec,
+    as_spec,
+    make_request,
+)
 from patchsweep.store.difference import IDENTITY
 from patchsweep.store.journal import Journal
 from patchsweep.store.layout import Layout
@@ -41,8 +51,6 @@ from patchsweep.sweeps.means import keep_means
 from patchsweep.sweeps.methods import MethodLike, MethodSpec, parse_methods
 from patchsweep.sweeps.screen import ScreenWork
 
-Precision = Literal["model", "bf16"]
-PRECISIONS = ("model", "bf16")
 log = logging.getLogger("patchsweep")
 
 
@@ -50,18 +58,20 @@ log = logging.getLogger("patchsweep")
 def sweep(
     model: TransformerBridge,
     pairs: PromptPairs,
-    sites: str | Sequence[str] = ("resid_pre",),
-    metrics: MetricLike | Sequence[MetricLike] = "logit_diff",
+    sites: SweepSpec | str | Sequence[str] = SweepSpec.sites,
+    metrics: MetricLike | Sequence[MetricLike] = SweepSpec.metrics,
     *,
-    direction: Direction | None = None,
-    intervention: str | Intervention | float | Tensor | ValueFn = "resample",
-    layers: Sets | None = None,
-    positions: Positions = None,
-    heads: Sets | Literal["all"] | None = None,
-    neurons: Sets | Literal["all"] | None = None,
-    read: int = -1,
-    means_from: MeansFrom = None,
-    method: MethodLike | Sequence[MethodLike] = "exact",
+    direction: Direction | None = SweepSpec.direction,
+    intervention: str | Intervention | float | Tensor | ValueFn = SweepSpec.intervention,
+    layers: Sets | None = SweepSpec.layers,
+    positions: Positions = SweepSpec.positions,
+    heads: Sets | Literal["all"] | None = SweepSpec.heads,
+    neurons: Sets | Literal["all"] | None = SweepSpec.neurons,
+    read: int = SweepSpec.read,
+    means_from: MeansFrom = SweepSpec.means_from,
+    method: MethodLike | Sequence[MethodLike] = SweepSpec.method,
+    precision: Precision = SweepSpec.precision,
+    compute_dtype: ComputeDtype = SweepSpec.compute_dtype,
     store: str | Path | None = None,
     storage_options: Mapping[str, Any] | None = None,
     slice_index: int = 0,
@@ -69,8 +79,6 @@ def sweep(
     runner: RunnerName = "auto",
     max_tokens: int | None = None,
     cache_budget: int | None = None,
-    precision: Precision = "model",
-    compute_dtype: ComputeDtype = "auto",
     config: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> xr.Dataset:
@@ -82,6 +90,8 @@ def sweep(
 
     Args:
         model: what `load_model` gives, or any TransformerBridge of a causal model.
+        sites: names of `patchsweep.spec.sites.SITES`; or a `SweepSpec`, which says this and all
+            arguments down to `compute_dtype`.
         direction: `denoising` patches clean values into the corrupted run, `noising` the other
             way round. Default: denoising for resample, noising for zero and mean.
         intervention: `resample`, `zero`, `mean`, `shuffle`, a constant (a number, `[width]` or
@@ -122,11 +132,9 @@ def sweep(
     Raises:
         PatchsweepError: an argument breaks a rule; nothing has run then.
     """
-    request = make_request(
-        model,
-        pairs,
+    spec = as_spec(
         sites,
-        metrics,
+        metrics=metrics,
         direction=direction,
         intervention=intervention,
         layers=layers,
@@ -134,14 +142,15 @@ def sweep(
         heads=heads,
         neurons=neurons,
         read=read,
-        compute_dtype=compute_dtype,
         means_from=means_from,
+        method=method,
+        precision=precision,
+        compute_dtype=compute_dtype,
     )
+    request = make_request(model, pairs, spec)
     share = Share(slice_index, n_slices)
-    asked = _check_settings(
-        request, method, store, n_slices, runner, max_tokens, cache_budget, precision
-    )
-    proven = precision == "bf16"
+    asked = _check_settings(request, store, n_slices, runner, max_tokens, cache_budget)
+    proven = spec.precision == "bf16"
     if store is None and n_slices > 1:
         raise ConfigError(f"n_slices={n_slices} needs a store, where the slices meet; give one")
     own = model.cfg.dtype
@@ -161,7 +170,7 @@ def sweep(
             more=asked.variables(request) + (recheck_variables(request) if proven else ()),
             attrs=asked.attrs(request),
             methods=asked.settings(),
-            precision=precision,
+            precision=spec.precision,
         )
 
     if store is not None:  # a place that will not do is refused before anything runs
@@ -252,8 +261,8 @@ def _recorded_choice(
 def plan(
     model: TransformerBridge,
     pairs: PromptPairs,
-    sites: str | Sequence[str] = ("resid_pre",),
-    metrics: MetricLike | Sequence[MetricLike] = "logit_diff",
+    sites: SweepSpec | str | Sequence[str] = SweepSpec.sites,
+    metrics: MetricLike | Sequence[MetricLike] = SweepSpec.metrics,
     **settings: Any,
 ) -> Cost:
     """What `sweep` with these arguments will cost; checks them all and runs no model.
@@ -264,15 +273,13 @@ def plan(
         PatchsweepError: an argument breaks a rule.
         TypeError: `sweep` has no such argument.
     """
-    told = inspect.signature(sweep).bind(model, pairs, sites, metrics, **settings)
-    told.apply_defaults()
-    given = told.arguments
-    selection = ("direction", "intervention", "layers", "positions", "heads", "neurons", "read")
-    request = make_request(
-        model, pairs, sites, metrics, **{name: given[name] for name in selection}
-    )
+    bound = inspect.signature(sweep).bind(model, pairs, sites, metrics, **settings)
+    bound.apply_defaults()
+    given = bound.arguments
+    spec = as_spec(sites, **{name: given[name] for name in SPEC_FIELDS if name != "sites"})
+    request = make_request(model, pairs, spec)
     share = Share(given["slice_index"], given["n_slices"])
-    names = ("method", "store", "n_slices", "runner", "max_tokens", "cache_budget", "precision")
+    names = ("store", "n_slices", "runner", "max_tokens", "cache_budget")
     asked = _check_settings(request, *(given[name] for name in names))
     return estimate(
         request,
@@ -280,27 +287,25 @@ def plan(
         given["cache_budget"],
         asked=asked,
         runner=given["runner"],
-        proven=given["precision"] == "bf16",
+        proven=spec.precision == "bf16",
         n_slices=share.n,
     )
 
 
 def _check_settings(
     request: Request,
-    method: MethodLike | Sequence[MethodLike],
     store: str | Path | None,
     n_slices: int,
     runner: RunnerName,
     max_tokens: int | None,
     cache_budget: float | None,
-    precision: Precision,
 ) -> MethodSpec:
-    """What `method` asks for; raises for settings that make no sense, alone or together."""
+    """What the spec's method means; raises for settings that make no sense, alone or together."""
     check_runner(runner, max_tokens, cache_budget)
-    one_of("precision", precision, PRECISIONS)
+    precision = request.spec.precision
     if store is not None:
         check_store_path(store)
-    asked = parse_methods(method)
+    asked = parse_methods(request.spec.method)
     if asked.methods:
         check_request(request, asked.methods)
     if asked.screen is not None:

@@ -14,7 +14,7 @@ from patchsweep.errors import PlanError
 from patchsweep.models.running import running
 from patchsweep.runners.select import RunnerName
 from patchsweep.spec.finite import check_cells
-from patchsweep.spec.spec import MetricLike, Request, make_request
+from patchsweep.spec.spec import MetricLike, Request, SweepSpec, as_spec, make_request
 from patchsweep.sweeps.api import prepare_runner
 from patchsweep.sweeps.exact import Block, Captures, measured_floor
 from patchsweep.sweeps.layout import Memory, make_layout
@@ -24,8 +24,8 @@ from patchsweep.sweeps.noise import site_of
 def sample_exact(
     model: TransformerBridge,
     pairs: PromptPairs,
-    sites: str | Sequence[str],
-    metrics: MetricLike | Sequence[MetricLike] = "logit_diff",
+    sites: SweepSpec | str | Sequence[str] = SweepSpec.sites,
+    metrics: MetricLike | Sequence[MetricLike] = SweepSpec.metrics,
     *,
     n: int = 200,
     seed: int = 0,
@@ -35,14 +35,16 @@ def sample_exact(
 ) -> xr.Dataset:
     """Exact values of `n` random live patches of each site, as `sweep` gives them.
 
+    `sites` may be a `SweepSpec`; `selection` are its other fields.
+
     Live patches that were not drawn are NaN; dead ones are known. To compare estimates with it:
     `compare(estimates.merge(sample, compat="override"))`.
 
     Raises:
         PatchsweepError: an argument breaks a rule; nothing has run then.
     """
-    request = make_request(model, pairs, sites, metrics, **selection)
-    return draw(request, n, seed, runner, max_tokens)
+    spec = as_spec(sites, metrics=metrics, **selection)
+    return draw(make_request(model, pairs, spec), n, seed, runner, max_tokens)
 
 
 def draw(

@@ -29,7 +29,7 @@ from patchsweep.forward.grad import frozen
 from patchsweep.models.running import runs_model
 from patchsweep.spec.finite import check_finite, names_of
 from patchsweep.spec.reference import MeansFrom
-from patchsweep.spec.spec import MetricLike
+from patchsweep.spec.spec import MetricLike, SweepSpec
 from patchsweep.sweeps.identity import identity_of, question_settings, read_weights
 from patchsweep.sweeps.layout import analysis_attrs
 
@@ -43,7 +43,7 @@ LOW_PRECISION_TOLERANCE = 0.3
 def circuit(
     model: TransformerBridge,
     pairs: PromptPairs,
-    metrics: MetricLike | Sequence[MetricLike] = "logit_diff",
+    metrics: MetricLike | Sequence[MetricLike] = SweepSpec.metrics,
     *,
     level: Level = "edges",
     method: str | Method = "atp",
@@ -51,9 +51,9 @@ def circuit(
     sizes: Sequence[float] | None = None,
     ablation: Ablation = "resample",
     scores: xr.DataArray | None = None,
-    read: int = -1,
+    read: int = SweepSpec.read,
     rank_by: RankBy = "size",
-    means_from: MeansFrom = None,
+    means_from: MeansFrom = SweepSpec.means_from,
     config: Mapping[str, Any] | None = None,
 ) -> xr.Dataset:
     """Circuits of several sizes and what each does without the rest of the model.
@@ -99,7 +99,17 @@ def circuit(
         MethodError: the model's blocks cannot be taken apart.
     """
     _check(level, growth)
-    question = ask(model, pairs, metrics, "noising", ablation, read, means_from)
+    question = ask(
+        model,
+        pairs,
+        SweepSpec(
+            metrics=metrics,
+            direction="noising",
+            intervention=ablation,
+            read=read,
+            means_from=means_from,
+        ),
+    )
     check_rank_by(rank_by, question.metrics[0].name)
     nodes = nodes_of(model)
     n = nodes.n_edges if level == "edges" else len(nodes.senders) - 1
@@ -130,7 +140,7 @@ def circuit(
 def describe(
     model: TransformerBridge,
     pairs: PromptPairs,
-    metrics: MetricLike | Sequence[MetricLike] = "logit_diff",
+    metrics: MetricLike | Sequence[MetricLike] = SweepSpec.metrics,
     *,
     level: Level = "edges",
     method: str | Method = "atp",
@@ -138,9 +148,9 @@ def describe(
     sizes: Sequence[float] | None = None,
     ablation: Ablation = "resample",
     scores: xr.DataArray | None = None,
-    read: int = -1,
+    read: int = SweepSpec.read,
     rank_by: RankBy = "size",
-    means_from: MeansFrom = None,
+    means_from: MeansFrom = SweepSpec.means_from,
     config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Attributes by which a store knows what `circuit` gives for these arguments; runs nothing.
@@ -149,7 +159,17 @@ def describe(
         PatchsweepError: an argument breaks a rule.
     """
     _check(level, growth)
-    question = ask(model, pairs, metrics, "noising", ablation, read, means_from)
+    question = ask(
+        model,
+        pairs,
+        SweepSpec(
+            metrics=metrics,
+            direction="noising",
+            intervention=ablation,
+            read=read,
+            means_from=means_from,
+        ),
+    )
     check_rank_by(rank_by, question.metrics[0].name)
     read_weights(model)
     return _attrs(question, level, method, growth, rank_by, sizes, scores, config)

@@ -12,29 +12,24 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.analyses.circuits.nodes import Nodes
-from patchsweep.arguments import whole_number
 from patchsweep.attribution.check import check_model
 from patchsweep.data.pairs import PromptPairs
-from patchsweep.errors import ConfigError, MethodError, PatchsweepError
+from patchsweep.errors import MethodError, PatchsweepError
 from patchsweep.forward.blockwise import Blocks, Trace, unfit
 from patchsweep.forward.unwrapped import Unsupported
 from patchsweep.models.compute import compute_dtype_of
 from patchsweep.models.offload import device_of
-from patchsweep.spec.batch import Batch, clean_prompts, make_batches, pair_shape
+from patchsweep.spec.batch import Batch, clean_prompts, make_batches
 from patchsweep.spec.finite import check_references
 from patchsweep.spec.interventions import (
-    Direction,
     Intervention,
     Spans,
-    ValueFn,
-    check_labels,
-    get_intervention,
     values_of,
 )
-from patchsweep.spec.metrics import Logits, Metric, compute, get_metrics
-from patchsweep.spec.reference import MeansFrom, check_means, means_attrs, with_reference
+from patchsweep.spec.metrics import Logits, Metric, compute
+from patchsweep.spec.reference import means_attrs
 from patchsweep.spec.sites import SITES
-from patchsweep.spec.spec import MetricLike, check_metrics, check_pairs, model_shape
+from patchsweep.spec.spec import Experiment, SweepSpec, make_experiment, model_shape
 
 # what all senders of one batch write stays within this many bytes
 WRITE_BYTES = 512 * 2**20
@@ -42,66 +37,28 @@ SENDER_SITES = ("embed", "z", "mlp_out")  # whose values senders take
 
 
 @dataclass(frozen=True)
-class Question:
+class Question(Experiment):
     """Whose edges, on which prompts, by which metrics; checked, nothing run."""
-
-    bridge: TransformerBridge
-    pairs: PromptPairs
-    metrics: tuple[Metric, ...]
-    intervention: Intervention
-    direction: Direction
-    read: int  # prompt position whose logits are read first; -1 is the last
 
     def means_attrs(self) -> dict[str, Any]:
         """See `reference.means_attrs`."""
         return means_attrs(self.intervention, self.pairs, [SITES[name] for name in SENDER_SITES])
 
 
-def ask(
-    model: TransformerBridge,
-    pairs: PromptPairs,
-    metrics: MetricLike | Sequence[MetricLike],
-    direction: Direction | None,
-    intervention: str | Intervention | float | Tensor | ValueFn,
-    read: int,
-    means_from: MeansFrom = None,
-) -> Question:
+def ask(model: TransformerBridge, pairs: PromptPairs, spec: SweepSpec) -> Question:
     """The arguments that all kinds of edges share, checked.
 
     Raises:
         PatchsweepError: an argument breaks a rule; the text says which, and what to do.
     """
-    model_shape(model)
-    read = whole_number("read", read)
-    check_pairs(model, pairs)
-    chosen = with_reference(get_intervention(intervention), means_from, model)
-    if means_from is None:
-        check_labels(chosen, [pair.labels for pair in pairs])
-    check_means(chosen, pairs, [SITES[name] for name in SENDER_SITES])
-    if chosen.name == "shuffle":
+    found = make_experiment(model, pairs, spec, [SITES[name] for name in SENDER_SITES])
+    if found.intervention.name == "shuffle":
         raise MethodError(
             "intervention=shuffle mixes the pairs of a batch, and edges take each pair by "
             "itself; use resample with other pairs, zero or mean"
         )
-    direction = chosen.default_direction if direction is None else direction
-    if direction not in ("denoising", "noising"):
-        raise ConfigError(
-            f"direction={direction!r} is not known; use 'denoising' (base is the corrupted "
-            "prompt) or 'noising' (base is the clean prompt)"
-        )
     check_model(model)
-    chosen_metrics = get_metrics(metrics)
-    check_metrics(model, pairs, chosen_metrics)
-    for pair in pairs:
-        pair_shape(pair, direction, read)
-    return Question(
-        bridge=model,
-        pairs=pairs,
-        metrics=chosen_metrics,
-        intervention=chosen,
-        direction=direction,
-        read=read,
-    )
+    return Question(**vars(found))
 
 
 def nodes_of(model: TransformerBridge, parallel: tuple[bool, ...] | None = None) -> Nodes:

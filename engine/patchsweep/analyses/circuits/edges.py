@@ -24,7 +24,7 @@ from patchsweep.models.running import runs_model
 from patchsweep.spec.batch import base_and_source
 from patchsweep.spec.interventions import Direction, Intervention, ValueFn
 from patchsweep.spec.reference import MeansFrom
-from patchsweep.spec.spec import MetricLike, model_shape
+from patchsweep.spec.spec import MetricLike, SweepSpec, model_shape
 from patchsweep.store.attributes import flat_attributes
 from patchsweep.sweeps.identity import identity_of, question_settings, read_weights
 from patchsweep.sweeps.layout import analysis_attrs
@@ -38,14 +38,14 @@ _ENDS = ("edge_sender", "edge_reader")
 def edges(
     model: TransformerBridge,
     pairs: PromptPairs,
-    metrics: MetricLike | Sequence[MetricLike] = "logit_diff",
+    metrics: MetricLike | Sequence[MetricLike] = SweepSpec.metrics,
     *,
-    direction: Direction | None = None,
-    intervention: str | Intervention | float | Tensor | ValueFn = "resample",
+    direction: Direction | None = SweepSpec.direction,
+    intervention: str | Intervention | float | Tensor | ValueFn = SweepSpec.intervention,
     steps: int | None = None,
     positions: bool = False,
-    read: int = -1,
-    means_from: MeansFrom = None,
+    read: int = SweepSpec.read,
+    means_from: MeansFrom = SweepSpec.means_from,
 ) -> xr.Dataset:
     """Edge attribution of every edge: `edge_eap` [metric, pair, sender, reader(, pos)].
 
@@ -69,7 +69,17 @@ def edges(
         PatchsweepError: an argument breaks a rule; the text says which, and what to do.
         MethodError: the metric has no use for gradients, or the model is not a sum of parts.
     """
-    question = ask(model, pairs, metrics, direction, intervention, read, means_from)
+    question = ask(
+        model,
+        pairs,
+        SweepSpec(
+            metrics=metrics,
+            direction=direction,
+            intervention=intervention,
+            read=read,
+            means_from=means_from,
+        ),
+    )
     check_gradients(question, steps)
     true_or_false("positions", positions)
     attrs = _attrs(question, {"steps": steps, "positions": positions})
@@ -81,13 +91,13 @@ def exact_edges(
     model: TransformerBridge,
     pairs: PromptPairs,
     edges: Sequence[EdgeLike],
-    metrics: MetricLike | Sequence[MetricLike] = "logit_diff",
+    metrics: MetricLike | Sequence[MetricLike] = SweepSpec.metrics,
     *,
-    direction: Direction | None = None,
-    intervention: str | Intervention | float | Tensor | ValueFn = "resample",
+    direction: Direction | None = SweepSpec.direction,
+    intervention: str | Intervention | float | Tensor | ValueFn = SweepSpec.intervention,
     positions: bool = False,
-    read: int = -1,
-    means_from: MeansFrom = None,
+    read: int = SweepSpec.read,
+    means_from: MeansFrom = SweepSpec.means_from,
 ) -> xr.Dataset:
     """Exact patches of `edges`: `edge` [metric, pair, chosen(, pos)], the raw patched metric.
 
@@ -107,7 +117,17 @@ def exact_edges(
             them a position and others none.
         PatchsweepError: another argument breaks a rule.
     """
-    question = ask(model, pairs, metrics, direction, intervention, read, means_from)
+    question = ask(
+        model,
+        pairs,
+        SweepSpec(
+            metrics=metrics,
+            direction=direction,
+            intervention=intervention,
+            read=read,
+            means_from=means_from,
+        ),
+    )
     chosen = _chosen(nodes_of(model), edges, _length(question))
     true_or_false("positions", positions)
     attrs = _attrs(question, {"edges": list(map(str, chosen)), "positions": positions})
@@ -135,15 +155,15 @@ def exact_edges(
 def screen_edges(
     model: TransformerBridge,
     pairs: PromptPairs,
-    metrics: MetricLike | Sequence[MetricLike] = "logit_diff",
+    metrics: MetricLike | Sequence[MetricLike] = SweepSpec.metrics,
     *,
     top: int = 200,
-    direction: Direction | None = None,
-    intervention: str | Intervention | float | Tensor | ValueFn = "resample",
+    direction: Direction | None = SweepSpec.direction,
+    intervention: str | Intervention | float | Tensor | ValueFn = SweepSpec.intervention,
     steps: int | None = None,
     positions: bool = False,
-    read: int = -1,
-    means_from: MeansFrom = None,
+    read: int = SweepSpec.read,
+    means_from: MeansFrom = SweepSpec.means_from,
     config: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> xr.Dataset:
@@ -165,7 +185,17 @@ def screen_edges(
         PlanError: `top` is less than one or more than there are edges.
         PatchsweepError: another argument breaks a rule.
     """
-    question = ask(model, pairs, metrics, direction, intervention, read, means_from)
+    question = ask(
+        model,
+        pairs,
+        SweepSpec(
+            metrics=metrics,
+            direction=direction,
+            intervention=intervention,
+            read=read,
+            means_from=means_from,
+        ),
+    )
     check_gradients(question, steps)
     nodes = nodes_of(model)
     most = nodes.n_edges * (_length(question) if positions else 1)
@@ -196,15 +226,15 @@ def screen_edges(
 def describe(
     model: TransformerBridge,
     pairs: PromptPairs,
-    metrics: MetricLike | Sequence[MetricLike] = "logit_diff",
+    metrics: MetricLike | Sequence[MetricLike] = SweepSpec.metrics,
     *,
     top: int = 200,
-    direction: Direction | None = None,
-    intervention: str | Intervention | float | Tensor | ValueFn = "resample",
+    direction: Direction | None = SweepSpec.direction,
+    intervention: str | Intervention | float | Tensor | ValueFn = SweepSpec.intervention,
     steps: int | None = None,
     positions: bool = False,
-    read: int = -1,
-    means_from: MeansFrom = None,
+    read: int = SweepSpec.read,
+    means_from: MeansFrom = SweepSpec.means_from,
     config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Attributes by which a store knows what `screen_edges` gives for these; runs nothing.
@@ -212,7 +242,17 @@ def describe(
     Raises:
         PatchsweepError: an argument breaks a rule.
     """
-    question = ask(model, pairs, metrics, direction, intervention, read, means_from)
+    question = ask(
+        model,
+        pairs,
+        SweepSpec(
+            metrics=metrics,
+            direction=direction,
+            intervention=intervention,
+            read=read,
+            means_from=means_from,
+        ),
+    )
     settings = {"steps": steps, "positions": positions, "top": top}
     read_weights(model)
     return _attrs(question, settings, config)

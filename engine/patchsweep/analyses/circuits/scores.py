@@ -20,7 +20,7 @@ from patchsweep.forward.blockwise import Blocks
 from patchsweep.models.running import runs_model
 from patchsweep.spec.interventions import Intervention, ValueFn, get_intervention
 from patchsweep.spec.reference import MeansFrom, with_reference
-from patchsweep.spec.spec import MetricLike
+from patchsweep.spec.spec import MetricLike, SweepSpec
 from patchsweep.sweeps.api import sweep
 from patchsweep.sweeps.estimates import variable_name
 from patchsweep.sweeps.identity import method_identity
@@ -93,8 +93,8 @@ def circuit_scores(
     level: Level = "edges",
     method: str | Method = "atp",
     ablation: Ablation = "resample",
-    read: int = -1,
-    means_from: MeansFrom = None,
+    read: int = SweepSpec.read,
+    means_from: MeansFrom = SweepSpec.means_from,
 ) -> xr.DataArray:
     """What circuits are ranked by: [node] or [sender, reader], signed, in the metric's unit.
 

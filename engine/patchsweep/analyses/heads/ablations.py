@@ -26,7 +26,7 @@ from patchsweep.spec.interventions import Custom, Intervention, Mean, Resample, 
 from patchsweep.spec.metrics import METRICS, Metric
 from patchsweep.spec.reference import with_reference
 from patchsweep.spec.sites import Site
-from patchsweep.spec.spec import Positions, Request, make_request
+from patchsweep.spec.spec import Positions, Request, SweepSpec, make_request
 from patchsweep.store.attributes import attributes, flat_attributes
 from patchsweep.sweeps.api import prepare_runner, sweep
 from patchsweep.sweeps.exact import Captures
@@ -224,12 +224,14 @@ def _request(ask: Ask, intervention: Intervention) -> Request:
     return make_request(
         ask.model,
         ask.pairs,
-        ["z"],
-        ask.measured,
-        direction="noising",
-        intervention=intervention,
-        positions=ask.positions,
-        read=ask.read,
+        SweepSpec(
+            "z",
+            ask.measured,
+            direction="noising",
+            intervention=intervention,
+            positions=ask.positions,
+            read=ask.read,
+        ),
     )
 
 

@@ -37,7 +37,7 @@ from patchsweep.models.running import runs_model
 from patchsweep.runners.select import RunnerName
 from patchsweep.spec.metrics import get_metrics
 from patchsweep.spec.reference import MeansFrom, load_reference
-from patchsweep.spec.spec import MetricLike, Positions
+from patchsweep.spec.spec import MetricLike, Positions, SweepSpec
 from patchsweep.store.attributes import flat_attributes
 from patchsweep.sweeps.executor import Progress
 from patchsweep.sweeps.identity import identity_of, intervention_words, metric_words, read_weights
@@ -52,14 +52,14 @@ USUAL = Thresholds()
 def study(
     model: TransformerBridge,
     pairs: PromptPairs,
-    metrics: MetricLike | Sequence[MetricLike] = "logit_diff",
+    metrics: MetricLike | Sequence[MetricLike] = SweepSpec.metrics,
     *,
     ablations: Sequence[str] = ABLATIONS,
     positions: Positions = "all",
     optimal: OptimalSettings | None = TRAINED,
     thresholds: Thresholds = USUAL,
-    read: int = -1,
-    means_from: MeansFrom = None,
+    read: int = SweepSpec.read,
+    means_from: MeansFrom = SweepSpec.means_from,
     runner: RunnerName = "auto",
     max_tokens: int | None = None,
     config: Mapping[str, Any] | None = None,
@@ -133,14 +133,14 @@ def study(
 def describe(
     model: TransformerBridge,
     pairs: PromptPairs,
-    metrics: MetricLike | Sequence[MetricLike] = "logit_diff",
+    metrics: MetricLike | Sequence[MetricLike] = SweepSpec.metrics,
     *,
     ablations: Sequence[str] = ABLATIONS,
     positions: Positions = "all",
     optimal: OptimalSettings | None = TRAINED,
     thresholds: Thresholds = USUAL,
-    read: int = -1,
-    means_from: MeansFrom = None,
+    read: int = SweepSpec.read,
+    means_from: MeansFrom = SweepSpec.means_from,
     runner: RunnerName = "auto",
     max_tokens: int | None = None,
     config: Mapping[str, Any] | None = None,

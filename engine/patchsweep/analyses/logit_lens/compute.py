@@ -31,7 +31,7 @@ from patchsweep.models.running import runs_model
 from patchsweep.spec.batch import Batch, make_batches
 from patchsweep.spec.finite import check_finite
 from patchsweep.spec.interventions import Direction, get_intervention
-from patchsweep.spec.spec import check_pairs, model_shape
+from patchsweep.spec.spec import SweepSpec, check_pairs, model_shape
 from patchsweep.store.attributes import flat_attributes
 from patchsweep.sweeps.identity import identity_of, read_weights
 from patchsweep.sweeps.layout import analysis_attrs
@@ -48,7 +48,7 @@ def lens(
     pairs: PromptPairs,
     *,
     which: Which | None = None,
-    direction: Direction | None = None,
+    direction: Direction | None = SweepSpec.direction,
     remove: Sublayer | None = None,
     patch: Patch | Sequence[Patch] = (),
     top: int = 5,
@@ -118,7 +118,7 @@ def describe(
     pairs: PromptPairs,
     *,
     which: Which | None = None,
-    direction: Direction | None = None,
+    direction: Direction | None = SweepSpec.direction,
     remove: Sublayer | None = None,
     patch: Patch | Sequence[Patch] = (),
     top: int = 5,

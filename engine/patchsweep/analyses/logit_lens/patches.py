@@ -24,7 +24,7 @@ from patchsweep.spec.interventions import (
 )
 from patchsweep.spec.reference import means_attrs
 from patchsweep.spec.sites import SITES, Site, get_sites
-from patchsweep.spec.spec import Request, make_request, model_shape
+from patchsweep.spec.spec import Request, SweepSpec, make_request, model_shape
 from patchsweep.sweeps.identity import intervention_words
 
 Sublayer = tuple[Literal["attn", "mlp"], int]
@@ -38,7 +38,7 @@ class Patch:
     layer: int | Sequence[int] | None = None  # several: all at once; None: a site of no layer
     pos: int | str = "all"  # a position, a label of the pairs, or all
     head: int | Sequence[int] | None = None  # or key head, or neuron of mlp_post; None: all
-    intervention: str | Intervention | float | Tensor | ValueFn = "resample"
+    intervention: str | Intervention | float | Tensor | ValueFn = SweepSpec.intervention
 
     def told(self) -> dict[str, Any]:
         """The patch as JSON takes it; values of the user's own by their name alone."""
@@ -177,13 +177,15 @@ def _request(
     return make_request(
         model,
         pairs,
-        patch.site,
-        direction=direction,
-        intervention=patch.intervention,
-        layers=[patch.layer] if patch.layer is not None and site.layered else None,
-        positions="all" if patch.pos == "all" else [patch.pos],
-        heads=None if site.unit == "neuron" else units,
-        neurons=units if site.unit == "neuron" else None,
+        SweepSpec(
+            patch.site,
+            direction=direction,
+            intervention=patch.intervention,
+            layers=[patch.layer] if patch.layer is not None and site.layered else None,
+            positions="all" if patch.pos == "all" else [patch.pos],
+            heads=None if site.unit == "neuron" else units,
+            neurons=units if site.unit == "neuron" else None,
+        ),
     )
 
 

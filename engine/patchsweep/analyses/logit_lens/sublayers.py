@@ -14,6 +14,7 @@ from patchsweep.analyses.logit_lens.compute import Which, base_direction
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.runners.select import RunnerName
 from patchsweep.spec.interventions import Direction
+from patchsweep.spec.spec import SweepSpec
 from patchsweep.store.difference import IDENTITY
 from patchsweep.sweeps.api import sweep
 from patchsweep.sweeps.executor import Progress
@@ -27,7 +28,7 @@ def sublayers(
     pairs: PromptPairs,
     *,
     which: Which | None = None,
-    direction: Direction | None = None,
+    direction: Direction | None = SweepSpec.direction,
     runner: RunnerName = "auto",
     max_tokens: int | None = None,
     config: Mapping[str, Any] | None = None,

@@ -28,7 +28,7 @@ from patchsweep.data.records import PromptRecord
 from patchsweep.errors import ConfigError
 from patchsweep.models import load_model, meta_model
 from patchsweep.spec.metrics import Metric
-from patchsweep.spec.spec import MetricLike, Request, make_request
+from patchsweep.spec.spec import MetricLike, Request, SweepSpec, make_request
 from patchsweep.sweeps.methods import MethodLike
 from patchsweep.sweeps.screen_settings import Screen
 from patchsweep.tasks import load_task
@@ -198,7 +198,7 @@ class MetricConfig:
 
     # names, or {_target_: module.function, name: peak, version: 1} over [row, read, d_vocab]
     names: list[Any] = MISSING
-    read: int = -1  # prompt position whose logits are read; -1 is the last
+    read: int = SweepSpec.read  # prompt position whose logits are read; -1 is the last
 
     def metrics(self) -> list[MetricLike]:
         """What `sweep(metrics=...)` takes.
@@ -277,36 +277,39 @@ class RunConfig:
     metric: MetricConfig = MISSING
     store: StoreConfig = MISSING
     runner: RunnerConfig = MISSING
-    intervention: str = "resample"  # resample, zero, mean, mean_all, mean_label or shuffle
-    direction: str | None = None  # denoising or noising; null: what suits the intervention
+    # resample, zero, mean, mean_all, mean_label or shuffle
+    intervention: str = str(SweepSpec.intervention)
+    # denoising or noising; null: what suits the intervention
+    direction: str | None = SweepSpec.direction
     means_from: str | None = None  # JSONL of the pairs that means are taken over; null: the task's
-    precision: str = "model"  # model: the weights' dtype; bf16: bf16 products, proven in the run
+    # model: products in compute_dtype; bf16: bf16 products, the largest effects run again
+    precision: str = SweepSpec.precision
     # auto: float32 for weights of 16 bits, else their own dtype; float32; or model: their own
-    compute_dtype: str = "auto"
+    compute_dtype: str = SweepSpec.compute_dtype
     slice: int = 0  # this process does every n_slices-th work item of units, from this one on
     n_slices: int = 1
 
-    def selection(self) -> dict[str, Any]:
-        """What `sweep` and `plan` both take besides model, pairs, sites and metrics."""
-        return {
-            "direction": self.direction,
-            "intervention": self.intervention,
-            "layers": self.sites.layers,
-            "positions": self.sites.positions,
-            "heads": self.sites.heads,
-            "neurons": self.sites.neurons,
-            "read": self.metric.read,
-            "compute_dtype": self.compute_dtype,
-        }
+    def spec(self, model: TransformerBridge) -> SweepSpec:
+        """What the sweep is."""
+        return SweepSpec(
+            self.sites.names,
+            self.metric.metrics(),
+            direction=self.direction,  # type: ignore[arg-type]
+            intervention=self.intervention,
+            layers=self.sites.layers,
+            positions=self.sites.positions,
+            heads=self.sites.heads,
+            neurons=self.sites.neurons,
+            read=self.metric.read,
+            means_from=self.reference(model),
+            method=self.method.asked(),
+            precision=self.precision,  # type: ignore[arg-type]
+            compute_dtype=self.compute_dtype,  # type: ignore[arg-type]
+        )
 
-    def arguments(self, model: TransformerBridge) -> dict[str, Any]:
-        """What `sweep` and `plan` take besides model, pairs and what is kept of the config."""
+    def settings(self) -> dict[str, Any]:
+        """How the sweep is run, and where its values go: arguments of `sweep` and `plan`."""
         return {
-            "sites": self.sites.names,
-            "metrics": self.metric.metrics(),
-            **self.selection(),
-            "means_from": self.reference(model),
-            "method": self.method.asked(),
             "store": self.store.path,
             "storage_options": self.store.storage_options,
             "slice_index": self.slice,
@@ -314,7 +317,6 @@ class RunConfig:
             "runner": self.runner.name,
             "max_tokens": self.runner.max_tokens,
             "cache_budget": self.runner.cache_bytes,
-            "precision": self.precision,
         }
 
     def reference(self, model: TransformerBridge) -> PromptPairs | None:
@@ -433,11 +435,4 @@ def request_of(config: RunConfig) -> Request:
     """The request of a run, its model and pairs loaded."""
     model = config.model.load()
     pairs = config.task.load(model)
-    return make_request(
-        model,
-        pairs,
-        config.sites.names,
-        config.metric.metrics(),
-        **config.selection(),
-        means_from=config.reference(model),
-    )
+    return make_request(model, pairs, config.spec(model))
