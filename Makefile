@@ -6,14 +6,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.patchsweep-setup
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-EXTRAS := dev,s3,slurm,joblib,gpu
+EXTRAS := dev,docs,s3,slurm,joblib,gpu
 TESTS ?= tests
 # a worker for each core, with one thread each
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count(), 8))')
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check bench bench-gpu wheel clean
+.PHONY: help setup demo test test-slow check docs bench bench-gpu wheel clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -46,6 +46,9 @@ check: setup ## ruff, mypy, and that packages import one way
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: setup ## the pages of docs/ as a site in site/, with the API from the docstrings
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 bench: setup ## beside a TransformerLens loop, on this machine; writes runs/bench.json
 	mkdir -p runs
 	$(BIN)/python -m pytest benchmarks -q --benchmark-json=runs/bench.json
@@ -59,4 +62,4 @@ wheel: setup ## dist/patchsweep-*.whl
 	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
 
 clean: ## what can be made again, but for .venv and runs
-	rm -rf dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
