@@ -12,11 +12,18 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-ACCESSOR = "patchsweep.results.accessor"
+
+def _register() -> None:
+    """Let datasets have `.patchsweep`; its class is loaded when it is first used."""
+    xarray = sys.modules["xarray"]
+
+    @xarray.register_dataset_accessor("patchsweep")
+    def accessor(ds: Any) -> Any:
+        return import_module("patchsweep.results.accessor").PatchsweepAccessor(ds)
 
 
 class _Then(Loader):
-    """Loads xarray with its own loader, then imports the accessor."""
+    """Loads xarray with its own loader, then registers the accessor."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
@@ -26,7 +33,7 @@ class _Then(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        import_module(ACCESSOR)
+        _register()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
@@ -46,6 +53,6 @@ class _Xarray(MetaPathFinder):
 
 
 if "xarray" in sys.modules:
-    import_module(ACCESSOR)
+    _register()
 else:
     sys.meta_path.insert(0, _Xarray())

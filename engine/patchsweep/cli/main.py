@@ -68,7 +68,6 @@ def usage() -> str:
 
 
 def _guarded(verb: str, rest: list[str]) -> int:
-    from patchsweep.cli.mistakes import one_line
     from patchsweep.cli.stop import GOES_ON, STARTS_ANEW, Stopped
     from patchsweep.store.backends.credentials import scrub
 
@@ -85,6 +84,8 @@ def _guarded(verb: str, rest: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
     except Exception as error:
+        from patchsweep.cli.mistakes import one_line  # here, since it loads Hydra
+
         text = one_line(error)
         if text is None:
             print(scrub(traceback.format_exc()), file=sys.stderr, end="")

@@ -7,7 +7,6 @@ import re
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException, ValidationError
 
-from patchsweep.cli.keys import elsewhere
 from patchsweep.errors import PatchsweepError
 from patchsweep.store.backends.credentials import scrub
 from patchsweep.store.contents import printable
@@ -32,6 +31,8 @@ def one_line(error: BaseException) -> str | None:
         cause = error.__cause__
         not_there = re.match(r"Could not override '([^']+)'", text)
         if not_there:
+            from patchsweep.cli.keys import elsewhere  # here, since it loads the model library
+
             return elsewhere(not_there[1], getattr(cause, "object_type", None))
         if text.startswith("Error merging override") and isinstance(cause, ValidationError):
             return scrub(_wrong_type(cause))

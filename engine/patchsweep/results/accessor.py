@@ -315,7 +315,6 @@ def sign_flip(effects: np.ndarray, *, n_permutations: int = 1000) -> np.ndarray:
     return p
 
 
-@xr.register_dataset_accessor("patchsweep")
 class PatchsweepAccessor:
     """`ds.patchsweep`: the functions of this module, on the Dataset at hand."""
 

@@ -17,17 +17,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-import xarray as xr
 
 from patchsweep.errors import DamagedError, StoreError
 from patchsweep.store.attributes import attributes
 from patchsweep.store.backends.address import open_folder
 from patchsweep.store.backends.base import Folder
 from patchsweep.store.contents import KIND, ROOT, Contents, digests_of, read_contents, read_root
-from patchsweep.store.dataset import dataset_of
 from patchsweep.store.difference import attribute_differences
 from patchsweep.store.digest import digest_of, seal
 from patchsweep.store.layout import (
@@ -45,6 +43,9 @@ from patchsweep.store.layout import (
 )
 from patchsweep.store.lease import Leases
 from patchsweep.store.survey import Survey, survey, survey_pairs, survey_units
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 _FILE_BYTES = 4096  # what a small file takes on a disk
 
@@ -233,6 +234,8 @@ class Store:
 
     def dataset(self) -> xr.Dataset:
         """The store as `open_store(url)` gives it, values read lazily."""
+        from patchsweep.store.dataset import dataset_of  # here, since it loads xarray
+
         return dataset_of(self.folder, self.contents)
 
     def close(self) -> None:
