@@ -97,6 +97,14 @@ def test_datasets_have_the_accessor_in_either_order_of_imports(first: str) -> No
     assert in_a_new_process(code) == "PatchsweepAccessor"
 
 
+def test_datasets_have_the_accessor_after_somebody_asked_whether_xarray_is_there() -> None:
+    code = (
+        "import importlib.util, patchsweep; importlib.util.find_spec('xarray'); import xarray; "
+        "print(type(xarray.Dataset().patchsweep).__name__)"
+    )
+    assert in_a_new_process(code) == "PatchsweepAccessor"
+
+
 def test_the_top_level_holds_six_modules_and_no_file_is_long() -> None:
     assert len([*ENGINE.glob("*.py")]) <= 6
     long = {

@@ -40,12 +40,11 @@ class _Then(Loader):
 
 
 class _Xarray(MetaPathFinder):
-    """Finds xarray, once."""
+    """Finds xarray; asking for its spec, as some packages do, is no import."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         if fullname != "xarray":
             return None
-        sys.meta_path.remove(self)
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
             spec.loader = _Then(spec.loader)

@@ -29,3 +29,9 @@ RULES = {
     "s_inhibition": ("attention", "queries"),
     "backup": ("direct", "rise"),
 }
+
+
+def class_name(head_class: str) -> str:
+    """Such as "S-inhibition" for `s_inhibition`."""
+    names = {"s_inhibition": "S-inhibition", "negative": "negative name mover"}
+    return names.get(head_class, head_class.replace("_", " "))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from patchsweep.report import question
 from patchsweep.report.figure import RED_BLUE, SERIES
-from patchsweep.report.head_terms import ABLATIONS, CLASSES, RULES
+from patchsweep.report.head_terms import ABLATIONS, CLASSES, RULES, class_name
 from patchsweep.report.html import count, esc, number, plural
 from patchsweep.report.shell import page, section
 from patchsweep.report.tables import provenance_table
@@ -205,7 +205,7 @@ def _told(found: Heads, ablation: int, i: int, j: int) -> str:
         lines.append("not run")
     if found.pos is not None:
         lines.append(f"at {found.pos[ablation, i, j]}")
-    lines += [_name(name) for name in found.classes.get((layer, head), [])]
+    lines += [class_name(name) for name in found.classes.get((layer, head), [])]
     return "\n".join(lines)
 
 
@@ -226,12 +226,6 @@ def _rgb(colour: str) -> list[int]:
     return [int(colour[k : k + 2], 16) for k in (1, 3, 5)]
 
 
-def _name(head_class: str) -> str:
-    return {"s_inhibition": "S-inhibition", "negative": "negative name mover"}.get(
-        head_class, head_class.replace("_", " ")
-    )
-
-
 def _classes(ds: xr.Dataset, found: Heads) -> str:
     thresholds = attributes(ds).get("thresholds", {})
     rows = []
@@ -246,7 +240,7 @@ def _classes(ds: xr.Dataset, found: Heads) -> str:
             listed += f" and {len(members) - N_LISTED} more"
         rule = ", ".join(_rule(name, key, thresholds[key]) for key in RULES.get(name, ()))
         rows.append(
-            f'<tr><th scope="row">{esc(_name(name))}</th><td class="n">{len(members)}</td>'
+            f'<tr><th scope="row">{esc(class_name(name))}</th><td class="n">{len(members)}</td>'
             f'<td class="wide">{esc(listed) or "none"}</td>'
             f'<td class="wide">{esc(CLASSES.get(name, ""))}</td><td>{esc(rule)}</td></tr>'
         )
@@ -307,7 +301,7 @@ def _table(ds: xr.Dataset, metric: int) -> str:
                 f"<small>rank {rank}{of}</small></td>"
             )
         kind = ' class="total"' if c in _WHOLE else ""
-        label = _WHOLE.get(c) or _name(c)
+        label = _WHOLE.get(c) or class_name(c)
         rows.append(
             f'<tr{kind}><th scope="row">{esc(label)}</th><td class="n">{int(n)}</td>'
             f"{''.join(cells)}</tr>"
@@ -330,7 +324,7 @@ def _scatter(found: Heads) -> str:
     kinds = list(dict.fromkeys(name for names in found.classes.values() for name in names))
     colours = {name: _COLOURS[k % len(_COLOURS)] for k, name in enumerate(kinds)}
     key = "".join(
-        f'<span><i class="dot" style="background:{colour}"></i>{esc(_name(name))}</span>'
+        f'<span><i class="dot" style="background:{colour}"></i>{esc(class_name(name))}</span>'
         for name, colour in colours.items()
     )
     drawn = []
@@ -397,7 +391,7 @@ def _single(ds: xr.Dataset, found: Heads) -> str:
     rows = []
     for i, j in zip(*np.unravel_index(order, strength.shape), strict=True):
         at = (found.layers[i], found.heads[j])
-        classes = ", ".join(_name(name) for name in found.classes.get(at, []))
+        classes = ", ".join(class_name(name) for name in found.classes.get(at, []))
         cells = "".join(
             f'<td class="n">{number(float(column[i, j]), sign=name not in (_IO, _S2))}</td>'
             for name, column in zip(names, columns, strict=True)

@@ -35,7 +35,7 @@ def attributes(of: xr.Dataset | Mapping[str, Any]) -> dict[str, Any]:
 
     For example `attributes(ds)["provenance"]["weights_hash"]`. What was a tuple is a list.
     """
-    attrs = of.attrs if isinstance(of, xr.Dataset) else of
+    attrs = of.attrs if hasattr(of, "attrs") else of
     return {str(key): _nested(value) for key, value in attrs.items()}
 
 
