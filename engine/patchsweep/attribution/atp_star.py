@@ -36,8 +36,6 @@ from patchsweep.spec.interventions import Intervention
 from patchsweep.spec.plan import SitePlan
 from patchsweep.spec.sites import SITES, Site
 
-QUERIES, KEYS = ("q", "rot_q"), ("k", "rot_k")
-
 
 @dataclass(frozen=True)
 class AtpStar:
@@ -50,7 +48,7 @@ class AtpStar:
     def run(self, work: Work) -> Found:
         """See `Method`."""
         estimates = work.empty()
-        plain = tuple(s for s in work.sites if s.name not in (*QUERIES, *KEYS))
+        plain = tuple(s for s in work.sites if s.side not in ("query", "key"))
         switch = _Switch()
         logits = differentiable_run(
             work,
@@ -68,9 +66,9 @@ class AtpStar:
 
     def extra_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         """See `Method`: fixes work after rotary, GradDrop at what a layer writes."""
-        names = {site.name for site in sites}
-        needed = [SITES["rot_q"]] if names & set(QUERIES) else []
-        needed += [SITES["rot_k"]] if names & set(KEYS) else []
+        sides = {site.side for site in sites}
+        needed = [SITES["rot_q"]] if "query" in sides else []
+        needed += [SITES["rot_k"]] if "key" in sides else []
         if self.grad_drop:
             needed += [SITES["attn_out"], SITES["mlp_out"]]
         return tuple(needed)
@@ -110,7 +108,9 @@ def check_intervention(
         MethodError: it need not be, for one of the sites.
     """
     for site in sites:
-        before_rotary = site.name in ("q", "k") and not tape.points[site.name].in_attention
+        before_rotary = (
+            site.projected and site.side != "value" and not tape.points[site.name].in_attention
+        )
         if before_rotary and not carries_over(intervention):
             raise MethodError(
                 f"method=atp_star needs the patched {site.name} after rotary, which "
@@ -126,7 +126,7 @@ def carries_over(intervention: Intervention) -> bool:
 
 def _watch_pattern(work: Work, estimates: Estimates, layer: int, heads: Heads) -> None:
     """Fill queries and keys when the gradient of the pattern comes."""
-    chosen = [site for site in work.sites if site.name in (*QUERIES, *KEYS)]
+    chosen = [site for site in work.sites if site.side in ("query", "key")]
     if not chosen:
         return
     pattern = heads.pattern.detach()
@@ -134,12 +134,12 @@ def _watch_pattern(work: Work, estimates: Estimates, layer: int, heads: Heads) -
 
     def on_gradient(grad: Tensor) -> None:
         for site in chosen:
-            after_rotary = SITES["rot_q" if site.name in QUERIES else "rot_k"]
+            after_rotary = SITES["rot_q" if site.side == "query" else "rot_k"]
             place = Place(after_rotary, layer, n_rows, n_pos, True)
-            base = heads.q if site.name in QUERIES else heads.k
+            base = heads.q if site.side == "query" else heads.k
             values = work.values(after_rotary, layer, place.flat(base))
             patched = values.unflatten(-1, (base.shape[1], -1)).transpose(1, 2)
-            if site.name in QUERIES:
+            if site.side == "query":
                 effect = query_effect(heads, patched, pattern, grad)
             else:
                 effect = key_effect(heads, patched, pattern, grad)

@@ -26,10 +26,11 @@ def check_request(request: Request, methods: Sequence[Method]) -> None:
             check_metric(metric, method)
         for plan in request.plans:
             _check_plan(plan, method)
-            if plan.site.name == "result" and isinstance(request.intervention, Custom):
+            if plan.site.written_as and isinstance(request.intervention, Custom):
                 raise MethodError(
-                    "values of your own at the site result are no values of z, where "
-                    f"method={method.name} works; give them for the site z, or use method=exact"
+                    f"values of your own at the site {plan.site.name} are no values of "
+                    f"{plan.site.written_as}, where method={method.name} works; give them for the "
+                    f"site {plan.site.written_as}, or use method=exact"
                 )
         if method.name == "ig_inputs" and not request.intervention.from_source:
             raise MethodError(
@@ -86,7 +87,7 @@ def check_metric(metric: Metric, method: Method) -> None:
 
 
 def _check_plan(plan: SitePlan, method: Method) -> None:
-    if plan.site.name == "pattern_cell":
+    if plan.site.cells:
         raise MethodError(
             "single cells of the pattern are estimated by patchsweep.attribution.patterns, all at "
             "once; use it, or method=exact"
@@ -97,7 +98,7 @@ def _check_plan(plan: SitePlan, method: Method) -> None:
             f"layers={list(together[0])} are patched together, and method={method.name} estimates "
             "each layer by itself; give layers one by one, or use method=exact"
         )
-    if method.name == "relp_ah" and plan.site.name in ("q", "k", "rot_q", "rot_k"):
+    if method.name == "relp_ah" and plan.site.side in ("query", "key"):
         raise MethodError(
             f"method=relp_ah holds the attention pattern constant, so {plan.site.name} would get "
             "0 everywhere; use relp or atp_star"

@@ -26,8 +26,6 @@ from patchsweep.forward.site_locations import resolve_site
 from patchsweep.forward.unwrapped import Attend, Unsupported, UnwrappedModel, attention_settings
 from patchsweep.spec.sites import SITES, Site
 
-PATTERNS = ("pattern", "pattern_cell")
-
 
 @dataclass(frozen=True)
 class Place:
@@ -42,7 +40,7 @@ class Place:
     @property
     def is_pattern(self) -> bool:
         """Whether the tensor is `[row, head, dest, src]`."""
-        return self.site.name in PATTERNS
+        return self.site.is_pattern
 
     def flat(self, x: Tensor) -> Tensor:
         """`x` or its gradient as `[row, pos, width]`; a pattern as `[row, head, dest, src]`."""
@@ -186,9 +184,9 @@ class GradientModel:
                     on_attention(
                         layer, Heads(q.detach(), k.detach(), v.detach(), pattern, settings)
                     )
-                for name in PATTERNS:
-                    if name in inside:
-                        see(inside[name], layer, pattern, heads_first=True)
+                for site in inside.values():
+                    if site.is_pattern:
+                        see(site, layer, pattern, heads_first=True)
                 values = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
                 return (pattern.to(v) @ values).transpose(1, 2)
 
@@ -209,7 +207,7 @@ class GradientModel:
                     stack.enter_context(
                         watch(place, lambda x, s=point.site, i=layer: see(s, i, x))  # type: ignore[misc]
                     )
-                if point.site.name in ("resid_pre", "resid_post"):
+                if point.site.in_stream and point.site.layered:
                     self._watch_stream(stack, point.site, see)
             stack.enter_context(after())
             self.unwrapped.attend_with(attention)
@@ -232,7 +230,7 @@ class GradientModel:
     def _watch_stream(self, stack: ExitStack, site: Site, see: Callable[..., None]) -> None:
         """Watch the input, or the output, of every block."""
         for layer, block in enumerate(self.unwrapped.blocks):
-            if site.name == "resid_pre":
+            if not site.shift:
 
                 def before(module: nn.Module, args: Any, kwargs: Any, layer: int = layer) -> None:
                     see(site, layer, split_hidden(args, kwargs)[0])

@@ -15,9 +15,6 @@ from transformers.pytorch_utils import Conv1D
 from patchsweep.forward.unwrapped import HookLocation, Unsupported, UnwrappedModel
 from patchsweep.spec.sites import SITES, Site
 
-# sites that are written at the input of a block, or into the final residual
-STREAM_SITES = ("resid_pre", "resid_post", "embed")
-
 
 @dataclass(frozen=True)
 class SiteLocation:
@@ -29,7 +26,7 @@ class SiteLocation:
 
     @property
     def in_attention(self) -> bool:
-        return not self.points and self.site.name not in STREAM_SITES
+        return not self.points and not self.site.in_stream
 
 
 def resolve_site(unwrapped: UnwrappedModel, site: Site) -> SiteLocation:
@@ -40,10 +37,10 @@ def resolve_site(unwrapped: UnwrappedModel, site: Site) -> SiteLocation:
     """
     if site.named:
         raise Unsupported(f"{site.hook} was given by its full name")
-    if site.name in ("resid_pre", "resid_post"):
+    if site.in_stream and site.layered:
         return SiteLocation(site, ())
-    if site.name == "result":  # z times W_O, so it is patched as z
-        return SiteLocation(site, resolve_site(unwrapped, SITES["z"]).points)
+    if site.written_as is not None:
+        return SiteLocation(site, resolve_site(unwrapped, SITES[site.written_as]).points)
     points: list[HookLocation] = []
     if not site.layered:
         point = unwrapped.point(site.hook_name(0))
@@ -57,10 +54,10 @@ def resolve_site(unwrapped: UnwrappedModel, site: Site) -> SiteLocation:
                 return SiteLocation(site, ())
             raise Unsupported(f"this architecture has no {hook}")
         point = None if site.in_attention else unwrapped.point(hook)
-        if point is None and site.name in ("q", "k", "v"):
+        if point is None and site.projected:
             point = _in_fused_projection(unwrapped, layer, site.name)
         if point is None:
-            if site.name in ("q", "k", "v", "rot_q", "rot_k") or site.is_pattern:
+            if site.projected or site.in_attention:
                 return SiteLocation(site, ())
             raise Unsupported(f"{hook} is at no border of the model's own modules")
         points.append(point)

@@ -193,7 +193,7 @@ def _plan(
     positions: tuple[int | str, ...] = (0, 1, *pairs[0].reads, length - 1, SPAN)
     units = _units(site, shape)
     n_sources = 0
-    if site.name == "pattern_cell":
+    if site.cells:
         assert units is not None
         n_sources, positions = length, positions[:-1]
         units = tuple(unit for unit in units for _ in range(length))

@@ -166,7 +166,7 @@ class Plan:
         table = np.zeros((len(self.axes.layers), self.n_layers + 1), dtype=bool)
         for i, layers in enumerate(self.axes.layers):
             for layer in layers:
-                table[i, layer + (self.site.name == "resid_post")] = True
+                table[i, layer + self.site.shift] = True
         return table
 
     @cached_property
@@ -177,7 +177,7 @@ class Plan:
     @property
     def enters_by_token(self) -> bool:
         """Whether a patch changes only its own tokens in the block where it enters."""
-        return self.site.reach == "token" and self.site.name != "resid_post"
+        return self.site.reach == "token" and not self.site.shift
 
     @cached_property
     def suffix_blocks(self) -> Ints:

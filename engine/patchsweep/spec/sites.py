@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from patchsweep.errors import SiteError
 
@@ -14,21 +14,28 @@ Unit = Literal["head", "kv_head", "neuron"]
 
 @dataclass(frozen=True)
 class Site:
-    """One kind of activation, found in every block unless `layered` is false."""
+    """One kind of activation, and all that the engine must know of it. A new one is a new entry of
+    `SITES`."""
 
     name: str
     hook: str  # TransformerLens hook name inside the block (or whole, if not layered)
-    unit: Unit | None  # what a patch can be narrowed to besides a position
-    reach: Literal["token", "suffix"]  # what patching token p changes inside its own block
-    in_attention: bool  # lives inside the attention function, at no module's border
-    layered: bool = True
+    unit: Unit | None = None  # what a patch can be narrowed to besides a position
+    reach: Literal["token", "suffix"] = "token"  # what patching token p changes inside its block
+    layered: bool = True  # found in every block; False: once
+    in_attention: bool = False  # lives inside the attention function, at no module's border
+    in_stream: bool = False  # written into the residual stream, where a block is entered
+    shift: int = 0  # blocks from the site's own to the one at whose entry it is written
+    written_as: str | None = None  # site whose values decide its own, and which is patched for it
+    projected: bool = False  # made by one of attention's input projections, maybe a common one
+    side: Literal["query", "key", "value"] | None = None  # what attention takes it for
+    cells: bool = False  # a patch replaces one cell (dest, src) of the pattern, not rows `[dest]`
     from_token: bool = False  # at layer 0 it depends on the token and its position alone
     named: bool = False  # a hook point given by its full name: the hooked runner's
 
     @property
     def is_pattern(self) -> bool:
         """Whether its activation is `[pair, head, dest, src]`; a patch replaces whole rows
-        `[dest]` of it, or single cells of `pattern_cell`."""
+        `[dest]` of it, or single cells where the site has `cells`."""
         return self.hook == "attn.hook_pattern"
 
     def hook_name(self, layer: int) -> str:
@@ -36,38 +43,31 @@ class Site:
         return f"blocks.{layer}.{self.hook}" if self.layered else self.hook
 
 
-def _site(
-    name: str,
-    hook: str,
-    unit: Unit | None = None,
-    reach: Literal["token", "suffix"] = "token",
-    *,
-    in_attention: bool = False,
-    layered: bool = True,
-    from_token: bool = False,
-) -> Site:
-    return Site(name, hook, unit, reach, in_attention, layered, from_token)
-
+_STREAM: dict[str, Any] = {"in_stream": True, "reach": "suffix"}
+_QUERY: dict[str, Any] = {"unit": "head", "side": "query", "from_token": True}
+_KEY: dict[str, Any] = {"unit": "kv_head", "side": "key", "reach": "suffix", "from_token": True}
+_VALUE: dict[str, Any] = _KEY | {"side": "value"}
+_PATTERN: dict[str, Any] = {"hook": "attn.hook_pattern", "unit": "head", "in_attention": True}
 
 SITES: dict[str, Site] = {
     site.name: site
     for site in (
-        _site("resid_pre", "hook_resid_pre", reach="suffix", from_token=True),
-        _site("resid_mid", "hook_resid_mid"),
-        _site("resid_post", "hook_resid_post"),
-        _site("attn_out", "hook_attn_out"),
-        _site("mlp_out", "hook_mlp_out"),
-        _site("z", "attn.hook_z", "head"),
-        _site("q", "attn.hook_q", "head", from_token=True),
-        _site("k", "attn.hook_k", "kv_head", "suffix", from_token=True),
-        _site("v", "attn.hook_v", "kv_head", "suffix", from_token=True),
-        _site("rot_q", "attn.hook_rot_q", "head", in_attention=True, from_token=True),
-        _site("rot_k", "attn.hook_rot_k", "kv_head", "suffix", in_attention=True, from_token=True),
-        _site("pattern", "attn.hook_pattern", "head", in_attention=True),
-        _site("pattern_cell", "attn.hook_pattern", "head", in_attention=True),
-        _site("result", "attn.hook_result", "head"),
-        _site("mlp_post", "mlp.hook_post", "neuron"),
-        _site("embed", "hook_embed", reach="suffix", layered=False, from_token=True),
+        Site("resid_pre", "hook_resid_pre", **_STREAM, from_token=True),
+        Site("resid_mid", "hook_resid_mid"),
+        Site("resid_post", "hook_resid_post", in_stream=True, shift=1),
+        Site("attn_out", "hook_attn_out"),
+        Site("mlp_out", "hook_mlp_out"),
+        Site("z", "attn.hook_z", "head"),
+        Site("q", "attn.hook_q", **_QUERY, projected=True),
+        Site("k", "attn.hook_k", **_KEY, projected=True),
+        Site("v", "attn.hook_v", **_VALUE, projected=True),
+        Site("rot_q", "attn.hook_rot_q", **_QUERY, in_attention=True),
+        Site("rot_k", "attn.hook_rot_k", **_KEY, in_attention=True),
+        Site("pattern", **_PATTERN),
+        Site("pattern_cell", **_PATTERN, cells=True),
+        Site("result", "attn.hook_result", "head", written_as="z"),  # z times W_O
+        Site("mlp_post", "mlp.hook_post", "neuron"),
+        Site("embed", "hook_embed", **_STREAM, layered=False, from_token=True),
     )
 }
 
@@ -104,9 +104,7 @@ def _named(name: str) -> Site:
     return Site(
         name=re.sub(r"\W+", "_", name).strip("_"),  # the name of its variable in the store
         hook=inside if found else name,
-        unit=None,
         reach="suffix",
-        in_attention=False,
         layered=bool(found),
         named=True,
     )

@@ -217,10 +217,10 @@ def _plan(
     positions = _position_axis(spec.positions, pair_shapes)
     units = _unit_sets(site, shape, spec.heads, spec.neurons)
     n_sources = 0
-    if site.name == "pattern_cell":
+    if site.cells:
         if units is None or positions is None:
             raise PlanError(
-                "site pattern_cell patches single cells (dest, src); use the site pattern for "
+                f"site {site.name} patches single cells (dest, src); use the site pattern for "
                 "whole rows, heads='all' or positions='all'"
             )
         n_sources = max(p.length for p in pair_shapes)

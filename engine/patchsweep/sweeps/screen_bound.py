@@ -112,7 +112,7 @@ class Subsets:
                 return
             flat = place.flat(x)
             donor = run.donors[place.layer][row]
-            if place.site.name == "pattern":
+            if place.is_pattern:
                 place.write(x, torch.where(mask.transpose(1, 2)[..., None], donor[:, start:], flat))
                 return
             n_units = mask.shape[-1]

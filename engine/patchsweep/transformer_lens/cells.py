@@ -108,7 +108,7 @@ def make_cells(
             raise Unsupported(f"index_df has a {name} outside the model or the prompt")
         found[name] = values % size
     site = find_site(activation_name, np.unique(found["layer"]).tolist())
-    if (site.name == "pattern") != (setter in PATTERN_SETTERS):
+    if site.is_pattern != (setter in PATTERN_SETTERS):
         raise Unsupported(f"{setter.__name__} indexes {site.name} along another axis")
     if "unit" in found and site.unit is None:
         raise Unsupported(f"{site.name} has no heads")
@@ -130,7 +130,7 @@ def differing(base: Tensor, clean: Tensor, cells: Cells) -> Bools:
     differs = (base != clean).cpu()
     if cells.src is not None:
         return differs.numpy()
-    if cells.site.name == "pattern":
+    if cells.site.is_pattern:
         return differs.any(dim=-1).transpose(1, 2).numpy()
     if cells.unit is None:
         return differs.flatten(2).any(dim=-1, keepdim=True).numpy()

@@ -146,7 +146,7 @@ class PackedCells:
 
     def _values(self) -> dict[int, Tensor]:
         """Per layer the clean values `[prompt, pos, width]`, where the packed batch writes them."""
-        if self.cells.site.name == "pattern":
+        if self.cells.site.is_pattern:
             # a patched pattern changes its own token's z alone, so its value is a z
             return {layer: self._attend(layer, p) for layer, p in self._clean.items()}
         return {layer: x.flatten(2) for layer, x in self._clean.items()}
@@ -196,7 +196,7 @@ class PackedCells:
     def _place(self, values: Mapping[int, Tensor]) -> list[Tensor]:
         """`values` as a list by layer of writing; layers that no cell patches stay empty."""
         nothing = torch.empty(0, device=self.run.resid[0].device)
-        shift = int(self.cells.site.name == "resid_post")  # written at the next block's input
+        shift = self.cells.site.shift
         return [values.get(i - shift, nothing) for i in range(self.unwrapped.n_layers + shift)]
 
     def _check_shapes(self) -> None:
@@ -211,7 +211,7 @@ class PackedCells:
             fits = x.ndim == 3
             if site.unit == "kv_head":
                 fits = x.ndim == 4 and x.shape[2] == k.shape[1]
-            elif site.name == "pattern":
+            elif site.is_pattern:
                 fits = x.shape[1] % v.shape[1] == 0
             elif site.unit == "head":
                 fits = x.ndim == 4 and x.shape[3] == v.shape[3]

@@ -245,7 +245,7 @@ def _index(cells: Cells, cell: int) -> list[int]:
         "unit": cells.unit,
         "src": cells.src,
     }
-    order = ("layer", "unit", "pos", "src") if cells.site.name == "pattern" else tuple(columns)
+    order = ("layer", "unit", "pos", "src") if cells.site.is_pattern else tuple(columns)
     return [int(column[cell]) for name in order if (column := columns[name]) is not None]
 
 

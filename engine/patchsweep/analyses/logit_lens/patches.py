@@ -165,7 +165,7 @@ def _request(
     if not isinstance(patch, Patch):
         raise PlanError(f"patch={patch!r} is no Patch; write Patch(site='z', layer=3, head=1)")
     (site,) = get_sites([patch.site])
-    if site.name == "pattern_cell":
+    if site.cells:
         raise PlanError("a lens patches rows of a pattern, not cells; use site='pattern'")
     if site.layered and patch.layer is None:
         raise PlanError(f"a patch of {site.name} needs a layer; give one, such as layer=3")

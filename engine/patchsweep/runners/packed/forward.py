@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from patchsweep.forward.block_args import first_of, split_hidden, with_first
 from patchsweep.forward.capture import ActivationCache, watch
-from patchsweep.forward.site_locations import STREAM_SITES, SiteLocation
+from patchsweep.forward.site_locations import SiteLocation
 from patchsweep.forward.unwrapped import Attend, HookLocation, UnwrappedModel, attention_settings
 from patchsweep.models.arithmetic import last_bit_turned
 from patchsweep.runners.packed.packing import Packing, pack
@@ -73,6 +73,8 @@ class _State:
         self.members: dict[str, list[int]] = {}  # site -> which of the packed batch's sets patch it
         for i, donors in enumerate(given.donors):
             self.members.setdefault(donors.point.site.name, []).append(i)
+        sites = {donors.point.site.name: donors.point.site for donors in given.donors}
+        self.stream = [name for name, site in sites.items() if site.in_stream]
         self.packing: Packing
         self.rows: Rows
         self.token_pair: Tensor
@@ -92,8 +94,7 @@ class _State:
             )
         self.packing = packing
         hidden = self._carry(packing, None if carried is None else carried.to(device))
-        for name in STREAM_SITES:
-            self.write(hidden, name)
+        self.write(hidden, *self.stream)
         return hidden
 
     def _carry(self, packing: Packing, carried: Tensor | None) -> Tensor:
@@ -171,7 +172,7 @@ class _State:
         """Heads (or neurons) in one vector of `site`."""
         base, layer = self.given.base, self.packing.layer
         if site.unit == "head":  # a query is as wide as a key, and z as a value
-            like = base.keys if site.name in ("q", "rot_q") else base.values
+            like = base.keys if site.side == "query" else base.values
             return width // like[layer].shape[-1]
         if site.unit == "kv_head":
             return base.keys[layer].shape[1]
@@ -183,9 +184,9 @@ class _State:
         runs."""
         with ExitStack() as stack:
             places: list[HookLocation] = []
-            for name, members in self.members.items():
+            for members in self.members.values():
                 point = self.given.donors[members[0]].point
-                for layer, place in enumerate(() if name in STREAM_SITES else point.points):
+                for layer, place in enumerate(() if point.site.in_stream else point.points):
                     stack.enter_context(watch(place, self._write_at(layer, point)))
                     places.append(place)
             self._drop_unread_tokens(stack, places)

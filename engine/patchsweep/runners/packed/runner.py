@@ -280,22 +280,22 @@ class PackedRunner:
     ) -> Sequence[Tensor]:
         """The values patched in, at the place where the packed batch writes them."""
         site = point.site
-        if site.name == "result" and isinstance(intervention, Custom):
+        if site.written_as is not None and isinstance(intervention, Custom):
             # resample, zero and mean commute with W_O; other values need not
-            raise Unsupported("custom values of result are no values of z")
+            raise Unsupported(f"custom values of {site.name} are no values of {site.written_as}")
         pairs = zip(base.layers_of(site.name), source.layers_of(site.name), strict=True)
         values = []
         for layer, (b, s) in enumerate(pairs):
             value = values_of(intervention, site, layer, b, s, spans)
             # the source's own values lie on its activation store already
             values.append(s if value is s else base.shelf.keep(value.contiguous()))
-        if site.name == "resid_post":
-            return [values[0], *values]  # written at the next block's input, never at block 0
-        if site.name == "embed":
+        if site.shift:  # the first blocks write nothing of it
+            return [*values[:1] * site.shift, *values]
+        if not site.layered:
             return [embed_to_stream(self.unwrapped, values[0])]
-        if site.name == "pattern_cell":
+        if site.cells:
             return _CellValues(base.sites[site.name], values, base.values)
-        if site.name == "pattern":
+        if site.is_pattern:
             # a patched pattern changes its own token's z alone, so its value is a z
             return [
                 base.shelf.keep(_attend(pattern, v))
