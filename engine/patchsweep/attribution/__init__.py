@@ -1,4 +1,4 @@
-"""Attribution: every score from a few passes, as an approximation of exact patching."""
+"""Attribution methods: estimates of all patches' effects from a few passes of the model."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ METHODS: dict[str, Callable[[], Method]] = {
 
 
 def get_methods(given: Sequence[str | Method]) -> tuple[Method, ...]:
-    """The methods of names; a method itself passes through.
+    """Return the method for each name; instances of `Method` are returned unchanged.
 
     Raises:
-        MethodError: a name is unknown or given twice, or there is none.
+        MethodError: a name is unknown or repeated, or `given` is empty.
     """
     if not given:
         raise MethodError("methods is empty; name at least one, such as atp")

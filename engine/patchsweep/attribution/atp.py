@@ -2,9 +2,9 @@
 
     estimate = sum over d of (patched value - base value) * gradient of the metric at the base
 
-for every site, layer, position and head from two forward passes and one backward pass
-(N. Nanda, Attribution Patching, 2023; Syed et al., arXiv 2310.10348). Where the metric bends
-between base and patched run, and where a softmax saturates, it is wrong.
+Two forward passes and one backward pass give the estimate for every site, layer, position and
+head (N. Nanda, Attribution Patching, 2023; Syed et al., arXiv 2310.10348). The estimate is wrong
+where the metric is nonlinear between base and patched run, and where a softmax saturates.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from patchsweep.spec.sites import Site
 
 @dataclass(frozen=True)
 class Atp:
-    """(values - base) · gradient, at every site in one backward pass."""
+    """Estimate (values - base) · gradient, for every site from one backward pass per metric."""
 
     name: str = "atp"
     at_base: bool = True
@@ -42,7 +42,7 @@ class Atp:
         return ()
 
     def passes(self, plans: tuple[SitePlan, ...], n_layers: int, n_metrics: int) -> float:
-        """See `Method`: base, source, and one backward pass a metric."""
+        """See `Method`: the base run, the source run and one backward pass per metric."""
         return 2 + n_metrics
 
 
@@ -55,13 +55,13 @@ def differentiable_run(
     on_attention: Callable[[int, Heads], None] | None = None,
     after: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Tensor:
-    """Logits of the base run; a backward pass from them fills `estimates` at `sites`.
+    """Return the base run's logits; a backward pass from them fills `estimates` at `sites`.
 
-    The product over d is taken as soon as a gradient comes, so that no gradient is kept.
+    Each gradient is reduced over d in its hook, so that no gradient is kept.
     """
 
-    def visit(place: Place, x: Tensor) -> None:
-        # the hook must not hold `x` itself: it hangs on x, and the two would never be freed
+    def add_hook(place: Place, x: Tensor) -> None:
+        # x holds the hook, so a hook that held x would keep both alive for ever
         base = x.detach()
 
         def on_gradient(grad: Tensor) -> None:
@@ -74,7 +74,7 @@ def differentiable_run(
     with torch.enable_grad():
         return work.tape.forward(
             work.batch.base,
-            visit,
+            add_hook,
             work.batch.reads,
             sites=sites,
             gradient=True,

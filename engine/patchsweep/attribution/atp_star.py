@@ -1,19 +1,19 @@
-"""AtP*: attribution patching that goes through the attention softmax exactly.
+"""AtP*: attribution patching that computes the patched attention softmax exactly.
 
-A change of a query or key moves attention probabilities, and where those are saturated their
-gradient is nearly zero though a patch moves them a lot. AtP* (Kramár et al., arXiv 2403.00745)
-computes the patched probabilities p' and is linear only after them:
+A patched query or key changes attention probabilities. Where they are saturated, their gradient
+is nearly zero although the change is large. AtP* (Kramár et al., arXiv 2403.00745) computes the
+patched probabilities p' and linearises only what follows them:
 
     estimate = sum over (query i, key k) of (p'_ik - p_ik) * d metric / d p_ik
 
-Q-fix, for `q` and `rot_q`: the patched query of token i against the base run's keys. K-fix, for
-`k` and `rot_k`: the patched key of token t for all later queries, in O(T^2) per head by the
-closed form in `key_effect`. All other sites are attributed as in `atp`. Of a span of several
-keys the estimates for each key are summed.
+Q-fix (`q`, `rot_q`) takes the patched query of token i against the base run's keys. K-fix (`k`,
+`rot_k`) takes the patched key of token t for all later queries, in O(T^2) per head by the closed
+form in `key_effect`. All other sites are attributed as in `atp`. The estimate of a span of keys
+is the sum of the estimates of its keys.
 
-GradDrop (`atp_star_drop`) treats another failure, direct and indirect effects that cancel: one
-backward pass for each layer l with the gradient stopped at what l writes to the residual
-stream, and the mean over l of the estimates' **absolute** values. It has no sign.
+GradDrop (`atp_star_drop`) treats direct and indirect effects that cancel. It makes one backward
+pass per layer l, with the gradient stopped at the outputs of l to the residual stream, and
+averages the **absolute** estimates over l. The result has no sign.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from patchsweep.spec.sites import SITES, Site
 
 @dataclass(frozen=True)
 class AtpStar:
-    """Q-fix and K-fix; with `grad_drop` also GradDrop, and then without sign."""
+    """Q-fix and K-fix; `grad_drop` adds GradDrop, whose estimates have no sign."""
 
     name: str = "atp_star"
     grad_drop: bool = False
@@ -48,12 +48,12 @@ class AtpStar:
     def run(self, work: Work) -> Found:
         """See `Method`."""
         estimates = work.empty()
-        plain = tuple(s for s in work.sites if s.side not in ("query", "key"))
+        other_sites = tuple(s for s in work.sites if s.side not in ("query", "key"))
         switch = _Switch()
         logits = differentiable_run(
             work,
             estimates,
-            plain,
+            other_sites,
             on_attention=lambda layer, heads: _watch_pattern(work, estimates, layer, heads),
             after=(lambda: switch.on(work)) if self.grad_drop else ExitStack,
         )
@@ -65,7 +65,7 @@ class AtpStar:
         return Found(estimates, logits.detach())
 
     def extra_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
-        """See `Method`: fixes work after rotary, GradDrop at what a layer writes."""
+        """See `Method`: the fixes need q and k after rotary, GradDrop the layers' outputs."""
         sides = {site.side for site in sites}
         needed = [SITES["rot_q"]] if "query" in sides else []
         needed += [SITES["rot_k"]] if "key" in sides else []
@@ -102,10 +102,10 @@ class AtpStar:
 def check_intervention(
     tape: GradientModel, sites: Sequence[Site], intervention: Intervention
 ) -> None:
-    """The value after rotary must be the rotary of the value patched in before it.
+    """Raise unless each patched query and key is also known after rotary, where AtP* needs it.
 
     Raises:
-        MethodError: it need not be, for one of the sites.
+        MethodError: `intervention` gives values before rotary that do not determine those after.
     """
     for site in sites:
         before_rotary = (
@@ -120,20 +120,20 @@ def check_intervention(
 
 
 def carries_over(intervention: Intervention) -> bool:
-    """Whether values of a site lead to the values of the same name further on."""
+    """Whether `intervention` at a site determines its own values at later sites."""
     return intervention.name in ("resample", "shuffle", "zero")
 
 
 def _watch_pattern(work: Work, estimates: Estimates, layer: int, heads: Heads) -> None:
-    """Fill queries and keys when the gradient of the pattern comes."""
-    chosen = [site for site in work.sites if site.side in ("query", "key")]
-    if not chosen:
+    """Hook `layer`'s pattern: its gradient adds the query and key estimates to `estimates`."""
+    query_key_sites = [site for site in work.sites if site.side in ("query", "key")]
+    if not query_key_sites:
         return
     pattern = heads.pattern.detach()
     n_rows, _, n_pos, _ = heads.q.shape
 
     def on_gradient(grad: Tensor) -> None:
-        for site in chosen:
+        for site in query_key_sites:
             after_rotary = SITES["rot_q" if site.side == "query" else "rot_k"]
             place = Place(after_rotary, layer, n_rows, n_pos, True)
             base = heads.q if site.side == "query" else heads.k
@@ -155,9 +155,9 @@ def query_effect(
     pattern: Float[Tensor, "row head dest src"],
     grad: Float[Tensor, "row head dest src"],
 ) -> Float[Tensor, "row head pos"]:
-    """Q-fix: the estimate for each query, from its patched probabilities."""
-    moved = attention_pattern(patched, heads.k, **heads.settings)
-    return ((moved - pattern) * grad).sum(dim=-1)
+    """Q-fix: the estimate for each query, from the probabilities of its patched value."""
+    patched_pattern = attention_pattern(patched, heads.k, **heads.settings)
+    return ((patched_pattern - pattern) * grad).sum(dim=-1)
 
 
 def key_effect(
@@ -166,12 +166,12 @@ def key_effect(
     pattern: Float[Tensor, "row head dest src"],
     grad: Float[Tensor, "row head dest src"],
 ) -> Float[Tensor, "row head pos"]:
-    """K-fix: the estimate for each key and query head, summed over the queries that see it.
+    """K-fix: the estimate for each key and query head, summed over the queries that attend to it.
 
-    A key's new score moves p_t to p'_t and scales all other probabilities alike. So the change
-    of p . grad is (p'_t - p_t) * (grad_t - mean of grad over the other keys), which is the
-    paper's closed form g (grad_t - p . grad) with g = p_t (e^D - 1) / (1 + p_t (e^D - 1)),
-    written so that it also holds where p_t is 0 or 1 as a number.
+    A key's new score changes p_t to p'_t and scales all other probabilities by one factor. So
+    p . grad changes by (p'_t - p_t) * (grad_t - mean of grad over the other keys). This equals the
+    paper's closed form g (grad_t - p . grad) with g = p_t (e^D - 1) / (1 + p_t (e^D - 1)), and
+    also holds where p_t rounds to 0 or 1.
     """
     base = attention_scores(heads.q, heads.k, heads.settings)
     change = attention_scores(heads.q, patched, heads.settings) - base
@@ -202,7 +202,7 @@ def log_pattern(
     pattern: Float[Tensor, "row head dest src"],
     settings: dict[str, Any],
 ) -> Float[Tensor, "row head dest src"]:
-    """Logarithms of attention probabilities, also of those that are 0 as numbers; masked: -inf."""
+    """Logarithms of attention probabilities, finite where p rounds to 0; -inf where masked."""
     top, best = pattern.max(dim=-1, keepdim=True)
     total = scores.gather(-1, best) - top.log()
     dest = torch.arange(scores.shape[2], device=scores.device)[:, None]
@@ -218,7 +218,7 @@ def attention_scores(
     k: Float[Tensor, "row kv_head src d"],
     settings: dict[str, Any],
 ) -> Float[Tensor, "row head dest src"]:
-    """Scores after scaling and soft-cap, without the mask; fp32, or fp64 for fp64."""
+    """Attention scores after scaling and soft-cap, unmasked; fp32, or fp64 for fp64 inputs."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = (q.to(dtype) @ k.to(dtype).transpose(-1, -2)) * settings["scale"]
@@ -227,7 +227,7 @@ def attention_scores(
 
 
 class _Stop(torch.autograd.Function):
-    """The identity; backwards nothing at the layer that is dropped."""
+    """The identity, whose gradient is zero at the switch's dropped layer."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, switch: _Switch, layer: int) -> Tensor:
@@ -240,14 +240,14 @@ class _Stop(torch.autograd.Function):
 
 
 class _Switch:
-    """Which layer's writes to the residual stream pass no gradient."""
+    """Selects the layer whose outputs to the residual stream pass no gradient (GradDrop)."""
 
     def __init__(self) -> None:
         self.dropped: int | None = None
 
     @contextmanager
     def on(self, work: Work) -> Iterator[None]:
-        """Put a stop behind every layer's attention and MLP output."""
+        """Hook a `_Stop` to every layer's attention and MLP output."""
         with ExitStack() as stack:
             for name in ("attn_out", "mlp_out"):
                 for layer, point in enumerate(work.tape.points[name].points):

@@ -1,4 +1,4 @@
-"""What is refused before any forward pass: a method that cannot say anything about a request."""
+"""Checks before any forward pass: whether a method can attribute a request's metrics and sites."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check_request(request: Request, methods: Sequence[Method]) -> None:
     """Raise unless every method can attribute every metric and site of `request`.
 
     Raises:
-        MethodError: with what to use in its place.
+        MethodError: one cannot; the message names an alternative.
     """
     check_model(request.bridge)
     for method in methods:
@@ -41,11 +41,11 @@ def check_request(request: Request, methods: Sequence[Method]) -> None:
 
 
 def check_model(model: TransformerBridge) -> None:
-    """Raise unless gradients of `model` mean what they should.
+    """Raise unless gradients can pass through all weights of `model`.
 
     Raises:
-        MethodError: it is quantised in a way that has no gradient.
-        ModelError: its weights were made where PyTorch keeps no gradients.
+        MethodError: a weight is quantised to a dtype that has no gradient.
+        ModelError: a weight was created inside `torch.inference_mode()`.
     """
     original = model.original_model
     for name, weight in (*original.named_parameters(), *original.named_buffers()):
@@ -63,10 +63,11 @@ def check_model(model: TransformerBridge) -> None:
 
 
 def check_metric(metric: Metric, method: Method) -> None:
-    """Raise unless `method` can say something about `metric`.
+    """Raise unless `method` can attribute `metric`.
 
     Raises:
-        MethodError: it is not smooth, flat at the base, or returns numbers without gradient.
+        MethodError: the metric is not smooth, has zero gradient at the base run (for a method
+            that takes only that gradient), or returns numbers without gradient.
     """
     if not metric.smooth:
         raise MethodError(
@@ -92,10 +93,10 @@ def _check_plan(plan: SitePlan, method: Method) -> None:
             "single cells of the pattern are estimated by patchsweep.attribution.patterns, all at "
             "once; use it, or method=exact"
         )
-    together = [layers for layers in plan.axes.layers if len(layers) > 1]
-    if plan.site.layered and together:
+    joint = [layers for layers in plan.axes.layers if len(layers) > 1]
+    if plan.site.layered and joint:
         raise MethodError(
-            f"layers={list(together[0])} are patched together, and method={method.name} estimates "
+            f"layers={list(joint[0])} are patched together, and method={method.name} estimates "
             "each layer by itself; give layers one by one, or use method=exact"
         )
     if method.name == "relp_ah" and plan.site.side in ("query", "key"):

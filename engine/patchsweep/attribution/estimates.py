@@ -1,4 +1,4 @@
-"""Estimates: what one method gives for one batch, and how a plan's cells are read off it."""
+"""Estimates of one method for one batch, and the values of a plan's cells read from them."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from patchsweep.spec.sites import Site
 
 
 class Estimates:
-    """Per site `[metric, pair, layer, pos, unit]`, fp32, zero where no gradient came.
+    """Estimates per site, `[metric, pair, layer, pos, unit]`, fp32; zero without a gradient.
 
-    The unit axis is the plan's: sets of heads or neurons are summed when they are added, so
-    that no `[pos, d_mlp]` is kept for a few neurons.
+    The unit axis holds the plan's sets of heads or neurons. `add` sums each set at once, so that
+    a few neurons do not need a `[pos, d_mlp]` tensor.
     """
 
     def __init__(
         self, plans: Sequence[SitePlan], shape: ModelShape, batch: Batch, n_metrics: int
     ) -> None:
-        self.metric = 0  # whose backward pass is running
+        self.metric = 0  # index of the metric whose backward pass is running
         self.plans = {plan.site.name: plan for plan in plans}
         self._shape = shape
         self.values: dict[str, Tensor] = {}
@@ -49,7 +49,7 @@ class Estimates:
     def add(
         self, place: Place, values: Tensor, base: Tensor, grad: Tensor, weight: float = 1.0
     ) -> None:
-        """Add `weight` times (values - base) · grad, all as `Place.flat` gives them."""
+        """Add `weight` times (values - base) · grad; the tensors have the shape of `Place.flat`."""
         plan = self.plans[place.site.name]
         if plan.axes.n_sources:
             self.put(place, _by_cell(plan, values, base, grad), weight)
@@ -59,9 +59,9 @@ class Estimates:
         elif plan.axes.units is None:
             dot = attribution_dot(values, base, grad).unsqueeze(-1)
         elif place.site.unit == "neuron":
-            chosen = [neuron for members in plan.axes.units for neuron in members]
-            dot = (values[..., chosen].float() - base[..., chosen].float()) * (
-                grad[..., chosen].float()
+            neurons = [neuron for members in plan.axes.units for neuron in members]
+            dot = (values[..., neurons].float() - base[..., neurons].float()) * (
+                grad[..., neurons].float()
             )
             self.put(place, _sum_sets(dot, plan.axes.units, compact=True), weight)
             return
@@ -71,11 +71,11 @@ class Estimates:
         self.put(place, self._by_sets(plan, dot), weight)
 
     def add_units(self, place: Place, effect: Tensor, weight: float = 1.0) -> None:
-        """Add `effect` `[row, pos, unit]`, one number for every head of the site."""
+        """Add `effect` `[row, pos, unit]`, one number per head of the site."""
         self.put(place, self._by_sets(self.plans[place.site.name], effect), weight)
 
     def put(self, place: Place, effect: Tensor, weight: float) -> None:
-        """Add `effect` `[row, pos, unit set]`; rows beyond the pairs are further copies of them."""
+        """Add `weight` times `effect` `[row, pos, unit set]`, one row per pair."""
         target = self.values[place.site.name][self.metric, :, place.layer]
         target += weight * effect.to(target)
 
@@ -86,25 +86,25 @@ class Estimates:
         return _sum_sets(effect, plan.axes.units, compact=False)
 
     def cells(self, plan: SitePlan, patches: Ints, batch: Batch) -> NDArray[np.float32]:
-        """The estimates `[metric, patch]` of `patches`; dead ones are zero exactly.
+        """Return the estimates `[metric, patch]` of `patches`; those of dead patches are exactly 0.
 
-        Tokens of one span are summed: their patches meet no sooner than the metric does.
+        The estimate of a span is the sum over its tokens, since a first-order estimate adds up.
         """
         values = self.values[plan.site.name].double().cpu().numpy()
-        running = np.concatenate([np.zeros_like(values[..., :1, :]), values.cumsum(-2)], axis=-2)
+        cumulative = np.concatenate([np.zeros_like(values[..., :1, :]), values.cumsum(-2)], axis=-2)
         local = batch.local
         pair = np.array([local[p] for p in plan.pair[patches].tolist()], dtype=np.int64)
         layer = np.array([layers[0] for layers in plan.axes.layers])[plan.layer_set[patches]]
         unit = plan.unit_set[patches]
         start, stop = plan.start[patches], plan.stop[patches]
         single = stop == start + 1
-        summed = running[:, pair, layer, stop, unit] - running[:, pair, layer, start, unit]
-        found = np.where(single, values[:, pair, layer, start, unit], summed)
-        return np.where(plan.live[patches], found, 0.0).astype(np.float32)
+        summed = cumulative[:, pair, layer, stop, unit] - cumulative[:, pair, layer, start, unit]
+        estimates = np.where(single, values[:, pair, layer, start, unit], summed)
+        return np.where(plan.live[patches], estimates, 0.0).astype(np.float32)
 
 
 def _by_cell(plan: SitePlan, values: Tensor, base: Tensor, grad: Tensor) -> Tensor:
-    """`[row, dest, unit set and src]` of single pattern cells, no sum taken."""
+    """Estimates `[row, dest, (unit set, src)]` of single pattern cells, not summed over src."""
     assert plan.axes.units is not None
     n_sources = plan.axes.n_sources
     product = (values.float() - base.float()) * grad.float()
@@ -114,13 +114,13 @@ def _by_cell(plan: SitePlan, values: Tensor, base: Tensor, grad: Tensor) -> Tens
 
 
 def _sum_sets(effect: Tensor, sets: Sequence[tuple[int, ...]], *, compact: bool) -> Tensor:
-    """Sum the last axis by sets of its indices; `compact`: it holds the members in their order."""
-    members = [unit for which in sets for unit in which]
+    """Sum the last axis over each of `sets`; `compact`: it holds only the members, set by set."""
+    members = [unit for one_set in sets for unit in one_set]
     if not compact:
         if members == list(range(effect.shape[-1])) and len(sets) == len(members):
             return effect
         effect = effect[..., members]
-    sizes = torch.tensor([len(which) for which in sets], device=effect.device)
+    sizes = torch.tensor([len(one_set) for one_set in sets], device=effect.device)
     index = torch.repeat_interleave(torch.arange(len(sets), device=effect.device), sizes)
     out = effect.new_zeros(*effect.shape[:-1], len(sets))
     return out.index_add_(-1, index, effect)
@@ -128,7 +128,7 @@ def _sum_sets(effect: Tensor, sets: Sequence[tuple[int, ...]], *, compact: bool)
 
 @dataclass(frozen=True)
 class Work:
-    """One batch, ready for any method: the source run has been made."""
+    """One batch with the activations of its source run: the input of `Method.run`."""
 
     tape: GradientModel
     batch: Batch
@@ -136,21 +136,21 @@ class Work:
     shape: ModelShape
     metrics: tuple[Metric, ...]
     intervention: Intervention
-    source: Mapping[str, list[Tensor]]  # site -> per layer, as `Place.flat` gives it
+    source: Mapping[str, list[Tensor]]  # site -> per layer, in the shape of `Place.flat`
     source_logits: Float[Tensor, "pair read d_vocab"]
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """The sites that are attributed; the gradient model may watch more."""
+        """The sites to attribute; the gradient model may hook more."""
         return tuple(plan.site for plan in self.plans)
 
     def empty(self) -> Estimates:
-        """Zeros for every site."""
+        """Return estimates of zero for every site."""
         return Estimates(self.plans, self.shape, self.batch, len(self.metrics))
 
     @torch.no_grad()
     def values(self, site: Site, layer: int, base: Tensor) -> Tensor:
-        """What a patch puts in place of `base`."""
+        """Return the patch values that replace `base`."""
         source = self.source[site.name][layer]
         return values_of(self.intervention, site, layer, base, source, self.batch.spans)
 
@@ -159,7 +159,7 @@ class Work:
         logits: Float[Tensor, "row read d_vocab"],
         base_logits: Float[Tensor, "pair read d_vocab"],
     ) -> Float[Tensor, "metric row"]:
-        """Every metric of every row; rows beyond the pairs are further copies of them."""
+        """Return every metric of every row; `logits` may repeat the pairs several times."""
         copies = len(logits) // len(self.batch.base)
         answer, wrong = (
             logits.gather(2, x.repeat(copies, 1).unsqueeze(-1)).squeeze(-1)
@@ -171,7 +171,7 @@ class Work:
     def references(
         self, base_logits: Float[Tensor, "pair read d_vocab"]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """The metrics `[metric, pair]` of the base and of the source run."""
+        """Return the metrics `[metric, pair]` of the base run and of the source run."""
         with torch.no_grad():
             base = self.score(base_logits, base_logits)
             source = self.score(self.source_logits, base_logits)
@@ -180,14 +180,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Found:
-    """What a method found on one batch."""
+    """The result of a method for one batch."""
 
     estimates: Estimates
     base_logits: Float[Tensor, "pair read d_vocab"]
 
 
 def backward_each(scores: Float[Tensor, "metric row"], estimates: Estimates) -> None:
-    """One backward pass per metric, of its sum over the rows (a mean would scale gradients)."""
+    """Run one backward pass per metric, from its sum over rows (a mean would scale gradients)."""
     for metric, row in enumerate(scores):
         estimates.metric = metric
         row.sum().backward(retain_graph=metric + 1 < len(scores))

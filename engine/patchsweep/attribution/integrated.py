@@ -1,18 +1,18 @@
-"""Integrated gradients: the gradient averaged on the way from base to patched values.
+"""Integrated gradients: the gradient averaged along a path from base to patched values.
 
-Two ways to walk, named apart:
+Two methods differ in the path:
 
-- `ig` moves one site of one layer, at all positions and heads together. Over the positions and
-  heads of a layer the estimates sum to the effect of patching the whole layer at once, exactly
-  in the limit of many steps; so one patch that covers all positions and heads is exact. How
-  that effect is shared out among single patches is still an approximation.
-- `ig_inputs` moves the token embeddings and takes the gradient at every site on the way
-  (EAP-IG, Hanna et al., arXiv 2403.17806). It is complete at the embeddings alone. At any
-  other site it multiplies the whole change of the activation with gradients taken along a path
-  which that activation does not follow in proportion: the sum over a layer is **not** the
-  effect of patching that layer.
+- `ig` interpolates one site of one layer, at all positions and heads together. The estimates of
+  a layer sum over positions and heads to the effect of patching the whole layer, exactly in the
+  limit of many steps; so one patch that covers all positions and heads is exact. The division
+  of that effect among single patches remains an approximation.
+- `ig_inputs` interpolates the token embeddings and takes the gradient at every site
+  (EAP-IG, Hanna et al., arXiv 2403.17806). It is complete only at the embeddings. At any other
+  site it multiplies the full change of the activation by gradients along a path that the
+  activation itself does not follow in proportion: the sum over a layer is **not** the effect
+  of patching that layer.
 
-Nodes and weights are those of Gauss and Legendre on [0, 1].
+Nodes and weights are those of Gauss-Legendre quadrature on [0, 1].
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from patchsweep.forward.grad import Place
 from patchsweep.spec.plan import SitePlan
 from patchsweep.spec.sites import SITES, Site
 
-# tokens of one forward pass; steps are stacked as rows up to this many
+# most tokens of one forward pass; steps are stacked as rows up to this number
 MAX_TOKENS = 4096
 
 
 def nodes(n_steps: int) -> list[tuple[float, float]]:
-    """Where on [0, 1] gradients are taken, and their weights.
+    """Return (node in [0, 1], weight) of each of the `n_steps` gradients.
 
     Raises:
-        MethodError: there is no step, or no whole number of them.
+        MethodError: `n_steps` is not a whole number of at least 1.
     """
     whole_number("steps", n_steps, least=1, error=MethodError)
     x, w = np.polynomial.legendre.leggauss(n_steps)
@@ -47,10 +47,10 @@ def nodes(n_steps: int) -> list[tuple[float, float]]:
 
 @dataclass(frozen=True)
 class IntegratedSite:
-    """`ig`: each site's own activation is moved, layer by layer.
+    """`ig`: interpolates each site's own activation, layer by layer.
 
-    It costs `n_steps` forward and backward passes from every layer of every site on: for short
-    prompts about what exact patching of the same site costs.
+    For every layer of every site it makes `n_steps` forward and backward passes through the
+    blocks from that layer on: for short prompts about the cost of exact patching of the site.
     """
 
     n_steps: int = 5
@@ -75,7 +75,7 @@ class IntegratedSite:
         return (SITES["resid_pre"],)
 
     def passes(self, plans: tuple[SitePlan, ...], n_layers: int, n_metrics: int) -> float:
-        """See `Method`: a walk from layer L on passes the n - L blocks from there."""
+        """See `Method`: a pass from layer L runs n_layers - L blocks."""
         blocks = sum(n_layers - layer for plan in plans for layer in layers_of(plan))
         return 2 + self.n_steps * (1 + n_metrics) * blocks / n_layers
 
@@ -100,9 +100,9 @@ class IntegratedSite:
             def spread(x: Tensor, n: int = n) -> Tensor:
                 return x.repeat(n, *[1] * (x.ndim - 1))
 
-            share = torch.tensor([x for x, _ in part], device=start.device)
-            share = share.repeat_interleave(n_pairs).view(-1, *[1] * (start.ndim - 1))
-            moved = torch.lerp(spread(start).float(), spread(values).float(), share)
+            fraction = torch.tensor([x for x, _ in part], device=start.device)
+            fraction = fraction.repeat_interleave(n_pairs).view(-1, *[1] * (start.ndim - 1))
+            moved = torch.lerp(spread(start).float(), spread(values).float(), fraction)
             leaf = moved.to(start.dtype).requires_grad_()
             place: list[Place] = []
 
@@ -128,22 +128,22 @@ class IntegratedSite:
                 (grad,) = torch.autograd.grad(
                     row.sum(), leaf, retain_graph=metric + 1 < len(scores), allow_unused=True
                 )
-                if grad is None:  # nothing that is read depends on it
+                if grad is None:  # no metric depends on this activation
                     continue
                 for (_, weight), g in zip(part, grad.split(n_pairs), strict=True):
                     estimates.add(place[0], values, start, g, weight)
 
 
 def layers_of(plan: SitePlan) -> list[int]:
-    """The layers of a plan, each once."""
+    """Return the distinct layers of a plan, ascending."""
     return sorted({layer for layers in plan.axes.layers for layer in layers})
 
 
 @dataclass(frozen=True)
 class IntegratedInputs:
-    """`ig_inputs`: the token embeddings are moved; all sites in `n_steps` forward and backwards.
+    """`ig_inputs`: interpolates the token embeddings; `n_steps` passes cover all sites.
 
-    Not complete per component, see the module's docstring.
+    Estimates are not complete per component, see the module's docstring.
     """
 
     n_steps: int = 10
@@ -163,15 +163,15 @@ class IntegratedInputs:
         start = base["embed"][0]
         values = work.values(embed, 0, start)
         estimates = work.empty()
-        for share, weight in nodes(self.n_steps):
+        for fraction, weight in nodes(self.n_steps):
 
             def visit(place: Place, x: Tensor, weight: float = weight) -> None:
                 x.register_hook(lambda grad: add(place, grad, weight))
 
             def add(place: Place, grad: Tensor, weight: float) -> None:
-                unmoved = base[place.site.name][place.layer]
-                to = work.values(place.site, place.layer, unmoved)
-                estimates.add(place, to, unmoved, place.flat(grad), weight)
+                site_base = base[place.site.name][place.layer]
+                site_values = work.values(place.site, place.layer, site_base)
+                estimates.add(place, site_values, site_base, place.flat(grad), weight)
 
             with torch.enable_grad():
                 logits = work.tape.forward(
@@ -180,7 +180,7 @@ class IntegratedInputs:
                     work.batch.reads,
                     sites=work.sites,
                     gradient=True,
-                    embeds=torch.lerp(start, values, share),
+                    embeds=torch.lerp(start, values, fraction),
                 )
                 backward_each(work.score(logits, base_logits), estimates)
         return Found(estimates, base_logits)

@@ -1,4 +1,4 @@
-"""What an attribution method is."""
+"""The protocol of an attribution method."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ class Method(Protocol):
 
     @property
     def name(self) -> str:
-        """As stores and the command line know it."""
+        """Name in stores and on the command line."""
 
     @property
     def at_base(self) -> bool:
-        """Whether it looks at the gradient of the base run alone."""
+        """Whether the method takes gradients only at the base run."""
 
     def run(self, work: Work) -> Found:
-        """The estimates of all sites of `work`."""
+        """Return the estimates for all sites of `work`."""
 
     def extra_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
-        """Sites whose activations it needs besides those it is asked about."""
+        """Return the sites whose activations the method needs besides `sites`."""
 
     def passes(self, plans: tuple[SitePlan, ...], n_layers: int, n_metrics: int) -> float:
-        """Full forward passes it makes, a backward pass counted as one (weights take none)."""
+        """Return the number of full forward passes; a backward pass counts as one forward pass."""

@@ -1,13 +1,13 @@
-"""Attribution of attention patterns: what each cell (head, query, key) does to the metric.
+"""Attribution of attention patterns: an estimate for each cell (head, query, key).
 
-Two products with one gradient (the attribution patching demo of N. Nanda, 2023):
+Two scores share one gradient (the attribution patching demo of N. Nanda, 2023):
 
-- `zero`: -pattern * gradient, the effect of setting the cell to zero, linearised;
-- `patch`: (patched pattern - pattern) * gradient, the effect of the intervention's value there.
+- `zero`: -pattern * gradient, the linearised effect of setting the cell to zero;
+- `patch`: (patched pattern - pattern) * gradient, the effect of the intervention's value.
 
-Rows of a pattern sum to one, so single cells are no patches that a model could meet; read them
-as where a head's effect comes from. Summed over a row, `patch` is the AtP estimate of the site
-`pattern`.
+Rows of a pattern sum to one, so a patch of a single cell gives a pattern that the model cannot
+produce; the scores show where a head's effect comes from. The sum of `patch` over a row is the
+AtP estimate of the site `pattern`.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ from patchsweep.spec.spec import MetricLike, Request, SweepSpec, make_request
 
 @dataclass(frozen=True)
 class HeadRank:
-    """A head, by what its pattern does."""
+    """A head with the summed scores of its pattern."""
 
     layer: int
     head: int
     patch: float  # mean over pairs of the sum over cells, signed
     size: float  # mean over pairs of the sum over cells of |patch|
-    dest: str  # where its largest cell lies: token that looks,
-    src: str  # and token looked at, in the first pair
+    dest: str  # query token of the cell with the largest |patch| in the first pair
+    src: str  # key token of that cell
 
 
 @dataclass(frozen=True)
 class PatternScores:
-    """Scores of every cell; NaN beyond a pair's length."""
+    """Scores of every pattern cell; NaN beyond a pair's length."""
 
     scores: xr.Dataset  # `zero`, `patch` [metric, pair, layer, head, dest, src]
 
     def heads(self, metric: str | None = None, n: int = 10) -> list[HeadRank]:
-        """The `n` heads with the largest `size`, largest first."""
+        """Return the `n` heads with the largest `size`, largest first."""
         name = str(self.scores["metric"].values[0]) if metric is None else metric
         patch = self.scores["patch"].sel(metric=name).transpose("pair", "layer", "head", ...).values
         signed = np.nansum(patch, axis=(3, 4)).mean(axis=0)
@@ -63,8 +63,8 @@ class PatternScores:
         ranks = []
         for cell in np.argsort(-size, axis=None, kind="stable")[:n]:
             layer, head = np.unravel_index(cell, size.shape)
-            first = np.nan_to_num(np.abs(patch[0, layer, head]))
-            dest, src = np.unravel_index(first.argmax(), first.shape)
+            first_pair = np.nan_to_num(np.abs(patch[0, layer, head]))
+            dest, src = np.unravel_index(first_pair.argmax(), first_pair.shape)
             ranks.append(
                 HeadRank(
                     layer=int(layer),
@@ -85,29 +85,29 @@ def pattern_scores(
     metrics: MetricLike | Sequence[MetricLike] = SweepSpec.metrics,
     **selection: Any,
 ) -> PatternScores:
-    """Scores of all cells of all attention patterns, in the metric's unit, signed.
+    """Return the scores of all cells of all attention patterns, signed, in the metric's unit.
 
-    `selection` is `direction`, `intervention` and `read`, as `sweep` takes them.
+    `selection` may hold `direction`, `intervention` and `read`, as for `sweep`.
 
     Raises:
-        PatchsweepError: an argument breaks a rule; nothing has run then.
+        PatchsweepError: an argument breaks a rule; raised before any forward pass.
     """
     request = make_request(model, pairs, SweepSpec("pattern", metrics, **selection))
     check_request(request, [Atp()])
-    tape = GradientModel(model, [SITES["pattern"]], compute_dtype=request.compute_dtype)
+    gradients = GradientModel(model, [SITES["pattern"]], compute_dtype=request.compute_dtype)
     shape = request.shape
     longest = int(request.plans[0].full_lengths.max())
     size = (len(request.metrics), len(pairs), shape.n_layers, shape.n_heads, longest, longest)
     zero, patch = np.full(size, np.nan, np.float32), np.full(size, np.nan, np.float32)
     batches = request.batches(range(len(pairs)))
     request.intervention.prepare(
-        clean_prompts(batches, request.direction), lambda tokens: tape.activations(tokens)[0]
+        clean_prompts(batches, request.direction), lambda tokens: gradients.activations(tokens)[0]
     )
-    for every in batches:
-        for pair in every.pairs:  # [head, dest, src] of all layers: one pair at a time
+    for full_batch in batches:
+        for pair in full_batch.pairs:  # [head, dest, src] of all layers: one pair at a time
             batch = request.batches([pair])[0]
-            with tape.frozen():
-                _one(request, tape, batch, zero[:, pair], patch[:, pair])
+            with gradients.frozen():
+                _one(request, gradients, batch, zero[:, pair], patch[:, pair])
     dims = ("metric", "pair", "layer", "head", "dest", "src")
     tokens = [
         [*(p.corrupted_tokens if request.direction == "denoising" else p.clean_tokens)][:longest]
@@ -130,7 +130,7 @@ def pattern_scores(
 def _one(
     request: Request, tape: GradientModel, batch: Batch, zero: np.ndarray, patch: np.ndarray
 ) -> None:
-    """Fill `[metric, layer, head, dest, src]` of one pair."""
+    """Fill `zero` and `patch` `[metric, layer, head, dest, src]` of one pair."""
     source, source_logits = tape.activations(batch.source, batch.reads)
     work = work_of(request, tape, batch, source, source_logits)
     n = batch.length
@@ -149,7 +149,7 @@ def work_of(
     source: Mapping[str, list[Tensor]],
     source_logits: Tensor,
 ) -> Work:
-    """What `visit_cells` takes: a batch with the patterns and logits of its source run."""
+    """Return the input of `visit_cells`: a batch with its source run's patterns and logits."""
     return Work(
         tape,
         batch,
@@ -167,7 +167,7 @@ VisitCells = Callable[[int, int, Tensor, Tensor, Tensor], None]
 
 
 def _check_gradient(work: Work, metric: int, layer: int, grad: Tensor) -> None:
-    """Raises ModelError if a number of `grad` `[pair, head, dest, src]` is NaN or infinite."""
+    """Raise ModelError if `grad` `[pair, head, dest, src]` holds NaN or infinity."""
     if bool(torch.isfinite(grad).all()):
         return
     check_finite(
@@ -183,9 +183,9 @@ def _check_gradient(work: Work, metric: int, layer: int, grad: Tensor) -> None:
 def visit_cells(
     work: Work, visit: VisitCells, on_attention: Callable[[int, Heads], None] | None = None
 ) -> Float[Tensor, "pair read d_vocab"]:
-    """Show every layer's pattern with its gradient, metric by metric; gives the base run's logits.
+    """Call `visit` with every layer's pattern and gradient, per metric; return the base logits.
 
-    `on_attention` is told of each layer's queries, keys, values and pattern on the way.
+    `on_attention` receives each layer's queries, keys, values and pattern in the forward pass.
     """
     metric = [0]
 

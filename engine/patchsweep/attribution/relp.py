@@ -1,15 +1,16 @@
-"""Relevance patching: attribution patching with another backward pass.
+"""Relevance patching: attribution patching with a modified backward pass.
 
-The same product as in `atp`, with coefficients from layer-wise relevance propagation in place
-of gradients (Jafari et al., arXiv 2508.21258). The forward pass is untouched. Backwards
+The estimate is the product of `atp` with coefficients of layer-wise relevance propagation in
+place of gradients (Jafari et al., arXiv 2508.21258). The forward pass is unchanged. Rules of the
+backward pass:
 
-- LN-rule: a norm's scale is a constant, so it passes on what its centring and weights do;
-- Identity-rule: an activation function is the factor act(x) / x, a constant;
-- Half-rule: of a product of two activations (a gate) each factor gets one half;
+- LN-rule: a norm's scale is a constant; the gradient passes its centring and weights;
+- Identity-rule: an activation function is the constant factor act(x) / x;
+- Half-rule: each factor of a product of two activations (a gate) gets half the gradient;
 - a factor that scales whole vectors, such as an expert's routing weight, is a constant.
 
-`relp` keeps the gradient of the attention softmax; `relp_ah` adds the AH-rule, which holds the
-attention pattern constant, so that queries and keys get nothing.
+`relp` keeps the gradient of the attention softmax. `relp_ah` adds the AH-rule: the attention
+pattern is a constant, so that queries and keys get zero.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from patchsweep.forward.unwrapped import UnwrappedModel
 from patchsweep.spec.plan import SitePlan
 from patchsweep.spec.sites import Site
 
-# size of the vector that a norm's weights are read off with, so that its epsilon does not show
+# entries of the probe vector that measures a norm's weights; large, so that epsilon is negligible
 _LARGE = 1e3
 
 
 @dataclass(frozen=True)
 class Relp:
-    """(values - base) · relevance coefficients; `fixed_pattern` adds the AH-rule."""
+    """Estimate (values - base) · relevance coefficients; `fixed_pattern` adds the AH-rule."""
 
     name: str = "relp"
     fixed_pattern: bool = False
@@ -49,7 +50,7 @@ class Relp:
             logits = differentiable_run(
                 work, estimates, work.sites, fixed_pattern=self.fixed_pattern
             )
-        # the metric itself is differentiated as it is
+        # outside the rules: the metric has its ordinary gradient
         backward_each(work.score(logits, logits.detach()), estimates)
         return Found(estimates, logits.detach())
 
@@ -63,7 +64,7 @@ class Relp:
 
 
 class _Graft(torch.autograd.Function):
-    """The first argument's value with the second argument's gradient."""
+    """The value of the first argument; the gradient goes to the second argument."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, carrier: Tensor) -> Tensor:
@@ -75,14 +76,14 @@ class _Graft(torch.autograd.Function):
 
 
 def graft(value: Tensor, carrier: Tensor) -> Tensor:
-    """`value`, which passes its gradient on to `carrier`."""
+    """Return a copy of `value` whose gradient goes to `carrier`."""
     result: Tensor = _Graft.apply(value.detach(), carrier)
     return result
 
 
 @contextmanager
 def relevance_rules(unwrapped: UnwrappedModel) -> Iterator[None]:
-    """Forward passes inside build a graph whose backward pass follows the rules.
+    """Apply the rules to backward passes of graphs that are built inside this context.
 
     Raises:
         MethodError: a norm of the model is neither a LayerNorm nor an RMS norm.
@@ -98,7 +99,7 @@ def relevance_rules(unwrapped: UnwrappedModel) -> Iterator[None]:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module divides vectors by their size."""
+    """Whether `module` normalises vectors: a LayerNorm, an RMSNorm or a leaf named *Norm."""
     return isinstance(module, nn.LayerNorm | nn.RMSNorm) or (
         type(module).__name__.endswith(("Norm", "LayerNorm"))
         and not any(True for _ in module.children())
@@ -106,9 +107,9 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def is_activation(module: nn.Module) -> bool:
-    """Whether a module is an elementwise nonlinearity, as `transformers` and torch have them."""
-    home = type(module).__module__
-    return home.startswith(("transformers.activations", "torch.nn.modules.activation")) and not (
+    """Whether `module` is an elementwise nonlinearity of `transformers` or torch."""
+    origin = type(module).__module__
+    return origin.startswith(("transformers.activations", "torch.nn.modules.activation")) and not (
         isinstance(module, nn.MultiheadAttention | nn.Softmax)
     )
 
@@ -123,14 +124,14 @@ def _norm_rule(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tens
         weight = module.weight if module.weight is not None else torch.ones_like(x[..., :1])
         return graft(output, centred * (scale * weight.detach()))
     with torch.no_grad():
-        # an RMS norm is x * weight * scale(x): its weights are what it does to (1, 1, ...)
+        # an RMS norm is x * weight * scale(x), so its output for a constant vector is its weights
         weight = module.forward(torch.full_like(x[(0,) * (x.ndim - 1)], _LARGE))
         weighted = x.float() * weight.float()
         size = (weighted * weighted).sum(-1, keepdim=True)
         scale = (output.float() * weighted).sum(-1, keepdim=True) / size.clamp_min(1e-30)
-        off = (scale * weighted - output.float()).abs().amax()
+        largest_error = (scale * weighted - output.float()).abs().amax()
         tolerance = 1e-3 if x.dtype == torch.float32 else 0.05
-        if off > tolerance * output.float().abs().amax():
+        if largest_error > tolerance * output.float().abs().amax():
             raise MethodError(
                 f"{type(module).__name__} is neither a LayerNorm nor an RMS norm, so relp has no "
                 "rule for it; use atp"
@@ -144,16 +145,16 @@ def _identity_rule(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> 
     if not x.requires_grad:
         return None
     with torch.no_grad():
-        # where x is 0 there is no ratio, and act(0) = 0 has nothing to pass on
+        # at x = 0 the ratio is undefined, and act(0) = 0 carries no relevance
         factor = torch.where(x == 0, torch.zeros_like(x), output / x)
     return graft(output, x * factor)
 
 
 class HalfRule(TorchFunctionMode):
-    """Splits the gradient of a product of two activations between them by halves.
+    """Gives each factor of a product of two activations half of the gradient.
 
-    Norms and activation functions, whose products would be met too, are grafted over
-    afterwards; weights and rotary tables take no gradient.
+    Products inside norms and activation functions are affected too, but the hooks on those
+    modules replace their gradients; weights and rotary tables take no gradient.
     """
 
     _products = (torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__)

@@ -1,4 +1,4 @@
-"""Run attribution methods over the pairs of a request, block by block."""
+"""Runs attribution methods over the pairs of a request, block of pairs by block of pairs."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from patchsweep.spec.interventions import Reader
 from patchsweep.spec.plan import SitePlan
 from patchsweep.spec.spec import Request
 
-# tokens of the prompts that are attributed in one pass
+# most prompt tokens that one pass attributes
 MAX_TOKENS = 2048
 
 
 @dataclass(frozen=True)
 class BlockOfPairs:
-    """Estimates of consecutive pairs by one method."""
+    """Estimates of one method for consecutive pairs."""
 
     pairs: range
     cells: Mapping[str, NDArray[np.float32]]  # site -> [metric, pair, layer, pos, unit]
@@ -33,28 +33,28 @@ class BlockOfPairs:
 
 
 class Attribution:
-    """Methods, ready to run on one request.
+    """Runs methods on one request.
 
     Raises:
-        MethodError: the model has no place for a site, or no gradient there.
+        MethodError: the model does not have a site, or no gradient reaches it.
     """
 
     def __init__(self, request: Request, methods: Sequence[Method]) -> None:
         self.request = request
         self.methods = tuple(methods)
         extra = {s.name: s for m in methods for s in m.extra_sites(request.sites)}
-        own = [site for site in extra.values() if site not in request.sites]
-        self.sites = (*request.sites, *own)
+        added = [site for site in extra.values() if site not in request.sites]
+        self.sites = (*request.sites, *added)
         longest = max(int(plan.full_lengths.max()) for plan in request.plans)
         self.tape = GradientModel(
-            request.bridge, request.sites, own, longest, compute_dtype=request.compute_dtype
+            request.bridge, request.sites, added, longest, compute_dtype=request.compute_dtype
         )
         if any(isinstance(method, AtpStar) for method in methods):
             check_intervention(self.tape, request.sites, request.intervention)
         self._prepare()
 
     def _prepare(self) -> None:
-        """Let the intervention see the clean prompts."""
+        """Prepare the intervention (means, for example) on the clean prompts."""
         request = self.request
         numbers = range(len(request.pairs))
         batches = request.batches(numbers)
@@ -63,7 +63,7 @@ class Attribution:
         request.intervention.prepare(clean, reader)
 
     def run(self, method: Method, pairs: range) -> BlockOfPairs:
-        """The estimates of `method` for the pairs of a block."""
+        """Return the estimates of `method` for `pairs`."""
         request = self.request
         cells = {
             plan.site.name: np.full(
@@ -75,18 +75,18 @@ class Attribution:
         for batch in request.batches(pairs):
             with self.tape.frozen():
                 work = self._work(method, batch)
-                found = method.run(work)
+                result = method.run(work)
             rows = [pair - pairs.start for pair in batch.pairs]
             references[:, :, rows] = check_references(
-                *work.references(found.base_logits), batch.pairs, request.metrics
+                *work.references(result.base_logits), batch.pairs, request.metrics
             )
             for plan in request.plans:
-                mine = plan.patches(batch.pairs)
-                pair, layer, pos, unit = np.unravel_index(plan.cell[mine], plan.shape)
+                patches = plan.patches(batch.pairs)
+                pair, layer, pos, unit = np.unravel_index(plan.cell[patches], plan.shape)
                 values = check_cells(
-                    found.estimates.cells(plan, mine, batch),
+                    result.estimates.cells(plan, patches, batch),
                     plan,
-                    mine,
+                    patches,
                     request.metrics,
                     f"the {method.name} estimate",
                 )
@@ -95,8 +95,8 @@ class Attribution:
 
     def _work(self, method: Method, batch: Batch) -> Work:
         request = self.request
-        wanted = {s.name: s for s in (*request.sites, *method.extra_sites(request.sites))}
-        source, logits = self.tape.activations(batch.source, batch.reads, [*wanted.values()])
+        needed_sites = {s.name: s for s in (*request.sites, *method.extra_sites(request.sites))}
+        source, logits = self.tape.activations(batch.source, batch.reads, [*needed_sites.values()])
         return Work(
             tape=self.tape,
             batch=batch,
@@ -110,12 +110,12 @@ class Attribution:
 
 
 def token_layers(request: Request, method: Method) -> int:
-    """What `method` costs: tokens times blocks of its passes, a backward pass counted as one."""
+    """Cost of `method` in tokens times blocks; a backward pass counts as one forward pass."""
     n_layers = request.shape.n_layers
     tokens = int(request.plans[0].full_lengths.sum())
     return round(tokens * n_layers * method.passes(request.plans, n_layers, len(request.metrics)))
 
 
 def pairs_per_block(plan: SitePlan) -> int:
-    """Pairs that are attributed in one pass; it follows from the plan alone."""
+    """Number of pairs that one pass attributes; a function of the plan alone."""
     return max(1, min(plan.shape[0], MAX_TOKENS // int(plan.full_lengths.max())))

@@ -1,1 +1,1 @@
-"""What results say: the dataset accessor, the comparison of estimates with exact effects."""
+"""Reading results: the Dataset accessor, and the comparison of estimates with exact effects."""

@@ -1,7 +1,7 @@
-"""What a sweep's Dataset says: effects, recovered fractions, intervals, the largest cells.
+"""Effects, recovered fractions, intervals and the largest cells of a sweep's Dataset.
 
 Every function takes the Dataset of one run (`xarray.open_zarr(store, consolidated=False)`) and
-returns new arrays; nothing is written back. Cells that have not run are NaN and stay NaN.
+returns new arrays; the Dataset is not changed. Cells that have not run are NaN and stay NaN.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _FLOATS_PER_BLOCK = 1 << 23  # 32 MiB of resampled effects at a time
 
 @dataclass(frozen=True)
 class Effect:
-    """One patch, or the mean of one patch over the pairs, and what it did to the metric."""
+    """The effect of one patch on the metric, for one pair or averaged over pairs."""
 
     site: str  # variable of the Dataset, e.g. "z" or "z_atp"
     pair: int | None  # pair coordinate; None for the mean over pairs
@@ -60,21 +60,21 @@ class Effect:
     value: float  # patched metric
     effect: float  # value - base metric
     recovered: float  # effect / (source metric - base metric); NaN where that gap is zero
-    noise: float | None = None  # effects below it are rounding; None: none was measured
+    noise: float | None = None  # noise floor of the effect; None: not measured
 
 
 def estimates(ds: xr.Dataset) -> dict[str, tuple[str, str]]:
-    """Variables that hold an attribution's estimate: name -> (site, method).
+    """Return the variables that hold attribution estimates: name -> (site, method).
 
-    Their attributes say so (`role`, `site`, `method`). Variables without a role, of old stores or
-    after arithmetic, go by their names: `z_atp` is then an estimate because it starts with a site's
-    name and is no site itself.
+    The attributes `role`, `site` and `method` decide. A variable without a role (of an old store,
+    or after arithmetic) is an estimate if its name starts with a site's name and is not a site
+    itself, such as `z_atp`.
     """
-    found = _cell_variables(ds)
+    variables = _cell_variables(ds)
     # shortest first: z_atp_star is atp_star of z, not star of z_atp
-    bases = [*SITE_WORDS, *sorted(found, key=len)]
+    bases = [*SITE_WORDS, *sorted(variables, key=len)]
     named = {}
-    for name in sorted(found):
+    for name in sorted(variables):
         attrs = ds[name].attrs
         if "role" in attrs:
             if attrs["role"] == "estimate":
@@ -87,41 +87,41 @@ def estimates(ds: xr.Dataset) -> dict[str, tuple[str, str]]:
 
 
 def is_absolute(ds: xr.Dataset, name: str) -> bool:
-    """Whether the estimates called `name` are sizes, without a sign."""
+    """Whether the estimates in variable `name` are absolute values, without a sign."""
     sign = ds[name].attrs.get("sign")
     return name.endswith("_drop") if sign is None else sign == "absolute"
 
 
 def sites(ds: xr.Dataset) -> tuple[str, ...]:
-    """Variables that hold exactly patched metrics, in the order of `SITE_WORDS`."""
+    """Return the variables that hold exact patched metrics, in the order of `SITE_WORDS`."""
     estimated = estimates(ds)
-    found = [name for name in _cell_variables(ds) if name not in estimated]
-    order = [*SITE_WORDS, *sorted(set(found) - set(SITE_WORDS))]  # a folder lists in any order
-    return tuple(sorted(found, key=order.index))
+    names = [name for name in _cell_variables(ds) if name not in estimated]
+    order = [*SITE_WORDS, *sorted(set(names) - set(SITE_WORDS))]  # a folder lists in any order
+    return tuple(sorted(names, key=order.index))
 
 
 def unit_dim(array: xr.DataArray) -> str | None:
-    """The dim that numbers heads, key heads or neurons; None for a site without one."""
+    """Return the dim of heads, key heads or neurons; None for a site without one."""
     return next((str(d) for d in array.dims if d in UNIT_DIMS), None)
 
 
 def gap(ds: xr.Dataset) -> xr.DataArray:
-    """source metric - base metric, [metric, pair]: what a patch could bring back."""
+    """Return source metric - base metric, [metric, pair]: the denominator of `recovered`."""
     return _metric_array(ds, "source_metric") - _metric_array(ds, "base_metric")
 
 
 def small_gaps(ds: xr.Dataset, threshold: float = SMALL_GAP) -> xr.DataArray:
-    """Pairs whose recovered fraction says little, [metric, pair] bool.
+    """Flag pairs whose recovered fraction is unreliable, [metric, pair] bool.
 
     True where |source - base| is zero, NaN, or below `threshold` times the metric's median over
-    pairs. Flagged pairs stay in every mean; a ratio of means gives them the weight they have.
+    pairs. Means include flagged pairs; in a ratio of means their weight is small.
     """
     size = abs(gap(ds))
     return ~((size > 0) & (size >= threshold * size.median("pair"))).rename("small_gap")
 
 
 def value(ds: xr.Dataset, site: str) -> xr.DataArray:
-    """Patched metric of `site`; for an estimate such as `z_atp`, base metric + estimate."""
+    """Return the patched metric of `site`; for estimates (`z_atp`), base metric + estimate."""
     values = _variable(ds, site)
     if site in estimates(ds):
         values = (values + _metric_array(ds, "base_metric")).transpose(*values.dims)
@@ -129,9 +129,9 @@ def value(ds: xr.Dataset, site: str) -> xr.DataArray:
 
 
 def effect(ds: xr.Dataset, site: str) -> xr.DataArray:
-    """Patched metric - base metric, with the dims of `site`, in the metric's unit.
+    """Return patched metric - base metric, with the dims of `site`, in the metric's unit.
 
-    Positive where the patch raises the metric. An estimate such as `z_atp` is an effect already.
+    Positive where the patch raises the metric. An estimate such as `z_atp` is already an effect.
     """
     values = _variable(ds, site)
     if site in estimates(ds):
@@ -140,39 +140,40 @@ def effect(ds: xr.Dataset, site: str) -> xr.DataArray:
 
 
 def recovered(ds: xr.Dataset, site: str) -> xr.DataArray:
-    """effect / (source metric - base metric) per pair, with the dims of `site`; no unit.
+    """Return effect / (source metric - base metric) per pair, with the dims of `site`; no unit.
 
-    0: as the base run; 1: as the source run; NaN where source and base do not differ.
+    0: as the base run; 1: as the source run; NaN where source and base metric are equal.
     """
     effects, gaps = effect(ds, site), gap(ds)
     return (effects / gaps.where(gaps != 0)).transpose(*effects.dims).rename("recovered")
 
 
 def effect_mean(ds: xr.Dataset, site: str) -> xr.DataArray:
-    """Mean effect over the pairs in which the cell has run; NaN where none has."""
+    """Return the mean effect over the pairs in which the cell has run; NaN if in none."""
     return effect(ds, site).mean("pair", skipna=True)
 
 
 def recovered_mean(ds: xr.Dataset, site: str) -> xr.DataArray:
-    """Sum of effects / sum of gaps over pairs: a ratio of means, not a mean of ratios.
+    """Return sum of effects / sum of gaps over pairs: a ratio of means, not a mean of ratios.
 
-    Both sums run over the same pairs, those in which the cell has run, so pairs of different
-    length and unfinished runs do not bias it. A pair with a small gap has a small say.
+    Both sums run over the pairs in which the cell has run, so pairs of different length and
+    unfinished runs do not bias it. A pair with a small gap has a small weight.
     """
     effects, gaps = effect(ds, site), gap(ds)
     both = effects.notnull() & gaps.notnull()
-    total = effects.where(both).sum("pair", min_count=1)
-    whole = gaps.where(both).sum("pair", min_count=1)
+    effect_sum = effects.where(both).sum("pair", min_count=1)
+    gap_sum = gaps.where(both).sum("pair", min_count=1)
     dims = [d for d in effects.dims if d != "pair"]
-    return (total / whole.where(whole != 0)).transpose(*dims).rename("recovered")
+    return (effect_sum / gap_sum.where(gap_sum != 0)).transpose(*dims).rename("recovered")
 
 
 def interval(
     ds: xr.Dataset, site: str, confidence: float = 0.95, n_resamples: int = 1000
 ) -> xr.DataArray:
-    """Percentile bootstrap interval of the mean effect over pairs, [bound, ...]: "low", "high".
+    """Return the percentile bootstrap interval of the mean effect over pairs, [bound, ...].
 
-    In the metric's unit. NaN where the cell has run in fewer than two pairs.
+    `bound` is "low" and "high"; values are in the metric's unit, and NaN where the cell has run
+    in fewer than two pairs.
 
     Raises:
         SiteError, PlanError: `site` is not in the Dataset, or a number is out of range.
@@ -190,12 +191,12 @@ def interval(
 
 
 def p_value(ds: xr.Dataset, site: str, n_permutations: int = 1000) -> xr.DataArray:
-    """Two-sided sign-flip p-value that the mean effect over pairs is zero, per cell.
+    """Return per cell the two-sided sign-flip p-value of a zero mean effect over pairs.
 
     Exact up to 12 pairs. Not corrected for the number of cells. NaN below two pairs.
 
     Raises:
-        SiteError, PlanError: `site` is not in the Dataset, or there is no permutation.
+        SiteError, PlanError: `site` is not in the Dataset, or `n_permutations` is below 1.
     """
     whole_number("n_permutations", n_permutations, least=1)
     effects = effect(ds, site)
@@ -207,10 +208,10 @@ def p_value(ds: xr.Dataset, site: str, n_permutations: int = 1000) -> xr.DataArr
 def shared_tokens(
     ds: xr.Dataset, pair: int | None = None, name: str = "base_token"
 ) -> list[str | None]:
-    """Token at each position of `pair`, or (None) the one on which all pairs agree.
+    """Return the token at each position of `pair`; with pair=None, the token that all pairs share.
 
-    None where the pairs differ, where the prompt has ended, and where the store has no tokens of
-    its positions. `name` is "base_token" or "source_token".
+    An entry is None where the pairs differ, past the prompt's end, and where the store has no
+    tokens by position. `name` is "base_token" or "source_token".
     """
     if name not in ds.variables or "pos" not in ds[name].dims:
         return [None] * ds.sizes.get("pos", 0)
@@ -222,7 +223,7 @@ def shared_tokens(
 
 
 def missing(ds: xr.Dataset, site: str) -> tuple[int, int]:
-    """(cells of `site` that have not run, all its cells), positions past a prompt's end apart."""
+    """Return (cells of `site` that have not run, all its cells), without padding positions."""
     empty = _variable(ds, site).isnull()
     if "pos" in empty.dims and "base_token" in ds.variables and "pos" in ds["base_token"].dims:
         real = (ds["base_token"] != "").reset_coords(drop=True)
@@ -239,15 +240,15 @@ def largest(
     *,
     pair: int | None = None,
 ) -> list[Effect]:
-    """The `n` cells of `site` with the largest |effect|, largest first, exact zeros left out.
+    """Return the `n` cells of `site` with the largest nonzero |effect|, largest first.
 
-    Where the run has a noise floor (`patchsweep.results.rounding`), cells below it are left out
-    too: there may be fewer than `n`. `metric` defaults to the first; `pair=None` ranks the mean
-    over pairs, whose `recovered` is the ratio of means.
+    If the run has a noise floor (`patchsweep.results.rounding`), cells below it are left out
+    too, so there may be fewer than `n`. `metric` defaults to the first; `pair=None` ranks the
+    mean over pairs, whose `recovered` is the ratio of means.
 
     Raises:
         SiteError, MetricError, PlanError: `site`, `metric` or `pair` is not in the Dataset, or
-            `n` is no number of cells.
+            `n` is below 1.
     """
     whole_number("n", n, least=1)
     one = ds.sel(metric=[_metric_name(ds, metric)])
@@ -263,13 +264,13 @@ def largest(
     floor = noise_floor(one, site)
     noise = None if floor is None else floor_of_mean(effect(one, site), floor).values.ravel()
 
-    flat = np.abs(effects.values).ravel()
-    order = np.argsort(-np.nan_to_num(flat, nan=-1.0), kind="stable")
-    order = order[flat[order] > (0 if noise is None else noise[order])]
-    found = []
+    sizes = np.abs(effects.values).ravel()
+    order = np.argsort(-np.nan_to_num(sizes, nan=-1.0), kind="stable")
+    order = order[sizes[order] > (0 if noise is None else noise[order])]
+    top = []
     for cell in order[:n]:
         at = dict(zip(effects.dims, np.unravel_index(cell, effects.shape), strict=True))
-        found.append(
+        top.append(
             Effect(
                 site=site,
                 pair=pair,
@@ -283,14 +284,14 @@ def largest(
                 noise=None if noise is None else float(noise[cell]),
             )
         )
-    return found
+    return top
 
 
 def bootstrap(
     effects: np.ndarray, *, confidence: float = 0.95, n_resamples: int = 1000
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(low, high) of the mean over axis 0 of `effects` [pair, cell], NaN pairs left out."""
-    import torch  # here, so that reading a store does not load a model library
+    """Return (low, high) [cell] of the mean over axis 0 of `effects` [pair, cell], NaN left out."""
+    import torch  # a local import, so that reading a store does not load torch
     from transformer_lens.utilities.statistics import bootstrap_ci
 
     low, high = np.full((2, effects.shape[1]), np.nan)
@@ -303,7 +304,7 @@ def bootstrap(
 
 
 def sign_flip(effects: np.ndarray, *, n_permutations: int = 1000) -> np.ndarray:
-    """Two-sided sign-flip p-value of the mean over axis 0 of `effects` [pair, cell]."""
+    """Return the two-sided sign-flip p-value of the mean over axis 0 of `effects` [pair, cell]."""
     import torch
     from transformer_lens.utilities.statistics import sign_flip_permutation_pvalue
 
@@ -316,7 +317,7 @@ def sign_flip(effects: np.ndarray, *, n_permutations: int = 1000) -> np.ndarray:
 
 
 class PatchsweepAccessor:
-    """`ds.patchsweep`: the functions of this module, on the Dataset at hand."""
+    """`ds.patchsweep`: this module's functions as methods of a Dataset."""
 
     def __init__(self, ds: xr.Dataset) -> None:
         self._ds = ds
@@ -349,13 +350,12 @@ class PatchsweepAccessor:
     def largest(
         self, site: str, n: int = 10, *, metric: str | None = None, pair: int | None = None
     ) -> list[Effect]:
-        """See `patchsweep.results.accessor.largest`; over the mean of all pairs, or of one
-        `pair`."""
+        """See `patchsweep.results.accessor.largest`; `pair=None` ranks the mean over pairs."""
         return largest(self._ds, site, metric, n, pair=pair)
 
 
 def _cell_variables(ds: xr.Dataset) -> list[str]:
-    """Data variables with one number per patch; those with other axes are not cells."""
+    """Return the data variables with one number per patch and no other axes."""
     return [
         str(name)
         for name, array in ds.data_vars.items()
@@ -366,7 +366,7 @@ def _cell_variables(ds: xr.Dataset) -> list[str]:
 def _holds_cells(name: str, array: xr.DataArray) -> bool:
     if "role" in array.attrs:
         return array.attrs["role"] in ("exact", "estimate")
-    # [metric, pair] is a baseline, or one patch
+    # a [metric, pair] variable is a baseline, unless it is named like a site (one patch)
     return not name.endswith((BF16, NOISE)) and (array.ndim > 2 or name in SITE_WORDS)
 
 
@@ -395,7 +395,7 @@ def _metric_name(ds: xr.Dataset, metric: str | None) -> str:
 
 
 def _label(array: xr.DataArray, dim: str, at: dict[Hashable, np.intp]) -> int | str | None:
-    """The coordinate of `array` along `dim` at the index `at`; None without that dim."""
+    """Return the coordinate of `array` along `dim` at index `at[dim]`; None without that dim."""
     if dim not in at:
         return None
     label = array[dim].values[at[dim]]
@@ -403,16 +403,16 @@ def _label(array: xr.DataArray, dim: str, at: dict[Hashable, np.intp]) -> int | 
 
 
 def _pairs_first(effects: xr.DataArray) -> np.ndarray:
-    """[pair, cell] in float64, contiguous."""
-    moved = effects.transpose("pair", ...).values
-    return np.ascontiguousarray(moved.reshape(moved.shape[0], -1), dtype=np.float64)
+    """Return `effects` as [pair, cell], contiguous float64."""
+    values = effects.transpose("pair", ...).values
+    return np.ascontiguousarray(values.reshape(values.shape[0], -1), dtype=np.float64)
 
 
 def _same_pairs(effects: np.ndarray, draws: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Cells that ran in the same pairs, and their effects in just those: (cells, [pair, cell]).
+    """Yield (cells, effects [pair, cell]) of cells that ran in the same pairs, for those pairs.
 
-    Cells that ran in fewer than two pairs are left out. Each block stays within a memory budget
-    when `draws` resamples of it are made.
+    Cells that ran in fewer than two pairs are left out. Blocks are small enough that `draws`
+    resamples of one fit `_FLOATS_PER_BLOCK`.
     """
     ran = np.isfinite(effects)
     patterns, group = np.unique(ran, axis=1, return_inverse=True)

@@ -1,11 +1,11 @@
-"""How far attribution may be trusted: its estimates beside the exact effects of one store.
+"""Comparison of attribution estimates with the exact effects of one store.
 
     comparison = compare("runs/ioi.zarr")      # or a Dataset
     comparison.sites[0].pearson                # Measure(value, low, high)
 
-Cells are means over the pairs in which both numbers are known; a cell where both are exactly
-zero is dead (known without either, and it would flatter) and does not count. Intervals are
-percentile bootstraps over pairs; NaN with fewer than two. Reads the store and nothing else.
+Cells are means over the pairs in which both numbers are known. A cell where both are exactly
+zero is dead and does not count: its effect is known without a run and would raise the scores.
+Intervals are percentile bootstraps over pairs, NaN with fewer than two. No model is loaded.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Miss:
-    """A cell where estimate and exact effect lie far apart."""
+    """A cell with a large difference between estimate and exact effect."""
 
     place: str  # such as "L12 H3 @16 ␣to"
     layer: int | str | None
@@ -83,15 +83,15 @@ class Miss:
 
 @dataclass(frozen=True)
 class Agreement:
-    """One method against exact, at one site or over all."""
+    """Agreement of one method with exact effects, at one site or over all sites."""
 
     metric: str
     site: str  # or ALL
     method: str
     n_pairs: int
     n_cells: int  # cells where either effect is not zero
-    n_exact_missing: int  # cells with an estimate alone: no exact value to compare with
-    n_below_noise: int  # cells whose exact effect is below the run's noise floor, if it has one
+    n_exact_missing: int  # cells with an estimate but no exact value
+    n_below_noise: int  # cells whose exact effect is below the run's noise floor, if measured
     pearson: Measure
     spearman: Measure
     kendall: Measure
@@ -100,11 +100,11 @@ class Agreement:
     top_k: int
     recall: Measure  # share of the exact top k among the first 2 k estimates
     precision: Measure  # share of the first k estimates that are in the exact top k
-    pearson_of_pairs: float  # over the cells of every pair, not averaged
+    pearson_of_pairs: float  # over the cells of single pairs, not averaged
     misses: tuple[Miss, ...]  # largest first
     calibration: tuple[CalibrationBin, ...]
-    exact_token_layers: int | None  # what the exact sweep of the site costs
-    method_token_layers: int | None  # what the method's pass costs, for all its sites at once
+    exact_token_layers: int | None  # cost of the site's exact sweep
+    method_token_layers: int | None  # cost of the method, for all its sites at once
     cost_ratio: float  # exact over method; NaN where one is unknown
     verdict: str  # "good", "screen", "poor" or "unknown"
     words: str  # the verdict as a sentence
@@ -112,20 +112,23 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Every method against exact, site by site and over all sites."""
+    """Agreement of every method with exact effects, by site and over all sites."""
 
     sites: tuple[Agreement, ...]
-    overall: tuple[Agreement, ...]  # one per metric and method; only where there are more sites
+    overall: tuple[Agreement, ...]  # one per metric and method with more than one site
 
     def of(self, site: str, method: str, metric: str | None = None) -> Agreement:
-        """The agreement of one site and method; `metric` defaults to the first.
+        """Return the agreement of one site and method; `metric` defaults to the first.
 
         Raises:
-            StoreError: it was not compared.
+            StoreError: the site and method were not compared.
         """
-        for found in (*self.sites, *self.overall):
-            if (found.site, found.method) == (site, method) and metric in (None, found.metric):
-                return found
+        for agreement in (*self.sites, *self.overall):
+            if (agreement.site, agreement.method) == (site, method) and metric in (
+                None,
+                agreement.metric,
+            ):
+                return agreement
         known = ", ".join(f"{a.site}/{a.method}" for a in self.sites)
         raise StoreError(f"{site}/{method} was not compared; there are {known}")
 
@@ -136,32 +139,32 @@ def compare(
     """Compare all estimates of a store with its exact effects.
 
     Raises:
-        StoreError: the store cannot be read, or holds no site with both.
+        StoreError: the store cannot be read, or no site has both estimates and exact effects.
         PlanError: a number is out of range.
     """
     whole_number("n_resamples", n_resamples, least=0)
     whole_number("top_k", top_k, least=1)
     ds = store if isinstance(store, xr.Dataset) else _open(store)
     exact_sites = summary.sites(ds)
-    found = [
+    comparable = [
         (name, site, method)
         for name, (site, method) in summary.estimates(ds).items()
         if site in exact_sites
     ]
-    if not found:
+    if not comparable:
         raise StoreError(
             "there is nothing to compare: no site has both exact values and estimates; run one "
             "sweep with method=[exact,atp], or method=screen"
         )
-    found.sort(key=lambda f: (exact_sites.index(f[1]), f[2]))
+    comparable.sort(key=lambda f: (exact_sites.index(f[1]), f[2]))
     sites: list[Agreement] = []
     overall: list[Agreement] = []
     for metric in [str(m) for m in ds["metric"].values]:
         one = ds.sel(metric=[metric])
-        for method in sorted({method for _, _, method in found}):
-            cells = [_cells(one, site, name) for name, site, m in found if m == method]
-            for each in cells:
-                sites.append(_agree(one, metric, method, [each], n_resamples, top_k))
+        for method in sorted({method for _, _, method in comparable}):
+            cells = [_cells(one, site, name) for name, site, m in comparable if m == method]
+            for site_cells in cells:
+                sites.append(_agree(one, metric, method, [site_cells], n_resamples, top_k))
             if len(cells) > 1:
                 overall.append(_agree(one, metric, method, cells, n_resamples, top_k))
     sites.sort(key=lambda a: (exact_sites.index(a.site), a.method))
@@ -169,7 +172,7 @@ def compare(
 
 
 def thresholds() -> str:
-    """The rule behind the verdicts, as one sentence."""
+    """Return the rule of the verdicts in words."""
     return (
         f"Verdicts: trusted from a Pearson correlation of {TRUST} with a slope between {SLOPES[0]} "
         f"and {SLOPES[1]}; good for choosing what to run exactly from {SCREEN}; not trusted below. "
@@ -178,7 +181,7 @@ def thresholds() -> str:
 
 
 def verdict(n_cells: int, pearson: float, slope: float) -> tuple[str, str]:
-    """(kind, sentence in plain words): "good", "screen", "poor" or "unknown"."""
+    """Return (verdict, sentence); the verdict is "good", "screen", "poor" or "unknown"."""
     if n_cells < MIN_CELLS or not np.isfinite(pearson):
         cells = "1 cell" if n_cells == 1 else f"{n_cells} cells"
         return "unknown", f"Too little to judge: {cells} to compare."
@@ -197,17 +200,17 @@ def verdict(n_cells: int, pearson: float, slope: float) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Cells:
-    """Both effects of one site, cell by cell."""
+    """Exact effects and estimates of one site, cell by cell."""
 
     site: str
     exact: Floats  # [pair, cell], NaN where either is unknown
     estimate: Floats
     n_exact_missing: int
-    floor: Floats  # [cell] noise floor of the exact mean over pairs; 0: none was measured
-    template: xr.DataArray  # the axes of the cells
+    floor: Floats  # [cell] noise floor of the exact mean over pairs; 0: not measured
+    template: xr.DataArray  # an array of one pair, with the axes of the cells
 
     def means(self, weights: Floats | None = None) -> tuple[Floats, Floats]:
-        """Means over pairs (`weights` [pair]: how often each is drawn), NaN where none is."""
+        """Return means over pairs, weighted by `weights` [pair]; NaN without any known pair."""
         known = np.isfinite(self.exact)
         w = known * (np.ones(len(known)) if weights is None else weights)[:, None]
         total = w.sum(axis=0)
@@ -268,10 +271,10 @@ def _agree(
         a, b, _ = _pooled(cells, weights)
         for name, measure in measures.items():
             drawn[name].append(measure(a, b))
-    found = {
+    values = {
         name: Measure(measure(x, y), *_interval(drawn[name])) for name, measure in measures.items()
     }
-    kind, words = verdict(len(x), found["pearson"].value, found["slope"].value)
+    kind, words = verdict(len(x), values["pearson"].value, values["slope"].value)
     floor = np.concatenate([c.floor for c in cells])[index]
     n_below_noise = int(((floor > 0) & (np.abs(x) <= floor)).sum())
     if n_below_noise:
@@ -281,9 +284,9 @@ def _agree(
         )
     pairwise = [np.concatenate([getattr(c, side).ravel() for c in cells]) for side in _SIDES]
     known = np.isfinite(pairwise[0]) & ((pairwise[0] != 0) | (pairwise[1] != 0))
-    told = attributes(ds)
-    plan: Mapping[str, Any] = told.get("plan", {})
-    costs: Mapping[str, Any] = told.get("attribution", {})
+    attrs = attributes(ds)
+    plan: Mapping[str, Any] = attrs.get("plan", {})
+    costs: Mapping[str, Any] = attrs.get("attribution", {})
     exact_cost = [plan.get(c.site, {}).get("token_layers") for c in cells]
     exact_total = None if None in exact_cost else sum(exact_cost)
     method_cost = costs.get(method, {}).get("token_layers")
@@ -295,14 +298,14 @@ def _agree(
         n_cells=len(x),
         n_exact_missing=sum(c.n_exact_missing for c in cells),
         n_below_noise=n_below_noise,
-        pearson=found["pearson"],
-        spearman=found["spearman"],
-        kendall=found["kendall"],
-        slope=found["slope"],
-        sign_agreement=found["sign_agreement"],
+        pearson=values["pearson"],
+        spearman=values["spearman"],
+        kendall=values["kendall"],
+        slope=values["slope"],
+        sign_agreement=values["sign_agreement"],
         top_k=k,
-        recall=found["recall"],
-        precision=found["precision"],
+        recall=values["recall"],
+        precision=values["precision"],
         pearson_of_pairs=pearson(pairwise[0][known], pairwise[1][known]),
         misses=_misses(ds, cells, x, y, index),
         calibration=calibration(x, y),
@@ -320,7 +323,10 @@ _SIDES = ("exact", "estimate")
 def _pooled(
     cells: Sequence[Cells], weights: Floats | None = None
 ) -> tuple[Floats, Floats, NDArray[np.int64]]:
-    """Means of the cells where either is not zero, and their places in the concatenation."""
+    """Return mean exact effects, mean estimates and indices of cells where either is nonzero.
+
+    Indices count through the concatenation of `cells`.
+    """
     means = [c.means(weights) for c in cells]
     x, y = (np.concatenate([m[side] for m in means]) for side in (0, 1))
     index = np.flatnonzero(np.isfinite(x) & ((x != 0) | (y != 0)))
@@ -344,36 +350,36 @@ def _misses(
 ) -> tuple[Miss, ...]:
     starts = np.cumsum([0, *(c.exact.shape[1] for c in cells)])
     tokens = summary.shared_tokens(ds) if "base_token" in ds.variables else []
-    found = []
+    misses = []
     for i in np.argsort(-np.abs(y - x), kind="stable")[:N_MISSES]:
-        which = int(np.searchsorted(starts, index[i], side="right")) - 1
-        template = cells[which].template
-        place = at(template, int(index[i] - starts[which]), tokens)
-        name = place["place"] if len(cells) == 1 else f"{cells[which].site} {place['place']}"
-        found.append(Miss(**{**place, "place": name}, exact=float(x[i]), estimate=float(y[i])))
-    return tuple(found)
+        site = int(np.searchsorted(starts, index[i], side="right")) - 1
+        template = cells[site].template
+        location = at(template, int(index[i] - starts[site]), tokens)
+        name = location["place"] if len(cells) == 1 else f"{cells[site].site} {location['place']}"
+        misses.append(Miss(**{**location, "place": name}, exact=float(x[i]), estimate=float(y[i])))
+    return tuple(misses)
 
 
 def at(template: xr.DataArray, cell: int, tokens: Sequence[str | None]) -> dict[str, Any]:
-    """Where a flat cell lies: `place` in words, layer, pos, head and token."""
-    where = dict(zip(template.dims, np.unravel_index(cell, template.shape), strict=True))
+    """Return the place of flat index `cell`: `place` in words, layer, pos, head and token."""
+    index = dict(zip(template.dims, np.unravel_index(cell, template.shape), strict=True))
 
     def label(dim: str) -> int | str:
-        value = template[dim].values[where[dim]]
+        value = template[dim].values[index[dim]]
         return int(value) if isinstance(value, np.integer) else str(value)
 
     letters = {"layer": "L", "head": "H", "kv_head": "KV", "neuron": "N", "pos": "@"}
-    parts = [f"{letters[d]}{label(d)}" for d in letters if d in where]
+    parts = [f"{letters[d]}{label(d)}" for d in letters if d in index]
     token = None
-    if "pos" in where and where["pos"] < len(tokens):
-        token = tokens[int(where["pos"])] or None
+    if "pos" in index and index["pos"] < len(tokens):
+        token = tokens[int(index["pos"])] or None
     if token:
         parts.append(printable(token.replace(" ", "␣").replace("\n", "⏎")))
-    unit = next((d for d in summary.UNIT_DIMS if d in where), None)
+    unit = next((d for d in summary.UNIT_DIMS if d in index), None)
     return {
         "place": " ".join(parts),
-        "layer": label("layer") if "layer" in where else None,
-        "pos": label("pos") if "pos" in where else None,
+        "layer": label("layer") if "layer" in index else None,
+        "pos": label("pos") if "pos" in index else None,
         "head": label(unit) if unit else None,
         "token": token,
     }

@@ -11,7 +11,7 @@ from patchsweep.store.contents import printable
 
 
 def as_dict(comparison: Comparison) -> dict[str, Any]:
-    """All fields as plain JSON data; NaN becomes null."""
+    """Return all fields as plain JSON data; NaN becomes null."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -22,12 +22,12 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
             return None
         return value
 
-    found: dict[str, Any] = plain(asdict(comparison))
-    return {**found, "thresholds": thresholds()}
+    fields: dict[str, Any] = plain(asdict(comparison))
+    return {**fields, "thresholds": thresholds()}
 
 
 def render(comparison: Comparison) -> Any:
-    """A rich renderable: one table, then the largest misses and what the verdicts mean."""
+    """Return a rich renderable: a table, the largest misses and the meaning of the verdicts."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text

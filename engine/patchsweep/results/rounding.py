@@ -1,6 +1,6 @@
-"""What a run measured of its own rounding: the noise floor of its values, the error of bf16.
+"""Rounding error that a run measured: the noise floor of its values, and the error of bf16.
 
-Both are read from the Dataset of a run. A run in fp32 has neither.
+Both are read from the run's Dataset. A run in fp32 has neither.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-BF16, NOISE = "_bf16", "_noise"  # ends of the variables, see `proof` and `noise`
+BF16, NOISE = "_bf16", "_noise"  # suffixes of the variables: raw bf16 values, noise floor
 
 
 def noise_floor(ds: xr.Dataset, site: str) -> xr.DataArray | None:
-    """[metric, pair]: effects at `site` below it are rounding; None where none was measured.
+    """Return the noise floor [metric, pair] at `site`; None if not measured.
 
-    Of estimates there is none: rounding changes a product of two numbers by a share of it.
+    Effects below it are rounding noise. Estimates have none: rounding changes the product of
+    two numbers only by a fraction of itself.
     """
     if site + NOISE not in ds:
         return None
@@ -25,9 +26,9 @@ def noise_floor(ds: xr.Dataset, site: str) -> xr.DataArray | None:
 
 
 def floor_of_mean(effects: xr.DataArray, floor: xr.DataArray) -> xr.DataArray:
-    """The noise floor of the mean over pairs of `effects`, cell by cell, its metric dropped.
+    """Return the noise floor of the mean of `effects` over pairs, per cell, without the metric dim.
 
-    Pairs round independently of each other, so their floors add up as squares do.
+    Pairs round independently of each other, so the squares of their floors add up.
     """
     ran = effects.notnull()
     total = (floor**2).where(ran).sum("pair") ** 0.5 / ran.sum("pair").clip(min=1)
@@ -42,58 +43,60 @@ class Noise:
     site: str
     metric: str
     floor: float  # largest over the pairs
-    n_above: int  # cells of single pairs whose effect is above the floor
-    n_cells: int  # that have run and whose effect is not exactly zero
+    n_above: int  # cells of single pairs with an effect above the floor
+    n_cells: int  # cells of single pairs that have run and have a nonzero effect
 
 
 def noise_of(ds: xr.Dataset) -> list[Noise]:
-    """The noise floors of a run, and how many of its effects lie above; empty in fp32."""
-    found = []
+    """Return the noise floors of a run and the number of effects above; empty in fp32."""
+    floors = []
     for site in _sites_with(ds, NOISE):
         floor = noise_floor(ds, site)
         assert floor is not None
         size = abs(ds[site] - ds["base_metric"])
         for metric in ds["metric"].values:
-            mine, limit = size.sel(metric=metric), floor.sel(metric=metric)
-            found.append(
+            sizes, limit = size.sel(metric=metric), floor.sel(metric=metric)
+            floors.append(
                 Noise(
                     site=site,
                     metric=str(metric),
                     floor=float(limit.max()),
-                    n_above=int((mine > limit).sum()),
-                    n_cells=int((mine > 0).sum()),
+                    n_above=int((sizes > limit).sum()),
+                    n_cells=int((sizes > 0).sum()),
                 )
             )
-    return found
+    return floors
 
 
 @dataclass(frozen=True)
 class Bf16Error:
-    """What a bf16 sweep measured of its own error at one site, over all metrics and pairs."""
+    """Error of a bf16 sweep at one site, over all metrics and pairs, measured by rechecks."""
 
     site: str
-    n_again: int  # patches that were run again in fp32
-    median: float  # of |bf16 - fp32| over them
+    n_again: int  # patches rechecked in fp32
+    median: float  # of |bf16 - fp32| over rechecked patches
     quantile_99: float
     worst: float
     spearman: float  # of the effects in bf16 and in fp32
-    noise: float  # the noise floor of the effects that were not run again, the largest
+    noise: float  # largest noise floor of the effects that were not rechecked
 
 
 def bf16_error(ds: xr.Dataset) -> list[Bf16Error]:
-    """The measured error of every site that was swept in bf16; empty for other sweeps."""
-    from scipy.stats import rankdata  # here, so that reading a store does not load it
+    """Return the measured error of every site swept in bf16; empty for other sweeps."""
+    from scipy.stats import rankdata  # a local import, so that reading a store does not load scipy
 
-    found = []
+    errors = []
     for site in _sites_with(ds, BF16):
-        proven, raw = ds[site], ds[site + BF16].transpose(*ds[site].dims)
+        final, raw = ds[site], ds[site + BF16].transpose(*ds[site].dims)
         base = ds["base_metric"]
-        again = (proven != raw).values & ~np.isnan(proven.values)
-        error = np.abs((proven - raw).values[again])
+        rechecked = (final != raw).values & ~np.isnan(final.values)
+        error = np.abs((final - raw).values[rechecked])
         if not len(error):
             continue
-        ranks = [rankdata((x - base).transpose(*proven.dims).values[again]) for x in (proven, raw)]
-        found.append(
+        ranks = [
+            rankdata((x - base).transpose(*final.dims).values[rechecked]) for x in (final, raw)
+        ]
+        errors.append(
             Bf16Error(
                 site=site,
                 n_again=len(error),
@@ -104,9 +107,9 @@ def bf16_error(ds: xr.Dataset) -> list[Bf16Error]:
                 noise=float(ds[site + NOISE].max()),
             )
         )
-    return found
+    return errors
 
 
 def _sites_with(ds: xr.Dataset, end: str) -> Iterator[str]:
-    """The sites of which there is a variable with this end."""
+    """Return the sites that have a variable with the suffix `end`."""
     return (str(name) for name in ds.data_vars if f"{name}{end}" in ds)

@@ -1,4 +1,4 @@
-"""How far two lists of numbers, exact effects and their estimates, agree."""
+"""Measures of agreement between exact effects and their estimates."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def kendall(exact: Floats, estimate: Floats) -> float:
 
 
 def slope(exact: Floats, estimate: Floats) -> float:
-    """Slope of estimate on exact through the origin; NaN without any effect."""
+    """Slope of estimate on exact through the origin; NaN if all exact effects are zero."""
     size = float(exact @ exact)
     return float(exact @ estimate) / size if size else math.nan
 
 
 def sign_agreement(exact: Floats, estimate: Floats) -> float:
-    """Share of cells with the same sign, cells of effect zero left out."""
+    """Share of cells with the same sign, without cells whose exact effect is zero."""
     known = exact != 0
     return float((np.sign(exact) == np.sign(estimate))[known].mean()) if known.any() else math.nan
 
@@ -73,14 +73,14 @@ def _top(values: Floats, k: int) -> set[int]:
 
 
 def calibration(exact: Floats, estimate: Floats) -> tuple[CalibrationBin, ...]:
-    """Estimates by the size of the exact effect, in fractions of the largest; smallest first."""
+    """Return estimates binned by |exact effect| as fractions of the largest; smallest first."""
     sizes = np.abs(exact)
     largest = float(sizes.max(initial=0.0))
-    found = []
+    bins = []
     for low, high in zip(BINS, (*BINS[1:], math.inf), strict=True):
         inside = (sizes >= low * largest) & (sizes < high * largest)
         if inside.any() and largest:
-            found.append(
+            bins.append(
                 CalibrationBin(
                     low=low * largest,
                     high=min(high, 1.0) * largest,
@@ -90,4 +90,4 @@ def calibration(exact: Floats, estimate: Floats) -> tuple[CalibrationBin, ...]:
                     sign_agreement=sign_agreement(exact[inside], estimate[inside]),
                 )
             )
-    return tuple(found)
+    return tuple(bins)

@@ -1,8 +1,8 @@
-"""`transformer_lens.patching`, faster: `import patchsweep.transformer_lens as patching`.
+"""`transformer_lens.patching` in packed batches: `import patchsweep.transformer_lens as patching`.
 
-Everything that `transformer_lens.patching` offers, with the same signatures and results. The
-`get_act_patch_*` functions over layers, positions and heads run in packed batches; direct path
-patching and patch setters of the user's own are TransformerLens's unchanged.
+The module has all names of `transformer_lens.patching`, with the same signatures and results.
+The `get_act_patch_*` functions over layers, positions and heads run in packed batches; direct
+path patching and custom patch setters run in TransformerLens's own loop.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ __all__ = [
 
 
 def _packed(theirs: partial[Any]) -> partial[Any]:
-    """The same sweep (setter, activation, axes, docstring), by our `generic_activation_patch`."""
+    """Return the sweep `theirs` (setter, activation, axes, docstring) on our generic function."""
     ours = partial(generic_activation_patch, **theirs.keywords)
     ours.__doc__ = theirs.__doc__
     return ours
@@ -105,11 +105,11 @@ _HEAD_TYPES = ("out", "q", "k", "v", "pattern")
 def get_act_patch_attn_head_all_pos_every(
     model: Any, corrupted_tokens: Tensor, clean_cache: Any, metric: Any, **kwargs: Any
 ) -> Tensor | PatchingResult:
-    """Every head (across all positions) for every activation type: `[5, n_layers, n_heads]`.
+    """Patch every head at all positions, per activation type: `[5, n_layers, n_heads]`.
 
-    Types: output, query, key, value, pattern. With grouped heads k and v are padded with zeros
-    to `n_heads`, as TransformerLens pads them. `reduce` and `baseline` as in
-    `generic_activation_patch`; the result is a `PatchingResult` where they ask for one.
+    Types: output, query, key, value, pattern. With grouped heads, k and v are padded with zeros
+    to `n_heads`, as in TransformerLens. `kwargs` are `reduce` and `baseline` of
+    `generic_activation_patch`, which decide whether the result is a `PatchingResult`.
     """
     sweeps = (
         get_act_patch_attn_head_out_all_pos,
@@ -125,7 +125,7 @@ def get_act_patch_attn_head_all_pos_every(
 def get_act_patch_attn_head_by_pos_every(
     model: Any, corrupted_tokens: Tensor, clean_cache: Any, metric: Any, **kwargs: Any
 ) -> Tensor | PatchingResult:
-    """Every head, by position, for every activation type: `[5, n_layers, pos, n_heads]`.
+    """Patch every head by position, per activation type: `[5, n_layers, pos, n_heads]`.
 
     Types, padding and `kwargs` as in `get_act_patch_attn_head_all_pos_every`.
     """
@@ -143,7 +143,7 @@ def get_act_patch_attn_head_by_pos_every(
 def get_act_patch_block_every(
     model: Any, corrupted_tokens: Tensor, clean_cache: Any, metric: Any, **kwargs: Any
 ) -> Tensor | PatchingResult:
-    """resid_pre, attn_out and mlp_out by position: `[3, n_layers, pos]`.
+    """Patch resid_pre, attn_out and mlp_out by position: `[3, n_layers, pos]`.
 
     `kwargs` as in `get_act_patch_attn_head_all_pos_every`.
     """
@@ -160,7 +160,7 @@ def _run(
     metric: Any,
     kwargs: dict[str, Any],
 ) -> list[tuple[tuple[str, ...], Any]]:
-    """The axis names and the result of each sweep; a baseline that is asked for comes once."""
+    """Return axis names and result of each sweep; only the first computes the baseline."""
     baseline = bool(kwargs.pop("baseline", False))
     return [
         (
@@ -177,7 +177,7 @@ def _stack(
     type_names: Sequence[str],
     n_heads: int,
 ) -> Tensor | PatchingResult:
-    """All sweeps on a leading patch_type axis, their axes in the order `axes`, heads padded."""
+    """Stack all sweeps on a leading patch_type axis, axes in the order `axes`, heads padded."""
     first = results[0][1]
     typed = isinstance(first, PatchingResult)
     lead = int(typed and first.has_metric_axis)  # the metric axis stays first, the batch axis last

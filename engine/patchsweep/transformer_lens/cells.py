@@ -1,4 +1,4 @@
-"""The cells of a sweep: what each one patches, and where its values differ from the base run's."""
+"""The cells of a sweep: what each cell patches, and where its values differ from the base run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from patchsweep.forward.unwrapped import Unsupported
 from patchsweep.spec.plan import Bools, Ints
 from patchsweep.spec.sites import SITES, Site
 
-# what the columns of `index_df` mean to each of TransformerLens's patch setters
+# the meaning of `index_df`'s columns for each of TransformerLens's patch setters
 COLUMNS: dict[Callable[..., Tensor], tuple[str, ...]] = {
     tl.layer_pos_patch_setter: ("layer", "pos"),
     tl.layer_pos_head_vector_patch_setter: ("layer", "pos", "unit"),
@@ -30,11 +30,11 @@ PATTERN_SETTERS = tuple(setter for setter in COLUMNS if "pattern" in setter.__na
 
 @dataclass(frozen=True)
 class Cells:
-    """One patch of the whole batch each, in the order in which the sweep runs them."""
+    """Cells in sweep order; each cell is one patch of the whole batch of prompts."""
 
     site: Site
     layer: Ints  # [cell]
-    pos: Ints | None  # [cell] position (of the pattern: destination); None: all of them
+    pos: Ints | None  # [cell] position (of the pattern: destination); None: all positions
     unit: Ints | None  # [cell] head or neuron; None: the whole vector
     src: Ints | None  # [cell] source position of one entry of the pattern; None: whole rows
 
@@ -43,13 +43,13 @@ class Cells:
 
     @property
     def layers(self) -> list[int]:
-        """The layers that are patched, ascending."""
+        """The patched layers, ascending."""
         return [int(layer) for layer in np.unique(self.layer)]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The part of every cell that must run: one row per cell and prompt where values differ."""
+    """The runs that a sweep needs: one row per cell and prompt where values differ."""
 
     cell: Ints  # [row] ascending
     prompt: Ints  # [row] in the batch; ascending within a cell
@@ -60,16 +60,16 @@ class Rows:
         return len(self.cell)
 
     def of(self, cell: int) -> slice:
-        """The rows of `cell`."""
+        """Return the rows of `cell`."""
         first, stop = np.searchsorted(self.cell, [cell, cell + 1])
         return slice(int(first), int(stop))
 
 
 def find_site(activation_name: str, layers: Sequence[int]) -> Site:
-    """The site that TransformerLens calls `activation_name`.
+    """Return the site that TransformerLens calls `activation_name`.
 
     Raises:
-        Unsupported: it is none of the sites, or belongs to no layer.
+        Unsupported: no site has this name, or the site has no layers.
     """
     for site in SITES.values():
         if site.layered and all(
@@ -85,9 +85,9 @@ def make_cells(
     index: pd.DataFrame,
     sizes: Mapping[str, int],
 ) -> Cells:
-    """The cells that `setter` patches, one per row of `index`; negative indices count back.
+    """Return the cells that `setter` patches, one per row of `index`.
 
-    `sizes` are the numbers of layers, positions and units.
+    Negative indices count from the end. `sizes` are the numbers of layers, positions and units.
 
     Raises:
         Unsupported: the setter, the activation or an index needs TransformerLens's own loop.
@@ -99,33 +99,33 @@ def make_cells(
         np.issubdtype(dtype, np.integer) for dtype in index.dtypes
     ):
         raise Unsupported(f"index_df does not hold whole numbers for {', '.join(columns)}")
-    found: dict[str, Ints] = {}
+    indices: dict[str, Ints] = {}
     for i, name in enumerate(columns):
         size = sizes["pos" if name == "src" else name]
         values = index.iloc[:, i].to_numpy(np.int64)
         lowest = 0 if name == "layer" else -size
         if len(values) and not lowest <= values.min() <= values.max() < size:
             raise Unsupported(f"index_df has a {name} outside the model or the prompt")
-        found[name] = values % size
-    site = find_site(activation_name, np.unique(found["layer"]).tolist())
+        indices[name] = values % size
+    site = find_site(activation_name, np.unique(indices["layer"]).tolist())
     if site.is_pattern != (setter in PATTERN_SETTERS):
         raise Unsupported(f"{setter.__name__} indexes {site.name} along another axis")
-    if "unit" in found and site.unit is None:
+    if "unit" in indices and site.unit is None:
         raise Unsupported(f"{site.name} has no heads")
     return Cells(
         site,
-        layer=found["layer"],
-        pos=found.get("pos"),
-        unit=found.get("unit"),
-        src=found.get("src"),
+        layer=indices["layer"],
+        pos=indices.get("pos"),
+        unit=indices.get("unit"),
+        src=indices.get("src"),
     )
 
 
 def differing(base: Tensor, clean: Tensor, cells: Cells) -> Bools:
-    """Where two activations of a layer differ in any bit.
+    """Return where two activations of a layer differ in any bit.
 
-    `[prompt, pos, unit]`, one unit where the cells cover whole vectors; for single entries of
-    the pattern `[prompt, unit, pos, src]`.
+    The shape is `[prompt, pos, unit]`, with one unit where the cells cover whole vectors; for
+    single entries of the pattern it is `[prompt, unit, pos, src]`.
     """
     differs = (base != clean).cpu()
     if cells.src is not None:
@@ -138,7 +138,7 @@ def differing(base: Tensor, clean: Tensor, cells: Cells) -> Bools:
 
 
 def live_rows(cells: Cells, differs: Mapping[int, Bools]) -> Rows:
-    """The rows of `cells`, given `differing` of every patched layer."""
+    """Return the rows of `cells` from the `differing` masks of every patched layer."""
     parts: list[tuple[Ints, Ints, Ints, Ints]] = []  # cell, prompt, start, stop
     for layer in cells.layers:
         cell = np.flatnonzero(cells.layer == layer)
@@ -157,8 +157,8 @@ def live_rows(cells: Cells, differs: Mapping[int, Bools]) -> Rows:
                 live = table[:, unit, pos, cells.src[cell]]
             start = np.broadcast_to(pos, live.shape)
             stop = start + 1
-        which, prompt = np.nonzero(live.T)
-        parts.append((cell[which], prompt, start[prompt, which], stop[prompt, which]))
+        index, prompt = np.nonzero(live.T)
+        parts.append((cell[index], prompt, start[prompt, index], stop[prompt, index]))
     rows = [np.concatenate([part[i] for part in parts]).astype(np.int64) for i in range(4)]
     order = np.lexsort((rows[1], rows[0]))
     return Rows(*(column[order] for column in rows))

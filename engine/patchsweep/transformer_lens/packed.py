@@ -1,5 +1,4 @@
-"""Logits of patched runs, cell by cell, from packed batches: only the positions that a patch can
-change."""
+"""Logits of patched runs from packed batches, per cell, at the positions a patch can change."""
 
 from __future__ import annotations
 
@@ -26,18 +25,18 @@ from patchsweep.transformer_lens.cells import Cells, Rows
 # tokens of a packed batch: enough for full matrix-product speed
 MAX_TOKENS = 4096
 
-# a row's prompt, its first position, and its logits from there on [pos, d_vocab]
+# a row's prompt, its first position, and its logits from that position on [pos, d_vocab]
 Suffix = tuple[int, int, Tensor]
 
 
 class PackedCells:
-    """Patched runs of `cells` on the prompts `tokens` `[prompt, pos]`.
+    """Runs the patches `cells` on the prompts `tokens` `[prompt, pos]`.
 
-    `base` and `clean` hold, for every patched layer, the activation as the hook sees it. With
-    `in_place` false a patch is seen by the module right after the hook alone.
+    `base` and `clean` hold the hook's activation of every patched layer. With `in_place` false,
+    only the module right after the hook reads the patch values.
 
     Raises:
-        Unsupported: the model or the site is not one for packed batches.
+        Unsupported: packed batches do not support the model or the site.
     """
 
     def __init__(
@@ -63,61 +62,61 @@ class PackedCells:
 
     @torch.no_grad()
     def base_logits(self) -> Iterator[tuple[Ints, Tensor]]:
-        """Parts of the base run's logits: flat indices into `[prompt pos]`, and the logits."""
+        """Yield parts of the base run's logits: flat indices into `(prompt pos)`, and logits."""
         final = self.run.resid[-1].flatten(0, 1)
         for part in self.unembed.chunks(len(final)):
             yield np.arange(part.start, part.stop), self.unembed.logits(final[part])
 
     @torch.no_grad()
     def suffixes(self, cells: Sequence[int]) -> Iterator[list[Suffix]]:
-        """For each of `cells`, in order, the logits that its live rows change."""
-        of_cell = [range(*self.rows.of(cell).indices(len(self.rows))) for cell in cells]
-        n_tokens = [int(self.plan.suffix[list(rows)].sum()) for rows in of_cell]
+        """Yield for each of `cells`, in order, the logits that its rows change."""
+        rows_of_cell = [range(*self.rows.of(cell).indices(len(self.rows))) for cell in cells]
+        n_tokens = [int(self.plan.suffix[list(rows)].sum()) for rows in rows_of_cell]
         for group in _groups(n_tokens, MAX_TOKENS):
-            rows = np.array([row for i in group for row in of_cell[i]], dtype=np.int64)
+            rows = np.array([row for i in group for row in rows_of_cell[i]], dtype=np.int64)
             resid = self._final_residuals(rows)
             chunk = self.unembed.chunk_rows()
             for part in _groups([n_tokens[i] for i in group], chunk):
-                members = [of_cell[group[i]] for i in part]
+                members = [rows_of_cell[group[i]] for i in part]
                 yield from self._read(members, resid)
 
     def _read(
         self, members: Sequence[range], resid: Mapping[int, Tensor]
     ) -> Iterator[list[Suffix]]:
-        """The suffix logits of a few cells, from one pass of the unembedding."""
+        """Yield the suffix logits of a few cells from one call of the unembedding."""
         rows = [row for member in members for row in member]
         if not rows:
             yield from ([] for _ in members)
             return
         logits = self.unembed.logits(torch.cat([resid[row] for row in rows]))
-        pieces = dict(zip(rows, logits.split([len(resid[row]) for row in rows]), strict=True))
+        row_logits = dict(zip(rows, logits.split([len(resid[row]) for row in rows]), strict=True))
         for member in members:
             yield [
-                (int(self.rows.prompt[row]), int(self.rows.start[row]), pieces[row])
+                (int(self.rows.prompt[row]), int(self.rows.start[row]), row_logits[row])
                 for row in member
             ]
 
     def _final_residuals(self, rows: Ints) -> dict[int, Tensor]:
-        """Final residuals of `rows`, each `[pos, d_model]` from its first position on."""
-        donor_row: Ints | None = None
-        donors = self._donors
-        if donors is None:
-            donor_row = np.zeros(len(self.rows), np.int64)
-            donor_row[rows] = np.arange(len(rows))
-            donors = self._place(self._entry_values(rows))
-        given = PackedInput(
+        """Return the final residuals of `rows`, each `[pos, d_model]` from its `start` on."""
+        value_row: Ints | None = None
+        patch_values = self._donors
+        if patch_values is None:
+            value_row = np.zeros(len(self.rows), np.int64)
+            value_row[rows] = np.arange(len(rows))
+            patch_values = self._place(self._entry_values(rows))
+        packed_input = PackedInput(
             base=self.run,
-            donors=[PatchValues(self.point, donors, donor_row)],
+            donors=[PatchValues(self.point, patch_values, value_row)],
             local={prompt: prompt for prompt in range(self.plan.shape[0])},
         )
-        found: dict[int, Tensor] = {}
+        residuals: dict[int, Tensor] = {}
         if not len(rows):
-            return found
+            return residuals
         for packed in make_packed_batches([PatchSet(self.plan, rows)], MAX_TOKENS):
-            hidden = run_packed_batch(self.unwrapped, packed, given)
+            hidden = run_packed_batch(self.unwrapped, packed, packed_input)
             sizes = (packed.length - packed.start).tolist()
-            found.update(zip(packed.patch.tolist(), hidden.split(sizes), strict=True))
-        return found
+            residuals.update(zip(packed.patch.tolist(), hidden.split(sizes), strict=True))
+        return residuals
 
     def _plan(self, tokens: Tensor) -> PatchTable:
         cells, rows = self.cells, self.rows
@@ -145,28 +144,28 @@ class PackedCells:
         )
 
     def _values(self) -> dict[int, Tensor]:
-        """Per layer the clean values `[prompt, pos, width]`, where the packed batch writes them."""
+        """Return per layer the clean values `[prompt, pos, width]` that a packed batch writes."""
         if self.cells.site.is_pattern:
-            # a patched pattern changes its own token's z alone, so its value is a z
+            # a patched row of the pattern changes only z of its token, so the patch value is a z
             return {layer: self._attend(layer, p) for layer, p in self._clean.items()}
         return {layer: x.flatten(2) for layer, x in self._clean.items()}
 
     def _entry_values(self, rows: Ints) -> dict[int, Tensor]:
-        """Per layer `[row, width]`: z of each row's token with one entry of the pattern replaced.
+        """Return per layer `[row, width]`: z of each row's token, one pattern entry replaced.
 
-        Rows of other layers hold nothing of use there.
+        Rows that patch other layers are uninitialised.
         """
-        cells, found = self.cells, {}
+        cells, values_of_layer = self.cells, {}
         assert cells.pos is not None
         assert cells.unit is not None
         assert cells.src is not None
         cell = self.rows.cell[rows]
         for layer in np.unique(cells.layer[cell]).tolist():
             base, clean = self._base[layer], self._clean[layer]
-            mine = np.flatnonzero(cells.layer[cell] == layer)
+            layer_rows = np.flatnonzero(cells.layer[cell] == layer)
             device = base.device
             prompt, head, pos, src = (
-                torch.from_numpy(np.ascontiguousarray(x[mine])).to(device)
+                torch.from_numpy(np.ascontiguousarray(x[layer_rows])).to(device)
                 for x in (
                     self.rows.prompt[rows],
                     cells.unit[cell],
@@ -179,34 +178,34 @@ class PackedCells:
             change = clean[prompt, head, pos, src] - base[prompt, head, pos, src]
             kv_head = head // (base.shape[1] // v.shape[1])
             z = self._attend(layer, base)[prompt, pos].unflatten(1, (-1, d_head))
-            each = torch.arange(len(mine), device=device)
-            z[each, head] += change.to(v).unsqueeze(1) * v[prompt, kv_head, src]
+            arange = torch.arange(len(layer_rows), device=device)
+            z[arange, head] += change.to(v).unsqueeze(1) * v[prompt, kv_head, src]
             values = z.new_empty(len(rows), z.shape[1] * d_head)
-            values[torch.from_numpy(mine).to(device)] = z.flatten(1)
-            found[layer] = values
-        return found
+            values[torch.from_numpy(layer_rows).to(device)] = z.flatten(1)
+            values_of_layer[layer] = values
+        return values_of_layer
 
     def _attend(self, layer: int, pattern: Tensor) -> Tensor:
-        """z `[prompt, pos, (head d_head)]` of a pattern `[prompt, head, dest, src]`."""
+        """Return z `[prompt, pos, (head d_head)]` of a pattern `[prompt, head, dest, src]`."""
         v = self.run.values[layer]
         v = repeat(v, "p kv src d -> p (kv g) src d", g=pattern.shape[1] // v.shape[1])
         z = torch.einsum("phqs,phsd->pqhd", pattern.to(v), v)
         return z.flatten(2)
 
     def _place(self, values: Mapping[int, Tensor]) -> list[Tensor]:
-        """`values` as a list by layer of writing; layers that no cell patches stay empty."""
-        nothing = torch.empty(0, device=self.run.resid[0].device)
+        """Return `values` as a list by the layer that writes them; unpatched layers are empty."""
+        empty = torch.empty(0, device=self.run.resid[0].device)
         shift = self.cells.site.shift
-        return [values.get(i - shift, nothing) for i in range(self.unwrapped.n_layers + shift)]
+        return [values.get(i - shift, empty) for i in range(self.unwrapped.n_layers + shift)]
 
     def _check_shapes(self) -> None:
-        """Refuse hooks that do not see an activation in the shape that the plain model has."""
+        """Raise Unsupported for hooks whose activation lacks the plain model's shape."""
         site = self.cells.site
         v, k = self.run.values[0], self.run.keys[0]
         for layer, x in self._base.items():
             hook = self.unwrapped.bridge.hook_dict[site.hook_name(layer)]
             if not site.is_pattern and hook.pos_dim not in (None, 1):
-                # a prompt of as many tokens as heads would look right
+                # the shape alone would pass for a prompt with as many tokens as heads
                 raise Unsupported(f"the hook of {site.name} sees heads before positions")
             fits = x.ndim == 3
             if site.unit == "kv_head":
@@ -220,14 +219,14 @@ class PackedCells:
 
 
 def _groups(sizes: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Indices of adjacent `sizes` that together stay within about `most`, at least one a group."""
+    """Yield groups of adjacent indices whose `sizes` sum to about `most`, at least one each."""
     if not sizes:
         return
     total = np.cumsum(sizes)
     n_groups = max(1, -(-int(total[-1]) // most))
-    # equal shares rather than full groups and a small last one
-    share = max(1, -(-int(total[-1]) // n_groups))
+    # groups of equal size rather than full groups and a small last one
+    group_size = max(1, -(-int(total[-1]) // n_groups))
     for _, group in itertools.groupby(
-        range(len(sizes)), lambda i: (int(total[i]) - 1) // share if total[i] else 0
+        range(len(sizes)), lambda i: (int(total[i]) - 1) // group_size if total[i] else 0
     ):
         yield list(group)

@@ -1,4 +1,4 @@
-"""A stand-in for the model, driven by TransformerLens's own sweep: it looks the logits up."""
+"""A model for TransformerLens's own sweep function that returns precomputed logits."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from patchsweep.transformer_lens.packed import PackedCells, Suffix
 
 
 class PrecomputedModel:
-    """What `generic_activation_patch` needs of a model, its patched runs known in advance.
+    """The model interface of `generic_activation_patch` with patched runs from packed batches.
 
-    `base` are the logits of the unpatched run; `packed batches` give what each of the `n_cells`
-    cells changes in them, in order (None: no cell changes anything).
+    `base` are the logits of the unpatched run. `batches` yields, in order, the logits that each
+    of the `n_cells` cells changes (None: no cell changes any). Other attributes are `model`'s.
     """
 
     def __init__(
@@ -34,9 +34,9 @@ class PrecomputedModel:
 
     @torch.no_grad()
     def run_with_hooks(self, tokens: Tensor, fwd_hooks: list[Any]) -> Tensor:
-        """Full logits `[batch, pos, d_vocab]` of the next cell; without hooks, the base run's.
+        """Return full logits `[batch, pos, d_vocab]` of the next cell; without hooks, of the base.
 
-        A tensor of its own each time: a metric may write into it, or keep it.
+        Each call returns a new tensor, since a metric may change or keep it.
         """
         logits = self._base.clone()
         for prompt, start, suffix in next(self._suffixes) if fwd_hooks else ():

@@ -1,4 +1,4 @@
-"""`generic_activation_patch` of TransformerLens, with the patched runs made in packed batches."""
+"""`generic_activation_patch` of TransformerLens, with the patched runs in packed batches."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from patchsweep.transformer_lens.cells import Cells, differing, live_rows, make_
 from patchsweep.transformer_lens.packed import PackedCells
 from patchsweep.transformer_lens.precomputed import PrecomputedModel
 
-# sweeps of so few cells are done before packed batches are set up
+# TransformerLens's loop finishes sweeps of so few cells before packed batches are set up
 FEW_CELLS = 4
 N_PROBES = 3
-# difference in logits that rounding may explain, as a share of the largest logit (13 units in its
-# last place); in fp32 it is 1e-3, whatever their size
+# largest difference in logits from rounding, as a fraction of the largest logit (13 units in its
+# last place); in fp32 it is 1e-3 for logits of any size
 ROUNDING = {torch.float16: 0.00625, torch.bfloat16: 0.05}
 AXES = get_args(tl.AxisNames)
 
@@ -50,15 +50,15 @@ def generic_activation_patch(
     reduce: str = "scalar",
     baseline: bool = False,
 ) -> Tensor | tuple[Tensor, pd.DataFrame] | tl.PatchingResult:
-    """What `transformer_lens.patching.generic_activation_patch` returns, sooner.
+    """Return what `transformer_lens.patching.generic_activation_patch` returns, in less time.
 
-    TransformerLens's own function runs the sweep: it builds the index, calls the metric on full
-    logits `[batch, pos, d_vocab]`, reduces, and raises the errors. Only its forward passes are
-    taken over: those of TransformerLens's own patch setters run in packed batches. Anything else
-    runs in its own loop; for a built-in sweep a warning then says why.
+    TransformerLens's function still runs the sweep: it builds the index, calls the metric on full
+    logits `[batch, pos, d_vocab]`, reduces, and raises errors. Packed batches replace only its
+    forward passes, and only for TransformerLens's own patch setters. All else runs in its own
+    loop; for a built-in sweep a warning then states the reason.
 
     Raises:
-        PatchsweepError: an argument is not of the kind that it has to be; nothing has run then.
+        PatchsweepError: an argument has the wrong type; raised before any forward pass.
     """
     check_bridge(model)
     _check(clean_cache, patching_metric, patch_setter, index_axis_names, index_df)
@@ -71,12 +71,12 @@ def generic_activation_patch(
         "baseline": baseline,
     }
     with alone(model):
-        runs: TransformerBridge | PrecomputedModel = model
+        sweep_model: TransformerBridge | PrecomputedModel = model
         try:
             cells = _cells(
                 model, corrupted_tokens, patch_setter, activation_name, index_axis_names, index_df
             )
-            runs = _stand_in(model, corrupted_tokens, clean_cache, patch_setter, cells)
+            sweep_model = _stand_in(model, corrupted_tokens, clean_cache, patch_setter, cells)
         except Unsupported as error:
             if error.reason:
                 warnings.warn(
@@ -85,14 +85,14 @@ def generic_activation_patch(
                     stacklevel=2,
                 )
         return tl.generic_activation_patch(
-            runs, corrupted_tokens, clean_cache, patching_metric, patch_setter, **arguments
+            sweep_model, corrupted_tokens, clean_cache, patching_metric, patch_setter, **arguments
         )
 
 
 def _check(cache: Any, metric: Any, setter: Any, axes: Any, index_df: Any) -> None:
-    """Say of what kind the arguments must be, where TransformerLens has no words for it."""
+    """Raise for arguments of a wrong type that TransformerLens does not check itself."""
     metrics = metric.values() if isinstance(metric, Mapping) else [metric]
-    if not all(callable(one) for one in metrics):
+    if not all(callable(function) for function in metrics):
         raise MetricError(
             f"patching_metric={metric!r} must be a function of logits, or a mapping from names to "
             "functions"
@@ -115,7 +115,7 @@ def _check(cache: Any, metric: Any, setter: Any, axes: Any, index_df: Any) -> No
 
 
 class _NothingToGain(Unsupported):
-    """TransformerLens's own function is as good; no warning is due."""
+    """Packed batches bring no gain here, so TransformerLens's loop runs without a warning."""
 
     def __init__(self) -> None:
         super().__init__("")
@@ -129,10 +129,10 @@ def _cells(
     axes: Sequence[str] | None,
     index_df: pd.DataFrame | None,
 ) -> Cells:
-    """The cells of the sweep.
+    """Return the cells of the sweep.
 
     Raises:
-        Unsupported: there are few, or TransformerLens is to refuse the arguments itself.
+        Unsupported: there are few cells, or TransformerLens itself refuses the arguments.
     """
     if (axes is None) == (index_df is None) or tokens.ndim != 2:
         raise _NothingToGain
@@ -163,10 +163,10 @@ def _stand_in(
     setter: Setter,
     cells: Cells,
 ) -> PrecomputedModel:
-    """What knows the logits of all cells, some of them checked against the bridge.
+    """Return a model that knows the logits of all cells, after a self-test against the bridge.
 
     Raises:
-        Unsupported: the model, the cache or a hook of the user's needs the loop.
+        Unsupported: the model, the cache or a user's hook needs TransformerLens's loop.
     """
     hooked = users_hooks(model)
     if hooked:
@@ -189,15 +189,15 @@ def _stand_in(
         return PrecomputedModel(model, base_logits, None, len(cells))
     tolerance = max(1e-3, ROUNDING.get(base_logits.dtype, 0.0) * float(base_logits.abs().max()))
     try:
-        # a tensor that needs a gradient is copied before it is patched: what reads the original
-        # goes on reading it
+        # a tensor that requires a gradient is copied before the patch, so other readers of the
+        # original do not see the patch
         batches = PackedCells(model, tokens, cells, rows, base, clean, in_place=not needs_grad)
-        for where, part in batches.base_logits():
-            expected = base_logits.flatten(0, 1)[torch.from_numpy(where).to(tokens.device)]
+        for indices, part in batches.base_logits():
+            expected = base_logits.flatten(0, 1)[torch.from_numpy(indices).to(tokens.device)]
             _agree(part, expected, tolerance, "the unpatched run")
         live = np.unique(rows.cell)
-        chosen = live[np.linspace(0, len(live) - 1, N_PROBES).astype(np.int64)]
-        for cell, changed in zip(chosen.tolist(), batches.suffixes(chosen.tolist()), strict=True):
+        probes = live[np.linspace(0, len(live) - 1, N_PROBES).astype(np.int64)]
+        for cell, changed in zip(probes.tolist(), batches.suffixes(probes.tolist()), strict=True):
             hook = _hook(setter, _index(cells, cell), clean[int(cells.layer[cell])])
             name = names[int(cells.layer[cell])]
             patched = model.run_with_hooks(tokens, fwd_hooks=[(name, hook)]).detach()
@@ -205,7 +205,7 @@ def _stand_in(
                 _agree(logits, patched[prompt, start:], tolerance, "a patched run")
     except Unsupported:
         raise
-    except Exception as error:  # an architecture whose blocks cannot be replayed
+    except Exception as error:  # an architecture whose blocks packed batches cannot run
         raise Unsupported(f"{type(error).__name__}: {error}") from error
     return PrecomputedModel(model, base_logits, batches, len(cells))
 
@@ -213,21 +213,21 @@ def _stand_in(
 def _base_run(
     model: TransformerBridge, tokens: Tensor, names: Mapping[int, str]
 ) -> tuple[Tensor, dict[int, Tensor], bool]:
-    """Logits of the unpatched run, the activations at `names`, and whether they need gradients."""
-    kept: dict[int, Tensor] = {}
+    """Return the unpatched run's logits, activations at `names`, whether they need gradients."""
+    activations: dict[int, Tensor] = {}
     needs_grad: list[bool] = []
 
     def keep(x: Tensor, layer: int) -> None:
-        kept[layer] = x.detach().clone()
+        activations[layer] = x.detach().clone()
         needs_grad.append(x.requires_grad)
 
     hooks = [(name, lambda x, hook, layer=layer: keep(x, layer)) for layer, name in names.items()]
     if not set(names.values()) <= set(model.hook_dict):
         raise _NothingToGain  # TransformerLens names the missing hook
     logits = model.run_with_hooks(tokens, fwd_hooks=hooks)
-    if len(kept) < len(names):
+    if len(activations) < len(names):
         raise Unsupported("its hook does not fire in every layer")
-    return logits.detach(), kept, any(needs_grad)
+    return logits.detach(), activations, any(needs_grad)
 
 
 def _hook(setter: Setter, index: list[int], clean: Tensor) -> Callable[[Tensor, Any], Tensor]:
@@ -238,7 +238,7 @@ def _hook(setter: Setter, index: list[int], clean: Tensor) -> Callable[[Tensor, 
 
 
 def _index(cells: Cells, cell: int) -> list[int]:
-    """The row of `index_df` that `cell` comes from, as its setter takes it."""
+    """Return the row of `index_df` of `cell`, with columns in its setter's order."""
     columns = {
         "layer": cells.layer,
         "pos": cells.pos,
