@@ -1,4 +1,4 @@
-"""The command line: `patchsweep VERB ...`, one verb a module."""
+"""The command line: `patchsweep VERB ...`, with one module per verb."""
 
 from patchsweep.cli.main import main
 

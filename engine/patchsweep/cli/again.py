@@ -1,8 +1,8 @@
-"""What a check runs again: the model and the task that the command line names, never the store.
+"""Rebuilds the request of a store, to run its cells again, on a model and task that the user names.
 
-A store is data, and may be anybody's. It tells which cells it has (sites, layers, positions, heads,
-registered metrics and interventions by their names); it does not tell which files are opened, which
-weights are loaded or which functions are called.
+A store is data and may come from anybody. The store names its cells (sites, layers, positions,
+heads, registered metrics and interventions). The command line, and never the store, decides which
+files are opened, which weights are loaded and which functions are called.
 """
 
 from __future__ import annotations
@@ -30,22 +30,24 @@ HELP = (
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a store tells of its run, by value and by registered names alone."""
+    """The part of a store's recorded config that may be used: values and registered names."""
 
     sites: list[str]
-    metrics: list[Any]  # names; of a metric of the user's own something else
+    metrics: list[Any]  # names of registered metrics; other types for custom metrics
     selection: dict[str, Any]  # other fields of its `SweepSpec`
     precision: str
 
     @classmethod
     def of(cls, store: Store) -> Recorded:
-        """Raises:
-        StoreError: no command line wrote the store, or what it tells is not of that kind.
+        """Read the config that the command line recorded in `store`.
+
+        Raises:
+            StoreError: the store has no such config, or its fields have other types.
         """
         try:
             config = store.attrs["provenance"]["config"]
             sites = SitesConfig(**config["sites"])
-            found = cls(
+            recorded = cls(
                 sites=sites.names,
                 metrics=config["metric"]["names"],
                 selection={
@@ -64,22 +66,27 @@ class Recorded:
                 "the store holds no config of a `patchsweep run`, so its cells cannot be run "
                 "again; only stores of the command line can"
             ) from None
-        plain = [found.sites, found.metrics, [found.selection["intervention"], found.precision]]
+        plain = [
+            recorded.sites,
+            recorded.metrics,
+            [recorded.selection["intervention"], recorded.precision],
+        ]
         if not all(isinstance(part, list) for part in plain) or not all(
-            isinstance(name, str) for name in (*found.sites, *plain[2])
+            isinstance(name, str) for name in (*recorded.sites, *plain[2])
         ):
             raise StoreError(
                 "the store's config names sites or an intervention that are no names; do not "
                 "trust it"
             )
-        return found
+        return recorded
 
 
 def run_again(store: Store, words: Sequence[str], verb: str) -> tuple[Request, RunConfig]:
-    """The store's request on the model and the task of `words`, and what else these say.
+    """Return the store's request on the model and task of `words`, and the config of `words`.
 
     Raises:
-        PatchsweepError: `words` name something else than what made the store.
+        PatchsweepError: `words` set other keys, or name another model, task or metric than the
+            store was made with.
     """
     groups = {word.lstrip("+~").partition("=")[0].partition(".")[0] for word in words}
     if unknown := sorted(groups.difference(NAMED)):
@@ -109,7 +116,7 @@ def run_again(store: Store, words: Sequence[str], verb: str) -> tuple[Request, R
 
 
 def said_by(store: Store) -> str:
-    """What the store says that it was made with, as text for people; empty if it says nothing."""
+    """Return the model and task recorded in the store as text for a message; may be empty."""
     try:
         config = store.attrs["provenance"]["config"]
         words = [f"model={config['model']['name']}", *_task_words(config["task"])]
@@ -130,13 +137,13 @@ def _task_words(task: Mapping[str, Any]) -> list[str]:
 
 
 def _composed(verb: str, words: Sequence[str]) -> RunConfig:
-    found: list[RunConfig] = []
+    configs: list[RunConfig] = []
 
     def job(cfg: DictConfig) -> None:
-        found.append(as_config(cfg))
+        configs.append(as_config(cfg))
 
     compose(verb, list(words), job)
-    return found[0]
+    return configs[0]
 
 
 def _check_same(store: Store, request: Request) -> None:

@@ -1,4 +1,4 @@
-"""What the verbs of analyses share: keys that are a sweep's alone, and results that are there."""
+"""Shared by the verbs of analyses: refusal of keys that only sweeps use, and stored results."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def refuse_unused(
     unused: Collection[str],
     instead: Mapping[str, str] | None = None,
 ) -> None:
-    """Refuse overrides of keys that say nothing about what `verb` does.
+    """Refuse overrides of keys that `verb` does not use.
 
-    `subject` begins the message, such as `edges have`; `instead` holds messages of single keys.
+    `subject` begins the message, such as `edges have`; `instead` maps keys to other messages.
 
     Raises:
-        ConfigError: an override is of such a key.
+        ConfigError: an override sets such a key.
     """
     for word in arguments:
         key = word.lstrip("+~").partition("=")[0].partition(".")[0]
@@ -42,25 +42,25 @@ def refuse_unused(
 def stored(
     store: StoreConfig, attrs: Mapping[str, Any], compute: Callable[[], xr.Dataset]
 ) -> tuple[xr.Dataset, bool]:
-    """The results in `store` and True, or what `compute` gives, now stored, and False.
+    """Return (results in `store`, True), or save and return (the result of `compute`, False).
 
     Raises:
-        ConfigError: `attrs` name a function that nothing identifies.
-        StoreError: something else than results with `attrs` lies there.
+        ConfigError: `attrs` name a function that has no version to identify it.
+        StoreError: the path holds something other than results with `attrs`.
     """
     check_store_path(store.path)
     refuse_unversioned(attrs[IDENTITY])
     ds = load_dataset(store.path, attrs, store.storage_options)
     if ds is not None:
         return ds, True
-    check_place(store.path, attrs, store.storage_options)  # before minutes of work
+    check_place(store.path, attrs, store.storage_options)  # fail before the computation
     ds = compute()
     save_dataset(ds, store.path, store.storage_options)
     return ds, False
 
 
 def say_where(console: Console, store: StoreConfig, known: bool) -> None:
-    """The last lines: where the results are, and how to look at them."""
-    shown = scrub(store.path)
-    console.print(f"{shown}: {'already there, nothing was run' if known else 'written'}")
-    console.print(f"patchsweep report {shown}")
+    """Print the last lines: the store's path and the command that reports it."""
+    path = scrub(store.path)
+    console.print(f"{path}: {'already there, nothing was run' if known else 'written'}")
+    console.print(f"patchsweep report {path}")

@@ -1,4 +1,4 @@
-"""The way from words on the command line, through Hydra, to a `RunConfig`."""
+"""Composes a `RunConfig` from the words of a command line with Hydra."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def compose(
     job: Callable[[DictConfig], None],
     schema: type[RunConfig] = RunConfig,
 ) -> None:
-    """Let Hydra call `job` with the config of `arguments`, once or (with -m) many times.
+    """Let Hydra call `job` with the config of `arguments`, once or (with -m) several times.
 
-    The config is `schema` with the values of `conf/<verb>.yaml`; of a plain `RunConfig`, those of
-    `conf/config.yaml`. Errors come out as they are, Hydra's own among them, to be told in one line.
+    The config is `schema` with the values of `conf/<verb>.yaml`; for a plain `RunConfig`, those of
+    `conf/config.yaml`. Errors, including Hydra's, are raised unchanged; `mistakes` words them.
 
     Raises:
         ConfigError: a flag or a key is not known.
     """
     register()
-    # `conf/config.yaml` begins with it, and `conf/<verb>.yaml` with `conf/config.yaml`
+    # `conf/config.yaml` has it as a default, and `conf/<verb>.yaml` has `conf/config.yaml`
     ConfigStore.instance().store(name="run_schema", node=schema)
     name = "config" if schema is RunConfig else verb
     failed: list[Exception] = []
@@ -42,18 +42,18 @@ def compose(
     def once(cfg: DictConfig) -> None:
         try:
             job(cfg)
-        except Exception as error:  # kept from Hydra, which would print words of its own
+        except Exception as error:  # hidden from Hydra, which would print its own message
             failed.append(error)
 
     words = expand(arguments, verb, schema)
-    # Hydra then raises its errors instead of printing them with a stack of its own
+    # makes Hydra raise its errors instead of printing them with a traceback
     os.environ["HYDRA_FULL_ERROR"] = "1"
     before, sys.argv = sys.argv, [f"patchsweep {verb}", *words]
     main = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=name)
     try:
         with _texts_as_help():
             _check_flags(verb, words)
-            main(job if is_many(arguments) else once)()  # as it is, since launchers pickle it
+            main(job if is_many(arguments) else once)()  # launchers pickle `job`, not a closure
     finally:
         sys.argv = before
     if failed:
@@ -61,16 +61,16 @@ def compose(
 
 
 def as_config(cfg: DictConfig) -> RunConfig:
-    """The dataclasses; the only place where OmegaConf is left behind."""
+    """Return the dataclasses of `cfg`; the only conversion from OmegaConf."""
     config = OmegaConf.to_object(cfg)
     assert isinstance(config, RunConfig)
     return config
 
 
 def _check_flags(verb: str, words: list[str]) -> None:
-    """Raise for flags that Hydra does not know, and for words that are no overrides.
+    """Raise for flags that Hydra does not know, and for words that are not overrides.
 
-    Hydra itself would print its usage, of many lines, and leave.
+    Hydra itself would print its long usage text and exit.
     """
 
     def refuse(message: str) -> NoReturn:
@@ -85,7 +85,7 @@ def _check_flags(verb: str, words: list[str]) -> None:
 
 @contextmanager
 def _texts_as_help() -> Iterator[None]:
-    """Inside, options of a command line may have a help that is no text, as one of Hydra 1.3 has.
+    """Replace option helps that are not strings, such as one of Hydra 1.3, inside this context.
 
     The argparse of Python 3.14 reads each help when its option is added, and fails at that one.
     """

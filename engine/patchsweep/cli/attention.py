@@ -1,4 +1,4 @@
-"""`patchsweep attention`: the foremost heads' patterns and attributions, in a store."""
+"""`patchsweep attention`: stores patterns and attributions of the top-k heads."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from patchsweep.cli.console import stdout
 from patchsweep.cli.schema.run import AnalysisRun
 from patchsweep.errors import ConfigError
 
-N_SHOWN = 5  # next tokens that are printed
+N_SHOWN = 5  # number of next tokens to print
 
 
 @dataclass
 class AttentionRun(AnalysisRun):
-    """One ranking of heads, and the patterns of the foremost."""
+    """Config of a ranking of heads, and of the patterns of the top-k heads."""
 
     # keys of a sweep that say nothing about attention views
     unused: ClassVar[tuple[str, ...]] = (
@@ -50,7 +50,11 @@ class AttentionRun(AnalysisRun):
         self.chosen()
 
     def chosen(self) -> list[tuple[int, int]] | None:
-        """The heads asked for."""
+        """Return the heads of the config as (layer, head); None: the top-k heads.
+
+        Raises:
+            ConfigError: `heads` is not a list of pairs of whole numbers.
+        """
         if self.heads is None:
             return None
         try:
@@ -62,10 +66,10 @@ class AttentionRun(AnalysisRun):
 
 
 def main(arguments: list[str]) -> int:
-    """Look with these overrides; 0 when the results are in the store.
+    """Run the analysis with these overrides; return 0 when the results are in the store.
 
     Raises:
-        ConfigError: an override is of a sweep, and says nothing about attention.
+        ConfigError: an override sets a key that only sweeps use.
     """
     refuse_unused("attention", "attention views have", arguments, AttentionRun.unused)
     compose("attention", arguments, job, schema=AttentionRun)
@@ -73,18 +77,18 @@ def main(arguments: list[str]) -> int:
 
 
 def job(cfg: DictConfig) -> None:
-    """One look; Hydra calls it, in this process or wherever a launcher takes it."""
+    """Run one config; Hydra calls this in this process or in a launcher's."""
     execute(cast(AttentionRun, as_config(cfg)))
 
 
 def execute(config: AttentionRun) -> None:
-    """Look and say what was found; what is in the store already is not computed again."""
+    """Run the analysis and print its results; stored results are not computed again."""
     console = stdout()
     transformers_logging.disable_progress_bar()
     model = config.model.load()
     pairs = config.task.load(model)
 
-    asked: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "metrics": config.metric.metrics(),
         "direction": config.direction,
         "read": config.metric.read,
@@ -96,9 +100,9 @@ def execute(config: AttentionRun) -> None:
 
     def compute() -> xr.Dataset:
         with console.status("reading patterns and their gradients"):
-            return attention(model, pairs, **asked)
+            return attention(model, pairs, **settings)
 
-    ds, known = stored(config.store, describe(model, pairs, **asked), compute)
+    ds, known = stored(config.store, describe(model, pairs, **settings), compute)
     for run in ("base", "source"):
         console.print(_guess(ds, run))
     console.print(_table(ds))
@@ -106,17 +110,19 @@ def execute(config: AttentionRun) -> None:
 
 
 def _guess(ds: xr.Dataset, run: str) -> str:
-    """The first pair's next tokens."""
-    mine = ds.sel(run=run).isel(pair=0, top=slice(N_SHOWN))
+    """Return a line with the first pair's most probable next tokens."""
+    first_pair = ds.sel(run=run).isel(pair=0, top=slice(N_SHOWN))
     guesses = ", ".join(
         f"{str(token)!r} {float(prob):.3f}"
-        for token, prob in zip(mine["top_token"].values, mine["top_prob"].values, strict=True)
+        for token, prob in zip(
+            first_pair["top_token"].values, first_pair["top_prob"].values, strict=True
+        )
     )
     return f"{run} run of pair 0 goes on: {guesses}"
 
 
 def _table(ds: xr.Dataset) -> Table:
-    """The heads, and where each one's largest cell lies in the first pair."""
+    """Return a table of the heads with the largest cell of each in the first pair."""
     metric, unit = (str(ds[name].values[0]) for name in ("metric", "metric_unit"))
     n_pairs = ds.sizes["pair"]
     over = "" if n_pairs == 1 else f", mean of {n_pairs} pairs; cells of the first"

@@ -1,4 +1,4 @@
-"""`patchsweep circuit`: circuits of several sizes, run without the rest of the model."""
+"""`patchsweep circuit`: runs circuits of several sizes without the rest of the model."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from patchsweep.store.attributes import attributes
 
 
 def main(arguments: list[str]) -> int:
-    """Grow and run with these overrides; 0 when the results are in the store.
+    """Select and run circuits with these overrides; return 0 when the results are in the store.
 
     Raises:
-        ConfigError: an override is of a sweep, and says nothing about circuits.
+        ConfigError: an override sets a key that only sweeps use.
     """
     refuse_unused(
         "circuit",
@@ -35,18 +35,18 @@ def main(arguments: list[str]) -> int:
 
 
 def job(cfg: DictConfig) -> None:
-    """One run; Hydra calls it, in this process or wherever a launcher takes it."""
+    """Run one config; Hydra calls this in this process or in a launcher's."""
     execute(cast(CircuitRun, as_config(cfg)))
 
 
 def execute(config: CircuitRun) -> None:
-    """Do the run and say what was found; what is in the store already is not computed again."""
+    """Run the analysis and print its results; stored results are not computed again."""
     console = stdout()
     transformers_logging.disable_progress_bar()
     method = config.scored_by()
     model = config.model.load()
     pairs = config.task.load(model)
-    asked: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "metrics": config.metric.metrics(),
         "level": config.level,
         "method": method,
@@ -61,34 +61,34 @@ def execute(config: CircuitRun) -> None:
 
     def compute() -> xr.Dataset:
         with console.status(f"ranking {config.level} and running circuits of them"):
-            return circuit(model, pairs, **asked)
+            return circuit(model, pairs, **settings)
 
-    ds, known = stored(config.store, describe(model, pairs, **asked), compute)
-    told = attributes(ds)
+    ds, known = stored(config.store, describe(model, pairs, **settings), compute)
+    attrs = attributes(ds)
     for metric in map(str, ds["metric"].values):
         console.print(_table(ds, metric))
-        if metric in told["cpr"]:
-            cpr, cmd = (float(told[name][metric]) for name in ("cpr", "cmd"))
+        if metric in attrs["cpr"]:
+            cpr, cmd = (float(attrs[name][metric]) for name in ("cpr", "cmd"))
             console.print(f"{metric}: CPR {cpr:.3f} (more is better), CMD {cmd:.3f} (0 is best)")
-        if reason := told.get("undefined", {}).get(metric):
+        if reason := attrs.get("undefined", {}).get(metric):
             console.print(f"{metric}: faithfulness is not defined: {reason}")
     say_where(console, config.store, known)
 
 
 def _table(ds: xr.Dataset, metric: str) -> Table:
-    """Size after size what the circuit does, and what the rest does without it."""
+    """Return a table of faithfulness (the circuit) and completeness (the rest) by size."""
     level = ds.attrs["level"]
     table = Table(title=f"circuits of {level}, {metric}", title_justify="left")
     connected = "n_connected" in ds
     columns = ["share", level, *(["connected"] if connected else [])]
     for name in (*columns, "faithfulness", "completeness"):
         table.add_column(name, justify="right")
-    for i, share in enumerate(ds["size"].values):
-        at = ds.isel(size=i).sel(metric=metric)
-        counts = [at["count"], *([at["n_connected"]] if connected else [])]
-        # + 0: no minus before 0.000
+    for i, fraction in enumerate(ds["size"].values):
+        scores = ds.isel(size=i).sel(metric=metric)
+        counts = [scores["count"], *([scores["n_connected"]] if connected else [])]
+        # + 0 turns -0.0 into 0.0
         curves = [
-            f"{round(float(at[name]), 3) + 0:.3f}" for name in ("faithfulness", "completeness")
+            f"{round(float(scores[name]), 3) + 0:.3f}" for name in ("faithfulness", "completeness")
         ]
-        table.add_row(f"{share:.4g}", *(f"{int(n):,}" for n in counts), *curves)
+        table.add_row(f"{fraction:.4g}", *(f"{int(n):,}" for n in counts), *curves)
     return table

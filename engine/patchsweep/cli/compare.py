@@ -1,4 +1,4 @@
-"""`patchsweep compare STORE`: how far the estimates of a store can be trusted."""
+"""`patchsweep compare STORE`: compares the estimates of a store with its exact effects."""
 
 from __future__ import annotations
 
@@ -43,20 +43,21 @@ def main(arguments: list[str]) -> int:
     if options.sample:
         store = with_sample(options.store, options.words, options.sample, options.seed)
     with told(scrub(options.store)):
-        found = compare(store)
+        comparison = compare(store)
     if options.json:
-        print(json.dumps(as_dict(found), indent=2))
+        print(json.dumps(as_dict(comparison), indent=2))
     else:
-        stdout().print(render(found))
+        stdout().print(render(comparison))
     return 0
 
 
 def with_sample(url: str, words: list[str], n: int, seed: int) -> xr.Dataset:
-    """The store's values, and exact ones of random patches of the sites that have none, on the
-    model and the task of `words`.
+    """Return the store's Dataset with exact values of `n` random patches for sites without any.
+
+    The patches run on the model and the task of `words`.
 
     Raises:
-        PatchsweepError: `words` do not name what made the store.
+        PatchsweepError: `words` name another model, task or metric than the store was made with.
     """
     store = Store.open(url)
     request, config = run_again(store, words, "compare")

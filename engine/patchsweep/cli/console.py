@@ -1,4 +1,4 @@
-"""What the verbs print on."""
+"""The console to which the verbs print."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from rich.console import Console
 
 
 def stdout() -> Console:
-    """Standard output; wide enough for tables where it is no terminal that has a width."""
+    """Return a console on standard output; 120 columns if the output is not a terminal."""
     narrow = sys.stdout.isatty() or "COLUMNS" in os.environ
     return Console(width=None if narrow else 120, highlight=False, soft_wrap=True, markup=False)

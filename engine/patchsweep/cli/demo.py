@@ -1,4 +1,4 @@
-"""`patchsweep demo`: one prompt pair on a real model, swept, checked and drawn."""
+"""`patchsweep demo`: sweeps one prompt pair on a real model, checks it and writes a report."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ from patchsweep.store.attributes import attributes
 from patchsweep.sweeps.api import sweep
 
 SITES = ("resid_pre", "attn_out", "mlp_out", "z")
-N_CELLS = 24  # checked against TransformerLens
-TOLERANCE = 1e-4  # in logits, fp32: what another order of summation may change, and more
-EXIT_WRONG = 4  # a cell differs: never seen, and not to be passed over
+N_CELLS = 24  # number of cells to check against TransformerLens
+TOLERANCE = 1e-4  # in logits, fp32: more than another order of summation can change
+EXIT_WRONG = 4  # a cell differs from TransformerLens
 
 
 def main(arguments: list[str]) -> int:
-    """Sweep, check, report; 0 if all is well."""
+    """Sweep, check and report; return 0 if all checked cells agree, else EXIT_WRONG."""
     parser = Parser(
         "patchsweep demo",
         description="Sweep one indirect-object pair over resid_pre, attn_out, mlp_out and every "
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
     out = Path(options.out)
     store = out / "demo.zarr"
     for old in (store, Path(f"{store}.journal"), Path(f"{store}.leases")):
-        shutil.rmtree(old, ignore_errors=True)  # the last demo's, so that this one runs for real
+        shutil.rmtree(old, ignore_errors=True)  # a complete store would run nothing
 
     config = RunConfig(
         model=ModelConfig(name=options.model),
@@ -105,9 +105,9 @@ def largest_difference(
     seed: int | None,
     console: Console,
 ) -> float:
-    """Largest |difference| in logits between random cells and `transformer_lens.patching`.
+    """Return the largest |difference| in logits of random cells to `transformer_lens.patching`.
 
-    As many cells of each site, live and dead alike; NaN if one of the values is.
+    The cells are `n_cells` / 4 of each site, live or dead. NaN if a value is NaN.
     """
     rng = np.random.default_rng(seed)
     device = device_of(model)
@@ -121,7 +121,7 @@ def largest_difference(
         index = np.stack(np.unravel_index(cells, values.shape), axis=1)
         columns = ["layer", "pos", "head"][: index.shape[1]]
         console.print(f"{len(cells)} cells of {site} by a TransformerLens loop")
-        with torch.no_grad(), redirect_stderr(StringIO()):  # which has a bar of its own
+        with torch.no_grad(), redirect_stderr(StringIO()):  # hides TransformerLens's progress bar
             theirs = patching.generic_activation_patch(
                 model,
                 corrupted,
@@ -135,7 +135,7 @@ def largest_difference(
             )
         ours = values.values.ravel()[cells]
         differences.append(np.abs(ours - theirs.cpu().numpy()))
-    return float(np.max(differences))  # NaN if one is
+    return float(np.max(differences))  # np.max propagates NaN
 
 
 def _cost(ds: xr.Dataset, seconds: dict[str, float]) -> Table:
@@ -161,14 +161,14 @@ def _cost(ds: xr.Dataset, seconds: dict[str, float]) -> Table:
 
 
 def _largest(ds: xr.Dataset) -> Table:
-    found = [effect for site in SITES for effect in summary.largest(ds, site, n=10)]
-    found.sort(key=lambda effect: -abs(effect.effect))
+    effects = [effect for site in SITES for effect in summary.largest(ds, site, n=10)]
+    effects.sort(key=lambda effect: -abs(effect.effect))
     table = Table(title="the ten largest effects on logit_diff", title_justify="left")
     for head in ("site", "layer", "head", "pos", "token"):
         table.add_column(head, justify="left" if head in ("site", "token") else "right")
     for head in ("effect", "recovered"):
         table.add_column(head, justify="right")
-    for effect in found[:10]:
+    for effect in effects[:10]:
         table.add_row(
             effect.site,
             str(effect.layer),

@@ -1,4 +1,4 @@
-"""`patchsweep edges`: every edge estimated, the foremost run exactly, all of it in a store."""
+"""`patchsweep edges`: estimates every edge, runs the top-k exactly and stores both."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _STAGES = {"estimates": "scoring all edges", "exact": "running the foremost exac
 
 
 def main(arguments: list[str]) -> int:
-    """Score and verify with these overrides; 0 when the results are in the store.
+    """Estimate and run edges with these overrides; return 0 when the results are in the store.
 
     Raises:
-        ConfigError: an override is of a sweep, and says nothing about edges.
+        ConfigError: an override sets a key that only sweeps use.
     """
     refuse_unused("edges", "edges have", arguments, EdgesRun.unused)
     compose("edges", arguments, job, schema=EdgesRun)
@@ -37,17 +37,17 @@ def main(arguments: list[str]) -> int:
 
 
 def job(cfg: DictConfig) -> None:
-    """One run; Hydra calls it, in this process or wherever a launcher takes it."""
+    """Run one config; Hydra calls this in this process or in a launcher's."""
     execute(cast(EdgesRun, as_config(cfg)))
 
 
 def execute(config: EdgesRun) -> None:
-    """Do the run and say what was found; what is in the store already is not computed again."""
+    """Run the analysis and print its results; stored results are not computed again."""
     console = stdout()
     transformers_logging.disable_progress_bar()
     model = config.model.load()
     pairs = config.task.load(model)
-    asked: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "metrics": config.metric.metrics(),
         "top": config.top,
         "direction": config.direction,
@@ -62,9 +62,9 @@ def execute(config: EdgesRun) -> None:
 
     def compute() -> xr.Dataset:
         with clock:
-            return screen_edges(model, pairs, **asked, progress=clock)
+            return screen_edges(model, pairs, **settings, progress=clock)
 
-    ds, known = stored(config.store, describe(model, pairs, **asked), compute)
+    ds, known = stored(config.store, describe(model, pairs, **settings), compute)
     if not known:
         console.print(_done(ds, clock.seconds))
     console.print(_table(ds))
@@ -72,7 +72,7 @@ def execute(config: EdgesRun) -> None:
 
 
 class _Clock:
-    """Shows the stage that runs, and keeps how long each took."""
+    """Shows the running stage and records the seconds of each stage."""
 
     def __init__(self, console: Console) -> None:
         self.seconds: dict[str, float] = {}
@@ -84,7 +84,7 @@ class _Clock:
         return self
 
     def __call__(self, stage: str) -> None:
-        """`stage` begins."""
+        """End the running stage and begin `stage`."""
         self._end()
         self._shown = self._console.status(_STAGES[stage])
         self._shown.__enter__()
@@ -104,17 +104,17 @@ class _Clock:
 def _done(ds: xr.Dataset, seconds: dict[str, float]) -> str:
     name = "edge_eap" if "edge_eap" in ds else "edge_eap_ig"
     scored = int(np.isfinite(ds[name].values[0, 0]).sum())
-    where = " at single positions" if attributes(ds)["positions"] else ""
+    position_words = " at single positions" if attributes(ds)["positions"] else ""
     agreement = correlation(rows_of(ds, str(ds["metric"].values[0])))
     return (
-        f"{scored:,} edges{where} scored in {seconds['estimates']:.1f} s, the foremost "
+        f"{scored:,} edges{position_words} scored in {seconds['estimates']:.1f} s, the foremost "
         f"{ds.sizes['chosen']:,} of them run exactly in {seconds['exact']:.1f} s; over those, "
         f"estimates and exact effects correlate at {agreement:.2f}"
     )
 
 
 def _table(ds: xr.Dataset) -> Table:
-    """The largest exact effects, of the first metric."""
+    """Return a table of the edges with the largest exact effects on the first metric."""
     metric, unit = (str(ds[name].values[0]) for name in ("metric", "metric_unit"))
     over = "" if ds.sizes["pair"] == 1 else f", mean over {ds.sizes['pair']} pairs"
     unit = f" [{unit}]" if unit else ""
@@ -125,8 +125,10 @@ def _table(ds: xr.Dataset) -> Table:
     for name in ("estimate", "exact"):
         table.add_column(name, justify="right")
     for row in rows_of(ds, metric)[:N_SHOWN]:
-        where = [_where(row)] if positions else []
-        table.add_row(row.sender, row.reader, *where, f"{row.estimate:+.3f}", f"{row.exact:+.3f}")
+        position = [_where(row)] if positions else []
+        table.add_row(
+            row.sender, row.reader, *position, f"{row.estimate:+.3f}", f"{row.exact:+.3f}"
+        )
     return table
 
 

@@ -1,7 +1,7 @@
-"""From the words of a command line to Hydra's overrides: short forms, and texts taken literally.
+"""Turns the words of a command line into Hydra overrides: expands short forms, quotes texts.
 
-Hydra reads a value by a grammar of its own, in which brackets, quotes, `~`, `=`, commas and
-backslashes mean something. Paths and prompts are no such thing, so their values are quoted here.
+Hydra parses values with its own grammar, in which brackets, quotes, `~`, `=`, commas and
+backslashes are special. Paths and prompts are plain text, so this module quotes them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from patchsweep.data.records import REQUIRED
 from patchsweep.errors import ConfigError
 from patchsweep.models.bundled import BUNDLED
 
-# group -> the key that a value goes to which is none of the group's choices
+# group -> the key that takes a value which is not one of the group's choices
 _MAIN_KEYS = {
     "model": "model.name",
     "task": "task.path",
@@ -33,15 +33,15 @@ _MAIN_KEYS = {
 _PROMPTS = tuple(f"task.{name}" for name in REQUIRED)
 _OPTIONAL_PATHS = ("model.revision", "model.offload_folder", "means_from")
 _PATHS = ("model.name", "task.path", "store.path", *_OPTIONAL_PATHS)
-# what sweeps over values in Hydra's grammar, where -m asks for a sweep
+# functions of Hydra's grammar that sweep over values; only -m runs a sweep
 _SWEEP = re.compile(r"(choice|glob|interval|range|shuffle|sort|tag)\(.*\)", re.DOTALL)
 
 
 def conf_folder() -> Path:
-    """The folder of the config groups: inside an installed package, or at a checkout's root.
+    """Return the folder of the config groups: in an installed package, or at a checkout's root.
 
     Raises:
-        ConfigError: neither is there.
+        ConfigError: neither exists.
     """
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "conf", package.parents[1] / "conf"):
@@ -54,20 +54,20 @@ def conf_folder() -> Path:
 
 
 def is_many(arguments: list[str]) -> bool:
-    """Whether the words ask for many runs (-m)."""
+    """Whether the words request several runs (-m)."""
     return not {"-m", "--multirun"}.isdisjoint(arguments)
 
 
 def expand(
     arguments: list[str], verb: str = "run", schema: type[RunConfig] = RunConfig
 ) -> list[str]:
-    """Flags, then overrides in which short forms such as `sites=[q,k]` are spelled out.
+    """Return the flags, then the overrides with short forms such as `sites=[q,k]` expanded.
 
-    Flags first, wherever they were: argparse takes no overrides on both sides of a flag. Values of
-    paths and prompts are quoted; where `-m` sweeps, each of several paths by itself.
+    Flags come first, since argparse accepts no overrides on both sides of a flag. Values of paths
+    and prompts are quoted; with `-m`, each of several paths is quoted by itself.
 
     Raises:
-        ConfigError: a key is not known, or a value that is needed is empty.
+        ConfigError: a key is not known, or a required value is empty.
     """
     many = is_many(arguments)
     words = [word for word in arguments if not _is_override(word)]
@@ -78,14 +78,14 @@ def expand(
 
 
 def _override(word: str, many: bool, verb: str, schema: type[RunConfig]) -> list[str]:
-    """The overrides that `word` stands for."""
+    """Return the overrides that `word` expands to."""
     key, equals, value = word.partition("=")
     name = key.lstrip("+")
     if not equals or name.partition(".")[0].partition("/")[0] == "hydra":
         return [word]
     free = refuse_unknown(name, schema, verb)
     if name not in _MAIN_KEYS or _is_choice(name, value):
-        # what is known is there already, so that + adds nothing but in a mapping of the user's own
+        # known keys exist already, so + has a meaning only in a free mapping
         return [f"{'++' if free else ''}{name}={_value(name, value, many)}"]
     if not value:
         raise ConfigError(f"{name}= is empty; leave it out, or give a value")
@@ -94,7 +94,7 @@ def _override(word: str, many: bool, verb: str, schema: type[RunConfig]) -> list
         overrides.append(f"model={_kind(_text(value))}")
     if name == "task":
         if not _text(value).lower().endswith(".jsonl"):
-            return [f"task={value}"]  # Hydra says what the choices are
+            return [f"task={value}"]  # Hydra's error then lists the choices
         overrides.append("task=jsonl")
     if name in ("sites", "method", "metric") and not value.startswith("["):
         value = f"[{value}]"
@@ -103,15 +103,15 @@ def _override(word: str, many: bool, verb: str, schema: type[RunConfig]) -> list
 
 
 def _value(key: str, value: str, many: bool) -> str:
-    """`value` as Hydra's grammar takes it: quoted where `key` is a path's or a prompt's."""
+    """Return `value` in Hydra's grammar: quoted if `key` is a path or a prompt."""
     is_path = key in _PATHS
     if not is_path and key not in _PROMPTS:
         return value
     if key in _OPTIONAL_PATHS and value == "null":
         return value
-    given = _unquoted(value)
-    if given and (many or len(given) == 1):
-        texts = given
+    unquoted = _unquoted(value)
+    if unquoted and (many or len(unquoted) == 1):
+        texts = unquoted
     elif many and is_path:
         if _SWEEP.fullmatch(value):
             return value
@@ -124,23 +124,23 @@ def _value(key: str, value: str, many: bool) -> str:
 
 
 def _text(value: str) -> str:
-    """`value` without the quotes of Hydra's grammar around it."""
-    given = _unquoted(value)
-    return given[0] if len(given) == 1 else value
+    """Return `value` without surrounding quotes of Hydra's grammar."""
+    unquoted = _unquoted(value)
+    return unquoted[0] if len(unquoted) == 1 else value
 
 
 def _unquoted(value: str) -> list[str]:
-    """The text of a value in quotes, or of several with commas between; none: it is not quoted."""
+    """Return the texts of one quoted value, or of several with commas; [] if it is not quoted."""
     if value[:1] not in ("'", '"'):
         return []
     try:
-        found = _parser().parse_override(f"key={value}").value()
+        parsed = _parser().parse_override(f"key={value}").value()
     except HydraException:
-        return []  # a text that happens to begin with a quote
-    if isinstance(found, str):
-        return [found]
-    if isinstance(found, ChoiceSweep):
-        return [x.text for x in found.list if isinstance(x, QuotedString)]
+        return []  # a plain text that begins with a quote
+    if isinstance(parsed, str):
+        return [parsed]
+    if isinstance(parsed, ChoiceSweep):
+        return [x.text for x in parsed.list if isinstance(x, QuotedString)]
     return []
 
 
@@ -150,7 +150,7 @@ def _parser() -> OverridesParser:
 
 
 def _quote(text: str, *, interpolate: bool) -> str:
-    """`text` in quotes of Hydra's grammar; `interpolate`: `${key}` stands for that key's value."""
+    """Return `text` quoted for Hydra's grammar; `interpolate`: Hydra resolves `${key}`."""
     if not interpolate:
         text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
     return QuotedString(text, Quote.single).with_quotes()
@@ -170,11 +170,11 @@ def _is_override(word: str) -> bool:
 
 
 def _kind(model: str) -> str:
-    """The choice of the group model that a model's name belongs to."""
+    """Return the choice of the group `model` for a model's name."""
     return "tiny" if model.startswith("tiny:") else "smollm2" if model in BUNDLED else "hf"
 
 
 def _is_choice(group: str, value: str) -> bool:
-    """Whether Hydra finds a file for the value, or for one of several values of a sweep."""
+    """Whether the config group has a file for `value`, or for one of several values of a sweep."""
     choices = {path.stem for path in (conf_folder() / group).glob("*.yaml")}
     return any(word in choices for word in value.split(","))

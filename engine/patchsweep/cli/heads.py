@@ -1,4 +1,4 @@
-"""`patchsweep heads`: every head ablated in several ways, classed, and the ways compared."""
+"""`patchsweep heads`: ablates every head in several ways, classes heads, compares ablations."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from patchsweep.cli.progress import Bar
 from patchsweep.cli.schema.heads import HeadsRun
 from patchsweep.cli.stop import STARTS_ANEW, STOPPER
 
-N_SHOWN = 8  # heads of a class that are named
+N_SHOWN = 8  # number of heads to list per class
 
 
 def main(arguments: list[str]) -> int:
-    """Do the study of these overrides; 0 when it is in the store.
+    """Run the study with these overrides; return 0 when it is in the store.
 
     Raises:
-        ConfigError: an override is of a sweep, and says nothing about heads.
+        ConfigError: an override sets a key that only sweeps use.
     """
     refuse_unused("heads", "heads have", arguments, HeadsRun.unused)
     compose("heads", arguments, job, schema=HeadsRun)
@@ -35,18 +35,18 @@ def main(arguments: list[str]) -> int:
 
 
 def job(cfg: DictConfig) -> None:
-    """One run; Hydra calls it, in this process or wherever a launcher takes it."""
+    """Run one config; Hydra calls this in this process or in a launcher's."""
     STOPPER.listen(STARTS_ANEW)
     execute(cast(HeadsRun, as_config(cfg)))
 
 
 def execute(config: HeadsRun) -> None:
-    """Do the study and say what was found; what is in the store already is not computed again."""
+    """Run the study and print its results; stored results are not computed again."""
     console = stdout()
     transformers_logging.disable_progress_bar()
     model = config.model.load()
     pairs = config.task.load(model)
-    asked: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "metrics": config.metric.metrics(),
         "ablations": config.ablations,
         "positions": config.sites.positions,
@@ -64,12 +64,12 @@ def execute(config: HeadsRun) -> None:
             return study(
                 model,
                 pairs,
-                **asked,
+                **settings,
                 progress=bar,
                 stage=lambda words: console.print(f"{words} ..."),
             )
 
-    ds, known = stored(config.store, describe(model, pairs, **asked), compute)
+    ds, known = stored(config.store, describe(model, pairs, **settings), compute)
     console.print(_classes(ds))
     if ds.attrs["task_classes"] != "measured":
         console.print(f"no classes by behaviour on the task: {ds.attrs['task_classes']}")
@@ -78,7 +78,7 @@ def execute(config: HeadsRun) -> None:
 
 
 class _Sweeps(Bar):
-    """The progress of one sweep after the other."""
+    """Progress of several sweeps in a row."""
 
     def begin(self, n_units: int, total: int, done: int) -> None:
         """See `work.Progress`."""
@@ -86,7 +86,7 @@ class _Sweeps(Bar):
 
 
 def _classes(ds: xr.Dataset) -> Table:
-    """Which heads are of which class, the ones that resample moves most first."""
+    """Return a table of the heads of each class, by |resample effect|, largest first."""
     effect = effects(ds).isel(ablation=0, metric=0).mean("pair").transpose("layer", "head", ...)
     size = np.abs(effect.values).reshape(*effect.shape[:2], -1).max(axis=-1)
     table = Table(title="classes of heads; a head may be of several", title_justify="left")
@@ -103,7 +103,7 @@ def _classes(ds: xr.Dataset) -> Table:
 
 
 def _ablations(ds: xr.Dataset) -> Table:
-    """Each ablation beside resample, of the first metric."""
+    """Return a table that compares each ablation with resample, for the first metric."""
     metric, unit = (str(ds[name].values[0]) for name in ("metric", "metric_unit"))
     title = (
         f"how much each ablation disagrees with resample on {metric} [{unit}]: mean |difference| "
@@ -115,10 +115,10 @@ def _ablations(ds: xr.Dataset) -> Table:
     names = [str(name) for name in ds["ablation"].values]
     for name in names[1:]:
         table.add_column(name, justify="right")
-    one = ds.isel(metric=0)
+    first_metric = ds.isel(metric=0)
     classes = [str(name) for name in ds["table_class"].values]
     for c in sorted(classes, key=lambda name: name not in (ALL, TRAINED)):
-        row = one.sel(table_class=c)
+        row = first_metric.sel(table_class=c)
         if not int(row["n_heads"].values[0]):
             continue
         cells = [

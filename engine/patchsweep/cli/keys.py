@@ -1,4 +1,4 @@
-"""The keys that a command line may set: those of the config's dataclasses, and no others."""
+"""The keys that a command line may set: the fields of the config's dataclasses."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from patchsweep.cli.schema.run import GROUPS, RunConfig
 from patchsweep.errors import ConfigError
 
 Keys = Mapping[str, "Keys"]
-_ANY: Keys = MappingProxyType({})  # below a mapping of the user's own, such as task.options
+_ANY: Keys = MappingProxyType({})  # below a free mapping, such as task.options
 
 
 def keys_of(schema: type[RunConfig]) -> Keys:
-    """Every key of `schema`; of a group, those of all its classes."""
+    """Return every key of `schema`; a group has the keys of all its classes."""
     own = _of_class(schema)
     return {name: _of_group(name) if name in GROUPS else below for name, below in own.items()}
 
 
 def refuse_unknown(key: str, schema: type[RunConfig], verb: str) -> bool:
-    """Whether `key` lies in a mapping of the user's own, where any name goes.
+    """Return whether `key` lies in a free mapping, which accepts any name.
 
     Raises:
         ConfigError: no config of `verb` has the key.
@@ -41,18 +41,18 @@ def refuse_unknown(key: str, schema: type[RunConfig], verb: str) -> bool:
 
 
 def unknown(key: str, schema: type[RunConfig], verb: str) -> str:
-    """What a user is told whose `key` is not there: the keys that are spelled like it."""
-    every = list(_flat(keys_of(schema)))
+    """Return the error message for an unknown `key`, with similar keys."""
+    all_keys = list(_flat(keys_of(schema)))
     last = key.rpartition(".")[2]
-    close = [name for name in every if name.rpartition(".")[2] == last]
-    close += get_close_matches(key, every, n=2, cutoff=0.7)
+    close = [name for name in all_keys if name.rpartition(".")[2] == last]
+    close += get_close_matches(key, all_keys, n=2, cutoff=0.7)
     near = " or ".join(dict.fromkeys(close[:3]))
     meant = f"did you mean {near}? " if near else ""
     return f"key {key!r} is not known; {meant}`patchsweep {verb} --help` lists all keys"
 
 
 def elsewhere(key: str, chosen: type | None) -> str:
-    """What a user is told whose `key` is not one of the class that the group's choice has."""
+    """Return the error message for a `key` that the chosen class of its group does not have."""
     group, _, name = key.partition(".")
     if group == "hydra":
         near = get_close_matches(key, [f"hydra.{name}" for name in _flat(_of_class(HydraConf))])
@@ -77,15 +77,15 @@ def _of_group(group: str) -> Keys:
 
 def _of_class(one: type) -> Keys:
     hints = get_type_hints(one)
-    found: dict[str, Keys] = {}
+    keys: dict[str, Keys] = {}
     for field in fields(one):
         hint = hints[field.name]
         if isinstance(hint, type) and is_dataclass(hint):
-            found[field.name] = _of_class(hint)
+            keys[field.name] = _of_class(hint)
         else:
             open_ended = hint is Any or str(hint).startswith("dict")
-            found[field.name] = _ANY if open_ended else {}
-    return found
+            keys[field.name] = _ANY if open_ended else {}
+    return keys
 
 
 def _flat(keys: Keys, before: str = "") -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""`patchsweep lens`: predictions layer by layer, of a patched run too, all of it in a store."""
+"""`patchsweep lens`: stores the predictions after each layer, also of a patched run."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ N_SHOWN = 10
 
 
 def main(arguments: list[str]) -> int:
-    """Look with these overrides; 0 when the results are in the store.
+    """Run the lens with these overrides; return 0 when the results are in the store.
 
     Raises:
-        ConfigError: an override is of a sweep, and says nothing about a lens.
+        ConfigError: an override sets a key that only sweeps use.
     """
     refuse_unused("lens", "a lens has", arguments, LensRun.unused)
     compose("lens", arguments, job, schema=LensRun)
@@ -36,25 +36,25 @@ def main(arguments: list[str]) -> int:
 
 
 def job(cfg: DictConfig) -> None:
-    """One lens; Hydra calls it, in this process or wherever a launcher takes it."""
+    """Run one config; Hydra calls this in this process or in a launcher's."""
     execute(cast(LensRun, as_config(cfg)))
 
 
 def execute(config: LensRun) -> None:
-    """Look and say what was found; what is in the store already is not computed again."""
+    """Run the lens and print its results; stored results are not computed again."""
     console = stdout()
     transformers_logging.disable_progress_bar()
     model = config.model.load()
     pairs = config.task.load(model)
-    asked = {**config.asked(), "config": config.identity()}
-    attrs = {**describe(model, pairs, **asked), "sublayers": config.sublayers}
-    if config.sublayers:  # a sweep of their own, which the lens knows nothing of
+    settings = {**config.asked(), "config": config.identity()}
+    attrs = {**describe(model, pairs, **settings), "sublayers": config.sublayers}
+    if config.sublayers:  # a separate sweep, which the lens's identity does not cover
         removed_by = {"runner": config.runner.name, "max_tokens": config.runner.max_tokens}
         attrs[IDENTITY] = sealed({**attrs[IDENTITY], "sublayers": removed_by})
 
     def compute() -> xr.Dataset:
         with console.status("reading every layer"):
-            ds = lens(model, pairs, **asked)
+            ds = lens(model, pairs, **settings)
         if config.sublayers:
             with Bar(console) as bar:
                 removed = sublayers(
@@ -80,9 +80,9 @@ def execute(config: LensRun) -> None:
 
 
 def _ends(ds: xr.Dataset) -> list[str]:
-    """A line on each run: what becomes of the answer."""
+    """Return a line per run with the answer's final probability and rank."""
     pairs = [int(pair) for pair in ds["pair"].values]
-    found = []
+    lines = []
     for run in (str(run) for run in ds["run"].values):
         ends = [lens_findings.at_answer(ds, "answer_prob", run, pair)[-1] for pair in pairs]
         up = [lens_findings.comes_up(ds, run, pair) for pair in pairs]
@@ -91,18 +91,18 @@ def _ends(ds: xr.Dataset) -> list[str]:
             rank = int(lens_findings.at_answer(ds, "answer_rank", run, pairs[0])[-1])
             where = f"the first guess from {up[0].words} on" if up[0] else f"rank {rank}"
             answer = str(ds["answer"].values[0])
-            found.append(f"{name}: {answer!r} ends at probability {ends[0]:.3f}, {where}")
+            lines.append(f"{name}: {answer!r} ends at probability {ends[0]:.3f}, {where}")
         else:
             n_first = sum(place is not None for place in up)
-            found.append(
+            lines.append(
                 f"{name}: the answer ends at a mean probability of {np.mean(ends):.3f}, the first "
                 f"guess in {n_first} of {len(pairs)} pairs"
             )
-    return found
+    return lines
 
 
 def _layers(ds: xr.Dataset) -> Table:
-    """The last layers where the answer is expected."""
+    """Return a table of the last layers' predictions at the answer's position."""
     pairs, runs = [int(p) for p in ds["pair"].values], [str(r) for r in ds["run"].values]
     over = "" if len(pairs) == 1 else f", mean probability and median rank of {len(pairs)} pairs"
     table = Table(title=f"what the last layers would say{over}", title_justify="left")
@@ -112,13 +112,13 @@ def _layers(ds: xr.Dataset) -> Table:
             table.add_column(f"first guess, {run}")
         table.add_column("P(answer)", justify="right")
         table.add_column("rank", justify="right")
-    every = lens_findings.places(ds)
+    places = lens_findings.places(ds)
     values = {
         (run, name): np.stack([lens_findings.at_answer(ds, name, run, pair) for pair in pairs])
         for run in runs
         for name in ("top_token", "top_prob", "answer_prob", "answer_rank")
     }
-    for i in range(max(0, len(every) - N_SHOWN), len(every)):
+    for i in range(max(0, len(places) - N_SHOWN), len(places)):
         cells = []
         for run in runs:
             if len(pairs) == 1:
@@ -126,26 +126,26 @@ def _layers(ds: xr.Dataset) -> Table:
                 cells.append(f"{str(token)!r} {prob:.3f}")
             cells.append(f"{values[run, 'answer_prob'][:, i].mean():.3f}")
             cells.append(f"{np.median(values[run, 'answer_rank'][:, i]):.0f}")
-        table.add_row(every[i].words, *cells)
+        table.add_row(places[i].words, *cells)
     return table
 
 
 def _removals(ds: xr.Dataset) -> Table:
-    """The sublayers without which the answer loses the most."""
-    whole = ds["whole"].mean("pair")
-    prob, rank = (float(whole.sel(metric=m)) for m in ("prob", "rank"))
+    """Return a table of the sublayers whose removal lowers the answer most."""
+    unpatched = ds["whole"].mean("pair")
+    prob, rank = (float(unpatched.sel(metric=m)) for m in ("prob", "rank"))
     over = "" if ds.sizes["pair"] == 1 else f", means of {ds.sizes['pair']} pairs"
     title = f"without one sublayer (whole: P(answer) {prob:.3f}, rank {rank:.3g}){over}"
     table = Table(title=title, title_justify="left")
     table.add_column("without")
     for name in ("P(answer)", "rank", "change of log P", "of logit_diff"):
         table.add_column(name, justify="right")
-    for one in lens_findings.removals(ds)[:N_SHOWN]:
+    for removal in lens_findings.removals(ds)[:N_SHOWN]:
         table.add_row(
-            one.words,
-            f"{one.values['prob']:.3f}",
-            f"{one.values['rank']:.0f}",
-            f"{one.changes['log_prob']:+.2f}",
-            f"{one.changes['logit_diff']:+.2f}",
+            removal.words,
+            f"{removal.values['prob']:.3f}",
+            f"{removal.values['rank']:.0f}",
+            f"{removal.changes['log_prob']:+.2f}",
+            f"{removal.changes['logit_diff']:+.2f}",
         )
     return table

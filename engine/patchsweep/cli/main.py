@@ -1,4 +1,4 @@
-"""Which verb, and how it ends: one clear line for a mistake, and exit codes for scripts."""
+"""Dispatches to a verb; reports a user's mistake in one line and returns an exit code."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import version
 
-# what a script may go by; `status` and `verify` add their own (3 and 4)
+# exit codes for scripts; `status` and `verify` add 3 and 4
 EXIT_DONE = 0
-EXIT_FAILED = 1  # the program's own failure, with a traceback
-EXIT_MISTAKE = 2  # a mistake in the command or in what it names
-EXIT_STOPPED = 75  # a signal ended it; what `run` had done is kept, and the same command goes on
+EXIT_FAILED = 1  # an internal error, with a traceback
+EXIT_MISTAKE = 2  # a mistake in the command, or in a file or model that it names
+EXIT_STOPPED = 75  # stopped by a signal; `run` keeps finished units, the same command resumes
 
 # verb -> what it does; each is a module of this package with `main(arguments) -> exit code`
 VERBS = {
@@ -32,11 +32,11 @@ VERBS = {
     "task": "list the built-in tasks, or score a model on one",
     "demo": "sweep a real model, check the values against a TransformerLens loop, write a report",
 }
-ANALYSES = ("edges", "circuit", "lens", "attention", "heads")  # kept whole or not at all
+ANALYSES = ("edges", "circuit", "lens", "attention", "heads")  # not resumable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; gives the exit code."""
+    """Run one verb and return its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def usage() -> str:
-    """The verbs."""
+    """Return the usage text with all verbs."""
     lines = "\n".join(f"  {verb:10}{what}" for verb, what in VERBS.items())
     return (
         f"usage: patchsweep VERB ...\n\n{lines}\n\n"
@@ -80,11 +80,11 @@ def _guarded(verb: str, rest: list[str]) -> int:
         then = {"run": f"; {GOES_ON}"} | dict.fromkeys(ANALYSES, f"; {STARTS_ANEW}")
         print(f"patchsweep: interrupted{then.get(verb, '')}", file=sys.stderr)
         return EXIT_STOPPED
-    except BrokenPipeError:  # the reader, such as `head`, has had enough
+    except BrokenPipeError:  # the reader, such as `head`, closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
     except Exception as error:
-        from patchsweep.cli.mistakes import one_line  # here, since it loads Hydra
+        from patchsweep.cli.mistakes import one_line  # a local import, since it loads Hydra
 
         text = one_line(error)
         if text is None:

@@ -1,4 +1,4 @@
-"""A user's mistake in one line, whoever found it: patchsweep, Hydra or OmegaConf."""
+"""One-line messages for a user's mistake, raised by patchsweep, Hydra or OmegaConf."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from patchsweep.errors import PatchsweepError
 from patchsweep.store.backends.credentials import scrub
 from patchsweep.store.contents import printable
 
-# a launcher's name in Hydra's message -> what brings it
+# a launcher's name in Hydra's message -> the extra that installs it
 _EXTRAS = {"submitit": "slurm", "joblib": "joblib", "ray": "ray"}
 
 
 def one_line(error: BaseException) -> str | None:
-    """What the user did wrong and what to do; None if the error is no mistake of the user's."""
+    """Return the message with rule, value and remedy; None if the error is no user's mistake."""
     if isinstance(error, PatchsweepError):
         return printable(scrub(_joined(str(error))))
     if isinstance(error, OmegaConfBaseException):
@@ -29,11 +29,11 @@ def one_line(error: BaseException) -> str | None:
     if isinstance(error, HydraException):
         text = scrub(_joined(str(error)))
         cause = error.__cause__
-        not_there = re.match(r"Could not override '([^']+)'", text)
-        if not_there:
-            from patchsweep.cli.keys import elsewhere  # here, since it loads the model library
+        unknown_key = re.match(r"Could not override '([^']+)'", text)
+        if unknown_key:
+            from patchsweep.cli.keys import elsewhere  # a local import, since it loads torch
 
-            return elsewhere(not_there[1], getattr(cause, "object_type", None))
+            return elsewhere(unknown_key[1], getattr(cause, "object_type", None))
         if text.startswith("Error merging override") and isinstance(cause, ValidationError):
             return scrub(_wrong_type(cause))
         if isinstance(cause, OmegaConfBaseException):
@@ -46,15 +46,15 @@ def one_line(error: BaseException) -> str | None:
 
 
 def _wrong_type(error: ValidationError) -> str:
-    """Such as "task.n_pairs='x' must be a whole number"."""
+    """Return a message such as "task.n_pairs='x' must be a whole number"."""
     first = str(error.msg or error).splitlines()[0]
-    told = re.match(r"Value '(.*?)' .*(Integer|Float|bool)\b", first)
+    match = re.match(r"Value '(.*?)' .*(Integer|Float|bool)\b", first)
     if "is not a ListConfig" in first:
         return f"{error.full_key} must be a list, such as [a,b]"
-    if told is None:
+    if match is None:
         return f"{error.full_key}: {first}"
     kinds = {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}
-    return f"{error.full_key}={told[1]!r} must be {kinds[told[2]]}"
+    return f"{error.full_key}={match[1]!r} must be {kinds[match[2]]}"
 
 
 def _omegaconf(error: OmegaConfBaseException) -> str:
@@ -69,7 +69,7 @@ def _omegaconf(error: OmegaConfBaseException) -> str:
 
 
 def _joined(text: str) -> str:
-    """The lines in one, without where Hydra looked and without schemas, which nobody chooses."""
+    """Join lines into one, without Hydra's search path and without schemas, which users ignore."""
     text = re.sub(r"^Config search path:.*", "", text, flags=re.MULTILINE | re.DOTALL)
     lines = [line.strip() for line in text.splitlines()]
     lines = [line for line in lines if line and not re.fullmatch(r"(\w+_)?schema", line)]

@@ -1,4 +1,4 @@
-"""The options of the verbs that take a store: a mistake is told in one line, as everywhere."""
+"""The argument parser of the verbs that take a store; mistakes raise one-line errors."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from patchsweep.errors import ConfigError
 
 
 class Parser(argparse.ArgumentParser):
-    """Argparse whose mistakes are errors of the user's, not a usage of many lines."""
+    """An argparse parser that raises ConfigError instead of printing its usage and exiting."""
 
     _words: Sequence[str] = ()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """See argparse, which asks this however it is called.
+        """See argparse; all its other parse methods call this one.
 
         Raises:
-            ConfigError: there is no such option, or one is missing or wrong.
+            ConfigError: an option is unknown, missing or wrong.
         """
         self._words = args or self._words
         return super().parse_known_args(args, namespace)
 
     def parse_intermixed_args(self, words: list[str]) -> argparse.Namespace:  # type: ignore[override]
-        """`parse_args` for words without an option among which options stand."""
+        """Parse positional words and options in any order."""
         self._words = words
         return super().parse_intermixed_args(words)
 
     def error(self, message: str) -> NoReturn:
-        """Raise instead of leaving."""
+        """Raise ConfigError instead of exiting."""
         remedy = f"`{self.prog} --help` says more"
         dashed = [word for word in self._words if re.match("-[^-]", word)]
         if dashed and ("required" in message or "unrecognized" in message):
@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """The type of an option that is a whole number of at least `least`."""
+    """Return the argparse type of an option that is a whole number of at least `least`."""
 
     def number(text: str) -> int:
         if not text.lstrip("-").isdigit() or int(text) < least:

@@ -1,4 +1,4 @@
-"""`patchsweep plan`: what a run will cost."""
+"""`patchsweep plan`: prints the cost of a run without running it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from patchsweep.sweeps.api import plan
 from patchsweep.sweeps.cost import Cost
 from patchsweep.sweeps.weight_reads import Weights
 
-SHOWN_TOKENS = 12  # of the first prompt: enough to see its start token and its end
+SHOWN_TOKENS = 12  # tokens of the first prompt to print: its start and its end
 
 
 def main(arguments: list[str]) -> int:
-    """Print the cost of the run of these overrides."""
+    """Print the cost of a run with these overrides; return 0."""
     compose("plan", arguments, job)
     return 0
 
 
 def job(cfg: DictConfig) -> None:
-    """One plan."""
+    """Print the plan of one config; Hydra calls this."""
     config = as_config(cfg)
     transformers_logging.disable_progress_bar()
     model = config.model.sketch()
@@ -39,7 +39,7 @@ def job(cfg: DictConfig) -> None:
 
 
 def show(cost: Cost, console: Console) -> None:
-    """The cost as a table and a few lines."""
+    """Print the cost as a table and a few lines."""
     table = Table()
     table.add_column("site")
     heads = ("patches", "live", "run exactly", "units", "token-layers", "a loop needs", "ratio")
@@ -87,12 +87,12 @@ def show(cost: Cost, console: Console) -> None:
 
 
 def tell(name: str, value: str, console: Console) -> None:
-    """One line, its name in a column of its own."""
+    """Print one line with `name` in a column of 15 characters."""
     console.print(f"{name:15} {value}")
 
 
 def prompt(pair: PromptPair) -> str:
-    """Its clean prompt in tokens, the first and the last of them, and the answers after it."""
+    """Return the first and last tokens of the pair's clean prompt, and its answers."""
     tokens = [repr(token) for token in pair.clean_tokens]
     if len(tokens) > SHOWN_TOKENS:
         half = SHOWN_TOKENS // 2
@@ -102,7 +102,7 @@ def prompt(pair: PromptPair) -> str:
 
 
 def arithmetic(cost: Cost) -> str:
-    """Such as `float32`, and what it costs where weights rest in another dtype."""
+    """Return text such as `float32`, with the cost of a cast if weights have another dtype."""
     if not cost.cast_bytes:
         return cost.arithmetic
     return (
@@ -112,13 +112,13 @@ def arithmetic(cost: Cost) -> str:
 
 
 def weights(found: Weights) -> str:
-    """Such as `16.1 GB: 9.2 GB on cuda:0, 6.9 GB on disk`."""
+    """Return text such as `16.1 GB: 9.2 GB on cuda:0, 6.9 GB on disk`."""
     places = ", ".join(f"{size(n)} on {place}" for place, n in sorted(found.places.items()))
     return f"{size(found.n_bytes)}: {places}"
 
 
 def reading(cost: Cost) -> str:
-    """What is fetched, and how often."""
+    """Return text on the bytes of offloaded weights that a run fetches, and in how many passes."""
     if not cost.weights.fetched:
         return "once: all of them stay where they run"
     if not cost.n_captures:
@@ -131,7 +131,7 @@ def reading(cost: Cost) -> str:
 
 
 def size(n_bytes: float) -> str:
-    """Such as `24.5 kB`."""
+    """Return text such as `24.5 kB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if n_bytes < 1000:
             return f"{n_bytes:.3g} {unit}"

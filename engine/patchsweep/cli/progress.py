@@ -1,4 +1,4 @@
-"""Progress on a terminal: token-layers done, and the time to go; quiet elsewhere."""
+"""Progress of a run: a bar of token-layers on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from patchsweep.store.lease import EXPIRY_S
 
 
 class Bar:
-    """The progress of one run; a bar on a terminal, at most one line a unit elsewhere.
+    """The progress of one run: a bar on a terminal, at most one line per unit elsewhere.
 
-    Between work items of units it looks whether a signal has come.
+    Between work items it checks for a stop signal.
     """
 
     def __init__(self, console: Console) -> None:
@@ -42,8 +42,8 @@ class Bar:
             disable=not console.is_terminal,
         )
         self._task: TaskID | None = None
-        self.seconds: dict[str, float] = {}  # per variable, in the units done here
-        self.n_units = 0  # done here
+        self.seconds: dict[str, float] = {}  # per variable, of the units of this process
+        self.n_units = 0  # done by this process
         self.n_live = 0
         self.token_layers = 0
         self._to_do = 0

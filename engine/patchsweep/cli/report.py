@@ -1,4 +1,4 @@
-"""`patchsweep report STORE`: a store as one HTML page."""
+"""`patchsweep report STORE`: writes a store as one HTML page."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from patchsweep.report import write_report
 
 
 def main(arguments: list[str]) -> int:
-    """Write the page."""
+    """Write the page; return 0."""
     parser = Parser(
         "patchsweep report",
         description="Write a store as one self-contained HTML page, which opens offline.",

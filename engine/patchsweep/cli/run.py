@@ -1,4 +1,4 @@
-"""`patchsweep run`: a sweep from a config, into a store."""
+"""`patchsweep run`: runs a sweep from a config and writes a store."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from patchsweep.sweeps.api import sweep
 
 
 def main(arguments: list[str]) -> int:
-    """Run the sweep of these overrides; 0 when all its units are done."""
+    """Run the sweep with these overrides; return 0 when all its units are done."""
     compose("run", arguments, job)
     return 0
 
 
 def job(cfg: DictConfig) -> None:
-    """One run; Hydra calls it, in this process or wherever a launcher takes it."""
+    """Run one config; Hydra calls this in this process or in a launcher's."""
     STOPPER.listen()
     STOPPER.check("before anything was run")
     execute(as_config(cfg))
 
 
 def execute(config: RunConfig) -> None:
-    """Do the run and say what was done."""
+    """Run the sweep and print a summary."""
     console = stdout()
     transformers_logging.disable_progress_bar()
     model = config.model.load()
@@ -45,11 +45,11 @@ def execute(config: RunConfig) -> None:
             config=config.identity(),
             progress=bar,
         )
-    told = attributes(ds)
-    provenance = told["provenance"]
-    share = f"slice {config.slice} of {config.n_slices}: " if config.n_slices > 1 else ""
+    attrs = attributes(ds)
+    provenance = attrs["provenance"]
+    prefix = f"slice {config.slice} of {config.n_slices}: " if config.n_slices > 1 else ""
     console.print(
-        f"{share}{bar.n_units} units, {bar.n_live} live patches, {bar.token_layers} token-layers "
+        f"{prefix}{bar.n_units} units, {bar.n_live} live patches, {bar.token_layers} token-layers "
         f"in {sum(bar.seconds.values()):.1f} s by the {provenance['runner']} runner "
         f"({provenance['runner_reason']}), computed in "
         + sentence(provenance["dtype"], provenance["compute_dtype"])
@@ -59,6 +59,6 @@ def execute(config: RunConfig) -> None:
             f"noise floor of {noise.site}: {noise.floor:.2g} in {noise.metric}; "
             f"{noise.n_above} of {noise.n_cells} effects are above it, the others are rounding"
         )
-    plan = told["plan"]
+    plan = attrs["plan"]
     live, patches = (sum(site[key] for site in plan.values()) for key in ("n_live", "n_patches"))
     console.print(f"{scrub(config.store.path)}: {patches} patches, {live} of them live")

@@ -1,4 +1,4 @@
-"""`patchsweep status STORE`: how far a run has come."""
+"""`patchsweep status STORE`: prints the progress of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from patchsweep.store.status import EXIT_COMPLETE, EXIT_INCOMPLETE, render, stor
 
 
 def main(arguments: list[str]) -> int:
-    """Print the status; 0 if the store is complete, 3 if units are missing or damaged."""
+    """Print the status; return 0 if the store is complete, 3 if units are missing or damaged."""
     parser = Parser(
         "patchsweep status",
         description="How far the run of a store has come: units done, running, stale and missing, "
@@ -34,13 +34,13 @@ def main(arguments: list[str]) -> int:
 
 
 def _results(contents: Contents) -> int:
-    """Print what is to be said of results that were put there at once."""
+    """Print the status of an analysis's results; return the exit code."""
     console = stdout()
-    what = f"results of `patchsweep {printable(contents.kind)}`" if contents.kind else "results"
+    words = f"results of `patchsweep {printable(contents.kind)}`" if contents.kind else "results"
     for problem in contents.problems:
         console.print(f"damaged: {printable(problem)}")
     if contents.problems:
-        console.print(f"{contents.shown}: {what}, damaged; {DELETE}")
+        console.print(f"{contents.shown}: {words}, damaged; {DELETE}")
         return EXIT_INCOMPLETE
-    console.print(f"{contents.shown}: {what}, {len(contents.files)} files, complete")
+    console.print(f"{contents.shown}: {words}, {len(contents.files)} files, complete")
     return EXIT_COMPLETE

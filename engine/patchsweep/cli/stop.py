@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT end a run after the units in hand, so that no work is lost."""
+"""Stops a run on SIGTERM or SIGINT after its current work item, so that no work is lost."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ STARTS_ANEW = "nothing was kept, so the same command starts anew"
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and has stopped between two work items of units."""
+    """A signal stopped the run between two work items."""
 
 
 class Stopper:
-    """Hears the first signal; the second one ends the process at once."""
+    """Records the first signal for `check`; the second signal ends the process at once."""
 
     def __init__(self) -> None:
         self._heard: str | None = None
         self._then = GOES_ON
 
     def listen(self, then: str = GOES_ON) -> None:
-        """Take over the signals. Threads other than the main one cannot, and do without.
+        """Handle the signals; outside the main thread this does nothing, as Python requires.
 
-        `then` says what the same command will do after a stop.
+        `then` ends the message of `check`: what the same command does after a stop.
         """
         self._then = then
         if threading.current_thread() is threading.main_thread():
@@ -46,14 +46,14 @@ class Stopper:
         )
 
     def check(self, what: str) -> None:
-        """Raise `Stopped` if a signal has come.
+        """Raise if a signal has come.
 
         Raises:
-            Stopped: says `what` has been done so far, and how to go on.
+            Stopped: its message holds `what`, the work done so far, and how to continue.
         """
         if self._heard is not None:
             raise Stopped(f"{self._heard}: stopped, {what}; {self._then}")
 
 
-# one for the process: of several runs in a row, those after the signal stop at once
+# one per process, so that after a signal all later runs of the process stop too
 STOPPER = Stopper()

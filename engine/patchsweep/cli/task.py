@@ -1,4 +1,4 @@
-"""`patchsweep task list` and `patchsweep task check NAME`."""
+"""`patchsweep task list` lists the built-in tasks; `patchsweep task check NAME` scores a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from patchsweep.tasks import TASKS, TaskCheck, check_task, find_task
 
 
 def main(arguments: list[str]) -> int:
-    """List the tasks, or score a model on some."""
+    """List the tasks, or score a model on some; return 0."""
     parser = Parser("patchsweep task", description="The built-in tasks.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("list", help="names, what they ask, and their sources")
@@ -52,12 +52,12 @@ def _scored(model: str, checks: list[TaskCheck]) -> Table:
     table.add_column("task")
     for column in ("pairs", "clean", "corrupted"):
         table.add_column(column, justify="right")
-    for found in checks:
+    for check in checks:
         table.add_row(
-            found.task,
-            str(found.n_pairs),
-            f"{found.clean_accuracy:.0%}  {found.clean_logit_diff:+.2f}  {found.clean_top1:.0%}",
-            f"{found.corrupted_accuracy:.0%}  {found.corrupted_logit_diff:+.2f}  "
-            f"{found.corrupted_top1:.0%}",
+            check.task,
+            str(check.n_pairs),
+            f"{check.clean_accuracy:.0%}  {check.clean_logit_diff:+.2f}  {check.clean_top1:.0%}",
+            f"{check.corrupted_accuracy:.0%}  {check.corrupted_logit_diff:+.2f}  "
+            f"{check.corrupted_top1:.0%}",
         )
     return table

@@ -1,4 +1,4 @@
-"""`patchsweep verify STORE`: every file against its digest, and a sample of values run again."""
+"""`patchsweep verify STORE`: checks every file's digest and runs a sample of values again."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ N_CELLS = 24
 
 @dataclass(frozen=True)
 class Cell:
-    """One patch of the store."""
+    """One patch of the store, by unit."""
 
     unit: Unit
     patch: int  # index into the site's plan
 
 
 def main(arguments: list[str]) -> int:
-    """Check a store; 0 sound and complete, 3 sound and incomplete, 4 not sound."""
+    """Check a store; return 0 (sound and complete), 3 (sound, incomplete) or 4 (not sound)."""
     parser = Parser(
         "patchsweep verify",
         description="Check a store: every file is read and held against its digest. With the "
@@ -96,11 +96,13 @@ def recompute(
     seed: int | None,
     console: Console,
 ) -> list[str]:
-    """Run random cells of the units that are done again, on the model and the task of `words`;
-    a line for each that differs.
+    """Run random cells of finished units again and return a line for each that differs.
+
+    The cells run on the model and the task of `words`, through the hooked runner.
 
     Raises:
-        PatchsweepError: `words` do not name what made the store, or it cannot be loaded.
+        PatchsweepError: `words` name another model, task or metric than the store was made with,
+            or one that cannot be loaded.
     """
     transformers_logging.disable_progress_bar()
     request, config = run_again(store, words, "verify")
@@ -116,32 +118,32 @@ def recompute(
     for cell in sample:
         by_unit[cell.unit].append(cell.patch)
     provenance = store.attrs["provenance"]
-    low = provenance["config"]["precision"] == "bf16"
+    is_bf16 = provenance["config"]["precision"] == "bf16"
     dtype = provenance.get("compute_dtype", provenance["dtype"])
-    tolerance = TOLERANCE.get("bfloat16" if low else str(dtype), 1e-3)
+    tolerance = TOLERANCE.get("bfloat16" if is_bf16 else str(dtype), 1e-3)
     problems, differences = [], []
     ds = store.dataset()
     screened = "screen" in attributes(ds)
     for unit, patches in by_unit.items():
         plan = plans[unit.variable]
-        kept = _stored(store, ds, plan, unit, patches)
+        stored = _stored(store, ds, plan, unit, patches)
         for batch in request.batches(unit.pairs):
-            mine = np.array([p for p in patches if plan.pair[p] in batch.pairs], dtype=np.int64)
-            if not len(mine):
+            selected = np.array([p for p in patches if plan.pair[p] in batch.pairs], dtype=np.int64)
+            if not len(selected):
                 continue
             loaded = runner.load(batch, request.intervention)
-            again = runner.run(loaded, plan, mine, request.metrics).numpy()
-            for column, patch in enumerate(mine.tolist()):
-                if screened and np.isnan(kept[patch]).all():
-                    continue  # the screen left this one out
-                difference = float(np.abs(kept[patch] - again[:, column]).max())
+            rerun = runner.run(loaded, plan, selected, request.metrics).numpy()
+            for column, patch in enumerate(selected.tolist()):
+                if screened and np.isnan(stored[patch]).all():
+                    continue  # the screen did not select this patch
+                difference = float(np.abs(stored[patch] - rerun[:, column]).max())
                 differences.append(difference)
                 if not difference <= tolerance:  # NaN included
                     problems.append(
-                        f"{unit.name}: {plan.place_of(patch)} holds {kept[patch].tolist()}, and "
-                        f"run again gives {again[:, column].tolist()}"
+                        f"{unit.name}: {plan.place_of(patch)} holds {stored[patch].tolist()}, and "
+                        f"run again gives {rerun[:, column].tolist()}"
                     )
-    worst = np.max(differences, initial=0.0)  # NaN if one is
+    worst = np.max(differences, initial=0.0)  # np.max propagates NaN
     console.print(f"values: {len(differences)} run again, largest difference {worst:.1e}")
     return problems
 
@@ -149,31 +151,31 @@ def recompute(
 def _sample(
     plans: dict[str, SitePlan], units: list[Unit], n_cells: int, rng: np.random.Generator
 ) -> list[Cell]:
-    """Random patches of `units`, each unit as likely as it has patches."""
-    inside = [plans[u.variable].patches(u.pairs, u.layers) for u in units]
-    ends = np.cumsum([len(patches) for patches in inside])
+    """Return random patches of `units`, uniform over all their patches, without replacement."""
+    unit_patches = [plans[u.variable].patches(u.pairs, u.layers) for u in units]
+    ends = np.cumsum([len(patches) for patches in unit_patches])
     if not len(ends) or not ends[-1]:
         return []
-    chosen = rng.choice(ends[-1], size=min(n_cells, int(ends[-1])), replace=False)
+    drawn = rng.choice(ends[-1], size=min(n_cells, int(ends[-1])), replace=False)
     cells = []
-    for number in np.sort(chosen).tolist():
-        which = int(np.searchsorted(ends, number, side="right"))
-        offset = number - (int(ends[which - 1]) if which else 0)
-        cells.append(Cell(units[which], int(inside[which][offset])))
+    for number in np.sort(drawn).tolist():
+        unit = int(np.searchsorted(ends, number, side="right"))
+        offset = number - (int(ends[unit - 1]) if unit else 0)
+        cells.append(Cell(units[unit], int(unit_patches[unit][offset])))
     return cells
 
 
 def _stored(
     store: Store, ds: xr.Dataset, plan: SitePlan, unit: Unit, patches: list[int]
 ) -> dict[int, np.ndarray]:
-    """patch -> values `[metric]`, as the store has them."""
+    """Return the stored values: patch -> `[metric]`."""
     variable = store.variables[unit.variable]
     block = ds[unit.variable][variable.slices(unit)].values
     shape = (len(unit.pairs), len(unit.layers), *plan.shape[2:])
     flat = block.reshape(len(block), -1)
-    found = {}
+    values = {}
     for patch in patches:
         pair, layer, pos, units = np.unravel_index(int(plan.cell[patch]), plan.shape)
         at = (pair - unit.pairs.start, layer - unit.layers.start, pos, units)
-        found[patch] = flat[:, np.ravel_multi_index(at, shape)]
-    return found
+        values[patch] = flat[:, np.ravel_multi_index(at, shape)]
+    return values

@@ -1,1 +1,1 @@
-"""What each verb is told: dataclasses that Hydra fills from `conf/` and the command line."""
+"""Configs of the verbs: dataclasses that Hydra fills from `conf/` and the command line."""

@@ -1,4 +1,4 @@
-"""What `patchsweep circuit` is told besides what every run is told."""
+"""The config of `patchsweep circuit`."""
 
 from __future__ import annotations
 

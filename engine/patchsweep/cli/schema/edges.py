@@ -1,4 +1,4 @@
-"""What `patchsweep edges` is told besides what every run is told."""
+"""The config of `patchsweep edges`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from patchsweep.errors import ConfigError
 
 @dataclass
 class EdgesRun(AnalysisRun):
-    """One scoring of all edges, and the verification of the foremost."""
+    """Estimates of all edges, and exact runs of the top-k."""
 
     # keys of a sweep that say nothing about edges
     unused: ClassVar[tuple[str, ...]] = (

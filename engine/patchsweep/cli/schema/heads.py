@@ -1,4 +1,4 @@
-"""What `patchsweep heads` is told besides what every run is told."""
+"""The config of `patchsweep heads`."""
 
 from __future__ import annotations
 

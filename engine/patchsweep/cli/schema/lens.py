@@ -1,4 +1,4 @@
-"""What `patchsweep lens` is told besides what every run is told."""
+"""The config of `patchsweep lens`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from patchsweep.errors import ConfigError
 
 @dataclass
 class PatchConfig:
-    """A patch of the run looked at; values as `intervention` says."""
+    """A patch of the run that the lens reads, with values of `intervention`."""
 
     site: str | None = None  # such as z or mlp_out; null: no patch
     layer: Any = None  # a layer, or a list of layers that are patched together
@@ -23,7 +23,7 @@ class PatchConfig:
 
 @dataclass
 class LensRun(AnalysisRun):
-    """One lens: a grid of predictions, perhaps of a patched run too, and the sublayers' part."""
+    """One lens: a grid of predictions, optionally of a patched run and with sublayers' effects."""
 
     # keys of a sweep that say nothing about a lens
     unused: ClassVar[tuple[str, ...]] = (
@@ -52,7 +52,7 @@ class LensRun(AnalysisRun):
             raise ConfigError("patch needs a site; give patch.site=z, or leave the patch out")
 
     def asked(self) -> dict[str, Any]:
-        """What `lens` takes besides model, pairs and config."""
+        """Return the arguments of `lens` other than model, pairs and config."""
         removed: Sublayer | None = None
         if self.remove is not None:
             kind, _, layer = self.remove.partition(":")

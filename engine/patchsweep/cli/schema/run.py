@@ -1,9 +1,9 @@
-"""What a run is told: dataclasses that Hydra fills from `conf/` and from the command line.
+"""The config of a run: dataclasses that Hydra fills from `conf/` and from the command line.
 
-Each config group has its dataclasses here. They are registered as `<group>/schema...`, and every
-file of `conf/<group>/` begins with the schema it follows, so that a wrong key or type is refused
-when the config is composed. `OmegaConf.to_object` turns the whole into a `RunConfig` once, at the
-edge (`cli.app`); everything below takes dataclasses.
+Each config group has its dataclasses here, registered as `<group>/schema...`. Every file of
+`conf/<group>/` begins with its schema, so that Hydra refuses a wrong key or type when it composes
+the config. `cli.app` converts the config to a `RunConfig` once, with `OmegaConf.to_object`;
+everything below takes dataclasses.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ROOM = (("model", "max_memory"), ("model", "offload_folder"), ("runner", "cache_
 
 @dataclass
 class ModelConfig:
-    """Which model, where and in which precision; see `patchsweep.load_model`."""
+    """The model, its device and its precision; see `patchsweep.load_model`."""
 
     name: str = MISSING  # smollm2-135m, tiny:<family>, a Hugging Face name, a folder, a GGUF file
     device: str | None = None  # such as cuda:1; null: a GPU if there is one
@@ -55,20 +55,20 @@ class ModelConfig:
     trust_remote_code: bool = False  # run code from the model's repository
 
     def load(self) -> TransformerBridge:
-        """The model."""
+        """Load the model."""
         return load_model(**asdict(self))
 
     def sketch(self) -> TransformerBridge:
-        """The model without its weights, where its architecture allows that: for plans."""
+        """Return the model for a plan: on the meta device if its architecture allows that."""
         return meta_model(**asdict(self))
 
 
 @dataclass
 class TaskConfig:
-    """Where the prompt pairs come from; one of the classes below."""
+    """The source of the prompt pairs; one of the classes below."""
 
     def load(self, model: TransformerBridge) -> PromptPairs:
-        """The pairs, in tokens of `model`."""
+        """Return the pairs, in tokens of `model`."""
         raise ConfigError("a task is needed; give task=<name>, task=jsonl or task=strings")
 
 
@@ -87,7 +87,7 @@ class BuiltinTask(TaskConfig):
 
 @dataclass
 class FileTask(TaskConfig):
-    """Pairs from a JSONL file: clean, corrupted, answer, wrong_answer and perhaps labels."""
+    """Pairs from a JSONL file: clean, corrupted, answer, wrong_answer and optional labels."""
 
     path: str = MISSING
     multi_token: bool = False  # answers may have several tokens
@@ -120,7 +120,7 @@ class TextTask(TaskConfig):
 
 @dataclass
 class SitesConfig:
-    """What is patched, and how finely. Lists hold indices, or lists of indices patched together."""
+    """The patches of a sweep. Lists hold indices, or lists of indices to patch together."""
 
     names: list[str] = MISSING  # such as [resid_pre, z]
     layers: Any = None  # null: each layer by itself
@@ -141,16 +141,16 @@ class SitesConfig:
 
 @dataclass
 class MethodConfig:
-    """How the effects are found; one of the classes below."""
+    """The method that computes effects; one of the classes below."""
 
     def asked(self) -> list[MethodLike]:
-        """What `sweep(method=...)` takes."""
+        """Return the argument `method` of `sweep`."""
         raise ConfigError("a method is needed; give method=exact, method=screen or method=atp")
 
 
 @dataclass
 class NamedMethods(MethodConfig):
-    """Exact patches, or attribution methods by their names; several share a store."""
+    """Exact patches, or attribution methods by name; several methods share a store."""
 
     names: list[str] = MISSING
 
@@ -178,7 +178,7 @@ class IntegratedMethod(MethodConfig):
 
 @dataclass
 class ScreenMethod(MethodConfig):
-    """Attribution ranks, the foremost patches run exactly; see `patchsweep.screening.Screen`."""
+    """Attribution ranks all patches, the top-k run exactly; see `patchsweep.screening.Screen`."""
 
     by: str = str(Screen.by)  # the method that ranks
     k: int = Screen.k  # patches of each site that run exactly
@@ -194,14 +194,14 @@ class ScreenMethod(MethodConfig):
 
 @dataclass
 class MetricConfig:
-    """Which numbers are read off the logits."""
+    """The metrics that are computed from logits."""
 
     # names, or {_target_: module.function, name: peak, version: 1} over [row, read, d_vocab]
     names: list[Any] = MISSING
     read: int = SweepSpec.read  # prompt position whose logits are read; -1 is the last
 
     def metrics(self) -> list[MetricLike]:
-        """What `sweep(metrics=...)` takes.
+        """Return the argument `metrics` of `sweep`.
 
         Raises:
             ConfigError: a `_target_` cannot be imported, or is missing.
@@ -210,9 +210,9 @@ class MetricConfig:
 
 
 def _own(target: Mapping[str, Any]) -> MetricLike:
-    """A metric of the user's: a function, or an object of a class that is made with arguments.
+    """Return a custom metric: a function, or an object of a class built with arguments.
 
-    `name` and `version` say which one it is; a `Metric` says so itself.
+    `name` and `version` identify it; a `Metric` has its own.
     """
     if "_target_" not in target:
         raise ConfigError(
@@ -243,7 +243,7 @@ def _own(target: Mapping[str, Any]) -> MetricLike:
 
 @dataclass
 class StoreConfig:
-    """Where the values go."""
+    """The store that receives the values."""
 
     path: str = MISSING  # a folder or a URL
     storage_options: dict[str, Any] = field(default_factory=dict)  # for fsspec; no credentials
@@ -251,7 +251,7 @@ class StoreConfig:
 
 @dataclass
 class RunnerConfig:
-    """What runs the patches."""
+    """The runner and its limits."""
 
     name: str = MISSING  # auto (a probe chooses), packed or hooked
     max_tokens: int | None = None  # most tokens of one packed batch; null: what suits the machine
@@ -259,7 +259,7 @@ class RunnerConfig:
 
     @property
     def cache_bytes(self) -> int | None:
-        """The budget as a whole number."""
+        """Return the budget of the activation cache in bytes."""
         return None if self.cache_budget is None else int(self.cache_budget)
 
     def __post_init__(self) -> None:
@@ -268,7 +268,7 @@ class RunnerConfig:
 
 @dataclass
 class RunConfig:
-    """One run, whole."""
+    """The config of one run."""
 
     model: ModelConfig = MISSING
     task: TaskConfig = MISSING
@@ -290,7 +290,7 @@ class RunConfig:
     n_slices: int = 1
 
     def spec(self, model: TransformerBridge) -> SweepSpec:
-        """What the sweep is."""
+        """Return the `SweepSpec`."""
         return SweepSpec(
             self.sites.names,
             self.metric.metrics(),
@@ -308,7 +308,7 @@ class RunConfig:
         )
 
     def settings(self) -> dict[str, Any]:
-        """How the sweep is run, and where its values go: arguments of `sweep` and `plan`."""
+        """Return the other arguments of `sweep` and `plan`: runner, limits and store."""
         return {
             "store": self.store.path,
             "storage_options": self.store.storage_options,
@@ -320,7 +320,7 @@ class RunConfig:
         }
 
     def reference(self, model: TransformerBridge) -> PromptPairs | None:
-        """The pairs that means are taken over, read as the task's own are; None: the task's."""
+        """Return the pairs over which means are taken, read like the task's; None: the task's."""
         if self.means_from is None:
             return None
         read = FileTask(
@@ -331,7 +331,7 @@ class RunConfig:
         return read.load(model)
 
     def identity(self) -> dict[str, Any]:
-        """What the run is: the same in every slice, and kept in the store's provenance."""
+        """Return the config that defines the results, equal in all slices; part of provenance."""
         kept = {key: value for key, value in asdict(self).items() if key not in PLACES}
         for group, key in ROOM:
             del kept[group][key]
@@ -342,22 +342,22 @@ class RunConfig:
 
 @dataclass
 class AnalysisRun(RunConfig):
-    """A run of another verb than `run`; what it is does not depend on a sweep's own keys."""
+    """The config of an analysis, whose identity leaves out keys that only sweeps use."""
 
     unused: ClassVar[tuple[str, ...]] = ()  # keys of a sweep that say nothing about it
 
     def identity(self) -> dict[str, Any]:
-        """What the results depend on."""
+        """Return the config that defines the results."""
         return {key: value for key, value in super().identity().items() if key not in self.unused}
 
 
 def file_name(text: str) -> str:
-    """The end of `text`, such as a model's name or folder, fit for a file's name."""
+    """Return the last part of `text` (a model's name or folder) as a valid file name."""
     return re.sub(r"[^\w.-]+", "-", text.rstrip("/").rpartition("/")[2]) or "model"
 
 
 def of_verb(job: str) -> str:
-    """What the default store of a verb other than `run` adds to its name."""
+    """Return the suffix of the default store's name for a verb other than `run`."""
     return "" if job == "patchsweep" else f"-{job}"
 
 
@@ -382,7 +382,7 @@ GROUPS: dict[str, dict[type, str]] = {
 
 
 def register() -> None:
-    """Make the schemas known to Hydra."""
+    """Register the schemas with Hydra."""
     store = ConfigStore.instance()
     store.store(name="run_schema", node=RunConfig)
     for group, classes in GROUPS.items():
@@ -391,7 +391,7 @@ def register() -> None:
 
 
 def _of_its_class(group: str, values: Mapping[str, Any]) -> Any:
-    """An object of that class of `group` which has the keys of `values`.
+    """Return an object of the class of `group` that has the keys of `values`.
 
     Stores of earlier versions may lack keys that have a default.
     """
@@ -404,10 +404,10 @@ def _of_its_class(group: str, values: Mapping[str, Any]) -> Any:
 
 
 def from_identity(config: Mapping[str, Any]) -> RunConfig:
-    """The config of which `identity` was kept; its store is unknown.
+    """Return the config with this `identity`; its store is unknown.
 
     Raises:
-        ConfigError: it is no such thing, for example because no command line wrote it.
+        ConfigError: `identity` is not a config's, for example if no command line wrote it.
     """
     try:
         return RunConfig(
@@ -432,7 +432,7 @@ def from_identity(config: Mapping[str, Any]) -> RunConfig:
 
 
 def request_of(config: RunConfig) -> Request:
-    """The request of a run, its model and pairs loaded."""
+    """Load the model and pairs of a run and return its request."""
     model = config.model.load()
     pairs = config.task.load(model)
     return make_request(model, pairs, config.spec(model))
