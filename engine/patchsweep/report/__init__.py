@@ -1,4 +1,4 @@
-"""A store as one self-contained HTML page that opens offline."""
+"""Reports: writes a store as one self-contained HTML page that opens offline."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from patchsweep.store.dataset import open_store
 
 __all__ = ["write_report"]
 
-# kind of an analysis' results -> the module of this package whose `build(ds)` gives its page
+# kind of an analysis's results -> the module of this package whose `build(ds)` returns its page
 KINDS = {
     "edges": "edges",
     "circuit": "circuit",
@@ -29,14 +29,14 @@ KINDS = {
 
 
 def write_report(store: str | PathLike[str], out: str | PathLike[str] = "report.html") -> Path:
-    """Writes the report on `store` to `out` and returns its path.
+    """Write the report of `store` to `out` and return its path.
 
-    `store` is a folder or URL that `sweep` or an analysis wrote; the attribute `kind` of what is
-    there says which page it gets, and a sweep has none. An unfinished sweep is reported as far as
-    it has got. The page replaces `out` in one step, so a reader never sees half of it.
+    `store` is a folder or URL that `sweep` or an analysis wrote. Its attribute `kind` selects the
+    page; a sweep has no `kind`. The report of an unfinished sweep shows the finished cells. The
+    page replaces `out` in one step, so a reader never sees a partial file.
 
     Raises:
-        StoreError: there is no store, it is damaged, or there is no page for what it holds.
+        StoreError: there is no store, it is damaged, or its kind has no page.
         ConfigError: the page cannot be written to `out`.
     """
     address, path = fspath(store), Path(out)

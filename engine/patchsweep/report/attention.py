@@ -1,4 +1,4 @@
-"""The page of attention views: the foremost heads' patterns in both runs, and what cells do."""
+"""The page of attention views: patterns of the top-k heads in both runs, with attributions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAP_BYTES = 6 * 2**20
 
 
 def build(ds: xr.Dataset) -> str:
-    """The whole page of what `patchsweep.analyses.attention.attention` gave."""
+    """Return the page of the Dataset of `patchsweep.analyses.attention.attention`."""
     model = str(attributes(ds)["provenance"]["model"]).rpartition("/")[2]
     metrics = [str(name) for name in ds["metric"].values]
     n_shown = _n_shown(ds)
@@ -105,7 +105,7 @@ def _controls(ds: xr.Dataset, n_shown: int) -> str:
 
 
 def _pair(ds: xr.Dataset, pair: int) -> str:
-    """Both prompts, and what follows them."""
+    """Return HTML of both prompts of a pair, their metrics and their next tokens."""
     base, source = (_tokens(ds, run, pair) for run in ("base", "source"))
     rows = []
     for run, tokens, others in (("base", base, source), ("source", source, base)):
@@ -127,11 +127,11 @@ def _pair(ds: xr.Dataset, pair: int) -> str:
 
 
 def _guesses(ds: xr.Dataset, run: str, pair: int) -> str:
-    mine = ds.sel(run=run).isel(pair=pair)
-    answers = {str(mine["answer"].values), str(mine["wrong_answer"].values)}
+    one = ds.sel(run=run).isel(pair=pair)
+    answers = {str(one["answer"].values), str(one["wrong_answer"].values)}
     rows = []
     for token, prob, logit in zip(
-        mine["top_token"].values, mine["top_prob"].values, mine["top_logit"].values, strict=True
+        one["top_token"].values, one["top_prob"].values, one["top_logit"].values, strict=True
     ):
         mark = ' class="right"' if str(token) in answers else ""
         rows.append(
@@ -140,12 +140,12 @@ def _guesses(ds: xr.Dataset, run: str, pair: int) -> str:
             f'<td><span class="bar" style="width:{8 * float(prob):.2f}rem"></span></td>'
             f'<td class="n">{number(float(logit))}</td></tr>'
         )
-    both = " and ".join(
-        f"{token_html(str(mine[name].values))} {percent(float(mine[of]))}"
-        for name, of in (("answer", "answer_prob"), ("wrong_answer", "wrong_prob"))
+    answers_html = " and ".join(
+        f"{token_html(str(one[name].values))} {percent(float(one[prob_name]))}"
+        for name, prob_name in (("answer", "answer_prob"), ("wrong_answer", "wrong_prob"))
     )
     return (
-        f"<div><h3>after the {run} prompt</h3><p class='note'>the answers: {both}</p>"
+        f"<div><h3>after the {run} prompt</h3><p class='note'>the answers: {answers_html}</p>"
         '<div class="scroll"><table><thead><tr><th>next token</th><th class="n">probability</th>'
         f'<th></th><th class="n">logit</th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
         "</div></div>"
@@ -219,7 +219,7 @@ def _tokens(ds: xr.Dataset, run: str, pair: int) -> list[str]:
 
 
 def _length(ds: xr.Dataset, pair: int) -> int:
-    """Tokens of the pair's prompts: the last query that has a pattern, and one."""
+    """Return the number of tokens of the pair's prompts, from the last query with a pattern."""
     pattern = ds["pattern"].isel(run=0, pair=pair, rank=0, src=0).values
     return int(np.flatnonzero(~np.isnan(pattern))[-1]) + 1
 
@@ -231,7 +231,7 @@ def _n_shown(ds: xr.Dataset) -> int:
 
 
 def _data(ds: xr.Dataset, n_shown: int) -> dict[str, Any]:
-    """What attention.js draws: maps as 16-bit numbers of the cells on and below the diagonal."""
+    """Return the input of attention.js: maps of the lower triangle as 16-bit numbers."""
     units = zip(ds["metric"].values, ds["metric_unit"].values, strict=True)
     return {
         "colours": {
@@ -245,9 +245,9 @@ def _data(ds: xr.Dataset, n_shown: int) -> dict[str, Any]:
 
 def _pair_data(one: xr.Dataset, n: int) -> dict[str, Any]:
     rows, columns = np.tril_indices(n)
-    cut = {"dest": slice(n), "src": slice(n)}
-    pattern = one["pattern"].isel(cut).transpose("run", "rank", "dest", "src").values
-    cells = one["attribution"].isel(cut).transpose("metric", "rank", "dest", "src").values
+    prompt = {"dest": slice(n), "src": slice(n)}
+    pattern = one["pattern"].isel(prompt).transpose("run", "rank", "dest", "src").values
+    cells = one["attribution"].isel(prompt).transpose("metric", "rank", "dest", "src").values
     limit = np.abs(cells).max(axis=(-2, -1))
     scaled = cells / np.where(limit > 0, limit, 1)[..., None, None]
     norm = one["value_norm"].isel(src=slice(n)).transpose("run", "rank", "src").values

@@ -1,4 +1,4 @@
-"""How the dims of a site are laid out on paper."""
+"""The layout of a site's dims as rows, columns and one hidden axis of a map."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ DIM_WORDS = {
 
 @dataclass(frozen=True)
 class Axes:
-    """Rows by columns, and one axis that is hidden; each a dim of the site, or None."""
+    """The rows, columns and hidden axis of a map; each a dim of the site, or None."""
 
     rows: str | None  # "layer", or None for the embedding
     columns: str | None  # "pos", a unit such as "head", or None
-    hidden: str | None  # reduced to its largest |effect|, or chosen in the page
-    labels: dict[str, list[int | str]]  # coordinates of each dim that is there
+    hidden: str | None  # reduced to its largest |effect|, or selected in the page
+    labels: dict[str, list[int | str]]  # coordinates of each dim in use
 
     @property
     def full(self) -> bool:
-        """Whether the page holds the cells along the hidden axis too."""
+        """Whether the page also holds the cells along the hidden axis."""
         n_cells = math.prod(len(labels) for labels in self.labels.values())
         return self.hidden == "pos" and n_cells <= MAX_CELLS
 
     def grid(self, array: xr.DataArray) -> np.ndarray:
-        """`array` as [row, column, hidden] in float32, an absent axis having length 1."""
+        """Return `array` as [row, column, hidden] float32; an absent axis has length 1."""
         order = (self.rows, self.columns, self.hidden)
         shape = [array.sizes[d] if d else 1 for d in order]
         values = array.transpose(*(d for d in order if d)).values
@@ -49,7 +49,7 @@ class Axes:
 
 
 def lay_out(values: xr.DataArray) -> Axes:
-    """Layers up, heads or positions across; of three dims, one is hidden."""
+    """Return axes with layers as rows and heads or positions as columns; a third dim is hidden."""
     unit = summary.unit_dim(values)
     rows = "layer" if "layer" in values.dims else None
     pos = "pos" if "pos" in values.dims else None

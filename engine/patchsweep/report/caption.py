@@ -1,4 +1,4 @@
-"""What a map shows, in one sentence, and how its colours are to be read."""
+"""The caption of a map: its strongest cells in one sentence, and the meaning of its colours."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from patchsweep.report.html import count, esc, number, percent, plural, token_ht
 from patchsweep.report.views import View
 from patchsweep.results import accessor as summary
 
-_NAMED = 4  # cells, or places, that are listed one by one
+_NAMED = 4  # most cells, or places, to list one by one
 
 
 def seen(
@@ -22,7 +22,7 @@ def seen(
     fraction: np.ndarray,
     at: np.ndarray,
 ) -> str:
-    """The strongest cell, and where the cells at least half as strong are, as HTML.
+    """Return HTML on the strongest cell and the places of cells at least half as strong.
 
     `value`, `effect`, `fraction` and `at` (index along the hidden axis) are [row, column].
     """
@@ -34,7 +34,7 @@ def seen(
     order = np.argsort(-size, axis=None, kind="stable")
     strong = order[size.ravel()[order] >= size.max() / 2]
     top, *others = (divmod(int(cell), size.shape[1]) for cell in strong)
-    # a cell that ran in some of the pairs is set against the base of just those
+    # value - effect is the base metric over the pairs in which this cell ran
     start, end = float(value[top] - effect[top]), float(value[top])
     part = f", {number(float(fraction[top]))} of the gap" if np.isfinite(fraction[top]) else ""
     text = (
@@ -55,9 +55,9 @@ def seen(
 def reading(
     quantity: str, metric: str, limit: float, n_beyond: int, unrun: float, *, gap: bool
 ) -> str:
-    """What the colours mean, as HTML; `unrun` is the share of cells that are grey.
+    """Return HTML on the meaning of the colours; `unrun` is the share of grey cells.
 
-    `gap`: there is a source run, so that effects are shown only because it is too close to base.
+    `gap`: there is a source run, so the map shows effects because source is too close to base.
     """
     what = "recovered fraction" if quantity == "recovered" else f"effect on {esc(metric)}"
     text = f" Colours: {what}, from \u2212{limit:.2g} to +{limit:.2g}"
@@ -72,7 +72,7 @@ def reading(
 
 
 def _where(axes: Axes, view: View, cells: Sequence[tuple[int, int]], at: np.ndarray) -> str:
-    """ ", all at positions 11 ␣Mary and 16 ␣to", when the cells share few places."""
+    """Return ", all at positions 11 ␣Mary and 16 ␣to", or "" if the cells have many places."""
     dim = "pos" if "pos" in (axes.columns, axes.hidden) else axes.columns
     if dim is None:
         return ""
@@ -86,7 +86,7 @@ def _where(axes: Axes, view: View, cells: Sequence[tuple[int, int]], at: np.ndar
 
 
 def _cell(axes: Axes, view: View, cell: tuple[int, int], at: np.ndarray) -> str:
-    """ "layer 28 head 8 at position 16 ␣to"."""
+    """Return text such as "layer 28 head 8 at position 16 ␣to"."""
     index = {axes.rows: cell[0], axes.columns: cell[1], axes.hidden: int(at[cell])}
     parts = [
         f"{DIM_WORDS[d]} {_place(axes, view, d, index[d])}"
@@ -99,7 +99,7 @@ def _cell(axes: Axes, view: View, cell: tuple[int, int], at: np.ndarray) -> str:
 
 
 def _place(axes: Axes, view: View, dim: str, index: int) -> str:
-    """ "28" of a layer or head, "16 ␣to" of a position."""
+    """Return "28" for a layer or head, "16 ␣to" for a position."""
     label = esc(axes.labels[dim][index])
     if dim != "pos" or not view.base_tokens[index]:
         return label

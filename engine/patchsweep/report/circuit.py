@@ -1,4 +1,4 @@
-"""The page of circuits: how much they do without the rest, at which size, and one of them drawn."""
+"""The page of circuits: faithfulness and completeness by size, and a drawing of one circuit."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from patchsweep.report.tables import provenance_table
 from patchsweep.report.views import choose_views
 from patchsweep.store.attributes import attributes
 
-FAITHFUL = 0.8  # the smallest circuit that does this share of the metric is drawn
-N_DRAWN = 60  # edges that one picture holds
+FAITHFUL = 0.8  # the page draws the smallest circuit with this faithfulness
+N_DRAWN = 60  # most edges in the picture
 N_LISTED = 30
 
 _STYLE = """
@@ -35,20 +35,23 @@ _ABLATED = {
 
 
 def chosen_size(ds: xr.Dataset) -> int:
-    """Which size is drawn: the smallest that is faithful by the first metric, else the last."""
+    """Return the index of the size to draw: the smallest that is faithful, else the last.
+
+    Faithfulness is that of the first metric.
+    """
     faithful = np.flatnonzero(ds["faithfulness"].values[0] >= FAITHFUL)
     return int(faithful[0]) if faithful.size else ds.sizes["size"] - 1
 
 
 def build(ds: xr.Dataset) -> str:
-    """The page of a store of circuits, as HTML that needs nothing from outside itself."""
+    """Return the page of a store of circuits as self-contained HTML."""
     metrics = [str(m) for m in ds["metric"].values]
     model = str(attributes(ds)["provenance"]["model"]).rstrip("/").rpartition("/")[2]
     parts = [_header(ds, model, metrics)]
     for n, metric in enumerate(metrics):
-        of = f" of <code>{esc(metric)}</code>" if len(metrics) > 1 else ""
-        parts.append(section(f"curves-{n}", f"How much a circuit does{of}", _curves(ds, n)))
-        parts.append(section(f"sizes-{n}", f"Size by size{of}", _sizes(ds, n)))
+        suffix = f" of <code>{esc(metric)}</code>" if len(metrics) > 1 else ""
+        parts.append(section(f"curves-{n}", f"How much a circuit does{suffix}", _curves(ds, n)))
+        parts.append(section(f"sizes-{n}", f"Size by size{suffix}", _sizes(ds, n)))
     drawn = _edges(ds) if ds.attrs["level"] == "edges" else _nodes(ds)
     parts += [
         section("circuit", "The circuit", drawn),
@@ -68,10 +71,10 @@ def _header(ds: xr.Dataset, model: str, metrics: list[str]) -> str:
         else "A <b>node</b> is a head or an MLP"
     )
     names = " and ".join(f"<code>{esc(metric)}</code>" for metric in metrics)
-    told = attributes(ds)
-    signed = told.get("rank_by") == "signed"
+    attrs = attributes(ds)
+    signed = attrs.get("rank_by") == "signed"
     order = "what lowers the metric most when ablated first" if signed else "the largest first"
-    if told["growth"] == "greedy":
+    if attrs["growth"] == "greedy":
         order = f"from the logits backwards, {order}"
     facts = [
         ("model", esc(model)),
@@ -90,13 +93,13 @@ def _header(ds: xr.Dataset, model: str, metrics: list[str]) -> str:
         "where the circuit does as the whole model, 0 where it does as a model with everything "
         "ablated. <b>Completeness</b> asks the reverse: the circuit is ablated and all else kept, "
         "and 0 says that nothing of it happens elsewhere."
-        f"{question.behind_means(told.get('means'))}{_undefined(told)}</p>"
+        f"{question.behind_means(attrs.get('means'))}{_undefined(attrs)}</p>"
         f'<dl class="facts">{shown}</dl>{prompts}</header>'
     )
 
 
 def _undefined(told: Mapping[str, Any]) -> str:
-    """Why a metric has no faithfulness, as HTML sentences."""
+    """Return HTML sentences with the reasons why a metric has no faithfulness."""
     reasons = told.get("undefined") or {}
     return "".join(f" There is no faithfulness: {esc(text)}." for text in reasons.values())
 
@@ -112,8 +115,8 @@ def _area(ds: xr.Dataset, name: str, metric: str) -> str:
 
 def _curves(ds: xr.Dataset, n: int) -> str:
     metric, level = str(ds["metric"].values[n]), str(ds.attrs["level"])
-    share = 100 * ds["size"].values
-    told = [
+    percents = 100 * ds["size"].values
+    hover_texts = [
         f"{count(k)} of {count(_n_all(ds))} {level}<br>faithfulness {_share(f)}"
         f"<br>completeness {_share(c)}"
         for k, f, c in zip(
@@ -128,9 +131,9 @@ def _curves(ds: xr.Dataset, n: int) -> str:
             "type": "scatter",
             "mode": "lines+markers",
             "name": words,
-            "x": share,
+            "x": percents,
             "y": ds[name].values[n],
-            "text": told,
+            "text": hover_texts,
             "hovertemplate": "%{text}<extra></extra>",
             "line": {"color": colour, "dash": dash},
             "marker": {"symbol": symbol, "size": 8},
@@ -159,13 +162,13 @@ def _curves(ds: xr.Dataset, n: int) -> str:
 
 
 def _words(ds: xr.Dataset, metric: str) -> str:
-    """What the curve says, and its areas, in a few sentences of HTML."""
+    """Return HTML sentences on the smallest faithful circuit and on the curve's areas."""
     level = str(ds.attrs["level"])
-    at = ds.sel(metric=metric)
-    found = np.flatnonzero(at["faithfulness"].values >= FAITHFUL)
-    if found.size:
-        i = int(found[0])
-        n, f = int(at["count"].values[i]), float(at["faithfulness"].values[i])
+    curves = ds.sel(metric=metric)
+    faithful = np.flatnonzero(curves["faithfulness"].values >= FAITHFUL)
+    if faithful.size:
+        i = int(faithful[0])
+        n, f = int(curves["count"].values[i]), float(curves["faithfulness"].values[i])
         first = (
             f"{count(n)} of {count(_n_all(ds))} {level} ({percent(n / _n_all(ds))}) keep "
             f"{number(f)} of the metric; of the sizes that were run it is the smallest with "
@@ -173,10 +176,10 @@ def _words(ds: xr.Dataset, metric: str) -> str:
         )
     else:
         first = f"No circuit that was run keeps {FAITHFUL} of the metric."
-    told = attributes(ds)
-    if metric not in told["cpr"]:
+    attrs = attributes(ds)
+    if metric not in attrs["cpr"]:
         return f"{first} Where clean runs and fully ablated ones agree there is no such share."
-    cpr, cmd = (number(float(told[name][metric])) for name in ("cpr", "cmd"))
+    cpr, cmd = (number(float(attrs[name][metric])) for name in ("cpr", "cmd"))
     best = number(float(ds["size"].values[-1] - ds["size"].values[0]))
     return (
         f"{first} The area under the faithfulness curve (<b>CPR</b>) is {cpr}, where circuits that "
@@ -190,18 +193,18 @@ def _words(ds: xr.Dataset, metric: str) -> str:
 
 def _sizes(ds: xr.Dataset, n: int) -> str:
     level, chosen = str(ds.attrs["level"]), chosen_size(ds)
-    whole = "n_connected" in ds
-    heads = ["share", level, *(["on a whole way"] if whole else []), "metric, mean"]
+    has_connected = "n_connected" in ds
+    heads = ["share", level, *(["on a whole way"] if has_connected else []), "metric, mean"]
     heads += ["faithfulness", "completeness"]
     columns = "".join(f'<th scope="col" class="n">{name}</th>' for name in heads)
     body = []
     for i, share in enumerate(ds["size"].values):
-        at = ds.isel(metric=n, size=i)
-        cells = [percent(float(share)), count(int(at["count"]))]
-        if whole:
-            cells.append(count(int(at["n_connected"])))
-        cells.append(number(float(at["circuit_metric"].mean()), sign=True))
-        cells += [_share(float(at[name])) for name in ("faithfulness", "completeness")]
+        scores = ds.isel(metric=n, size=i)
+        cells = [percent(float(share)), count(int(scores["count"]))]
+        if has_connected:
+            cells.append(count(int(scores["n_connected"])))
+        cells.append(number(float(scores["circuit_metric"].mean()), sign=True))
+        cells += [_share(float(scores[name])) for name in ("faithfulness", "completeness")]
         row = "".join(f'<td class="n">{cell}</td>' for cell in cells)
         body.append(f"<tr{' class=chosen' if i == chosen else ''}>{row}</tr>")
     ends = ", ".join(
@@ -211,7 +214,7 @@ def _sizes(ds: xr.Dataset, n: int) -> str:
     note = (
         " Edges on no whole way from the embeddings to the logits count for the size, and are "
         "ablated in the run."
-        if whole
+        if has_connected
         else ""
     )
     return (
@@ -222,20 +225,20 @@ def _sizes(ds: xr.Dataset, n: int) -> str:
 
 
 def _share(x: float) -> str:
-    """Three decimals, however small."""
+    """Return `x` with three decimals, without an exponent for small numbers."""
     return number(x if not abs(x) < 5e-4 else 0.0)
 
 
 def _edges(ds: xr.Dataset) -> str:
-    """The chosen circuit of edges as a graph."""
+    """Return HTML with the graph of the circuit of size `chosen_size`."""
     size = chosen_size(ds)
     n = int(ds["count"].values[size])
     ranks, scores = ds["rank"].values, ds["score"].values
-    at = np.argwhere((ranks >= 0) & (ranks < min(n, N_DRAWN)))
-    if not len(at):
+    ends_of_edges = np.argwhere((ranks >= 0) & (ranks < min(n, N_DRAWN)))
+    if not len(ends_of_edges):
         return '<p class="empty">The circuit has no edge.</p>'
     drawn = []
-    for sender, reader in sorted(at.tolist(), key=lambda ends: int(ranks[tuple(ends)])):
+    for sender, reader in sorted(ends_of_edges.tolist(), key=lambda ends: int(ranks[tuple(ends)])):
         u, v = str(ds["sender"].values[sender]), str(ds["reader"].values[reader])
         score, rank = float(scores[sender, reader]), int(ranks[sender, reader])
         title = f"{u} → {v}: number {rank + 1}, {_effect(score)}"
@@ -277,12 +280,12 @@ def _effect(score: float) -> str:
 
 
 def _nodes(ds: xr.Dataset) -> str:
-    """The chosen circuit of nodes as a map of layers and heads."""
+    """Return HTML with a map, layer by head, of the circuit of size `chosen_size`."""
     size = chosen_size(ds)
     n, n_heads = int(ds["count"].values[size]), int(ds.attrs["n_heads"])
     inside = ds["member"].values[size].astype(bool)
     effect = np.where(inside, -ds["score"].values, np.nan).reshape(-1, n_heads + 1)
-    told = [
+    hover_texts = [
         f"{plain(name)}: number {rank + 1}, {_effect(float(score))}"
         + ("" if kept else "<br>not in the circuit")
         for name, rank, score, kept in zip(
@@ -297,7 +300,7 @@ def _nodes(ds: xr.Dataset) -> str:
         "x": columns,
         "y": layers,
         "z": effect,
-        "text": np.array(told, dtype=object).reshape(effect.shape),
+        "text": np.array(hover_texts, dtype=object).reshape(effect.shape),
         "hovertemplate": "%{text}<extra></extra>",
         "hoverongaps": True,
         "colorscale": RED_BLUE,

@@ -1,4 +1,4 @@
-"""The panel that sets an attribution's estimates beside the exact effects."""
+"""Panels that plot an attribution's estimates against exact effects."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_POINTS = 1000
 
 @dataclass(frozen=True)
 class Panel:
-    """One site, one method, one metric."""
+    """The panel of one site, method and metric."""
 
     key: str  # unique in the page
     metric: str
@@ -29,16 +29,16 @@ class Panel:
 
 
 def compare_panels(ds: xr.Dataset) -> list[Panel]:
-    """A panel for each estimate that stands beside an exact site, for each metric."""
+    """Return a panel for each metric and each estimate whose site also has exact values."""
     exact = set(summary.sites(ds))
-    found = [(n, s, m) for n, (s, m) in summary.estimates(ds).items() if s in exact]
-    found.sort(key=lambda f: summary.sites(ds).index(f[1]))
+    comparable = [(n, s, m) for n, (s, m) in summary.estimates(ds).items() if s in exact]
+    comparable.sort(key=lambda f: summary.sites(ds).index(f[1]))
     panels = []
-    for name, site, method in found:
+    for name, site, method in comparable:
         one = ds[[site, name, "base_metric", "source_metric"]].load()
         for metric in (str(m) for m in ds["metric"].values):
-            chosen = one.sel(metric=[metric])
-            panels.append(_panel(chosen, name, compare(chosen).of(site, method)))
+            one_metric = one.sel(metric=[metric])
+            panels.append(_panel(one_metric, name, compare(one_metric).of(site, method)))
     return panels
 
 
@@ -50,7 +50,7 @@ def _panel(ds: xr.Dataset, name: str, found: Agreement) -> Panel:
     x, y = exact.values.astype(np.float64).ravel(), estimate.values.astype(np.float64).ravel()
     if summary.is_absolute(ds, name):
         x = np.abs(x)  # the estimate has no sign
-    # cells where both are exactly zero are dead: known without either, and they would flatter
+    # cells where both are exactly zero are dead: known without a run, they would raise the scores
     cells = np.flatnonzero(np.isfinite(x) & np.isfinite(y) & ((x != 0) | (y != 0)))
     x, y = x[cells], y[cells]
 
@@ -91,7 +91,7 @@ def _panel(ds: xr.Dataset, name: str, found: Agreement) -> Panel:
 
 
 def _measure(found: Measure) -> str:
-    """A number, with its interval where there is one."""
+    """Return the number, with its interval if it has one."""
     if not math.isfinite(found.low):
         return number(found.value)
     return f"{number(found.value)} ({number(found.low)} to {number(found.high)})"
@@ -104,7 +104,7 @@ def _cost(found: Agreement) -> str:
 
 
 def _sample(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Indices of at most `MAX_POINTS` points, ascending, the same ones every time."""
+    """Return ascending indices of at most `MAX_POINTS` points, the same in every call."""
     if len(x) <= MAX_POINTS:
         return np.arange(len(x))
     order = np.argsort(-np.maximum(np.abs(x), np.abs(y)), kind="stable")

@@ -1,4 +1,4 @@
-"""The page of edges: the foremost drawn, estimates beside exact effects, and the numbers."""
+"""The page of edges: a drawing of the top-k, estimates against exact effects, and a table."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from patchsweep.report.views import choose_views
 from patchsweep.store.attributes import attributes
 
 N_DRAWN = 40
-N_LISTED = 40  # rows of the table that are not behind a fold
-N_ESTIMATED = 200  # rows where nothing was run exactly
+N_LISTED = 40  # rows of the table before the fold
+N_ESTIMATED = 200  # most rows if no edge was run exactly
 
-# kind of reader -> what it is called, and its colour and shape in the scatter
+# kind of reader -> its name, and its colour in the scatter plot
 _KINDS = {
     "q": ("queries", "#2166ac"),
     "k": ("keys", "#7b3294"),
@@ -43,30 +43,30 @@ td.flip { color: #a8152a; font-weight: 600; }
 
 @dataclass(frozen=True)
 class Row:
-    """One edge, for one metric, its effects meaned over the pairs that have it."""
+    """One edge and metric, with effects averaged over the pairs that have the edge."""
 
     sender: str
     reader: str
-    pos: int | None  # the position where it is read; None: all together
-    token: str  # of the base run there; "" where pairs differ
+    pos: int | None  # position of the reader; None: all positions together
+    token: str  # base run's token at `pos`; "" where pairs differ
     estimate: float  # of the effect, in the metric's unit; NaN: not estimated
-    exact: float  # NaN: not run
+    exact: float  # exact effect, in the metric's unit; NaN: not run
 
     @property
     def value(self) -> float:
-        """The exact effect; where there is none, the estimate."""
+        """The exact effect, or the estimate if the edge was not run."""
         return self.exact if math.isfinite(self.exact) else self.estimate
 
     @property
     def kind(self) -> str:
-        """q, k, v, mlp or logits."""
+        """Kind of the reader: q, k, v, mlp or logits."""
         if self.reader == "logits":
             return "logits"
         return "mlp" if self.reader.startswith("m") else self.reader[-1]
 
 
 def rows_of(ds: xr.Dataset, metric: str) -> list[Row]:
-    """The edges that were run exactly, else the foremost by their estimates; largest first."""
+    """Return the edges run exactly, or else the top-k estimates; largest first."""
     one = ds.sel(metric=metric)
     if "edge" in one:
         exact = _over_pairs(one["edge"] - one["base_metric"])
@@ -81,12 +81,12 @@ def rows_of(ds: xr.Dataset, metric: str) -> list[Row]:
     x, y = exact.values.ravel(), estimate.values.ravel()
     size = np.abs(np.where(np.isfinite(x), x, y))
     order = np.argsort(-np.nan_to_num(size, nan=-1.0), kind="stable")
-    found = [i for i in order if np.isfinite(size[i])]
+    shown = [i for i in order if np.isfinite(size[i])]
     if "edge" not in one:
-        found = found[:N_ESTIMATED]
+        shown = shown[:N_ESTIMATED]
     tokens = _tokens(one)
     rows = []
-    for i in found:
+    for i in shown:
         at = dict(zip(exact.dims, np.unravel_index(i, exact.shape), strict=True))
         if "chosen" in at:
             sender, reader = (end[at["chosen"]] for end in ends)
@@ -101,7 +101,7 @@ def rows_of(ds: xr.Dataset, metric: str) -> list[Row]:
 
 
 def correlation(rows: Sequence[Row]) -> float:
-    """Pearson's, of estimates and exact effects; NaN where one of them does not vary."""
+    """Return the Pearson correlation of estimates and exact effects; NaN if one is constant."""
     both = [(r.estimate, r.exact) for r in rows if math.isfinite(r.estimate + r.exact)]
     if len(both) < 3:
         return math.nan
@@ -112,18 +112,18 @@ def correlation(rows: Sequence[Row]) -> float:
 
 
 def build(ds: xr.Dataset) -> str:
-    """The page of a store of edges, as HTML that needs nothing from outside itself."""
+    """Return the page of a store of edges as self-contained HTML."""
     metrics = [str(m) for m in ds["metric"].values]
     model = str(attributes(ds)["provenance"]["model"]).rstrip("/").rpartition("/")[2]
     parts = [_header(ds, model, metrics)]
     for n, metric in enumerate(metrics):
         unit = str(ds["metric_unit"].values[n])
         rows = rows_of(ds, metric)
-        of = f": <code>{esc(metric)}</code>" if len(metrics) > 1 else ""
+        suffix = f": <code>{esc(metric)}</code>" if len(metrics) > 1 else ""
         parts += [
-            section(f"graph-{n}", f"The foremost edges{of}", _graph(ds, rows, unit)),
-            section(f"agreement-{n}", f"How far the estimates go{of}", _agreement(rows, unit)),
-            section(f"table-{n}", f"The numbers{of}", _listed(rows, metric, unit)),
+            section(f"graph-{n}", f"The foremost edges{suffix}", _graph(ds, rows, unit)),
+            section(f"agreement-{n}", f"How far the estimates go{suffix}", _agreement(rows, unit)),
+            section(f"table-{n}", f"The numbers{suffix}", _listed(rows, metric, unit)),
         ]
     parts.append(section("provenance", "Where the numbers come from", provenance_table(ds)))
     return page(f"Edges of {model}", parts, style=_STYLE)
@@ -134,7 +134,7 @@ def _over_pairs(values: xr.DataArray) -> xr.DataArray:
 
 
 def _tokens(ds: xr.Dataset) -> list[str]:
-    """The base run's tokens; "" where the pairs differ."""
+    """Return the base run's token per position; "" where the pairs differ."""
     columns = ds["base_token"].values.T
     return [str(column[0]) if len(set(column)) == 1 else "" for column in columns]
 
@@ -179,8 +179,8 @@ def _header(ds: xr.Dataset, model: str, metrics: Sequence[str]) -> str:
 def _graph(ds: xr.Dataset, rows: Sequence[Row], unit: str) -> str:
     if not rows:
         return ""
-    chosen = rows[:N_DRAWN]
-    drawn = [Drawn(row.sender, row.reader, row.value, _title(row, unit)) for row in chosen]
+    top = rows[:N_DRAWN]
+    drawn = [Drawn(row.sender, row.reader, row.value, _title(row, unit)) for row in top]
     group = int(ds.attrs["n_heads"]) // int(ds.attrs["n_kv_heads"])
     over = "" if ds.sizes["pair"] == 1 else f", mean over {plural(ds.sizes['pair'], 'pair')}"
     shared = (
@@ -194,7 +194,7 @@ def _graph(ds: xr.Dataset, rows: Sequence[Row], unit: str) -> str:
     )
     return (
         f"<p>The {plural(len(drawn), 'edge')} with the largest "
-        f"{'exact effects' if math.isfinite(chosen[0].exact) else 'estimates'}{over}. Read it "
+        f"{'exact effects' if math.isfinite(top[0].exact) else 'estimates'}{over}. Read it "
         "upwards: tokens enter at the bottom, each row is a layer (rows without a box are left "
         'out), the logits are on top. <b class="blue">Blue</b>: the edge raises the metric. '
         '<b class="red">Red</b>: it lowers it. The wider, the larger. Letters below a head say '
@@ -218,22 +218,22 @@ def _where(row: Row) -> str:
 
 
 def _agreement(rows: Sequence[Row], unit: str) -> str:
-    """The scatter, and how the kinds of readers fare; "" unless both numbers are there."""
+    """Return HTML of the scatter plot and a table by reader kind; "" without edges to compare."""
     both = [row for row in rows if math.isfinite(row.estimate + row.exact)]
     if not both:
         return ""
     body = []
     for kind, (name, colour) in _KINDS.items():
-        mine = [row for row in both if row.kind == kind]
-        if not mine:
+        group = [row for row in both if row.kind == kind]
+        if not group:
             continue
-        same = sum(row.estimate * row.exact > 0 for row in mine)
-        ratios = [row.estimate / row.exact for row in mine if row.exact]
+        same = sum(row.estimate * row.exact > 0 for row in group)
+        ratios = [row.estimate / row.exact for row in group if row.exact]
         body.append(
             f'<tr><td><span class="dot" style="background:{colour}"></span>{name}</td>'
-            f'<td class="n">{count(len(mine))}</td><td class="n">{number(correlation(mine))}</td>'
+            f'<td class="n">{count(len(group))}</td><td class="n">{number(correlation(group))}</td>'
             f'<td class="n">{number(float(np.median(ratios or [math.nan])))}</td>'
-            f'<td class="n">{count(len(mine) - same)}</td></tr>'
+            f'<td class="n">{count(len(group) - same)}</td></tr>'
         )
     table = (
         '<div class="scroll"><table><thead><tr><th scope="col">read by</th>'
@@ -252,7 +252,7 @@ def _agreement(rows: Sequence[Row], unit: str) -> str:
 
 
 def _scatter(rows: Sequence[Row], unit: str) -> str:
-    """Exact effect across, estimate up, both as signed square roots on one scale."""
+    """Return an SVG of estimates against exact effects, both as signed square roots."""
     values = [v for row in rows for v in (row.exact, row.estimate)]
     ends = _root(min(0.0, *values)), _root(max(0.0, *values))
     room = 0.05 * ((ends[1] - ends[0]) or 1.0)
@@ -298,7 +298,7 @@ def _root(value: float) -> float:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """0 and, to both sides as far as they reach, 1 and 3 times powers of ten."""
+    """Return the ticks from `low` to `high`: 0 and ±1 and ±3 times powers of ten."""
     largest = max(-low, high)
     if largest == 0:
         return [0.0]
@@ -339,11 +339,11 @@ def _listed(rows: Sequence[Row], metric: str, unit: str) -> str:
 
 def _tr(row: Row, positions: bool) -> str:
     where = f"<td>{row.pos} {token_html(row.token) if row.token else ''}</td>" if positions else ""
-    share = row.estimate / row.exact if row.exact else math.nan
+    ratio = row.estimate / row.exact if row.exact else math.nan
     side = "up" if row.value > 0 else "down"
     return (
         f'<tr><th scope="row">{esc(row.sender)}</th><td><code>{esc(row.reader)}</code></td>{where}'
         f'<td class="n">{number(row.estimate, sign=True)}</td>'
         f'<td class="n {side}">{number(row.exact, sign=True)}</td>'
-        f'<td class="n{" flip" if share < 0 else ""}">{number(share)}</td></tr>'
+        f'<td class="n{" flip" if ratio < 0 else ""}">{number(ratio)}</td></tr>'
     )

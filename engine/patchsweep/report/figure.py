@@ -1,4 +1,4 @@
-"""Plotly figures from Python data: scatter plots, curves and heat maps without a script each."""
+"""Plotly figures from Python data: scatter plots, curves and heat maps, drawn by one script."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from plotly.offline import get_plotlyjs
 from patchsweep.report.html import embed_json, esc
 from patchsweep.report.shell import resource
 
-# ColorBrewer, as in the maps of sweeps: blue for more, red for less; one hue where nothing is less
+# ColorBrewer scales, as in the maps of sweeps: blue positive, red negative; BLUES if all positive
 RED_BLUE = [
     [i / 10, colour]
     for i, colour in enumerate(
@@ -67,45 +67,45 @@ def figure(
     caption: str = "",
     wide: bool = True,
 ) -> str:
-    """A plotly figure as HTML; `figure_scripts` draws it when the page is opened.
+    """Return a plotly figure as HTML; `figure_scripts` draws it when the page opens.
 
     Arrays of numpy and xarray become lists, numbers that are not finite become gaps. `layout`
-    goes over the defaults of every page, key by key; axes have a grid and no zoom. Labels are
-    read by plotly as a small HTML of its own: put `plain` around text that comes from a store.
+    overrides the defaults of every page, key by key; axes have a grid and no zoom. Plotly parses
+    labels as a subset of HTML: put `plain` around text that comes from a store.
 
     Args:
-        name: id in the page, and the name of the file when a reader saves the picture.
-        title: plain text, for a heading and for readers who do not see; escaped here.
+        name: id in the page, and file name of a saved picture.
+        title: plain text, for the heading and for screen readers; escaped here.
         caption: HTML under the figure.
-        wide: takes the page's whole width inside a `<div class="grid">`.
+        wide: whether the figure takes the page's full width inside a `<div class="grid">`.
     """
     merged = _over(_LAYOUT, layout or {})
     for key in [key for key in merged if key.startswith(("xaxis", "yaxis"))]:
         merged[key] = _over(_AXIS, merged[key])
     heading = f"<h3>{esc(title)}</h3>" if title else ""
-    under = f"<figcaption>{caption}</figcaption>" if caption else ""
+    caption_html = f"<figcaption>{caption}</figcaption>" if caption else ""
     spec = {"data": [_json(trace) for trace in traces], "layout": _json(merged)}
     return (
         f'<figure class="{"wide" if wide else "half"}">{heading}'
         f'<div class="plot" id="{esc(name)}" data-figure role="img" '
         f'aria-label="{esc(title or name)}"></div>'
         f'<script type="application/json" id="{esc(name)}-figure">{embed_json(spec)}</script>'
-        f"{under}</figure>"
+        f"{caption_html}</figure>"
     )
 
 
 def figure_scripts() -> list[str]:
-    """The scripts that a page with figures gives to `shell.page`: plotly, and what draws them."""
+    """Return the scripts of a page with figures, for `shell.page`: plotly and figures.js."""
     return [get_plotlyjs(), resource("figures.js")]
 
 
 def plain(text: object) -> str:
-    """`text` for plotly's labels, in which it cannot be markup."""
+    """Return `text` escaped for plotly's labels."""
     return str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _over(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid on `under`, mappings key by key."""
+    """Return `under` updated with `over`; nested mappings are merged key by key."""
     both = dict(under)
     for key, value in over.items():
         deep = isinstance(value, Mapping) and isinstance(both.get(key), Mapping)
@@ -114,7 +114,7 @@ def _over(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _json(value: Any) -> Any:
-    """`value` as JSON takes it; six digits are more than a picture shows."""
+    """Return `value` as plain JSON data with six digits, which is more than a picture shows."""
     if isinstance(value, Mapping):
         return {str(key): _json(item) for key, item in value.items()}
     if isinstance(value, np.ndarray | xr.DataArray):

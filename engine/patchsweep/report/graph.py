@@ -1,9 +1,9 @@
-"""A graph of components as SVG, drawn here: the stream runs upwards, a row for each layer's parts.
+"""Draws a graph of components as SVG: layers are rows, and the residual stream runs upwards.
 
     svg = draw_graph(["embed", "logits"], [Drawn("embed", "m0", 9.9), Drawn("m0", "logits", -1.2)])
 
-The layout is the layered one (Sugiyama, Tagawa and Toda 1981): long lines are led through the rows
-between their ends, rows are ordered so that few lines cross, and then pulled straight.
+The layout is layered (Sugiyama, Tagawa and Toda 1981): a long line gets a lane in each row between
+its ends, rows are ordered for few crossings, and x coordinates are chosen for straight lines.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from dataclasses import dataclass, field
 
 from patchsweep.report.html import esc, number
 
-BLUE, RED = "#1d5c9e", "#a8152a"  # raises the metric, lowers it; as in style.css
+BLUE, RED = "#1d5c9e", "#a8152a"  # raises the metric, lowers it; the colours of style.css
 
 _ROW = 54  # pixels from row to row
 _BOX = (54, 24)  # width and height of a box
-_LANE = 20  # width kept for a line that passes a row
-_GAP = 16  # between neighbours of a row, beyond their widths
-_MARGIN = 92  # to the left, for the names of the layers
+_LANE = 20  # width of a line that passes a row
+_GAP = 16  # space between neighbours in a row
+_MARGIN = 92  # left margin, for the names of the layers
 _SWEEPS = 12
-_PORTS = {"q": -16, "k": 0, "v": 16}  # where lines end below a head's box
+_PORTS = {"q": -16, "k": 0, "v": 16}  # x offset at which lines end below a head's box
 _NAME = re.compile(r"a(\d+)\.h(\d+)(?:\.([qkv]))?|m(\d+)|embed|logits")
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A line: what `sender` writes, as far as `reader` sees it."""
+    """A line of the graph: the edge from `sender` to `reader`."""
 
     sender: str  # embed, a3.h2 or m5
     reader: str  # a7.h1.q, a7.h1.k, a7.h1.v, m5 or logits; a7.h1 for the head as a whole
-    value: float  # signed effect; its size is the line's width, its sign the colour
-    title: str = ""  # shown when pointed at; empty: the ends and the value
+    value: float  # signed effect; its size sets the line's width, its sign the colour
+    title: str = ""  # tooltip; empty: the ends and the value
 
 
 @dataclass
@@ -57,13 +57,13 @@ class _Vertex:
 
 @dataclass(frozen=True)
 class _Place:
-    """The box of a name."""
+    """The box of a component."""
 
     key: str
     label: str
     title: str
-    row: tuple[float, int]  # layer, then the place within it: keys and values, heads, MLP
-    port: int = 0  # pixels from the box's middle to where a line into it ends
+    row: tuple[float, int]  # layer, then 0 for keys and values, 1 for heads, 2 for the MLP
+    port: int = 0  # pixels from the box's middle to the end of a line into it
 
 
 def draw_graph(
@@ -74,21 +74,21 @@ def draw_graph(
     unit: str = "",
     label: str = "The foremost edges",
 ) -> str:
-    """An `<svg>` element of `edges` and of the boxes at their ends; the same input, the same text.
+    """Return an `<svg>` element of `edges` and the boxes at their ends; deterministic.
 
-    `nodes` are boxes to draw even where no edge ends, under the same names (`embed`, `a3.h2`, `m5`,
-    `logits`; `a7.h1.k` for a key-value head). Rows stand for layers, the first at the bottom;
-    layers with no box are left out. A line is as wide as its |value| relative to the largest, blue
-    where the value is positive, red where it is negative, and tells its numbers when pointed at.
+    `nodes` are boxes to draw even without an edge, under the same names (`embed`, `a3.h2`, `m5`,
+    `logits`; `a7.h1.k` for a key-value head). Rows are layers, the first at the bottom; layers
+    without a box are left out. A line's width is its |value| relative to the largest. Lines are
+    blue for positive and red for negative values, and have their numbers as a tooltip.
 
     Args:
-        group: query heads that share a key-value head. Above 1, `a7.h1.k` and `a7.h1.v` end at a
-            box of the key-value head, which grey lines join to those of its heads that are drawn.
-        unit: of the values, for the titles.
-        label: what the drawing shows, for screen readers.
+        group: query heads per key-value head. Above 1, `a7.h1.k` and `a7.h1.v` end at a box of
+            the key-value head; grey lines join it to those of its query heads that have a box.
+        unit: unit of the values, for the titles.
+        label: description of the drawing, for screen readers.
 
     Raises:
-        ValueError: a name is none of a component, or an edge does not lead upwards.
+        ValueError: a name is not a component's, or an edge does not lead upwards.
     """
     places: dict[str, _Place] = {}
     lines: list[tuple[_Place, _Place, Drawn | None]] = []
@@ -105,8 +105,11 @@ def draw_graph(
     lines += [(a, b, None) for a, b in _shared(places, group)]
 
     rows = sorted({place.row for place in places.values()})
-    at = {row: i for i, row in enumerate(rows)}
-    boxes = {key: _Vertex(at[place.row], place.label, place.title) for key, place in places.items()}
+    row_index = {row: i for i, row in enumerate(rows)}
+    boxes = {
+        key: _Vertex(row_index[place.row], place.label, place.title)
+        for key, place in places.items()
+    }
     ranks: list[list[_Vertex]] = [[] for _ in rows]
     for box in boxes.values():
         ranks[box.row].append(box)
@@ -117,17 +120,17 @@ def draw_graph(
 
 
 def _place(name: str, group: int) -> _Place:
-    """Where a component stands."""
-    found = _NAME.fullmatch(name)
-    if found is None:
+    """Return the box of a component."""
+    match = _NAME.fullmatch(name)
+    if match is None:
         raise ValueError(f"{name!r} names no component; write embed, a3.h2, a7.h1.q, m5 or logits")
     if name == "embed":
         return _Place(name, name, "what enters the first block", (-1.0, 0))
     if name == "logits":
         return _Place(name, name, "the final norm and the unembedding", (float("inf"), 0))
-    if found[4] is not None:
-        return _Place(name, name, f"the MLP of layer {found[4]}", (float(found[4]), 2))
-    layer, head, kind = int(found[1]), int(found[2]), found[3]
+    if match[4] is not None:
+        return _Place(name, name, f"the MLP of layer {match[4]}", (float(match[4]), 2))
+    layer, head, kind = int(match[1]), int(match[2]), match[3]
     port = _PORTS.get(kind or "", 0)
     if kind in ("k", "v") and group > 1:
         heads = f"{head * group} to {(head + 1) * group - 1}"
@@ -143,18 +146,18 @@ def _place(name: str, group: int) -> _Place:
 
 
 def _shared(places: dict[str, _Place], group: int) -> list[tuple[_Place, _Place]]:
-    """Key-value heads, and those of their heads that have a box."""
-    found = []
+    """Return (key-value head, query head) for each query head with a box."""
+    pairs = []
     for key, place in places.items():
         layer, kv, head = key.partition(".kv")
         if kv:
-            mine = (f"{layer}.h{int(head) * group + i}" for i in range(group))
-            found += [(place, places[name]) for name in mine if name in places]
-    return found
+            query_heads = (f"{layer}.h{int(head) * group + i}" for i in range(group))
+            pairs += [(place, places[name]) for name in query_heads if name in places]
+    return pairs
 
 
 def _lead(first: _Vertex, last: _Vertex, ranks: list[list[_Vertex]]) -> list[_Vertex]:
-    """The vertices of a line, with a lane in every row between its ends."""
+    """Return the vertices of a line, with a new lane in every row between its ends."""
     lanes = [_Vertex(row) for row in range(first.row + 1, last.row)]
     path = [first, *lanes, last]
     for lane in lanes:
@@ -166,8 +169,11 @@ def _lead(first: _Vertex, last: _Vertex, ranks: list[list[_Vertex]]) -> list[_Ve
 
 
 def _order(ranks: list[list[_Vertex]]) -> list[list[_Vertex]]:
-    """The rows, each ordered so that lines cross little: by the mean place of their neighbours,
-    row by row upwards and downwards in turn; the best of all turns is kept."""
+    """Return the rows, ordered for few crossings of lines.
+
+    Sweeps alternate upwards and downwards and sort each row by the mean place of its neighbours;
+    the order with the fewest crossings is kept.
+    """
     place = {id(v): float(i) for row in ranks for i, v in enumerate(row)}
     best, fewest = [list(row) for row in ranks], _crossings(ranks)
     for sweep in range(_SWEEPS):
@@ -179,7 +185,7 @@ def _order(ranks: list[list[_Vertex]]) -> list[list[_Vertex]]:
                 means[id(v)] = sum(place[id(n)] for n in near) / len(near) if near else place[id(v)]
             row.sort(key=lambda v, means=means: means[id(v)])  # type: ignore[misc]
             for i, v in enumerate(row):
-                # on a scale on which rows of all lengths are centred
+                # places are centred, so that rows of different lengths compare
                 place[id(v)] = i - (len(row) - 1) / 2
         crossings = _crossings(ranks)
         if crossings < fewest:
@@ -188,7 +194,7 @@ def _order(ranks: list[list[_Vertex]]) -> list[list[_Vertex]]:
 
 
 def _crossings(ranks: Sequence[Sequence[_Vertex]]) -> int:
-    """How many pairs of lines cross."""
+    """Return the number of pairs of lines that cross."""
     total = 0
     for row, above in itertools.pairwise(ranks):
         place = {id(v): i for i, v in enumerate(above)}
@@ -202,14 +208,14 @@ def _crossings(ranks: Sequence[Sequence[_Vertex]]) -> int:
 
 
 def _straighten(ranks: Sequence[Sequence[_Vertex]]) -> None:
-    """Set every x: near the mean of its neighbours', in the row's order, with room between."""
+    """Set every x close to the mean of its neighbours' x, in the row's order and with gaps."""
     for row in ranks:
         _spread(row, [0.0] * len(row))
     for sweep in range(2 * _SWEEPS):
         for row in ranks if sweep % 2 == 0 else reversed(ranks):
             wanted = []
             for v in row:
-                # lanes pull each other hard, so that long lines bend at their ends
+                # lanes have a large weight, so that long lines bend only near their ends
                 near = [(n.x, 1.0 if v.label or n.label else 6.0) for n in (*v.below, *v.above)]
                 total = sum(weight for _, weight in near)
                 wanted.append(sum(x * w for x, w in near) / total if near else v.x)
@@ -217,12 +223,12 @@ def _straighten(ranks: Sequence[Sequence[_Vertex]]) -> None:
 
 
 def _spread(row: Sequence[_Vertex], wanted: Sequence[float]) -> None:
-    """The places nearest to `wanted` (least squares) that keep the row's order and room."""
+    """Set x closest to `wanted` (least squares) that keeps the row's order and gaps."""
     offset = [0.0]
     for left, right in itertools.pairwise(row):
         room = _GAP if left.label or right.label else 0
         offset.append(offset[-1] + left.half + right.half + room)
-    blocks: list[tuple[float, int]] = []  # mean, size; neighbours too near share one
+    blocks: list[tuple[float, int]] = []  # mean, size; neighbours that touch form a block
     for x, off in zip(wanted, offset, strict=False):
         mean, size = x - off, 1
         while blocks and blocks[-1][0] >= mean:
@@ -255,7 +261,7 @@ def _svg(
         return height - _GAP - _ROW * (v.row + 0.5)
 
     drawn = [*_bands(rows, left, width, height)]
-    # small effects last, so that a thin line over a wide one can be pointed at
+    # small effects last, so that a thin line lies over a wide one and keeps its tooltip
     ordered = sorted(
         zip(lines, paths, strict=True), key=lambda x: -abs(x[0][2].value) if x[0][2] else 0.0
     )
@@ -280,7 +286,7 @@ def _svg(
 def _bands(
     rows: Sequence[tuple[float, int]], left: float, width: float, height: float
 ) -> Iterable[str]:
-    """The layers: every other one shaded, each with its name."""
+    """Yield the background of the layers: every other one shaded, each with its name."""
     by_layer: dict[float, list[int]] = defaultdict(list)
     for i, (layer, _) in enumerate(rows):
         by_layer[layer].append(i)
@@ -316,7 +322,7 @@ def _line(
 
 
 def _curve(points: Sequence[tuple[float, float]]) -> str:
-    """A smooth path upwards through all points, upright at its ends, without overshooting."""
+    """Return a smooth SVG path through all points, vertical at its ends, without overshoot."""
     steps = list(itertools.pairwise(points))
     slopes = [(b[0] - a[0]) / (b[1] - a[1]) for a, b in steps]
     # the harmonic mean of both slopes, 0 at turning points (Fritsch and Butland 1984)
@@ -333,7 +339,7 @@ def _curve(points: Sequence[tuple[float, float]]) -> str:
 
 
 def _box(v: _Vertex, y: float, ports: Sequence[str]) -> str:
-    """A box with its name, and the letters of the readers at which lines end."""
+    """Return a box with its name, and below it the letters of the ports where lines end."""
     wide, tall = _BOX
     fill = "#e8f1fa" if ".h" in v.label else "#fdf1dc" if v.label.startswith("m") else "#fff"
     letters = "".join(

@@ -1,6 +1,6 @@
-"""What the page of heads says of ablations and of classes of heads."""
+"""Texts of the page of heads on ablations and head classes."""
 
-# ablation -> what takes the place of z
+# ablation -> the value that replaces z
 ABLATIONS = {
     "resample": "its z on the corrupted prompt",
     "mean": "its mean z over all positions of all clean prompts",
@@ -8,7 +8,7 @@ ABLATIONS = {
     "zero": "zeros",
     "optimal": "the constant that changes the predictions least",
 }
-# class -> what a head of it does
+# class -> the behaviour of its heads
 CLASSES = {
     "induction": "after a repeated word, looks at what came after it the first time",
     "previous_token": "looks at the token before",
@@ -19,7 +19,7 @@ CLASSES = {
     "backup": "writes directly for the name only when the name movers are held at their means",
     "other": "none of these",
 }
-# class -> the thresholds that it depends on
+# class -> the thresholds of its rule
 RULES = {
     "induction": ("induction",),
     "previous_token": ("previous_token",),
@@ -32,6 +32,6 @@ RULES = {
 
 
 def class_name(head_class: str) -> str:
-    """Such as "S-inhibition" for `s_inhibition`."""
+    """Return the displayed name, such as "S-inhibition" for `s_inhibition`."""
     names = {"s_inhibition": "S-inhibition", "negative": "negative name mover"}
     return names.get(head_class, head_class.replace("_", " "))

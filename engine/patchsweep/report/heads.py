@@ -1,4 +1,4 @@
-"""The page of a study of heads: maps of every ablation, classes, and where the ablations part."""
+"""The page of a study of heads: maps of every ablation, classes, and differences of ablations."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from patchsweep.report.tables import provenance_table
 from patchsweep.report.views import choose_views
 from patchsweep.store.attributes import attributes
 
-N_LISTED = 12  # heads of a class in its row
+N_LISTED = 12  # most heads in the row of a class
 N_HEADS = 30  # rows of the table of single heads
 _ALL = "all"
-# rows of the table that are no class
+# rows of the table that are not a class
 _WHOLE = {_ALL: "all heads", "with_constant": "heads with an optimal constant"}
 _REFERENCE = "resample"
 _STYLE = """
@@ -40,43 +40,47 @@ _STYLE = """
 td.wide { white-space: normal !important; min-width: 16rem; }
 """
 _COLOURS = (*SERIES, "#d6609a")  # one for each class
-_SIZE = 15  # of a cell
+_SIZE = 15  # pixels, side of a cell
 _LEFT, _TOP = 30, 6
 
 
 @dataclass(frozen=True)
 class Heads:
-    """One metric of a study as plain arrays, means over pairs."""
+    """One metric of a study as plain arrays, averaged over pairs."""
 
     metric: str
     unit: str
     ablations: tuple[str, ...]
     layers: tuple[int, ...]
     heads: tuple[int, ...]
-    effect: NDArray[np.float64]  # [ablation, layer, head]; of the position where it is largest
-    pos: NDArray[np.object_] | None  # [ablation, layer, head] that position's name, if any
-    classes: dict[tuple[int, int], list[str]]  # head -> its classes, `other` left out
+    effect: NDArray[np.float64]  # [ablation, layer, head]; at the position where it is largest
+    pos: NDArray[np.object_] | None  # [ablation, layer, head] name of that position, if any
+    classes: dict[tuple[int, int], list[str]]  # (layer, head) -> its classes without `other`
 
     @property
     def limit(self) -> float:
-        """Where the colours of all maps end."""
+        """The |effect| at which the colours of all maps end."""
         sizes = np.abs(self.effect[np.isfinite(self.effect)])
         return float(sizes.max()) if sizes.size and sizes.max() > 0 else 1.0
 
 
 def build(ds: xr.Dataset) -> str:
-    """The page of a study of heads, as HTML that needs nothing from outside itself."""
+    """Return the page of a study of heads as self-contained HTML."""
     model = str(attributes(ds)["provenance"]["model"]).rstrip("/").rpartition("/")[2]
     metrics = [str(m) for m in ds["metric"].values]
     parts = [_header(ds, model, metrics)]
     means = attributes(ds).get("means", {})
     for n, metric in enumerate(metrics):
-        found = heads_of(ds, metric)
-        of = f": <code>{esc(metric)}</code>" if len(metrics) > 1 else ""
-        maps = section(f"maps-{n}", f"What each ablation does{of}", _maps(found, means))
-        table = section(f"table-{n}", f"How much each disagrees with resample{of}", _table(ds, n))
-        scatter = section(f"points-{n}", f"Head by head{of}", _scatter(found))
-        first = section("classes", "What the heads are", _classes(ds, found)) if n == 0 else ""
+        metric_heads = heads_of(ds, metric)
+        suffix = f": <code>{esc(metric)}</code>" if len(metrics) > 1 else ""
+        maps = section(f"maps-{n}", f"What each ablation does{suffix}", _maps(metric_heads, means))
+        table = section(
+            f"table-{n}", f"How much each disagrees with resample{suffix}", _table(ds, n)
+        )
+        scatter = section(f"points-{n}", f"Head by head{suffix}", _scatter(metric_heads))
+        first = (
+            section("classes", "What the heads are", _classes(ds, metric_heads)) if n == 0 else ""
+        )
         parts += [maps, first, table, scatter]
     parts += [
         section("heads", "The heads that matter most", _single(ds, heads_of(ds, metrics[0]))),
@@ -87,13 +91,13 @@ def build(ds: xr.Dataset) -> str:
 
 
 def heads_of(ds: xr.Dataset, metric: str) -> Heads:
-    """What the page shows of one metric."""
+    """Return the arrays of one metric that the page shows."""
     one = ds.sel(metric=metric)
     effect = (one["ablated"] - one["base_metric"]).mean("pair", skipna=False)
     effect = effect.transpose("ablation", "layer", "head", ...)
     values, pos = effect.values.astype(np.float64), None
     if values.ndim > 3:
-        # a position that some prompt does not have is left out
+        # a position that some prompt does not have is NaN, and never the largest
         at = np.nan_to_num(np.abs(values), nan=-1).argmax(axis=-1)
         values = np.take_along_axis(values, at[..., None], axis=-1)[..., 0]
         pos = ds["pos"].values.astype(str).astype(object)[at]
@@ -144,11 +148,11 @@ def _header(ds: xr.Dataset, model: str, metrics: Sequence[str]) -> str:
 
 
 def _maps(found: Heads, means: Mapping[str, Any]) -> str:
-    told = {name: question.behind_means(one) for name, one in means.items()}
+    means_text = {name: question.behind_means(one) for name, one in means.items()}
     unit = f" {esc(found.unit)}" if found.unit else ""
     drawn = "".join(
         f"<figure><h3>{esc(name)}</h3>{_map(found, i)}"
-        f"<figcaption>z becomes {esc(ABLATIONS.get(name, name))}.{told.get(name, '')}"
+        f"<figcaption>z becomes {esc(ABLATIONS.get(name, name))}.{means_text.get(name, '')}"
         "</figcaption></figure>"
         for i, name in enumerate(found.ablations)
     )
@@ -165,7 +169,7 @@ def _maps(found: Heads, means: Mapping[str, Any]) -> str:
 
 def _map(found: Heads, ablation: int) -> str:
     n_layers, n_heads = len(found.layers), len(found.heads)
-    # few heads make a map narrow: cells may be wider than high
+    # with few heads, cells are wider than high, so that the map is not narrow
     width = _SIZE * max(1.0, min(3.0, 14 / n_heads))
     cells = []
     for i, layer in enumerate(found.layers):
@@ -210,12 +214,12 @@ def _told(found: Heads, ablation: int, i: int, j: int) -> str:
 
 
 def _colour(value: float, limit: float) -> str:
-    """A colour of the scale from -limit to limit; grey for NaN."""
+    """Return the colour of `value` on the scale from -limit to limit; grey for NaN."""
     if not math.isfinite(value):
         return "#e3e6e9"
-    # the square root, since a few heads do most and the rest would all look white
-    share = math.copysign(math.sqrt(min(1.0, abs(value) / limit)), value)
-    at = (share + 1) / 2 * (len(RED_BLUE) - 1)
+    # the square root keeps small effects visible beside a few large ones
+    scaled = math.copysign(math.sqrt(min(1.0, abs(value) / limit)), value)
+    at = (scaled + 1) / 2 * (len(RED_BLUE) - 1)
     low = min(int(at), len(RED_BLUE) - 2)
     ends = [_rgb(str(RED_BLUE[k][1])) for k in (low, low + 1)]
     mixed = [round(a + (b - a) * (at - low)) for a, b in zip(*ends, strict=True)]
@@ -289,16 +293,16 @@ def _table(ds: xr.Dataset, metric: int) -> str:
             "</td>"
         ]
         for name in others:
-            this = row.sel(ablation=name)
-            few = int(this["n_heads"])
-            if not few:
+            cell = row.sel(ablation=name)
+            n_other = int(cell["n_heads"])
+            if not n_other:
                 cells.append('<td class="n">&ndash;</td>')
                 continue
-            rank = number(float(this["rank_correlation"]))
-            of = f", {few} of {n}" if few < n else ""
+            rank = number(float(cell["rank_correlation"]))
+            counts = f", {n_other} of {n}" if n_other < n else ""
             cells.append(
-                f'<td class="n">{number(float(this["disagreement"]))} '
-                f"<small>rank {rank}{of}</small></td>"
+                f'<td class="n">{number(float(cell["disagreement"]))} '
+                f"<small>rank {rank}{counts}</small></td>"
             )
         kind = ' class="total"' if c in _WHOLE else ""
         label = _WHOLE.get(c) or class_name(c)
@@ -346,7 +350,7 @@ def _scatter(found: Heads) -> str:
 def _points(found: Heads, ablation: int, reference: int, colours: dict[str, str]) -> str:
     side, margin = 280, 24
     x, y = found.effect[reference], found.effect[ablation]
-    # points without a class first, so that they lie below
+    # points without a class first, so that classed heads are drawn over them
     order = sorted(np.ndindex(x.shape), key=lambda at: (found.layers[at[0]], found.heads[at[1]]))
     order.sort(key=lambda at: (found.layers[at[0]], found.heads[at[1]]) in found.classes)
 
@@ -365,10 +369,12 @@ def _points(found: Heads, ablation: int, reference: int, colours: dict[str, str]
             continue
         names = found.classes.get((found.layers[i], found.heads[j]), [])
         colour, radius = (colours[names[0]], 4) if names else ("#9aa4ad", 2.5)
-        told = f"{_told(found, ablation, i, j)}\nunder resample {number(float(x[i, j]), sign=True)}"
+        tooltip = (
+            f"{_told(found, ablation, i, j)}\nunder resample {number(float(x[i, j]), sign=True)}"
+        )
         shapes.append(
             f'<circle cx="{place(x[i, j]):.1f}" cy="{side - place(y[i, j]):.1f}" r="{radius}" '
-            f'fill="{colour}" fill-opacity=".8"><title>{esc(told)}</title></circle>'
+            f'fill="{colour}" fill-opacity=".8"><title>{esc(tooltip)}</title></circle>'
         )
     label = f"Effects under {found.ablations[ablation]} against effects under resample"
     return (
@@ -425,11 +431,11 @@ def _optimal(ds: xr.Dataset) -> str:
     losses = ds["ablated"].sel(metric="kl_base").mean("pair", skipna=False)
     losses = losses.transpose("ablation", "layer", "head")
     trained = ds["optimal_loss"].transpose("training", "layer", "head").values
-    chosen = np.argwhere(np.isfinite(trained[1])).tolist()
-    chosen.sort(key=lambda at: -trained[(0, *at)])
+    has_constant = np.argwhere(np.isfinite(trained[1])).tolist()
+    has_constant.sort(key=lambda at: -trained[(0, *at)])
     names = [str(name) for name in ds["ablation"].values]
     rows = []
-    for i, j in chosen:
+    for i, j in has_constant:
         cells = "".join(f'<td class="n">{number(float(x))}</td>' for x in losses.values[:, i, j])
         ends = "".join(f'<td class="n">{number(float(x))}</td>' for x in trained[:, i, j])
         layer, head = int(ds["layer"].values[i]), int(ds["head"].values[j])

@@ -1,4 +1,4 @@
-"""One site as numbers to draw: cells, colour range, caption, for each metric and view."""
+"""The data of one site's map: cells, colour range and caption for each metric and view."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NATURAL = 1.5
 
 @dataclass(frozen=True)
 class Frame:
-    """One site through one metric and one view."""
+    """The map of one site for one metric and one view."""
 
     metric: str
     view: View
@@ -38,13 +38,13 @@ class Figure:
 
     site: str  # variable of the Dataset
     title: str
-    note: str  # what the layout hides, in words; may be empty
-    payload: dict[str, object]  # for the page's script, frames apart
+    note: str  # text on what the layout hides; may be empty
+    payload: dict[str, object]  # for the page's script, without the frames
     frames: tuple[Frame, ...]
 
 
 def draw_site(ds: xr.Dataset, site: str, views: tuple[View, ...]) -> Figure:
-    """The map of `site`, for every metric of `ds` and every view."""
+    """Return the map of `site` for every metric of `ds` and every view."""
     small = [n for n, a in ds.data_vars.items() if set(a.dims) <= {"metric", "pair"}]
     ds = ds[list(dict.fromkeys([*small, site]))].load()
     values, flags = summary.value(ds, site), summary.small_gaps(ds)
@@ -58,7 +58,7 @@ def draw_site(ds: xr.Dataset, site: str, views: tuple[View, ...]) -> Figure:
     for metric in (str(m) for m in ds["metric"].values):
         base, source = (ds[n].sel(metric=metric) for n in ("base_metric", "source_metric"))
         gaps = source - base
-        # without a source run, a metric can fall by as much as it has
+        # without a source run, the base metric itself is the natural size of an effect
         natural = float(abs(gaps if gaps.notnull().any() else base).median())
         for view in views:
             if view.pair is None:
@@ -69,8 +69,8 @@ def draw_site(ds: xr.Dataset, site: str, views: tuple[View, ...]) -> Figure:
             else:
                 value = axes.grid(values.sel(metric=metric, pair=view.pair))
                 ends = float(base.sel(pair=view.pair)), float(source.sel(pair=view.pair))
-                whole = ends[1] - ends[0]
-                grids = [value, value - ends[0], (value - ends[0]) / (whole or math.nan)]
+                gap = ends[1] - ends[0]
+                grids = [value, value - ends[0], (value - ends[0]) / (gap or math.nan)]
                 weak = bool(flags.sel(metric=metric, pair=view.pair))
             frames.append(_frame(metric, view, axes, grids, ends, weak, natural))
     title, note = _words(ds, site, axes)
@@ -86,10 +86,10 @@ def draw_site(ds: xr.Dataset, site: str, views: tuple[View, ...]) -> Figure:
 
 
 def colour_limit(shown: np.ndarray, natural: float = NATURAL) -> tuple[float, int]:
-    """(limit, number of cells beyond it), so that one huge cell does not bleach the others.
+    """Return (colour limit, number of cells beyond), so that one huge cell does not fade the rest.
 
-    The limit is the largest size shown, up to `natural`. Past that it is at most twice the `USUAL`
-    quantile of the sizes that are not zero. Rounded up to two digits; 1 for nothing to show.
+    The limit is the largest |cell| up to `natural`; beyond that it is at most twice the `USUAL`
+    quantile of the nonzero sizes. It is rounded up to two digits; 1 if no cell is nonzero.
     """
     size = np.abs(shown[np.isfinite(shown) & (shown != 0)])
     if not size.size:
@@ -110,9 +110,11 @@ def _frame(
     weak: bool,
     natural: float,
 ) -> Frame:
-    """`grids`: value, effect, recovered, each [row, column, hidden]; `ends`: base, source.
+    """Return the frame of one metric and view.
 
-    `weak`: the gap is too small for fractions, so effects are shown; `natural`: their usual size.
+    `grids` are value, effect and recovered, each [row, column, hidden]; `ends` are the base and
+    source metric. `weak`: the gap is too small for fractions, so the map shows effects, whose
+    usual size is `natural`.
     """
     strength = np.nan_to_num(np.abs(grids[1]), nan=-1.0)
     at = strength.argmax(axis=2)[..., None]
@@ -140,7 +142,7 @@ def _frame(
     if axes.hidden:
         cells["at"] = _pack(at, "<u2")
     value, effect, fraction = flat
-    told = caption.seen(axes, view, value, effect, fraction, at[..., 0]) + caption.reading(
+    caption_html = caption.seen(axes, view, value, effect, fraction, at[..., 0]) + caption.reading(
         quantity,
         metric,
         limit,
@@ -148,7 +150,7 @@ def _frame(
         _unrun(value, axes, view),
         gap=math.isfinite(ends[1] - ends[0]),
     )
-    return Frame(metric, view, told, cells)
+    return Frame(metric, view, caption_html, cells)
 
 
 def _pack(array: np.ndarray, dtype: str) -> str:
@@ -156,13 +158,13 @@ def _pack(array: np.ndarray, dtype: str) -> str:
 
 
 def _unrun(value: np.ndarray, axes: Axes, view: View) -> float:
-    """Share of the drawn cells that have not run, positions past the prompt's end apart."""
+    """Return the share of drawn cells that have not run, without padding positions."""
     drawn = value[:, : view.n_pos] if axes.columns == "pos" else value
     return float(np.isnan(drawn).mean()) if drawn.size else 0.0
 
 
 def _words(ds: xr.Dataset, site: str, axes: Axes) -> tuple[str, str]:
-    """(title, note) of the map."""
+    """Return (title, note) of the map."""
     estimated = summary.estimates(ds).get(site)
     plain, method = estimated or (site, "")
     title = summary.SITE_WORDS.get(plain, plain)
@@ -171,8 +173,8 @@ def _words(ds: xr.Dataset, site: str, axes: Axes) -> tuple[str, str]:
         notes.append(f"Estimated by {esc(method)}, not run.")
     if axes.hidden == "pos":
         text = "Each cell shows the position at which its effect is largest"
-        chosen = ", or the chosen one, on the same colours." if axes.full else "."
-        notes.append(text + chosen)
+        ending = ", or the chosen one, on the same colours." if axes.full else "."
+        notes.append(text + ending)
     elif axes.hidden:
         notes.append(
             f"Each cell shows the one {esc(axes.hidden)}, of "

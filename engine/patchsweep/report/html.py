@@ -1,4 +1,4 @@
-"""Text made safe and readable: HTML, JSON inside a page, tokens, numbers."""
+"""Escaping and formatting of text for a page: HTML, embedded JSON, tokens, numbers."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ _MARKS = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥"}
 
 
 def esc(text: object) -> str:
-    """`text` for HTML, inside an element or a quoted attribute."""
+    """Return `text` escaped for HTML, inside an element or a quoted attribute."""
     return escape(str(text), quote=True)
 
 
 def embed_json(value: object) -> str:
-    """`value` as JSON for a <script type="application/json">, with no way out of the element."""
+    """Return `value` as JSON for a <script type="application/json">, which it cannot close."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    # U+2028 and U+2029 end a line for some parsers; "<" could end the element
+    # "<" could close the element; some parsers treat U+2028 and U+2029 as line ends
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 
 
 def visible(token: str) -> str:
-    """`token` with spaces, line ends and unprintable characters made visible; not escaped."""
+    """Return `token` with white space and unprintable characters made visible; not escaped."""
     return "".join(_MARKS.get(c) or (c if c.isprintable() else f"\\u{{{ord(c):x}}}") for c in token)
 
 
 def token_html(token: str) -> str:
-    """`token` for HTML: visible, escaped, its marks for white space dimmed.
+    """Return `token` as HTML: visible, escaped, with dimmed marks for white space.
 
-    <bdi> keeps right-to-left text from reordering what stands around it.
+    <bdi> keeps right-to-left text from reordering the text around it.
     """
     marks = set(_MARKS.values())
     inner = "".join(f'<i class="ws">{c}</i>' if c in marks else esc(c) for c in visible(token))
@@ -39,7 +39,7 @@ def token_html(token: str) -> str:
 
 
 def number(x: float, *, sign: bool = False) -> str:
-    """`x` with three decimals, fewer when large, in powers of ten when tiny; a dash for NaN."""
+    """Return `x` with three decimals, fewer if large, an exponent if tiny; a dash for NaN."""
     if not math.isfinite(x):
         return "\u2013"
     size = abs(x)
@@ -52,17 +52,17 @@ def number(x: float, *, sign: bool = False) -> str:
 
 
 def count(n: float) -> str:
-    """A whole number with thin spaces between thousands."""
+    """Return `n` rounded to a whole number, with thin spaces between thousands."""
     return f"{round(n):,}".replace(",", "\u202f")
 
 
 def plural(n: int, noun: str) -> str:
-    """ "1 pair", "3 pairs"."""
+    """Return text such as "1 pair" or "3 pairs"."""
     return f"{count(n)} {noun}{'' if n == 1 else 's'}"
 
 
 def percent(fraction: float) -> str:
-    """A share in per cent that never rounds a rest away: "0.3 %", "under 0.1 %", "over 99.9 %"."""
+    """Return a share in per cent; only exact 0 and 1 print as such: "0.3 %", "over 99.9 %"."""
     if 0 < fraction < 0.001:
         return "under 0.1 %"
     if 0.999 < fraction < 1:

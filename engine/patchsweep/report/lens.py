@@ -1,4 +1,4 @@
-"""The page of a lens: the grid of predictions, how the answer rises, what sublayers do for it."""
+"""The page of a lens: the grid of predictions, curves of the answer, effects of sublayers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _GRID_NUMBERS = ("top_prob", "answer_prob", "answer_rank", "wrong_prob", "wrong_
 
 
 def build(ds: xr.Dataset) -> str:
-    """The page on `ds`, what `lens` or `sublayers` gave, or both merged."""
+    """Return the page of `ds`, the Dataset of `lens`, of `sublayers`, or of both merged."""
     grid = "top_token" in ds
     sections = [
         _header(ds),
@@ -65,8 +65,8 @@ def _header(ds: xr.Dataset) -> str:
 
 
 def _done(ds: xr.Dataset) -> str:
-    """The patches in words, as HTML."""
-    found = []
+    """Return HTML text that describes the patches."""
+    descriptions = []
     for patch in attributes(ds).get("patches", []):
         layers, heads = _listed(patch.get("layer")), _listed(patch.get("head"))
         pos = patch.get("pos", "all")
@@ -77,8 +77,8 @@ def _done(ds: xr.Dataset) -> str:
         where = f"position {where}" if isinstance(pos, int) else where
         words += f" at {where} ({esc(patch.get('intervention', ''))})"
         means = behind_means(patch.get("means")).removesuffix(".")
-        found.append(f"{words}.{means}" if means else words)
-    return "; ".join(found)
+        descriptions.append(f"{words}.{means}" if means else words)
+    return "; ".join(descriptions)
 
 
 def _listed(value: Any) -> str:
@@ -88,7 +88,7 @@ def _listed(value: Any) -> str:
 
 
 def _facts(ds: xr.Dataset) -> str:
-    """The ends of the first pair's runs, or the means over pairs."""
+    """Return HTML of the answer's final probability and rank, of one pair or as means."""
     pairs, runs = _pairs(ds), _runs(ds)
     facts = []
     if len(pairs) == 1:
@@ -152,14 +152,14 @@ def _grid_section(ds: xr.Dataset) -> str:
 
 
 def _choice(name: str, label: str, options: Sequence[tuple[Any, str]]) -> str:
-    """A selector; hidden where there is nothing to choose, so that its value can be read."""
+    """Return a selector; it is hidden if it has one option, so that scripts can read its value."""
     inner = "".join(f'<option value="{esc(v)}">{esc(text)}</option>' for v, text in options)
     hidden = " hidden" if len(options) < 2 else ""
     return f'<label{hidden}>{label} <select id="{name}">{inner}</select></label>'
 
 
 def _curves(ds: xr.Dataset) -> str:
-    """How the two answers rise, where the answer is expected; the script changes the pair."""
+    """Return figures of both answers by depth at the answer's position; a script sets the pair."""
     traces = _curve_traces(ds, _pairs(ds)[0])
     axis = {"title": {"text": "blocks passed", "standoff": 6}}
     probability = figure(
@@ -192,8 +192,8 @@ def _curves(ds: xr.Dataset) -> str:
 
 
 def _curve_traces(ds: xr.Dataset, pair: int) -> dict[str, list[dict[str, Any]]]:
-    every = lens_findings.places(ds)
-    found: dict[str, list[dict[str, Any]]] = {"prob": [], "rank": []}
+    places = lens_findings.places(ds)
+    traces: dict[str, list[dict[str, Any]]] = {"prob": [], "rank": []}
     runs = _runs(ds)
     for run in runs:
         for i, kind in enumerate(("answer", "wrong")):
@@ -204,30 +204,30 @@ def _curve_traces(ds: xr.Dataset, pair: int) -> dict[str, list[dict[str, Any]]]:
                 "type": "scatter",
                 "mode": "lines",
                 "name": name,
-                "x": [place.depth for place in every],
+                "x": [place.depth for place in places],
                 "line": {"color": SERIES[i], "dash": "solid" if run == runs[-1] else "dot"},
-                "hovertext": [f"{name}<br>after {place.words}" for place in every],
+                "hovertext": [f"{name}<br>after {place.words}" for place in places],
                 "hovertemplate": "%{hovertext}<br>%{y:.3~g}<extra></extra>",
             }
             prob = lens_findings.at_answer(ds, f"{kind}_prob", run, pair)
             rank = lens_findings.at_answer(ds, f"{kind}_rank", run, pair)
-            found["prob"].append({**common, "y": prob})
-            found["rank"].append({**common, "y": rank + 1})
-    return found
+            traces["prob"].append({**common, "y": prob})
+            traces["rank"].append({**common, "y": rank + 1})
+    return traces
 
 
 def _sublayers(ds: xr.Dataset) -> str:
-    found = lens_findings.removals(ds)
-    whole = ds["whole"].mean("pair")
+    removals = lens_findings.removals(ds)
+    unpatched = ds["whole"].mean("pair")
     n_pairs = ds.sizes["pair"]
     over = f", mean of {plural(n_pairs, 'pair')}" if n_pairs > 1 else ""
     traces = [
-        _bars([r for r in found if r.sublayer == kind], name, SERIES[i])
+        _bars([r for r in removals if r.sublayer == kind], name, SERIES[i])
         for i, (kind, name) in enumerate((("attn", "attention"), ("mlp", "MLP")))
     ]
-    most = ", ".join(f"{esc(r.words)} (to {number(r.values['prob'])})" for r in found[:3])
+    most = ", ".join(f"{esc(r.words)} (to {number(r.values['prob'])})" for r in removals[:3])
     caption = (
-        f"<strong>From probability {number(float(whole.sel(metric='prob')))}{over}, the answer "
+        f"<strong>From probability {number(float(unpatched.sel(metric='prob')))}{over}, the answer "
         f"falls most without the {most}.</strong> Bars down: the sublayer helps the answer. Bars "
         "up: the model would give it more without it."
     )
@@ -255,7 +255,9 @@ def _sublayers(ds: xr.Dataset) -> str:
         "that lifts both answers alike does not choose between them.</p>"
     )
     return section(
-        "sublayers", "Which sublayer brings the answer in?", how + bars + _table(found, whole)
+        "sublayers",
+        "Which sublayer brings the answer in?",
+        how + bars + _table(removals, unpatched),
     )
 
 
@@ -304,14 +306,14 @@ def _table(found: Sequence[Removal], whole: xr.DataArray) -> str:
 
 
 def _data(ds: xr.Dataset) -> dict[str, Any]:
-    """What the page's script reads: words once, and per pair and run the grid's numbers."""
-    every = lens_findings.places(ds)
+    """Return the input of lens.js: distinct words, and the grid's numbers per pair and run."""
+    places = lens_findings.places(ds)
     words: dict[str, int] = {}
     shown = _pairs(ds)[:MAX_PAIRS]
     return {
         "rows": [
             {"name": _row_name(place), "words": place.words, "block": place.point != "resid_mid"}
-            for place in every
+            for place in places
         ],
         "pairs": [
             {
@@ -319,7 +321,7 @@ def _data(ds: xr.Dataset) -> dict[str, Any]:
                 "answer": visible(str(ds["answer"].sel(pair=pair).item())),
                 "wrong": visible(str(ds["wrong_answer"].sel(pair=pair).item())),
                 "at": int(ds["answer_pos"].sel(pair=pair)),
-                "runs": [_run_data(ds, run, pair, every, words) for run in _runs(ds)],
+                "runs": [_run_data(ds, run, pair, places, words) for run in _runs(ds)],
                 "curves": {
                     key: [
                         {"y": _digits(t["y"]), "name": t["name"], "hovertext": t["hovertext"]}
@@ -354,7 +356,7 @@ def _run_data(
 
 
 def _digits(values: np.ndarray) -> Any:
-    """Nested lists of `values` with the digits that the page shows; NaN is null."""
+    """Return nested lists of `values` with three digits, as the page shows; NaN is null."""
     if values.ndim > 1:
         return [_digits(part) for part in values]
     return [float(f"{x:.3g}") if np.isfinite(x) else None for x in values.tolist()]

@@ -1,4 +1,4 @@
-"""The page of a sweep put together: maps, tables, comparison, cost and provenance."""
+"""Assembles the page of a sweep: maps, tables, comparison, cost and provenance."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from patchsweep.report.tables import (
 from patchsweep.report.views import View, choose_views, has_source
 from patchsweep.results import accessor as summary
 
-_WIDE = 30  # columns from which a map takes the page's whole width
+_WIDE = 30  # columns from which a map takes the page's full width
 
 
 def build_page(ds: xr.Dataset, journal: Journal) -> str:
-    """The report on `ds` as HTML that needs nothing from outside itself.
+    """Return the report of `ds` as self-contained HTML.
 
     Raises:
         StoreError: `ds` holds no site, or no unpatched metrics.
@@ -91,7 +91,7 @@ def build_page(ds: xr.Dataset, journal: Journal) -> str:
 
 
 def shown_sites(ds: xr.Dataset) -> tuple[str, ...]:
-    """Sites with a map: the exact ones, and estimates that have no exact site beside them."""
+    """Return the variables with a map: exact sites, and estimates of sites without exact values."""
     exact = summary.sites(ds)
     alone = [n for n, (site, _) in summary.estimates(ds).items() if site not in exact]
     return (*exact, *alone)
@@ -104,27 +104,27 @@ def _fragments(
     views: Sequence[View],
     figures: Sequence[Figure],
 ) -> dict[str, dict[str, str]]:
-    """What changes with the selectors: "metric|view" -> slot -> HTML."""
+    """Return the HTML that depends on the selectors: "metric|view" -> slot -> HTML."""
     small = ds[
         [n for n, a in ds.data_vars.items() if n in names or set(a.dims) <= {"metric", "pair"}]
     ]
     captions = {
         (f"{r.metric}|{r.view.key}", i): r.caption for i, f in enumerate(figures) for r in f.frames
     }
-    found = {}
+    fragments = {}
     for metric in metrics:
         for view in views:
             key = f"{metric}|{view.key}"
-            found[key] = {
+            fragments[key] = {
                 "prompts": question.prompts(ds, metric, view),
                 "table": largest_table(small, names, metric, view),
                 **{f"caption-{i}": captions[key, i] for i in range(len(figures))},
             }
-    return found
+    return fragments
 
 
 def _controls(ds: xr.Dataset, metrics: Sequence[str], views: Sequence[View]) -> str:
-    """The selectors; empty when there is nothing to choose."""
+    """Return the selectors as HTML; "" if none has two options."""
     parts = []
     if len(metrics) > 1:
         options = "".join(f'<option value="{esc(m)}">{esc(m)}</option>' for m in metrics)

@@ -1,4 +1,4 @@
-"""The question of a run in words: what was patched into what, over which prompts."""
+"""Texts that describe a run: the patched run, the patch values, the prompts and the metrics."""
 
 from __future__ import annotations
 
@@ -54,17 +54,17 @@ _WORDS = {
 
 
 def title(ds: xr.Dataset) -> str:
-    """The report's headline, as plain text."""
+    """Return the report's headline as plain text."""
     return _headline(ds).format(_model(ds))
 
 
 def headline(ds: xr.Dataset) -> str:
-    """The report's headline, as HTML in which the model's name does not wrap."""
+    """Return the report's headline as HTML in which the model's name does not wrap."""
     return _headline(ds).format(f'<span class="name">{esc(_model(ds))}</span>')
 
 
 def lead(ds: xr.Dataset) -> str:
-    """What was done to what, as an HTML paragraph."""
+    """Return an HTML paragraph that describes the patches, the metrics and the prompts."""
     base, source = _roles(ds)
     intervention = _intervention(ds)
     known = _INTERVENTIONS.get(intervention)
@@ -97,7 +97,7 @@ def lead(ds: xr.Dataset) -> str:
 
 
 def behind_means(means: Any) -> str:
-    """How many activations stand behind each mean, as an HTML sentence; "" without means."""
+    """Return an HTML sentence on the number of activations per mean; "" without means."""
     if not isinstance(means, dict):
         return ""
     parts = ", ".join(f"{esc(key)}: {count(int(n))}" for key, n in means["behind"].items())
@@ -106,7 +106,7 @@ def behind_means(means: Any) -> str:
 
 
 def prompts(ds: xr.Dataset, metric: str, view: View) -> str:
-    """The prompts of `view` with differing tokens marked, and both unpatched metrics."""
+    """Return HTML of the prompts of `view`, differing tokens marked, and the unpatched metrics."""
     pairs = [int(p) for p in ds["pair"].values]
     shown = pairs[:N_SHOWN] if view.pair is None else [view.pair]
     blocks = [_prompt(ds, pair) for pair in shown]
@@ -127,7 +127,7 @@ def prompts(ds: xr.Dataset, metric: str, view: View) -> str:
 
 
 def banner(ds: xr.Dataset, names: tuple[str, ...]) -> str:
-    """What share of the cells is missing; empty when all have run."""
+    """Return a notice with the share of cells that have not run; "" if all have."""
     parts = {site: summary.missing(ds, site) for site in names}
     absent = sum(a for a, _ in parts.values())
     total = sum(n for _, n in parts.values())
@@ -147,13 +147,13 @@ def banner(ds: xr.Dataset, names: tuple[str, ...]) -> str:
 
 
 def words() -> str:
-    """The legend of words, as an HTML definition list."""
+    """Return the legend of terms as an HTML definition list."""
     items = "".join(f"<div><dt>{esc(k)}</dt><dd>{esc(v)}</dd></div>" for k, v in _WORDS.items())
     return f'<dl class="words">{items}</dl>'
 
 
 def _prompt(ds: xr.Dataset, pair: int) -> str:
-    """Both prompts of one pair, source above base."""
+    """Return HTML of both prompts of one pair, source above base."""
     if not {"base_token", "source_token"} <= set(ds.variables):
         return ""
     base, source = (
@@ -198,7 +198,7 @@ def _marked(tokens: list[str], others: list[str], positions: list[int] | list[st
 
 
 def _ends(ds: xr.Dataset, metric: str, view: View) -> str:
-    """Both unpatched metrics, and a warning where they hardly differ."""
+    """Return HTML of both unpatched metrics, with a warning if the gap is small."""
     base, source = (ds[n].sel(metric=metric) for n in ("base_metric", "source_metric"))
     flags = summary.small_gaps(ds).sel(metric=metric)
     if view.pair is not None:
@@ -221,7 +221,7 @@ def _ends(ds: xr.Dataset, metric: str, view: View) -> str:
 
 
 def facts(ds: xr.Dataset, planned: dict[str, float], seconds: float) -> str:
-    """The run in a line of figures."""
+    """Return the run's model, patches, cost and time as an HTML list."""
     shown = [("model", esc(_model(ds)))]
     if planned.get("n_patches"):
         live = f"{count(planned['n_patches'])} <small>{count(planned['n_live'])} live</small>"
@@ -261,7 +261,7 @@ def _intervention(ds: xr.Dataset) -> str:
 
 
 def _model(ds: xr.Dataset) -> str:
-    """The last part of its name: the rest is a folder or an owner, and in the provenance."""
+    """Return the last part of the model's name; provenance has its folder or owner too."""
     known = attributes(ds).get("provenance")
     name = str(known.get("model", "")) if isinstance(known, dict) else ""
     return name.rstrip("/").rsplit("/", 1)[-1] or "the model"

@@ -1,6 +1,6 @@
-"""The frame of every page: one HTML text with its style, scripts and data inside, fetching nothing.
+"""The frame of every page: one HTML text that holds its style, scripts and data.
 
-A page of a new kind of result is a module `report/<kind>.py` with `build(ds) -> str`:
+The page of a new kind of result is a module `report/<kind>.py` with `build(ds) -> str`:
 
     from patchsweep.report.figure import figure, figure_scripts
     from patchsweep.report.html import esc, token_html
@@ -15,12 +15,12 @@ A page of a new kind of result is a module `report/<kind>.py` with `build(ds) ->
         ]
         return page("Lens of a model", parts, scripts=figure_scripts())
 
-Plain plotly figures need no JavaScript of their own. A page that does keeps it in a file beside
-this one, gives `scripts=[*figure_scripts(), resource("lens.js")]` and `data=...`, and reads the
-data with `JSON.parse(document.getElementById("report-data").textContent)`. Its policy lets those
-very scripts run and nothing else: no inline handlers, no addresses. Text from a store is escaped
-with `html.esc` or `html.token_html`, and in plotly's labels with `figure.plain`. Small pictures
-are SVG or tables in the sections. Rules of style for a kind go to `style.css`, or into `style`.
+Plotly figures need no other JavaScript. A page that needs some keeps it in a file of this folder,
+passes `scripts=[*figure_scripts(), resource("lens.js")]` and `data=...`, and reads the data with
+`JSON.parse(document.getElementById("report-data").textContent)`. The page's policy runs only
+those scripts: no inline handlers, no URLs. Escape text from a store with `html.esc` or
+`html.token_html`, and in plotly's labels with `figure.plain`. Small pictures are SVG or tables in
+the sections. Style rules of a kind go to `style.css` or the argument `style`.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ def page(
     templates: str = "",
     style: str = "",
 ) -> str:
-    """A whole page as HTML that needs nothing from outside itself.
+    """Return a page as self-contained HTML.
 
     Args:
         title: plain text; escaped here.
-        sections: HTML, one after the other inside <main>; empty ones are left out.
-        data: what the scripts read, as JSON in the element `report-data`.
-        scripts: JavaScript texts, run in this order after everything else is there.
-        templates: HTML of <template> elements that the scripts take from.
-        style: rules that follow the shared style.
+        sections: HTML, in order inside <main>; empty ones are left out.
+        data: input of the scripts, as JSON in the element `report-data`.
+        scripts: JavaScript texts, run in this order after the rest of the page.
+        templates: HTML of <template> elements for the scripts.
+        style: CSS rules after the shared style.
     """
     embedded = (
         ""
@@ -72,22 +72,22 @@ def page(
 
 
 def section(name: str, heading: str, html: str) -> str:
-    """A part of a page; `name` is its id, `heading` and `html` are HTML. "" if `html` is empty."""
+    """Return a section with id `name`; `heading` and `html` are HTML. "" if `html` is empty."""
     return f'<section id="{name}"><h2>{heading}</h2>{html}</section>' if html else ""
 
 
 def resource(name: str) -> str:
-    """The text of a file of this package, such as `lens.js`."""
+    """Return the text of a file of this package, such as `lens.js`."""
     return resources.files("patchsweep.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _policy(scripts: Sequence[str]) -> str:
-    """A policy under which only these inline scripts run and nothing is fetched."""
+    """Return a content security policy that runs only these inline scripts and fetches nothing."""
     hashes = " ".join(
         f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'"
         for s in scripts
     )
-    # plotly writes its own style element, and draws maps as images in data: addresses
+    # plotly adds a style element and draws maps as images with data: URLs
     return (
         f"default-src 'none'; script-src {hashes or chr(39) + 'none' + chr(39)}; "
         "style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"

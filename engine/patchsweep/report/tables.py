@@ -1,4 +1,4 @@
-"""The report's tables: the largest effects, what the run cost, where its numbers come from."""
+"""The report's tables: largest effects, noise, bf16 error, cost and provenance."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ _PLAN = ("n_patches", "n_live", "n_dead", "token_layers", "loop_token_layers")
 
 @dataclass(frozen=True)
 class Journal:
-    """What a run's journal says about time."""
+    """Times from a run's journal."""
 
-    seconds: Mapping[str, float] = field(default_factory=dict)  # per site; "" where none is named
+    seconds: Mapping[str, float] = field(default_factory=dict)  # per site
 
     @property
     def total(self) -> float:
-        """Seconds of all units together, over all processes."""
+        """Seconds of all units, summed over processes."""
         return sum(self.seconds.values())
 
 
 def read_journal(store: str) -> Journal:
-    """What the journal beside a store says; an empty one when there is none."""
+    """Return the times in the journal beside a store; empty if there is none."""
     seconds: dict[str, float] = {}
     for event in journal.read_journal(store):
         if event["event"] == journal.UNIT:
@@ -46,18 +46,18 @@ def read_journal(store: str) -> Journal:
 
 
 def largest_table(ds: xr.Dataset, names: tuple[str, ...], metric: str, view: View) -> str:
-    """The largest effects of each site of `names`, grouped, as an HTML table."""
+    """Return an HTML table of the largest effects, grouped by site of `names`."""
     n_pairs = ds.sizes["pair"]
     spread = view.pair is None and n_pairs > 1
     groups = []
     heads = positions = noisy = False
     for site in names:
-        found = summary.largest(ds, site, metric, N_LARGEST, pair=view.pair)
-        heads |= any(e.head is not None for e in found)
-        positions |= any(e.pos is not None for e in found)
-        noisy |= any(e.noise is not None for e in found)
-        groups.append((site, found, _spread(ds, site, metric, found) if spread else []))
-    if not any(found for _, found, _ in groups):
+        effects = summary.largest(ds, site, metric, N_LARGEST, pair=view.pair)
+        heads |= any(e.head is not None for e in effects)
+        positions |= any(e.pos is not None for e in effects)
+        noisy |= any(e.noise is not None for e in effects)
+        groups.append((site, effects, _spread(ds, site, metric, effects) if spread else []))
+    if not any(effects for _, effects, _ in groups):
         below = any(site + NOISE in ds for site in names) * " by more than the noise floor"
         return f'<p class="empty">No patch that has run changes this metric{below}.</p>'
     columns = [("site", ""), ("layer", "n")]
@@ -69,11 +69,13 @@ def largest_table(ds: xr.Dataset, names: tuple[str, ...], metric: str, view: Vie
     columns += [("95 % interval", "n"), ("p", "n"), ("pairs", "n")] if spread else []
     top = "".join(f'<th scope="col" class="{kind}">{name}</th>' for name, kind in columns)
     bodies = []
-    for site, found, extra in groups:
+    for site, effects, extra in groups:
         rows = []
-        for index, e in enumerate(found):
+        for index, e in enumerate(effects):
             first = (
-                f'<th scope="rowgroup" rowspan="{len(found)}">{esc(site)}</th>' if not index else ""
+                f'<th scope="rowgroup" rowspan="{len(effects)}">{esc(site)}</th>'
+                if not index
+                else ""
             )
             cells = [_cell(e.layer)]
             if positions:
@@ -101,7 +103,7 @@ def largest_table(ds: xr.Dataset, names: tuple[str, ...], metric: str, view: Vie
 
 
 def cost_table(ds: xr.Dataset, journal: Journal) -> str:
-    """Patches and token-layers per site, beside what a loop of full forwards needs."""
+    """Return an HTML table of patches and token-layers per site, and those of a hook loop."""
     plan = attributes(ds).get("plan")
     if not isinstance(plan, Mapping) or not plan:
         return '<p class="empty">The store does not say what the run planned.</p>'
@@ -124,7 +126,7 @@ def cost_table(ds: xr.Dataset, journal: Journal) -> str:
 
 
 def bf16_table(ds: xr.Dataset) -> str:
-    """The error that a bf16 sweep measured of itself; empty for other sweeps."""
+    """Return an HTML table of a bf16 sweep's measured error; "" for other sweeps."""
     rows = [
         f'<tr><th scope="row">{esc(e.site)}</th><td class="n">{e.n_again}</td>'
         f'<td class="n">{e.median:.1e}</td><td class="n">{e.quantile_99:.1e}</td>'
@@ -145,7 +147,7 @@ def bf16_table(ds: xr.Dataset) -> str:
 
 
 def noise_table(ds: xr.Dataset) -> str:
-    """The noise floor of each site and metric; empty for runs in fp32."""
+    """Return an HTML table of the noise floor per site and metric; "" for runs in fp32."""
     rows = [
         f'<tr><th scope="row">{esc(n.site)}</th><td>{esc(n.metric)}</td>'
         f'<td class="n">{number(n.floor)}</td><td class="n">{count(n.n_above)}</td>'
@@ -168,7 +170,7 @@ def noise_table(ds: xr.Dataset) -> str:
 
 
 def totals(ds: xr.Dataset) -> dict[str, float]:
-    """Sums of the plan over sites; empty when the store has no plan."""
+    """Return the plan's counts summed over sites; empty if the store has no plan."""
     plan = attributes(ds).get("plan")
     if not isinstance(plan, Mapping):
         return {}
@@ -176,7 +178,7 @@ def totals(ds: xr.Dataset) -> dict[str, float]:
 
 
 def provenance_table(ds: xr.Dataset) -> str:
-    """What the run was made of; nested parts as indented JSON behind a fold."""
+    """Return an HTML table of the run's provenance; nested parts are JSON behind a fold."""
     known = attributes(ds).get("provenance")
     parts: dict[str, object] = {"patchsweep": ds.attrs.get("patchsweep_version", "unknown")}
     parts |= known if isinstance(known, Mapping) else {}
@@ -200,7 +202,7 @@ def provenance_table(ds: xr.Dataset) -> str:
 def _spread(
     ds: xr.Dataset, site: str, metric: str, found: list[summary.Effect]
 ) -> list[tuple[float, float, float, int]]:
-    """(low, high, p, pairs in which it ran) of each effect, over pairs."""
+    """Return (low, high, p, number of pairs that ran) of each effect, over pairs."""
     if not found:
         return []
     effects = summary.effect(ds, site).sel(metric=metric)
@@ -238,7 +240,7 @@ def _cell(value: int | str | None) -> str:
 
 
 def _side(e: summary.Effect) -> str:
-    """The colour that the cell has in its map."""
+    """Return the class of the colour that the cell has in its map."""
     return "down" if (e.recovered if np.isfinite(e.recovered) else e.effect) < 0 else "up"
 
 

@@ -1,4 +1,4 @@
-"""What a reader can choose to look at: the mean over pairs, or one pair."""
+"""The views that a reader can select: the mean over pairs, or one pair."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ _FLOAT32 = 4
 
 @dataclass(frozen=True)
 class View:
-    """The mean over pairs, or one pair, with the tokens that label its positions."""
+    """The mean over pairs or one pair, with tokens as labels of its positions."""
 
     key: str  # unique in the page: "mean", or the pair's number
     pair: int | None  # pair coordinate; None for the mean over pairs
-    label: str  # how the selector calls it
-    n_pos: int  # positions of its prompt that the store has
+    label: str  # text in the selector
+    n_pos: int  # number of its prompt's positions in the store
     base_tokens: tuple[str, ...]  # visible text per position; "" where the pairs differ
     source_tokens: tuple[str, ...]  # likewise
-    differs: tuple[bool, ...]  # per position: base and source token differ, in any of its pairs
+    differs: tuple[bool, ...]  # per position: base and source token differ in any of its pairs
 
 
 def has_source(ds: xr.Dataset) -> bool:
-    """Whether the run has a second prompt that effects can be set beside."""
+    """Whether the run has a source prompt, so that recovered fractions exist."""
     resampled = ds.attrs.get("intervention", "resample") == "resample"
     return resampled or bool(ds["source_metric"].notnull().any())
 
 
 def choose_views(ds: xr.Dataset, names: tuple[str, ...]) -> tuple[View, ...]:
-    """The mean first when there are several pairs, then the pairs that fit into the page."""
+    """Return the mean (if there are several pairs), then the pairs that fit into the page."""
     pairs = [int(p) for p in ds["pair"].values]
     cells = sum(ds[name].size for name in names) // max(1, len(pairs))
     fit = int(MAX_BYTES // max(1.0, cells * _FLOAT32 * _BASE64))
