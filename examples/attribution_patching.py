@@ -12,9 +12,7 @@
 # %%
 import numpy as np
 import patchsweep as ps
-from patchsweep.analyses.circuits import screen_edges
 from patchsweep.attribution.patterns import pattern_scores
-from patchsweep.results.compare import compare
 from plots import heat_map, picture, scatter
 
 model = ps.load_model("smollm2-135m")
@@ -82,7 +80,7 @@ both = ps.sweep(
     positions=["S2", "end"],
     method=["exact", "atp", "atp_star", "ig_inputs"],
 )
-agreement = compare(both)
+agreement = ps.compare(both)
 print("site       Pearson: atp  atp_star  ig_inputs   largest miss of atp")
 for site in parts + inner:
     found = {m: agreement.of(site, m) for m in ("atp", "atp_star", "ig_inputs")}
@@ -200,7 +198,7 @@ assert "a20.h0" not in named
 # for the first pair, and the foremost hundred run exactly.
 
 # %%
-edges = screen_edges(model, pairs[:1], top=100)
+edges = ps.screen_edges(model, pairs[:1], top=100)
 verified = (edges["edge"] - edges.base_metric).values[0, 0]
 guessed = edges.edge_estimate.values[0, 0]
 ends = list(zip(edges.edge_sender.values, edges.edge_reader.values, strict=True))

@@ -10,7 +10,7 @@
 
 # %%
 import patchsweep as ps
-from patchsweep.analyses.logit_lens import Patch, lens, sublayers
+from patchsweep.analyses.logit_lens import Patch
 from plots import bars, lines, picture
 
 model = ps.load_model("smollm2-135m")
@@ -30,7 +30,7 @@ pairs = ps.PromptPairs.from_strings(
 # each.
 
 # %%
-decoded = lens(model, pairs).isel(run=0, pair=0, pos=-1)
+decoded = ps.lens(model, pairs).isel(run=0, pair=0, pos=-1)
 for layer, point in (
     (21, "resid_post"),
     (22, "resid_post"),
@@ -81,7 +81,7 @@ assert rank.sel(layer=29, point="resid_post") == 0
 # one sweep.
 
 # %%
-removed = sublayers(model, pairs)
+removed = ps.sublayers(model, pairs)
 change = (removed.without - removed.whole).sel(metric="log_prob")[0]
 named = {
     f"{'MLP' if str(kind) == 'mlp' else 'attention'} {layer}": change.sel(
@@ -156,7 +156,7 @@ patches = {
 }
 curves, finals = {}, {}
 for name, patch in patches.items():
-    seen = lens(model, pairs, which="corrupted", patch=patch).isel(run=-1, pair=0, pos=-1)
+    seen = ps.lens(model, pairs, which="corrupted", patch=patch).isel(run=-1, pair=0, pos=-1)
     after = seen.sel(point="resid_post")
     curves[name] = after.answer_log_prob - after.wrong_log_prob
     final = after.sel(layer=29)

@@ -9,7 +9,7 @@
 # %%
 import numpy as np
 import patchsweep as ps
-from patchsweep.analyses.heads import effects, study
+from patchsweep.analyses.heads import effects
 from plots import bars, heat_map, picture, scatter
 
 model = ps.load_model("smollm2-135m")
@@ -26,7 +26,7 @@ pairs = ps.PromptPairs.from_strings(
     answers=[(f" {other}", f" {subject}") for _, subject, other, _ in texts],
     labels=[{"IO": (io, io + 1), "S2": (10, 11), "end": (14, 15)} for *_, io in texts],
 )
-ds = study(model, pairs, ablations=["resample", "mean", "zero"], optimal=None)
+ds = ps.study(model, pairs, ablations=["resample", "mean", "zero"], optimal=None)
 clean, corrupted = ds.base_metric.mean().item(), ds.source_metric.mean().item()
 print(f"logit difference: {clean:.2f} on clean prompts, {corrupted:.2f} on corrupted ones")
 

@@ -248,7 +248,7 @@ IN_MEMORY: dict[str, tuple[Callable[..., xr.Dataset], dict[str, Any], dict[str, 
         {
             "which": ("corrupted", "direction is denoising"),
             "direction": ("denoising", "direction is denoising"),
-            "runner": ("hooked", "runner is hooked in this run and packed batch in"),
+            "runner": ("hooked", "runner is hooked in this run and packed in"),
             "max_tokens": (64, "max_tokens is 64 in this run and 4096 in"),
         },
     ),

@@ -105,7 +105,7 @@ SWEEP_CASES: dict[str, tuple[Any, str]] = {
     "neurons": ([3, 5], r"sites.mlp_post.neurons is 3,5 in this run and 3\.\.4 in the store"),
     "read": (-2, "read is -2 in this run and -1 in the store"),
     "method": (["exact", "atp"], "methods.atp is only in this run"),
-    "runner": ("hooked", "runner is hooked in this run and packed batch in the store"),
+    "runner": ("hooked", "runner is hooked in this run and packed in the store"),
     "max_tokens": (64, "max_tokens is 64 in this run and 4096 in the store"),
     "precision": ("bf16", "precision is bf16 in this run and model in the store"),
     "compute_dtype": ("model", "compute_dtype is bfloat16 in this run and float32 in the store"),

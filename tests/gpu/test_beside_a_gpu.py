@@ -10,7 +10,7 @@ import patchsweep as ps
 import patchsweep.transformer_lens as patching
 import pytest
 import torch
-from patchsweep import heads, lens, paths
+from patchsweep.analyses import heads
 from patchsweep.analyses.attention import attention
 from patchsweep.attribution.patterns import pattern_scores
 from patchsweep.sweeps.screen_settings import Screen
@@ -60,14 +60,14 @@ CALLS: dict[str, Callable[[TransformerBridge], Any]] = {
     "sweep-vocabulary": swept(metrics=["kl_base", "tv_source", "rank"]),
     **{f"sweep-{name}": swept(method=name, sites=["z", "mlp_out"]) for name in METHODS},
     "sweep-screen": swept(method=Screen(k=5), sites=["z"]),
-    "edges": lambda model: paths.edges(model, pairs(model)),
-    "exact-edges": lambda model: paths.exact_edges(model, pairs(model), ["m0->logits"]),
-    "screened-edges": lambda model: paths.screen_edges(model, pairs(model), top=4),
-    "circuit": lambda model: paths.circuit(model, pairs(model), sizes=[0.1]),
+    "edges": lambda model: ps.edges(model, pairs(model)),
+    "exact-edges": lambda model: ps.exact_edges(model, pairs(model), ["m0->logits"]),
+    "screened-edges": lambda model: ps.screen_edges(model, pairs(model), top=4),
+    "circuit": lambda model: ps.circuit(model, pairs(model), sizes=[0.1]),
     "pattern-scores": lambda model: pattern_scores(model, pairs(model)),
     "attention": lambda model: attention(model, pairs(model), top=2),
-    "lens": lambda model: lens.lens(model, pairs(model), remove=("mlp", 1)),
-    "sublayers": lambda model: lens.sublayers(model, pairs(model)),
+    "lens": lambda model: ps.lens(model, pairs(model), remove=("mlp", 1)),
+    "sublayers": lambda model: ps.sublayers(model, pairs(model)),
     "heads": lambda model: heads.study(
         model, pairs(model), optimal=heads.OptimalSettings(heads=1, steps=1)
     ),

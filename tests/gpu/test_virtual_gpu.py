@@ -19,7 +19,6 @@ import numpy as np
 import patchsweep as ps
 import pytest
 import torch
-from patchsweep import lens, paths
 from patchsweep.attribution.patterns import pattern_scores
 from patchsweep.runners.packed import runner as packed
 from patchsweep.store.attributes import attributes
@@ -124,10 +123,10 @@ SWEEPS: dict[str, tuple[Any, dict[str, Any]]] = {
 WITH_GRADIENTS: dict[str, Any] = {
     "attribution": sweep(PLAIN, method=["atp", "ig_inputs", "relp"], runner="auto"),
     "screen": sweep(["z"], method=Screen(k=5), runner="auto"),
-    "edges": lambda model, given: paths.screen_edges(model, given, top=6),
-    "circuit": lambda model, given: paths.circuit(model, given, sizes=[0.1]),
+    "edges": lambda model, given: ps.screen_edges(model, given, top=6),
+    "circuit": lambda model, given: ps.circuit(model, given, sizes=[0.1]),
     "pattern-scores": lambda model, given: pattern_scores(model, given).scores,
-    "lens": lambda model, given: lens.lens(model, given, remove=("mlp", 1)),
+    "lens": lambda model, given: ps.lens(model, given, remove=("mlp", 1)),
 }
 
 

@@ -126,3 +126,20 @@ def _json(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     return value
+
+
+def colour_of(value: float, limit: float) -> str:
+    """Return the colour of `value` on the scale from -limit to limit; grey for NaN."""
+    if not math.isfinite(value):
+        return "#e3e6e9"
+    # the square root keeps small effects visible beside a few large ones
+    scaled = math.copysign(math.sqrt(min(1.0, abs(value) / limit)), value)
+    at = (scaled + 1) / 2 * (len(RED_BLUE) - 1)
+    low = min(int(at), len(RED_BLUE) - 2)
+    ends = [_rgb(str(RED_BLUE[k][1])) for k in (low, low + 1)]
+    mixed = [round(a + (b - a) * (at - low)) for a, b in zip(*ends, strict=True)]
+    return "#" + "".join(f"{c:02x}" for c in mixed)
+
+
+def _rgb(colour: str) -> list[int]:
+    return [int(colour[k : k + 2], 16) for k in (1, 3, 5)]

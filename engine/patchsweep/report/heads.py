@@ -12,7 +12,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from patchsweep.report import question
-from patchsweep.report.figure import RED_BLUE, SERIES
+from patchsweep.report.figure import SERIES, colour_of
 from patchsweep.report.head_terms import ABLATIONS, CLASSES, RULES, class_name
 from patchsweep.report.html import count, esc, number, plural
 from patchsweep.report.shell import page, section
@@ -180,7 +180,7 @@ def _map(found: Heads, ablation: int) -> str:
             cells.append(
                 f'<rect x="{_LEFT + j * width + 0.5:.1f}" y="{y + 0.5:.1f}" '
                 f'width="{width - 1:.1f}" height="{_SIZE - 1}" '
-                f'fill="{_colour(value, found.limit)}"{edge}>'
+                f'fill="{colour_of(value, found.limit)}"{edge}>'
                 f"<title>{esc(_told(found, ablation, i, j))}</title></rect>"
             )
         if layer % 5 == 0 or n_layers < 10:
@@ -211,23 +211,6 @@ def _told(found: Heads, ablation: int, i: int, j: int) -> str:
         lines.append(f"at {found.pos[ablation, i, j]}")
     lines += [class_name(name) for name in found.classes.get((layer, head), [])]
     return "\n".join(lines)
-
-
-def _colour(value: float, limit: float) -> str:
-    """Return the colour of `value` on the scale from -limit to limit; grey for NaN."""
-    if not math.isfinite(value):
-        return "#e3e6e9"
-    # the square root keeps small effects visible beside a few large ones
-    scaled = math.copysign(math.sqrt(min(1.0, abs(value) / limit)), value)
-    at = (scaled + 1) / 2 * (len(RED_BLUE) - 1)
-    low = min(int(at), len(RED_BLUE) - 2)
-    ends = [_rgb(str(RED_BLUE[k][1])) for k in (low, low + 1)]
-    mixed = [round(a + (b - a) * (at - low)) for a, b in zip(*ends, strict=True)]
-    return "#" + "".join(f"{c:02x}" for c in mixed)
-
-
-def _rgb(colour: str) -> list[int]:
-    return [int(colour[k : k + 2], 16) for k in (1, 3, 5)]
 
 
 def _classes(ds: xr.Dataset, found: Heads) -> str:
