@@ -1,1 +1,1 @@
-"""Analyses on top of sweeps and attribution, one package each."""
+"""Analyses built on sweeps and attribution: attention, heads, logit lens and circuits."""

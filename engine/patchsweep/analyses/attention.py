@@ -1,10 +1,10 @@
-"""Attention of the heads that matter: their patterns in both runs, and what each cell does.
+"""Attention views: patterns of the top-k heads in both runs, and the attribution of each cell.
 
-Heads are ranked by their attention attribution: (source pattern - base pattern) * gradient, the
-first-order estimate of what each cell (head, query, key) of the source run's pattern would change
-in the base run's metric (see `attribution.patterns`). Patterns are kept of the foremost heads
-alone, with the sizes of the values they move: attention to a key whose value is small moves
-little, however much of it there is (Kobayashi et al., arXiv 2004.10102).
+Heads are ranked by attention attribution, (source pattern - base pattern) * gradient: the
+first-order effect on the base run's metric of taking a cell (head, query, key) from the source
+run's pattern (see `attribution.patterns`). Patterns are kept only for the top-k heads, together
+with the norms of their values: attention to a key with a small value has a small effect, whatever
+its probability (Kobayashi et al., arXiv 2004.10102).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from patchsweep.sweeps.layout import analysis_attrs
 
 KIND = "attention"
 RUNS = ("base", "source")
-# tokens of prompts that run together
+# most prompt tokens of one batch
 MAX_TOKENS = 1024
 Head = tuple[int, int]  # layer, head
 Floats = NDArray[np.float32]
@@ -59,36 +59,36 @@ def attention(
     predictions: int = 10,
     config: Mapping[str, Any] | None = None,
 ) -> xr.Dataset:
-    """Patterns and attention attribution of the foremost heads, and what both runs predict.
+    """Return patterns and attention attribution of the top-k heads, and both runs' predictions.
 
-    Of every head: `head_attribution` and `head_size` [metric, pair, layer, head], the sum over
-    the cells of its attribution and of its absolute value, in the metric's unit. Of the heads
-    `rank` (with their `rank_layer` and `rank_head`): `pattern` [run, pair, rank, dest, src],
-    probabilities; `value_norm` [run, pair, rank, src], the lengths of the values attended to;
-    `attribution` [metric, pair, rank, dest, src], signed; `exact` [metric, pair, rank], the
-    effect of replacing a head's whole pattern by the source run's, run and not estimated.
-    `top_token`, `top_prob`, `top_logit` [run, pair, top] are the most probable next tokens where
-    the metric is read, `answer_prob` and `wrong_prob` [run, pair] the probabilities of the two
-    answers; of answers of several tokens, both after the tokens that they share, and of the first
-    token that tells them apart. `base_metric` and `source_metric` [metric, pair] the metric
-    itself. NaN, and "", beyond the length of a pair.
+    For every head: `head_attribution` and `head_size` [metric, pair, layer, head], the sum over
+    cells of the attribution and of its absolute value, in the metric's unit. For the kept heads
+    `rank` (with coordinates `rank_layer` and `rank_head`): `pattern` [run, pair, rank, dest, src],
+    probabilities; `value_norm` [run, pair, rank, src], norms of the values attended to;
+    `attribution` [metric, pair, rank, dest, src], signed; `exact` [metric, pair, rank], the exact
+    effect of replacing a head's pattern by the source run's.
+    `top_token`, `top_prob`, `top_logit` [run, pair, top] are the most probable next tokens at the
+    position read; `answer_prob` and `wrong_prob` [run, pair] are the probabilities of the two
+    answers. For answers of several tokens, all of these refer to the first token that differs,
+    after the tokens that the answers share. `base_metric` and `source_metric` are [metric, pair].
+    Entries are NaN, or "", beyond the length of a pair.
 
-    A cell of positive attribution would raise the metric of the base run if its probability were
-    the source run's. Sums are first-order estimates of replacing the whole pattern of a head, and
-    may have the wrong sign: `exact` tells.
+    A cell has positive attribution if the source run's probability there would raise the base
+    run's metric. Sums are first-order estimates of replacing a head's pattern and may have the
+    wrong sign; compare them with `exact`.
 
     Args:
-        metrics: heads are ranked by the first one.
+        metrics: the first one ranks the heads.
         direction: `denoising` (default): the corrupted prompt is the base.
         read: prompt position whose logits are read; default the last.
-        heads: (layer, head) of those to keep, in this order. Default: the heads with the
-            largest mean over pairs of `head_size`, `top` of them if there are so many.
-        predictions: how many next tokens to keep.
-        config: what a command line was told, kept in the provenance.
+        heads: (layer, head) of the heads to keep, in this order. Default: the `top` heads with
+            the largest mean `head_size` over pairs.
+        predictions: number of next tokens to keep.
+        config: config of the command line, kept in the provenance.
 
     Raises:
         PatchsweepError: an argument breaks a rule, or the model has no gradient at its patterns;
-            nothing has run then.
+            raised before any forward pass.
     """
     request = make_request(
         model, pairs, SweepSpec("pattern", metrics, direction=direction, read=read)
@@ -96,10 +96,10 @@ def attention(
     check_request(request, [Atp()])
     _check(request, heads, top, predictions)
     attrs = _attrs(request, heads, top, predictions, config)
-    tape = GradientModel(model, [SITES["pattern"]], compute_dtype=request.compute_dtype)
-    views = _Views(request, tape, predictions)
+    gradients = GradientModel(model, [SITES["pattern"]], compute_dtype=request.compute_dtype)
+    views = _Views(request, gradients, predictions)
     if heads is None:
-        views.run(keep=())  # patterns of all heads at once would not fit for long prompts
+        views.run(keep=())  # ranks only: the patterns of all heads may not fit in memory
         heads = views.foremost(top)
     views.run(keep=heads)
     ds = views.dataset(heads).assign(exact=_exact(request, heads))
@@ -126,7 +126,7 @@ def describe(
     predictions: int = 10,
     config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Attributes by which a store knows what `attention` gives for these arguments; runs nothing.
+    """Return the attributes that identify `attention`'s results in a store; runs nothing.
 
     Raises:
         PatchsweepError: an argument breaks a rule.
@@ -158,32 +158,32 @@ def _attrs(
 
 @dataclass(frozen=True)
 class RankedHead:
-    """A head of the ranking, in numbers and words; what one cell does is of one pair."""
+    """A ranked head: its means over pairs, and its largest cell in one pair."""
 
     layer: int
     head: int
     attribution: float  # mean over pairs of the sum over cells, signed
-    exact: float  # mean over pairs of the effect of the whole pattern, run
+    exact: float  # mean over pairs of the exact effect of the whole pattern
     size: float  # mean over pairs of the sum over cells of the absolute values
-    dest: int  # its largest cell: the query's position
-    src: int  # and the key's
-    cell: float  # that cell's attribution
-    base: float  # that cell's probability in the base run
-    source: float  # and in the source run
+    dest: int  # query position of the largest cell
+    src: int  # key position of the largest cell
+    cell: float  # attribution of that cell
+    base: float  # probability of that cell in the base run
+    source: float  # probability of that cell in the source run
 
 
 def ranked_heads(ds: xr.Dataset, metric: str | None = None, pair: int = 0) -> list[RankedHead]:
-    """The heads whose patterns `attention` kept, in their order; cells are those of `pair`."""
+    """Return the heads whose patterns `attention` kept, in order, with their cells of `pair`."""
     name = str(ds["metric"].values[0]) if metric is None else metric
     totals = ds[["head_attribution", "head_size"]].sel(metric=name).mean("pair")
-    found = []
+    ranked = []
     for rank in range(ds.sizes["rank"]):
         layer, head = int(ds["rank_layer"][rank]), int(ds["rank_head"][rank])
         cells = ds["attribution"].sel(metric=name).isel(pair=pair, rank=rank)
         values = cells.transpose("dest", "src").values
         dest, src = np.unravel_index(np.nan_to_num(np.abs(values)).argmax(), values.shape)
         pattern = ds["pattern"].isel(pair=pair, rank=rank, dest=dest, src=src)
-        found.append(
+        ranked.append(
             RankedHead(
                 layer=layer,
                 head=head,
@@ -197,7 +197,7 @@ def ranked_heads(ds: xr.Dataset, metric: str | None = None, pair: int = 0) -> li
                 source=float(pattern.sel(run="source")),
             )
         )
-    return found
+    return ranked
 
 
 def _check(request: Request, heads: Sequence[Head] | None, top: int, predictions: int) -> None:
@@ -220,7 +220,7 @@ def _check(request: Request, heads: Sequence[Head] | None, top: int, predictions
 
 
 def _exact(request: Request, heads: Sequence[Head]) -> xr.DataArray:
-    """Effects [metric, pair, rank] of patching the heads' whole patterns."""
+    """Return the exact effects [metric, pair, rank] of patching the heads' whole patterns."""
     layers, units = (sorted({head[i] for head in heads}) for i in (0, 1))
     ds = sweep(
         request.bridge,
@@ -241,21 +241,24 @@ def _exact(request: Request, heads: Sequence[Head]) -> xr.DataArray:
 
 
 class _Views:
-    """The arrays, filled batch by batch."""
+    """The arrays of the result, filled batch by batch."""
 
     def __init__(self, request: Request, tape: GradientModel, predictions: int) -> None:
         self.request, self.tape, self.k = request, tape, predictions
         shape, n_metrics, n_pairs = request.shape, len(request.metrics), len(request.pairs)
         self.length = int(request.plans[0].full_lengths.max())
-        every = (n_metrics, n_pairs, shape.n_layers, shape.n_heads)
-        self.signed, self.size = np.zeros(every, np.float32), np.zeros(every, np.float32)
+        shape_of_heads = (n_metrics, n_pairs, shape.n_layers, shape.n_heads)
+        self.signed, self.size = (
+            np.zeros(shape_of_heads, np.float32),
+            np.zeros(shape_of_heads, np.float32),
+        )
         self.ids = np.zeros((2, n_pairs, predictions), np.int64)
         self.prob, self.logit = np.zeros((2, 2, n_pairs, predictions), np.float32)
         self.answers = np.zeros((2, 2, n_pairs), np.float32)  # answer, wrong answer
         self.references = np.zeros((2, n_metrics, n_pairs), np.float32)
 
     def run(self, keep: Sequence[Head]) -> None:
-        """Fill everything, with the patterns of the heads `keep`."""
+        """Fill all arrays, with the patterns of the heads `keep`."""
         n_metrics, n_pairs, n = *self.signed.shape[:2], self.length
         self.keep: dict[int, list[tuple[int, int]]] = {}  # layer -> (rank, head)
         for rank, (layer, head) in enumerate(keep):
@@ -268,7 +271,7 @@ class _Views:
                 self._batch(batch)
 
     def foremost(self, top: int) -> list[Head]:
-        """The heads with the largest mean size by the first metric."""
+        """Return the `top` heads with the largest mean size by the first metric."""
         size = self.size[0].mean(axis=0)
         order = np.argsort(-size, axis=None, kind="stable")[:top]
         return [(int(i) // size.shape[1], int(i) % size.shape[1]) for i in order]
@@ -311,36 +314,36 @@ class _Views:
             self._predict(run, batch, logits[row, batch.differ].float())
 
     def _predict(self, run: int, batch: Batch, logits: Tensor) -> None:
-        """Keep the most probable tokens of `logits` [pair, d_vocab]."""
+        """Store the most probable tokens of `logits` [pair, d_vocab], and the answers'."""
         rows = list(batch.pairs)
         prob = logits.softmax(dim=-1)
         best, ids = logits.topk(self.k, dim=-1)
         self.ids[run, rows] = ids.cpu().numpy()
         self.logit[run, rows] = best.cpu().numpy()
         self.prob[run, rows] = prob.gather(1, ids).cpu().numpy()
-        for which, answer in enumerate((batch.answer, batch.wrong)):
-            own = prob.gather(1, answer.gather(1, batch.differ.unsqueeze(1)))
-            self.answers[which, run, rows] = own[:, 0].cpu().numpy()
+        for index, answer in enumerate((batch.answer, batch.wrong)):
+            answer_prob = prob.gather(1, answer.gather(1, batch.differ.unsqueeze(1)))
+            self.answers[index, run, rows] = answer_prob[:, 0].cpu().numpy()
 
     def dataset(self, heads: Sequence[Head]) -> xr.Dataset:
-        """All arrays with their names."""
+        """Return the Dataset of all arrays."""
         request = self.request
         model, pairs = request.bridge, request.pairs
-        ids, where = np.unique(self.ids, return_inverse=True)
+        ids, inverse = np.unique(self.ids, return_inverse=True)
         names = np.array(token_strings(model, tuple(ids.tolist())), dtype=object)
-        every = ("metric", "pair", "layer", "head")
+        head_dims = ("metric", "pair", "layer", "head")
         tokens = np.full((2, len(pairs), self.length), "", dtype=object)
         for row, pair in enumerate(pairs):
             for run, members in enumerate(base_and_source(pair, request.direction)):
                 tokens[run, row, : len(members)] = token_strings(model, tuple(members))
         return xr.Dataset(
             {
-                "head_attribution": (every, self.signed),
-                "head_size": (every, self.size),
+                "head_attribution": (head_dims, self.signed),
+                "head_size": (head_dims, self.size),
                 "pattern": (("run", "pair", "rank", "dest", "src"), self.pattern),
                 "value_norm": (("run", "pair", "rank", "src"), self.norm),
                 "attribution": (("metric", "pair", "rank", "dest", "src"), self.cells),
-                "top_token": (("run", "pair", "top"), names[where.reshape(self.ids.shape)]),
+                "top_token": (("run", "pair", "top"), names[inverse.reshape(self.ids.shape)]),
                 "top_prob": (("run", "pair", "top"), self.prob),
                 "top_logit": (("run", "pair", "top"), self.logit),
                 "answer_prob": (("run", "pair"), self.answers[0]),
@@ -365,11 +368,11 @@ class _Views:
 
 
 def _parts(request: Request) -> Iterator[Batch]:
-    """All pairs, in batches of one length that are not too large."""
-    for whole in request.batches(range(len(request.pairs))):
-        size = max(1, MAX_TOKENS // whole.length)
-        for start in range(0, len(whole.pairs), size):
-            yield request.batches(whole.pairs[start : start + size])[0]
+    """Yield all pairs in batches of one length with at most `MAX_TOKENS` tokens."""
+    for full_batch in request.batches(range(len(request.pairs))):
+        size = max(1, MAX_TOKENS // full_batch.length)
+        for start in range(0, len(full_batch.pairs), size):
+            yield request.batches(full_batch.pairs[start : start + size])[0]
 
 
 def _texts(values: Sequence[str]) -> NDArray[Any]:

@@ -1,4 +1,4 @@
-"""Heads: each ablated in every way side by side, classed by what it does, the ways compared."""
+"""Study of heads: ablates each head in several ways, classes heads and compares the ablations."""
 
 from patchsweep.analyses.heads.classes import Thresholds
 from patchsweep.analyses.heads.findings import disagreement, effects

@@ -1,7 +1,7 @@
-"""Each head's z ablated in every way asked, side by side: one sweep for each ablation.
+"""Ablates each head's z in several ways, with one sweep per ablation.
 
-The base is the clean run. A constant ablation puts one vector in place of a head's z, the same at
-every position of every prompt: zero, the mean, or the one that changes predictions least.
+The base is the clean run. A constant ablation replaces a head's z by one vector, the same at
+every position of every prompt: zero, the mean, or the constant that changes predictions least.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from patchsweep.sweeps.api import prepare_runner, sweep
 from patchsweep.sweeps.exact import Captures
 from patchsweep.sweeps.executor import Progress, Values
 
-REFERENCE = "resample"  # what the others are compared with
+REFERENCE = "resample"  # the ablation with which the others are compared
 OPTIMAL = "optimal"
 ABLATIONS = (REFERENCE, "mean", "zero", OPTIMAL)
-# ablation -> what takes the place of z
+# ablation -> the value that replaces z
 MEANING = {
     "resample": "z of the corrupted prompt at the same position",
     "mean": "the head's mean z over every position of every clean prompt",
@@ -50,12 +50,12 @@ _WAYS: dict[str, Callable[[], Intervention]] = {
     "zero": Zero,
 }
 LOSS = "kl_base"  # the metric that optimal ablation minimises
-PAIRS_AT_ONCE = 16  # captured together when chosen cells are run
+PAIRS_AT_ONCE = 16  # pairs captured together when constants run
 
 
 @dataclass(frozen=True)
 class Ask:
-    """What is ablated, and how it is measured; checked."""
+    """The checked arguments of a study: model, pairs, ablations, metrics and runner."""
 
     model: TransformerBridge
     pairs: PromptPairs
@@ -66,11 +66,11 @@ class Ask:
     runner: RunnerName
     max_tokens: int | None
     optimal: OptimalSettings | None
-    reference: PromptPairs | None  # whose clean prompts means are taken over; None: `pairs`
+    reference: PromptPairs | None  # pairs over whose clean prompts means are taken; None: `pairs`
 
     @property
     def measured(self) -> tuple[Metric, ...]:
-        """The metrics, and the loss where constants are trained on it."""
+        """The metrics, with the loss if constants are trained on it."""
         if OPTIMAL not in self.ablations or any(m.name == LOSS for m in self.metrics):
             return self.metrics
         return (*self.metrics, METRICS[LOSS])
@@ -79,10 +79,11 @@ class Ask:
 def check_ablations(
     ablations: Sequence[str], positions: Positions, optimal: OptimalSettings | None
 ) -> tuple[str, ...]:
-    """The ablations, without `optimal` where there are no settings for it.
+    """Return the ablations, without `optimal` if it has no settings.
 
     Raises:
-        ConfigError: a name is unknown, named twice, or resample is not among them.
+        ConfigError: a name is unknown or repeated, resample is missing, or `optimal` is combined
+            with single positions.
     """
     names = tuple(ablations)
     if isinstance(ablations, str) or REFERENCE not in names:
@@ -106,10 +107,10 @@ def check_ablations(
 
 
 def prepare(ask: Ask) -> Trainer | None:
-    """What trains constants, if they are asked for; all that can be checked is checked here.
+    """Check all arguments before any run; return the trainer of constants, or None.
 
     Raises:
-        PatchsweepError: an argument breaks a rule, or the model takes no gradients.
+        PatchsweepError: an argument breaks a rule, or no gradient passes through the model.
     """
     _request(ask, Resample())
     if "mean_label" in ask.ablations and not any(pair.labels for pair in ask.pairs):
@@ -128,19 +129,19 @@ def ablate(
     progress: Progress | None,
     tell: Callable[[str], None],
 ) -> xr.Dataset:
-    """`ablated` [ablation, metric, pair, layer(, pos), head]: the raw metric of every ablated run.
+    """Return `ablated` [ablation, metric, pair, layer(, pos), head], the metric of ablated runs.
 
-    `base_metric` and `source_metric` [metric, pair] are the clean and the corrupted run. With
-    `optimal` there are `optimal_constant` [layer, head, d_head] and `optimal_loss`
-    [training, layer, head], nats over the training prompts, `start` being the mean's; NaN for
-    heads that were not chosen.
+    `base_metric` and `source_metric` [metric, pair] are those of the clean and the corrupted run.
+    With `optimal` there are `optimal_constant` [layer, head, d_head] and `optimal_loss`
+    [training, layer, head], in nats over the training prompts; its `start` is the loss of the
+    mean. Both are NaN for heads without a trained constant.
     """
-    swept = {}
+    by_ablation = {}
     for name, intervention in interventions(ask).items():
         tell(f"{name} ablation of every head")
-        swept[name] = _sweep(ask, intervention, progress)
-    first = swept[REFERENCE]
-    found = {name: ds["z"].values for name, ds in swept.items()}
+        by_ablation[name] = _sweep(ask, intervention, progress)
+    first = by_ablation[REFERENCE]
+    values_of = {name: ds["z"].values for name, ds in by_ablation.items()}
     extra: dict[str, Any] = {}
     if trainer is not None:
         assert ask.optimal is not None
@@ -148,10 +149,10 @@ def ablate(
         tell(f"training the constants of {len(heads)} heads")
         trainer.run()
         constants = trainer.train(heads, ask.optimal)
-        found[OPTIMAL] = _run_constants(ask, constants)
+        values_of[OPTIMAL] = _run_constants(ask, constants)
         extra = _constants(ask, constants)
     dims = first["z"].dims  # the same in every sweep
-    values = np.stack([found[name] for name in ask.ablations])
+    values = np.stack([values_of[name] for name in ask.ablations])
     ds = first.drop_vars("z").assign(ablated=(("ablation", *dims), values), **extra)
     ds = ds.assign_coords(ablation=np.array(ask.ablations, dtype=object))
     if extra:
@@ -161,11 +162,13 @@ def ablate(
         {
             "runner": used["runner"],
             "runner_reason": used["runner_reason"],
-            "plan": {name: attributes(one)["plan"]["z"] for name, one in swept.items()},
+            "plan": {name: attributes(one)["plan"]["z"] for name, one in by_ablation.items()},
             "means": {
-                name: told["means"]
-                for name, told in ((name, attributes(one)) for name, one in swept.items())
-                if "means" in told
+                name: run_attrs["means"]
+                for name, run_attrs in (
+                    (name, attributes(one)) for name, one in by_ablation.items()
+                )
+                if "means" in run_attrs
             },
         }
     )
@@ -173,7 +176,7 @@ def ablate(
 
 
 def foremost(ds: xr.Dataset, n: int) -> list[Head]:
-    """The `n` heads whose sweep in `ds` has the largest mean |effect| on the first metric."""
+    """Return the `n` heads with the largest mean |effect| in `ds` on the first metric, in order."""
     effect = (ds["z"] - ds["base_metric"]).isel(metric=0).transpose("pair", "layer", "head")
     strength = np.abs(effect.values).mean(axis=0)
     order = np.argsort(-strength, axis=None, kind="stable")[:n]  # ties go to the earlier head
@@ -181,10 +184,10 @@ def foremost(ds: xr.Dataset, n: int) -> list[Head]:
 
 
 def interventions(ask: Ask) -> dict[str, Intervention]:
-    """What each ablation but `optimal` puts in place of z.
+    """Return the intervention of each ablation other than `optimal`.
 
     Raises:
-        ConfigError: there are prompts for means, and none of the ablations is a mean.
+        ConfigError: there are prompts for means, but no ablation is a mean.
     """
     ways: dict[str, Callable[[], Intervention]] = {
         "resample": Resample,
@@ -192,16 +195,16 @@ def interventions(ask: Ask) -> dict[str, Intervention]:
         "mean_label": partial(Mean, per="label"),
         "zero": Zero,
     }
-    found = {name: ways[name]() for name in ask.ablations if name != OPTIMAL}
-    means = [name for name, one in found.items() if isinstance(one, Mean)]
+    by_name = {name: ways[name]() for name in ask.ablations if name != OPTIMAL}
+    means = [name for name, one in by_name.items() if isinstance(one, Mean)]
     if ask.reference is not None and not means:
         raise ConfigError(
             f"means_from is for the ablations mean and mean_label, got ablations="
             f"{list(ask.ablations)}; leave means_from out"
         )
     for name in means:
-        found[name] = with_reference(found[name], ask.reference, ask.model)
-    return found
+        by_name[name] = with_reference(by_name[name], ask.reference, ask.model)
+    return by_name
 
 
 def _sweep(ask: Ask, intervention: Intervention, progress: Progress | None) -> xr.Dataset:
@@ -236,14 +239,14 @@ def _request(ask: Ask, intervention: Intervention) -> Request:
 
 
 def _run_constants(ask: Ask, constants: Constants) -> Values:
-    """[metric, pair, layer, head] the metrics with each constant in place, NaN for other heads."""
+    """Return the metrics [metric, pair, layer, head] with each constant; NaN for other heads."""
     model = ask.model
     n_layers, n_heads = int(model.cfg.n_layers), int(model.cfg.n_heads)
     d_head = constants.values.shape[1]
     table = torch.zeros(n_layers, n_heads, d_head, device=constants.values.device)
-    chosen = np.zeros((n_layers, n_heads), bool)
+    has_constant = np.zeros((n_layers, n_heads), bool)
     for (layer, head), value in zip(constants.heads, constants.values, strict=True):
-        table[layer, head], chosen[layer, head] = value, True
+        table[layer, head], has_constant[layer, head] = value, True
 
     def put_in(site: Site, layer: int, base: Tensor, source: Tensor) -> Tensor:
         return table[layer].flatten().to(base).expand_as(base)
@@ -255,16 +258,16 @@ def _run_constants(ask: Ask, constants: Constants) -> Values:
     values = np.full((len(request.metrics), len(ask.pairs), n_layers, n_heads), np.nan, np.float32)
     for start in range(0, len(ask.pairs), PAIRS_AT_ONCE):
         for captured in captures.of(range(start, min(start + PAIRS_AT_ONCE, len(ask.pairs)))):
-            mine = plan.patches(captured.batch.pairs)
-            mine = mine[chosen[plan.layer_set[mine], plan.unit_set[mine]]]
-            run = runner.run(captured.loaded, plan, mine, request.metrics).numpy()
-            run = check_cells(run, plan, mine, request.metrics)
-            values[:, plan.pair[mine], plan.layer_set[mine], plan.unit_set[mine]] = run
+            patches = plan.patches(captured.batch.pairs)
+            patches = patches[has_constant[plan.layer_set[patches], plan.unit_set[patches]]]
+            metrics = runner.run(captured.loaded, plan, patches, request.metrics).numpy()
+            metrics = check_cells(metrics, plan, patches, request.metrics)
+            values[:, plan.pair[patches], plan.layer_set[patches], plan.unit_set[patches]] = metrics
     return values
 
 
 def _constants(ask: Ask, constants: Constants) -> dict[str, Any]:
-    """Variables that say what was trained."""
+    """Return the variables with trained constants and their losses."""
     shape = (int(ask.model.cfg.n_layers), int(ask.model.cfg.n_heads))
     values = np.full((*shape, constants.values.shape[1]), np.nan, np.float32)
     loss = np.full((2, *shape), np.nan, np.float32)

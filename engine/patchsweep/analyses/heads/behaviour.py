@@ -1,9 +1,9 @@
-"""What heads do on a task with names: where the last token looks, and what heads write from there.
+"""Behaviour of heads on a task with names: attention from the last token, and effects of paths.
 
-Measured on pairs with the labels IO, S2 and end, as the task `ioi` has them, by the difference of
-two logits: clean answer minus corrupted answer. All paths are patched with the corrupted prompt's
-values into the clean run (path patching, Wang et al. 2022, arXiv:2211.00593), so that what a head
-does in both prompts alike does not count. An effect is clean minus patched: what the path gives.
+Pairs need the labels IO, S2 and end, as in the task `ioi`. The metric is the logit of the clean
+answer minus that of the corrupted answer. Path patching (Wang et al. 2022, arXiv:2211.00593) puts
+the corrupted prompt's values into paths of the clean run, so that behaviour common to both prompts
+does not count. An effect is clean minus patched: the contribution of the path.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ from patchsweep.spec.metrics import METRICS
 from patchsweep.spec.sites import SITES
 
 LABELS = ("IO", "S2", "end")
-PLACES = ("IO", "S2")  # where `end` may look
+PLACES = ("IO", "S2")  # labels whose attention from `end` is measured
 METRIC = "logit_diff"
 PAIRS_AT_ONCE = 16
 Values = NDArray[np.float32]
 
 
 def has_labels(pairs: PromptPairs) -> bool:
-    """Whether every pair says where its names and its end are."""
+    """Whether every pair has the labels `LABELS`."""
     return all(label in pair.labels for pair in pairs for label in LABELS)
 
 
 class Behaviour:
-    """Measurements on one task.
+    """Measures heads on one task.
 
     Raises:
-        MethodError: the model's blocks cannot be taken apart at the residual stream.
+        MethodError: the model's blocks cannot be split at the residual stream.
     """
 
     def __init__(self, model: TransformerBridge, pairs: PromptPairs, read: int) -> None:
@@ -63,43 +63,45 @@ class Behaviour:
             raise unfit(model, error) from error
         except PatchsweepError:
             raise
-        except Exception as error:  # blocks of an unknown kind may break in any way here
+        except Exception as error:  # blocks of an unknown kind may raise anything
             raise unfit(model, error) from error
         self.shape = (len(pairs), self.nodes.n_layers, self.nodes.n_heads)
         self.points = resolve_site(self.blocks.unwrapped, SITES["z"]).points
 
     @torch.no_grad()
     def attention(self) -> Values:
-        """[place, pair, layer, head]: how much of its attention `end` gives to IO and to S2."""
+        """Return [place, pair, layer, head]: the attention from `end` to IO and to S2."""
         pattern = resolve_site(self.blocks.unwrapped, SITES["pattern"])
-        found = np.full((len(PLACES), *self.shape), np.nan, np.float32)
+        attention_to = np.full((len(PLACES), *self.shape), np.nan, np.float32)
         for batch in self._batches():
             run = capture(self.blocks.unwrapped, batch.base, [pattern])
             layers = torch.stack(run.sites["pattern"]).float().cpu().numpy()  # [layer, pair, ...]
             for row, (pair, spans) in enumerate(zip(batch.pairs, batch.spans, strict=True)):
                 last = layers[:, row, :, spans["end"][1] - 1]  # [layer, head, src]
                 for i, place in enumerate(PLACES):
-                    found[i, pair] = last[..., slice(*spans[place])].sum(axis=-1)
-        return found
+                    attention_to[i, pair] = last[..., slice(*spans[place])].sum(axis=-1)
+        return attention_to
 
     @torch.no_grad()
     def mean_z(self) -> list[Tensor]:
-        """Per layer [head, d_head]: mean over every position of every clean prompt."""
+        """Return per layer [head, d_head] the mean of z over all positions of clean prompts."""
         point = resolve_site(self.blocks.unwrapped, SITES["z"])
         sums: list[Tensor] = []
         count = 0
         for batch in self._batches():
             z = capture(self.blocks.unwrapped, batch.base, [point]).sites["z"]
-            now = [x.double().sum(dim=(0, 1)) for x in z]
-            sums = now if not sums else [a + b for a, b in zip(sums, now, strict=True)]
+            batch_sums = [x.double().sum(dim=(0, 1)) for x in z]
+            sums = (
+                batch_sums if not sums else [a + b for a, b in zip(sums, batch_sums, strict=True)]
+            )
             count += batch.base.numel()
         return [x.div(count).unflatten(-1, (self.nodes.n_heads, -1)) for x in sums]
 
     def direct(self, without: Sequence[Head] = ()) -> tuple[Values, Values]:
-        """[pair, layer, head] what each head gives to the logits by the direct path alone, and
-        the metric [run, pair] of the clean and corrupted runs.
+        """Return each head's direct effect on the logits, and the unpatched metrics.
 
-        `without`: heads that are held at their mean z in both runs, at all positions.
+        Effects are [pair, layer, head]; metrics are [run, pair], clean then corrupted. Heads in
+        `without` have their mean z in both runs, at all positions.
         """
         values = np.full(self.shape, np.nan, np.float32)
         metric = np.full((2, len(self.pairs)), np.nan, np.float32)
@@ -113,17 +115,20 @@ class Behaviour:
                         self.blocks.trace(tokens, batch.reads)
                         for tokens in (batch.base, batch.source)
                     )
-                scene = self._scene(batch, base, source)
-                patched = exact(scene, [Edge(head, logits) for head in heads])[0]
-                ends = torch.stack([x[0] for x in scene.references()])
+                edge_batch = self._scene(batch, base, source)
+                patched = exact(edge_batch, [Edge(head, logits) for head in heads])[0]
+                ends = torch.stack([x[0] for x in edge_batch.references()])
                 effect = (ends[0].unsqueeze(1) - patched).float().cpu().numpy()
                 values[list(batch.pairs)] = effect.reshape(-1, *self.shape[1:])
                 metric[:, list(batch.pairs)] = ends.float().cpu().numpy()
         return values, metric
 
     def through_queries(self, heads: Sequence[Head], movers: Sequence[Head]) -> Values:
-        """[pair, layer, head] what `heads` give through the queries of the later ones among
-        `movers`, query by query, summed; NaN for other heads, 0 where no mover is later."""
+        """Return the effects [pair, layer, head] of `heads` through the queries of later `movers`.
+
+        Each is a sum over single paths to one mover's query; 0 without a later mover, NaN for
+        heads that are not in `heads`.
+        """
         values = np.full(self.shape, np.nan, np.float32)
         edges = []
         for layer, head in heads:
@@ -149,7 +154,7 @@ class Behaviour:
 
     @contextmanager
     def _held(self, heads: Sequence[Head], means: Sequence[Tensor]) -> Iterator[None]:
-        """The z of `heads` is their mean wherever the model runs inside."""
+        """Hold z of `heads` at their means in all runs inside this context."""
 
         def hold(layer: int, head: int, x: Tensor) -> None:
             mean = means[layer][head].to(x)

@@ -1,4 +1,4 @@
-"""Classes of heads, from what was measured of them; every threshold is in `Thresholds`."""
+"""Classes of heads by measured behaviour; `Thresholds` holds all thresholds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from patchsweep.errors import ConfigError
 from patchsweep.store.attributes import flat_attributes
 
 Mask = NDArray[np.bool_]  # [layer, head]
-# classes that need a task with names, in the order in which they are found
+# classes that need a task with names, in the order of their measurement
 ON_TASK = ("name_mover", "negative", "s_inhibition", "backup")
 OTHER = "other"
 CLASSES = (*DETECTED, *ON_TASK, OTHER)
@@ -24,16 +24,16 @@ CLASSES = (*DETECTED, *ON_TASK, OTHER)
 
 @dataclass  # Hydra fills it, which a frozen one does not allow
 class Thresholds:
-    """From where on a head counts as one of a class; a head may be of several."""
+    """Minimal scores for membership in a class; a head may belong to several classes."""
 
-    induction: float = 0.3  # detect_head's score on repeated words, half of which can have it
-    previous_token: float = 0.4  # likewise, of all words
-    duplicate_token: float = 0.15  # likewise; half of the words can have it
-    attention: float = 0.1  # of what `end` attends to: IO (movers) or S2 (S-inhibition)
+    induction: float = 0.3  # detect_head's score on repeated words; only half of them can score
+    previous_token: float = 0.4  # likewise; all words can score
+    duplicate_token: float = 0.15  # likewise; half of the words can score
+    attention: float = 0.1  # attention from `end` to IO (movers) or S2 (S-inhibition)
     direct: float = 0.02  # direct effect on the logits, as a share of the gap
     queries: float = 0.02  # effect through the name movers' queries, as a share of the gap
-    rise: float = 0.02  # by how much the direct effect of a backup rises, as a share of the gap
-    movers: int = 8  # name movers, the strongest, whose queries are patched and that are held
+    rise: float = 0.02  # rise of a backup's direct effect, as a share of the gap
+    movers: int = 8  # number of strongest name movers to patch at queries and to hold at means
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -43,7 +43,7 @@ class Thresholds:
 
 
 def detected_classes(scores: xr.DataArray, thresholds: Thresholds) -> dict[str, Mask]:
-    """Heads by how they attend on repeated words; `scores` [pattern, layer, head]."""
+    """Return the classes by attention on repeated words; `scores` is [pattern, layer, head]."""
     return {
         name: scores.sel(pattern=name).transpose("layer", "head").values
         >= getattr(thresholds, name)
@@ -54,19 +54,19 @@ def detected_classes(scores: xr.DataArray, thresholds: Thresholds) -> dict[str, 
 def task_classes(
     behaviour: Behaviour, thresholds: Thresholds
 ) -> tuple[dict[str, Mask], xr.Dataset]:
-    """Heads by what they do on a task with names, and the measurements that say so.
+    """Return the classes by behaviour on a task with names, and the measurements.
 
-    Means over pairs are compared with the thresholds. With the gap = clean minus corrupted logit
-    difference, a share of an effect is effect / |gap|:
+    The thresholds apply to means over pairs. The gap is the clean minus the corrupted logit
+    difference; the share of an effect is effect / |gap|. Attention is from `end`:
 
-    - name_mover: `end` attends to IO, and the direct path to the logits gives a share upwards;
-    - negative: the same attention, and the direct path takes a share away;
-    - s_inhibition: `end` attends to S2, and the queries of later name movers give a share, more
-      than the direct path gives or takes;
-    - backup: it gives no mover's share directly until the name movers are held at their means;
-      then it does, and more than before by `rise`.
+    - name_mover: attends to IO, and its direct share is at least `direct`;
+    - negative: attends to IO, and its direct share is at most -`direct`;
+    - s_inhibition: attends to S2, and its share through the queries of later name movers is at
+      least `queries` and larger than its |direct share|;
+    - backup: its direct share is below `direct`, and reaches `direct` and rises by `rise` when
+      the name movers are held at their means.
 
-    Variables: `attention` [place, pair, layer, head], a share; `direct`,
+    Variables: `attention` [place, pair, layer, head], a probability; `direct`,
     `direct_without_movers` and `through_queries` [pair, layer, head], logits, NaN where not
     measured.
     """
@@ -75,22 +75,25 @@ def task_classes(
     gap = float(np.mean(metric[0] - metric[1]))
     to_io, to_s2 = attention.mean(axis=1)
     share = direct.mean(axis=0) / abs(gap)
-    looks = to_io >= thresholds.attention
-    mover, negative = looks & (share >= thresholds.direct), looks & (share <= -thresholds.direct)
+    attends_to_io = to_io >= thresholds.attention
+    mover, negative = (
+        attends_to_io & (share >= thresholds.direct),
+        attends_to_io & (share <= -thresholds.direct),
+    )
     strongest = _strongest(share, mover, thresholds.movers)
 
-    suspects = to_s2 >= thresholds.attention
-    through = behaviour.through_queries(_heads(suspects), strongest)
+    attends_to_s2 = to_s2 >= thresholds.attention
+    through = behaviour.through_queries(_heads(attends_to_s2), strongest)
     queried = np.nan_to_num(through.mean(axis=0)) / abs(gap)
-    inhibition = suspects & (queried >= thresholds.queries) & (queried > np.abs(share))
+    inhibition = attends_to_s2 & (queried >= thresholds.queries) & (queried > np.abs(share))
 
     held = np.full_like(direct, np.nan)
     backup = np.zeros_like(mover)
     if strongest:
         held, _ = behaviour.direct(without=strongest)
-        after = held.mean(axis=0) / abs(gap)
-        backup = (share < thresholds.direct) & (after >= thresholds.direct)
-        backup &= after - share >= thresholds.rise
+        held_share = held.mean(axis=0) / abs(gap)
+        backup = (share < thresholds.direct) & (held_share >= thresholds.direct)
+        backup &= held_share - share >= thresholds.rise
     dims = ("pair", "layer", "head")
     measured = xr.Dataset(
         {
@@ -112,7 +115,7 @@ def task_classes(
 
 
 def member_table(masks: dict[str, Mask]) -> xr.DataArray:
-    """[head_class, layer, head] whether a head is of a class; `other`: of none."""
+    """Return membership [head_class, layer, head]; `other` holds heads without a class."""
     names = [name for name in CLASSES if name in masks or name == OTHER]
     other = ~np.any(list(masks.values()), axis=0)
     table = np.stack([masks.get(name, other) for name in names])
@@ -128,5 +131,5 @@ def _heads(mask: Mask) -> list[Head]:
 
 
 def _strongest(share: NDArray[np.floating], mask: Mask, n: int) -> list[Head]:
-    """The `n` heads of `mask` with the largest share."""
+    """Return the `n` heads of `mask` with the largest share."""
     return sorted(_heads(mask), key=lambda at: -share[at])[:n]

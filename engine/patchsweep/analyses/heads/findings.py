@@ -1,4 +1,4 @@
-"""How much each ablation disagrees with resample, class by class."""
+"""Disagreement of each ablation with resample, class by class."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from scipy.stats import rankdata
 
 from patchsweep.analyses.heads.ablations import REFERENCE
 
-ALL = "all"  # beside the classes: every head
-TRAINED = "with_constant"  # and, with optimal ablation, the heads that have a constant
-LEAST = 3  # heads that a rank correlation needs
+ALL = "all"  # further row of the table: every head
+TRAINED = "with_constant"  # further row with optimal ablation: heads that have a constant
+LEAST = 3  # fewest heads for a rank correlation
 
 
 def effects(ds: xr.Dataset) -> xr.DataArray:
-    """ablated - clean, [ablation, metric, pair, layer(, pos), head], in the metric's unit.
+    """Return ablated - clean, [ablation, metric, pair, layer(, pos), head], in the metric's unit.
 
-    Below zero: without the head the metric is lower, so that the head raises it.
+    Negative where ablating the head lowers the metric, that is, where the head raises it.
     """
     return (ds["ablated"] - ds["base_metric"]).transpose(*ds["ablated"].dims)
 
 
 def disagreement(ds: xr.Dataset) -> xr.Dataset:
-    """Each ablation beside resample, [metric, ablation, table_class]: the classes, `all`, and with
-    optimal ablation `with_constant`, on which all ablations are compared on the same heads.
+    """Compare each ablation with resample, [metric, ablation, table_class].
 
-    `mean_effect`: mean over the heads of a class of their effect, itself the mean over pairs, in
-    the metric's unit. `disagreement`: mean over heads of |effect - resample's effect|.
-    `rank_correlation`: Spearman's between the two effects over the heads; NaN for fewer than
-    three heads, or where all effects are equal. `n_heads` [ablation, table_class]: heads compared,
-    for optimal those that have a constant.
+    Table classes are the head classes, `all` and, with optimal ablation, `with_constant`, whose
+    heads are the same for all ablations. Effects are means over pairs, in the metric's unit.
 
-    With positions apart every position of a head counts, and `n_heads` is their number.
+    `mean_effect`: mean effect over the heads of a class. `disagreement`: mean over heads of
+    |effect - resample's effect|. `rank_correlation`: Spearman's over heads; NaN for fewer than
+    three heads, or if all effects are equal. `n_heads` [ablation, table_class]: number of heads
+    compared; optimal covers those with a constant. With single positions, each position of a head
+    counts as one.
     """
     mean = (
         effects(ds).mean("pair", skipna=False).transpose("ablation", "metric", "head", "layer", ...)
@@ -48,24 +48,26 @@ def disagreement(ds: xr.Dataset) -> xr.Dataset:
     reference = ds["ablation"].values.tolist().index(REFERENCE)
     n_ablations, n_metrics = values.shape[:2]
     shape = (n_metrics, n_ablations, len(names))
-    found = {name: np.full(shape, np.nan) for name in _TABLES}
+    tables = {name: np.full(shape, np.nan) for name in _TABLES}
     n_heads = np.zeros(shape[1:], int)
     for a in range(n_ablations):
         for c, mask in enumerate(masks):
-            both = values[a][:, mask].reshape(n_metrics, -1)
-            ours = values[reference][:, mask].reshape(n_metrics, -1)
-            ran = np.isfinite(both).all(axis=0) & np.isfinite(ours).all(axis=0)
+            ablation_effects = values[a][:, mask].reshape(n_metrics, -1)
+            resample_effects = values[reference][:, mask].reshape(n_metrics, -1)
+            ran = np.isfinite(ablation_effects).all(axis=0) & np.isfinite(resample_effects).all(
+                axis=0
+            )
             n_heads[a, c] = ran.sum()
             for m in range(n_metrics):
-                x, y = both[m, ran], ours[m, ran]
+                x, y = ablation_effects[m, ran], resample_effects[m, ran]
                 if len(x):
-                    found["mean_effect"][m, a, c] = x.mean()
-                    found["disagreement"][m, a, c] = np.abs(x - y).mean()
-                found["rank_correlation"][m, a, c] = spearman(x, y)
+                    tables["mean_effect"][m, a, c] = x.mean()
+                    tables["disagreement"][m, a, c] = np.abs(x - y).mean()
+                tables["rank_correlation"][m, a, c] = spearman(x, y)
     dims = ("metric", "ablation", "table_class")
     return xr.Dataset(
         {
-            **{name: (dims, table.astype(np.float32)) for name, table in found.items()},
+            **{name: (dims, table.astype(np.float32)) for name, table in tables.items()},
             "n_heads": (dims[1:], n_heads),
         },
         coords={

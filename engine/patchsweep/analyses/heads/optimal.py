@@ -1,9 +1,9 @@
-"""Optimal ablation: for each head the constant that changes the model's predictions least.
+"""Optimal ablation: trains for each head the constant that changes predictions least.
 
-Li & Janson 2024, Optimal ablation for interpretability, arXiv:2409.09951: a component is replaced
-by the constant that minimises the expected loss of the ablated model. Here the loss is
+A component is replaced by the constant that minimises the expected loss of the ablated model
+(Li & Janson 2024, Optimal ablation for interpretability, arXiv:2409.09951). The loss here is
 KL(original || ablated) of the next token at the positions read, in nats, averaged over clean
-prompts; the constant takes the place of one head's z at every position of every prompt.
+prompts. The constant replaces one head's z at every position of every prompt.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from patchsweep.spec.batch import make_batches
 from patchsweep.spec.sites import SITES
 
 Head = tuple[int, int]  # layer, head
-# tokens of one training pass; its graph keeps some 50 KB a token and layer
+# most tokens of one training pass; its graph keeps about 50 KB per token and layer
 TRAINING_TOKENS = 1024
 
 
 @dataclass  # Hydra fills it, which a frozen one does not allow
 class OptimalSettings:
-    """How constants are trained; each head's objective is its own."""
+    """Settings of training; each head has its own objective."""
 
-    heads: int = 16  # how many heads get one: those of the largest mean |resample effect|
-    steps: int = 40  # of Adam, from the mean; 0 keeps the mean
-    prompts: int = 8  # clean prompts that are trained on, the first ones; fewer if there are
-    rate: float = 0.3  # first step, as a share of the head's own spread; falls to 0 evenly
+    heads: int = 16  # number of heads to train: those with the largest mean |resample effect|
+    steps: int = 40  # steps of Adam from the mean; 0 keeps the mean
+    prompts: int = 8  # number of clean prompts to train on, the first ones
+    rate: float = 0.3  # first step, as a fraction of the head's spread; falls linearly to 0
 
     def __post_init__(self) -> None:
         for name, least in (("heads", 1), ("steps", 0), ("prompts", 1)):
@@ -48,17 +48,17 @@ class OptimalSettings:
 
 @dataclass(frozen=True)
 class Constants:
-    """What training found, head by head."""
+    """Trained constants and their losses, head by head."""
 
     heads: tuple[Head, ...]
-    values: Float[Tensor, "head d_head"]  # fp32; the best that any step has met
+    values: Float[Tensor, "head d_head"]  # fp32; the best of all steps
     start: Float[Tensor, " head"]  # loss of the mean, nats, over the training prompts
     loss: Float[Tensor, " head"]  # loss of `values`; never above `start`
 
 
 @dataclass(frozen=True)
 class _Prompts:
-    """Clean prompts of one length, run once."""
+    """Clean prompts of one length, with the logits and streams of their unablated run."""
 
     tokens: Int[Tensor, "prompt pos"]
     reads: tuple[int, ...]
@@ -67,11 +67,11 @@ class _Prompts:
 
 
 class Trainer:
-    """Losses of constants on the first clean prompts, and their gradients.
+    """Trains constants on the first clean prompts.
 
     Raises:
-        MethodError: the model has no plain modules that a gradient can go through.
-        ModelError: its weights take none, see `attribution.check.check_model`.
+        MethodError: the gradient model does not support the model.
+        ModelError: no gradient passes through its weights, see `attribution.check.check_model`.
     """
 
     def __init__(self, model: TransformerBridge, pairs: PromptPairs, read: int, n: int) -> None:
@@ -84,65 +84,69 @@ class Trainer:
         self._batches = make_batches(pairs, range(self.n_prompts), "noising", read, device)
         self._rest = make_batches(pairs, range(self.n_prompts, len(pairs)), "noising", read, device)
         self._prompts: list[_Prompts] = []
-        # [layer, head, d_head] over every position of every clean prompt
+        # mean [layer, head, d_head] and spread [layer, head] over positions of all clean prompts
         self.mean = self.spread = torch.empty(0)
 
     def run(self) -> None:
-        """Run all prompts unablated: what follows reads the streams and logits of those that are
-        trained on, and z's mean and spread over all."""
+        """Run all prompts unablated.
+
+        Keeps streams and logits of the training prompts, and the mean and spread of z over all.
+        """
         moments: list[list[Tensor]] = []
         count = 0
         for batch in (*self._batches, *self._rest):
-            kept, logits = self.tape.activations(batch.base, batch.reads)
-            z = torch.stack([x.double() for x in kept["z"]]).unflatten(-1, (self.n_heads, -1))
+            activations, logits = self.tape.activations(batch.base, batch.reads)
+            z = torch.stack([x.double() for x in activations["z"]]).unflatten(
+                -1, (self.n_heads, -1)
+            )
             moments.append([z.sum(dim=(1, 2)), z.square().sum(dim=(1, 2))])
             count += batch.base.numel()
             if len(self._prompts) < len(self._batches):
-                prompts = _Prompts(batch.base, batch.reads, logits, kept["resid_pre"])
+                prompts = _Prompts(batch.base, batch.reads, logits, activations["resid_pre"])
                 self._prompts.append(prompts)
         mean, square = (torch.stack(same).sum(dim=0) / count for same in zip(*moments, strict=True))
         self.mean = mean.float()
         variance = (square - mean.square()).mean(dim=-1)
-        # a head that gives the same z everywhere has no spread to measure steps by
+        # a head with constant z has zero spread, which would make all steps zero
         self.spread = variance.clamp(min=1e-12).sqrt().float()
 
     def train(self, heads: Sequence[Head], settings: OptimalSettings) -> Constants:
-        """Constants of `heads` by Adam from their means; the best of all steps is kept."""
+        """Train constants of `heads` with Adam from their means; return the best of all steps."""
         layer, head = (list(ends) for ends in zip(*heads, strict=True))
         means, spread = self.mean[layer, head], self.spread[layer, head].unsqueeze(-1)
-        moved = torch.zeros_like(means).requires_grad_()
-        adam = torch.optim.Adam([moved], lr=settings.rate)
+        offset = torch.zeros_like(means).requires_grad_()
+        adam = torch.optim.Adam([offset], lr=settings.rate)
         best, start = means, torch.empty(0)
-        least = torch.full((len(heads),), float("inf"), device=means.device)
+        best_loss = torch.full((len(heads),), float("inf"), device=means.device)
         with self.tape.frozen():
             for step in range(settings.steps + 1):
-                values = means + spread * moved
+                values = means + spread * offset
                 trains = step < settings.steps
                 adam.zero_grad()
                 loss, gradient = self.loss(heads, values.detach(), gradient=trains)
                 start = loss if step == 0 else start
-                better = loss < least
+                better = loss < best_loss
                 best = torch.where(better.unsqueeze(-1), values.detach(), best)
-                least = torch.where(better, loss, least)
+                best_loss = torch.where(better, loss, best_loss)
                 if trains:
                     values.backward(gradient)
                     for group in adam.param_groups:
                         group["lr"] = settings.rate * (1 - step / settings.steps)
                     adam.step()
-        return Constants(tuple(heads), best, start, least)
+        return Constants(tuple(heads), best, start, best_loss)
 
     def loss(
         self, heads: Sequence[Head], values: Float[Tensor, "head d_head"], *, gradient: bool
     ) -> tuple[Float[Tensor, " head"], Float[Tensor, "head d_head"]]:
-        """Mean KL(original || ablated) of each head's constant, nats, and its gradient."""
+        """Return the mean KL(original || ablated) of each constant, in nats, and its gradient."""
         losses = torch.zeros(len(heads), device=values.device)
         gradients = torch.zeros_like(values)
         for prompts in self._prompts:
             size = max(1, TRAINING_TOKENS // prompts.tokens.numel())
             for layer in sorted({layer for layer, _ in heads}):
-                mine = [i for i, (at, _) in enumerate(heads) if at == layer]
-                for first in range(0, len(mine), size):
-                    part = mine[first : first + size]
+                of_layer = [i for i, (at, _) in enumerate(heads) if at == layer]
+                for first in range(0, len(of_layer), size):
+                    part = of_layer[first : first + size]
                     numbers = [heads[i][1] for i in part]
                     leaf = values[part].detach().requires_grad_(gradient)
                     with torch.set_grad_enabled(gradient):
@@ -161,7 +165,7 @@ class Trainer:
         heads: Sequence[int],
         values: Float[Tensor, "head d_head"],
     ) -> Float[Tensor, " head"]:
-        """KL of each head's constant, summed over prompts; a row is one prompt and one head."""
+        """Return the KL of each head's constant, summed over prompts; rows are (head, prompt)."""
         n = len(prompts.tokens)
         logits = self.tape.forward(
             prompts.tokens.repeat(len(heads), 1),

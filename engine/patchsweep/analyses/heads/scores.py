@@ -1,4 +1,4 @@
-"""How heads attend: on repeated words, where every model can be asked, and on a task's labels."""
+"""Scores of heads by their attention on repeated words, which exist for every model."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ DETECTED = {
     "duplicate_token": "duplicate_token_head",
 }
 N_TEXTS = 4
-N_WORDS = (16, 8, 4)  # of a text, which are then said again: as many as the context takes
+N_WORDS = (16, 8, 4)  # words of a text before repetition: the first number that fits the context
 Scores = NDArray[np.float32]
 
 
 def texts(model: TransformerBridge) -> list[str]:
-    """Random words, said twice: the same ones for every model whose context takes them.
+    """Return texts of random words, each repeated once; equal for all models with enough context.
 
     Raises:
         ModelError: the context is too short.
     """
     words = (*NAMES, *PLACES, *OBJECTS)
     for n in N_WORDS:
-        chosen = [random.Random(f"heads/{i}").sample(words, n) for i in range(N_TEXTS)]
-        found = ["".join(f" {word}" for word in (*some, *some)) for some in chosen]
-        # tokens past the context are cut off without a word
-        if max(model.to_tokens(text).shape[1] for text in found) < int(model.cfg.n_ctx):
-            return found
+        samples = [random.Random(f"heads/{i}").sample(words, n) for i in range(N_TEXTS)]
+        repeated = ["".join(f" {word}" for word in (*sample, *sample)) for sample in samples]
+        # the model would silently truncate tokens past its context
+        if max(model.to_tokens(text).shape[1] for text in repeated) < int(model.cfg.n_ctx):
+            return repeated
     raise ModelError(
         f"heads are classed on {N_WORDS[-1]} words said twice, which do not fit the context of "
         f"{model.cfg.model_name}, {model.cfg.n_ctx} tokens; use a model with a longer one"
@@ -51,28 +51,28 @@ def texts(model: TransformerBridge) -> list[str]:
 @runs_model
 @torch.no_grad()
 def detect(model: TransformerBridge) -> xr.DataArray:
-    """Scores [pattern, layer, head] of TransformerLens's `detect_head`, means over `texts`.
+    """Return the scores [pattern, layer, head] of TransformerLens's `detect_head` over `texts`.
 
-    A score is the share of a head's attention that lies where an induction, previous-token or
-    duplicate-token head would look; attention to the first position, where heads rest, is left
-    out. The second half of a text alone has something to be found by the first and the last.
+    A score is the mean share of a head's attention to the tokens that an induction,
+    previous-token or duplicate-token head attends to, without the first position, where heads
+    rest. Only the second half of a text has targets for induction and duplicate-token heads.
 
     Raises:
         ModelError: the model shows no attention patterns, or its context is too short.
     """
-    found: dict[str, list[Scores]] = {name: [] for name in DETECTED}
+    scores_of: dict[str, list[Scores]] = {name: [] for name in DETECTED}
     for text in texts(model):
         with cast_while(model, compute_dtype_of(model)):
             scores = _detect(model, text)
         for name in DETECTED:
-            found[name].append(scores[name])
-    values = np.stack([np.mean(scores, axis=0) for scores in found.values()])
+            scores_of[name].append(scores[name])
+    values = np.stack([np.mean(scores, axis=0) for scores in scores_of.values()])
     names: Any = np.array(list(DETECTED), dtype=object)
     return xr.DataArray(values, dims=("pattern", "layer", "head"), coords={"pattern": names})
 
 
 def _detect(model: TransformerBridge, text: str) -> dict[str, Scores]:
-    """Per pattern the scores [layer, head] on one text."""
+    """Return per pattern the scores [layer, head] on one text."""
     _, cache = model.run_with_cache(
         model.to_tokens(text),
         remove_batch_dim=True,

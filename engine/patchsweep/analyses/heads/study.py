@@ -1,4 +1,4 @@
-"""`study`: ablations side by side, classes of heads, and how far the ablations disagree."""
+"""`study`: ablates every head in several ways, classes heads and compares the ablations."""
 
 from __future__ import annotations
 
@@ -66,31 +66,31 @@ def study(
     progress: Progress | None = None,
     stage: Callable[[str], None] | None = None,
 ) -> xr.Dataset:
-    """Every head ablated in several ways, its class, and how much the ways disagree.
+    """Return the metrics of every ablated head, the heads' classes, and how ablations disagree.
 
     `ablated` [ablation, metric, pair, layer, head] is the raw metric of the clean run with one
-    head's z replaced; `base_metric` [metric, pair] that of the clean run and `source_metric` of
-    the corrupted one. `member` [head_class, layer, head] says which head is of which class;
-    `detected` [pattern, layer, head] and, on tasks that label IO, S2 and end, `attention`,
-    `direct`, `direct_without_movers` and `through_queries` are what the classes follow from (see
+    head's z replaced; `base_metric` and `source_metric` [metric, pair] are those of the clean and
+    the corrupted run. `member` [head_class, layer, head] holds the classes. They follow from
+    `detected` [pattern, layer, head] and, on tasks with the labels IO, S2 and end, from
+    `attention`, `direct`, `direct_without_movers` and `through_queries` (see
     `analyses.heads.classes`). `disagreement`, `rank_correlation`, `mean_effect` [metric, ablation,
     table_class] and `n_heads` compare each ablation with resample (see `analyses.heads.findings`).
 
     Args:
-        ablations: of `resample` (needed: the others are compared with it), `mean` (one vector a
-            head: over every position of every clean prompt), `mean_label`, `zero`, `optimal`.
-        positions: `"all"` replaces z at every position at once; indices or labels give each
-            position a patch of its own, and a `pos` dim. Not with optimal.
-        optimal: how constants are trained; None leaves optimal ablation out. With it the metric
-            `kl_base`, which it minimises, is measured too, for all ablations.
-        thresholds: from where on a head counts as one of a class.
+        ablations: some of `resample` (required, as the reference), `mean` (one vector per head,
+            over every position of every clean prompt), `mean_label`, `zero`, `optimal`.
+        positions: `"all"` replaces z at every position at once; indices or labels patch each
+            position separately and add a `pos` dim. Not with optimal.
+        optimal: settings of training; None leaves optimal ablation out. Optimal ablation adds the
+            metric `kl_base`, which it minimises, for all ablations.
+        thresholds: minimal scores for membership in a class.
         read, means_from, runner, max_tokens, progress: as in `patchsweep.sweep`. Optimal constants
-            start from the mean over `pairs` in any case.
-        config: what a command line was told, kept in the provenance.
-        stage: told in words what begins.
+            always start from the mean over `pairs`.
+        config: config of the command line, kept in the provenance.
+        stage: called with a description of each stage as it begins.
 
     Raises:
-        PatchsweepError: an argument breaks a rule; nothing has run then.
+        PatchsweepError: an argument breaks a rule; raised before any forward pass.
     """
     if not isinstance(optimal, OptimalSettings | None):
         raise ConfigError(f"optimal={optimal!r} must be OptimalSettings(...), or None")
@@ -104,9 +104,9 @@ def study(
     attrs = _attrs(ask, thresholds, config)
     tell = stage or (lambda words: None)
     tell("attention on repeated words")
-    scores = detect(model)  # before the sweeps, since it refuses models
+    scores = detect(model)  # before the sweeps, since it may refuse the model
     ds = ablate(ask, trainer, progress, tell)
-    ran = ds.attrs
+    sweep_attrs = ds.attrs
     masks = detected_classes(scores, thresholds)
     measured, reason = xr.Dataset(), ""
     if has_labels(pairs):
@@ -116,8 +116,8 @@ def study(
             reason = str(error)
         else:
             tell("paths to the logits and to the name movers' queries")
-            found, measured = task_classes(behaviour, thresholds)
-            masks |= found
+            task_masks, measured = task_classes(behaviour, thresholds)
+            masks |= task_masks
             measured = measured.assign_coords(place=np.array(PLACES, dtype=object))
     else:
         reason = f"not every pair has the labels {', '.join(LABELS)}"
@@ -125,7 +125,7 @@ def study(
     ds = ds.assign({str(name): values for name, values in measured.data_vars.items()})
     ds = ds.merge(disagreement(ds))
     ds.attrs = flat_attributes(
-        {**attrs, **ran, "task_classes": reason or "measured", **measured.attrs}
+        {**attrs, **sweep_attrs, "task_classes": reason or "measured", **measured.attrs}
     )
     return ds
 
@@ -145,7 +145,7 @@ def describe(
     max_tokens: int | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Attributes by which a store knows what `study` gives for these arguments; runs nothing.
+    """Return the attributes that identify `study`'s results in a store; runs nothing.
 
     Raises:
         PatchsweepError: an argument breaks a rule.
@@ -190,7 +190,7 @@ def _attrs(
     thresholds: Thresholds,
     config: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """The attributes that are known before anything runs: whose study, of what, and how."""
+    """Return the attributes that are known before any run: identity, provenance and settings."""
     more = {
         "positions": ask.positions if isinstance(ask.positions, str) else _listed(ask.positions),
         "ablations": {name: MEANING[name] for name in ask.ablations},

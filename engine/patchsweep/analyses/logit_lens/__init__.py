@@ -1,4 +1,4 @@
-"""The lens: what the model would predict if it stopped at each place of the residual stream."""
+"""Logit lens: predictions of the final norm and unembedding from every point of the stream."""
 
 from patchsweep.analyses.logit_lens.compute import describe, lens
 from patchsweep.analyses.logit_lens.patches import Patch, Sublayer

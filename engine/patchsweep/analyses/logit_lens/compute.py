@@ -1,4 +1,4 @@
-"""`lens`: predictions from every layer, point and position of a run, and of the run patched."""
+"""`lens`: predictions from every layer, point and position of a run, and of a patched run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from patchsweep.sweeps.identity import identity_of, read_weights
 from patchsweep.sweeps.layout import analysis_attrs
 
 Which = Literal["clean", "corrupted", "base", "source"]
-# tokens of prompts that run together
+# most prompt tokens of one batch
 MAX_TOKENS = 2048
 NUMBERS = tuple(f"{k}_{n}" for k in ("answer", "wrong") for n in ("prob", "log_prob", "rank"))
 
@@ -54,38 +54,37 @@ def lens(
     top: int = 5,
     config: Mapping[str, Any] | None = None,
 ) -> xr.Dataset:
-    """Predictions from every place of the stream, dims [run, pair, layer, point, pos(, top)].
+    """Return predictions from every point of the stream, [run, pair, layer, point, pos(, top)].
 
-    Runs are `unpatched` and, if a patch or a removal is given, `patched`. Points are `resid_pre`
-    (before attention), `resid_mid` (before the MLP) and `resid_post`; parallel blocks have no
-    `resid_mid`. Variables: `top_token` (text) and `top_prob`; `answer_prob`, `answer_log_prob`
-    (nats) and `answer_rank` (tokens above it, 0 is the best), and the same of the wrong answer as
-    `wrong_*`. Of answers of several tokens the first that tells the two apart is read, after the
-    tokens that they share; the coordinate `answer_pos` [pair] is the position after which it is
-    expected. NaN, or "", beyond a prompt's end and where there
-    is no such point.
+    Runs are `unpatched` and, with a patch or a removal, `patched`. Points are `resid_pre` (before
+    attention), `resid_mid` (before the MLP) and `resid_post`; parallel blocks have no `resid_mid`.
+    Variables: `top_token` (text) and `top_prob`; `answer_prob`, `answer_log_prob` (nats) and
+    `answer_rank` (number of more probable tokens), and the same for the wrong answer as `wrong_*`.
+    For answers of several tokens, the first token that differs is read, after the tokens that the
+    answers share; the coordinate `answer_pos` [pair] is the position that predicts it. Entries
+    are NaN, or "", beyond a prompt's end and where the model has no such point.
 
     Args:
-        which: the prompt to look at, `clean` or `corrupted`, or `base` or `source`, which
-            `direction` makes one of them. Default: the base run, see `direction`.
+        which: the prompt to read, `clean` or `corrupted`, or `base` or `source` under
+            `direction`. Default: the base run.
         direction: `denoising`: the base is the corrupted prompt; `noising`: the clean one.
-            Default: what suits the first patch, as in `sweep`; the clean prompt without any.
-        remove: a sublayer whose write is zeroed, such as `("mlp", 19)`; the run goes on without.
-        patch: patches of the run looked at, all of them in one run; resampled values come from
-            the pair's other prompt.
-        top: how many of the most probable tokens to keep.
+            Default: as in `sweep` for the first patch's intervention; `noising` without a patch.
+        remove: a sublayer whose output is set to zero, such as `("mlp", 19)`.
+        patch: patches of the run, all applied in one run; resampled values come from the pair's
+            other prompt.
+        top: number of most probable tokens to keep.
         config: kept in the provenance.
 
     Raises:
-        PatchsweepError: an argument breaks a rule; nothing has run then.
-        MethodError: the model's stream is not what its final norm and unembedding read.
+        PatchsweepError: an argument breaks a rule; raised before any forward pass.
+        MethodError: final norm and unembedding do not give the model's own predictions.
     """
-    asked = _asked(model, pairs, which, direction, remove, patch, top)
-    attrs = _attrs(model, pairs, asked, remove, top, config)
-    # the lens reads the unembedding itself
+    spec = _asked(model, pairs, which, direction, remove, patch, top)
+    attrs = _attrs(model, pairs, spec, remove, top, config)
+    # the lens calls the unembedding itself, so that it must stay cast
     with cast_while(model, compute_dtype_of(model), hold=[model.unembed]):
-        found = _read(model, pairs, asked, remove, top)
-    return found.dataset(attrs)
+        grid = _read(model, pairs, spec, remove, top)
+    return grid.dataset(attrs)
 
 
 def _read(
@@ -95,22 +94,22 @@ def _read(
     remove: Sublayer | None,
     top: int,
 ) -> _Grid:
-    """Run the prompts, and read the streams."""
+    """Run the prompts and read their streams."""
     batches = _batches(model, pairs, asked.direction)
-    found = _Grid(model, pairs, asked.n_runs, max(b.length for b in batches), top)
+    grid = _Grid(model, pairs, asked.n_runs, max(b.length for b in batches), top)
     if asked.patching is not None:
         asked.patching.prepare()
     for batch in batches:
-        found.tell(batch)
-        found.put(0, batch, run_streams(model, batch.base))
+        grid.tell(batch)
+        grid.put(0, batch, run_streams(model, batch.base))
         if asked.patching is None:
             continue
         hooks = asked.patching.hooks(batch)
         streams = run_streams(model, batch.base, hooks)
         if remove is not None and not asked.more:
             check_removed(streams, remove, int(model.cfg.n_layers))
-        found.put(1, batch, streams)
-    return found
+        grid.put(1, batch, streams)
+    return grid
 
 
 def describe(
@@ -124,20 +123,20 @@ def describe(
     top: int = 5,
     config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Attributes by which a store knows what `lens` gives for these arguments; runs nothing.
+    """Return the attributes that identify `lens`'s results in a store; runs nothing.
 
     Raises:
         PatchsweepError: an argument breaks a rule.
     """
-    asked = _asked(model, pairs, which, direction, remove, patch, top)
+    spec = _asked(model, pairs, which, direction, remove, patch, top)
     read_weights(model)
-    return _attrs(model, pairs, asked, remove, top, config)
+    return _attrs(model, pairs, spec, remove, top, config)
 
 
 def base_direction(
     which: Any, direction: Any, default: Direction
 ) -> tuple[Direction, Literal["clean", "corrupted"]]:
-    """The direction whose base is the prompt to look at, and which prompt that is.
+    """Return the direction whose base is the prompt to read, and the name of that prompt.
 
     Raises:
         PlanError: `which` or `direction` is not known.
@@ -162,13 +161,13 @@ def base_direction(
 
 @dataclass(frozen=True)
 class _Asked:
-    """What a lens is to show, checked."""
+    """The checked arguments of a lens."""
 
     prompt: str  # clean or corrupted
-    direction: Direction  # under which that prompt is the base
-    patches: tuple[Patch, ...]  # a removal among them, at the end
-    patching: Patching | None  # None: there is no patch
-    more: bool  # there are patches besides the removal
+    direction: Direction  # the direction whose base is that prompt
+    patches: tuple[Patch, ...]  # a removal is the last of them
+    patching: Patching | None  # None: no patch
+    more: bool  # whether there are patches besides the removal
 
     @property
     def n_runs(self) -> int:
@@ -187,15 +186,15 @@ def _asked(
     shape = model_shape(model)
     check_pairs(model, pairs)
     whole_number("top", top, least=1, most=shape.d_vocab)
-    given = (patch,) if isinstance(patch, Patch) else tuple(patch)
-    patches = given if remove is None else (*given, removal(model, remove))
+    user_patches = (patch,) if isinstance(patch, Patch) else tuple(patch)
+    patches = user_patches if remove is None else (*user_patches, removal(model, remove))
     default: Direction = "noising"
-    if given and isinstance(given[0], Patch):
-        default = get_intervention(given[0].intervention).default_direction
+    if user_patches and isinstance(user_patches[0], Patch):
+        default = get_intervention(user_patches[0].intervention).default_direction
     direction, prompt = base_direction(which, direction, default)
     patching = Patching(model, pairs, patches, direction) if patches else None
     check_readable(model)
-    return _Asked(prompt, direction, patches, patching, bool(given))
+    return _Asked(prompt, direction, patches, patching, bool(user_patches))
 
 
 def _attrs(
@@ -249,19 +248,19 @@ class _Grid:
         self.token = np.full((len(pairs), length), "", dtype=object)
 
     def tell(self, batch: Batch) -> None:
-        """Keep the words of the batch's prompts."""
+        """Store the tokens of the batch's prompts as text."""
         tokenizer: Any = self.model.tokenizer
         for row, members in zip(batch.pairs, batch.base.tolist(), strict=True):
             self.token[row, : batch.length] = [tokenizer.decode([i]) for i in members]
 
     def put(self, run: int, batch: Batch, streams: Streams) -> None:
-        """Read the streams of the batch and keep what they say, as that run's."""
+        """Store the predictions from the batch's streams as those of `run`."""
         rows, n_pos = list(batch.pairs), batch.length
-        found = read_streams(self.model, streams, batch, self.top)
+        predictions = read_streams(self.model, streams, batch, self.top)
         places = [*streams]
         for name in ("answer_log_prob", "wrong_log_prob"):
             check_finite(
-                found[name][None],
+                predictions[name][None],
                 [name],
                 lambda place, row, pos: (
                     f"{places[place][1]} of layer {places[place][0]}, pair {rows[row]}, pos {pos}"
@@ -269,11 +268,11 @@ class _Grid:
             )
         for (layer, point), index in place_index(streams, self.n_layers).items():
             for name, values in self.numbers.items():
-                values[run, rows, layer, point, :n_pos] = found[name][index]
-            self.ids[run, rows, layer, point, :n_pos] = found["top_id"][index]
+                values[run, rows, layer, point, :n_pos] = predictions[name][index]
+            self.ids[run, rows, layer, point, :n_pos] = predictions["top_id"][index]
 
     def dataset(self, attrs: Mapping[str, Any]) -> xr.Dataset:
-        """Everything that was put."""
+        """Return the Dataset of all arrays."""
         tokenizer: Any = self.model.tokenizer
         used = np.unique(self.ids).tolist()
         names = {i: tokenizer.decode([i]) for i in used if i >= 0} | {-1: ""}

@@ -1,4 +1,4 @@
-"""What a lens found, in numbers: where the answer comes up, and which sublayers matter for it."""
+"""Findings of a lens: the place from which the answer is first, and the effects of sublayers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ MEASURES = ("log_prob", "logit_diff", "prob", "rank")
 
 @dataclass(frozen=True)
 class Place:
-    """A place of the stream, in the order in which a token passes them."""
+    """A place of the residual stream: a layer and a point in it."""
 
     layer: int
-    point: str  # resid_pre (of the first layer alone), resid_mid or resid_post
+    point: str  # resid_pre (only of the first layer), resid_mid or resid_post
 
     @property
     def words(self) -> str:
@@ -32,12 +32,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Removal:
-    """What the prediction is without one sublayer, as means over pairs."""
+    """The prediction without one sublayer, as means over pairs."""
 
     sublayer: str  # attn or mlp
     layer: int
-    values: dict[str, float]  # of each of `MEASURES`
-    changes: dict[str, float]  # against the whole run
+    values: dict[str, float]  # per measure of `MEASURES`
+    changes: dict[str, float]  # value minus that of the full run
 
     @property
     def words(self) -> str:
@@ -45,25 +45,25 @@ class Removal:
 
 
 def places(ds: xr.Dataset) -> list[Place]:
-    """Every place once, from the embedding up; without points that the model does not have."""
+    """Return every place once, in forward order, without points that the model does not have."""
     layers = [int(layer) for layer in ds["layer"].values]
-    found = [Place(layers[0], "resid_pre")]
+    result = [Place(layers[0], "resid_pre")]
     for layer in layers:
         for point in ("resid_mid", "resid_post"):
             if bool(ds["top_prob"].sel(layer=layer, point=point).notnull().any()):
-                found.append(Place(layer, point))
-    return found
+                result.append(Place(layer, point))
+    return result
 
 
 def at_answer(ds: xr.Dataset, name: str, run: str, pair: int) -> np.ndarray:
-    """`name` where the answer is expected `[place(, top)]`, for the places of `places`."""
+    """Return `name` at the answer's position, `[place(, top)]`, for the places of `places`."""
     pos = int(ds["answer_pos"].sel(pair=pair))
     one = ds[name].sel(run=run, pair=pair, pos=pos)
     return np.stack([one.sel(layer=p.layer, point=p.point).values for p in places(ds)])
 
 
 def comes_up(ds: xr.Dataset, run: str, pair: int) -> Place | None:
-    """The place from which on the answer is the first guess, to the end; None: it is not at all."""
+    """Return the place from which on the answer stays first; None if it is not first at the end."""
     first = at_answer(ds, "answer_rank", run, pair) == 0
     if not first[-1]:
         return None
@@ -72,13 +72,13 @@ def comes_up(ds: xr.Dataset, run: str, pair: int) -> Place | None:
 
 
 def removals(ds: xr.Dataset) -> list[Removal]:
-    """Every sublayer, the one first whose removal costs the answer the most log-probability."""
-    without, whole = (ds[name].mean("pair") for name in ("without", "whole"))
-    found = []
+    """Return every sublayer, sorted by the change of the answer's log-probability, lowest first."""
+    without, unpatched = (ds[name].mean("pair") for name in ("without", "whole"))
+    result = []
     for kind in (str(kind) for kind in ds["sublayer"].values):
         for layer in (int(layer) for layer in ds["layer"].values):
             one = without.sel(sublayer=kind, layer=layer)
             values = {m: float(one.sel(metric=m)) for m in MEASURES}
-            changes = {m: values[m] - float(whole.sel(metric=m)) for m in MEASURES}
-            found.append(Removal(kind, layer, values, changes))
-    return sorted(found, key=lambda r: r.changes["log_prob"])
+            changes = {m: values[m] - float(unpatched.sel(metric=m)) for m in MEASURES}
+            result.append(Removal(kind, layer, values, changes))
+    return sorted(result, key=lambda r: r.changes["log_prob"])

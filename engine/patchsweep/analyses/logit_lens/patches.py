@@ -1,4 +1,4 @@
-"""Patches of a run that is looked at: what they are, and the hooks that do them."""
+"""Patches of a run that the lens reads: their arguments, and the hooks that apply them."""
 
 from __future__ import annotations
 
@@ -32,18 +32,22 @@ Sublayer = tuple[Literal["attn", "mlp"], int]
 
 @dataclass(frozen=True)
 class Patch:
-    """Values put in place of a run's own, at one place; several act together in one run."""
+    """Patch values for one site and place of a run; several patches may act in one run."""
 
     site: str  # such as z or mlp_out, see `patchsweep.spec.sites`
-    layer: int | Sequence[int] | None = None  # several: all at once; None: a site of no layer
-    pos: int | str = "all"  # a position, a label of the pairs, or all
-    head: int | Sequence[int] | None = None  # or key head, or neuron of mlp_post; None: all
+    layer: int | Sequence[int] | None = None  # several: all at once; None: a site without layers
+    pos: int | str = "all"  # a position, a label of the pairs, or "all"
+    head: int | Sequence[int] | None = None  # head, key head, or neuron of mlp_post; None: all
     intervention: str | Intervention | float | Tensor | ValueFn = SweepSpec.intervention
 
     def told(self) -> dict[str, Any]:
-        """The patch as JSON takes it; values of the user's own by their name alone."""
-        given = self.intervention
-        name = given if isinstance(given, str | float | int) else getattr(given, "name", "custom")
+        """Return the patch as JSON data; a custom intervention only by its name."""
+        intervention = self.intervention
+        name = (
+            intervention
+            if isinstance(intervention, str | float | int)
+            else getattr(intervention, "name", "custom")
+        )
         return {
             "site": self.site,
             "layer": _plain(self.layer),
@@ -57,16 +61,16 @@ class Patch:
         return means_attrs(get_intervention(self.intervention), pairs, get_sites([self.site]))
 
     def identity(self) -> dict[str, Any]:
-        """The patch as JSON takes it; values by their content, or by name and version."""
+        """Return the patch as JSON data; values by content, or by name and version."""
         values = intervention_words(get_intervention(self.intervention))
         return {**self.told(), "intervention": values}
 
 
 def removal(model: TransformerBridge, remove: Any) -> Patch:
-    """The patch that zeroes a sublayer's write, after any norm of its own.
+    """Return the patch that zeroes a sublayer's output, after the sublayer's own norm if any.
 
     Raises:
-        PlanError: `remove` is no sublayer of the model.
+        PlanError: `remove` is not a sublayer of the model.
         MethodError: the model has no hook for it.
     """
     n_layers = model_shape(model).n_layers
@@ -87,13 +91,13 @@ def removal(model: TransformerBridge, remove: Any) -> Patch:
 
 
 class Patching:
-    """Patches of the base runs of `pairs`, checked; `hooks` does them in a batch.
+    """Checked patches of the base runs of `pairs`; `hooks` applies them to a batch.
 
-    Resampled values come from the other prompt of the pair. All values are made from unpatched
-    runs, also where one patch lies behind another.
+    Resampled values come from the other prompt of the pair. All values come from unpatched runs,
+    also for a patch downstream of another.
 
     Raises:
-        PatchsweepError: a patch is not one that the model or the pairs have.
+        PatchsweepError: the model or the pairs lack the place of a patch.
     """
 
     def __init__(
@@ -109,10 +113,10 @@ class Patching:
         self.runner = HookedRunner(model, list(sites.values()))
 
     def prepare(self) -> None:
-        """See that the sites can be patched here, and make what values come from, such as means.
+        """Check that the sites' hooks have an effect, and prepare interventions, such as means.
 
         Raises:
-            SiteError: a hook of a site does nothing in this model.
+            SiteError: a hook of a site has no effect in this model.
         """
         for request in self.requests:
             batches = request.batches(range(len(request.pairs)))
@@ -121,16 +125,16 @@ class Patching:
             request.intervention.prepare(clean, self.runner.activations)
 
     def hooks(self, batch: Batch) -> list[Hook]:
-        """Hooks under which a run of `batch.base` is patched."""
+        """Return the hooks that patch a run of `batch.base`."""
         base = self.runner.activations(batch.base)
         sources: dict[bool, Mapping[str, Sequence[Tensor]]] = {}
-        found: list[Hook] = []
+        hooks: list[Hook] = []
         for request in self.requests:
             (plan,) = request.plans
             shuffled = request.source_of is not None
             if shuffled not in sources:
-                (own,) = request.batches(batch.pairs)
-                sources[shuffled] = self.runner.activations(own.source)
+                (source_batch,) = request.batches(batch.pairs)
+                sources[shuffled] = self.runner.activations(source_batch.source)
             patches = plan.patches(batch.pairs)  # a shorter prompt may not have the position
             spans = {
                 batch.local[pair]: slice(start, stop)
@@ -154,14 +158,14 @@ class Patching:
                     batch.spans,
                 )
                 write = _write(plan.site, new, spans, units, n_units)
-                found.append(writing(plan.site.hook_name(layer), write))
-        return found
+                hooks.append(writing(plan.site.hook_name(layer), write))
+        return hooks
 
 
 def _request(
     model: TransformerBridge, pairs: PromptPairs, patch: Patch, direction: Direction
 ) -> Request:
-    """The patch as a sweep of one patch for each pair."""
+    """Return the request of a sweep with this one patch per pair."""
     if not isinstance(patch, Patch):
         raise PlanError(f"patch={patch!r} is no Patch; write Patch(site='z', layer=3, head=1)")
     (site,) = get_sites([patch.site])
@@ -192,16 +196,18 @@ def _request(
 def _write(
     site: Site, new: Tensor, spans: Mapping[int, slice], units: list[int] | None, n_units: int
 ) -> Callable[[Tensor], None]:
-    """What puts `new` `[pair, pos, width]` into its spans, in the given units alone; of a pattern
-    `[pair, head, dest, src]` the spans are rows `dest`."""
-    which = slice(None) if units is None else units
+    """Return a hook that writes `new` `[pair, pos, width]` into `spans` of the given units.
+
+    For a pattern, `new` is `[pair, head, dest, src]` and the spans are rows `dest`.
+    """
+    selected = slice(None) if units is None else units
 
     def write(x: Tensor) -> None:
         for row, span in spans.items():
             if site.is_pattern:
-                x[row, which, span] = new[row, which, span].to(x)
+                x[row, selected, span] = new[row, selected, span].to(x)
             else:
-                write_units(x, row, new[row].to(x), span, which, n_units)
+                write_units(x, row, new[row].to(x), span, selected, n_units)
 
     return write
 

@@ -1,4 +1,4 @@
-"""Predictions read from streams, by the model's own final norm and unembedding."""
+"""Predictions from residual streams by the model's own final norm and unembedding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformer_lens.tools.analysis.logit_lens import logit_readout
 from patchsweep.analyses.logit_lens.stream import Streams
 from patchsweep.spec.batch import Batch
 
-# a chunk of fp32 logits stays within this many bytes
+# most bytes of a chunk of fp32 logits
 CHUNK_BYTES = 32 * 2**20
 
 
@@ -21,11 +21,11 @@ CHUNK_BYTES = 32 * 2**20
 def read_streams(
     model: TransformerBridge, streams: Streams, batch: Batch, top: int
 ) -> dict[str, NDArray[Any]]:
-    """Per name `[place, pair, pos]` (`top_*`: and top), a chunk of rows at a time.
+    """Return predictions by name, `[place, pair, pos]`, with a last axis `top` for `top_*`.
 
-    `answer_*` and `wrong_*`: probability, its log in nats, and rank (tokens above it) of each
-    answer's first token that the other one does not have there; `top_id` and `top_prob`: the `top`
-    most probable tokens.
+    `answer_*` and `wrong_*`: probability, its log in nats, and rank (number of more probable
+    tokens) of each answer's first token that differs from the other answer's. `top_id` and
+    `top_prob`: the `top` most probable tokens. Logits are computed a chunk of rows at a time.
     """
     stack = torch.stack([x.to(batch.base.device) for x in streams.values()])
     lead = stack.shape[:-1]
@@ -42,16 +42,16 @@ def read_streams(
         logits = unembed.values.float()
         log_z = logits.logsumexp(dim=-1, keepdim=True)
         best = logits.topk(top, dim=-1)
-        found = {"top_id": best.indices, "top_prob": (best.values - log_z).exp()}
+        predictions = {"top_id": best.indices, "top_prob": (best.values - log_z).exp()}
         for kind, ids in (("answer", right), ("wrong", wrong)):
-            own = logits.gather(1, ids[chunk].to(logits.device).unsqueeze(1))
-            log_prob = (own - log_z).squeeze(1)
-            found |= {
+            answer_logits = logits.gather(1, ids[chunk].to(logits.device).unsqueeze(1))
+            log_prob = (answer_logits - log_z).squeeze(1)
+            predictions |= {
                 f"{kind}_log_prob": log_prob,
                 f"{kind}_prob": log_prob.exp(),
-                f"{kind}_rank": (logits > own).sum(dim=-1).float(),
+                f"{kind}_rank": (logits > answer_logits).sum(dim=-1).float(),
             }
-        for name, values in found.items():
+        for name, values in predictions.items():
             parts.setdefault(name, []).append(values.cpu())
     return {
         name: torch.cat(values).reshape(*lead, *values[0].shape[1:]).numpy()

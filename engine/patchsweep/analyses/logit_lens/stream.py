@@ -1,4 +1,4 @@
-"""The residual stream at every place of a run, and whether the lens can read it."""
+"""Captures the residual stream at every place of a run, and checks that the lens can read it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from patchsweep.runners.hook_points import Hook, forward
 from patchsweep.spec.spec import model_shape
 
 POINTS = ("resid_pre", "resid_mid", "resid_post")
-# largest difference between the last place read and the model's own log-probabilities, as a
-# share of their range; rounding gives 1e-6 (1e-2 in bf16), a step left out about 1
+# largest difference between log-probabilities from the last place and the model's own, as a share
+# of their range; rounding gives 1e-6 (1e-2 in bf16), a missing step about 1
 TOLERANCE = 0.1
 
 Place = tuple[int, str]  # layer and point
@@ -26,10 +26,10 @@ Streams = dict[Place, Float[Tensor, "pair pos d_model"]]
 
 
 def check_readable(model: TransformerBridge) -> None:
-    """See that TransformerLens can read a stream of this model; no prompt runs.
+    """Check that TransformerLens can read a stream of this model; runs no prompt.
 
     Raises:
-        MethodError: it cannot.
+        MethodError: TransformerLens cannot.
     """
     try:
         logit_readout(model, torch.zeros(1, model_shape(model).d_model), top_k=1)
@@ -41,35 +41,36 @@ def check_readable(model: TransformerBridge) -> None:
 def run_streams(
     model: TransformerBridge, tokens: Int[Tensor, "pair pos"], hooks: Sequence[Hook] = ()
 ) -> Streams:
-    """The stream of a run under `hooks` at each place; resid_post of the last layer alone, since
-    it is the next one's resid_pre elsewhere.
+    """Return the stream at each place of a run under `hooks`.
+
+    `resid_post` is kept only for the last layer; elsewhere it is the next layer's `resid_pre`.
 
     Raises:
         MethodError: the last place does not give the model's own predictions.
         ModelError: the stream holds NaN or infinity.
     """
     n_layers = int(model.cfg.n_layers)
-    wanted = [(layer, point) for layer in range(n_layers) for point in POINTS[:2]]
-    wanted.append((n_layers - 1, "resid_post"))
-    kept: Streams = {}
+    places = [(layer, point) for layer in range(n_layers) for point in POINTS[:2]]
+    places.append((n_layers - 1, "resid_post"))
+    streams: Streams = {}
 
     def keep(place: Place) -> Any:
-        return lambda x, hook: kept.update({place: x.detach().clone()})
+        return lambda x, hook: streams.update({place: x.detach().clone()})
 
     known = model.hook_dict
-    keeping = [
+    keep_hooks = [
         (f"blocks.{layer}.hook_{point}", keep((layer, point)))
-        for layer, point in wanted
+        for layer, point in places
         if f"blocks.{layer}.hook_{point}" in known
     ]
-    logits = forward(model, tokens, hooks, keeping)
-    _check_finite(kept)
-    _check_readout(model, kept[n_layers - 1, "resid_post"][:, -1], logits[:, -1])
-    return kept
+    logits = forward(model, tokens, hooks, keep_hooks)
+    _check_finite(streams)
+    _check_readout(model, streams[n_layers - 1, "resid_post"][:, -1], logits[:, -1])
+    return streams
 
 
 def place_index(streams: Streams, n_layers: int) -> dict[tuple[int, int], int]:
-    """(layer, number of the point) -> which of `streams` it is."""
+    """Return (layer, index of the point) -> index of the place in `streams`."""
     index = {place: i for i, place in enumerate(streams)}
     for layer in range(n_layers - 1):
         index[layer, "resid_post"] = index[layer + 1, "resid_pre"]
@@ -77,10 +78,10 @@ def place_index(streams: Streams, n_layers: int) -> dict[tuple[int, int], int]:
 
 
 def check_removed(streams: Streams, remove: Sublayer, n_layers: int) -> None:
-    """See that a sublayer whose write is zeroed leaves the stream as it was.
+    """Check that the stream does not change across the removed sublayer.
 
     Raises:
-        MethodError: it does not.
+        MethodError: the stream changes.
     """
     kind, layer = remove
     last = (layer, "resid_post") if layer == n_layers - 1 else (layer + 1, "resid_pre")

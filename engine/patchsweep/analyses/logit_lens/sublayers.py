@@ -1,4 +1,4 @@
-"""Which sublayer brings the answer in: each one's write removed, all in packed batches."""
+"""Effects of sublayers on the answer: each sublayer's output is removed, in packed batches."""
 
 from __future__ import annotations
 
@@ -34,28 +34,27 @@ def sublayers(
     config: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> xr.Dataset:
-    """The model's prediction without each sublayer, one at a time.
+    """Return the metrics of the model without each sublayer, one at a time.
 
-    `without` [metric, pair, sublayer, layer] is the metric after the prompt when the write of that
-    sublayer (`attn` or `mlp`) is zeroed at every position and the rest of the run goes on;
-    `whole` [metric, pair] is that of the whole run. Metrics are those of sweeps: `prob`,
-    `log_prob` (nats), `rank` (tokens above the answer) and `logit_diff`; of an answer of several
-    tokens, all tokens count. `without - whole` is negative where the sublayer helps the answer
-    (of a rank: positive).
+    `without` [metric, pair, sublayer, layer] is the metric with the output of a sublayer (`attn`
+    or `mlp`) set to zero at every position; `whole` [metric, pair] is that of the full run.
+    Metrics are those of sweeps: `prob`, `log_prob` (nats), `rank` (number of tokens above the
+    answer) and `logit_diff`; an answer of several tokens counts with all of them.
+    `without - whole` is negative where the sublayer helps the answer (for a rank: positive).
 
-    One sweep of `attn_out` and `mlp_out` under zero: a row passes only what comes after its
-    sublayer. Arguments are those of `lens` and, for the runner, those of `sweep`.
+    One sweep zeroes `attn_out` and `mlp_out`: each row runs only what follows its sublayer.
+    Arguments are those of `lens` and, for the runner, those of `sweep`.
 
     Raises:
         PatchsweepError: an argument breaks a rule, or the model has no such hooks.
     """
-    towards, prompt = base_direction(which, direction, "noising")
+    sweep_direction, prompt = base_direction(which, direction, "noising")
     ds = sweep(
         model,
         pairs,
         [f"{kind}_out" for kind in SUBLAYERS],
         list(METRICS),
-        direction=towards,
+        direction=sweep_direction,
         intervention="zero",
         positions="all",
         runner=runner,
