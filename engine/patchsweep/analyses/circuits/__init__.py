@@ -1,4 +1,4 @@
-"""Paths: edges between the components of a model, estimated and exact, and circuits of them."""
+"""Edges between the components of a model, estimated and exact, and circuits of nodes or edges."""
 
 from patchsweep.analyses.circuits.circuits import circuit
 from patchsweep.analyses.circuits.edges import edges, exact_edges, screen_edges

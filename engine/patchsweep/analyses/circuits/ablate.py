@@ -1,16 +1,16 @@
-"""Runs with everything outside a circuit ablated; a row is one circuit on one pair.
+"""Runs a model with everything outside a circuit ablated; a row is one circuit on one pair.
 
-Nodes: outside the circuit a head's z and an MLP's output take the ablated value, at every
-position. Edges: every reader sees a stream of its own,
+Nodes: z of heads and outputs of MLPs outside the circuit take the ablated value, at every
+position. Edges: every reader has an input stream of its own,
 
-    in_v = sum of what its senders write, those of removed edges as ablated
+    in_v = sum of its senders' writes, with ablated writes for removed edges
 
-so that a sender reaches some readers as it is in this run and others as it is when ablated. What
-attention's heads of one layer write passes their norm together where there is one (Gemma 2 and
-3, OLMo 2), as that reader sees them. Then a circuit that has all edges of some nodes and no
-others equals the circuit of these nodes.
+so that a sender reaches some readers with its value in this run and others with its ablated
+value. If a norm follows attention (Gemma 2 and 3, OLMo 2), it acts on the sum of a layer's heads
+as the reader receives them. A circuit of all edges among some nodes then equals the circuit of
+these nodes.
 
-All rows go through each block of the model at once, from the first position that can differ.
+All rows run through each block at once, from the first position that can differ.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from patchsweep.forward.unembed import Unembed
 from patchsweep.forward.unwrapped import HookLocation
 from patchsweep.spec.sites import SITES
 
-# what the rows that travel together write stays within this many bytes
+# most bytes of the writes of rows that run together
 ROW_BYTES = 512 * 2**20
 
 Kind = Literal["q", "k", "v", "mlp"]
-# from a head's write to the stream: nothing between, a factor, or a norm over all heads together
+# the map from a head's write to the stream: identity, a factor, or a norm over all heads together
 Way = Literal["as it is", "linear", "normed"]
 
 
@@ -43,12 +43,12 @@ Way = Literal["as it is", "linear", "normed"]
 def run_nodes(
     edge_batch: EdgeBatch, keep: Bool[Tensor, "row node"], pair: Int[Tensor, " row"]
 ) -> Float[Tensor, "metric row"]:
-    """The metrics of runs on `pair` in which the nodes that are not kept are ablated.
+    """Return the metrics of runs on `pair` with all nodes outside `keep` ablated.
 
-    Nodes stand in the order of `Nodes.senders` without embed, which every circuit keeps.
+    Nodes have the order of `Nodes.senders` without embed, which every circuit keeps.
     """
     width = edge_batch.base.resid[0][0, edge_batch.start :].numel()
-    # the stream, q, k, v, z and what the MLP makes of it
+    # 16 activations of stream width: the stream, q, k, v, z and those inside the MLP
     size = max(1, ROW_BYTES // (4 * 16 * width))
     ablation = _Nodes(edge_batch)
     parts = [
@@ -62,7 +62,7 @@ def run_nodes(
 def run_edges(
     edge_batch: EdgeBatch, keep: Bool[Tensor, "row sender reader"], pair: Int[Tensor, " row"]
 ) -> Float[Tensor, "metric row"]:
-    """The metrics of runs on `pair` in which the edges that are not kept are ablated."""
+    """Return the metrics of runs on `pair` with all edges outside `keep` ablated."""
     width = edge_batch.base.resid[0][0].numel()
     nodes = edge_batch.nodes
     n_readers = nodes.n_heads + 2 * nodes.n_kv_heads
@@ -82,7 +82,7 @@ def _chunks(n: int, size: int) -> list[slice]:
 def _score(
     edge_batch: EdgeBatch, final: Float[Tensor, "row pos d_model"], pair: Tensor
 ) -> Float[Tensor, "metric row"]:
-    """The metrics of runs that end in the residual `final`, from the start on."""
+    """Return the metrics of runs with the final residual `final`, which begins at `start`."""
     unembed = Unembed(edge_batch.blocks.unwrapped)
     reads = [read - edge_batch.start for read in edge_batch.batch.reads]
     parts = []
@@ -93,14 +93,14 @@ def _score(
 
 
 class _Nodes:
-    """What node circuits of one scene share."""
+    """Runs node circuits of one edge batch."""
 
     def __init__(self, edge_batch: EdgeBatch) -> None:
         self.edge_batch = edge_batch
         self.z_points = _z_points(edge_batch)
-        every = torch.arange(edge_batch.base.n_pairs, device=edge_batch.batch.base.device)
-        # An ablated MLP gives what it gave in the source run, so that a norm behind it, if any,
-        # is passed as there; what the ablated value is beyond that is added where it is linear.
+        all_pairs = torch.arange(edge_batch.base.n_pairs, device=edge_batch.batch.base.device)
+        # An ablated MLP outputs its source run's value, so that a norm behind it acts as in the
+        # source run. The rest of the ablated value is added behind the norm.
         self.beyond = []
         for layer, change in enumerate(edge_batch.changes.mlp):
             source, base = (
@@ -108,39 +108,41 @@ class _Nodes:
             )
             rest = base + change - source
             self.beyond.append(
-                edge_batch.blocks.push(layer, "mlp_out", rest, edge_batch.base, every)
+                edge_batch.blocks.push(layer, "mlp_out", rest, edge_batch.base, all_pairs)
             )
 
     def run(self, keep: Bool[Tensor, "row node"], pair: Tensor) -> Float[Tensor, "row pos d_model"]:
-        """The final residual of every row, from the start on."""
+        """Return the final residual of every row, from `start` on."""
         edge_batch, start = self.edge_batch, self.edge_batch.start
         n_heads = edge_batch.nodes.n_heads
         by_layer = keep.unflatten(1, (edge_batch.nodes.n_layers, n_heads + 1))
         x = edge_batch.base.resid[0][pair, start:]
         for layer in range(edge_batch.nodes.n_layers):
-            heads, gone = by_layer[:, layer, :n_heads], ~by_layer[:, layer, n_heads]
+            heads, ablated_mlp = by_layer[:, layer, :n_heads], ~by_layer[:, layer, n_heads]
             new_z = (edge_batch.base.z[layer] + edge_batch.changes.z[layer])[pair, start:]
 
-            def put(z: Tensor, heads: Tensor = heads, new_z: Tensor = new_z) -> Tensor:
+            def replace_z(z: Tensor, heads: Tensor = heads, new_z: Tensor = new_z) -> Tensor:
                 own = z.reshape(*new_z.shape[:2], n_heads, -1)
                 mixed = torch.where(heads[:, None, :, None], own, new_z.view_as(own))
                 return mixed.reshape(z.shape)
 
-            def replace(kind: Kind, y: Tensor, layer: int = layer, gone: Tensor = gone) -> None:
+            def replace(
+                kind: Kind, y: Tensor, layer: int = layer, ablated_mlp: Tensor = ablated_mlp
+            ) -> None:
                 if kind == "mlp":
-                    y[gone] = edge_batch.source.part(layer, "mlp")[pair[gone], start:]
+                    y[ablated_mlp] = edge_batch.source.part(layer, "mlp")[pair[ablated_mlp], start:]
 
-            with watch(self.z_points[layer], put):
+            with watch(self.z_points[layer], replace_z):
                 x = edge_batch.blocks.run(layer, x, edge_batch.base, pair, start, replace)
-            x = x + gone[:, None, None] * self.beyond[layer][pair, start:]
+            x = x + ablated_mlp[:, None, None] * self.beyond[layer][pair, start:]
         return x
 
 
 class _Ablated:
-    """What edge circuits of one scene share: the stream when every sender is ablated.
+    """The stream of one edge batch with every sender ablated, which all edge circuits share.
 
-    It is summed up from what the ablated parts write, not from the base run by subtraction: a
-    norm makes anything large of the rounding that would be left of a stream of zeros.
+    It is a sum of ablated writes, not the base run minus writes: subtraction would leave rounding
+    noise where the stream should be zero, and a norm would amplify it.
     """
 
     def __init__(self, edge_batch: EdgeBatch) -> None:
@@ -154,62 +156,62 @@ class _Ablated:
         )
         self.ways = [_way_of(edge_batch, layer) for layer in range(nodes.n_layers)]
         self.normed = [layer for layer, way in enumerate(self.ways) if way == "normed"]
-        every = torch.arange(base.n_pairs, device=base.resid[0].device)
-        own = slice(edge_batch.start, None)
-        self.embed = changes.embed[:, own].float()  # what the embeddings lose, with a minus
-        self.z = [(z + dz)[:, own] for z, dz in zip(base.z, changes.z, strict=True)]
-        self.attn: list[Float[Tensor, "pair pos d_model"]] = []  # per layer, before a norm of it
-        self.mlp: list[Float[Tensor, "pair pos d_model"]] = []  # per layer, what the stream gains
-        # entering each block, and before its MLP; of layers in `normed` without attention's part
-        self.entering = [(base.resid[0] + changes.embed)[:, own].float()]
+        all_pairs = torch.arange(base.n_pairs, device=base.resid[0].device)
+        from_start = slice(edge_batch.start, None)
+        self.embed = changes.embed[:, from_start].float()  # ablated minus base embeddings
+        self.z = [(z + dz)[:, from_start] for z, dz in zip(base.z, changes.z, strict=True)]
+        self.attn: list[Float[Tensor, "pair pos d_model"]] = []  # per layer, before its norm
+        self.mlp: list[Float[Tensor, "pair pos d_model"]] = []  # per layer, as added to the stream
+        # the stream before each block, and before its MLP; without attention of `normed` layers
+        self.entering = [(base.resid[0] + changes.embed)[:, from_start].float()]
         self.between: list[Float[Tensor, "pair pos d_model"]] = []
         for layer in range(nodes.n_layers):
             self.attn.append(blocks.attention_of(layer, self.z[layer]))
             between = self.entering[-1]
             if layer not in self.normed:
-                between = between + self.written(layer, "attn", self.attn[layer], every)
-            mlp = (base.part(layer, "mlp_out") + changes.mlp[layer])[:, own]
-            self.mlp.append(self.written(layer, "mlp_out", mlp, every))
+                between = between + self.written(layer, "attn", self.attn[layer], all_pairs)
+            mlp = (base.part(layer, "mlp_out") + changes.mlp[layer])[:, from_start]
+            self.mlp.append(self.written(layer, "mlp_out", mlp, all_pairs))
             self.between.append(between)
             self.entering.append(between + self.mlp[layer])
 
     def written(
         self, layer: int, part: Part, value: Float[Tensor, "row pos d_model"], pair: Tensor
     ) -> Float[Tensor, "row pos d_model"]:
-        """What the stream gains when a part of the block gives `value`; row i is of `pair[i]`."""
+        """Return what a part with output `value` adds to the stream; row i belongs to `pair[i]`."""
         base, start = self.edge_batch.base, self.edge_batch.start
         value = value.to(base.resid[0])
         return self.edge_batch.blocks.writes(layer, {part: value}, base, pair, start).float()
 
     def stream(self, reader: Reader) -> Float[Tensor, "pair pos d_model"]:
-        """What `reader` sees when every sender is ablated, but for heads of layers in `normed`."""
+        """Return the input of `reader` with every sender ablated, without heads of `normed`."""
         if reader.kind == "mlp" and not self.edge_batch.nodes.parallel[reader.layer]:
             return self.between[reader.layer]
         return self.entering[reader.layer]
 
     def heads(self, layer: int) -> slice:
-        """The senders that are heads of `layer`."""
+        """Return the indices of the senders that are heads of `layer`."""
         first = 1 + layer * (self.edge_batch.nodes.n_heads + 1)
         return slice(first, first + self.edge_batch.nodes.n_heads)
 
 
 class _Edges:
-    """Rows of edge circuits on their way through the blocks."""
+    """Runs rows of edge circuits through the blocks."""
 
     def __init__(
         self, ablated: _Ablated, keep: Bool[Tensor, "row sender reader"], pair: Tensor
     ) -> None:
         self.ablated, self.edge_batch, self.pair = ablated, ablated.edge_batch, pair
         self.keep = keep.to(ablated.embed)
-        # per sender what it writes in this row, less what it writes when ablated
+        # per sender its write in this row minus its ablated write
         n_senders = len(self.edge_batch.nodes.senders)
         self.more = ablated.embed.new_zeros(len(pair), n_senders, *ablated.embed.shape[1:])
         self.more[:, 0] = -ablated.embed[pair]
-        # the same before the norm, of heads that pass one together
+        # likewise before the norm, for heads that share one
         self.gained: dict[int, Float[Tensor, "row head pos d_model"]] = {}
 
     def run(self) -> Float[Tensor, "row pos d_model"]:
-        """The final residual of every row as the logits see it, from the start on."""
+        """Return the final residual of every row, the input of the logits, from `start` on."""
         for layer in range(self.edge_batch.nodes.n_layers):
             self._attention(layer)
             self._mlp(layer)
@@ -217,25 +219,29 @@ class _Edges:
         return self._seen(slice(last, last + 1))[:, 0]
 
     def _seen(self, readers: slice) -> Float[Tensor, "row reader pos d_model"]:
-        """The stream that each of these readers of one layer sees."""
+        """Return the input stream of each of `readers`, which belong to one layer."""
         edge_batch, ablated, pair = self.edge_batch, self.ablated, self.pair
         reader = edge_batch.nodes.readers[readers.start]
         n_seen = edge_batch.nodes.n_seen(reader)
         removed = ablated.stream(reader)
         kept = self.keep[:, :n_seen, readers].transpose(1, 2) @ self.more[:, :n_seen].flatten(2)
-        seen = removed[pair].unsqueeze(1) + kept.unflatten(-1, removed.shape[1:])
-        rows = pair.repeat_interleave(seen.shape[1])
+        streams = removed[pair].unsqueeze(1) + kept.unflatten(-1, removed.shape[1:])
+        rows = pair.repeat_interleave(streams.shape[1])
         for layer in ablated.normed:
             heads = ablated.heads(layer)
             if heads.stop > n_seen:
                 break
-            own = self.keep[:, heads, readers].transpose(1, 2) @ self.gained[layer].flatten(2)
-            attn = ablated.attn[layer][pair].unsqueeze(1) + own.unflatten(-1, removed.shape[1:])
-            seen += ablated.written(layer, "attn", attn.flatten(0, 1), rows).view_as(seen)
-        return seen.to(edge_batch.base.resid[0])
+            head_writes = self.keep[:, heads, readers].transpose(1, 2) @ self.gained[layer].flatten(
+                2
+            )
+            attn = ablated.attn[layer][pair].unsqueeze(1) + head_writes.unflatten(
+                -1, removed.shape[1:]
+            )
+            streams += ablated.written(layer, "attn", attn.flatten(0, 1), rows).view_as(streams)
+        return streams.to(edge_batch.base.resid[0])
 
     def _attention(self, layer: int) -> None:
-        """Attention of `layer`, each of its q, k and v from a stream of its own."""
+        """Run attention of `layer` with q, k and v each from its reader's own stream."""
         edge_batch, pair, start = self.edge_batch, self.pair, self.edge_batch.start
         n_heads, n_kv = edge_batch.nodes.n_heads, edge_batch.nodes.n_kv_heads
         readers = edge_batch.nodes.of_layer(layer)
@@ -246,9 +252,9 @@ class _Edges:
         # reader i is head i among those of its kind
         own = {}
         first = 0
-        for kind, every in zip(("q", "k", "v"), qkv, strict=True):
-            head = torch.arange(every.shape[1], device=x.device)
-            own[kind] = every.unflatten(0, (len(pair), n_readers))[:, first + head, head]
+        for kind, heads_of_kind in zip(("q", "k", "v"), qkv, strict=True):
+            head = torch.arange(heads_of_kind.shape[1], device=x.device)
+            own[kind] = heads_of_kind.unflatten(0, (len(pair), n_readers))[:, first + head, head]
             first += len(head)
         change = self._z(layer, own) - self.ablated.z[layer][pair]
         gained = edge_batch.blocks.head_writes(layer, change, n_heads)
@@ -263,13 +269,13 @@ class _Edges:
         self.more[:, self.ablated.heads(layer)] = gained.transpose(0, 1).float()
 
     def _z(self, layer: int, own: dict[str, Tensor]) -> Float[Tensor, "row pos width"]:
-        """What attention makes of these q, k and v `[row, head, pos, d]`."""
+        """Return z of attention with these q, k and v `[row, head, pos, d]`."""
         edge_batch, pair, start = self.edge_batch, self.pair, self.edge_batch.start
         x = edge_batch.base.resid[layer][pair, start:]
-        seen: list[Tensor] = []
+        captured: list[Tensor] = []
 
         def stop(z: Tensor) -> None:
-            seen.append(z.reshape(*x.shape[:2], -1))
+            captured.append(z.reshape(*x.shape[:2], -1))
             raise _Seen
 
         def replace(kind: Kind, value: Tensor) -> None:
@@ -277,24 +283,26 @@ class _Edges:
 
         with watch(self.ablated.z_points[layer], stop), suppress(_Seen):
             edge_batch.blocks.run(layer, x, edge_batch.base, pair, start, replace)
-        return seen[0]
+        return captured[0]
 
     def _mlp(self, layer: int) -> None:
-        """The MLP of `layer` on the stream that it sees."""
+        """Run the MLP of `layer` on its input stream."""
         edge_batch, pair = self.edge_batch, self.pair
         reader = edge_batch.nodes.of_layer(layer).stop - 1
-        (seen,) = self._seen(slice(reader, reader + 1)).unbind(1)
-        # attention's part is in the stream already, as far as the MLP sees it
-        nothing: dict[Part, Tensor] = dict.fromkeys(("attn", "attn_out"), torch.zeros_like(seen))
+        (stream,) = self._seen(slice(reader, reader + 1)).unbind(1)
+        # the stream already holds attention's part as this MLP receives it
+        no_attention: dict[Part, Tensor] = dict.fromkeys(
+            ("attn", "attn_out"), torch.zeros_like(stream)
+        )
         y = edge_batch.blocks.mlp_of(
-            layer, seen, edge_batch.base, pair, edge_batch.start, held=nothing
+            layer, stream, edge_batch.base, pair, edge_batch.start, held=no_attention
         )
         written = self.ablated.written(layer, "mlp", y, pair)
         self.more[:, self.ablated.heads(layer).stop] = written - self.ablated.mlp[layer][pair]
 
 
 class _Seen(Exception):
-    """All that was wanted of a block has been seen."""
+    """Ends a block's run early, once z is captured."""
 
 
 def _z_points(edge_batch: EdgeBatch) -> tuple[HookLocation, ...]:
@@ -302,14 +310,14 @@ def _z_points(edge_batch: EdgeBatch) -> tuple[HookLocation, ...]:
 
 
 def _way_of(edge_batch: EdgeBatch, layer: int) -> Way:
-    """How what the heads write reaches the stream, found by sending something along."""
-    # any change that is no multiple of the output itself, which a norm would not see
-    gained = edge_batch.base.part(layer, "attn")[:1].roll(1, dims=-1)
-    first = torch.zeros(1, dtype=torch.long, device=gained.device)
+    """Return how the heads' writes reach the stream, measured with a probe."""
+    # a rolled output, since a norm is invariant to multiples of the output itself
+    probe = edge_batch.base.part(layer, "attn")[:1].roll(1, dims=-1)
+    first = torch.zeros(1, dtype=torch.long, device=probe.device)
     once, twice = (
-        edge_batch.blocks.exact_head_writes(layer, factor * gained, edge_batch.base, first)
+        edge_batch.blocks.exact_head_writes(layer, factor * probe, edge_batch.base, first)
         for factor in (1, 2)
     )
-    if torch.equal(once, gained):
+    if torch.equal(once, probe):
         return "as it is"
     return "linear" if torch.equal(2 * once, twice) else "normed"

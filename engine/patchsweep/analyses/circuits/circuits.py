@@ -1,4 +1,4 @@
-"""Circuits: how much of what a model does is done by a few of its nodes or edges."""
+"""`circuit`: faithfulness and completeness of circuits of nodes or edges, by size."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from patchsweep.spec.spec import MetricLike, SweepSpec
 from patchsweep.sweeps.identity import identity_of, question_settings, read_weights
 from patchsweep.sweeps.layout import analysis_attrs
 
-# the largest error of the runs in which all or nothing is ablated that rounding may explain, as a
-# share of the largest difference between base and source
+# largest rounding error of the runs with all or nothing ablated, as a share of the largest
+# difference between base and source
 TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-6}
 LOW_PRECISION_TOLERANCE = 0.3
 
@@ -56,47 +56,47 @@ def circuit(
     means_from: MeansFrom = SweepSpec.means_from,
     config: Mapping[str, Any] | None = None,
 ) -> xr.Dataset:
-    """Circuits of several sizes and what each does without the rest of the model.
+    """Return the metrics and faithfulness of circuits of several sizes, run without the rest.
 
     `circuit_metric` [metric, pair, size] is the metric on the clean prompt with all nodes or
-    edges outside the circuit ablated, `complement_metric` the one with the circuit itself ablated
-    and all else kept, `empty_metric` [metric, pair] the one with everything ablated, and
-    `base_metric` and `source_metric` those of the clean and the corrupted prompt.
+    edges outside the circuit ablated. `complement_metric` has the circuit ablated and all else
+    kept, `empty_metric` [metric, pair] has everything ablated. `base_metric` and `source_metric`
+    are those of the clean and the corrupted prompt.
 
         faithfulness(C) = (m(C) - m(empty)) / (m(clean) - m(empty)),   m: mean over the pairs
 
-    [metric, size] is 1 where the circuit does all that the model does; `completeness` is the same
-    fraction for the complement, so 0 where nothing of it happens outside the circuit (Marks et
-    al., arXiv 2403.19647). Both are NaN where m(clean) - m(empty) is within rounding of 0; the
-    attribute `undefined` then holds the reason, by metric. The attributes `cpr` and `cmd` are the
-    areas of the faithfulness curve (see `growth.areas`), by metric.
+    [metric, size] is 1 where the circuit reproduces the model. `completeness` is the same fraction
+    for the complement, so 0 where the rest of the model contributes nothing (Marks et al., arXiv
+    2403.19647). Both are NaN where m(clean) - m(empty) is within rounding of 0; the attribute
+    `undefined` then holds the reason, by metric. The attributes `cpr` and `cmd` are the areas of
+    the faithfulness curve (see `selection.areas`), by metric.
 
-    `rank` [node] or [sender, reader] is the turn at which each node or edge joins, -1 where there
-    is no such edge: a circuit of n edges is those of the ranks below n. `score` is what they were
-    ranked by. Senders and readers are named as in `edges`; nodes are the senders without
-    embed, which belongs to every circuit of nodes.
+    `rank` [node] or [sender, reader] is the order in which nodes or edges join, -1 where there is
+    no such edge: a circuit of n edges holds the ranks below n. `score` determines the rank.
+    Senders and readers are named as in `edges`; nodes are the senders without embed, which
+    belongs to every circuit of nodes.
 
     Args:
-        level: circuits of nodes (heads and MLPs, whole) or of edges.
-        method: what ranks them. Nodes: a method of `sweep` at all positions together, such as
-            atp, ig or exact. Edges: eap (or atp, which is the same), eap_ig (or
+        level: circuits of nodes (full heads and MLPs) or of edges.
+        method: the method of the scores. Nodes: a method of `sweep` at all positions together,
+            such as atp, ig or exact. Edges: eap (or atp, its synonym), eap_ig (or
             `IntegratedInputs(n_steps)`), or exact, which runs every edge.
-        growth: top takes the foremost first; greedy, for edges, goes from the logits backwards,
-            so that every edge leads somewhere.
-        rank_by: `size`: the largest |score| is foremost, whichever its sign, as CMD is published
-            by the MIB benchmark; `signed`: the lowest score, whose ablation lowers the metric most,
-            as CPR is.
+        growth: top adds by rank of score; greedy, for edges, grows from the logits backwards, so
+            that every edge is connected to the logits.
+        rank_by: `size` ranks by |score|, largest first, as the MIB benchmark does for CMD;
+            `signed` ranks by score, lowest first (its ablation lowers the metric most), as MIB
+            does for CPR.
         sizes: shares of all nodes or edges (up to 1) or their numbers; default: MIB's ten.
-        ablation: what takes the place of what is ablated: resample (the corrupted prompt's),
-            mean, zero, or anything else that `edges` takes as its intervention.
-        scores: rank by these, one for each node or edge as `circuit_scores` gives them, such as
-            those of other pairs; `method` is then not used.
-        means_from: as in `patchsweep.sweep`, for means in place of what is ablated.
-        config: what a command line was told, kept in the provenance.
+        ablation: the ablated value: resample (the corrupted prompt's), mean, zero, or any other
+            intervention of `edges`.
+        scores: scores to rank by, one per node or edge as from `circuit_scores`, for example of
+            other pairs; `method` is then not used.
+        means_from: as in `patchsweep.sweep`, for mean ablation.
+        config: config of the command line, kept in the provenance.
 
     Raises:
-        PatchsweepError: an argument breaks a rule; the text says which, and what to do.
-        MethodError: the model's blocks cannot be taken apart.
+        PatchsweepError: an argument breaks a rule; the text states the rule and a remedy.
+        MethodError: the model's blocks cannot be split at the residual stream.
     """
     _check(level, growth)
     question = ask(
@@ -113,7 +113,7 @@ def circuit(
     check_rank_by(rank_by, question.metrics[0].name)
     nodes = nodes_of(model)
     n = nodes.n_edges if level == "edges" else len(nodes.senders) - 1
-    sizes_of(sizes, n, level)  # before anything runs
+    sizes_of(sizes, n, level)  # raises before any forward pass
     if scores is not None:
         score_values(scores, nodes, level)  # likewise
     attrs = _attrs(question, level, method, growth, rank_by, sizes, scores, config)
@@ -125,16 +125,16 @@ def circuit(
         )  # fmt: skip
     else:
         name = str(scores.attrs.get("method", "given"))
-    found: dict[tuple[int, ...], Runs] = {}
+    runs_of_pairs: dict[tuple[int, ...], Runs] = {}
     plan: Plan | None = None
     with frozen(model):
         for edge_batch in edge_batches(question):
-            if plan is None:  # only now it is known which blocks are parallel
+            if plan is None:  # the first batch determines which blocks are parallel
                 values = score_values(scores, edge_batch.nodes, level)
                 plan = make_plan(edge_batch.nodes, level, growth, rank_by, sizes, values)
-            found[edge_batch.batch.pairs] = _run(edge_batch, plan, question)
+            runs_of_pairs[edge_batch.batch.pairs] = _run(edge_batch, plan, question)
     assert plan is not None
-    return circuit_dataset(question, plan, found, name, attrs)
+    return circuit_dataset(question, plan, runs_of_pairs, name, attrs)
 
 
 def describe(
@@ -153,7 +153,7 @@ def describe(
     means_from: MeansFrom = SweepSpec.means_from,
     config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Attributes by which a store knows what `circuit` gives for these arguments; runs nothing.
+    """Return the attributes that identify `circuit`'s results in a store; runs nothing.
 
     Raises:
         PatchsweepError: an argument breaks a rule.
@@ -185,10 +185,10 @@ def _attrs(
     scores: xr.DataArray | None,
     config: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    asked = question_settings(question)
+    experiment = question_settings(question)
     settings = {
-        "ablation": asked.pop("intervention"),
-        **asked,
+        "ablation": experiment.pop("intervention"),
+        **experiment,
         "level": level,
         "method": method_settings(level, method) if scores is None else "scores",
         "scores": None if scores is None else _described_scores(scores),
@@ -206,27 +206,27 @@ def _described_scores(scores: xr.DataArray) -> dict[str, Any]:
 
 
 def _run(edge_batch: EdgeBatch, plan: Plan, question: Question) -> Runs:
-    rows, where = plan.runs
+    rows, row_of_circuit = plan.runs
     device, n_pairs = edge_batch.batch.base.device, edge_batch.base.n_pairs
     keep = torch.from_numpy(rows).to(device).repeat_interleave(n_pairs, dim=0)
     pair = torch.arange(n_pairs, device=device).repeat(len(rows))
     run = run_edges if plan.level == "edges" else run_nodes
     values = run(edge_batch, keep, pair).unflatten(1, (len(rows), n_pairs)).transpose(1, 2)
-    found = check_finite(
+    metrics = check_finite(
         values.cpu().numpy(),
         names_of(question.metrics),
         lambda pair, row: (
             f"a circuit of {rows[row].sum()} {plan.level} in pair {edge_batch.batch.pairs[pair]}"
         ),
-    )[:, :, where]
+    )[:, :, row_of_circuit]
     base, source = (x.cpu().numpy() for x in edge_batch.references())
     runs = Runs(
-        circuit=found[:, :, : len(plan.sizes.counts)],
-        complement=found[:, :, len(plan.sizes.counts) : -2],
-        empty=found[:, :, -2],
+        circuit=metrics[:, :, : len(plan.sizes.counts)],
+        complement=metrics[:, :, len(plan.sizes.counts) : -2],
+        empty=metrics[:, :, -2],
         base=base,
         source=source,
-        whole=found[:, :, -1],
+        whole=metrics[:, :, -1],
     )
     _check_ends(runs, plan.level, question, edge_batch.base.resid[0].dtype)
     return runs
@@ -238,22 +238,22 @@ def _check_ends(
     question: Question,
     dtype: torch.dtype,
 ) -> None:
-    """Raise unless the whole model, taken apart and put together, is the model.
+    """Raise unless runs with nothing and with everything ablated equal the unpatched runs.
 
     Raises:
-        MethodError: it is not.
+        MethodError: they differ by more than rounding.
     """
     ends = [(runs.whole, runs.base, "with nothing ablated")]
     if level == "edges" and question.intervention.name == "resample":
         ends.append((runs.empty, runs.source, "with everything ablated"))
-    for found, known, words in ends:
+    for ablated, known, words in ends:
         gap = np.nanmax(np.abs(runs.base - runs.source), axis=1)
-        worst = np.abs(found - known).max(axis=1)
+        worst = np.abs(ablated - known).max(axis=1)
         tolerance = TOLERANCE.get(dtype, LOW_PRECISION_TOLERANCE)
-        for metric, off, scale in zip(question.metrics, worst, gap, strict=True):
-            if not off <= tolerance * max(float(scale), 1e-3):
+        for metric, error, scale in zip(question.metrics, worst, gap, strict=True):
+            if not error <= tolerance * max(float(scale), 1e-3):
                 raise MethodError(
-                    f"the model taken apart, {words}, differs from the model by {off:.2g} in "
+                    f"the model taken apart, {words}, differs from the model by {error:.2g} in "
                     f"{metric.name}, where clean and corrupted prompts are {scale:.2g} apart: "
                     "something else than heads, MLPs and the logits reads or writes its residual "
                     "stream; sweep its sites instead"

@@ -1,4 +1,4 @@
-"""What edges of one batch of pairs share: the base and source runs, and what senders gain."""
+"""`EdgeBatch`: base and source runs of a batch of pairs, and the changes of all senders."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from patchsweep.spec.reference import means_attrs
 from patchsweep.spec.sites import SITES
 from patchsweep.spec.spec import Experiment, SweepSpec, make_experiment, model_shape
 
-# what all senders of one batch write stays within this many bytes
+# most bytes of the writes of all senders of one batch
 WRITE_BYTES = 512 * 2**20
-SENDER_SITES = ("embed", "z", "mlp_out")  # whose values senders take
+SENDER_SITES = ("embed", "z", "mlp_out")  # sites of the senders' values
 
 
 @dataclass(frozen=True)
 class Question(Experiment):
-    """Whose edges, on which prompts, by which metrics; checked, nothing run."""
+    """The checked arguments of an edge analysis: model, pairs, metrics and intervention."""
 
     def means_attrs(self) -> dict[str, Any]:
         """See `reference.means_attrs`."""
@@ -46,23 +46,23 @@ class Question(Experiment):
 
 
 def ask(model: TransformerBridge, pairs: PromptPairs, spec: SweepSpec) -> Question:
-    """The arguments that all kinds of edges share, checked.
+    """Check the arguments that all edge analyses share.
 
     Raises:
-        PatchsweepError: an argument breaks a rule; the text says which, and what to do.
+        PatchsweepError: an argument breaks a rule; the text states the rule and a remedy.
     """
-    found = make_experiment(model, pairs, spec, [SITES[name] for name in SENDER_SITES])
-    if found.intervention.name == "shuffle":
+    experiment = make_experiment(model, pairs, spec, [SITES[name] for name in SENDER_SITES])
+    if experiment.intervention.name == "shuffle":
         raise MethodError(
             "intervention=shuffle mixes the pairs of a batch, and edges take each pair by "
             "itself; use resample with other pairs, zero or mean"
         )
     check_model(model)
-    return Question(**vars(found))
+    return Question(**vars(experiment))
 
 
 def nodes_of(model: TransformerBridge, parallel: tuple[bool, ...] | None = None) -> Nodes:
-    """The senders and readers of `model`; unless `parallel` is known, no block counts as such."""
+    """Return the senders and readers of `model`; without `parallel`, no block is parallel."""
     shape = model_shape(model)
     return Nodes(
         n_layers=shape.n_layers,
@@ -74,16 +74,16 @@ def nodes_of(model: TransformerBridge, parallel: tuple[bool, ...] | None = None)
 
 @dataclass(frozen=True)
 class Changes:
-    """New value minus base value of every sender, where it leaves the sender."""
+    """New value minus base value of every sender, at the sender's output."""
 
-    embed: Float[Tensor, "pair pos d_model"]  # what enters the first block
+    embed: Float[Tensor, "pair pos d_model"]  # input of the first block
     z: tuple[Float[Tensor, "pair pos width"], ...]  # per layer, before W_O
-    mlp: tuple[Float[Tensor, "pair pos d_model"], ...]  # per layer, after a norm of its own
+    mlp: tuple[Float[Tensor, "pair pos d_model"], ...]  # per layer, after the MLP's own norm
 
 
 @dataclass(frozen=True)
 class EdgeBatch:
-    """One batch of pairs, its unpatched runs done."""
+    """One batch of pairs with its unpatched runs and the changes of all senders."""
 
     blocks: Blocks
     nodes: Nodes
@@ -92,12 +92,12 @@ class EdgeBatch:
     base: Trace
     source: Trace
     changes: Changes
-    start: int  # the first position where any sender gains anything
+    start: int  # first position at which any sender changes
 
     def score(
         self, logits: Float[Tensor, "row read d_vocab"], pair: Tensor
     ) -> Float[Tensor, "metric row"]:
-        """Every metric of every row; row i is a run of `pair[i]`."""
+        """Return every metric of every row; row i is a run of `pair[i]`."""
         answer, wrong = (
             logits.gather(2, x[pair].unsqueeze(-1)).squeeze(-1)
             for x in (self.batch.answer, self.batch.wrong)
@@ -107,10 +107,10 @@ class EdgeBatch:
 
     @torch.no_grad()
     def references(self) -> tuple[Float[Tensor, "metric pair"], Float[Tensor, "metric pair"]]:
-        """The metrics of the base and of the source runs.
+        """Return the metrics of the base run and of the source run.
 
         Raises:
-            ModelError: one is NaN or infinite.
+            ModelError: a metric is NaN or infinite.
         """
         pair = torch.arange(self.base.n_pairs, device=self.batch.base.device)
         base, source = (
@@ -122,15 +122,15 @@ class EdgeBatch:
 
     @torch.no_grad()
     def writes(self, trace: Trace, *, exact: bool) -> Float[Tensor, "pair sender pos d_model"]:
-        """What the residual stream gains by each sender's change, from `start` on, fp32.
+        """Return what each sender's change adds to the residual stream, from `start` on, fp32.
 
-        `exact`: through a norm after attention as it is, else linearised at `trace`. Without
-        such a norm there is no difference.
+        `exact` applies a norm after attention exactly, otherwise it is linearised at `trace`.
+        Without such a norm both agree.
         """
         n_pairs, n_heads = trace.n_pairs, self.nodes.n_heads
-        every = torch.arange(n_pairs, device=trace.resid[0].device)
-        rows = every.repeat(n_heads)
-        found = [self.changes.embed.unsqueeze(1)]
+        all_pairs = torch.arange(n_pairs, device=trace.resid[0].device)
+        rows = all_pairs.repeat(n_heads)
+        parts = [self.changes.embed.unsqueeze(1)]
         for layer in range(self.nodes.n_layers):
             gained = self.blocks.head_writes(layer, self.changes.z[layer], n_heads).flatten(0, 1)
             heads = (
@@ -138,19 +138,19 @@ class EdgeBatch:
                 if exact
                 else self.blocks.push(layer, "attn", gained, trace, rows)
             )
-            found.append(heads.unflatten(0, (n_heads, n_pairs)).transpose(0, 1))
-            mlp = self.blocks.push(layer, "mlp_out", self.changes.mlp[layer], trace, every)
-            found.append(mlp.unsqueeze(1))
-        return torch.cat([x[:, :, self.start :].float() for x in found], dim=1)
+            parts.append(heads.unflatten(0, (n_heads, n_pairs)).transpose(0, 1))
+            mlp = self.blocks.push(layer, "mlp_out", self.changes.mlp[layer], trace, all_pairs)
+            parts.append(mlp.unsqueeze(1))
+        return torch.cat([x[:, :, self.start :].float() for x in parts], dim=1)
 
 
 def edge_batches(question: Question, *, gradient: bool = False) -> Iterator[EdgeBatch]:
-    """The pairs of `question` in batches whose writes fit the memory.
+    """Yield the pairs of `question` in batches whose writes fit `WRITE_BYTES`.
 
-    With `gradient` the base run is part of a graph that starts where the first block does.
+    With `gradient` the base run builds a graph from the first block's input on.
 
     Raises:
-        MethodError: the model's blocks cannot be taken apart.
+        MethodError: the model's blocks cannot be split at the residual stream.
     """
     bridge = question.bridge
     try:
@@ -160,7 +160,7 @@ def edge_batches(question: Question, *, gradient: bool = False) -> Iterator[Edge
         raise unfit(bridge, error) from error
     except PatchsweepError:
         raise
-    except Exception as error:  # blocks of an unknown kind may break in any way here
+    except Exception as error:  # blocks of an unknown kind may raise anything
         raise unfit(bridge, error) from error
     try:
         yield from _batches(question, blocks, nodes, gradient)
@@ -238,7 +238,7 @@ def _activations(trace: Trace) -> Mapping[str, Sequence[Tensor]]:
 
 
 def _prepare(question: Question, blocks: Blocks) -> None:
-    """Let the intervention see the clean prompts."""
+    """Prepare the intervention (means, for example) on the clean prompts."""
     batches = make_batches(
         question.pairs,
         range(len(question.pairs)),

@@ -1,4 +1,4 @@
-"""Edges of a model on prompt pairs, as xarray datasets: estimated, exact, or screened."""
+"""`edges`, `exact_edges` and `screen_edges`: effects of edges as xarray Datasets."""
 
 from __future__ import annotations
 
@@ -47,27 +47,27 @@ def edges(
     read: int = SweepSpec.read,
     means_from: MeansFrom = SweepSpec.means_from,
 ) -> xr.Dataset:
-    """Edge attribution of every edge: `edge_eap` [metric, pair, sender, reader(, pos)].
+    """Return the edge attribution of every edge: `edge_eap` [metric, pair, sender, reader(, pos)].
 
     Values are signed estimates of metric(patched) - metric(base), in the metric's unit, NaN
-    where there is no such edge; `base_metric` and `source_metric` stand beside them. Senders are
-    called embed, a3.h2 (head 2 of layer 3) and m5 (the MLP of layer 5); readers a7.h1.q, a7.h1.k
+    where there is no such edge; `base_metric` and `source_metric` are [metric, pair]. Senders are
+    named embed, a3.h2 (head 2 of layer 3) and m5 (the MLP of layer 5); readers a7.h1.q, a7.h1.k
     and a7.h1.v (for k and v the key-value head), m5 and logits.
 
-    A head's write passes the norm after attention where there is one (Gemma 2 and 3), to first
-    order at the base run. Over all readers a sender's edges sum to its attribution patching
-    estimate (site z, mlp_out, or the first block's input).
+    A norm after attention (Gemma 2 and 3) is linearised at the base run. A sender's edges sum
+    over all readers to its attribution patching estimate (site z, mlp_out, or the first block's
+    input).
 
     Args:
-        steps: average the gradients at this many nodes between the base and the source prompt's
-            embeddings, which gives `edge_eap_ig`. It is complete at the embeddings alone: other
-            senders' whole changes meet gradients taken along a path that they do not follow.
+        steps: number of nodes between the base and the source prompt's embeddings over which to
+            average gradients, which gives `edge_eap_ig`. It is complete only at the embeddings:
+            the path of the gradients is not that of other senders' changes.
         positions: keep the position at which an edge is written and read.
         means_from: as in `patchsweep.sweep`.
 
     Raises:
-        PatchsweepError: an argument breaks a rule; the text says which, and what to do.
-        MethodError: the metric has no use for gradients, or the model is not a sum of parts.
+        PatchsweepError: an argument breaks a rule; the text states the rule and a remedy.
+        MethodError: gradients cannot attribute the metric, or the stream is not a sum of parts.
     """
     question = ask(
         model,
@@ -99,22 +99,22 @@ def exact_edges(
     read: int = SweepSpec.read,
     means_from: MeansFrom = SweepSpec.means_from,
 ) -> xr.Dataset:
-    """Exact patches of `edges`: `edge` [metric, pair, chosen(, pos)], the raw patched metric.
+    """Run exact patches of `edges`: `edge` [metric, pair, chosen(, pos)], the raw patched metric.
 
-    The reader alone gets its base input plus what the sender's change adds to the stream, at all
-    positions; nothing else changes but what follows from that. The coordinates `edge_sender` and
-    `edge_reader` name the ends; `edge - base_metric` compares with the estimates of `edges`.
+    Only the reader's input changes, by what the sender's change adds to the stream, at all
+    positions; the run then continues. The coordinates `edge_sender` and `edge_reader` name the
+    ends; `edge - base_metric` compares with the estimates of `edges`.
 
-    An edge may have a position of its own: of `("a3.h2", "a7.h1.q", 16)` or `"m5->logits@16"` the
-    reader sees the change at that position alone, and `edge_pos` stands beside the ends.
+    An edge may have a position: `("a3.h2", "a7.h1.q", 16)` or `"m5->logits@16"` change the
+    reader's input only at that position, and the coordinate `edge_pos` holds it.
 
     Args:
-        positions: run every edge at every position by itself; NaN beyond a pair's length.
+        positions: run every edge at every single position; NaN beyond a pair's length.
         means_from: as in `patchsweep.sweep`.
 
     Raises:
-        PlanError: there is no edge, or no such edge; `edges` names one twice, or gives some of
-            them a position and others none.
+        PlanError: `edges` is empty, names an edge that does not exist or names one twice, or only
+            some of its edges have a position.
         PatchsweepError: another argument breaks a rule.
     """
     question = ask(
@@ -138,15 +138,15 @@ def exact_edges(
             f"edge {edges[0]!r} has a position of its own, and positions=True runs each edge at "
             "every position; leave one of them out"
         )
-    every = [replace(edge, pos=pos) for edge in chosen for pos in range(_length(question))]
-    found = _exact(question, every)
-    ends = {name: ("chosen", found[name].values[:: _length(question)]) for name in _ENDS}
+    at_positions = [replace(edge, pos=pos) for edge in chosen for pos in range(_length(question))]
+    flat = _exact(question, at_positions)
+    ends = {name: ("chosen", flat[name].values[:: _length(question)]) for name in _ENDS}
     dims = ("metric", "pair", "chosen", "pos")
-    values = found["edge"].values.reshape(*found["base_metric"].shape, len(chosen), -1)
+    values = flat["edge"].values.reshape(*flat["base_metric"].shape, len(chosen), -1)
     return (
-        found.drop_dims("chosen")
+        flat.drop_dims("chosen")
         .assign_coords(ends)
-        .assign(edge=(dims, values, found["edge"].attrs))
+        .assign(edge=(dims, values, flat["edge"].attrs))
         .assign_attrs(flat_attributes({**attrs, "positions": True}))
     )
 
@@ -167,19 +167,18 @@ def screen_edges(
     config: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> xr.Dataset:
-    """Estimates rank all edges, exact patches verify the foremost `top`.
+    """Rank all edges by estimates and run the top-k exactly.
 
-    They are ranked by their mean |estimate| over the pairs for the first metric; ties go to the
-    earlier edge. The dataset holds `edge_eap` of all edges (see `edges`) and `edge` of the chosen,
-    in the order of their rank (see `exact_edges`), with `edge_estimate` [metric, pair, chosen]
-    beside it.
+    The rank is by mean |estimate| over pairs for the first metric; ties go to the earlier edge.
+    The Dataset holds `edge_eap` of all edges (see `edges`), `edge` of the `top` edges in rank order
+    (see `exact_edges`), and their `edge_estimate` [metric, pair, chosen].
 
     Args:
-        positions: rank and verify edges at single positions, counted from the start; a pair that
-            is too short for one counts as 0. The coordinate `edge_pos` names the positions.
-        config: what a command line was told, kept in the provenance.
+        positions: rank and run edges at single positions, counted from the start; a pair too
+            short for a position counts as 0. The coordinate `edge_pos` holds the positions.
+        config: config of the command line, kept in the provenance.
         means_from: as in `patchsweep.sweep`.
-        progress: is told of each stage as it begins: "estimates", then "exact".
+        progress: called with each stage as it begins: "estimates", then "exact".
 
     Raises:
         PlanError: `top` is less than one or more than there are edges.
@@ -217,10 +216,10 @@ def screen_edges(
     verified = _exact(question, [nodes.edge(ends) for ends in zip(*labels, strict=True)])
     dims = ("metric", "pair", "chosen")
     estimate = values.reshape(*values.shape[:2], -1)[:, :, ranked]
-    both = {"edge_estimate": (dims, estimate), name: scores[name]}
+    estimates = {"edge_estimate": (dims, estimate), name: scores[name]}
     method = f"screen:{scores.attrs['method']}"
-    told = {"method": method, "positions": positions, "steps": steps, "top": top}
-    return verified.assign(both).assign_attrs(flat_attributes({**attrs, **told}))
+    screen_attrs = {"method": method, "positions": positions, "steps": steps, "top": top}
+    return verified.assign(estimates).assign_attrs(flat_attributes({**attrs, **screen_attrs}))
 
 
 def describe(
@@ -237,7 +236,7 @@ def describe(
     means_from: MeansFrom = SweepSpec.means_from,
     config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Attributes by which a store knows what `screen_edges` gives for these; runs nothing.
+    """Return the attributes that identify `screen_edges`'s results in a store; runs nothing.
 
     Raises:
         PatchsweepError: an argument breaks a rule.
@@ -273,22 +272,22 @@ def _attrs(
 
 
 def _foremost(scores: Values, top: int) -> NDArray[np.intp]:
-    """The largest by mean |score| over the first axis, the pairs'; indices of the rest, flat."""
+    """Return flat indices of the `top` edges by mean |score| over pairs, the first axis."""
     known = np.isfinite(scores).any(axis=0)
     mean = np.nansum(np.abs(scores), axis=0, dtype=np.float64) / len(scores)
     strength = np.where(known, mean, -1.0)
-    # parallel blocks have fewer edges than were counted beforehand; a stable order, so that ties
-    # go to the earlier edge on every machine
+    # parallel blocks may leave fewer than `top` edges; the stable sort gives ties to the earlier
+    # edge on every machine
     return np.argsort(-strength, axis=None, kind="stable")[: min(top, int(known.sum()))]
 
 
 def _edges(question: Question, steps: int | None, positions: bool) -> xr.Dataset:
-    found: dict[tuple[int, ...], tuple[Values, ...]] = {}
+    by_pairs: dict[tuple[int, ...], tuple[Values, ...]] = {}
     with frozen(question.bridge):
         for edge_batch in edge_batches(question, gradient=steps is None):
             nodes = edge_batch.nodes
             values = eap(edge_batch, steps=steps, positions=positions).cpu().numpy()
-            found[edge_batch.batch.pairs] = (values, *_references(edge_batch))
+            by_pairs[edge_batch.batch.pairs] = (values, *_references(edge_batch))
     dims = ["metric", "pair", "sender", "reader", *(["pos"] if positions else [])]
     coords: dict[str, Any] = {
         "sender": _strings([str(sender) for sender in nodes.senders]),
@@ -298,16 +297,16 @@ def _edges(question: Question, steps: int | None, positions: bool) -> xr.Dataset
     }
     words = {"long_name": "estimate of metric(patched) - metric(base) of an edge"}
     attrs = {"method": _name(steps)[5:], "positions": positions, "steps": steps}
-    return _dataset(question, _name(steps), dims, found, coords, words, attrs)
+    return _dataset(question, _name(steps), dims, by_pairs, coords, words, attrs)
 
 
 def _exact(question: Question, chosen: Sequence[Edge]) -> xr.Dataset:
-    found: dict[tuple[int, ...], tuple[Values, ...]] = {}
+    by_pairs: dict[tuple[int, ...], tuple[Values, ...]] = {}
     with frozen(question.bridge):
         for edge_batch in edge_batches(question):
             checked = [edge_batch.nodes.edge(edge) for edge in chosen]  # parallel blocks have fewer
             values = exact(edge_batch, checked).cpu().numpy()
-            found[edge_batch.batch.pairs] = (values, *_references(edge_batch))
+            by_pairs[edge_batch.batch.pairs] = (values, *_references(edge_batch))
     positions = chosen[0].pos is not None
     ends = ([getattr(edge, name) for edge in chosen] for name in ("sender", "reader"))
     coords: dict[str, Any] = {
@@ -318,7 +317,7 @@ def _exact(question: Question, chosen: Sequence[Edge]) -> xr.Dataset:
         coords["edge_pos"] = ("chosen", np.array([edge.pos for edge in chosen]))
     words = {"long_name": "metric with one edge patched"}
     attrs = {"method": "exact", "positions": positions}
-    return _dataset(question, "edge", ["metric", "pair", "chosen"], found, coords, words, attrs)
+    return _dataset(question, "edge", ["metric", "pair", "chosen"], by_pairs, coords, words, attrs)
 
 
 def _references(edge_batch: Any) -> tuple[Values, Values]:
@@ -343,12 +342,12 @@ def _dataset(
     cells = np.full(shape, np.nan, np.float32)
     references = np.full((2, n_metrics, n_pairs), np.nan, np.float32)
     for members, (values, *both) in found.items():
-        which = list(members)
+        rows = list(members)
         if "pos" in dims:
-            cells[:, which, ..., : values.shape[-1]] = values
+            cells[:, rows, ..., : values.shape[-1]] = values
         else:
-            cells[:, which] = values
-        references[:, :, which] = both
+            cells[:, rows] = values
+        references[:, :, rows] = both
     return xr.Dataset(
         {
             name: (dims, cells, words),
@@ -379,13 +378,13 @@ def _dataset(
 
 
 def _tokens(question: Question) -> dict[str, Any]:
-    """The tokens of both runs, position by position; "" beyond a prompt's end."""
+    """Return the tokens of both runs by position; "" beyond a prompt's end."""
     tokenizer: Any = question.bridge.tokenizer
     runs = [base_and_source(pair, question.direction) for pair in question.pairs]
     width = max(len(base) for base, _ in runs)
     coords: dict[str, Any] = {"pos": np.arange(width)}
-    for name, which in (("base_token", 0), ("source_token", 1)):
-        table = [[tokenizer.decode([i]) for i in run[which]] for run in runs]
+    for name, index in (("base_token", 0), ("source_token", 1)):
+        table = [[tokenizer.decode([i]) for i in run[index]] for run in runs]
         coords[name] = (
             ("pair", "pos"),
             _strings([[*row, *[""] * (width - len(row))] for row in table]),
@@ -402,12 +401,12 @@ def _name(steps: int | None) -> str:
 
 
 def _length(question: Question) -> int:
-    """Positions of the longest pair, forced answer tokens included."""
+    """Return the number of positions of the longest pair, including forced answer tokens."""
     return max(len(base_and_source(pair, question.direction)[0]) for pair in question.pairs)
 
 
 def _chosen(nodes: Nodes, given: Sequence[EdgeLike], length: int) -> list[Edge]:
-    """The edges given, as far as their labels tell whether there are such edges."""
+    """Return the checked edges; edges of parallel blocks are checked later, when they are known."""
     if isinstance(given, str) or not isinstance(given, Sequence) or not given:
         raise PlanError(
             f"edges={given!r} is no list of edges; write [('a3.h2', 'a7.h1.q'), 'm5->logits']"

@@ -1,9 +1,9 @@
-"""Exact edges: one reader alone sees the stream with a sender's change, and the run goes on.
+"""Runs edges exactly: a sender's change reaches the input of one reader, and the run continues.
 
-A row is one edge of one pair. It enters at its reader's block with the base run's stream; there
-the reader's q, k, v or MLP output is computed from the stream plus the sender's write and put in
-place of the base's. Rows travel on together, so that a block's weights are read once for all of
-them; positions before the first change are the base run's, whose keys and values all rows share.
+A row is one edge of one pair. It enters at its reader's block with the base run's stream. There
+the reader's q, k, v or MLP output is computed from the stream plus the sender's change and
+replaces the base value. Rows run in packed batches, so that a block's weights are read once for
+all rows; positions before the first change are shared with the base run, as its keys and values.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from patchsweep.analyses.circuits.nodes import Edge
 from patchsweep.forward.unembed import Unembed
 from patchsweep.spec.finite import check_finite, names_of
 
-# tokens that travel together
+# most tokens of a packed batch
 MAX_TOKENS = 4096
 
 
@@ -27,11 +27,14 @@ MAX_TOKENS = 4096
 def exact(
     edge_batch: EdgeBatch, edges: Sequence[Edge], max_tokens: int = MAX_TOKENS
 ) -> Float[Tensor, "metric pair edge"]:
-    """The metrics of the runs in which one edge each is patched: at all positions together, or
-    where the edge has a position, there alone. NaN where the prompts have no such position."""
+    """Return the metrics of runs with one patched edge each.
+
+    An edge with a position is patched there, others at all positions together. NaN where the
+    prompts do not have the position.
+    """
     writes = edge_batch.writes(edge_batch.base, exact=True)
     n_pairs = edge_batch.base.n_pairs
-    # an edge that is read before anything changes, or after the last logits, changes nothing
+    # an edge whose position is before the first change, or after the last read, has no effect
     base, _ = edge_batch.references()
     values = base.unsqueeze(-1).repeat(1, 1, len(edges))
     unembed = Unembed(edge_batch.blocks.unwrapped)
@@ -62,21 +65,23 @@ def exact(
 
 
 def _by_start(edge_batch: EdgeBatch, edges: Sequence[Edge]) -> dict[int, list[int]]:
-    """Edges that may change something, by the position from which their rows run; each list in
-    the order of their readers, so that a packed batch skips the blocks below."""
-    found: dict[int, list[int]] = {}
+    """Return edges that may have an effect, by the first position of their rows.
+
+    Each list is in reader order, so that a packed batch skips the blocks below.
+    """
+    by_start: dict[int, list[int]] = {}
     first_read, last_read = edge_batch.batch.reads[0], edge_batch.batch.reads[-1]
     for i in sorted(range(len(edges)), key=lambda i: edges[i].reader.layer):
         first = edge_batch.start if (pos := edges[i].pos) is None else pos
         if edge_batch.start <= first <= last_read:
-            found.setdefault(min(first, first_read), []).append(i)
-    return found
+            by_start.setdefault(min(first, first_read), []).append(i)
+    return by_start
 
 
 def _packed(
     edge_batch: EdgeBatch, edges: Sequence[Edge], pair: Tensor, writes: Tensor, start: int
 ) -> Float[Tensor, "row read d_model"]:
-    """The final residual at the positions read; `edges`, one a row, are sorted by reader layer."""
+    """Return the final residual at the positions read; rows of `edges` are in reader order."""
     blocks, base = edge_batch.blocks, edge_batch.base
     layers = [edge.reader.layer for edge in edges]
     x = base.resid[0].new_empty(0, *base.resid[0][0, start:].shape)
@@ -84,11 +89,15 @@ def _packed(
         new = range(len(x), sum(at <= layer for at in layers))
         rows = slice(new.start, new.stop)
         entering = base.resid[layer].detach()[pair[rows], start:]
-        seen = entering + _gained(edge_batch, edges[rows], pair[rows], writes, start).to(entering)
+        reader_input = entering + _gained(edge_batch, edges[rows], pair[rows], writes, start).to(
+            entering
+        )
         if layer == blocks.n_layers:
-            x = torch.cat([x, seen])
+            x = torch.cat([x, reader_input])
             break
-        replaced = _Replaced(edge_batch, edges, new, seen, pair[rows], start) if new else _nothing
+        replaced = (
+            _Replaced(edge_batch, edges, new, reader_input, pair[rows], start) if new else _nothing
+        )
         x = torch.cat([x, entering])
         x = blocks.run(layer, x, base, pair[: len(x)], start, replaced)
     return x[:, [read - start for read in edge_batch.batch.reads]]
@@ -97,9 +106,9 @@ def _packed(
 def _gained(
     edge_batch: EdgeBatch, edges: Sequence[Edge], pair: Tensor, writes: Tensor, start: int
 ) -> Float[Tensor, "row pos d_model"]:
-    """What each row's reader sees more than in the base run, from `start` on."""
+    """Return the change of each row's reader input from the base run, from `start` on."""
     senders = [edge_batch.nodes.sender_index(edge.sender) for edge in edges]
-    # a negative width cuts off what lies before `start`
+    # a negative padding width removes positions before `start`
     gained = nn.functional.pad(writes[pair, senders], (0, 0, edge_batch.start - start, 0))
     for row, edge in zip(gained, edges, strict=True):
         if edge.pos is not None:
@@ -109,11 +118,11 @@ def _gained(
 
 
 def _nothing(kind: str, x: Tensor) -> None:
-    """No row enters at this block."""
+    """Replace nothing: no row enters at this block."""
 
 
 class _Replaced:
-    """What the readers of the rows `new` give when each sees its own stream."""
+    """Replaces the readers' q, k, v or MLP output in rows `new`, from each row's own stream."""
 
     def __init__(
         self,
@@ -140,7 +149,7 @@ class _Replaced:
             self._values += [("mlp", new[i], None, out[place]) for place, i in enumerate(mlps)]
 
     def __call__(self, kind: str, x: Tensor) -> None:
-        """Write them into q, k, v `[row, head, pos, d]` or the MLP's output `[row, pos, d]`."""
-        for its_kind, row, head, value in self._values:
-            if its_kind == kind:
+        """Write the values into q, k, v `[row, head, pos, d]` or the MLP output `[row, pos, d]`."""
+        for reader_kind, row, head, value in self._values:
+            if reader_kind == kind:
                 (x[row] if head is None else x[row, head]).copy_(value)

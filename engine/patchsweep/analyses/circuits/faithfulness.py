@@ -1,4 +1,4 @@
-"""Faithfulness: the share of a metric that a circuit keeps, and where there is no such share."""
+"""Faithfulness: the share of a metric that a circuit keeps, and when it is undefined."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-# what rounding may change of a metric, as a share of it; the error that a run shows itself counts
-# where it is larger
+# largest rounding error of a metric, as a share of it; a run's own measured error counts if larger
 ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12}
 LOW_PRECISION_ROUNDING = 1e-2
 
@@ -19,24 +18,24 @@ Floats = NDArray[np.floating]
 def undefined(
     names: Sequence[str], empty: Floats, base: Floats, whole: Floats, dtype: torch.dtype
 ) -> dict[str, str]:
-    """Per metric for which there is no faithfulness the reason; all arrays are [metric, pair].
+    """Return metric -> reason for metrics without faithfulness; all arrays are [metric, pair].
 
-    Ablating everything must move the mean over the pairs by more than rounding does: a quotient
-    of two roundings means nothing. `whole` is the model taken apart with nothing ablated, which
-    differs from `base` by rounding alone.
+    Ablating everything must change the mean over pairs by more than rounding, or faithfulness
+    would be a ratio of rounding errors. `whole` is the run with nothing ablated, which differs
+    from `base` only by rounding.
     """
-    found = {}
+    reasons = {}
     share = ROUNDING.get(dtype, LOW_PRECISION_ROUNDING)
     for name, none, all_, again in zip(names, empty, base, whole, strict=True):
         span = float(all_.mean(dtype=np.float64) - none.mean(dtype=np.float64))
         size = max(float(np.abs(all_).max()), float(np.abs(none).max()))
         rounding = max(share * size, float(np.abs(again - all_).max()))
         if not abs(span) > rounding:
-            found[name] = (
+            reasons[name] = (
                 f"m(clean) - m(empty) is {span:.2g}, within rounding ({rounding:.2g}) of 0: with "
                 f"everything ablated {name} is what it is in the whole model"
             )
-    return found
+    return reasons
 
 
 def fraction(
@@ -46,10 +45,10 @@ def fraction(
     base: Floats,
     without: Mapping[str, str],
 ) -> NDArray[np.float64]:
-    """[metric, size] of `values` [metric, pair, size]: 0 where a run does as the empty circuit, 1
-    as the model; of means over the pairs, so that pairs with a small difference do not count more.
+    """Return fractions [metric, size] of `values` [metric, pair, size]; 0 as empty, 1 as base.
 
-    NaN for the metrics `without` one.
+    It is a ratio of means over pairs, so that pairs with a small difference do not get a large
+    weight. NaN for the metrics in `without`.
     """
     m, none, all_ = (x.mean(axis=1, dtype=np.float64) for x in (values, empty, base))
     known = np.array([name not in without for name in names])[:, None]

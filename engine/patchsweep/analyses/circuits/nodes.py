@@ -1,6 +1,6 @@
-"""The ends of an edge: what writes into the residual stream, and what reads it.
+"""Senders and readers of the residual stream, and edges between them.
 
-Pure: names and numbers, no tensor.
+Pure: names and numbers, no tensors.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from patchsweep.errors import PlanError
 
 @dataclass(frozen=True)
 class Sender:
-    """Something that writes into the residual stream."""
+    """A component that writes into the residual stream."""
 
     kind: Literal["embed", "head", "mlp"]
     layer: int  # embed: -1
@@ -33,7 +33,7 @@ class Sender:
 
 @dataclass(frozen=True)
 class Reader:
-    """Something that reads the residual stream, with its norm if it has one."""
+    """A component that reads the residual stream, through its norm if it has one."""
 
     kind: Literal["q", "k", "v", "mlp", "logits"]
     layer: int  # logits: the number of layers
@@ -47,11 +47,11 @@ class Reader:
 
 @dataclass(frozen=True)
 class Edge:
-    """What `sender` writes, as far as `reader` alone sees it."""
+    """The path from the write of `sender` to the input of `reader`."""
 
     sender: Sender
     reader: Reader
-    pos: int | None = None  # the reader sees the change at this position alone; None: at all
+    pos: int | None = None  # the only position at which the reader's input changes; None: all
 
     def __str__(self) -> str:
         where = "" if self.pos is None else f"@{self.pos}"
@@ -63,7 +63,7 @@ _LABELS = re.compile(r"\s*(?P<sender>[\w.]+)\s*->\s*(?P<reader>[\w.]+)\s*(?:@\s*
 
 
 def _written(given: Edge | Sequence[str | int]) -> str:
-    """Its labels as one."""
+    """Return the edge as one label, such as `a3.h2->a7.h1.q@16`."""
     if isinstance(given, Edge):
         return str(given)
     ends, pos = given[:2], given[2:]
@@ -77,35 +77,35 @@ class Nodes:
     n_layers: int
     n_heads: int
     n_kv_heads: int
-    parallel: tuple[bool, ...]  # per layer: the MLP reads what its attention reads
+    parallel: tuple[bool, ...]  # per layer: MLP and attention read the same stream
 
     @cached_property
     def senders(self) -> tuple[Sender, ...]:
-        """embed, then the heads and the MLP of each layer."""
-        found = [Sender("embed", -1)]
+        """Senders in order: embed, then the heads and the MLP of each layer."""
+        senders = [Sender("embed", -1)]
         for layer in range(self.n_layers):
-            found += [Sender("head", layer, head) for head in range(self.n_heads)]
-            found.append(Sender("mlp", layer))
-        return tuple(found)
+            senders += [Sender("head", layer, head) for head in range(self.n_heads)]
+            senders.append(Sender("mlp", layer))
+        return tuple(senders)
 
     @cached_property
     def readers(self) -> tuple[Reader, ...]:
-        """Per layer q of the heads, k and v of the key-value heads, the MLP; then the logits."""
-        found = []
+        """Readers in order: per layer q of heads, k and v of key-value heads, the MLP; logits."""
+        readers = []
         for layer in range(self.n_layers):
-            found += [Reader("q", layer, head) for head in range(self.n_heads)]
-            found += [Reader("k", layer, head) for head in range(self.n_kv_heads)]
-            found += [Reader("v", layer, head) for head in range(self.n_kv_heads)]
-            found.append(Reader("mlp", layer))
-        return (*found, Reader("logits", self.n_layers))
+            readers += [Reader("q", layer, head) for head in range(self.n_heads)]
+            readers += [Reader("k", layer, head) for head in range(self.n_kv_heads)]
+            readers += [Reader("v", layer, head) for head in range(self.n_kv_heads)]
+            readers.append(Reader("mlp", layer))
+        return (*readers, Reader("logits", self.n_layers))
 
     def of_layer(self, layer: int) -> slice:
-        """The readers of a layer; at `n_layers` the logits."""
+        """Return the indices of the readers of a layer; `n_layers` gives the logits."""
         size = self.n_heads + 2 * self.n_kv_heads + 1
         return slice(layer * size, min((layer + 1) * size, len(self.readers)))
 
     def n_seen(self, reader: Reader) -> int:
-        """How many senders `reader` sees: the first ones, since they stand in forward order."""
+        """Return the number of senders before `reader`; they are the first ones of `senders`."""
         if reader.kind == "logits":
             return len(self.senders)
         before = 1 + reader.layer * (self.n_heads + 1)
@@ -115,7 +115,7 @@ class Nodes:
 
     @cached_property
     def possible(self) -> NDArray[np.bool_]:
-        """[sender, reader] whether there is such an edge."""
+        """Whether there is an edge, [sender, reader]."""
         seen = np.array([self.n_seen(reader) for reader in self.readers])
         return np.arange(len(self.senders))[:, None] < seen[None, :]
 
@@ -124,19 +124,20 @@ class Nodes:
         return int(self.possible.sum())
 
     def edge(self, given: EdgeLike) -> Edge:
-        """The edge of two labels such as `("a3.h2", "a7.h1.q")`, or of `"a3.h2->a7.h1.q"`; at one
-        position, `("a3.h2", "a7.h1.q", 16)` or `"a3.h2->a7.h1.q@16"`.
+        """Return the edge of `("a3.h2", "a7.h1.q")` or `"a3.h2->a7.h1.q"`.
+
+        With a position: `("a3.h2", "a7.h1.q", 16)` or `"a3.h2->a7.h1.q@16"`.
 
         Raises:
             PlanError: there is no such sender, reader or edge.
         """
-        found = _LABELS.fullmatch(given if isinstance(given, str) else _written(given))
-        if found is None:
+        match = _LABELS.fullmatch(given if isinstance(given, str) else _written(given))
+        if match is None:
             raise PlanError(
                 f"edge {given!r} does not name a sender and a reader; write ('a3.h2', 'a7.h1.q') "
                 "or 'a3.h2->a7.h1.q', at position 16 ('a3.h2', 'a7.h1.q', 16)"
             )
-        sender, reader = found["sender"], found["reader"]
+        sender, reader = match["sender"], match["reader"]
         if sender not in self._senders:
             raise PlanError(
                 f"edge {given!r}: there is no sender {sender!r}; use embed, a0.h0 .. "
@@ -156,11 +157,11 @@ class Nodes:
         return Edge(
             self.senders[self._senders[sender]],
             self.readers[self._readers[reader]],
-            None if found["pos"] is None else int(found["pos"]),
+            None if match["pos"] is None else int(match["pos"]),
         )
 
     def sender_index(self, sender: Sender) -> int:
-        """Its place in `senders`."""
+        """Return the index of `sender` in `senders`."""
         return self._senders[str(sender)]
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Circuits as results: which ones are run, and their metrics as an xarray dataset."""
+"""The plan of circuit runs, and their metrics as an xarray Dataset."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Growth = Literal["top", "greedy"]
 
 @dataclass(frozen=True)
 class Plan:
-    """Which circuits are run."""
+    """The circuits to run."""
 
     nodes: Nodes
     level: Level
@@ -44,31 +44,31 @@ class Plan:
 
     @property
     def circuits(self) -> NDArray[np.bool_]:
-        """[size, ...] what belongs to the circuit of each size."""
+        """Members [size, ...] of the circuit of each size."""
         counts = np.array(self.sizes.counts).reshape(-1, *[1] * self.ranks.ndim)
         return (self.ranks >= 0) & (self.ranks < counts)
 
     @cached_property
     def rows(self) -> NDArray[np.bool_]:
-        """[row, ...] what is kept in each run: the circuits, their complements, nothing, all.
+        """Kept nodes or edges [row, ...] of each run: circuits, complements, nothing, everything.
 
-        Of edges only those on a way from embed to the logits, as MIB has it: what reaches a node
-        by no kept edge is not what the circuit computes.
+        Edges that are on no path from embed to the logits are removed, as in MIB: the input of a
+        node without a kept edge is not computed by the circuit.
         """
         circuits = self.circuits
-        every = np.broadcast_to(self.ranks >= 0, circuits.shape)
-        both = [circuits, every & ~circuits, np.zeros_like(circuits[:1]), every[:1]]
-        rows = np.concatenate(both)
+        everything = np.broadcast_to(self.ranks >= 0, circuits.shape)
+        parts = [circuits, everything & ~circuits, np.zeros_like(circuits[:1]), everything[:1]]
+        rows = np.concatenate(parts)
         return connected(self.nodes, rows) if self.level == "edges" else rows
 
     @cached_property
     def runs(self) -> tuple[NDArray[np.bool_], NDArray[np.intp]]:
-        """The different ones of `rows`, and where among them each of `rows` is found.
+        """The distinct `rows`, and the index among them of each row.
 
-        Small circuits are often alike: none of their edges lies on a whole way.
+        Small circuits are often equal, since none of their edges is on a path to the logits.
         """
-        different, where = np.unique(self.rows, axis=0, return_inverse=True)
-        return different, where.ravel()
+        different, inverse = np.unique(self.rows, axis=0, return_inverse=True)
+        return different, inverse.ravel()
 
 
 def make_plan(
@@ -87,14 +87,14 @@ def make_plan(
 
 @dataclass(frozen=True)
 class Runs:
-    """The metrics of one batch."""
+    """The metrics of all runs of one batch."""
 
     circuit: NDArray[np.float32]  # [metric, pair, size]
     complement: NDArray[np.float32]  # [metric, pair, size]
     empty: NDArray[np.float32]  # [metric, pair]
     base: NDArray[np.float32]  # [metric, pair]
     source: NDArray[np.float32]  # [metric, pair]
-    whole: NDArray[np.float32]  # [metric, pair] the model taken apart, nothing ablated
+    whole: NDArray[np.float32]  # [metric, pair] the run with nothing ablated
 
 
 def circuit_dataset(
@@ -127,7 +127,7 @@ def circuit_dataset(
         fraction(names, raw[name], empty, base, without)
         for name in ("circuit_metric", "complement_metric")
     )
-    both = {
+    area_values = {
         name: areas(shares.tolist(), curve.tolist())
         for name, curve in zip(names, faithfulness, strict=True)
         if np.isfinite(curve).all()  # attributes are JSON, which has no NaN
@@ -180,15 +180,15 @@ def circuit_dataset(
                 "read": question.read,
                 "n_heads": plan.nodes.n_heads,
                 "n_kv_heads": plan.nodes.n_kv_heads,
-                "cpr": {name: cpr for name, (cpr, _) in both.items()},
-                "cmd": {name: cmd for name, (_, cmd) in both.items()},
+                "cpr": {name: cpr for name, (cpr, _) in area_values.items()},
+                "cmd": {name: cmd for name, (_, cmd) in area_values.items()},
             }
         ),
     )  # fmt: skip
 
 
 def _dims(plan: Plan) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """The dims of scores and ranks, and the coordinates that name them."""
+    """Return the dims of scores and ranks, and their coordinates."""
     senders = plan.nodes.senders
     if plan.level == "nodes":
         return ("node",), {
@@ -204,14 +204,14 @@ def _dims(plan: Plan) -> tuple[tuple[str, ...], dict[str, Any]]:
 
 
 def _tokens(question: Question) -> dict[str, Any]:
-    """The tokens of the clean and the corrupted prompts; "" beyond a prompt's end."""
+    """Return the tokens of clean and corrupted prompts by position; "" beyond a prompt's end."""
     pairs = question.pairs
     width = max(len(pair) for pair in pairs)
-    found: dict[str, Any] = {"pos": np.arange(width)}
-    for name, which in (("base_token", "clean_tokens"), ("source_token", "corrupted_tokens")):
-        table = [[*getattr(pair, which), *[""] * (width - len(pair))] for pair in pairs]
-        found[name] = (("pair", "pos"), _strings(table))
-    return found
+    coords: dict[str, Any] = {"pos": np.arange(width)}
+    for name, attribute in (("base_token", "clean_tokens"), ("source_token", "corrupted_tokens")):
+        table = [[*getattr(pair, attribute), *[""] * (width - len(pair))] for pair in pairs]
+        coords[name] = (("pair", "pos"), _strings(table))
+    return coords
 
 
 def _membership(plan: Plan) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What nodes and edges are ranked by, before circuits are made of them."""
+"""Scores by which circuits rank nodes and edges."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from patchsweep.sweeps.identity import method_identity
 Level = Literal["nodes", "edges"]
 Ablation = str | Intervention | float | Tensor | ValueFn
 
-# nodes of the EAP-IG path when it is asked for by its name, as its authors have it
+# steps of the EAP-IG path for method="eap_ig", as in its authors' code
 IG_STEPS = 5
-# what a method of nodes is called for edges
+# method -> its name for edges
 _OF_EDGES = {
     "atp": "eap",
     "eap": "eap",
@@ -41,10 +41,10 @@ _OF_EDGES = {
 
 
 def method_name(level: Level, method: str | Method) -> str:
-    """The method as the results name it.
+    """Return the name of the method in results.
 
     Raises:
-        MethodError: nodes or edges have no such method.
+        MethodError: nodes or edges do not support the method.
     """
     if level == "nodes":
         if method == "screen":
@@ -64,10 +64,10 @@ def method_name(level: Level, method: str | Method) -> str:
 
 
 def method_settings(level: Level, method: str | Method) -> dict[str, Any]:
-    """The method and what it is told, as results record it.
+    """Return the method and its settings for the results' identity.
 
     Raises:
-        MethodError: nodes or edges have no such method.
+        MethodError: nodes or edges do not support the method.
     """
     name = method_name(level, method)
     if name == "eap_ig":
@@ -78,7 +78,7 @@ def method_settings(level: Level, method: str | Method) -> dict[str, Any]:
 
 
 def _steps(method: str | Method) -> int:
-    """Of EAP-IG: its authors' number where it is asked for by their name for it."""
+    """Return the number of steps of EAP-IG; its authors' number for `eap_ig`."""
     if method == "eap_ig":
         return IG_STEPS
     return method.n_steps if isinstance(method, IntegratedInputs) else IntegratedInputs().n_steps
@@ -96,10 +96,10 @@ def circuit_scores(
     read: int = SweepSpec.read,
     means_from: MeansFrom = SweepSpec.means_from,
 ) -> xr.DataArray:
-    """What circuits are ranked by: [node] or [sender, reader], signed, in the metric's unit.
+    """Return scores [node] or [sender, reader], signed, in the metric's unit.
 
-    The mean over `pairs` of the effect that ablating the node or edge in the clean run has on the
-    metric, estimated or exact; NaN where there is no such edge. Arguments as of `circuit`.
+    A score is the mean effect over `pairs` on the metric of ablating the node or edge in the
+    clean run, estimated or exact; NaN where there is no edge. Arguments are those of `circuit`.
     """
     name = method_name(level, method)
     ablation = with_reference(get_intervention(ablation), means_from, model)
@@ -116,10 +116,10 @@ def circuit_scores(
 
 
 def score_values(scores: xr.DataArray, nodes: Nodes, level: Level) -> NDArray[np.float32]:
-    """`scores` in the order of the model's nodes or edges, NaN where there is no edge.
+    """Return `scores` in the order of the model's nodes or edges, NaN where there is no edge.
 
     Raises:
-        PlanError: they are of another level or model, or one is missing.
+        PlanError: the scores belong to another level or model, or one is missing.
     """
     labels = {"node": [str(sender) for sender in nodes.senders[1:]]}
     if level == "edges":
@@ -185,9 +185,9 @@ def _exact_scores(
 ) -> xr.DataArray:
     nodes = nodes_of(model, Blocks(model).parallel())
     at = np.nonzero(nodes.possible)
-    every = [(str(nodes.senders[u]), str(nodes.readers[v])) for u, v in zip(*at, strict=True)]
+    all_edges = [(str(nodes.senders[u]), str(nodes.readers[v])) for u, v in zip(*at, strict=True)]
     ds = exact_edges(
-        model, pairs, every, metric, direction="noising", intervention=ablation, read=read
+        model, pairs, all_edges, metric, direction="noising", intervention=ablation, read=read
     )
     values = np.full(nodes.possible.shape, np.nan, np.float32)
     values[at] = (ds["edge"] - ds["base_metric"]).values[0].mean(axis=0)

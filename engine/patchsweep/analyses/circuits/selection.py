@@ -1,7 +1,7 @@
-"""How circuits grow: which node or edge joins when, and what of a circuit is connected.
+"""Selection of circuits: ranks of nodes or edges by score, sizes, and connected edges.
 
-Pure: scores in, ranks and masks out. A circuit of n edges is the n edges of the lowest ranks, so
-that circuits of all sizes lie inside each other.
+Pure: scores in, ranks and masks out. A circuit of n edges holds the n edges of the lowest ranks,
+so that circuits of all sizes are nested.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from patchsweep.errors import PlanError
 # shares of all nodes or edges at which the MIB benchmark measures a circuit (arXiv 2504.13151)
 MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
-# metrics whose value is smaller where the model does better
+# metrics with smaller values for a better model
 SMALLER_IS_BETTER = ("rank", "top1_change", "kl_base", "tv_base")
 
 RankBy = Literal["size", "signed"]
@@ -33,45 +33,45 @@ Bools = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of the circuits that are run, ascending."""
+    """The sizes of the circuits to run, ascending."""
 
-    shares: tuple[float, ...]  # of all nodes or edges, as asked for
-    counts: tuple[int, ...]  # nodes or edges, the share rounded down as MIB does
+    shares: tuple[float, ...]  # shares of all nodes or edges
+    counts: tuple[int, ...]  # numbers of nodes or edges; shares are rounded down, as in MIB
 
 
 def sizes_of(given: Sequence[float] | None, n: int, what: str) -> Sizes:
-    """The sizes `given` of circuits among `n` nodes or edges; None: those of MIB.
+    """Return the sizes `given` of circuits among `n` nodes or edges; None: those of MIB.
 
     A number up to 1 is a share of all, a whole number above 1 a count.
 
     Raises:
-        PlanError: there is none, one is neither, or one is named twice.
+        PlanError: `given` is empty, or a size is neither or repeated.
     """
     if given is not None and not isinstance(given, Sequence | np.ndarray):
         raise PlanError(f"sizes={given!r} must be a list, such as [0.01, 0.1, 1]")
-    chosen = MIB_SHARES if given is None else tuple(given)
-    if not chosen:
+    sizes = MIB_SHARES if given is None else tuple(given)
+    if not sizes:
         raise PlanError("sizes is empty; leave it out for those of the MIB benchmark")
-    for size in chosen:
+    for size in sizes:
         number("size", size)
         if not (0 < size <= 1 or (size == int(size) and 1 < size <= n)):
             raise PlanError(
                 f"size {size} is neither a share of all {what} (above 0, up to 1) nor a number of "
                 f"{what} (2..{n})"
             )
-    shares = sorted(size if size <= 1 else size / n for size in chosen)
+    shares = sorted(size if size <= 1 else size / n for size in sizes)
     if len(set(shares)) < len(shares):
-        raise PlanError(f"sizes={list(chosen)} name a size twice; name each once")
-    # a share such as 0.29 of 100 must not fall to 28 by its binary fraction
+        raise PlanError(f"sizes={list(sizes)} name a size twice; name each once")
+    # 1e-6 keeps a share such as 0.29 of 100 from falling to 28 by its binary fraction
     return Sizes(tuple(shares), tuple(int(share * n + 1e-6) for share in shares))
 
 
 def check_rank_by(rank_by: str, metric: str) -> None:
-    """See that nodes or edges can be ranked so.
+    """Check the order of ranks.
 
     Raises:
-        PlanError: the order is not known, or a signed one is asked for of a metric that is smaller
-            where the model does better.
+        PlanError: `rank_by` is not known, or is `signed` for a metric with smaller values for a
+            better model.
     """
     if rank_by not in ("size", "signed"):
         raise PlanError(f"rank_by={rank_by!r} is not known; use size or signed")
@@ -83,18 +83,15 @@ def check_rank_by(rank_by: str, metric: str) -> None:
 
 
 def strength_of(scores: Floats, rank_by: RankBy) -> Floats:
-    """What is foremost has the largest strength; NaN where there is no edge.
+    """Return the strength of each score, by which it ranks, largest first; NaN without an edge.
 
-    A score is the effect of ablating: below 0 where the metric falls without the node or edge.
+    A score is the effect of ablation: negative where ablating the node or edge lowers the metric.
     """
     return np.abs(scores) if rank_by == "size" else -scores
 
 
 def rank_top(strength: Floats) -> Ints:
-    """The rank of every strength, 0 the largest; -1 where it is NaN.
-
-    Ties go to the earlier one.
-    """
+    """Return the rank of every strength, 0 for the largest; -1 for NaN. Ties go to the earlier."""
     order = np.argsort(np.where(np.isnan(strength), np.inf, -strength).ravel(), kind="stable")
     ranks = np.empty(order.size, dtype=np.int32)
     ranks[order] = np.arange(order.size)
@@ -102,12 +99,11 @@ def rank_top(strength: Floats) -> Ints:
 
 
 def rank_greedy(nodes: Nodes, strength: Floats) -> Ints:
-    """The turn at which each edge `[sender, reader]` joins a circuit that grows from the logits.
+    """Return the order `[sender, reader]` in which edges join a circuit grown from the logits.
 
-    The edge that joins is the one of the largest strength among those whose reader is the logits
-    or belongs to a node that has joined; its sender joins with it. So every circuit on the way
-    is connected to the logits. (As EAP-IG grows them, arXiv 2403.17806.) Ties
-    go to the earlier edge.
+    The next edge is the strongest one whose reader is the logits or belongs to a node in the
+    circuit; its sender's node joins with it. So circuits of every size are connected to the
+    logits (the greedy selection of EAP-IG, arXiv 2403.17806). Ties go to the earlier edge.
     """
     ranks = np.full(strength.shape, -1, dtype=np.int32)
     open_edges: list[tuple[float, int, int]] = []
@@ -132,15 +128,15 @@ def rank_greedy(nodes: Nodes, strength: Floats) -> Ints:
         turn += 1
         if sender not in joined:
             joined.add(sender)
-            for own in readers_of[sender]:
-                open_reader(own)
+            for own_reader in readers_of[sender]:
+                open_reader(own_reader)
     return ranks
 
 
 def connected(nodes: Nodes, keep: Bools) -> Bools:
-    """The edges of `keep` `[row, sender, reader]` that lie on a way from embed to the logits.
+    """Return the edges of `keep` `[row, sender, reader]` on a path from embed to the logits.
 
-    A node passes on whatever reaches any of its readers.
+    A path may enter a node at any of its readers.
     """
     readers_of = _readers_of(nodes)
     n_rows, n_senders, n_readers = keep.shape
@@ -159,12 +155,12 @@ def connected(nodes: Nodes, keep: Bools) -> Bools:
 
 
 def areas(shares: Sequence[float], faithfulness: Sequence[float]) -> tuple[float, float]:
-    """(CPR, CMD) of a faithfulness curve, as MIB defines them (arXiv 2504.13151).
+    """Return (CPR, CMD) of a faithfulness curve, as MIB defines them (arXiv 2504.13151).
 
     CPR, the integrated circuit performance ratio, is the area under the curve over the share of
-    the nodes or edges, CMD, the integrated circuit-model distance, the area between the curve and
-    1; by trapezoids from the smallest to the largest share. With MIB's sizes a perfect circuit
-    has a CPR of 0.999 and a CMD of 0.
+    nodes or edges. CMD, the integrated circuit-model distance, is the area between the curve and
+    1. Both use trapezoids from the smallest to the largest share. With MIB's sizes a perfect
+    circuit has a CPR of 0.999 and a CMD of 0.
     """
     curve = list(zip(shares, faithfulness, strict=True))
     cpr = sum((b - a) * (f + g) / 2 for (a, f), (b, g) in pairwise(curve))
@@ -173,10 +169,10 @@ def areas(shares: Sequence[float], faithfulness: Sequence[float]) -> tuple[float
 
 
 def _readers_of(nodes: Nodes) -> list[list[int]]:
-    """Per sender the readers of its node: none of embed, q, k and v of a head."""
+    """Return per sender the reader indices of its node: none for embed, q, k and v for a head."""
     place = {str(reader): i for i, reader in enumerate(nodes.readers)}
     group = nodes.n_heads // nodes.n_kv_heads
-    found = []
+    readers = []
     for sender in nodes.senders:
         own: list[Reader] = []
         if sender.kind == "mlp":
@@ -185,5 +181,5 @@ def _readers_of(nodes: Nodes) -> list[list[int]]:
             shared = sender.head // group
             own = [Reader("q", sender.layer, sender.head)]
             own += [Reader("k", sender.layer, shared), Reader("v", sender.layer, shared)]
-        found.append([place[str(reader)] for reader in own])
-    return found
+        readers.append([place[str(reader)] for reader in own])
+    return readers
