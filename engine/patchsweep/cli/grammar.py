@@ -157,10 +157,10 @@ def _quote(text: str, *, interpolate: bool) -> str:
 
 
 def _warn_of_escapes(key: str, text: str) -> None:
-    if key in _PROMPTS and (found := re.search(r"\\[nt]", text)):
+    if key in _PROMPTS and (escape := re.search(r"\\[nt]", text)):
         print(
-            f"patchsweep: {key} holds {found[0]} as two characters, a backslash and a letter; for "
-            f"a line break or a tab write $'...{found[0]}...' in the shell, or use a JSONL file",
+            f"patchsweep: {key} holds {escape[0]} as two characters, a backslash and a letter; for "
+            f"a line break or a tab write $'...{escape[0]}...' in the shell, or use a JSONL file",
             file=sys.stderr,
         )
 

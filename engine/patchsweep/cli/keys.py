@@ -19,8 +19,11 @@ _ANY: Keys = MappingProxyType({})  # below a free mapping, such as task.options
 
 def keys_of(schema: type[RunConfig]) -> Keys:
     """Return every key of `schema`; a group has the keys of all its classes."""
-    own = _of_class(schema)
-    return {name: _of_group(name) if name in GROUPS else below for name, below in own.items()}
+    fields_of_schema = _of_class(schema)
+    return {
+        name: _of_group(name) if name in GROUPS else below
+        for name, below in fields_of_schema.items()
+    }
 
 
 def refuse_unknown(key: str, schema: type[RunConfig], verb: str) -> bool:

@@ -192,7 +192,7 @@ def _words(ds: xr.Dataset, metric: str) -> str:
 
 
 def _sizes(ds: xr.Dataset, n: int) -> str:
-    level, chosen = str(ds.attrs["level"]), chosen_size(ds)
+    level, drawn_size = str(ds.attrs["level"]), chosen_size(ds)
     has_connected = "n_connected" in ds
     heads = ["share", level, *(["on a whole way"] if has_connected else []), "metric, mean"]
     heads += ["faithfulness", "completeness"]
@@ -206,7 +206,7 @@ def _sizes(ds: xr.Dataset, n: int) -> str:
         cells.append(number(float(scores["circuit_metric"].mean()), sign=True))
         cells += [_share(float(scores[name])) for name in ("faithfulness", "completeness")]
         row = "".join(f'<td class="n">{cell}</td>' for cell in cells)
-        body.append(f"<tr{' class=chosen' if i == chosen else ''}>{row}</tr>")
+        body.append(f"<tr{' class=chosen' if i == drawn_size else ''}>{row}</tr>")
     ends = ", ".join(
         f"{words} {number(float(ds[name].values[n].mean()), sign=True)}"
         for name, words in (("base_metric", "clean"), ("empty_metric", "everything ablated"))
@@ -287,8 +287,8 @@ def _nodes(ds: xr.Dataset) -> str:
     effect = np.where(inside, -ds["score"].values, np.nan).reshape(-1, n_heads + 1)
     hover_texts = [
         f"{plain(name)}: number {rank + 1}, {_effect(float(score))}"
-        + ("" if kept else "<br>not in the circuit")
-        for name, rank, score, kept in zip(
+        + ("" if inside_circuit else "<br>not in the circuit")
+        for name, rank, score, inside_circuit in zip(
             ds["node"].values, ds["rank"].values, ds["score"].values, inside, strict=True
         )
     ]

@@ -102,10 +102,10 @@ def rows_of(ds: xr.Dataset, metric: str) -> list[Row]:
 
 def correlation(rows: Sequence[Row]) -> float:
     """Return the Pearson correlation of estimates and exact effects; NaN if one is constant."""
-    both = [(r.estimate, r.exact) for r in rows if math.isfinite(r.estimate + r.exact)]
-    if len(both) < 3:
+    compared = [(r.estimate, r.exact) for r in rows if math.isfinite(r.estimate + r.exact)]
+    if len(compared) < 3:
         return math.nan
-    x, y = np.array(both).T
+    x, y = np.array(compared).T
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         return math.nan
     return float(np.corrcoef(x, y)[0, 1])
@@ -219,12 +219,12 @@ def _where(row: Row) -> str:
 
 def _agreement(rows: Sequence[Row], unit: str) -> str:
     """Return HTML of the scatter plot and a table by reader kind; "" without edges to compare."""
-    both = [row for row in rows if math.isfinite(row.estimate + row.exact)]
-    if not both:
+    compared = [row for row in rows if math.isfinite(row.estimate + row.exact)]
+    if not compared:
         return ""
     body = []
     for kind, (name, colour) in _KINDS.items():
-        group = [row for row in both if row.kind == kind]
+        group = [row for row in compared if row.kind == kind]
         if not group:
             continue
         same = sum(row.estimate * row.exact > 0 for row in group)
@@ -247,7 +247,7 @@ def _agreement(rows: Sequence[Row], unit: str) -> str:
         "estimate is right. Both axes are stretched near zero (square roots), so that small "
         "effects can be told apart. Estimates are slopes at the base run, and edges were chosen "
         "by them: what they put too low is missing here. In the table the ratio is the median.</p>"
-        f'<div class="side"><div>{_scatter(both, unit)}</div>{table}</div>'
+        f'<div class="side"><div>{_scatter(compared, unit)}</div>{table}</div>'
     )
 
 

@@ -106,11 +106,11 @@ def plain(text: object) -> str:
 
 def _over(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Return `under` updated with `over`; nested mappings are merged key by key."""
-    both = dict(under)
+    merged = dict(under)
     for key, value in over.items():
-        deep = isinstance(value, Mapping) and isinstance(both.get(key), Mapping)
-        both[key] = _over(both[key], value) if deep else value
-    return both
+        deep = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _over(merged[key], value) if deep else value
+    return merged
 
 
 def _json(value: Any) -> Any:

@@ -213,13 +213,13 @@ def _straighten(ranks: Sequence[Sequence[_Vertex]]) -> None:
         _spread(row, [0.0] * len(row))
     for sweep in range(2 * _SWEEPS):
         for row in ranks if sweep % 2 == 0 else reversed(ranks):
-            wanted = []
+            targets = []
             for v in row:
                 # lanes have a large weight, so that long lines bend only near their ends
                 near = [(n.x, 1.0 if v.label or n.label else 6.0) for n in (*v.below, *v.above)]
                 total = sum(weight for _, weight in near)
-                wanted.append(sum(x * w for x, w in near) / total if near else v.x)
-            _spread(row, wanted)
+                targets.append(sum(x * w for x, w in near) / total if near else v.x)
+            _spread(row, targets)
 
 
 def _spread(row: Sequence[_Vertex], wanted: Sequence[float]) -> None:

@@ -126,7 +126,7 @@ def _frame(
         limit, n_beyond = colour_limit(flat[1 if weak else 2], math.inf)  # bars show any size
     names = ("value", "effect", "recovered")
     # a single pair's effect and fraction follow from its value and the two ends
-    kept = names if view.pair is None else names[:1]
+    needed = names if view.pair is None else names[:1]
     source = grids if axes.full else [g[..., None] for g in flat]
     cells: dict[str, object] = {
         "quantity": quantity,
@@ -136,7 +136,7 @@ def _frame(
         **{
             name: _pack(grid, "<f4")
             for name, grid in zip(names, source, strict=True)
-            if name in kept
+            if name in needed
         },
     }
     if axes.hidden:

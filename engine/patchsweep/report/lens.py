@@ -128,7 +128,7 @@ def _grid_section(ds: xr.Dataset) -> str:
     ]
     rest = len(pairs) - len(shown)
     more = f"<span>{plural(len(pairs), 'pair')} in the store; here the first {len(shown)}.</span>"
-    both = (
+    change_note = (
         " In <i>change</i> the words are those of the patched run, and colours say how far the "
         'patch moved the answer among all tokens: <b class="blue">blue</b> up, '
         '<b class="red">red</b> down; the full colour is a hundredfold.'
@@ -141,7 +141,7 @@ def _grid_section(ds: xr.Dataset) -> str:
         "The darker a cell, the more probable the guess, or the higher what <i>Colour</i> names. "
         "Point at a cell, or tap it, for the best tokens and where the answers stand. "
         '<span class="key right">the answer</span> <span class="key wrong">the wrong answer</span>'
-        f"{both}</p>"
+        f"{change_note}</p>"
     )
     nav = f'<nav class="controls" aria-label="What is shown">{"".join(parts)}'
     nav += f"{more if rest else ''}</nav>"

@@ -160,9 +160,9 @@ def recovered_mean(ds: xr.Dataset, site: str) -> xr.DataArray:
     unfinished runs do not bias it. A pair with a small gap has a small weight.
     """
     effects, gaps = effect(ds, site), gap(ds)
-    both = effects.notnull() & gaps.notnull()
-    effect_sum = effects.where(both).sum("pair", min_count=1)
-    gap_sum = gaps.where(both).sum("pair", min_count=1)
+    ran = effects.notnull() & gaps.notnull()
+    effect_sum = effects.where(ran).sum("pair", min_count=1)
+    gap_sum = gaps.where(ran).sum("pair", min_count=1)
     dims = [d for d in effects.dims if d != "pair"]
     return (effect_sum / gap_sum.where(gap_sum != 0)).transpose(*dims).rename("recovered")
 

@@ -224,8 +224,10 @@ class _Edges:
         reader = edge_batch.nodes.readers[readers.start]
         n_seen = edge_batch.nodes.n_seen(reader)
         removed = ablated.stream(reader)
-        kept = self.keep[:, :n_seen, readers].transpose(1, 2) @ self.more[:, :n_seen].flatten(2)
-        streams = removed[pair].unsqueeze(1) + kept.unflatten(-1, removed.shape[1:])
+        kept_writes = self.keep[:, :n_seen, readers].transpose(1, 2) @ self.more[
+            :, :n_seen
+        ].flatten(2)
+        streams = removed[pair].unsqueeze(1) + kept_writes.unflatten(-1, removed.shape[1:])
         rows = pair.repeat_interleave(streams.shape[1])
         for layer in ablated.normed:
             heads = ablated.heads(layer)
@@ -250,13 +252,15 @@ class _Edges:
         rows = pair.repeat_interleave(n_readers)
         qkv = edge_batch.blocks.qkv_of(layer, x.flatten(0, 1), edge_batch.base, rows, start)
         # reader i is head i among those of its kind
-        own = {}
+        reader_values = {}
         first = 0
         for kind, heads_of_kind in zip(("q", "k", "v"), qkv, strict=True):
             head = torch.arange(heads_of_kind.shape[1], device=x.device)
-            own[kind] = heads_of_kind.unflatten(0, (len(pair), n_readers))[:, first + head, head]
+            reader_values[kind] = heads_of_kind.unflatten(0, (len(pair), n_readers))[
+                :, first + head, head
+            ]
             first += len(head)
-        change = self._z(layer, own) - self.ablated.z[layer][pair]
+        change = self._z(layer, reader_values) - self.ablated.z[layer][pair]
         gained = edge_batch.blocks.head_writes(layer, change, n_heads)
         way = self.ablated.ways[layer]
         if way == "normed":

@@ -128,21 +128,21 @@ def exact_edges(
             means_from=means_from,
         ),
     )
-    chosen = _chosen(nodes_of(model), edges, _length(question))
+    parsed = _chosen(nodes_of(model), edges, _length(question))
     true_or_false("positions", positions)
-    attrs = _attrs(question, {"edges": list(map(str, chosen)), "positions": positions})
+    attrs = _attrs(question, {"edges": list(map(str, parsed)), "positions": positions})
     if not positions:
-        return _exact(question, chosen).assign_attrs(flat_attributes(attrs))
-    if chosen[0].pos is not None:
+        return _exact(question, parsed).assign_attrs(flat_attributes(attrs))
+    if parsed[0].pos is not None:
         raise PlanError(
             f"edge {edges[0]!r} has a position of its own, and positions=True runs each edge at "
             "every position; leave one of them out"
         )
-    at_positions = [replace(edge, pos=pos) for edge in chosen for pos in range(_length(question))]
+    at_positions = [replace(edge, pos=pos) for edge in parsed for pos in range(_length(question))]
     flat = _exact(question, at_positions)
     ends = {name: ("chosen", flat[name].values[:: _length(question)]) for name in _ENDS}
     dims = ("metric", "pair", "chosen", "pos")
-    values = flat["edge"].values.reshape(*flat["base_metric"].shape, len(chosen), -1)
+    values = flat["edge"].values.reshape(*flat["base_metric"].shape, len(parsed), -1)
     return (
         flat.drop_dims("chosen")
         .assign_coords(ends)
@@ -341,13 +341,13 @@ def _dataset(
         shape[-1] = max(values.shape[-1] for values, *_ in found.values())
     cells = np.full(shape, np.nan, np.float32)
     references = np.full((2, n_metrics, n_pairs), np.nan, np.float32)
-    for members, (values, *both) in found.items():
+    for members, (values, *runs) in found.items():
         rows = list(members)
         if "pos" in dims:
             cells[:, rows, ..., : values.shape[-1]] = values
         else:
             cells[:, rows] = values
-        references[:, :, rows] = both
+        references[:, :, rows] = runs
     return xr.Dataset(
         {
             name: (dims, cells, words),
@@ -411,18 +411,18 @@ def _chosen(nodes: Nodes, given: Sequence[EdgeLike], length: int) -> list[Edge]:
         raise PlanError(
             f"edges={given!r} is no list of edges; write [('a3.h2', 'a7.h1.q'), 'm5->logits']"
         )
-    chosen = [nodes.edge(edge) for edge in given]
-    names = [str(edge) for edge in chosen]
+    parsed = [nodes.edge(edge) for edge in given]
+    names = [str(edge) for edge in parsed]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise PlanError(f"edges names {twice} twice; name each edge once")
-    if len({edge.pos is None for edge in chosen}) > 1:
+    if len({edge.pos is None for edge in parsed}) > 1:
         raise PlanError(
             "some edges have a position and others have none; give all of them one, or none"
         )
-    late = next((edge for edge in chosen if edge.pos is not None and edge.pos >= length), None)
+    late = next((edge for edge in parsed if edge.pos is not None and edge.pos >= length), None)
     if late is not None:
         raise PlanError(
             f"edge {late}: the longest prompt has {length} tokens; use positions 0..{length - 1}"
         )
-    return chosen
+    return parsed

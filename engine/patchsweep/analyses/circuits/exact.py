@@ -142,8 +142,8 @@ class _Replaced:
             by_kind = dict(zip("qkv", qkv, strict=True))
             for place, i in enumerate(heads):
                 reader = edges[new[i]].reader
-                own = by_kind[reader.kind][place, reader.head]
-                self._values.append((reader.kind, new[i], reader.head, own))
+                output = by_kind[reader.kind][place, reader.head]
+                self._values.append((reader.kind, new[i], reader.head, output))
         if mlps:
             out = edge_batch.blocks.mlp_of(layer, seen[mlps], edge_batch.base, pair[mlps], start)
             self._values += [("mlp", new[i], None, out[place]) for place, i in enumerate(mlps)]

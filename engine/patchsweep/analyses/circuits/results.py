@@ -81,8 +81,8 @@ def make_plan(
 ) -> Plan:
     strength = strength_of(scores, rank_by)
     ranks = rank_greedy(nodes, strength) if growth == "greedy" else rank_top(strength)
-    chosen = sizes_of(sizes, int((ranks >= 0).sum()), level)
-    return Plan(nodes, level, growth, rank_by, chosen, scores, ranks)
+    plan_sizes = sizes_of(sizes, int((ranks >= 0).sum()), level)
+    return Plan(nodes, level, growth, rank_by, plan_sizes, scores, ranks)
 
 
 @dataclass(frozen=True)

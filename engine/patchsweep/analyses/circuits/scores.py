@@ -134,8 +134,8 @@ def score_values(scores: xr.DataArray, nodes: Nodes, level: Level) -> NDArray[np
             f"scores have the dims {', '.join(map(str, scores.dims))}, and circuits of {level} "
             f"want {', '.join(labels)}; take them from circuit_scores"
         )
-    for dim, wanted in labels.items():
-        if sorted(map(str, scores[dim].values)) != sorted(wanted):
+    for dim, names in labels.items():
+        if sorted(map(str, scores[dim].values)) != sorted(names):
             raise PlanError(
                 f"scores name other {dim}s than this model has; take them from circuit_scores "
                 "with the same model"

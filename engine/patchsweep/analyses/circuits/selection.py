@@ -174,12 +174,12 @@ def _readers_of(nodes: Nodes) -> list[list[int]]:
     group = nodes.n_heads // nodes.n_kv_heads
     readers = []
     for sender in nodes.senders:
-        own: list[Reader] = []
+        node_readers: list[Reader] = []
         if sender.kind == "mlp":
-            own = [Reader("mlp", sender.layer)]
+            node_readers = [Reader("mlp", sender.layer)]
         elif sender.head is not None:
             shared = sender.head // group
-            own = [Reader("q", sender.layer, sender.head)]
-            own += [Reader("k", sender.layer, shared), Reader("v", sender.layer, shared)]
-        readers.append([place[str(reader)] for reader in own])
+            node_readers = [Reader("q", sender.layer, sender.head)]
+            node_readers += [Reader("k", sender.layer, shared), Reader("v", sender.layer, shared)]
+        readers.append([place[str(reader)] for reader in node_readers])
     return readers

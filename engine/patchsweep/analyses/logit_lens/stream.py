@@ -87,8 +87,8 @@ def check_removed(streams: Streams, remove: Sublayer, n_layers: int) -> None:
     last = (layer, "resid_post") if layer == n_layers - 1 else (layer + 1, "resid_pre")
     middle = (layer, "resid_mid")
     before, after = ((layer, "resid_pre"), middle) if kind == "attn" else (middle, last)
-    both = before in streams and after in streams
-    if both and not torch.equal(streams[before], streams[after]):
+    captured = before in streams and after in streams
+    if captured and not torch.equal(streams[before], streams[after]):
         raise MethodError(
             f"remove={remove!r}: zeroing the hook {kind}_out does not take the write out of this "
             "model's stream"

@@ -46,15 +46,15 @@ class CircuitRun(AnalysisRun):
             )
 
     def scored_by(self) -> str | Method:
-        """The one method that ranks nodes or edges.
+        """Return the one method that ranks nodes or edges.
 
         Raises:
-            ConfigError: there are several, or it leaves some of them without a score.
+            ConfigError: there are several methods, or the method does not score all of them.
         """
-        asked = self.method.asked()
-        if len(asked) != 1 or not isinstance(asked[0], str | Method):
+        methods = self.method.asked()
+        if len(methods) != 1 or not isinstance(methods[0], str | Method):
             raise ConfigError(
                 "a circuit is ranked by one method that scores all; give method=atp, ig or exact "
                 "for nodes, method=eap, eap_ig or exact for edges"
             )
-        return asked[0]
+        return methods[0]

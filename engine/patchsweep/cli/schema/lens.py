@@ -57,9 +57,17 @@ class LensRun(AnalysisRun):
         if self.remove is not None:
             kind, _, layer = self.remove.partition(":")
             removed = cast(Sublayer, (kind, int(layer)))
-        given, patches = self.patch, []
-        if given.site is not None:
-            patches = [Patch(given.site, given.layer, given.pos, given.head, self.intervention)]
+        arguments, patches = self.patch, []
+        if arguments.site is not None:
+            patches = [
+                Patch(
+                    arguments.site,
+                    arguments.layer,
+                    arguments.pos,
+                    arguments.head,
+                    self.intervention,
+                )
+            ]
         return {
             "which": self.which,
             "direction": self.direction,

@@ -33,11 +33,11 @@ from patchsweep.sweeps.methods import MethodLike
 from patchsweep.sweeps.screen_settings import Screen
 from patchsweep.tasks import load_task
 
-# what it logs of an object that cannot be imported is in the error that it raises
+# its log of an object that cannot be imported repeats the error that it raises
 logging.getLogger("hydra.utils").disabled = True
-# keys that say where and by whom a run is done, not what it is; they stay out of provenance
+# keys of the run's place, which do not change results; they stay out of provenance
 PLACES = ("store", "slice", "n_slices")
-# how much of a machine it may fill: likewise
+# keys of memory limits, which do not change results either
 ROOM = (("model", "max_memory"), ("model", "offload_folder"), ("runner", "cache_budget"))
 
 
@@ -218,21 +218,21 @@ def _own(target: Mapping[str, Any]) -> MetricLike:
         raise ConfigError(
             f"metric {dict(target)!r} names no function; give _target_ as module.function"
         )
-    given = dict(target)
-    name, version = given.pop("name", None), given.pop("version", None)
+    settings = dict(target)
+    name, version = settings.pop("name", None), settings.pop("version", None)
     try:
-        if set(given) == {"_target_"}:
-            made = get_object(given["_target_"])
+        if set(settings) == {"_target_"}:
+            made = get_object(settings["_target_"])
             made = made() if isinstance(made, type) else made
         else:
-            made = instantiate(given)
+            made = instantiate(settings)
         if isinstance(made, Metric):
             return made
         return Metric.of_logits(
             made,
             name=str(name or getattr(made, "__name__", type(made).__name__)),
             version=None if version is None else str(version),
-            parameters={key: value for key, value in given.items() if key != "_target_"},
+            parameters={key: value for key, value in settings.items() if key != "_target_"},
         )
     except (InstantiationException, ImportError, ValueError, TypeError) as error:
         raise ConfigError(
