@@ -21,7 +21,7 @@ CHECKED = (
     "sweeps.exact",
 )
 os.environ.pop("COLUMNS", None)  # tables as wide as where there is no terminal
-install_import_hook([f"patchsweep.{module}" for module in CHECKED], "beartype.beartype")
+install_import_hook([f"patchsweep.{module}" for module in CHECKED], "shape_checks.checked")
 
 from patchsweep.models import device, load  # noqa: E402  # the hook must come first
 from patchsweep.models.device_map import Placement  # noqa: E402

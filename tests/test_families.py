@@ -59,8 +59,10 @@ def test_hooked_runner_takes_over_and_says_why(architecture: str, why: str) -> N
 
 
 def test_refusal_names_its_reason() -> None:
-    bert, gemma = families_table(["BertLMHeadModel", "Gemma3ForConditionalGeneration"])
-    assert bert.runner == gemma.runner == "refused"
+    names = ["BertLMHeadModel", "Gemma3ForConditionalGeneration", "HrmTextForCausalLM"]
+    bert, gemma, hrm = families_table(names)
+    assert bert.runner == gemma.runner == hrm.runner == "refused"
+    assert hrm.reason == "has no single stack of blocks"
     assert bert.reason == "attends in both directions"
     assert "images" in gemma.reason
 
@@ -90,7 +92,7 @@ def test_chunked_attention_runs_in_packed_batches_within_one_chunk() -> None:
 
 def test_page_has_a_row_for_each_and_names_the_rest() -> None:
     rows = families_table(["LlamaForCausalLM", "BertLMHeadModel"])
-    text = page(rows, [], left_out())
+    text = page(rows, [], [], left_out())
     assert "2 architectures: 1 packed, 1 refused." in text
     assert "| LlamaForCausalLM | `llama` | packed | " in text
     assert ", T5ForConditionalGeneration, " in text

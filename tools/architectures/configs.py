@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-N_LAYERS = 3
+N_LAYERS, N_HEADS, D_HEAD = 3, 4, 8
 
 # sizes by the names that configurations use; each takes those that it knows
 SIZES: dict[str, Any] = {
@@ -28,6 +28,7 @@ SIZES: dict[str, Any] = {
     # a window of 6 bites on short prompts
     **dict.fromkeys(("sliding_window", "window_size", "attention_window_size"), 6),
     "attention_chunk_size": 6,
+    "logit_scale": 0.5,
     "local_attention": 12,
     "query_pre_attn_scalar": 8,
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
@@ -41,6 +42,8 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "n_mamba_heads"), 4),
     **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "mamba_headdim"), 16),
     **dict.fromkeys(("mamba_d_state", "state_size", "ssm_state_size"), 8),
+    # scans in chunks shorter than the prompts
+    **dict.fromkeys(("chunk_size", "mamba_chunk_size"), 8),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 4),
 }

@@ -2,35 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from tools.architectures.plain import INTERVENTIONS, LENGTHS, Comparison
+from tools.architectures.plain import SITES as PLAIN_SITES
 from tools.architectures.table import SITES, Row
 
 _HEAD = """# Architectures
 
 Written by `python -m tools.architectures`: every causal architecture that TransformerBridge
 supports, tiny (three layers), with random weights (drawn large enough that patches matter), in
-fp32 on the CPU. The runner is the one that the probe chooses, site by site. A number is the
-largest difference in `logit_diff` from a loop of hooked forward passes through the bridge, one
-patch each, over six live patches. A dash: see the notes. Numbers of order 1e-6 are rounding, and
-differ from machine to machine.
+fp32 on the CPU. The runner is the one that the probe chooses, site by site. The number at a site is
+the largest difference in `logit_diff` from a loop of hooked forward passes through the bridge, one
+patch each, over six live patches. A dash: see the notes.
 
-- **packed batch**: packed batches.
+**plain** is the largest difference in `logit_diff` from hooks on the model as transformers builds
+it, without the bridge ([plain.py](../tools/architectures/plain.py)): {n_cells:,} random patches in
+{n_compared} architectures, of {sites}, with {interventions}, in prompts of
+{fewest} to {most} words; {smallest} to {largest} cells each. Single patches move the metric by as
+much as {effects} logits, so numbers of order 1e-5 are rounding, and differ from machine to machine.
+
+- **packed**: packed batches.
 - **packed and hooked**: packed batches, but for the sites that the notes name. A sweep that
-  includes one of
-  those runs hooked as a whole.
+  includes one of those runs hooked as a whole.
 - **hooked**: batched forward passes through the bridge's hooks: slower, and right.
 - **refused**: cannot be swept, and the sweep says so.
 """
 
 
-def page(rows: Sequence[Row], compatible: Sequence[Row], left_out: Sequence[str]) -> str:
-    """The page: all `rows`, those in compatibility mode, and the architectures `left_out`."""
+def page(
+    rows: Sequence[Row],
+    plain: Sequence[Comparison],
+    compatible: Sequence[Row],
+    left_out: Sequence[str],
+) -> str:
+    """The page: all `rows`, what plain hooks said of them, those in compatibility mode, and the
+    architectures `left_out`."""
+    compared = {one.architecture: one for one in plain if one.n_cells}
     counts = [f"{n} {runner}" for runner, n in _counts(rows).items()]
     parts = [
-        _HEAD,
+        _head(list(compared.values())),
         f"{len(rows)} architectures: {', '.join(counts)}.\n",
-        _table(rows),
+        _table(rows, {name: _number(one.difference) for name, one in compared.items()}),
         "## Compatibility mode\n",
         "After `enable_compatibility_mode()` (folded norms, centred weights). Where the bridge "
         "keeps queries, keys and values as one joint matrix, the processed weights live in the "
@@ -51,29 +64,41 @@ def _counts(rows: Sequence[Row]) -> dict[str, int]:
     return {runner: n for runner, n in counts.items() if n}
 
 
-def _table(rows: Sequence[Row]) -> str:
-    columns = ["architecture", "model type", "runner", *SITES, "notes"]
+def _head(compared: Sequence[Comparison]) -> str:
+    cells = [one.n_cells for one in compared] or [0]
+    effects = [one.effect for one in compared] or [0.0]
+    return _HEAD.format(
+        n_cells=sum(cells),
+        n_compared=len(compared),
+        sites=", ".join(PLAIN_SITES[:-1]) + f" and {PLAIN_SITES[-1]}",
+        interventions=", ".join(INTERVENTIONS[:-1]) + f" and a {INTERVENTIONS[-1]}",
+        fewest=min(fewest for fewest, _ in LENGTHS),
+        most=max(most for _, most in LENGTHS),
+        smallest=min(cells),
+        largest=max(cells),
+        effects=f"{min(effects):.1f} to {max(effects):.0f}",
+    )
+
+
+def _table(rows: Sequence[Row], plain: Mapping[str, str] | None = None) -> str:
+    """A row for each of `rows`; `plain`: architecture -> what stands in its column of that name."""
+    more = [] if plain is None else ["plain"]
+    columns = ["architecture", "model type", "runner", *SITES, *more, "notes"]
     lines = [_line(columns), _line(["---"] * len(columns))]
-    lines += [
-        _line(
-            [
-                row.architecture,
-                f"`{row.model_type}`",
-                row.runner,
-                *(_number(row, site) for site in SITES),
-                row.reason,
-            ]
-        )
-        for row in rows
-    ]
+    for row in rows:
+        cells = [row.cells.get(site) for site in SITES]
+        numbers = [_number(None if cell is None else cell.difference) for cell in cells]
+        if plain is not None:
+            numbers.append(plain.get(row.architecture, "-"))
+        first = [row.architecture, f"`{row.model_type}`", row.runner]
+        lines.append(_line([*first, *numbers, row.reason]))
     return "\n".join(lines) + "\n"
 
 
-def _number(row: Row, site: str) -> str:
-    cell = row.cells.get(site)
-    if cell is None or cell.difference is None:
+def _number(difference: float | None) -> str:
+    if difference is None:
         return "-"
-    return f"{cell.difference:.0e}" if cell.difference else "0"
+    return f"{difference:.0e}" if difference else "0"
 
 
 def _line(cells: Sequence[str]) -> str:

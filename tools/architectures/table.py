@@ -22,7 +22,7 @@ from patchsweep.spec.metrics import METRICS
 from patchsweep.spec.spec import Request, SweepSpec, make_request
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from tools.architectures.configs import causal_architectures, tiny_config
 
@@ -101,10 +101,20 @@ def tiny_bridge(architecture: str, seed: int = 0) -> TransformerBridge:
     Raises:
         Exception: what transformers or TransformerLens raises, where they cannot build it.
     """
+    model, tokenizer = tiny_model(architecture, seed)
+    return as_bridge(f"tiny-{model.config.model_type}", model, tokenizer)
+
+
+def tiny_model(architecture: str, seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """A tiny random model of `architecture` as transformers builds it, and its tokenizer.
+
+    Raises:
+        ModelError: it takes images or sound beside text.
+        Exception: what transformers raises, where it cannot build it.
+    """
     tokenizer = tiny_tokenizer()
     special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    model_type = causal_architectures()[architecture]
-    config = tiny_config(model_type, vocab_size=len(tokenizer), **special)
+    config = tiny_config(causal_architectures()[architecture], vocab_size=len(tokenizer), **special)
     if hasattr(config, "text_config"):
         raise ModelError("takes images or sound beside text; see the row of its text model")
     with torch.device("meta"):
@@ -114,7 +124,7 @@ def tiny_bridge(architecture: str, seed: int = 0) -> TransformerBridge:
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     model.config.architectures = [architecture]
     draw_weights(model, seed)
-    return as_bridge(f"tiny-{model_type}", model, tokenizer)
+    return model.eval(), tokenizer
 
 
 def _row(architecture: str, model_type: str, *, compatible: bool = False) -> Row:
@@ -129,7 +139,7 @@ def _row(architecture: str, model_type: str, *, compatible: bool = False) -> Row
                 return Row(architecture, model_type, refused="random weights give no finite logits")
         return measure(architecture, model_type, bridge)
     except Exception as error:  # whatever the two libraries raise belongs in the table
-        return Row(architecture, model_type, refused=_text(error))
+        return Row(architecture, model_type, refused=one_line(error))
     finally:
         logging.disable(level)
 
@@ -153,13 +163,13 @@ def _cell(bridge: TransformerBridge, pairs: PromptPairs, site: str) -> Cell:
         choice = select_runner(bridge, request.plans, request.intervention)
         found = _values(choice.runner, request, batch, at_once=True)
     except SiteError as error:
-        return Cell("none", None, _text(error))
+        return Cell("none", None, one_line(error))
     reason = choice.reason.removeprefix("the packed runner cannot: ")
     runner: Literal["packed", "hooked"] = "packed" if choice.runner.name == "packed" else "hooked"
     try:
         expected = _values(HookedRunner(bridge, request.sites), request, batch, at_once=False)
     except SiteError as error:  # the packed batches patch what the bridge's hook cannot
-        return Cell(runner, None, f"no loop to compare with: {_text(error)}")
+        return Cell(runner, None, f"no loop to compare with: {one_line(error)}")
     return Cell(runner, float((found - expected).abs().max()), reason)
 
 
@@ -176,7 +186,7 @@ def _values(runner: Runner, request: Request, batch: Batch, *, at_once: bool) ->
     )
 
 
-def _text(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """Why, in one line, without the site's name and the remedy that a sweep would be told."""
     lines = str(error).strip().splitlines() or [""]
     if not isinstance(error, PatchsweepError):

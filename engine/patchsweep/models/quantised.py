@@ -78,7 +78,7 @@ def casts_attention(bridge: TransformerBridge) -> tuple[int, torch.dtype] | None
 
     Such a bridge cannot run; the modules inside it can.
     """
-    for layer, block in enumerate(bridge.blocks):
+    for layer, block in enumerate(getattr(bridge, "blocks", ())):
         o = getattr(getattr(block, "attn", None), "o", None)
         weight = getattr(getattr(o, "original_component", None), "weight", None)
         dtype = weight.dtype if isinstance(weight, torch.Tensor) else torch.float32

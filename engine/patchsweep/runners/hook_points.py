@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.generalized_components.normalization import NormalizationBridge
 
 from patchsweep.errors import SiteError
 from patchsweep.models.heartbeat import beat
@@ -104,7 +105,7 @@ def forward(
 
     hooks = [(name, noted(i, write)) for i, (name, write) in enumerate(writes)]
     settings = _settings_on(bridge, [name for name, _ in (*writes, *reads)])
-    with running(bridge), settings, warnings.catch_warnings():
+    with running(bridge), settings, _own_layer_norms(bridge), warnings.catch_warnings():
         # that the bridge's own arithmetic takes the place of a norm's while a hook edits it
         warnings.filterwarnings("ignore", module=r"transformer_lens\.")
         logits: Tensor = bridge.run_with_hooks(tokens, fwd_hooks=[*hooks, *reads], use_cache=False)
@@ -112,6 +113,29 @@ def forward(
         if i not in fired:
             raise SiteError(f"the hook {name} does not fire beside the others; patch it by itself")
     return logits
+
+
+@contextmanager
+def _own_layer_norms(bridge: TransformerBridge) -> Iterator[None]:
+    """Inside, LayerNorms whose formula the bridge spells out run as the model's own modules.
+
+    Of a vector of equal entries, such as a constant that is patched in, the spelled-out variance is
+    rounding, which the division by sqrt(eps) makes hundreds of times larger, once a norm.
+    """
+    norms = [
+        module
+        for module in bridge.modules()
+        if isinstance(module, NormalizationBridge)
+        and isinstance(module.original_component, nn.LayerNorm)
+        and not module.use_native_layernorm_autograd
+    ]
+    for norm in norms:
+        norm.use_native_layernorm_autograd = True
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.use_native_layernorm_autograd = False
 
 
 def check_sites(
