@@ -154,6 +154,13 @@ def test_a_lease_that_nobody_made_holds_nothing_up(tmp_path: Path, content: byte
     assert mine.claim(["z/0.0"]) == ["z/0.0"]
 
 
+def test_a_folder_in_the_place_of_a_lease_holds_nothing_up(tmp_path: Path) -> None:
+    mine, rival = _leases(tmp_path, 2)
+    (tmp_path / "run.zarr.leases/units/z/0.0@0").mkdir(parents=True)
+    assert mine.claim(["z/0.0"]) == ["z/0.0"]
+    assert rival.claim(["z/0.0"]) == []
+
+
 def test_rivals_never_hold_one_unit_at_the_same_time(
     tmp_path: Path, dead_process: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,6 +36,7 @@ from patchsweep.store.backends.base import PARTIAL, Folder
 from patchsweep.store.backends.process import is_gone, process_name
 
 EXPIRY_S = 120.0
+_N_TRIES = 8  # a lease's place may be taken by what is no file, a folder for example
 _OWNER = re.compile(r"[\w.-]+~[0-9a-f]+")  # a process name, and a random part
 
 
@@ -81,10 +82,14 @@ class Leases:
             owners = (_owner(self._folder, key) for key in keys.values())
             if any(owner and lives(owner) for owner in owners):
                 continue
-            key = f"units/{unit}@{max(keys, default=-1) + 1}"
-            if self._folder.put_new(key, self._content):
-                self._held[unit] = key
-                fresh.append(unit)
+            first = max(keys, default=-1) + 1
+            for key in (f"units/{unit}@{first + i}" for i in range(_N_TRIES)):
+                if self._folder.put_new(key, self._content):
+                    self._held[unit] = key
+                    fresh.append(unit)
+                    break
+                if self._folder.exists(key):  # a rival was first
+                    break
         self._look_again(fresh)
         return [unit for unit in wanted if unit in self._held]
 
