@@ -1,10 +1,10 @@
-"""How long `status`, `verify` and `report` take on a store of 131,072 units.
+"""How long the verbs take on a store of 131,072 units, and planning and resuming such a run.
 
     python benchmarks/store_scale.py [FOLDER]
 
 Prints a Markdown table: seconds on the clock, seconds of processor time, and the largest memory of
-each verb in a process of its own. The store holds one site of 4,096 pairs and 32 layers, each pair
-and layer a unit, and the journal of the process that wrote it; its values are random.
+each, in a process of its own whose imports count. The run is of one site, 4,096 pairs and 32 layers
+of a tiny model, each pair and layer a unit. Its values are random; all else is a sweep's own.
 """
 
 from __future__ import annotations
@@ -16,17 +16,27 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
+import patchsweep as ps
+from patchsweep.models.tiny import TINY_FAMILIES
 from patchsweep.store.digest import seal
-from patchsweep.store.layout import FIXED, Layout, Variable, fixed_key, references_key
+from patchsweep.store.layout import FIXED, fixed_key, references_key
 from patchsweep.store.store import Store
 
-N_PAIRS, N_LAYERS, N_POS, N_HEADS = 4096, 32, 4, 2
-VERBS = {
-    "status": ["status"],
-    "verify (every byte)": ["verify"],
-    "report": ["report", "-o", "report.html"],
+N_PAIRS, N_LAYERS = 4096, 32
+N_LOST = 32  # units that a resumed run has left to do
+PROMPT = "When John and Mary went to the shops, {} gave a bottle of milk to"
+SELF = [sys.executable, __file__]
+COMMANDS = {
+    "status": [sys.executable, "-m", "patchsweep", "status", "STORE"],
+    "verify -n 0 (every byte)": [sys.executable, "-m", "patchsweep", "verify", "STORE", "-n", "0"],
+    "report": [sys.executable, "-m", "patchsweep", "report", "STORE", "-o", "report.html"],
+    "plan": [*SELF, "--plan", "STORE"],
+    "the same run again, all done": [*SELF, "--sweep", "STORE"],
+    f"the same run again, {N_LOST} units to do": [*SELF, "--resume", "STORE"],
 }
 
 
@@ -34,25 +44,41 @@ def main(folder: Path) -> None:
     store = folder / "large.zarr"
     if not store.exists():
         start = time.perf_counter()
-        write(store)
+        with patch("patchsweep.sweeps.api.run_work", fill):
+            call(ps.sweep, store=store)
         print(f"written in {time.perf_counter() - start:.0f} s", file=sys.stderr)
     print("| verb | seconds | of the processor | memory |\n|---|---:|---:|---:|")
-    for name, (verb, *options) in VERBS.items():
+    for name, words in COMMANDS.items():
         start = time.perf_counter()
-        command = [sys.executable, "-m", "patchsweep", verb, str(store), *options]
+        command = [str(store) if word == "STORE" else word for word in words]
         process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
         _, status, used = os.wait4(process.pid, 0)
         assert os.waitstatus_to_exitcode(status) == 0, name
         seconds, busy = time.perf_counter() - start, used.ru_utime + used.ru_stime
-        print(f"| {name} | {seconds:.1f} | {busy:.1f} | {used.ru_maxrss / 1e6:.2f} GB |")
+        print(
+            f"| {name} | {seconds:.1f} | {busy:.1f} | {used.ru_maxrss / 1e6:.2f} GB |", flush=True
+        )
 
 
-def write(path: Path) -> None:
-    """The store, its files put without waiting for the disk."""
-    store = Store.create_or_resume(path, layout())
+def call(function: Any, **options: Any) -> Any:
+    """`sweep` or `plan` of the run."""
+    TINY_FAMILIES["llama"][1]["num_hidden_layers"] = N_LAYERS
+    model = ps.load_model("tiny:llama", device="cpu")
+    pairs = ps.PromptPairs.from_strings(
+        model,
+        clean=[PROMPT.format("John")] * N_PAIRS,
+        corrupted=[PROMPT.format("Mary")] * N_PAIRS,
+        answers=[(" Mary", " John")] * N_PAIRS,
+    )
+    with patch("patchsweep.spec.spec.UNIT_TOKENS", 1):
+        return function(model, pairs, "z", runner="packed", **options)
+
+
+def fill(works: Any, store: Store, *others: Any) -> None:
+    """Stands for the work: random values, their files put without waiting for the disk."""
     rng = np.random.default_rng(0)
     (variable,) = store.variables.values()
-    identity = store.contents.identity
+    path, identity = store.folder.path, store.contents.identity
     encoder = store._encoder(variable.name)
 
     def put(key: str, data: bytes) -> None:
@@ -70,7 +96,7 @@ def write(path: Path) -> None:
             put(key, data)
             flag += seal(identity, key, data)
         put(references_key(pair), flag)
-    lines = [{"event": "started", "time": 0.0, "n_units": variable.n_units}]
+    lines = []
     blocks = rng.normal(size=(512, *variable.block_shape(variable.at(0, 0)))).astype(np.float32)
     encoded = [encoder.encode(variable.slices(variable.at(0, 0)), block) for block in blocks]
     for i, unit in enumerate(variable.units()):
@@ -80,37 +106,27 @@ def write(path: Path) -> None:
         line = {"event": "unit", "time": i / 10, "variable": variable.name, "seconds": 0.1}
         line |= {"pair_block": unit.pair_block, "layer_block": unit.layer_block}
         lines.append({**line, "token_layers": 100, "n_live": 8})
-    journal = path.with_name(f"{path.name}.journal")
-    journal.mkdir()
-    text = "".join(json.dumps(line) + "\n" for line in [*lines, {"event": "finished", "time": 1e5}])
-    (journal / "elsewhere.00000000-1-1.jsonl").write_text(text)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (path.with_name(f"{path.name}.journal") / "elsewhere.00000000-1-1.jsonl").write_text(text)
 
 
-def layout() -> Layout:
-    tokens = [[f"token {pos}" for pos in range(N_POS)]] * N_PAIRS
-    words = np.array([" Mary"] * N_PAIRS, dtype=object)
-    shape = (1, N_PAIRS, N_LAYERS, N_POS, N_HEADS)
-    dims = ("metric", "pair", "layer", "pos", "head")
-    return Layout(
-        variables=(Variable("z", dims, shape, (1, 1), {}),),
-        coords={
-            "metric": (("metric",), np.array(["logit_diff"], dtype=object)),
-            "pair": (("pair",), np.arange(N_PAIRS)),
-            "layer": (("layer",), np.arange(N_LAYERS)),
-            "pos": (("pos",), np.arange(N_POS)),
-            "head": (("head",), np.arange(N_HEADS)),
-            "base_token": (("pair", "pos"), np.array(tokens, dtype=object)),
-            "source_token": (("pair", "pos"), np.array(tokens, dtype=object)),
-            "answer": (("pair",), words),
-            "wrong_answer": (("pair",), words),
-        },
-        attrs={"intervention": "resample", "direction": "denoising", "provenance": {}},
-    )
+def resume(store: Path) -> None:
+    """The run again after some of its values were lost."""
+    for pair in range(N_LOST):
+        (store / "z" / f"c.0.{pair}.0.0.0").unlink()
+    call(ps.sweep, store=store)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        main(Path(sys.argv[1]).absolute())
+    task, *rest = sys.argv[1:] or [""]
+    if task == "--plan":
+        call(ps.plan)
+    elif task == "--sweep":
+        call(ps.sweep, store=Path(rest[0]))
+    elif task == "--resume":
+        resume(Path(rest[0]))
+    elif task:
+        main(Path(task).absolute())
     else:
         with tempfile.TemporaryDirectory() as place:
             main(Path(place))

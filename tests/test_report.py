@@ -475,6 +475,14 @@ def test_an_unfinished_run_says_what_is_missing() -> None:
     assert "Grey: not run (50 %)." in page.text
 
 
+def test_unpatched_metrics_that_are_missing_make_a_run_unfinished() -> None:
+    ds = synthetic(n_pairs=4, n_layers=4)
+    ds["base_metric"][:, 2] = np.nan
+    text = read(ds).text
+    assert "This run is unfinished: The unpatched metrics of 1 pair are missing;" in text
+    assert "cells have not run" not in text
+
+
 def test_a_run_that_has_hardly_begun_has_a_report() -> None:
     ds = synthetic(n_pairs=2, n_layers=4, sites=["resid_pre", "z"])
     for name in ("resid_pre", "z", "base_metric", "source_metric"):

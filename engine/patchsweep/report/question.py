@@ -127,23 +127,43 @@ def prompts(ds: xr.Dataset, metric: str, view: View) -> str:
 
 
 def banner(ds: xr.Dataset, names: tuple[str, ...]) -> str:
-    """Return a notice with the share of cells that have not run; "" if all have."""
+    """Return a notice with the share of cells that have not run, and of pairs without unpatched
+    metrics; "" if all have."""
     parts = {site: summary.missing(ds, site) for site in names}
     absent = sum(a for a, _ in parts.values())
     total = sum(n for _, n in parts.values())
-    if not absent:
-        return ""
-    by_site = ", ".join(f"{esc(s)} {percent(a / n)}" for s, (a, n) in parts.items() if a)
-    if ds.attrs.get("method") == "screen":
-        return (
+    screened = ds.attrs.get("method") == "screen"
+    lacking, note = [], ""
+    if absent and screened:
+        note = (
             f'<p class="notice" role="status">Screened: {percent(1 - absent / total)} of the cells '
             "were run exactly, those that the estimates rank highest; the rest are left grey.</p>"
         )
+    elif absent:
+        by_site = ", ".join(f"{esc(s)} {percent(a / n)}" for s, (a, n) in parts.items() if a)
+        lacking.append(
+            f"{percent(absent / total)} of its cells have not run ({by_site}). They are grey below "
+            "and in no average."
+        )
+    if without := _without_unpatched(ds):
+        lacking.append(
+            f"The unpatched metrics of {plural(without, 'pair')} are missing; effects of these "
+            "pairs are in no average."
+        )
+    if not lacking:
+        return note
     return (
-        '<p class="notice warn" role="status"><b>This run is unfinished:</b> '
-        f"{percent(absent / total)} of its cells have not run ({by_site}). They are "
-        "grey below and in no average. Start the same command again to complete it.</p>"
+        f'{note}<p class="notice warn" role="status"><b>This run is unfinished:</b> '
+        f"{' '.join(lacking)} Start the same command again to complete it.</p>"
     )
+
+
+def _without_unpatched(ds: xr.Dataset) -> int:
+    """Pairs that lack a metric of an unpatched run."""
+    lost = ds["base_metric"].isnull().any("metric")
+    if has_source(ds):
+        lost = lost | ds["source_metric"].isnull().any("metric")
+    return int(lost.sum())
 
 
 def words() -> str:

@@ -60,8 +60,7 @@ class MeansFolder:
             StoreError: a file is damaged, or the storage fails.
         """
         provenance = self._provenance(per, prompts, reader)
-        digest = hashlib.sha256(_text(provenance).encode()).hexdigest()[:16]
-        key = f"{reader.name}-{digest}.safetensors"
+        key = _file_of(provenance)
         folder = open_folder(self.url, self.storage_options).beside(SUFFIX)
         device = prompts[0].tokens.device
         kept = self._read(folder, key, provenance, device)
@@ -114,11 +113,14 @@ class MeansFolder:
 def check_means(store: str | Path, storage_options: Mapping[str, Any] | None = None) -> list[str]:
     """A line for each file of means beside `store` that is not as it was written."""
     folder = open_folder(store, storage_options).beside(SUFFIX)
-    return [
-        f"{folder.shown}/{key} is not as it was written; the same run computes it anew"
-        for key in folder.list()
-        if not key.endswith(PARTIAL) and _read(folder.read(key)) is None
-    ]
+    problems = []
+    for key in (key for key in folder.list() if not key.endswith(PARTIAL)):
+        found = _read(folder.read(key))
+        if found is None:
+            problems.append(f"{key} is not as it was written; the same run computes it anew")
+        elif key != _file_of(found[0]):
+            problems.append(f"{key} holds the means of something else; delete it")
+    return [f"{folder.shown}/{problem}" for problem in problems]
 
 
 def keep_means(
@@ -133,6 +135,12 @@ def keep_means(
     }
     folder = MeansFolder(str(store), storage_options, model)
     return replace(request, intervention=replace(request.intervention, kept=folder))
+
+
+def _file_of(provenance: Mapping[str, Any]) -> str:
+    """The name of the file that holds means of `provenance`."""
+    digest = hashlib.sha256(_text(provenance).encode()).hexdigest()[:16]
+    return f"{provenance.get('reader')}-{digest}.safetensors"
 
 
 def _hash(prompts: Sequence[Prompts], *, spans: bool) -> str:
