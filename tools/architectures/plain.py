@@ -27,7 +27,7 @@ from patchsweep.sweeps.api import sweep
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
-from tools.architectures.configs import D_HEAD, N_HEADS, N_LAYERS, causal_architectures
+from tools.architectures.configs import D_HEAD, N_HEADS, N_LAYERS
 from tools.architectures.table import one_line, tiny_model
 
 SITES = ("resid_pre", "resid_post", "z", "q", "k", "v")
