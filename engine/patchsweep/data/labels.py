@@ -1,4 +1,4 @@
-"""Labels: names for places of the clean prompt, put on its tokens."""
+"""Labels: names for spans of the clean prompt, converted to token positions."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from patchsweep.errors import PromptError
 def place_labels(
     model: TransformerBridge, record: PromptRecord, ids: tuple[int, ...], where: str
 ) -> dict[str, tuple[int, int]]:
-    """Label -> [first, past last) token of the clean prompt, whose tokens are `ids`.
+    """Map each label to its [first, past last) tokens of the clean prompt, whose tokens are `ids`.
 
     Raises:
-        PromptError: a label cannot be placed; `where` opens the message.
+        PromptError: a label has no place in the prompt; `where` opens the message.
     """
     placed: dict[str, tuple[int, int]] = {}
     ranges: list[tuple[int, int]] | None = None
@@ -57,25 +57,25 @@ def _char_span(text: str, label: str | CharSpan, here: str) -> CharSpan:
             f"{here} must be a substring of the clean prompt, {label!r} is not in {text!r}; "
             "copy it from the prompt"
         )
-    again = text.find(label, start + 1)
-    if again >= 0:
+    second = text.find(label, start + 1)
+    if second >= 0:
         raise PromptError(
             f"{here} must occur once in the clean prompt, {label!r} is at characters {start} "
-            f"and {again} of {text!r}; give more of the text, or [first, past_last] positions"
+            f"and {second} of {text!r}; give more of the text, or [first, past_last] positions"
         )
     # the space after a word belongs to the next token
     return CharSpan(start, start + len(label.rstrip() or label))
 
 
 def _tokens_of(span: CharSpan, ranges: list[tuple[int, int]], here: str) -> tuple[int, int]:
-    hit = [
+    positions = [
         position
         for position, (start, stop) in enumerate(ranges)
         if start < span.stop and span.start < stop
     ]
-    if not hit:
+    if not positions:
         raise PromptError(
             f"{here} covers no token, {span} holds only characters that the tokenizer drops; "
             "choose other characters"
         )
-    return hit[0], hit[-1] + 1
+    return positions[0], positions[-1] + 1

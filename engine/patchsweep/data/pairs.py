@@ -1,7 +1,6 @@
-"""Prompt pairs: what a sweep is about, as text and as tokens.
+"""Prompt pairs of a sweep, as text and as tokens.
 
-Everything that can be wrong with a prompt, an answer or a label is found here, with the
-tokenizer alone, before the model runs.
+This module checks every prompt, answer and label with the tokenizer, before the model runs.
 """
 
 from __future__ import annotations
@@ -33,34 +32,34 @@ __all__ = [
 
 
 class UnfitPair(PromptError):
-    """A pair that this model's tokenizer or context does not allow."""
+    """Raised for a pair that this model's tokenizer or context does not allow."""
 
     def __init__(self, message: str, reason: str = "") -> None:
         super().__init__(message)
-        self.reason = reason  # the rule alone, the same words for every pair that breaks it
+        self.reason = reason  # the broken rule, in the same words for each pair that breaks it
 
 
 @dataclass(frozen=True)
 class PromptPair:
     """A clean and a corrupted prompt of the same number of tokens."""
 
-    clean: tuple[int, ...]  # token ids, by the model's own rule for the start token
+    clean: tuple[int, ...]  # token ids, with a start token if the model's rule adds one
     corrupted: tuple[int, ...]  # same length as `clean`
     answer: tuple[int, ...]  # ids of the right answer after `clean`; one unless multi-token
     wrong_answer: tuple[int, ...]  # ids of the right answer after `corrupted`
     clean_tokens: tuple[str, ...]  # token strings of `clean`
     corrupted_tokens: tuple[str, ...]  # token strings of `corrupted`
-    answer_text: str  # `answer` as it was written
-    wrong_answer_text: str  # `wrong_answer` as it was written
+    answer_text: str  # text of `answer`
+    wrong_answer_text: str  # text of `wrong_answer`
     labels: Mapping[str, tuple[int, int]] = field(hash=False)  # name -> [first, past last) token
 
     def __len__(self) -> int:
-        """Tokens in each of the two prompts."""
+        """Return the number of tokens in each of the two prompts."""
         return len(self.clean)
 
     @property
     def differ(self) -> int:
-        """Which token of the two answers is the first that tells them apart."""
+        """Index of the first token at which the two answers differ."""
         both = zip(self.answer, self.wrong_answer, strict=False)
         return next((i for i, (right, wrong) in enumerate(both) if right != wrong), 0)
 
@@ -70,7 +69,7 @@ class PromptPairs(Sequence[PromptPair]):
     """The pairs of one sweep; lengths may differ from pair to pair.
 
     Raises:
-        PromptError: there is no pair.
+        PromptError: `pairs` is empty.
     """
 
     pairs: tuple[PromptPair, ...]  # in the order given, at least one
@@ -97,16 +96,16 @@ class PromptPairs(Sequence[PromptPair]):
         multi_token: bool = False,
         prepend_bos: bool | None = None,
     ) -> PromptPairs:
-        """Pairs from parallel lists, one entry per pair.
+        """Make pairs from parallel lists, one entry per pair.
 
-        `answers` holds (right for clean, right for corrupted). `labels` names places in the
-        clean prompt: a substring that occurs once, a `CharSpan`, or token positions
-        `(first, past_last)`. `multi_token=True` allows answers of several tokens. A prompt gets
-        the model's start token in front unless it begins with it, as what a chat template gives
-        does; `prepend_bos=True` or `False` overrides that.
+        `answers` holds (right for clean, right for corrupted). `labels` maps names to places in
+        the clean prompt: a substring that occurs once, a `CharSpan`, or token positions
+        `(first, past_last)`. `multi_token=True` allows answers of several tokens. The model's
+        start token goes before each prompt unless the text begins with it (as the output of a
+        chat template does); `prepend_bos=True` or `False` overrides that.
 
         Raises:
-            PromptError: the lists differ in size or are empty, or `from_records` refuses.
+            PromptError: the lists differ in size or are empty, or as `from_records`.
         """
         columns: dict[str, Sequence[Any]] = {
             "clean": clean,
@@ -134,10 +133,10 @@ class PromptPairs(Sequence[PromptPair]):
                     f"pair {index}: answers must be (right for clean, right for corrupted), "
                     f"got {pair!r}; write for example (' Mary', ' John')"
                 )
-        for index, names in enumerate(labels or ()):
-            if not isinstance(names, Mapping):
+        for index, places in enumerate(labels or ()):
+            if not isinstance(places, Mapping):
                 raise PromptError(
-                    f"pair {index}: labels must map names to places, got {names!r}; "
+                    f"pair {index}: labels must map names to places, got {places!r}; "
                     "write for example {'subject': 'John'}, or {} for none"
                 )
         records = [
@@ -161,13 +160,13 @@ class PromptPairs(Sequence[PromptPair]):
         multi_token: bool = False,
         prepend_bos: bool | None = None,
     ) -> PromptPairs:
-        """Pairs from text records, tokenised one prompt at a time.
+        """Make pairs from text records, tokenised one prompt at a time.
 
         Raises:
-            PromptError: there is no record; a prompt is empty or longer than the context; the
-                prompts of a pair are equal or differ in length; an answer is not one token, is
-                not what the prompt's tokens are followed by in the joined text, or equals the
-                other; a label cannot be placed.
+            PromptError: `records` is empty; a prompt is empty or longer than the context; the
+                prompts of a pair are equal or differ in length; an answer is not one token, does
+                not follow the prompt's tokens in the tokens of the joined text, or equals the
+                other answer; a label has no place in the prompt.
         """
         return cls(
             tuple(
@@ -191,14 +190,14 @@ class PromptPairs(Sequence[PromptPair]):
         multi_token: bool = False,
         prepend_bos: bool | None = None,
     ) -> PromptPairs:
-        """Pairs from a file with one JSON object per line; blank lines are skipped.
+        """Make pairs from a file with one JSON object per line; blank lines are skipped.
 
         Keys: `clean`, `corrupted`, `answer`, `wrong_answer`, and optionally `labels`, whose
         values are substrings of the clean prompt or `[first, past_last]` token positions.
 
         Raises:
-            PromptError: as `from_records`, or the file cannot be read, or a line is no such
-                object; file and line number come first.
+            PromptError: as `from_records`, the file cannot be read, or a line is not such an
+                object; the message opens with the file and the line number.
         """
         return cls(
             tuple(
@@ -211,18 +210,18 @@ class PromptPairs(Sequence[PromptPair]):
 
     @property
     def n_pos(self) -> int:
-        """Tokens in the longest pair."""
+        """Number of tokens in the longest pair."""
         return max(len(pair) for pair in self.pairs)
 
     def by_length(self) -> dict[int, tuple[int, ...]]:
-        """Indices of the pairs of each length, shortest length first."""
+        """Return the indices of the pairs of each length, shortest length first."""
         groups: dict[int, list[int]] = {}
         for index, pair in enumerate(self.pairs):
             groups.setdefault(len(pair), []).append(index)
         return {length: tuple(groups[length]) for length in sorted(groups)}
 
     def content_hash(self) -> str:
-        """SHA-256 (hex) of what a sweep reads of the pairs: ids, answers and labels."""
+        """Return the SHA-256 (hex) of all that a sweep reads: ids, answers and labels."""
         content = [
             [
                 pair.clean,
@@ -257,11 +256,11 @@ def tokenise_pair(
     multi_token: bool = False,
     prepend_bos: bool | None = None,
 ) -> PromptPair:
-    """`record` in tokens of `model`; `where` opens each error message.
+    """Tokenise `record` for `model`; `where` opens each error message.
 
     Raises:
-        PromptError: see `PromptPairs.from_records`; `UnfitPair` where another model's
-            tokenizer or context might take the same record.
+        PromptError: see `PromptPairs.from_records`; `UnfitPair` where the record could fit
+            another model's tokenizer or context.
     """
     check_bridge(model)
     true_or_false("multi_token", multi_token, error=PromptError)
@@ -353,14 +352,14 @@ def _answer_ids(
     multi_token: bool,
     prepend_bos: bool | None,
 ) -> tuple[int, ...]:
-    """What follows the prompt's tokens where the text goes on with `answer`."""
+    """Return the tokens of `answer` after the prompt's tokens, from the joined text."""
     joined = token_ids(model, prompt + answer, prepend_bos=prepend_bos)
     n_prompt = len(prompt_ids)
     follows = joined[:n_prompt] == prompt_ids and len(joined) > n_prompt
     ids = joined[n_prompt:]
     if follows and (multi_token or len(ids) == 1):
         return ids
-    # the same prompt goes on with a word of its own
+    # the answer with a leading space, if the prompt's tokens stay the same before it
     spaced = f" {answer}" if not (answer[0].isspace() or prompt[-1].isspace()) else ""
     if spaced and token_ids(model, prompt + spaced, prepend_bos=prepend_bos)[:-1] != prompt_ids:
         spaced = ""
@@ -390,13 +389,13 @@ def _answer_ids(
 def _cut_at(
     model: TransformerBridge, ids: tuple[int, ...], text: str, n_chars: int
 ) -> tuple[str, str]:
-    """`text`, whose tokens are `ids`, cut where tokens meet, at least `n_chars` before its end."""
+    """Cut `text` (tokens `ids`) between two tokens, at least `n_chars` before its end."""
     ends = (model.tokenizer.decode(ids[i:]) for i in range(len(ids) - 1, -1, -1))
     rest = next((end for end in ends if len(end) >= n_chars), text)
     return text.removesuffix(rest), rest
 
 
 def _end_of(model: TransformerBridge, ids: tuple[int, ...]) -> str:
-    """The last tokens of `ids`, such as `[..., ' is', ' happy']`."""
+    """Show the last tokens of `ids`, such as `[..., ' is', ' happy']`."""
     shown = ", ".join(map(repr, token_strings(model, ids[-4:])))
     return f"[{'..., ' if len(ids) > 4 else ''}{shown}]"

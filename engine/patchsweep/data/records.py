@@ -1,4 +1,4 @@
-"""Prompt pairs as text, before any tokenizer has seen them, and the JSONL file of them."""
+"""Prompt pairs as text, before tokenisation, and the reader of their JSONL files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from patchsweep.errors import PromptError
 
-REQUIRED = ("clean", "corrupted", "answer", "wrong_answer")  # texts that every record has
+REQUIRED = ("clean", "corrupted", "answer", "wrong_answer")  # text fields of each record
 
 
 @dataclass(frozen=True)
@@ -20,30 +20,30 @@ class CharSpan:
     stop: int  # past the last character
 
 
-# a substring of the clean prompt, characters of it, or token positions [first, past last)
+# a substring or characters of the clean prompt, or token positions [first, past last)
 Label = str | CharSpan | tuple[int, int]
 
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """A prompt pair as text, before any tokenizer has seen it."""
+    """A prompt pair as text, before tokenisation."""
 
     clean: str  # the prompt whose right answer is `answer`
     corrupted: str  # the prompt whose right answer is `wrong_answer`
-    answer: str  # with its leading space, where the prompt does not end in one
+    answer: str  # with its leading space, unless the prompt ends in one
     wrong_answer: str  # likewise
-    labels: Mapping[str, Label] = field(default_factory=dict, hash=False)  # name -> where
+    labels: Mapping[str, Label] = field(default_factory=dict, hash=False)  # name -> place
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, PromptRecord]]:
-    """Each record of a file with one JSON object per line, after its "file, line n".
+    """Yield ("file, line n", record) for each line of a file with one JSON object per line.
 
     Blank lines are skipped. Keys: `clean`, `corrupted`, `answer`, `wrong_answer`, and
     optionally `labels`, whose values are substrings of the clean prompt or
     `[first, past_last]` token positions.
 
     Raises:
-        PromptError: the file cannot be read, or a line is no such object.
+        PromptError: the file cannot be read, or a line is not such an object.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")

@@ -1,4 +1,4 @@
-"""Texts as tokens of one model: ids, strings, and the characters behind each token."""
+"""Tokens of a text for one model: ids, strings, and the characters of each token."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from patchsweep.errors import PromptError
 
 
 def start_token(model: TransformerBridge) -> int | None:
-    """Id of the token that prompts of this model begin with; None if its tokenizer has none.
+    """Return the id of the start token of this model's prompts; None if its tokenizer has none.
 
-    TransformerLens names the end token as the start token of a tokenizer that declares no start
-    token. That one does not count: a model that was trained without a start token has never seen
-    an end token in front of its text.
+    For a tokenizer that declares no start token, TransformerLens uses the end token. This
+    function returns None there: a model that was trained without a start token has never seen an
+    end token before its text.
     """
     tokenizer = model.tokenizer
     if declares_start(tokenizer):
@@ -23,7 +23,7 @@ def start_token(model: TransformerBridge) -> int | None:
 
 
 def declares_start(tokenizer: Any) -> bool:
-    """Whether the tokenizer has a start token of its own."""
+    """Whether the tokenizer declares a start token, rather than reusing its end token."""
     if tokenizer.bos_token_id is None:
         return False
     return (
@@ -33,7 +33,7 @@ def declares_start(tokenizer: Any) -> bool:
 
 
 def context_size(model: TransformerBridge) -> int:
-    """The most tokens that a prompt may have, by the bridge and by the model behind it."""
+    """Return the most tokens that a prompt may have: the lower limit of bridge and HF model."""
     config = model.original_model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     own = getattr(text, "max_position_embeddings", None)
@@ -43,18 +43,18 @@ def context_size(model: TransformerBridge) -> int:
 def token_ids(
     model: TransformerBridge, text: str, *, alone: bool = False, prepend_bos: bool | None = None
 ) -> tuple[int, ...]:
-    """Ids of `text`, never cut to the context.
+    """Return the ids of `text`, never cut to the context.
 
-    The start token comes first where the model's own rule (`cfg.default_prepend_bos`) asks for
-    one, and once: a text that begins with it, such as what a chat template gives, gets no second.
-    `prepend_bos` overrides the rule: True puts a start token before any text, False before none.
-    A text that stands `alone` (an answer, a word) gets none.
+    A start token goes first if the model's rule (`cfg.default_prepend_bos`) wants one and the
+    text does not begin with it (as the output of a chat template does). `prepend_bos` overrides
+    the rule: True puts a start token before every text, False before none. `alone` is for an
+    answer or a single word, which gets none.
 
     Raises:
         PromptError: `prepend_bos=True`, and the tokenizer has no start token.
     """
     ids = list(model.tokenizer(text, verbose=False)["input_ids"])
-    # what the tokenizer adds by itself
+    # remove the special tokens that the tokenizer adds by itself
     if getattr(model.cfg, "tokenizer_prepends_bos", True):
         ids = ids[1:]
     if getattr(model.cfg, "tokenizer_appends_eos", False):
@@ -75,18 +75,18 @@ def token_ids(
 
 
 def token_strings(model: TransformerBridge, ids: tuple[int, ...]) -> tuple[str, ...]:
-    """The text of each id, one by one."""
-    # one id a row, or the tokenizer would join them into one string
+    """Return the text of each id, decoded separately."""
+    # one id per row, or the tokenizer would join them into one string
     rows = [[token] for token in ids]
     return tuple(model.tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False))
 
 
 def char_ranges(model: TransformerBridge, text: str, ids: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Characters `[start, stop)` of `text` behind each token; empty for added tokens."""
+    """Return the characters `[start, stop)` of `text` for each token; empty for added tokens."""
     if model.tokenizer.is_fast:
         plain = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         n_plain = len(plain["input_ids"])
-        # the bridge adds a start token, an end token, both or neither
+        # the bridge may add a start token, an end token, both or neither
         for shift in range(len(ids) - n_plain + 1):
             if list(ids[shift : shift + n_plain]) == list(plain["input_ids"]):
                 ranges = [(0, 0)] * len(ids)
@@ -98,18 +98,18 @@ def char_ranges(model: TransformerBridge, text: str, ids: tuple[int, ...]) -> li
 def char_ranges_by_prefix(
     model: TransformerBridge, text: str, ids: tuple[int, ...]
 ) -> list[tuple[int, int]]:
-    """As `char_ranges`, for tokenizers without offsets.
+    """Return what `char_ranges` does, for tokenizers without offsets.
 
-    A token ends where the shortest prefix of the text ends whose tokens include it.
+    A token ends at the end of the shortest prefix of the text whose tokens include it.
     """
     ranges: list[tuple[int, int]] = []
     start = 0
     for stop in range(len(text) + 1):
         prefix = token_ids(model, text[:stop])
-        known = 0
-        while known < min(len(prefix), len(ids)) and prefix[known] == ids[known]:
-            known += 1
-        if known > len(ranges):
-            ranges += [(start, stop)] * (known - len(ranges))
+        n_same = 0
+        while n_same < min(len(prefix), len(ids)) and prefix[n_same] == ids[n_same]:
+            n_same += 1
+        if n_same > len(ranges):
+            ranges += [(start, stop)] * (n_same - len(ranges))
             start = stop
     return ranges

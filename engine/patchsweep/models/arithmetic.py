@@ -1,8 +1,8 @@
-"""Arithmetic: fp32 products in full fp32, whatever the process has set for its own.
+"""Full fp32 arithmetic for fp32 tensors, whatever settings the process has.
 
-torch can be told, by a call or an environment variable, to multiply fp32 tensors in TF32 or bf16:
-on a GPU, and on CPUs that multiply in bf16. Then values in fp32 have the errors of 16 bits, in the
-packed batches and in the bridge alike, so that comparing the two shows nothing.
+A call or an environment variable can make torch multiply fp32 tensors in TF32 or bf16, on a GPU
+and on CPUs with bf16 products. fp32 values then have 16-bit errors, in packed batches and in the
+bridge alike, so that comparing the two does not show them.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
-BF16_BIT = 0x10000  # the last bit that bf16 has of a number in fp32
-FULL = "ieee"  # torch's name of fp32 products that are fp32
+BF16_BIT = 0x10000  # the lowest bit of an fp32 number that bf16 keeps
+FULL = "ieee"  # torch's name for full fp32 products
 _DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 class _Settings:
-    """The settings of the process, changed by the first who holds them and restored by the last:
-    threads share them."""
+    """The process's arithmetic settings, which threads share: the first holder changes them, the
+    last one restores them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -54,8 +54,8 @@ _settings = _Settings()
 
 @contextmanager
 def full_arithmetic() -> Iterator[None]:
-    """Products of fp32 tensors are fp32, sums of 16-bit products too, and nothing is cast by
-    autocast; new tensors are fp32. What was set before is set again at the end."""
+    """Compute products of fp32 tensors and sums of 16-bit products in fp32, with autocast off and
+    fp32 as the default dtype. Restores the previous settings at the end."""
     with ExitStack() as stack:
         for device in autocast_devices():
             stack.enter_context(torch.autocast(device, enabled=False))
@@ -65,12 +65,12 @@ def full_arithmetic() -> Iterator[None]:
 
 
 def autocast_devices() -> list[str]:
-    """The kinds of device for which the caller has autocast on."""
+    """Return the device types for which autocast is on."""
     return [device for device in _DEVICES if torch.is_autocast_enabled(device)]
 
 
 def _switches() -> Iterator[tuple[Any, str]]:
-    """Settings of torch that let products be less exact than their tensors."""
+    """Yield (owner, attribute) of each torch setting that allows less exact products."""
     cuda = torch.backends.cuda.matmul
     yield cuda, "allow_bf16_reduced_precision_reduction"
     yield cuda, "allow_fp16_reduced_precision_reduction"
@@ -84,7 +84,7 @@ def _switches() -> Iterator[tuple[Any, str]]:
 
 
 def last_bit_turned(x: Tensor) -> Tensor:
-    """`x` with the last bit of each number turned: the last that 16 bits have of it."""
+    """Return `x` with one bit of each number flipped: the lowest bit of its 16-bit form."""
     if x.dtype in SIXTEEN_BITS:
         return (x.contiguous().view(torch.int16) ^ 1).view(x.dtype)
     return (x.float().contiguous().view(torch.int32) ^ BF16_BIT).view(torch.float32).to(x)

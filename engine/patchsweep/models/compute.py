@@ -1,8 +1,8 @@
-"""In which dtype a sweep computes: the weights' own, or fp32 where those have 16 bits.
+"""The compute dtype of a sweep: that of the weights, or fp32 for 16-bit weights.
 
-In 16 bits rounding moves a metric by a few hundredths whatever is patched, which hides small
-effects and passes for them. Weights of 16 bits in fp32 cost time but no second copy of the model: a
-block's weights are cast while it runs, see `forward.weight_streaming`.
+In 16 bits rounding changes a metric by a few hundredths for any patch, which hides small effects
+or imitates them. fp32 with 16-bit weights costs time but no second copy of the model: each
+block's weights are cast while the block runs, see `forward.weight_streaming`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ ComputeDtype = Literal["auto", "float32", "model"]
 
 
 def compute_dtype_of(bridge: TransformerBridge, wanted: ComputeDtype = "auto") -> torch.dtype:
-    """The dtype of activations and products; `auto`: fp32 for weights of 16 bits, else their own.
+    """Return the dtype of activations and products; `auto`: fp32 for 16-bit weights, else theirs.
 
     Raises:
-        ConfigError: `wanted` is unknown, or the weights cannot be computed with in fp32.
+        ConfigError: `wanted` is unknown, or is float32 with quantised or fp64 weights.
     """
     if wanted not in ("auto", "float32", "model"):
         raise ConfigError(
@@ -45,12 +45,12 @@ def compute_dtype_of(bridge: TransformerBridge, wanted: ComputeDtype = "auto") -
 
 
 def sentence(own: str, computed: str) -> str:
-    """What a sweep computes in, in words; for logs and the command line."""
+    """Describe the compute dtype in words, for logs and the command line."""
     if own == computed:
         return computed
     return f"{computed}, with weights of {own} that are cast block by block"
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """Such as `bfloat16`."""
+    """Return the name of a dtype, such as `bfloat16`."""
     return str(dtype).removeprefix("torch.")

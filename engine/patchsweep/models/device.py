@@ -1,4 +1,4 @@
-"""The one device of a model that `accelerate` does not place."""
+"""The choice of a device for a model without a device map."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from patchsweep.errors import ModelError
 from patchsweep.models.device_map import Placement
 
 log = logging.getLogger("patchsweep")
-# what NVIDIA's kernel module shows of itself, whether torch can use it or not
+# exists where NVIDIA's kernel module is loaded, whether or not torch can use the GPU
 _DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def choose_device(device: str | None, placement: Placement | None) -> str | None:
-    """`device`, or a GPU if torch can use one, else the CPU; None where `placement` decides.
+    """Return `device`, else `cuda` if torch can use a GPU, else `cpu`; None with a `placement`.
 
-    A machine whose GPU torch cannot use is told of in a warning.
+    Logs a warning if the machine has a GPU that torch cannot use.
 
     Raises:
-        ModelError: `device` and a placement exclude each other, or there is no such device.
+        ModelError: `device` and `placement` are both given, or the device does not exist.
     """
     if placement is not None:
         if device is not None:
@@ -42,29 +42,29 @@ def choose_device(device: str | None, placement: Placement | None) -> str | None
 
 
 def _check(device: str) -> None:
-    """See that torch can put tensors on `device`.
+    """Check that torch can put tensors on `device`.
 
     Raises:
         ModelError: it cannot.
     """
     try:
-        wanted = torch.device(device)
+        parsed = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ModelError(
             f"device={device!r} is no device of torch; use cpu, cuda, or one GPU such as cuda:1"
         ) from error
-    if wanted.type == "cuda":
+    if parsed.type == "cuda":
         if not torch.cuda.is_available():
             raise ModelError(f"device={device!r} cannot be used: {why_no_gpu()}; use device='cpu'")
         n = torch.cuda.device_count()
-        if wanted.index is not None and wanted.index >= n:
+        if parsed.index is not None and parsed.index >= n:
             raise ModelError(
                 f"device={device!r} does not exist; this process sees cuda:0..cuda:{n - 1}"
             )
 
 
 def why_no_gpu() -> str:
-    """Why torch uses no GPU here, and what helps."""
+    """Return the reason why torch uses no GPU here, and a remedy if one is known."""
     if torch.version.cuda is None and torch.version.hip is None:
         return f"torch {torch.__version__} is a build for the CPU; install a CUDA build"
     with warnings.catch_warnings():

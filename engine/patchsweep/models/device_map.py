@@ -1,4 +1,4 @@
-"""Device maps: which parts of a model go to which GPU, to the CPU or to disk."""
+"""Device maps: the GPU, CPU or disk on which each part of a model is placed."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from patchsweep.models.memory import free_memory
 
 DeviceMap = str | Mapping[str, str | int]
 MaxMemory = Mapping[str | int, str | int]
-# maps that `accelerate` makes itself
+# names of maps that `accelerate` computes
 INFERRED = ("auto", "balanced", "balanced_low_0", "sequential")
-# share of the free memory that weights may fill; the rest is for packed batches and caches
+# fraction of the free memory that weights may fill; the rest is for packed batches and caches
 WEIGHT_SHARE = 0.7
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the parts of a model go."""
+    """A device map and its limits."""
 
     device_map: str | dict[str, str | int]
-    max_memory: dict[str | int, str | int]  # device -> bytes, or such as 60GiB
+    max_memory: dict[str | int, str | int]  # device -> bytes, or a text such as 60GiB
     offload_folder: str | None  # for weights that cannot stay in the model's own files
 
     def arguments(self) -> dict[str, Any]:
-        """What `from_pretrained` takes."""
-        given: dict[str, Any] = {
+        """Return the keyword arguments for `from_pretrained`."""
+        arguments: dict[str, Any] = {
             "device_map": self.device_map,
             "offload_folder": self.offload_folder,
         }
         if isinstance(self.device_map, str):
-            given["max_memory"] = self.max_memory
-        return given
+            arguments["max_memory"] = self.max_memory
+        return arguments
 
 
 def as_placement(
@@ -44,10 +44,10 @@ def as_placement(
     max_memory: MaxMemory | None,
     offload_folder: str | Path | None,
 ) -> Placement | None:
-    """The placement of these words; None without a device map.
+    """Make a checked `Placement`; None without a device map.
 
     Raises:
-        ModelError: the map is unknown, or `max_memory` comes without one that it could fill.
+        ModelError: the map is unknown, or `max_memory` comes without a named map.
     """
     if not isinstance(device_map, str | Mapping | None):
         raise ModelError(f"device_map={device_map!r} must be a name such as auto, or a mapping")
@@ -73,7 +73,7 @@ def as_placement(
 
 
 def _numbered(max_memory: MaxMemory) -> dict[str | int, str | int]:
-    """GPU numbers as numbers: config files and command lines give them as text."""
+    """Convert GPU numbers from text, as config files and command lines give them, to int."""
     return {
         int(key) if isinstance(key, str) and key.isdigit() else key: value
         for key, value in max_memory.items()
@@ -81,6 +81,6 @@ def _numbered(max_memory: MaxMemory) -> dict[str | int, str | int]:
 
 
 def default_memory() -> dict[str | int, str | int]:
-    """Bytes of weights that each GPU and the CPU may hold."""
+    """Return the bytes of weights that each GPU and the CPU may hold."""
     devices: list[str | int] = [*range(torch.cuda.device_count()), "cpu"]
     return {device: int(WEIGHT_SHARE * free_memory(torch.device(device))) for device in devices}

@@ -1,4 +1,4 @@
-"""GGUF files, dequantised once and kept as safetensors beside other caches."""
+"""GGUF files, dequantised once and cached as folders of safetensors."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from patchsweep.errors import ModelError
 from patchsweep.models.pretokenizer import rule_of, split_by
 
 log = logging.getLogger("patchsweep")
-# grows when files are converted in another way, so that folders of before are not used
+# increases with each change of the conversion, so that older folders are not used
 CONVERSION = 2
-RULE_FILE = "gguf.json"  # in a converted folder: the splitting rule that the file names
+RULE_FILE = "gguf.json"  # in a converted folder: the splitting rule that the GGUF file names
 
 
 def cache_folder() -> Path:
-    """Where dequantised weights are kept: `PATCHSWEEP_CACHE`, else `~/.cache/patchsweep`."""
+    """Return the folder of dequantised models: `PATCHSWEEP_CACHE`, else `~/.cache/patchsweep`."""
     return Path(os.environ.get("PATCHSWEEP_CACHE", "~/.cache/patchsweep")).expanduser()
 
 
 def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file."""
+    """Return the SHA-256 (hex) of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def dequantised_folder(path: Path) -> Path:
-    """A model folder with the weights of the GGUF file `path` in fp32 safetensors.
+    """Return a model folder with the weights of the GGUF file `path` in fp32 safetensors.
 
-    The first call for a file takes about 20 s per 135M parameters; later ones find the
+    The first call for a file takes about 20 s per 135M parameters; later calls find the
     folder by the file's SHA-256.
 
     Raises:
@@ -49,7 +49,7 @@ def dequantised_folder(path: Path) -> Path:
 
 
 def dequantise(path: Path, digest: str) -> Path:
-    """`dequantised_folder` for a file whose SHA-256 is already known."""
+    """Return `dequantised_folder` of a file whose SHA-256 (hex) is `digest`."""
     folder = cache_folder() / f"{path.stem}-{digest[:16]}-v{CONVERSION}"
     if (folder / "config.json").is_file():
         _warn_of_rule(folder, path)
@@ -64,13 +64,13 @@ def dequantise(path: Path, digest: str) -> Path:
             f"GGUF file {path} could not be read: {error}; "
             "check that it is a GGUF of a causal language model that transformers supports"
         ) from error
-    # a model loaded from GGUF still claims to be quantised and refuses to be saved
+    # save_pretrained refuses a model from GGUF, whose config still says that it is quantised
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     fresh = type(model)(model.config)
     fresh.load_state_dict(model.state_dict())
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # written aside and renamed, so that two processes or a kill leave no half folder
+    # write to a temporary folder and rename it: a kill or a second process leaves no partial one
     draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     rule = rule_of(path)
     known = rule is None or split_by(tokenizer.backend_tokenizer, rule)
@@ -88,13 +88,13 @@ def dequantise(path: Path, digest: str) -> Path:
 
 
 def _warn_of_rule(folder: Path, path: Path) -> None:
-    """Say so where the tokenizer of a converted file may split text in another way than it says."""
-    found = json.loads((folder / RULE_FILE).read_text())
-    if not found["known"]:
+    """Warn if the splitting rule of a converted file is unknown and GPT-2's rule replaces it."""
+    record = json.loads((folder / RULE_FILE).read_text())
+    if not record["known"]:
         log.warning(
             "%s: its tokenizer splits text by the rule tokenizer.ggml.pre=%r, which is not known "
             "here, and GPT-2's is used: some texts become other tokens than the model was trained "
             "on; compare the tokens that `patchsweep plan` shows with the original tokenizer's",
             path,
-            found["tokenizer.ggml.pre"],
+            record["tokenizer.ggml.pre"],
         )

@@ -1,7 +1,7 @@
-"""The heartbeat of a run: it beats where work goes on, so that a process that hangs gives none.
+"""The heartbeat of a run: code that makes progress calls `beat`, so a hung process does not.
 
-Whatever computes for long calls `beat()` as it goes, such as after each block of a forward pass.
-The loop that does a run's work says what that does (`beating`): it keeps the run's leases alive.
+Long computations call `beat()` as they proceed, such as after each block of a forward pass. The
+loop of a run sets by `beating` what a beat does: it renews the run's leases.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _beat: ContextVar[Callable[[], None] | None] = ContextVar("beat", default=None)
 
 
 def beat() -> None:
-    """Say that this thread's work goes on; outside a run with a store nothing happens."""
+    """Signal progress of this thread's work; does nothing outside a run with a store."""
     call = _beat.get()
     if call is not None:
         call()
@@ -22,7 +22,7 @@ def beat() -> None:
 
 @contextmanager
 def beating(call: Callable[[], None]) -> Iterator[None]:
-    """Let each `beat()` of this thread call `call`, which must be quick."""
+    """Make each `beat()` of this thread call `call`, which must be quick."""
     token = _beat.set(call)
     try:
         yield

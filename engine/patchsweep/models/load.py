@@ -1,4 +1,4 @@
-"""`load_model`: one name in, one `TransformerBridge` in evaluation mode out."""
+"""`load_model`: loads a model by name as a `TransformerBridge` in evaluation mode."""
 
 from __future__ import annotations
 
@@ -43,22 +43,22 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> TransformerBridge:
-    """The model called `name`, wrapped by TransformerLens, in evaluation mode.
+    """Load the model called `name`, wrapped by TransformerLens, in evaluation mode.
 
-    `name` is `smollm2-135m` (embedded, no download), `tiny:<family>` (random weights,
+    `name` is `smollm2-135m` (bundled, no download), `tiny:<family>` (random weights,
     no download), a GGUF file, a local folder, or a Hugging Face name. Code from the model's
     repository runs only with `trust_remote_code=True`.
 
-    A model that does not fit one device is placed by `accelerate`: `device_map` is `auto`,
-    `balanced`, `balanced_low_0`, `sequential`, or a mapping from module names to GPU numbers, `cpu`
-    and `disk`; it excludes `device`. `max_memory` says what `auto` and its like may fill, such as
-    `{0: "60GiB", "cpu": "100GiB"}`; default: most of what is free. Weights that stay on disk are
-    read from the model's safetensors files; `offload_folder` takes those that have to be
-    rewritten first (other formats, fused experts).
+    `accelerate` places a model that does not fit one device: `device_map` is `auto`, `balanced`,
+    `balanced_low_0`, `sequential`, or a mapping from module names to GPU numbers, `cpu` and `disk`;
+    it excludes `device`. `max_memory` limits what the named maps may fill, such as
+    `{0: "60GiB", "cpu": "100GiB"}`; default: most of the free memory. Weights that stay on disk
+    are read from the model's safetensors files; `offload_folder` holds those that must be rewritten
+    first (other formats, fused experts).
 
     Raises:
-        ModelError: the model, its file or its family is unknown, `dtype` is, or the weights cannot
-            be placed so.
+        ModelError: the model, its file, its family or `dtype` is unknown, or the weights cannot be
+            placed as `device_map` says.
     """
     placement = as_placement(device_map, max_memory, offload_folder)
     return _load(name, device, dtype, placement, revision, trust_remote_code, weights=True)
@@ -75,7 +75,7 @@ def meta_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> TransformerBridge:
-    """What `load_model` gives, without the weights where the architecture allows it: for plans.
+    """Return the model of `load_model` for plans, without weights if the architecture allows it.
 
     Raises:
         ModelError: as `load_model`.
@@ -130,7 +130,7 @@ def _tiny(
 
 
 def _source_of(name: str) -> str:
-    """The folder or Hugging Face name that `name` means."""
+    """Return the folder or Hugging Face name that `name` refers to."""
     if name in BUNDLED:
         return str(bundled_folder(name))
     if name.endswith(".gguf"):
@@ -141,15 +141,15 @@ def _source_of(name: str) -> str:
 
 
 def _checked_folder(name: str, folder: Path) -> Path:
-    """`folder` itself, called `name`.
+    """Return `folder` unchanged; `name` is what the user wrote.
 
     Raises:
-        ModelError: there is none, or it holds no whole model.
+        ModelError: it does not exist, or does not hold a complete model.
     """
     if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
+        reason = "is a file" if folder.exists() else "does not exist"
         raise ModelError(
-            f"model {name!r} {what}; give a folder that save_pretrained wrote, or a .gguf file"
+            f"model {name!r} {reason}; give a folder that save_pretrained wrote, or a .gguf file"
         )
     if (folder / "adapter_config.json").is_file():
         raise ModelError(f"{name!r} holds an adapter of PEFT. {_MERGE}")
@@ -162,7 +162,11 @@ def _checked_folder(name: str, folder: Path) -> Path:
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """The torch dtype of a name such as `float32`; a torch dtype passes through."""
+    """Return the torch dtype of a name such as `float32`; a torch dtype is returned unchanged.
+
+    Raises:
+        ModelError: the name is not a key of `DTYPES`.
+    """
     if isinstance(dtype, torch.dtype):
         return dtype
     if not isinstance(dtype, str) or dtype not in DTYPES:
@@ -188,8 +192,7 @@ def _pretrained(
         "local_files_only": local,
     }
     try:
-        # attention layers that the bridge rebuilds need the start token which the model was
-        # trained with; tokenizers saved by hand often forget to add it
+        # the model was trained with a start token; tokenizers saved by hand often do not add it
         tokenizer = AutoTokenizer.from_pretrained(source, add_bos_token=True, **common)
         if not weights:
             bridge = meta_bridge(
@@ -213,7 +216,7 @@ def _pretrained(
             f"'tiny:<family>', a GGUF file, a local folder, or a Hugging Face name that is "
             "cached or reachable"
         ) from error
-    if getattr(hf_model, "_hf_peft_config_loaded", False):  # by a Hugging Face name
+    if getattr(hf_model, "_hf_peft_config_loaded", False):  # an adapter by Hugging Face name
         raise ModelError(f"model {name!r} is an adapter of PEFT. {_MERGE}")
     if device is not None:
         hf_model.to(device)
@@ -221,13 +224,13 @@ def _pretrained(
 
 
 def as_bridge(name: str, hf_model: PreTrainedModel, tokenizer: Any) -> TransformerBridge:
-    """`hf_model` wrapped by TransformerLens, in evaluation mode.
+    """Wrap `hf_model` by TransformerLens, in evaluation mode.
 
     Raises:
-        ModelError: the bridge computes other logits than `hf_model` did.
+        ModelError: the bridge and `hf_model` compute different logits.
     """
     hf_model.eval()
-    # the bridge records a dtype of its own and does not ask the model
+    # the bridge records its own default dtype unless it gets the model's
     arguments: dict[str, Any] = {"hf_model": hf_model, "tokenizer": tokenizer}
     arguments["dtype"] = hf_model.dtype
     if is_offloaded(hf_model):
@@ -245,11 +248,11 @@ def as_bridge(name: str, hf_model: PreTrainedModel, tokenizer: Any) -> Transform
 def _offloaded_bridge(
     name: str, hf_model: PreTrainedModel, arguments: dict[str, Any]
 ) -> TransformerBridge:
-    # oneDNN keeps up to 1024 matrix products, about 1 MB each, and every layer of a packed batch
-    # brings new shapes: memory that such a model's process does not have
+    # oneDNN caches up to 1024 matrix products, about 1 MB each, and each layer of a packed batch
+    # has new shapes: an offloaded model's process lacks the memory for this cache
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-    # of a map with weights elsewhere, the bridge would take the place of the embedding's weights
-    # for the device of the tokens, and refuse GPUs; its components work where accelerate's do
+    # hide the device map: from one with offloaded weights the bridge would take the embedding's
+    # device as the device of the tokens, and refuse GPUs; its components run where accelerate's do
     device = main_device(hf_model)
     device_map = hf_model.__dict__.pop("hf_device_map")
     bridge = TransformerBridge.boot_transformers(name, device=device, **arguments)

@@ -1,4 +1,4 @@
-"""How much memory this process can still take, and how much it keeps."""
+"""Free memory for this process, and how much freed memory glibc keeps."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still take on `device`.
+    """Return the bytes that this process can still allocate on `device`.
 
-    On a GPU: what the driver has, and what torch's allocator holds without using it. On a CPU:
-    what the system has, or what its control group leaves, whichever is less.
+    GPU: the driver's free memory plus the unused memory of torch's allocator. CPU: the smaller of
+    the system's available memory and the remainder of the control group's limit.
     """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -22,19 +22,19 @@ def free_memory(device: torch.device) -> int:
     return min(_system_memory(), _group_memory())
 
 
-# the largest block that glibc can be told to take from its heap, and not from the system each time
+# upper limit of glibc's M_MMAP_THRESHOLD: larger blocks come from the system (mmap) each time
 LARGEST_KEPT = 32 * 2**20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _INT_MAX = 2**31 - 1
 
 
 def keep_freed_memory(n_bytes: int) -> None:
-    """Let this process keep up to `n_bytes` of the CPU's memory that was freed, to use it again.
+    """Let this process keep up to `n_bytes` of freed CPU memory for reuse.
 
-    glibc gives large blocks back to the system as soon as they are free. A packed batch takes and
-    frees some hundred megabytes in every block of a model, and the system would map and zero each
-    page each time. Blocks above `LARGEST_KEPT` are given back all the same. Nothing happens where
-    the C library is another one.
+    glibc returns large blocks to the system when they are freed. A packed batch allocates and
+    frees some hundred megabytes in each block of a model, and the system would map and zero each
+    page each time. Blocks above `LARGEST_KEPT` are returned all the same. Does nothing without
+    glibc.
     """
     mallopt = getattr(_libc(), "mallopt", None)
     if mallopt is not None:
@@ -43,7 +43,7 @@ def keep_freed_memory(n_bytes: int) -> None:
 
 
 def give_memory_back() -> None:
-    """Return what was freed to the system: between blocks glibc would keep hundreds of MB."""
+    """Return freed memory to the system; between blocks glibc would keep hundreds of MB."""
     trim = getattr(_libc(), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -51,7 +51,7 @@ def give_memory_back() -> None:
 
 @cache
 def _libc() -> ctypes.CDLL | None:
-    """glibc; None where the C library is another one."""
+    """Return glibc; None if the C library is another one."""
     return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
@@ -62,11 +62,11 @@ def _system_memory() -> int:
                 return 1024 * int(line.split()[1])
     except OSError:
         pass
-    return 4 * 2**30  # no Linux: a modest guess
+    return 4 * 2**30  # not Linux: a modest guess
 
 
 def _group_memory() -> int:
-    """What the control group of this process leaves; very much where there is none."""
+    """Return the bytes left under this process's control group limit; 2**62 without a limit."""
     most = 2**62
     try:
         groups = Path("/proc/self/cgroup").read_text().splitlines()
@@ -86,16 +86,16 @@ def _group_memory() -> int:
             total = int((folder / limit).read_text())
             taken = int((folder / used).read_text())
             stats = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
-        except (OSError, ValueError):  # no limit, or the folder is not shown to us
+        except (OSError, ValueError):  # no limit, or the folder is not visible
             continue
-        # pages of files are given up when memory is asked for
-        files = sum(int(stats.get(stat.format(f"{x}_file"), 0)) for x in ("active", "inactive"))
-        most = min(most, max(0, total - taken + files))
+        # the kernel frees page cache on demand, so it counts as free
+        cached = sum(int(stats.get(stat.format(f"{x}_file"), 0)) for x in ("active", "inactive"))
+        most = min(most, max(0, total - taken + cached))
     return most
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU or on the CPU (a plain RuntimeError there)."""
+    """Whether `error` is a failed allocation, on a GPU or on the CPU (a RuntimeError there)."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return "allocate memory" in str(error) or "out of memory" in str(error).lower()

@@ -1,4 +1,4 @@
-"""A model without its weights: sizes, names and places, in a second, however large it is."""
+"""A model on the meta device: sizes, names and device map within a second, for any size."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def meta_bridge(
     placement: Placement | None,
     common: dict[str, Any],
 ) -> TransformerBridge | None:
-    """The model of folder or Hugging Face name `source`, its parameters on the meta device.
+    """Make a bridge of `source` (folder or Hugging Face name), parameters on the meta device.
 
-    Its `hf_device_map` is the one that loading it would lead to. None for an architecture whose
-    bridge needs the values (fused q, k and v).
+    Its `hf_device_map` is the one that loading the weights would give. None for an architecture
+    whose bridge needs the values of the weights (fused q, k and v).
 
     Raises:
         OSError, ValueError: `source` holds no model.
@@ -43,7 +43,7 @@ def meta_bridge(
     model.eval()
     if placement is not None:
         device_map = mapped(model, placement)
-        model.hf_device_map = device_map  # for main_device
+        model.hf_device_map = device_map  # main_device reads it; the bridge must not see it
         device = str(main_device(model))
         del model.hf_device_map
     try:
@@ -58,19 +58,19 @@ def meta_bridge(
 
 
 def mapped(model: PreTrainedModel, placement: Placement) -> dict[str, str | int]:
-    """Module names and their places, as `from_pretrained` would find them."""
+    """Return the device map (module name -> device) that `from_pretrained` would compute."""
     if not isinstance(placement.device_map, str):
         return placement.device_map
-    kept_whole = model._no_split_modules
+    no_split = model._no_split_modules
     memory = placement.max_memory
     if placement.device_map != "sequential":
         memory = get_balanced_memory(
             model,
             max_memory=memory,
-            no_split_module_classes=kept_whole,
+            no_split_module_classes=no_split,
             low_zero=placement.device_map == "balanced_low_0",
         )
-    found: dict[str, str | int] = infer_auto_device_map(
-        model, max_memory=memory, no_split_module_classes=kept_whole
+    device_map: dict[str, str | int] = infer_auto_device_map(
+        model, max_memory=memory, no_split_module_classes=no_split
     )
-    return found
+    return device_map

@@ -1,4 +1,4 @@
-"""Where the weights of a dispatched model are, as `accelerate` left it on the model's modules."""
+"""Devices and offloaded weights of a dispatched model, read from accelerate's hooks."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
-# what `accelerate` puts into a module's own attributes, so that it fetches weights when it runs
+# attributes that `accelerate` sets on a module so that it fetches its weights before it runs
 ACCELERATE = ("_hf_hook", "_old_forward", "forward")
 
 
 @runtime_checkable
 class Stored(Protocol):
-    """Weights by name, each fetched when it is asked for."""
+    """A mapping from names to weights that loads a weight on each access."""
 
     def __getitem__(self, name: str, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Home:
-    """Where one module runs, and where its own weights are meanwhile."""
+    """Execution device of a module, and its offloaded weights."""
 
-    device: torch.device  # where it runs
-    away: Stored | None  # weights that are fetched whenever it runs
+    device: torch.device  # execution device
+    away: Stored | None  # offloaded weights, loaded each time the module runs; None: not offloaded
 
 
 def home_of(module: nn.Module) -> Home | None:
-    """Where `accelerate` wants `module` to run; None if it has no say in it."""
+    """Return the placement that accelerate gave `module`; None without an AlignDevicesHook."""
     align = _align_hook(module.__dict__.get("_hf_hook"))
     if align is None or align.execution_device is None:
         return None
@@ -44,18 +44,19 @@ def _align_hook(hook: ModelHook | None) -> AlignDevicesHook | None:
     if isinstance(hook, AlignDevicesHook):
         return hook
     if isinstance(hook, SequentialHook):
-        found = [_align_hook(inner) for inner in hook.hooks]
-        kept = [inner for inner in found if inner is not None]
-        # the one that fetches weights is the one that matters
-        return next((inner for inner in kept if inner.offload), kept[0] if kept else None)
+        optional = [_align_hook(inner) for inner in hook.hooks]
+        aligns = [inner for inner in optional if inner is not None]
+        # prefer the hook that loads offloaded weights
+        return next((inner for inner in aligns if inner.offload), aligns[0] if aligns else None)
     return None
 
 
 def device_of(model: TransformerBridge) -> torch.device:
-    """Where the model takes its tokens: where its weights lie.
+    """Return the device for the model's input tokens: the device of its first weight.
 
-    `cfg.device` counts for models that `accelerate` placed or that have no weights yet. A bridge
-    made round a given model records the machine's first GPU there, wherever that model is.
+    For models that `accelerate` placed or that have no weights yet it is `cfg.device`. Elsewhere
+    `cfg.device` is unreliable: a bridge of an existing model records the machine's first GPU there,
+    wherever the model is.
     """
     inner = model.original_model
     weight = next(inner.parameters(), None)
@@ -65,7 +66,7 @@ def device_of(model: TransformerBridge) -> torch.device:
 
 
 def main_device(model: nn.Module) -> torch.device:
-    """Where a model with a device map takes its tokens: its first GPU, else the CPU."""
+    """Return the device for the tokens of a model with a device map: its first GPU, else CPU."""
     for place in model.hf_device_map.values():  # type: ignore[operator]
         if str(place) not in ("cpu", "disk"):
             return torch.device(f"cuda:{place}" if isinstance(place, int) else place)
@@ -73,13 +74,13 @@ def main_device(model: nn.Module) -> torch.device:
 
 
 def is_offloaded(model: nn.Module) -> bool:
-    """Whether some weights of `model` are fetched anew whenever their module runs."""
+    """Whether some weights of `model` are loaded again each time their module runs."""
     places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
     return "disk" in places or ("cpu" in places and len(places) > 1)
 
 
 def place_of(device_map: Mapping[str, str | int], name: str) -> str:
-    """Where the weight called `name` rests: `cpu`, `disk`, or a GPU such as `cuda:0`."""
+    """Return where the weight called `name` is stored: `cpu`, `disk`, or a GPU such as `cuda:0`."""
     parts = name.split(".")
     places = (device_map.get(".".join(parts[:n])) for n in range(len(parts), -1, -1))
     place = next(place for place in places if place is not None)
@@ -87,9 +88,9 @@ def place_of(device_map: Mapping[str, str | int], name: str) -> str:
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Stored | None]]:
-    """Name and values of every parameter of `model`, one by one, and where offloaded ones rest.
+    """Yield (name, values, `Stored` if offloaded) for each parameter of `model`, loaded in turn.
 
-    Weights that are tied to others come once, as in `named_parameters`.
+    Tied weights come once, as in `named_parameters`.
     """
     for name, parameter in model.named_parameters():
         if not parameter.is_meta:
@@ -103,6 +104,6 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Stored | None
 
 
 def is_tied(model: nn.Module, name: str) -> bool:
-    """Whether the weight called `name` is another one's second name."""
+    """Whether the weight called `name` is tied to another weight that holds its values."""
     tied = getattr(model, "all_tied_weights_keys", {})
     return name.replace("_original_component.", "") in tied

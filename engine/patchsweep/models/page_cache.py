@@ -1,8 +1,8 @@
-"""Pages of weight files: where weights lie on disk, and when their pages are not worth memory.
+"""The page cache of weight files: where weights lie on disk, and dropping their pages after use.
 
-Weights that are mapped from a file live in the page cache, which all processes of a machine share.
-Whoever goes round and round through more of them than memory holds finds no page again, but pages
-that were used crowd out those that are about to be: then each is forgotten after its use.
+Weights mapped from a file occupy the page cache, which all processes of a machine share. A process
+that reads more weights in a cycle than memory holds never finds a page again, and the pages it has
+used evict those it needs next. In that case each page is dropped after use.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Extent:
-    """Where in a file the values of a weight lie."""
+    """The part of a file that holds the values of a weight."""
 
     file: str
-    first: int  # byte
+    first: int  # offset of the first byte
     n_bytes: int
 
 
 def extent_of(stored: Stored, name: str) -> Extent | None:
-    """Where the weight called `name` lies on disk; None if it lies in memory."""
+    """Return where the weight called `name` lies on disk; None if it is in memory."""
     if not isinstance(stored, PrefixedDataset):
         return None
     entry = getattr(stored.dataset, "index", {}).get(f"{stored.prefix}{name}", {})
@@ -47,7 +47,7 @@ def extent_of(stored: Stored, name: str) -> Extent | None:
 
 @cache
 def _offsets(file: str) -> dict[str, tuple[int, int]]:
-    """First byte, and the one after the last, of every tensor of a safetensors file."""
+    """Return the byte range [first, past last) of each tensor of a safetensors file."""
     with open(file, "rb") as opened:
         header = int.from_bytes(opened.read(8), "little")
         entries = json.loads(opened.read(header))
@@ -60,21 +60,21 @@ def _offsets(file: str) -> dict[str, tuple[int, int]]:
 
 
 def extents_of(module: nn.Module) -> list[Extent]:
-    """Where the offloaded weights of `module` itself lie on disk."""
+    """Return where the offloaded weights of `module` (without its children) lie on disk."""
     home = home_of(module)
     if home is None or home.away is None:
         return []
-    found = [extent_of(home.away, name) for name, p in module._parameters.items() if p is not None]
-    return [extent for extent in found if extent is not None]
+    places = [extent_of(home.away, name) for name, p in module._parameters.items() if p is not None]
+    return [extent for extent in places if extent is not None]
 
 
 def overflows(extents: Iterable[Extent]) -> bool:
-    """Whether the pages of `extents` are more than memory holds."""
+    """Whether `extents` are larger than the free memory."""
     return sum(extent.n_bytes for extent in extents) > free_memory(_CPU)
 
 
 def forget(extents: Iterable[Extent]) -> None:
-    """Take pages out of memory, those that no process has mapped."""
+    """Drop the pages of `extents` from the page cache, except those that a process has mapped."""
     if not hasattr(os, "posix_fadvise"):  # not Linux
         return
     for extent in extents:
@@ -83,13 +83,13 @@ def forget(extents: Iterable[Extent]) -> None:
 
 
 def forget_after_use(model: nn.Module) -> None:
-    """Let every module of `model` forget the pages of its weights, if all are more than fit."""
+    """Make each module of `model` drop its weights' pages after use, if not all fit in memory."""
     extents = {module: extents_of(module) for module in model.modules()}
     if not overflows(extent for some in extents.values() for extent in some):
         return
     for module, some in extents.items():
         if some:
-            # after accelerate's own wrapper, which has let the weights go by then
+            # this hook runs after accelerate's wrapper, which has released the weights by then
             module.register_forward_hook(_forgetting(some))
 
 

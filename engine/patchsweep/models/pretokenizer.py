@@ -1,11 +1,11 @@
-r"""How a GGUF file's tokenizer splits text before it merges bytes: the rules that llama.cpp knows.
+r"""Rules by which the tokenizer of a GGUF file splits text before it merges bytes.
 
-A GGUF names its rule in `tokenizer.ggml.pre`; the expressions are no part of the file. They are
+A GGUF names its rule in `tokenizer.ggml.pre`; the file does not hold the expressions. These are
 those of llama.cpp (`llm_tokenizer_bpe` and `llama_vocab::impl::load` in src/llama-vocab.cpp, commit
-00ad355e, https://github.com/ggml-org/llama.cpp). Where it quotes the original tokenizer's own
-expression beside an adapted one, the original is taken. Each expression of a rule cuts the pieces
-that the ones before it left; matches and what lies between them become pieces. Rules for which
-llama.cpp has code of its own (afmoe, kimi-k2, superbpe), and rare ones, are not here.
+00ad355e, https://github.com/ggml-org/llama.cpp). Where llama.cpp quotes the original tokenizer's
+expression beside an adapted one, this module has the original. Each expression of a rule cuts the
+pieces that the previous expressions left; matches and the text between them become pieces. Rare
+rules, and those with special code in llama.cpp (afmoe, kimi-k2, superbpe), are missing.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers.integrations.gguf.reader import read_gguf_metadata
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
-_SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"  # what stands after an apostrophe
+_SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"  # contractions
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _CL100K = rf"{_SHORT}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|%s| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-# words by case, then what ends them, digits, signs, spaces
+# words by case with their suffixes, digits, punctuation, spaces
 _BY_CASE = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*%s"
     rf"|%s| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
@@ -67,7 +67,7 @@ _RULES: dict[str, tuple[str, ...]] = {
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
 }
 EXPRESSIONS = {name: rule for names, rule in _RULES.items() for name in names.split()}
-# a piece that is in the vocabulary is one token, whether or not merges lead to it
+# rules under which a piece in the vocabulary is one token, even if no merges lead to it
 _WHOLE_PIECES = {
     *"llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano".split(),
     "tekken",
@@ -75,7 +75,7 @@ _WHOLE_PIECES = {
 
 
 def rule_of(path: Path) -> str | None:
-    """What the GGUF file calls its splitting rule, "" if it names none.
+    """Return the name of the GGUF file's splitting rule, "" if the file names none.
 
     None for tokenizers that are not byte-level, which have no such rule.
     """
@@ -86,7 +86,7 @@ def rule_of(path: Path) -> str | None:
 
 
 def split_by(tokenizer: Tokenizer, rule: str) -> bool:
-    """Let a byte-level tokenizer split by llama.cpp's rule of that name; False if it is unknown."""
+    """Set a byte-level tokenizer to split by llama.cpp's `rule`; False if the rule is unknown."""
     expressions = EXPRESSIONS.get(rule)
     if expressions is None:
         return False

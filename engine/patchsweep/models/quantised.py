@@ -1,4 +1,4 @@
-"""Quantised models: which of their modules multiply by code of their own, and what that forbids."""
+"""Quantised models: their modules with packed weights, and checks of what these cannot do."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from transformer_lens.model_bridge import TransformerBridge
 from patchsweep.errors import ConfigError, ModelError
 
 PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# what libraries that keep packed weights in buffers call them
+# names of the buffers in which some libraries keep packed weights
 _PACKED_BUFFERS = ("qweight", "weight_packed", "W_q")
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A module whose weights are no plain numbers."""
+    """A module with packed (quantised) weights."""
 
     name: str
-    kind: str  # its class
-    dtype: torch.dtype  # of what it stores
+    kind: str  # name of its class
+    dtype: torch.dtype  # dtype of the stored weights
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -31,7 +31,7 @@ class Packed:
 
 
 def packed_modules(bridge: TransformerBridge) -> Iterator[Packed]:
-    """The modules of `bridge` with quantised weights, in the order of the forward pass."""
+    """Yield the modules of `bridge` with quantised weights, in the order of the forward pass."""
     for name, module in bridge.original_model.named_modules():
         stored = [p.dtype for p in module._parameters.values() if p is not None]
         stored += [
@@ -39,23 +39,23 @@ def packed_modules(bridge: TransformerBridge) -> Iterator[Packed]:
             for key, b in module._buffers.items()
             if b is not None and key in _PACKED_BUFFERS
         ]
-        odd = [dtype for dtype in stored if dtype not in PLAIN]
-        if odd:
-            yield Packed(_plain(name), type(module).__name__, odd[0])
+        packed_dtypes = [dtype for dtype in stored if dtype not in PLAIN]
+        if packed_dtypes:
+            yield Packed(_plain(name), type(module).__name__, packed_dtypes[0])
 
 
 def _plain(name: str) -> str:
-    """The name of a module in the Hugging Face model, without the bridge's wrappers."""
+    """Return a module's name in the Hugging Face model, without the bridge's wrappers."""
     return name.replace("_original_component.", "").removesuffix("._original_component")
 
 
 def first_packed(bridge: TransformerBridge) -> Packed | None:
-    """The first of `packed_modules`; None if the model is not quantised."""
+    """Return the first of `packed_modules`; None if the model is not quantised."""
     return next(packed_modules(bridge), None)
 
 
 def check_each_row(bridge: TransformerBridge) -> None:
-    """See that each row of a batch is computed by itself.
+    """Check that each row of a batch is computed independently of the others.
 
     Raises:
         ModelError: LLM.int8 looks for outlier columns over all rows of a batch.
@@ -74,9 +74,9 @@ def check_each_row(bridge: TransformerBridge) -> None:
 
 
 def casts_attention(bridge: TransformerBridge) -> tuple[int, torch.dtype] | None:
-    """The first block whose attention output the bridge casts to 8 bits, and their dtype.
+    """Return the first block whose attention output the bridge casts to 8 bits, and the dtype.
 
-    Such a bridge cannot run; the modules inside it can.
+    None if there is no such block. Such a bridge cannot run; the modules inside it can.
     """
     for layer, block in enumerate(getattr(bridge, "blocks", ())):
         o = getattr(getattr(block, "attn", None), "o", None)
@@ -88,10 +88,10 @@ def casts_attention(bridge: TransformerBridge) -> tuple[int, torch.dtype] | None
 
 
 def check_hooks(bridge: TransformerBridge) -> None:
-    """See that the bridge, by whose hooks patches may be run, can run at all.
+    """Check that the bridge, whose hooks the hooked runner uses, can run.
 
     Raises:
-        ConfigError: it casts what attention gives to 8 bits.
+        ConfigError: it casts the output of attention to 8 bits.
     """
     cast = casts_attention(bridge)
     if cast is not None:
@@ -102,7 +102,7 @@ def check_hooks(bridge: TransformerBridge) -> None:
 
 
 def n_parameters(block: nn.Module) -> int:
-    """The weights of a block: of quantised linear layers as many as they stand for."""
+    """Count the weights of a block; a quantised linear layer counts its unquantised weights."""
     total = 0
     for module in block.modules():
         own = [p for p in module._parameters.values() if p is not None]

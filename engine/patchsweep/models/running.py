@@ -1,8 +1,8 @@
-"""What holds while a model runs: one thread at a time, in the state that its numbers assume.
+"""The lock and the checked state under which a model runs.
 
-Hooks, flags and attention functions are set on the modules of a model and taken away again, so two
-threads that run one model at once would meet each other's. Every public function that runs a model
-holds it by `running`.
+Functions of this package set hooks, flags and attention functions on a model's modules and remove
+them again, so two threads that run one model at once would disturb each other. Every public
+function that runs a model holds it by `running`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from patchsweep.arguments import check_bridge
 from patchsweep.errors import ModelError
 from patchsweep.models.arithmetic import full_arithmetic
 
-# where the libraries that build a model define the hooks that belong to it
+# modules of the libraries that build a model; hooks defined there are not the user's
 OWN_HOOKS = (
     "accelerate.",
     "patchsweep.",
@@ -41,10 +41,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass
 class _Turn:
-    """Whose turn it is to run one model."""
+    """The lock of one model."""
 
     lock: Any = field(default_factory=threading.RLock)
-    depth: int = 0  # calls of `running` in the thread that holds it, one inside the other
+    depth: int = 0  # nested calls of `running` in the thread that holds the lock
 
 
 _turns: WeakKeyDictionary[nn.Module, _Turn] = WeakKeyDictionary()
@@ -53,7 +53,7 @@ _turns_lock = threading.Lock()
 
 @contextmanager
 def alone(model: TransformerBridge) -> Iterator[_Turn]:
-    """Hold `model`: other threads wait."""
+    """Hold the lock of `model`; other threads wait."""
     with _turns_lock:
         turn = _turns.setdefault(model.original_model, _Turn())
     with turn.lock:
@@ -62,14 +62,14 @@ def alone(model: TransformerBridge) -> Iterator[_Turn]:
 
 @contextmanager
 def running(model: TransformerBridge) -> Iterator[None]:
-    """Hold `model`, checked, with gradients possible and fp32 products whatever the caller set.
+    """Hold and check `model`, with gradients enabled and full fp32 products.
 
     Raises:
         ModelError: see `check_state`.
     """
     with ExitStack() as stack:
         turn = stack.enter_context(alone(model))
-        if not turn.depth:  # else the caller has seen to it
+        if not turn.depth:  # an outer call has done this otherwise
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(full_arithmetic())
@@ -82,7 +82,7 @@ def running(model: TransformerBridge) -> Iterator[None]:
 
 
 def runs_model(function: F) -> F:
-    """`function`, whose first parameter `model` is a bridge, inside `running`."""
+    """Decorate `function`, whose first parameter is a bridge `model`, to run inside `running`."""
 
     @wraps(function)
     def call(model: TransformerBridge, *args: Any, **kwargs: Any) -> Any:
@@ -94,11 +94,11 @@ def runs_model(function: F) -> F:
 
 
 def check_state(model: TransformerBridge) -> None:
-    """See that every forward pass of `model` computes the same function, and which dtype it has.
+    """Check that all forward passes of `model` compute the same function, in the bridge's dtype.
 
     Raises:
-        ModelError: a module is in training mode, carries a hook of the user's, or most weights
-            have another dtype than the bridge says.
+        ModelError: a module is in training mode or carries a user's hook, or most weights have
+            another dtype than `cfg.dtype`.
     """
     training = training_module(model)
     if training is not None:
@@ -123,31 +123,31 @@ def check_state(model: TransformerBridge) -> None:
 
 
 def training_module(model: TransformerBridge) -> str | None:
-    """The name of a module in training mode, "" for the whole model; None: there is none."""
+    """Return the name of a module in training mode, "" for the whole model; None if none is."""
     return next((name for name, module in _modules(model) if module.training), None)
 
 
 def users_hooks(model: TransformerBridge) -> list[str]:
-    """Names of the modules and hook points with a hook, or a `forward`, of the user's own."""
-    found = []
+    """Return the names of modules and hook points with a user's hook or `forward`."""
+    hooked = []
     for name, module in _modules(model):
         hooks = [hook for table in _TABLES for hook in getattr(module, table).values()]
-        if "forward" in module.__dict__:  # put in place of the class's
+        if "forward" in module.__dict__:  # overrides the class's method
             hooks.append(module.__dict__["forward"])
         if isinstance(module, HookPoint):
-            # what TransformerLens registers for a hook wraps it
+            # TransformerLens registers a wrapper; the handle holds the user's function
             hooks = [hook for hook in hooks if hook.__module__ != HookPoint.__module__]
             hooks += [handle.user_hook for handle in (*module.fwd_hooks, *module.bwd_hooks)]
             name = module.name or name
         if not all(_is_own(hook) for hook in hooks):
-            found.append(name or "the model itself")
-    return found
+            hooked.append(name or "the model itself")
+    return hooked
 
 
 def weight_dtype(model: TransformerBridge) -> torch.dtype | None:
-    """The dtype of most weights; None where none are floating-point numbers of two bytes or more.
+    """Return the dtype of most weights; None if none are floating-point of two bytes or more.
 
-    Norms and routers may well be kept in another one, and quantised weights have no such dtype.
+    Norms and routers may have another dtype, and quantised weights have no such dtype.
     """
     sizes: Counter[torch.dtype] = Counter()
     for parameter in model.original_model.parameters():
@@ -157,7 +157,7 @@ def weight_dtype(model: TransformerBridge) -> torch.dtype | None:
 
 
 def _modules(model: TransformerBridge) -> Iterator[tuple[str, nn.Module]]:
-    """All modules of the bridge and of the Hugging Face model behind it, each once, with a name."""
+    """Yield (name, module) of the bridge and of the Hugging Face model inside it, each once."""
     seen: set[int] = set()
     waiting: list[tuple[str, nn.Module | None]] = [("", model.original_model), ("", model)]
     while waiting:

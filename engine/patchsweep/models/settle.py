@@ -1,4 +1,4 @@
-"""What a fresh bridge records wrongly of the model inside it, put right."""
+"""Corrections of a new bridge's records: the device and the start token."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from patchsweep.data.tokenize import declares_start
 
 
 def settle(bridge: TransformerBridge, device: torch.device | str | None) -> TransformerBridge:
-    """`bridge` itself in evaluation mode, its prompts going to `device`.
+    """Return `bridge` in evaluation mode, with `device` as the device of its prompts.
 
-    Round a given model the bridge records the machine's first GPU as the device, and the end token
-    as the start token where the tokenizer has none.
+    A bridge of an existing model records the machine's first GPU as its device, and the end token
+    as the start token if the tokenizer has none.
     """
     bridge.cfg.device = None if device is None else str(device)
     if not declares_start(bridge.tokenizer):

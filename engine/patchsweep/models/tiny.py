@@ -1,6 +1,6 @@
 """Tiny random models of many families: a few layers, a tokenizer, no download.
 
-Their weights are drawn so that a patch changes a logit by about one. With the usual
+The scale of their weights makes a patch change a logit by about one. With the usual
 initialiser (0.02) effects would be smaller than any tolerance, and a test that compares
 them would prove nothing.
 """
@@ -31,7 +31,7 @@ _UNGROUPED = {
 _GPT2: dict[str, Any] = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 48, "n_positions": 128}
 _GEMMA: dict[str, Any] = {**_GROUPED, "sliding_window": 6, "query_pre_attn_scalar": 8}
 
-# family -> (transformers model type, config); a window of 6 bites on short prompts
+# family -> (transformers model type, config); a window of 6 takes effect on short prompts
 TINY_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", _GPT2),
     "gpt_neox": ("gpt_neox", {**_UNGROUPED, "rotary_pct": 0.5}),
@@ -58,7 +58,7 @@ that near keys cabinet are was has have for with on it they his her war lasted f
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer in which common words of the built-in prompts are one token."""
+    """Make a byte-level tokenizer in which common words of the built-in prompts are one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -82,7 +82,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_model(family: str, seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """A random model of `family` (a key of `TINY_FAMILIES`) and its tokenizer."""
+    """Return a random model of `family` (a key of `TINY_FAMILIES`) and its tokenizer."""
     model_type, sizes = TINY_FAMILIES[family]
     tokenizer = tiny_tokenizer()
     special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
@@ -94,7 +94,7 @@ def tiny_model(family: str, seed: int = 0) -> tuple[PreTrainedModel, PreTrainedT
 
 
 def draw_weights(model: nn.Module, seed: int) -> None:
-    """Weights of size 3/sqrt(fan-in) and embeddings of size one, in place."""
+    """Draw weights of scale 3/sqrt(fan-in) and embeddings of scale 1, in place."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(parameter: torch.Tensor) -> torch.Tensor:
@@ -106,7 +106,7 @@ def draw_weights(model: nn.Module, seed: int) -> None:
             if id(parameter) in embeddings:
                 parameter.copy_(normal(parameter))
             elif parameter.ndim < 2:
-                # norm scales and biases: near what they were, so that (1 + w) norms stay norms
+                # norm scales and biases: small changes, so that (1 + w) norms stay norms
                 parameter.add_(0.1 * normal(parameter))
             else:
                 fan_in = parameter.shape[-1]

@@ -1,9 +1,9 @@
-"""One digest of all weights of a model: every byte of every parameter and buffer.
+"""A digest of all weights of a model: every byte of every parameter and buffer.
 
-Where numbers are kept, weights in memory are hashed anew each time, at about the speed of memory:
-an edit in place through `.data` or numpy leaves no other mark. Weights on a GPU are copied out and
-hashed once; afterwards a checksum made on the GPU, over all bytes, tells whether they are still the
-same. Weights that rest on disk are hashed once for each state of their file.
+Weights in CPU memory are hashed anew at each call, at about the speed of memory, because an edit
+through `.data` or numpy leaves no other trace. Weights on a GPU are copied out and hashed once;
+later calls compare a checksum over all bytes, computed on the GPU. Weights offloaded to disk are
+hashed once per state (modification time and size) of their file.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from torch import Tensor, nn
 from patchsweep.models.offload import named_weights
 from patchsweep.models.page_cache import extent_of
 
-CHUNK_BYTES = 1 << 24  # hashed by one thread
+CHUNK_BYTES = 1 << 24  # per thread
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# model -> name of a weight -> (state in which it was hashed, its digest)
+# model -> name of a weight -> (state at the time of hashing, digest)
 _known: WeakKeyDictionary[nn.Module, dict[str, tuple[Hashable, str]]] = WeakKeyDictionary()
 # model -> (stamp of all weights, their digest)
 _stamped: WeakKeyDictionary[nn.Module, tuple[Hashable, str]] = WeakKeyDictionary()
 
 
 def weights_digest(model: nn.Module) -> str:
-    """32 hex digits that follow from the names, dtypes, shapes and bytes of all weights.
+    """Return 32 hex digits of the names, dtypes, shapes and bytes of all weights.
 
-    They are the same wherever the weights are, and however a bridge wraps their modules.
+    The digest does not depend on where the weights are or how a bridge wraps their modules.
     """
     stamp = weights_stamp(model)
     total = xxhash.xxh3_128()
@@ -52,7 +52,7 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def known_digest(model: nn.Module) -> str:
-    """The last `weights_digest` of `model`, made anew where torch has counted an edit since."""
+    """Return the last `weights_digest` of `model`, recomputed if torch counted an edit since."""
     stamp = weights_stamp(model)
     if stamp is not None and model in _stamped and _stamped[model][0] == stamp:
         return _stamped[model][1]
@@ -60,10 +60,10 @@ def known_digest(model: nn.Module) -> str:
 
 
 def weights_stamp(model: nn.Module) -> Hashable:
-    """Where all weights are and how often each was edited, as far as torch counts that.
+    """Return the addresses of all weights and torch's count of edits to each.
 
-    Edits by torch operations change it, those through `.data` or numpy do not. None for tensors
-    made under `torch.inference_mode`, whose edits are not counted.
+    Edits by torch operations change the stamp; edits through `.data` or numpy do not. None if a
+    tensor was made under `torch.inference_mode`, where torch does not count edits.
     """
     weights = (*model.parameters(), *model.buffers())
     if any(weight.is_inference() for weight in weights):
@@ -72,15 +72,15 @@ def weights_stamp(model: nn.Module) -> Hashable:
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """32 hex digits that follow from the dtype, shape and bytes of a tensor."""
+    """Return 32 hex digits of the dtype, shape and bytes of a tensor."""
     return _hash(tensor, map)
 
 
 def checksum(weight: Tensor) -> tuple[int, ...]:
-    """Two sums over all bits of `weight`, made on its device.
+    """Return two sums over all elements of `weight` as integers, computed on its device.
 
-    Rows are weighted by their number in one, columns in the other, so that rows or columns that
-    change places are noticed too.
+    One sum weights rows by their index, the other columns, so that swapped rows or columns change
+    a sum too.
     """
     bits = weight.detach().contiguous().view(_INTEGERS[weight.element_size()])
     bits = bits.reshape(-1, weight.shape[-1] if weight.ndim > 1 else 1)
@@ -90,7 +90,7 @@ def checksum(weight: Tensor) -> tuple[int, ...]:
 
 
 def _all_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, str | None]]:
-    """Name, values and, of weights that rest on disk, the file; names are the plain model's."""
+    """Yield (name in the Hugging Face model, values, file if offloaded to disk) per weight."""
     for name, weight, stored in named_weights(model):
         extent = None if stored is None else extent_of(stored, name.rpartition(".")[2])
         yield _plain(name), weight, None if extent is None else extent.file
@@ -105,7 +105,7 @@ def _plain(name: str) -> str:
 
 
 def _moving(module: nn.Module) -> list[str]:
-    """Buffers that a forward pass sets anew: rotary frequencies that follow the prompt's length."""
+    """Return buffers that a forward pass rewrites: rotary frequencies that depend on length."""
     kinds = getattr(module, "rope_type", None)
     if isinstance(kinds, dict):
         named = {f"{layer_type}_inv_freq": kind for layer_type, kind in kinds.items()}
@@ -115,7 +115,7 @@ def _moving(module: nn.Module) -> list[str]:
 
 
 def _state(weight: Tensor, file: str | None) -> Hashable:
-    """What an earlier digest can be told by; None: by nothing, the bytes are hashed anew."""
+    """Return a key that changes with the weight; None in CPU memory, where only hashing tells."""
     if file is not None:
         stat = os.stat(file)
         return file, stat.st_mtime_ns, stat.st_size
@@ -125,7 +125,7 @@ def _state(weight: Tensor, file: str | None) -> Hashable:
 
 
 def _hash(weight: Tensor, each: Callable[..., Iterator[bytes]]) -> str:
-    """The digest of one weight; `each` maps a function over chunks, in several threads or not."""
+    """Hash one weight; `each` is a `map`, serial or threaded, for hashing chunks."""
     data = weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
     chunks = [data[i : i + CHUNK_BYTES] for i in range(0, len(data), CHUNK_BYTES)]
     total = xxhash.xxh3_128(f"{weight.dtype} {tuple(weight.shape)} ".encode())

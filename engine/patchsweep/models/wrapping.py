@@ -1,9 +1,9 @@
-"""What wrapping must not change: the logits of a bridge are those of the model inside it.
+"""Checks that a bridge computes the logits of the Hugging Face model inside it.
 
-TransformerLens puts components of its own in the place of some modules. Where such a component
-computes something else than the module, hooked runs measure another model. So the logits of both
-are compared on a few tokens, at two lengths. The same runs tell whether the model is causal, which
-every sweep takes for granted: a patch cannot change what was computed at earlier positions.
+TransformerLens replaces some modules by its own components. If such a component computes something
+else than the module, hooked runs measure another model. So `compare_wrapping` compares the logits
+of both on a few tokens, at two lengths. The same runs show whether the model is causal, which
+every sweep assumes: a patch cannot change values at earlier positions.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from patchsweep.errors import ModelError
 from patchsweep.models.offload import device_of
 
 LENGTHS = (5, 8)
-# largest change of a position's logits, relative to their spread, that rounding may explain:
+# largest relative change of a position's logits that may be rounding;
 # over 80 architectures the largest seen was 5e-6 in fp32 and 0.04 in bf16
 ROUNDING = {"float64": 1e-6, "float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}
 
 
 @dataclass(frozen=True)
 class Wrapping:
-    """What a few short runs of a bridge and of the model inside it showed."""
+    """Result of a few short runs of a bridge and of the model inside it."""
 
-    state: int  # `state_of` the bridge meanwhile
+    state: int  # `state_of` the bridge during the runs
     change: float  # largest relative change of logits by wrapping; nan: some are not finite
-    earlier: float  # largest relative change of logits before the token that was exchanged
-    rounding: float  # what the dtype explains of both
+    earlier: float  # largest relative change of logits before the token that differs
+    rounding: float  # limit below which rounding in the model's dtype explains a change
 
     @property
     def same(self) -> bool:
@@ -43,7 +43,7 @@ class Wrapping:
 
     @property
     def causal(self) -> bool:
-        """Whether later tokens leave earlier logits as they are."""
+        """Whether later tokens leave earlier logits unchanged."""
         return self.earlier <= self.rounding
 
 
@@ -51,9 +51,9 @@ _KNOWN: WeakKeyDictionary[TransformerBridge, Wrapping] = WeakKeyDictionary()
 
 
 def state_of(bridge: TransformerBridge) -> int:
-    """A number that changes when weights are written or replaced, or modules are.
+    """Return a number that changes when weights are edited or replaced, or modules replaced.
 
-    Weights that are written through `.data` count their changes nowhere, so they go unseen.
+    Edits through `.data` do not change it, because torch does not count them.
     """
     model = bridge.original_model
     weights = tuple(
@@ -72,7 +72,7 @@ def state_of(bridge: TransformerBridge) -> int:
 def trial_tokens(
     n_tokens: int, length: int, *, n_prompts: int, avoid: Sequence[int] = (), seed: int = 0
 ) -> Int[Tensor, "prompt {length}"]:
-    """Random token ids below `n_tokens`, none of `avoid`, on the CPU; no two in a column alike."""
+    """Return random token ids below `n_tokens`, not in `avoid`, distinct per column, on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     allowed = torch.ones(n_tokens, dtype=torch.bool)
     allowed[[token for token in avoid if 0 <= token < n_tokens]] = False
@@ -84,7 +84,7 @@ def trial_tokens(
 
 
 def prompts_of(n_tokens: int, tokenizer: Any) -> list[Int[Tensor, "2 pos"]]:
-    """One batch for each of `LENGTHS`: a prompt, and the same prompt with another last token."""
+    """Return a batch per length in `LENGTHS`: a prompt, and a copy with another last token."""
     special = getattr(tokenizer, "all_special_ids", None) or ()
     batches = []
     for length in LENGTHS:
@@ -98,12 +98,12 @@ def prompts_of(n_tokens: int, tokenizer: Any) -> list[Int[Tensor, "2 pos"]]:
 def logits_of(
     model: nn.Module, prompts: Sequence[Int[Tensor, "2 pos"]], device: torch.device
 ) -> list[Float[Tensor, "pos d_vocab"]]:
-    """fp32 logits of a Hugging Face model for the first prompt of each batch, run by itself."""
-    found = []
+    """Return fp32 logits of a Hugging Face model for the first prompt of each batch, run alone."""
+    logits = []
     for tokens in prompts:
         output = model(tokens[:1].to(device), use_cache=False, return_dict=True)
-        found.append(output.logits[0].float().cpu())
-    return found
+        logits.append(output.logits[0].float().cpu())
+    return logits
 
 
 @torch.no_grad()
@@ -113,33 +113,33 @@ def compare_wrapping(
     own: Sequence[Float[Tensor, "pos d_vocab"]] | None,
     run: Callable[[Int[Tensor, "2 pos"]], Float[Tensor, "2 pos d_vocab"]] | None = None,
 ) -> Wrapping:
-    """The logits of `run` held against `own`; remembered while the state of the bridge stays.
+    """Compare the logits of `run` with `own`, and cache the result per state of the bridge.
 
     Args:
-        own: None: there is nothing to compare with, and the model is only seen to be causal.
+        own: logits of the model without a bridge; None: only check that the model is causal.
         run: tokens -> logits; None: the bridge itself.
     """
     run = run or bridge
     change = earlier = 0.0
     for number, tokens in enumerate(prompts):
-        found = run(tokens.to(device_of(bridge))).float().cpu()
+        logits = run(tokens.to(device_of(bridge))).float().cpu()
         if own is not None:
-            change = _larger(change, _relative(found[0], own[number]))
-        earlier = _larger(earlier, _relative(found[1, :-1], found[0, :-1]))
+            change = _larger(change, _relative(logits[0], own[number]))
+        earlier = _larger(earlier, _relative(logits[1, :-1], logits[0, :-1]))
     dtype = str(bridge.cfg.dtype).removeprefix("torch.")
-    found_now = Wrapping(state_of(bridge), change, earlier, ROUNDING.get(dtype, 1e-4))
-    _KNOWN[bridge] = found_now
-    return found_now
+    wrapping = Wrapping(state_of(bridge), change, earlier, ROUNDING.get(dtype, 1e-4))
+    _KNOWN[bridge] = wrapping
+    return wrapping
 
 
 def known_wrapping(bridge: TransformerBridge) -> Wrapping | None:
-    """What `compare_wrapping` found, if the bridge has not changed since."""
-    known = _KNOWN.get(bridge)
-    return known if known is not None and known.state == state_of(bridge) else None
+    """Return the last result of `compare_wrapping`; None if the bridge has changed since."""
+    wrapping = _KNOWN.get(bridge)
+    return wrapping if wrapping is not None and wrapping.state == state_of(bridge) else None
 
 
 def check_same(bridge: TransformerBridge, wrapping: Wrapping) -> None:
-    """Raises ModelError where the bridge does not compute the logits of its model."""
+    """Raise ModelError if the bridge does not compute the logits of its model."""
     if wrapping.change != wrapping.change:
         raise ModelError(
             f"{bridge.cfg.model_name} gives NaN or infinite logits for a trial prompt of ordinary "
@@ -157,7 +157,7 @@ def check_same(bridge: TransformerBridge, wrapping: Wrapping) -> None:
 
 
 def check_causal(bridge: TransformerBridge, wrapping: Wrapping) -> None:
-    """Raises ModelError where a later token changes earlier logits."""
+    """Raise ModelError if a later token changes earlier logits."""
     if not wrapping.causal:
         raise ModelError(
             f"{bridge.cfg.model_name} is not causal: another last token changes the logits of "
@@ -167,13 +167,13 @@ def check_causal(bridge: TransformerBridge, wrapping: Wrapping) -> None:
 
 
 def _relative(found: Float[Tensor, "pos v"], expected: Float[Tensor, "pos v"]) -> float:
-    """Largest change of a position's logits, relative to their spread; a common shift is none."""
+    """Return the largest norm of a position's centred change over that of its centred logits."""
     change, spread = (x - x.mean(dim=-1, keepdim=True) for x in (found - expected, expected))
     return float((change.norm(dim=-1) / spread.norm(dim=-1)).max())
 
 
 def _larger(a: float, b: float) -> float:
-    """The larger of two numbers, and nan if one is."""
+    """Return the larger of two numbers; nan if either is nan."""
     return a if a >= b or a != a else b
 
 

@@ -1,7 +1,7 @@
-"""Built-in tasks: prompt pairs for behaviours that circuits have been found for.
+"""Built-in tasks: prompt pairs for behaviours with known circuits.
 
-`TASKS` maps names to tasks; `load_task` draws pairs for one model; `check_task` says how well
-that model does without any patch.
+`TASKS` maps names to tasks; `load_task` draws pairs for one model; `check_task` measures how
+well that model does the task without patches.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ TASKS: Mapping[str, Task] = MappingProxyType(
 
 
 def find_task(name: str) -> Task:
-    """The task of that name.
+    """Return the task called `name`.
 
     Raises:
-        PromptError: there is none.
+        PromptError: no task has this name.
     """
     if name not in TASKS:
         raise PromptError(f"task {name!r} is not known; use one of {', '.join(sorted(TASKS))}")
@@ -63,11 +63,11 @@ def load_task(
     seed: int = 0,
     **options: Any,
 ) -> PromptPairs:
-    """The first `n_pairs` pairs of a task that fit the tokenizer of `model`.
+    """Return the first `n_pairs` pairs of a task that fit the tokenizer of `model`.
 
-    Records whose prompts differ in tokens, or whose answers are not one token, are passed over.
-    The result is the same for a seed, and fewer pairs are a prefix of more. Without `n_pairs`
-    the task's own number is taken.
+    Skips records whose prompts differ in number of tokens or whose answers are not one token.
+    A seed fixes the result, and fewer pairs are a prefix of more. Without `n_pairs` the number
+    is the task's default.
 
     Raises:
         PromptError: the task or an option is unknown, or too few records fit.
@@ -82,7 +82,7 @@ def check_task(
     seed: int = 0,
     **options: Any,
 ) -> TaskCheck:
-    """How well `model` does a task: accuracies, mean logit differences, top-1 rates.
+    """Measure `model` on a task: accuracies, mean logit differences, top-1 rates.
 
     Raises:
         PromptError: as `load_task`.

@@ -13,12 +13,12 @@ N_SHOTS = 4
 
 
 def prepare(model: TransformerBridge) -> Draw:
-    """How to draw one pair.
+    """Return a function that draws one pair.
 
     Sums stay below 100. Where the tokenizer splits numbers into digits, the answer is the
     first digit of the sum.
     """
-    # the space before the sum is a token of its own unless it goes with the number
+    # the space before the sum is a separate token unless the tokenizer joins it to the number
     with_space = number_digits(model, before=" ") == 2
     digits = 2 if with_space else number_digits(model)
     question = "{a} + {b} =" if with_space else "{a} + {b} = "
@@ -31,7 +31,7 @@ def prepare(model: TransformerBridge) -> Draw:
     def draw(rng: random.Random) -> PromptRecord:
         shots = [summands(rng) for _ in range(N_SHOTS)]
         examples = "".join(f"{a} + {b} = {a + b}\n" for a, b in shots)
-        # a second summand this small leaves sums of another first digit
+        # b <= 79 leaves first summands whose sum has another first digit
         b = rng.randint(10, 79)
         a = rng.randint(10, 99 - b)
         first = str(a + b)[:digits]

@@ -1,4 +1,4 @@
-"""Tasks: seeded streams of prompt records, each from the literature or close to it."""
+"""The `Task` class: a seeded stream of prompt records, from the literature or close to it."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ Draw = Callable[[random.Random], PromptRecord]  # one record from one random sta
 
 @dataclass(frozen=True)
 class Task:
-    """A behaviour, and how to draw prompt pairs that show it."""
+    """A behaviour, and a generator of prompt pairs that show it."""
 
-    name: str  # as the command line takes it
+    name: str  # on the command line too
     description: str  # what the prompts ask, and how clean and corrupted differ
-    source: str  # the work it comes from, cited; what differs from it, where something does
-    labels: tuple[str, ...]  # the spans that every record names
-    prepare: Callable[..., Draw]  # (model, **options) -> how to draw one record
+    source: str  # citation of the work it comes from, and any difference from that work
+    labels: tuple[str, ...]  # the spans that each record labels
+    prepare: Callable[..., Draw]  # (model, **options) -> function that draws one record
     needs_model: bool = False  # the texts depend on the tokenizer
-    n_pairs: int = 32  # how many `load_task` takes unless told
+    n_pairs: int = 32  # default number of pairs of `load_task`
 
     def options(self) -> dict[str, Any]:
-        """Each option's name and default."""
+        """Return the name and default of each option."""
         parameters = list(inspect.signature(self.prepare).parameters.values())[1:]
         return {parameter.name: parameter.default for parameter in parameters}
 
     def records(
         self, n: int, seed: int = 0, *, model: TransformerBridge | None = None, **options: Any
     ) -> list[PromptRecord]:
-        """The first `n` distinct records of the stream that `seed` and `options` fix.
+        """Return the first `n` distinct records of the stream that `seed` and `options` fix.
 
         Raises:
-            PromptError: `n` is not positive, an option or its value is unknown, the task
-                needs a model and has none, or it has fewer records.
+            PromptError: `n` is not positive, an option or its value is unknown, the task needs a
+                model and `model` is None, or the stream has fewer than `n` distinct records.
         """
         distinct: dict[PromptRecord, None] = {}
         for record in self.draws(n, seed, model, options):
@@ -60,9 +60,9 @@ class Task:
     def draws(
         self, n: int, seed: int, model: TransformerBridge | None, options: Mapping[str, Any]
     ) -> Iterator[PromptRecord]:
-        """Records in draw order, repeats included, at most `draw_limit(n)` of them.
+        """Return an iterator over at most `draw_limit(n)` records in draw order, with repeats.
 
-        Each draw has a random state of its own, so the first draws do not depend on `n`.
+        Each draw has its own random state, so the first draws do not depend on `n`.
 
         Raises:
             PromptError: as `records`, at the call.
@@ -88,7 +88,7 @@ class Task:
 
 
 def draw_limit(n: int) -> int:
-    """Draws after which `n` records are given up: most draws may be unfit, not nearly all."""
+    """Return how many draws to try for `n` records: most draws may be unfit, not nearly all."""
     return 200 + 100 * n
 
 
@@ -99,12 +99,12 @@ def load_pairs(
     seed: int = 0,
     **options: Any,
 ) -> PromptPairs:
-    """The first `n_pairs` pairs of `task` that fit the tokenizer of `model`.
+    """Return the first `n_pairs` pairs of `task` that fit the tokenizer of `model`.
 
-    Deterministic for a seed, and independent of `n_pairs`: fewer pairs are a prefix of more.
+    A seed fixes the result; fewer pairs are a prefix of more.
 
     Raises:
-        PromptError: as `Task.records`, or too few records fit; says the commonest reason.
+        PromptError: as `Task.records`, or too few records fit (with the commonest reason).
     """
     check_bridge(model)
     n = task.n_pairs if n_pairs is None else n_pairs
@@ -134,7 +134,7 @@ def load_pairs(
 
 
 def compose(template: str, fields: Mapping[str, str]) -> tuple[str, dict[str, CharSpan]]:
-    """The template with its fields filled in, and where each field went."""
+    """Return the template with its fields filled in, and the character span of each field."""
     text = ""
     spans: dict[str, CharSpan] = {}
     for literal, name, _, _ in string.Formatter().parse(template):
@@ -146,22 +146,22 @@ def compose(template: str, fields: Mapping[str, str]) -> tuple[str, dict[str, Ch
 
 
 def words(text: str) -> tuple[str, ...]:
-    """The words of a text."""
+    """Split a text at white space."""
     return tuple(text.split())
 
 
 def end_of(text: str) -> CharSpan:
-    """The last character, hence the last token."""
+    """Return the span of the last character, which lies in the last token."""
     return CharSpan(len(text) - 1, len(text))
 
 
 def after(text: str, span: CharSpan) -> CharSpan:
-    """Characters of the token that follows `span`: a punctuation mark, or a space and a letter."""
+    """Return a span inside the token after `span`: a punctuation mark, or a space and a letter."""
     return CharSpan(span.stop, span.stop + (2 if text[span.stop] == " " else 1))
 
 
 def one_of(task: str, option: str, value: str, allowed: Collection[str]) -> str:
-    """`value`, when it is allowed.
+    """Return `value` if it is in `allowed`.
 
     Raises:
         PromptError: it is not.
@@ -174,9 +174,9 @@ def one_of(task: str, option: str, value: str, allowed: Collection[str]) -> str:
 
 
 def number_digits(model: TransformerBridge, before: str = "") -> int:
-    """Digits of a two-digit number that the tokenizer reads at once after the text `before`.
+    """Return how many digits of a two-digit number form one token after the text `before`.
 
-    2, or 1 where it splits some of them.
+    2 if each number from 10 to 99 is one token; 1 if the tokenizer splits any of them.
     """
     numbers = (f"{before}{n}" for n in range(10, 100))
     return 2 if all(len(token_ids(model, number, alone=True)) == 1 for number in numbers) else 1

@@ -1,4 +1,4 @@
-"""How well a model does a task: a sweep of a task that the model fails explains nothing."""
+"""Scores of a model on a task without patches; a sweep of a failed task explains nothing."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from patchsweep.models.offload import device_of
 from patchsweep.models.running import runs_model
 from patchsweep.tasks.base import Task, load_pairs
 
-_ROWS = 8  # prompts at once: their logits over the whole vocabulary must fit
+_ROWS = 8  # prompts per batch: their logits over the whole vocabulary must fit in memory
 
 
 @dataclass(frozen=True)
 class TaskCheck:
     """A model's score on the pairs of a task, without any patch."""
 
-    task: str  # its name
+    task: str  # name of the task
     n_pairs: int  # pairs measured
     seed: int  # of the pairs
     clean_accuracy: float  # share of clean prompts where `answer` outscores `wrong_answer`
@@ -36,7 +36,7 @@ class TaskCheck:
 def check_pairs(
     model: TransformerBridge, task: Task, n_pairs: int | None, seed: int, **options: Any
 ) -> TaskCheck:
-    """The score of `model` on pairs of `task`, all at the last position of the prompt.
+    """Score `model` on pairs of `task`, at the last position of each prompt.
 
     Raises:
         PromptError: as `load_pairs`.
@@ -67,9 +67,9 @@ def check_pairs(
 def last_logits(
     model: TransformerBridge, pairs: PromptPairs, side: str
 ) -> Float[Tensor, "pair d_vocab"]:
-    """fp32 logits after the clean or the corrupted (`side`) prompt of each pair, on the CPU.
+    """Return fp32 logits on the CPU after the clean or corrupted (`side`) prompt of each pair.
 
-    Runs small batches of equal length, since padding changes what some models compute.
+    Runs small batches of prompts of equal length, since padding changes some models' outputs.
     """
     logits: dict[int, Tensor] = {}
     device = device_of(model)

@@ -1,4 +1,4 @@
-"""Docstring arguments: which parameter is documented next?"""
+"""Docstring arguments: the model predicts the parameter that is documented next."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ WORDS = words(
 
 
 def prepare(model: TransformerBridge | None) -> Draw:
-    """How to draw one pair."""
+    """Return a function that draws one pair."""
 
     def draw(rng: random.Random) -> PromptRecord:
         a, b, c, d, other = rng.sample(ARGUMENTS, 5)

@@ -1,4 +1,4 @@
-"""Factual recall: one relation, two subjects."""
+"""Factual recall: the two prompts of a pair share a relation and differ in the subject."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from patchsweep.tasks.base import Draw, Task, compose, end_of, one_of
 
 @dataclass(frozen=True)
 class Relation:
-    """A kind of fact."""
+    """A kind of fact, such as the capital of a country."""
 
-    templates: tuple[str, ...]  # with the field {subject}; the answer comes next
+    templates: tuple[str, ...]  # with the field {subject}; the answer follows the text
     facts: tuple[tuple[str, str], ...]  # (subject, answer)
 
 
 def _pairs(lines: str) -> tuple[tuple[str, str], ...]:
-    """(subject, answer) from "subject: answer" entries between semicolons."""
+    """Parse "subject: answer" entries between semicolons into (subject, answer) tuples."""
     entries = [entry.split(":") for entry in lines.split(";") if entry.strip()]
     return tuple((subject.strip(), answer.strip()) for subject, answer in entries)
 
@@ -110,12 +110,12 @@ RELATIONS = {
 
 
 def prepare(model: TransformerBridge | None, relation: str = "all") -> Draw:
-    """How to draw one pair, of one `relation` (a key of `RELATIONS`) or of "all"."""
+    """Return a function that draws one pair of `relation`: a key of `RELATIONS`, or "all"."""
     one_of("facts", "relation", relation, ("all", *RELATIONS))
-    chosen = list(RELATIONS.values()) if relation == "all" else [RELATIONS[relation]]
+    relations = list(RELATIONS.values()) if relation == "all" else [RELATIONS[relation]]
 
     def draw(rng: random.Random) -> PromptRecord:
-        kind = rng.choice(chosen)
+        kind = rng.choice(relations)
         template = rng.choice(kind.templates)
         subject, answer = rng.choice(kind.facts)
         other, wrong_answer = rng.choice([fact for fact in kind.facts if fact[1] != answer])

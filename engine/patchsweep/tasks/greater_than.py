@@ -1,4 +1,4 @@
-"""Greater-than: a year range must end after it began."""
+"""Greater-than: the end of a year range must come after its start."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ NOUNS = words(
 
 
 def prepare(model: TransformerBridge) -> Draw:
-    """How to draw one pair.
+    """Return a function that draws one pair.
 
-    One prompt starts early in its century, the other late. The answer of each is a nearby
-    later year, and that of the early start comes before the late start. Where the tokenizer
-    splits years into digits, the prompt's answer is the decade.
+    One prompt starts early in its century, the other late. The answer to each is a later year
+    nearby, and the answer to the early start comes before the late start. Where the tokenizer
+    splits years into digits, the answer is the decade.
     """
     digits = number_digits(model)
 
     def draw(rng: random.Random) -> PromptRecord:
         noun, century = rng.choice(NOUNS), rng.randint(11, 17)
         early, late = rng.randint(2, 39), rng.randint(60, 88)
-        # at least a decade on, so that its digit decides
+        # at least ten years later, so that the digit of the decade decides
         early_end, late_end = early + rng.randint(10, 14), late + 10
         if digits == 1:
             ends = {early: str(early_end // 10), late: str(late_end // 10)}

@@ -14,13 +14,13 @@ from patchsweep.errors import PromptError
 from patchsweep.tasks.base import Draw, Task, end_of
 
 _WORD = re.compile(r" [a-z]{3,8}")
-_N_WORDS = 2000  # the first of the vocabulary: byte-pair tokenizers learn common words first
+_N_WORDS = 2000  # first words of the vocabulary: byte-pair tokenizers learn common words first
 
 
 def prepare(model: TransformerBridge, length: int = 12) -> Draw:
-    """How to draw one pair of `length` random words, the beginning of which comes again.
+    """Return a function that draws one pair: `length` random words, whose beginning repeats.
 
-    Words are tokens of the vocabulary that are a space and lower-case letters.
+    Each word is one token of the vocabulary: a space and 3 to 8 lower-case letters.
 
     Raises:
         PromptError: `length` is below 3, or the vocabulary has fewer than 4 `length` words.
@@ -36,22 +36,22 @@ def prepare(model: TransformerBridge, length: int = 12) -> Draw:
 
     def draw(rng: random.Random) -> PromptRecord:
         *sequence, other = rng.sample(words, length + 1)
-        # the word that comes again last, its successor is asked for; late enough that the model
-        # has seen the repetition
-        again = rng.randrange(length // 2, length - 1)
-        clean = sequence + sequence[: again + 1]
+        # the prompt ends with the repetition of word `last`, and the answer is the word after it;
+        # late enough that the model has seen the repetition
+        last = rng.randrange(length // 2, length - 1)
+        clean = sequence + sequence[: last + 1]
         corrupted = list(clean)
-        corrupted[again + 1] = other
+        corrupted[last + 1] = other
         starts = [0]
         for word in clean:
             starts.append(starts[-1] + len(word))
         text = "".join(clean)
         labels = {
-            "previous": CharSpan(starts[again] + 1, starts[again + 1]),
-            "copied": CharSpan(starts[again + 1] + 1, starts[again + 2]),
+            "previous": CharSpan(starts[last] + 1, starts[last + 1]),
+            "copied": CharSpan(starts[last + 1] + 1, starts[last + 2]),
             "end": end_of(text),
         }
-        return PromptRecord(text, "".join(corrupted), sequence[again + 1], other, labels)
+        return PromptRecord(text, "".join(corrupted), sequence[last + 1], other, labels)
 
     return draw
 

@@ -1,4 +1,4 @@
-"""Indirect object identification, and the one pair of the demonstration."""
+"""Indirect object identification, and the fixed pair of the demonstration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SOURCE = (
 )
 _LABELS = ("IO", "S1", "S1+1", "S2", "end")
 
-# the first two fields are the names in order of mention, the third is one of them again
+# {first} and {second} are the names in order of mention; {subject} repeats one of them
 TEMPLATES = (
     "Then, {first} and {second} went to the {place}. {subject} gave a {object} to",
     "Then, {first} and {second} had a lot of fun at the {place}. {subject} gave a {object} to",
@@ -68,11 +68,11 @@ OBJECTS = words(
 def prepare(
     model: TransformerBridge | None, order: str = "mixed", corruption: str = "swap_subject"
 ) -> Draw:
-    """How to draw one pair.
+    """Return a function that draws one pair.
 
     `order`: "abba" names the indirect object first, "baba" the subject, "mixed" either.
     `corruption`: "swap_subject" repeats the other name; "swap_names" exchanges the two names
-    wherever they stand, so that their roles keep their positions.
+    everywhere, so that each role keeps its positions.
     """
     one_of("ioi", "order", order, ("mixed", "abba", "baba"))
     one_of("ioi", "corruption", corruption, ("swap_subject", "swap_names"))
@@ -80,13 +80,17 @@ def prepare(
     def draw(rng: random.Random) -> PromptRecord:
         template = rng.choice(TEMPLATES)
         io, s = rng.sample(NAMES, 2)
-        scene = {"place": rng.choice(PLACES), "object": rng.choice(OBJECTS)}
+        fillers = {"place": rng.choice(PLACES), "object": rng.choice(OBJECTS)}
         abba = rng.random() < 0.5 if order == "mixed" else order == "abba"
         first, second = (io, s) if abba else (s, io)
-        clean, spans = compose(template, {"first": first, "second": second, "subject": s, **scene})
+        clean, spans = compose(
+            template, {"first": first, "second": second, "subject": s, **fillers}
+        )
         if corruption == "swap_names":
             first, second = second, first
-        corrupted, _ = compose(template, {"first": first, "second": second, "subject": io, **scene})
+        corrupted, _ = compose(
+            template, {"first": first, "second": second, "subject": io, **fillers}
+        )
         s1 = spans["second" if abba else "first"]
         labels = {
             "IO": spans["first" if abba else "second"],

@@ -1,4 +1,4 @@
-"""Gendered pronouns: he or she, from a first name."""
+"""Gendered pronouns: the model predicts he or she from a first name."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ROLES = words(
 
 
 def prepare(model: TransformerBridge | None) -> Draw:
-    """How to draw one pair."""
+    """Return a function that draws one pair."""
 
     def draw(rng: random.Random) -> PromptRecord:
         template, role = rng.choice(TEMPLATES), rng.choice(ROLES)

@@ -9,7 +9,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from patchsweep.data.records import PromptRecord
 from patchsweep.tasks.base import Draw, Task, compose, end_of, words
 
-# clauses that do not give the subject's number away
+# clauses that do not show the subject's number
 CLAUSES = (
     "that the {attractor} liked",
     "that the {attractor} followed",
@@ -34,7 +34,7 @@ ATTRACTORS = words(
     guest visitor child nurse director
     """
 )
-# a clause that has clearly ended: without it the model goes on inside the clause
+# they end the clause clearly: without them the model continues inside the clause
 TIMES = ("last year", "last week", "last night", "yesterday", "in the morning")
 VERBS = ((" is", " are"), (" was", " were"), (" has", " have"))
 _PLURALS = {"child": "children"}
@@ -45,7 +45,7 @@ def _plural(noun: str) -> str:
 
 
 def prepare(model: TransformerBridge | None) -> Draw:
-    """How to draw one pair."""
+    """Return a function that draws one pair."""
 
     def draw(rng: random.Random) -> PromptRecord:
         template = f"The {{subject}} {rng.choice(CLAUSES)} {rng.choice(TIMES)}"
