@@ -29,7 +29,7 @@ TOLERANCE = 1e-4
 
 
 def _ours(subject: Subject, sites: Sequence[str]) -> xr.Dataset:
-    return ps.sweep(subject.model, subject.pairs, sites, runner="packed")
+    return ps.sweep(subject.model, subject.pairs, sites)  # as the README calls it
 
 
 @pytest.mark.parametrize("site", ["resid_pre", "z", "demo"])
