@@ -106,7 +106,7 @@ def test_a_replica_takes_leaner_layers_and_the_bridge_keeps_its_own() -> None:
 
 
 def _mlp(kind: str = "tiny:llama") -> tuple[nn.Module, nn.Module]:
-    """The first MLP of a unwrapped model, and one whose products are in bf16."""
+    """The first MLP of an unwrapped model, and one whose products are in bf16."""
     exact, low = UnwrappedModel(model(kind)).blocks[0], UnwrappedModel(model(kind)).blocks[0]
     use_bf16_products([low])
     return exact.mlp, low.mlp

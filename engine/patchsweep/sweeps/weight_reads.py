@@ -57,7 +57,7 @@ def weights_of(request: Request) -> Weights:
             if not is_tied(model, f"{path}.{name}"):  # rests once, and is fetched twice
                 places[place] += n_bytes
             away = place == "disk" or (place == "cpu" and here != "cpu")
-            if not offloaded or not away or weight.ndim < 2:  # a unwrapped model keeps vectors
+            if not offloaded or not away or weight.ndim < 2:  # an unwrapped model keeps vectors
                 continue
             if module in layer_of:
                 of_block[layer_of[module]] += n_bytes

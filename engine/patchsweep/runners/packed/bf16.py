@@ -1,4 +1,4 @@
-"""bf16 matrix products in a unwrapped model; everything else of a block stays in fp32.
+"""bf16 matrix products in an unwrapped model; everything else of a block stays in fp32.
 
 The linear layers of the blocks take their input in bf16, against weights cast once, and hand on
 the model's dtype, fp32 as a rule, so that norms, rotations, attention and residual adds stay as
@@ -64,7 +64,7 @@ def _round_up(n: int) -> int:
 
 
 def use_bf16_products(blocks: Sequence[nn.Module]) -> Collection[nn.Module]:
-    """Let the linear layers of `blocks` (of a unwrapped model: they are changed) multiply in bf16.
+    """Let the linear layers of `blocks` (of an unwrapped model: they are changed) multiply in bf16.
 
     Returns these layers. Others, such as experts that keep their weights in one three-axis
     parameter, are left as they are.
