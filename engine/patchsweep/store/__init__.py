@@ -1,1 +1,1 @@
-"""One Zarr group per run, written shard by shard by any number of processes."""
+"""The store: one Zarr group per run, written shard by shard by any number of processes."""

@@ -1,9 +1,8 @@
-"""Attributes of results: flat where they are kept, nested where they are read.
+"""Attributes of results: stored flat, read nested.
 
-netCDF takes numbers and texts alone, so whatever else an attribute is (a mapping, a list, true,
-false, None) stands in `Dataset.attrs` and in a store's `zarr.json` as JSON text. Attributes are
-written through `flat_attributes`, and those that may be nested are read through `attributes`, which
-takes nested ones as they are.
+netCDF allows only numbers and texts, so any other attribute (a mapping, a list, true, false, None)
+is JSON text in `Dataset.attrs` and in a store's `zarr.json`. Write attributes through
+`flat_attributes` and read them through `attributes`, which leaves nested values unchanged.
 """
 
 from __future__ import annotations
@@ -19,21 +18,19 @@ _CONSTANTS = ("null", "true", "false")
 
 
 def flat_attributes(attrs: Mapping[str, Any]) -> dict[str, Any]:
-    """`attrs` as netCDF takes them: numbers and texts as they are, all else as JSON text.
-
-    Flat attributes stay what they are.
+    """Convert `attrs` for netCDF: numbers and texts unchanged, other values as JSON text.
 
     Raises:
-        TypeError: a value is nothing that JSON knows.
+        TypeError: JSON cannot represent a value.
         ValueError: a nested number is NaN or infinite.
     """
     return {key: _flat(value) for key, value in attrs.items()}
 
 
 def attributes(of: xr.Dataset | Mapping[str, Any]) -> dict[str, Any]:
-    """The attributes of a Dataset (or these attributes), JSON text read back into what it was.
+    """Return the attributes of a Dataset (or the mapping given), with JSON text parsed.
 
-    For example `attributes(ds)["provenance"]["weights_hash"]`. What was a tuple is a list.
+    For example `attributes(ds)["provenance"]["weights_hash"]`. Tuples come back as lists.
     """
     attrs = of.attrs if hasattr(of, "attrs") else of
     return {str(key): _nested(value) for key, value in attrs.items()}
@@ -50,5 +47,5 @@ def _nested(value: Any) -> Any:
         try:
             return json.loads(value)
         except (ValueError, RecursionError):
-            return value  # a text that begins with a bracket
+            return value  # a plain text that begins with a bracket
     return value

@@ -1,9 +1,9 @@
-"""What a store says of itself, read as data and checked.
+"""Metadata and coordinates of a store, read as data and checked before zarr sees them.
 
-A store may come from anybody, and may have rotted. Nothing in it is imported, called or resolved:
-attributes are JSON and stay JSON. Zarr's metadata can name codecs and data types of any installed
-package, and older formats can name pickle; so it must say what this package writes (`_CODECS`,
-`_TYPES`) before zarr gets to see it. Names must be names, so that no key leads out of the store.
+A store may be untrusted or corrupted. Nothing in it is imported, called or resolved: attributes
+stay JSON. Zarr's metadata can name codecs and data types of any installed package, and older
+formats can name pickle, so only metadata that this package writes (`_CODECS`, `_TYPES`) is passed
+on to zarr. Names must be identifiers, so that no key leads out of the store.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from patchsweep.store.layout import (
 from patchsweep.store.shard import ShardForm
 
 ROOT = "zarr.json"
-KIND = "kind"  # root attribute of an analysis' results; a sweep has none
-# what to do about damage; results of an analysis are put whole, and not mended in part
+KIND = "kind"  # root attribute of an analysis' results; sweeps lack it
+# remedies for damage; results of an analysis are written at once and cannot be repaired in part
 MEND = "run the command that wrote the store again: it mends that, or says what to do"
 DELETE = "delete the store and run its command again"
 
@@ -44,41 +44,42 @@ _CODECS = {"bytes", "vlen-utf8", "zstd", "sharding_indexed", "crc32c"}
 _TYPES = {"bool", "string", *(f"{kind}{n}" for kind in ("int", "uint") for n in (8, 16, 32, 64))}
 _TYPES |= {"float16", "float32", "float64"}
 _NAME = re.compile(r"[A-Za-z_]\w*")
-_KEY = re.compile(r"(\w[\w.]*/)*\w[\w.]*")  # no empty part, no part that begins with a dot
+_KEY = re.compile(r"(\w[\w.]*/)*\w[\w.]*")  # no part is empty or begins with a dot
 _MOST_UNITS = 10_000_000
 
 
 @dataclass(frozen=True)
 class Contents:
-    """The files that a store has from the start: metadata and coordinates."""
+    """The files that a store has from its creation: metadata and coordinates."""
 
-    shown: str  # the store's address, fit for people to see
-    attrs: dict[str, Any]  # of the root
+    shown: str  # the store's address without credentials
+    attrs: dict[str, Any]  # root attributes
     names: dict[str, Any]  # attributes of `COMPLETE`
-    files: dict[str, bytes]  # by key; those that are sound
-    problems: tuple[str, ...]  # a line for each file that is not
+    files: dict[str, bytes]  # key -> content, of undamaged files
+    problems: tuple[str, ...]  # a line for each damaged file
 
     @property
     def identity(self) -> bytes:
-        """What the store's digests are bound to."""
+        """SHA-256 of `COMPLETE`, which every seal of the store covers."""
         return bytes.fromhex(digest_of(self.files[COMPLETE]))
 
     @property
     def kind(self) -> str | None:
-        """Of which analysis the results are, such as `lens`; None: of a sweep."""
+        """The analysis that wrote the results, such as `lens`; None for a sweep."""
         kind = self.attrs.get(KIND)
         return None if kind is None else str(kind)
 
     @property
     def is_sweep(self) -> bool:
-        """Whether it was written unit by unit; else at once."""
+        """Whether a sweep wrote the store, shard by shard; an analysis writes at once."""
         return "variables" in self.names
 
     def group(self) -> zarr.Group:
-        """The Zarr group that the files make up, to read.
+        """Return the Zarr group of the files, read-only.
 
         Raises:
-            DamagedError: a file is not as it was written.
+            DamagedError: a file does not match its digest.
+            StoreError: the metadata holds something that this package never writes.
         """
         if self.problems:
             raise damaged(self.shown, self.problems[0], MEND if self.is_sweep else DELETE)
@@ -86,10 +87,10 @@ class Contents:
         for key, data in self.files.items():
             if not key.endswith(ROOT):
                 continue
-            found = self.metadata(key, data)
+            metadata = self.metadata(key, data)
             if key.startswith(f"{PROGRESS}/"):
                 continue
-            dims, shape = found.get("dimension_names", []), found.get("shape", [])
+            dims, shape = metadata.get("dimension_names", []), metadata.get("shape", [])
             if len(dims) != len(shape):
                 raise self._strange(key, f"dims {dims} with shape {shape}")
             for dim, size in zip(dims, shape, strict=True):
@@ -98,59 +99,59 @@ class Contents:
         return group_of(self.files)
 
     def metadata(self, key: str, data: bytes) -> dict[str, Any]:
-        """A `zarr.json` that names nothing but what this package writes.
+        """Parse a `zarr.json` and check that it holds only what this package writes.
 
         Raises:
-            StoreError: it names something else.
+            StoreError: it holds something else.
         """
-        found = parse(data)
-        wrong = "it is no JSON object" if found is None else _strange(found)
-        if wrong:
-            raise self._strange(key, wrong)
-        assert found is not None
-        return found
+        metadata = parse(data)
+        problem = "it is no JSON object" if metadata is None else _strange(metadata)
+        if problem:
+            raise self._strange(key, problem)
+        assert metadata is not None
+        return metadata
 
     def variables(self) -> dict[str, Variable]:
-        """A sweep's variables, in its layout's order."""
+        """Return a sweep's variables by name, in the order of its layout."""
         return {name: self._variable(name) for name in self._listed("variables")}
 
     def coords(self) -> list[str]:
-        """Names of a sweep's coordinates."""
+        """Return the names of a sweep's coordinates."""
         return self._listed("coords")
 
     def form(self, name: str) -> ShardForm:
-        """How the files of a variable, or of one of `FIXED`, are decoded."""
-        found = self._array(name)
-        shard = tuple(found["chunk_grid"]["configuration"]["chunk_shape"])
-        inner = found["codecs"][0].get("configuration", {}).get("chunk_shape")
+        """Return the decoder for the files of a variable or of one of `FIXED`."""
+        metadata = self._array(name)
+        shard = tuple(metadata["chunk_grid"]["configuration"]["chunk_shape"])
+        inner = metadata["codecs"][0].get("configuration", {}).get("chunk_shape")
         return ShardForm(shard, None if name in FIXED else tuple(inner))
 
     def fixed_shape(self) -> tuple[int, int]:
-        """Metrics and pairs."""
+        """Return the numbers of metrics and of pairs."""
         n_metrics, n_pairs = self._array(FIXED[0])["shape"]
         return n_metrics, n_pairs
 
     def _variable(self, name: str) -> Variable:
-        found = self._array(name)
-        dims, shape = tuple(found["dimension_names"]), tuple(found["shape"])
-        cut = dict(zip(dims, found["chunk_grid"]["configuration"]["chunk_shape"], strict=True))
+        metadata = self._array(name)
+        dims, shape = tuple(metadata["dimension_names"]), tuple(metadata["shape"])
+        cut = dict(zip(dims, metadata["chunk_grid"]["configuration"]["chunk_shape"], strict=True))
         unit = (cut["pair"], cut.get("layer", 1))
-        variable = Variable(name, dims, shape, unit, dict(found["attributes"]))
+        variable = Variable(name, dims, shape, unit, dict(metadata["attributes"]))
         if variable.n_units > _MOST_UNITS:
             raise self._strange(f"{name}/{ROOT}", f"{variable.n_units:,} units")
         return variable
 
     def _array(self, name: str) -> dict[str, Any]:
-        """Metadata of a variable, or of one of `FIXED`, that are cut and packed as here."""
+        """Return the checked metadata of a variable or of one of `FIXED`."""
         key = f"{name}/{ROOT}"
-        found = self.metadata(key, self.files.get(key, b""))
+        metadata = self.metadata(key, self.files.get(key, b""))
         try:
-            wrong = _strange_values(found, whole=name in FIXED)
+            problem = _strange_values(metadata, whole=name in FIXED)
         except (KeyError, TypeError, IndexError, ValueError, ZeroDivisionError) as error:
-            wrong = f"{type(error).__name__}: {error}"
-        if wrong:
-            raise self._strange(key, wrong)
-        return found
+            problem = f"{type(error).__name__}: {error}"
+        if problem:
+            raise self._strange(key, problem)
+        return metadata
 
     def _listed(self, which: str) -> list[str]:
         names = self.names.get(which)
@@ -167,15 +168,15 @@ class Contents:
 
 
 def printable(text: str) -> str:
-    """Text of anybody's, fit for a terminal: it moves no cursor and turns nothing round."""
+    """Replace the control and direction characters of untrusted text, for a terminal."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 @contextmanager
 def told(shown: str) -> Iterator[None]:
-    """Inside, values are read as what a store says that they are.
+    """Convert unexpected errors while reading the store `shown` into StoreErrors.
 
-    It may say anything, and nobody expects everything: an error that comes of it is told as one.
+    Untrusted metadata may cause errors of any type.
     """
     try:
         yield
@@ -189,39 +190,39 @@ def told(shown: str) -> Iterator[None]:
 
 
 def damaged(shown: str, what: str, remedy: str = MEND) -> DamagedError:
-    """The error that says `what` is damaged in the store at `shown`."""
+    """Return a DamagedError: `what` is damaged in the store at `shown`."""
     return DamagedError(f"{shown} is damaged: {what}; {remedy}")
 
 
 def parse(data: bytes | None) -> dict[str, Any] | None:
-    """The JSON object that `data` is; None if it is none."""
+    """Parse a JSON object; None if `data` is not one."""
     try:
-        found = json.loads(data or b"")
+        value = json.loads(data or b"")
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return value if isinstance(value, dict) else None
 
 
 def read_root(folder: Folder) -> dict[str, Any] | None:
-    """The attributes of the store in `folder`; None if there is no Zarr group.
+    """Return the root attributes of the store in `folder`; None if there is no Zarr group.
 
     Raises:
-        DamagedError: it was a store.
-        StoreError: it is none of ours, or of a format that this version does not know.
+        DamagedError: the root metadata does not match its digest.
+        StoreError: patchsweep did not write it, or it has an unknown store format.
     """
     data = folder.read(ROOT)
-    found = parse(data)
-    attrs = found.get("attributes") if found else None
+    root = parse(data)
+    attrs = root.get("attributes") if root else None
     if isinstance(attrs, dict) and attrs.get(FORMAT_KEY) == FORMAT:
         return attrs
-    wanted = digests_of(folder.read(COMPLETE)).get(ROOT)
-    if wanted is not None and wanted != digest_of(data or b""):
+    recorded = digests_of(folder.read(COMPLETE)).get(ROOT)
+    if recorded is not None and recorded != digest_of(data or b""):
         what = "is missing" if data is None else "is not as it was written"
         raise damaged(folder.shown, f"{ROOT} {what}")
     if data is None:
         return None
     if isinstance(attrs, dict) and {KIND, "patchsweep_version"} <= attrs.keys():
-        attrs.setdefault(FORMAT_KEY, 1)  # analyses wrote none before format 2
+        attrs.setdefault(FORMAT_KEY, 1)  # analyses wrote no format before format 2
     if not isinstance(attrs, dict) or FORMAT_KEY not in attrs:
         raise StoreError(
             f"{folder.shown} holds a {ROOT} that this version of patchsweep has not written; give "
@@ -235,18 +236,18 @@ def read_root(folder: Folder) -> dict[str, Any] | None:
 
 
 def digests_of(complete: bytes | None) -> dict[str, str]:
-    """File -> digest, as `COMPLETE` with this content says; empty if it says nothing."""
+    """Return file -> digest from the content of `COMPLETE`; empty if it has no digests."""
     attrs = (parse(complete) or {}).get("attributes")
     digests = attrs.get(DIGESTS) if isinstance(attrs, dict) else None
     return digests if isinstance(digests, dict) and ROOT in digests else {}
 
 
 def read_contents(folder: Folder) -> Contents:
-    """All files that the store in `folder` has from the start, each beside its digest.
+    """Read the metadata and coordinates of the store in `folder`, and check their digests.
 
     Raises:
-        DamagedError: the list of these files is damaged.
-        StoreError: there is no store, or one of another program, or its making was cut off.
+        DamagedError: `COMPLETE` is damaged or missing (also if its creation was interrupted).
+        StoreError: there is no store, or one of another program.
     """
     attrs = read_root(folder)
     if attrs is None:
@@ -257,9 +258,9 @@ def read_contents(folder: Folder) -> Contents:
     complete = folder.read(COMPLETE)
     digests = digests_of(complete)
     if complete is None or not digests:
-        cut = " (or the store was cut off while it was made)" if complete is None else ""
+        cause = " (or the store was cut off while it was made)" if complete is None else ""
         what = "is missing" if complete is None else "cannot be read"
-        raise damaged(folder.shown, f"{COMPLETE} {what}{cut}")
+        raise damaged(folder.shown, f"{COMPLETE} {what}{cause}")
     names: dict[str, Any] = json.loads(complete)["attributes"]
     for key in digests:
         if not _KEY.fullmatch(key):
@@ -280,7 +281,7 @@ def read_contents(folder: Folder) -> Contents:
 
 
 def _strange(found: Mapping[str, Any]) -> str:
-    """What in a `zarr.json` this package never writes; empty if nothing."""
+    """Describe something in a `zarr.json` that this package never writes; empty if nothing."""
     if found.get("zarr_format") != 3:
         return f"zarr_format is {found.get('zarr_format')!r}, not 3"
     if not isinstance(found.get("attributes", {}), dict):
@@ -310,15 +311,15 @@ def _strange_codecs(codecs: Any) -> str:
         name = codec.get("name") if isinstance(codec, dict) else codec
         if not isinstance(name, str) or name not in _CODECS:
             return f"codec {name!r}"
-        inside = codec.get("configuration", {}) if isinstance(codec, dict) else {}
+        configuration = codec.get("configuration", {}) if isinstance(codec, dict) else {}
         for key in ("codecs", "index_codecs"):
-            if key in inside and (wrong := _strange_codecs(inside[key])):
-                return wrong
+            if key in configuration and (problem := _strange_codecs(configuration[key])):
+                return problem
     return ""
 
 
 def _strange_values(found: Mapping[str, Any], whole: bool) -> str:
-    """What in the metadata of values would be decoded wrongly; `whole`: they are not sharded."""
+    """Describe array metadata that `ShardForm` cannot decode; empty if none. `whole`: unsharded."""
     shape, dims = found["shape"], found["dimension_names"]
     shard = found["chunk_grid"]["configuration"]["chunk_shape"]
     if found["data_type"] != "float32" or found["fill_value"] != "NaN":
@@ -329,17 +330,17 @@ def _strange_values(found: Mapping[str, Any], whole: bool) -> str:
         return f"shards {shard} in shape {shape}"
     if found["chunk_key_encoding"]["configuration"]["separator"] != ".":
         return "its files have other names"
-    packed = found["codecs"]
+    codecs = found["codecs"]
     if not whole:
-        (sharding,) = packed
-        form = sharding["configuration"]
-        inner, packed = form["chunk_shape"], form["codecs"]
-        if form["index_location"] != "end" or len(form["index_codecs"]) != 2:
+        (sharding,) = codecs
+        configuration = sharding["configuration"]
+        inner, codecs = configuration["chunk_shape"], configuration["codecs"]
+        if configuration["index_location"] != "end" or len(configuration["index_codecs"]) != 2:
             return "its shards have another index"
         parts = [n % m for n, m in zip(shard, inner, strict=True)]
         if any(parts) or math.prod(shard) // math.prod(inner) > 2**20:
             return f"inner chunks {inner} in shards {shard}"
-    first, second = packed
+    first, second = codecs
     if first["name"] != "bytes" or first["configuration"]["endian"] != "little":
         return "its values are no little-endian bytes"
     return "" if second["name"] == "zstd" else "its values are packed in another way"

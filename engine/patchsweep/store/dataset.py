@@ -1,4 +1,4 @@
-"""A store as an `xarray.Dataset`: values are read lazily, and each file beside its digest."""
+"""A store as an `xarray.Dataset`: values are read lazily, and checked against their digests."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from patchsweep.store.shard import ShardForm
 
 
 def open_store(url: str | Path, *, storage_options: Mapping[str, Any] | None = None) -> xr.Dataset:
-    """What a sweep or an analysis wrote to `url`; the values of a sweep are read lazily.
+    """Open the store of a sweep or an analysis at `url`; the values of a sweep are read lazily.
 
-    Every file is held against its digest when it is read. `xarray.open_zarr(url,
-    consolidated=False)` gives the same values, and takes a lost file for one that was not written.
-    NaN is what has not run.
+    NaN marks cells that have not run. Each file is checked against its digest when it is read.
+    `xarray.open_zarr(url, consolidated=False)` gives the same values without the check, and reads
+    a lost file as NaN.
 
     Raises:
-        DamagedError: a file is not as it was written; that of values is told when they are read.
+        DamagedError: a file does not match its digest; files of values raise when they are read.
         StoreError: there is no store, or one of another program.
     """
     folder = open_folder(url, storage_options)
@@ -39,16 +39,16 @@ def open_store(url: str | Path, *, storage_options: Mapping[str, Any] | None = N
 
 
 def results_of(contents: Contents) -> xr.Dataset:
-    """The results of an analysis, loaded."""
+    """Return the results of an analysis, loaded."""
     group = contents.group()
     with xr.open_zarr(group.store, zarr_format=3, consolidated=False, chunks=None) as ds:
-        found = ds.load()
-    found.attrs.pop(FORMAT_KEY, None)
-    return found
+        results = ds.load()
+    results.attrs.pop(FORMAT_KEY, None)
+    return results
 
 
 def dataset_of(folder: Folder, contents: Contents) -> xr.Dataset:
-    """A sweep's variables, unpatched metrics and coordinates."""
+    """Return a sweep's variables, unpatched metrics and coordinates; values are read lazily."""
     group: Any = contents.group()
     n_metrics, n_pairs = contents.fixed_shape()
     identity = contents.identity
@@ -63,7 +63,7 @@ def dataset_of(folder: Folder, contents: Contents) -> xr.Dataset:
     coords = {}
     for name in contents.coords():
         values = np.asarray(group[name][...])
-        # text is kept as objects, as it was given
+        # text as Python objects, not as fixed-width strings
         values = values if values.dtype.kind in "iufb" else values.astype(object)
         coords[name] = (tuple(group[name].metadata.dimension_names), values)
     attrs = {key: value for key, value in contents.attrs.items() if key != "coordinates"}
@@ -72,7 +72,7 @@ def dataset_of(folder: Folder, contents: Contents) -> xr.Dataset:
 
 @dataclass(frozen=True)
 class _Units:
-    """The files of a variable's units."""
+    """Reads the shards of a variable."""
 
     folder: Folder
     identity: bytes
@@ -84,7 +84,7 @@ class _Units:
         return self.form.shape
 
     def read(self, block: Mapping[str, int]) -> np.ndarray | None:
-        """The values of one unit; None if it has not run."""
+        """Return the values of one shard (`block`: dim -> block index); None if it has not run."""
         unit = self.variable.at(block["pair"], block.get("layer", 0))
         key, flag_key = self.variable.shard_key(unit), self.variable.flag_key(unit)
         return _read(self.folder, self.identity, self.form, key, self.folder.read(flag_key))
@@ -92,20 +92,20 @@ class _Units:
 
 @dataclass(frozen=True)
 class _Pairs:
-    """The files of one of `FIXED`."""
+    """Reads the files of one of `FIXED`."""
 
     folder: Folder
     identity: bytes
     form: ShardForm
     name: str
-    number: int  # which of `FIXED` it is
+    number: int  # index of `name` in `FIXED`
 
     @property
     def cut(self) -> tuple[int, ...]:
         return self.form.shape
 
     def read(self, block: Mapping[str, int]) -> np.ndarray | None:
-        """The values of one pair; None if they are not written."""
+        """Return the values of one pair (`block`: dim -> index); None if they are not written."""
         pair = block["pair"]
         flag = self.folder.read(references_key(pair)) or b""
         part = flag[self.number * SEAL_BYTES :][:SEAL_BYTES]
@@ -132,7 +132,7 @@ def _read(
 
 @dataclass(frozen=True)
 class _Lazy(BackendArray):
-    """An array that reads the files of which a part is wanted."""
+    """A float32 array that reads only the files that an index selects from."""
 
     dims: tuple[str, ...]
     shape: tuple[int, ...]
@@ -144,40 +144,40 @@ class _Lazy(BackendArray):
         return indexing.explicit_indexing_adapter(key, self.shape, basic, self._get)
 
     def _get(self, key: tuple[int | slice, ...]) -> np.ndarray:
-        places = [
+        index = [
             part if isinstance(part, slice) else int(part) % n
             for part, n in zip(key, self.shape, strict=True)
         ]
-        wanted = [
+        ranges = [
             range(n)[part : part + 1] if isinstance(part, int) else range(n)[part]
-            for part, n in zip(places, self.shape, strict=True)
+            for part, n in zip(index, self.shape, strict=True)
         ]
-        out = np.full([len(part) for part in wanted], np.nan, np.float32)
-        for block, target, inside in _blocks(wanted, self.files.cut):
+        out = np.full([len(part) for part in ranges], np.nan, np.float32)
+        for block, target, inside in _blocks(ranges, self.files.cut):
             values = self.files.read(dict(zip(self.dims, block, strict=True)))
             if values is not None:
                 out[target] = values[inside]
-        return out[tuple(0 if isinstance(part, int) else slice(None) for part in places)]
+        return out[tuple(0 if isinstance(part, int) else slice(None) for part in index)]
 
 
 def _blocks(
     wanted: list[range], cut: tuple[int, ...]
 ) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...], tuple[slice, ...]]]:
-    """Each file that holds a part: its place among the files, and where that part lies in the
-    result and in the file."""
+    """Yield (block index, slices of the result, slices of the file) for each file with a part of
+    `wanted`."""
     axes = []
     for part, size in zip(wanted, cut, strict=True):
-        pieces: dict[int, list[int]] = {}  # file -> first and last place in the result
-        for place, index in enumerate(part):
-            pieces.setdefault(index // size, [place, place])[1] = place
+        pieces: dict[int, list[int]] = {}  # block -> first and last position in the result
+        for position, index in enumerate(part):
+            pieces.setdefault(index // size, [position, position])[1] = position
         axes.append(
             [
                 (block, slice(first, last + 1), _within(part, first, last, block * size))
                 for block, (first, last) in pieces.items()
             ]
         )
-    for chosen in itertools.product(*axes):
-        blocks, targets, inside = zip(*chosen, strict=True)
+    for combination in itertools.product(*axes):
+        blocks, targets, inside = zip(*combination, strict=True)
         yield blocks, targets, inside
 
 

@@ -1,8 +1,8 @@
-"""What differs between two runs: the first difference of their identities or attributes, in words.
+"""Differences between two runs: of their identities or attributes, in words.
 
 An identity (see `patchsweep.sweeps.identity`) is a tree of JSON under the attribute `identity`.
-Results that have one are never taken for results without one, nor for those of a function without a
-version: equal descriptions say nothing about such functions.
+Results with an identity never equal results without one. Results of a function without a version
+equal no others, since equal descriptions do not show that such functions are the same.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from typing import Any
 
 from patchsweep.store.attributes import attributes
 
-IDENTITY = "identity"  # the attribute that holds it
-DIGEST = "digest"  # its key that holds one hash of all the others
-UNVERSIONED = "without a version"  # ends the description of a function that nothing identifies
-PAIR_DIGITS = 8  # of each pair's digest; all of them stand in one string
+IDENTITY = "identity"  # attribute that holds the identity
+DIGEST = "digest"  # key of the identity that holds one hash of all other keys
+UNVERSIONED = "without a version"  # ends the description of a function without a version
+PAIR_DIGITS = 8  # hex digits of each pair's digest; one string joins those of all pairs
 
 
 def attribute_differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[str]:
-    """Each place where two sets of attributes differ, and how, that of the identities first."""
+    """Yield a clause for each difference between two sets of attributes, the identities' first."""
     mine, theirs = attributes(mine), attributes(theirs)
-    ours, others = mine.get(IDENTITY), theirs.get(IDENTITY)
-    if isinstance(ours, Mapping) and isinstance(others, Mapping):
-        found = identity_difference(ours, others)
-        if found is not None:
-            yield found
+    identity, their_identity = mine.get(IDENTITY), theirs.get(IDENTITY)
+    if isinstance(identity, Mapping) and isinstance(their_identity, Mapping):
+        difference = identity_difference(identity, their_identity)
+        if difference is not None:
+            yield difference
         del mine[IDENTITY], theirs[IDENTITY]
     yield from differences("attrs", mine, theirs)
 
 
 def identity_difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
-    """The first part in which two identities differ, and how; None if they are equal."""
+    """Return a clause on the first difference between two identities; None if they are equal."""
     for identity in (mine, theirs):
         function = unversioned(identity)
         if function is not None:
@@ -50,7 +50,7 @@ def identity_difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> s
 
 
 def unversioned(identity: Any) -> str | None:
-    """The first function in `identity` that has no version; None if there is none."""
+    """Return the first function in `identity` without a version; None if all have one."""
     if isinstance(identity, str):
         return identity if identity.endswith(UNVERSIONED) else None
     if isinstance(identity, Mapping):
@@ -63,7 +63,7 @@ def unversioned(identity: Any) -> str | None:
 def differences(
     path: str, mine: Any, theirs: Any, words: Callable[[Any], str] = repr
 ) -> Iterator[str]:
-    """Each place where two trees of JSON differ, and how, in the order of `mine`."""
+    """Yield a clause for each place where two trees of JSON differ, in the order of `mine`."""
     if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
         for key in [*mine, *(key for key in theirs if key not in mine)]:
             inner = f"{path}.{key}" if path else key
@@ -81,7 +81,7 @@ def differences(
 
 
 def differ(path: str, mine: Any, theirs: Any, words: Callable[[Any], str] = repr) -> str:
-    """That two values differ, and what they are, in one clause."""
+    """Return a clause that says that two values differ, and shows both."""
     return f"{path} is {_brief(words(mine))} in this run and {_brief(words(theirs))} in the store"
 
 

@@ -1,10 +1,10 @@
-"""Digests: what a file of a store held when it was written.
+"""Digests of the files of a store, which show later damage.
 
-A unit's flag in `progress/` holds the digest of the unit's file and its length. The digest covers
-the store's identity and the file's key as well, so that a file which is put in another's place,
-with or without its flag, is noticed like one that was changed.
+A shard's flag in `progress/` holds the digest and length of the shard's file. The digest also
+covers the store's identity and the file's key, so it detects a file that was moved to another
+place, with or without its flag, as well as a changed file.
 
-A digest shows damage. It does not show who wrote a store: whoever changes a file on purpose can
+A digest shows damage. It does not show who wrote a store: an attacker who changes a file can
 change its digest too (see `docs/trust.md`).
 """
 
@@ -13,11 +13,11 @@ from __future__ import annotations
 import hashlib
 import struct
 
-SEAL_BYTES = 40  # SHA-256, and the length as a little-endian integer of 64 bits
+SEAL_BYTES = 40  # SHA-256, and the length as a little-endian 64-bit integer
 
 
 def seal(identity: bytes, key: str, data: bytes) -> bytes:
-    """`SEAL_BYTES` bytes that stand for `data` in the file `key` of the store `identity`."""
+    """Return the digest and length of `data`, bound to file `key` of store `identity`."""
     digest = hashlib.sha256(identity)
     digest.update(key.encode() + b"\0")
     digest.update(data)
@@ -25,10 +25,10 @@ def seal(identity: bytes, key: str, data: bytes) -> bytes:
 
 
 def sealed_size(sealed: bytes) -> int:
-    """The length of the file for which `sealed` stands."""
+    """Return the length of the sealed file, in bytes."""
     return int.from_bytes(sealed[-8:], "little")
 
 
 def digest_of(data: bytes) -> str:
-    """SHA-256 of a file of the layout, in hexadecimal."""
+    """Return the SHA-256 (hex) of a file of the layout."""
     return hashlib.sha256(data).hexdigest()

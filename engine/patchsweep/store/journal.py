@@ -1,19 +1,18 @@
-"""The journal of a store: what each process did and when, one JSON object per line.
+"""The journal of a store: events of each process with their times, one JSON object per line.
 
-Each process appends to a file of its own, `<store>.journal/<host>-<pid>-<start>.jsonl`, so that
-nothing is ever shared or locked. A killed process may leave half a last line, which readers pass
-over. Object stores cannot append: there the whole small file is put again, at most every
-`PUT_EVERY_S`.
+Each process appends to its own file, `<store>.journal/<host>-<pid>-<start>.jsonl`, so no file is
+shared or locked. A killed process may leave a partial last line, which readers skip. Object stores
+cannot append: there the whole small file is written again, at most every `PUT_EVERY_S`.
 
 | event | fields |
 |---|---|
-| started | command (any JSON), n_units (still to do), and what the run adds, such as slice |
+| started | command (any JSON), n_units (pending), and fields of the run, such as slice |
 | unit | variable, pair_block, layer_block, seconds, token_layers, n_live |
 | warning | text |
 | finished | |
 | interrupted | reason |
 
-Every line also has `event` and `time` (unix seconds); `read_journal` adds `process`.
+Each line also has `event` and `time` (unix seconds); `read_journal` adds `process`.
 """
 
 from __future__ import annotations
@@ -35,16 +34,16 @@ PUT_EVERY_S = 5.0
 STARTED, UNIT, WARNING = "started", "unit", "warning"
 FINISHED, INTERRUPTED = "finished", "interrupted"
 _SUFFIX = ".jsonl"
-_MOST = 1e15  # no time or count is larger; NaN is not smaller
+_MOST = 1e15  # bound for times and counts; a comparison with it rejects NaN too
 
 
 class Journal:
-    """This process's journal. Leaving `with journal:` records how the run ended."""
+    """This process's journal; leaving `with journal:` records how the run ended."""
 
     def __init__(
         self, store: str | Path, *, storage_options: Mapping[str, Any] | None = None
     ) -> None:
-        """`store`: the store's address; its journal lies beside it."""
+        """Write the journal of this process beside the store at address `store`."""
         self._folder = open_folder(store, storage_options).beside(".journal")
         self._key = ""
         self._put, self._waiting = b"", b""
@@ -52,12 +51,12 @@ class Journal:
         self._ended = False
 
     def started(self, command: Any, *, n_units: int, **fields: Any) -> None:
-        """Record that a run starts, with `n_units` units still to do."""
+        """Record that a run starts, with `n_units` shards pending."""
         self._ended = False
         self.record(STARTED, command=command, n_units=n_units, **fields)
 
     def unit_done(self, unit: Unit, *, seconds: float, token_layers: int, n_live: int) -> None:
-        """Record a unit that has been written."""
+        """Record a written shard."""
         self.record(
             UNIT,
             variable=unit.variable,
@@ -69,11 +68,11 @@ class Journal:
         )
 
     def warning(self, text: str) -> None:
-        """Record what people should know of, such as a halved packed batch or the first NaN."""
+        """Record a warning, such as a halved packed batch or the first NaN."""
         self.record(WARNING, text=text)
 
     def finished(self) -> None:
-        """Record that this process has done all that it was to do."""
+        """Record that this process has done all its work."""
         self._ended = True
         self.record(FINISHED)
 
@@ -99,7 +98,7 @@ class Journal:
             self._folder.make()
             base, number = process_name(), 0
             self._key = base + _SUFFIX
-            while self._folder.exists(self._key):  # an earlier run of this very process
+            while self._folder.exists(self._key):  # an earlier run of this process
                 number += 1
                 self._key = f"{base}-run{number}{_SUFFIX}"
         self._folder.append(self._key, self._put, self._waiting)
@@ -126,9 +125,9 @@ class Journal:
 def read_journal(
     store: str | Path, *, storage_options: Mapping[str, Any] | None = None
 ) -> list[dict[str, Any]]:
-    """Every event of the store's journals, by time; each has `event`, `time` and `process`.
+    """Return the events of all processes in order of time, each with `event`, `time`, `process`.
 
-    Half a line, or a line that no `Journal` has written, is passed over.
+    Skips partial lines and lines that no `Journal` wrote.
     """
     folder = open_folder(store, storage_options).beside(".journal")
     events = []
@@ -143,18 +142,18 @@ def read_journal(
 
 
 def _event(line: bytes) -> dict[str, Any] | None:
-    """The event of a line; None if the line is none that a `Journal` has written."""
+    """Return the event of a line; None if no `Journal` wrote the line."""
     try:
         event = json.loads(line)
     except (ValueError, RecursionError):
         return None
     if not isinstance(event, dict) or not isinstance(event.get("event"), str):
         return None
-    wanted: dict[str, type | UnionType] = {"time": int | float}
+    types: dict[str, type | UnionType] = {"time": int | float}
     if event["event"] == UNIT:
-        wanted |= {"variable": str, "pair_block": int, "layer_block": int}
-        wanted |= {"seconds": int | float, "token_layers": int}
-    if not all(isinstance(event.get(field), kind) for field, kind in wanted.items()):
+        types |= {"variable": str, "pair_block": int, "layer_block": int}
+        types |= {"seconds": int | float, "token_layers": int}
+    if not all(isinstance(event.get(field), kind) for field, kind in types.items()):
         return None
     numbers = (event[field] for field in ("time", "seconds", "token_layers") if field in event)
     return event if all(abs(n) < _MOST for n in numbers if isinstance(n, int | float)) else None

@@ -1,11 +1,10 @@
-"""What a store holds: its arrays, how they are cut into units, its coordinates and attributes.
+"""The layout of a store: its arrays, their division into shards, coordinates and attributes.
 
-On disk a layout is a Zarr v3 group. Each variable is one array, sharded so that a unit of work
-is one whole shard, hence one file with one writer. `progress/<variable>` holds one flag per
-unit, which is the digest of the unit's file; `progress/references` holds one per pair, for its
-unpatched metrics. `progress/zarr.json` holds the digest of every file that is there from the
-start. A layout's files contain no time, host or random number, so that equal runs are equal byte
-for byte.
+On disk a layout is a Zarr v3 group. Each variable is one array. A unit of work (`Unit`) is one Zarr
+shard, hence one file with one writer. `progress/<variable>` holds one flag per shard: the digest of
+its file. `progress/references` holds one flag per pair, for its unpatched metrics.
+`progress/zarr.json` holds the digest of each file that the layout itself has. These files contain
+no time, host or random number, so that equal runs are equal byte for byte.
 """
 
 from __future__ import annotations
@@ -29,28 +28,28 @@ from patchsweep.store.difference import attribute_differences, differ, differenc
 from patchsweep.store.digest import SEAL_BYTES, digest_of
 
 FORMAT = 2
-FORMAT_KEY = "patchsweep_store"  # root attribute by which a store is known
-PROGRESS = "progress"  # subgroup of the flags; xarray's reading of the root passes it over
-COMPLETE = f"{PROGRESS}/zarr.json"  # put last: all other files of the layout are there
+FORMAT_KEY = "patchsweep_store"  # root attribute that marks a store
+PROGRESS = "progress"  # subgroup of the flags; xarray skips it when it reads the root
+COMPLETE = f"{PROGRESS}/zarr.json"  # written last: all other files of the layout exist
 DIGESTS = "files"  # attribute of `COMPLETE`: key -> SHA-256 of each other file of the layout
-FIXED = ("base_metric", "source_metric")  # [metric, pair], each written once, a pair at a time
-REFERENCES = "references"  # their flags: one for both metrics of a pair
-INNER_BYTES = 1 << 20  # readers decode at least this much at once, where a shard has as much
+FIXED = ("base_metric", "source_metric")  # arrays [metric, pair], written pair by pair
+REFERENCES = "references"  # flags of `FIXED`: one for both metrics of a pair
+INNER_BYTES = 1 << 20  # size of inner chunks, the least that a reader decodes
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What one write fills: a whole shard of one variable."""
+    """A shard of one variable, which a process writes at once."""
 
     variable: str
-    pair_block: int  # index among the blocks along the pairs
-    layer_block: int  # and along the layers; 0 if the variable has none
-    pairs: range  # pairs that it covers
-    layers: range  # layers that it covers; range(0, 1) if the variable has none
+    pair_block: int  # index of the block along the pairs
+    layer_block: int  # index of the block along the layers; 0 if the variable has no layers
+    pairs: range  # pairs in the shard
+    layers: range  # layers in the shard; range(0, 1) if the variable has no layers
 
     @property
     def name(self) -> str:
-        """Such as `z/0.3`."""
+        """`<variable>/<pair_block>.<layer_block>`, such as `z/0.3`."""
         return f"{self.variable}/{self.pair_block}.{self.layer_block}"
 
     @property
@@ -60,12 +59,12 @@ class Unit:
 
 @dataclass(frozen=True)
 class Variable:
-    """One float32 array; NaN marks what has not run."""
+    """A float32 array; NaN marks cells that have not run."""
 
     name: str
-    dims: tuple[str, ...]  # such as ("metric", "pair", "layer", "pos", "head"); layer may lack
+    dims: tuple[str, ...]  # such as ("metric", "pair", "layer", "pos", "head"); layer is optional
     shape: tuple[int, ...]
-    unit: tuple[int, int]  # pairs and layers in one unit
+    unit: tuple[int, int]  # pairs and layers in one shard
     attrs: Mapping[str, Any]
 
     def __post_init__(self) -> None:
@@ -77,13 +76,13 @@ class Variable:
 
     @cached_property
     def shard(self) -> tuple[int, ...]:
-        """Cells in one unit along each axis (fewer at the far edge)."""
+        """Shape of a shard (smaller at the far edge of the array)."""
         cut = {"pair": self.unit[0], "layer": self.unit[1]}
         return tuple(min(cut.get(d, n), n) for d, n in zip(self.dims, self.shape, strict=True))
 
     @cached_property
     def blocks(self) -> tuple[int, int]:
-        """How many blocks of units there are along the pairs and along the layers."""
+        """Numbers of blocks along the pairs and along the layers."""
         return self._blocks_along("pair"), self._blocks_along("layer")
 
     @property
@@ -91,38 +90,38 @@ class Variable:
         return self.blocks[0] * self.blocks[1]
 
     def units(self) -> list[Unit]:
-        """All units, pairs first."""
+        """Return all shards, ordered by pairs and then layers."""
         return [self.at(i, j) for i in range(self.blocks[0]) for j in range(self.blocks[1])]
 
     def at(self, pair_block: int, layer_block: int) -> Unit:
-        """The unit with these block indices."""
-        covered = []
+        """Return the shard with these block indices."""
+        ranges = []
         for dim, block in (("pair", pair_block), ("layer", layer_block)):
             if dim in self.dims:
                 axis = self.dims.index(dim)
                 size = self.shard[axis]
-                covered.append(range(block * size, min((block + 1) * size, self.shape[axis])))
+                ranges.append(range(block * size, min((block + 1) * size, self.shape[axis])))
             else:
-                covered.append(range(0, 1))
-        return Unit(self.name, pair_block, layer_block, covered[0], covered[1])
+                ranges.append(range(0, 1))
+        return Unit(self.name, pair_block, layer_block, ranges[0], ranges[1])
 
     def slices(self, unit: Unit) -> tuple[slice, ...]:
-        """Where the unit lies in the array."""
+        """Return the slices of the array that the shard covers."""
         cut = {"pair": unit.pairs, "layer": unit.layers}
         ranges = [cut.get(d, range(n)) for d, n in zip(self.dims, self.shape, strict=True)]
         return tuple(slice(r.start, r.stop) for r in ranges)
 
     def block_shape(self, unit: Unit) -> tuple[int, ...]:
-        """Shape of the unit's values."""
+        """Return the shape of the shard's values."""
         return tuple(s.stop - s.start for s in self.slices(unit))
 
     def shard_key(self, unit: Unit) -> str:
-        """The file that holds the unit's values."""
+        """Return the key of the file with the shard's values."""
         index = {"pair": unit.pair_block, "layer": unit.layer_block}
         return ".".join([f"{self.name}/c", *(str(index.get(d, 0)) for d in self.dims)])
 
     def flag_key(self, unit: Unit) -> str:
-        """The file that says that the unit is done, and what its file holds."""
+        """Return the key of the shard's flag: its digest, written once the shard is done."""
         return f"{PROGRESS}/{self.name}/c.{unit.pair_block}.{unit.layer_block}.0"
 
     def _blocks_along(self, dim: str) -> int:
@@ -134,10 +133,10 @@ class Variable:
 
 @dataclass(frozen=True)
 class Layout:
-    """All that is known of a store before its first value."""
+    """The structure and metadata of a store, without values."""
 
     variables: tuple[Variable, ...]
-    coords: Mapping[str, tuple[tuple[str, ...], np.ndarray]]  # "metric" and "pair" among them
+    coords: Mapping[str, tuple[tuple[str, ...], np.ndarray]]  # includes "metric" and "pair"
     attrs: Mapping[str, Any]  # JSON: provenance and configuration; equal when a run is resumed
 
     def __post_init__(self) -> None:
@@ -151,29 +150,29 @@ class Layout:
 
     @property
     def fixed_shape(self) -> tuple[int, int]:
-        """Metrics and pairs: the shape of `base_metric` and `source_metric`."""
+        """Numbers of metrics and pairs: the shape of `base_metric` and `source_metric`."""
         return len(self.coords["metric"][1]), len(self.coords["pair"][1])
 
 
 def fixed_key(name: str, pair: int) -> str:
-    """The file that holds a pair's part of one of `FIXED`."""
+    """Return the key of the file with a pair's values of one of `FIXED`."""
     return f"{name}/c.0.{pair}"
 
 
 def references_key(pair: int) -> str:
-    """The file that says that a pair's part of both of `FIXED` is written, and what it holds."""
+    """Return the key of a pair's flag, which holds the digests of its two `FIXED` files."""
     return f"{PROGRESS}/{REFERENCES}/c.{pair}.0"
 
 
 def layout_files(layout: Layout) -> dict[str, bytes]:
-    """Every file of a store without values, in the order in which they are put.
+    """Return the files (key -> content) of a store without values, in the order of writing.
 
-    The root group comes first: whoever puts it owns the address. `COMPLETE` comes last.
+    The root group comes first: the process that writes it owns the address. `COMPLETE` comes last.
     """
     files: dict[str, Any] = {}
     attrs = flat_attributes(layout.attrs)
     attrs[FORMAT_KEY] = FORMAT
-    # xarray knows the coordinates that bear their dimension's name, and looks here for the others
+    # xarray recognises coordinates named like their dimension; this attribute lists the others
     others = [name for name, (dims, _) in layout.coords.items() if tuple(dims) != (name,)]
     if others:
         attrs["coordinates"] = " ".join(others)
@@ -227,7 +226,7 @@ def layout_files(layout: Layout) -> dict[str, bytes]:
 
 
 def _create_flags(progress: zarr.Group, name: str, shape: tuple[int, ...], size: int) -> None:
-    """An array whose chunks are the flags of one variable: `size` bytes each, as they are."""
+    """Create an array whose chunks are a variable's flags: `size` bytes each, uncompressed."""
     progress.create_array(
         name,
         shape=(*shape, size),
@@ -241,7 +240,7 @@ def _create_flags(progress: zarr.Group, name: str, shape: tuple[int, ...], size:
 
 
 def with_digests(files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """`files`, with the digests of all in the attributes of `COMPLETE`, which is one of them."""
+    """Return `files` with their digests added to the attributes of `COMPLETE`."""
     complete = json.loads(files[COMPLETE])
     complete.setdefault("attributes", {})[DIGESTS] = {
         key: digest_of(data) for key, data in sorted(files.items()) if key != COMPLETE
@@ -250,13 +249,13 @@ def with_digests(files: Mapping[str, bytes]) -> dict[str, bytes]:
 
 
 def group_of(files: Mapping[str, bytes]) -> zarr.Group:
-    """The Zarr group that `files` make up, to read."""
+    """Return the Zarr group that `files` form, read-only."""
     memory = MemoryStore({key: Buffer.from_bytes(data) for key, data in files.items()})
     return zarr.open_group(memory, mode="r", zarr_format=3, use_consolidated=False)
 
 
 def first_difference(mine: zarr.Group, theirs: zarr.Group) -> str | None:
-    """Where two whole layouts differ first, and how; None if they are equal.
+    """Describe the first difference between two layouts; None if they are equal.
 
     Attributes come first, then coordinates, then variables.
     """
@@ -264,46 +263,46 @@ def first_difference(mine: zarr.Group, theirs: zarr.Group) -> str | None:
 
 
 class Encoder:
-    """Turns a block of values into the bytes of its one file, by way of a Zarr array in memory."""
+    """Encodes a block of values as the bytes of its file, through a Zarr array in memory."""
 
     def __init__(self, metadata: bytes) -> None:
         """`metadata`: the array's `zarr.json`."""
         self._files: dict[str, Any] = {"zarr.json": Buffer.from_bytes(metadata)}
         self._lock = threading.Lock()
-        # an all-NaN block is a file like any other; a setting of the open array, not stored in it
+        # write a file for an all-NaN block too; this is a setting of the open array, not stored
         with zarr.config.set({"array.write_empty_chunks": True}):
             self._array = zarr.open_array(MemoryStore(self._files), mode="r+")
 
     def encode(self, where: tuple[slice, ...], values: np.ndarray) -> bytes:
-        """The file of the one chunk or shard that `where` covers whole."""
+        """Return the file of the chunk or shard that `where` covers exactly."""
         with self._lock:
             self._array[where] = values
-            (key,) = self._files.keys() - {"zarr.json"}  # else `where` met several
+            (key,) = self._files.keys() - {"zarr.json"}  # fails if `where` covers several
             data: bytes = self._files.pop(key).to_bytes()
         return data
 
 
-# one folder per array: each new folder on the way to a file would be one more wait for the disk
+# one folder per array: each additional folder of a file would cost one more fsync
 _FLAT: Any = {"name": "default", "separator": "."}
-_ZSTD = ZstdCodec(level=3, checksum=True)  # the checksum lets a reader notice rotten bytes
+_ZSTD = ZstdCodec(level=3, checksum=True)  # the checksum detects corrupted bytes
 
 
 def settled(key: str, data: bytes) -> bytes:
-    """Metadata spelled in the same way by every version of zarr; other files as they are."""
+    """Return metadata in a form that is equal for all versions of zarr; other files unchanged."""
     if not key.endswith("zarr.json"):
         return data
     metadata = json.loads(data)
-    if metadata.get("consolidated_metadata", 0) is None:  # zarr 3.1.3 spells out that there is none
+    if metadata.get("consolidated_metadata", 0) is None:  # zarr 3.1.3 writes an explicit null
         del metadata["consolidated_metadata"]
     return json.dumps(metadata, indent=2).encode()
 
 
 def _inner_chunks(shard: tuple[int, ...]) -> tuple[int, ...]:
-    """Equal parts of a shard, of about `INNER_BYTES`, cut along the first axes first."""
+    """Return the shape of a shard's equal parts, about `INNER_BYTES` each, cut along first axes."""
     inner = list(shard)
     for axis, size in enumerate(shard):
-        wanted = -(-4 * math.prod(inner) // INNER_BYTES)
-        parts = min(n for n in range(1, size + 1) if size % n == 0 and n >= min(wanted, size))
+        least = -(-4 * math.prod(inner) // INNER_BYTES)
+        parts = min(n for n in range(1, size + 1) if size % n == 0 and n >= min(least, size))
         inner[axis] = size // parts
     return tuple(inner)
 
@@ -325,7 +324,7 @@ def _group_differences(mine: zarr.Group, theirs: zarr.Group) -> Iterator[str]:
 
 
 def _array_names(root: zarr.Group) -> dict[str, str]:
-    """Each array of a store, and which kind it is: coords, variables or fixed."""
+    """Return array name -> kind (coords, variables or fixed) for all arrays of a store."""
     names: Any = root[PROGRESS].attrs
     kinds = {"coords": names["coords"], "variables": names["variables"], "fixed": FIXED}
     return {name: kind for kind, members in kinds.items() for name in members}
@@ -336,7 +335,7 @@ def _objects(array: Any) -> np.ndarray:
 
 
 def _form(array: Any) -> dict[str, Any]:
-    """What must agree for two arrays to be parts of one run."""
+    """Return the properties in which arrays of the same run must agree."""
     return {
         "dims": array.metadata.dimension_names,
         "shape": array.shape,

@@ -1,23 +1,23 @@
-"""Leases: who works on which unit, so that two processes do not compute the same one.
+"""Leases of shards, so that two processes do not compute the same one.
 
 They lie beside the store, in `<store>.leases`:
 
-- `units/<unit>@<generation>` names the owner of a unit. It is made exclusively: on a local disk
-  by linking, on object stores by a conditional put where they have one.
-- `owners/<owner>` is an owner's heartbeat. The loop that does the work puts it, with another
-  content each time, at most every quarter of `EXPIRY_S` (see `patchsweep.models.heartbeat`): a
-  process that hangs gives no sign, although its threads may live.
+- `units/<unit>@<generation>` names the owner of a shard. It is created exclusively: on a local
+  disk by linking, on object stores by a conditional put if they support it.
+- `owners/<owner>` is an owner's heartbeat. The working loop writes it, with new content each time,
+  at most every quarter of `EXPIRY_S` (see `patchsweep.models.heartbeat`): a process that hangs
+  writes no heartbeat, even if some of its threads live.
 
 An owner is dead if its process has certainly ended, if it has no heartbeat, or if this process has
-seen the same heartbeat for `EXPIRY_S` by its own monotonic clock. No clocks are compared, so that
-neither a host's wrong time nor a heartbeat from the future keeps a lease alive, and nobody waits
-longer than one lease for an owner that gives no sign. A dead owner's unit is taken over by making
-the next generation, which just one of several rivals can do; so no file is ever replaced that a
-rival may have replaced already.
+seen the same heartbeat for `EXPIRY_S` by its own monotonic clock. Clocks of hosts are not compared,
+so neither a wrong clock nor a heartbeat from the future keeps a lease alive, and no process waits
+longer than one lease for a silent owner. A process takes over a dead owner's shard by creating the
+next generation, which only one of several rivals can do. So no process replaces a file that a rival
+may have replaced already.
 
-A lease saves work, it does not guard the values: where it fails (a process that hung and goes on,
-storage without conditional puts), two processes compute the same values, and whoever is done
-first has written them. The folder may be deleted when nothing runs.
+A lease saves work; it does not guard the values. Where it fails (a process that hung and continues,
+storage without conditional puts), two processes compute the same values, and the first to finish
+writes them. The folder may be deleted when nothing runs.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ _OWNER = re.compile(r"[\w.-]+~[0-9a-f]+")  # a process name, and a random part
 
 @dataclass(frozen=True)
 class Lease:
-    """A unit's lease, as another process sees it."""
+    """A shard's lease, as another process sees it."""
 
     owner: str  # process name and a random part; see `process_of`
-    live: bool  # the owner is at work; else it has died or hangs
+    live: bool  # the owner works; otherwise it has died or hangs
 
 
 def process_of(owner: str) -> str:
-    """The name of the owner's process (see `process`)."""
+    """Return the name of the owner's process (see `process`)."""
     return owner.partition("~")[0]
 
 
@@ -60,25 +60,25 @@ class Leases:
         self.owner = f"{process_name()}~{uuid.uuid4().hex[:8]}"
         self._folder = folder
         self._content = json.dumps({"owner": self.owner}).encode()
-        self._held: dict[str, str] = {}  # unit -> key of our lease
+        self._held: dict[str, str] = {}  # unit -> key of this process's lease
         self._beats, self._last_beat = 0, float("-inf")
-        # owner -> its last heartbeat, and when we saw that first
+        # owner -> its last heartbeat, and when this process saw it first
         self._seen: dict[str, tuple[bytes, float]] = {}
 
     def claim(self, units: Iterable[str]) -> list[str]:
-        """Those of `units` (names) that are ours now; the others are some live process's."""
-        wanted = list(units)
-        if not wanted:
+        """Lease `units` (names) and return those now held; live processes hold the others."""
+        names = list(units)
+        if not names:
             return []
         self.beat()
         lives = self._judge()
-        there = _generations(self._folder)
+        generations = _generations(self._folder)
         fresh = []
-        for unit in wanted:
-            keys = there[unit]
+        for unit in names:
+            keys = generations[unit]
             if self._held.get(unit) in keys.values():
                 continue
-            self._held.pop(unit, None)  # if it was ours: lost while this process hung
+            self._held.pop(unit, None)  # if it was held: lost while this process hung
             owners = (_owner(self._folder, key) for key in keys.values())
             if any(owner and lives(owner) for owner in owners):
                 continue
@@ -91,55 +91,55 @@ class Leases:
                 if self._folder.exists(key):  # a rival was first
                     break
         self._look_again(fresh)
-        return [unit for unit in wanted if unit in self._held]
+        return [unit for unit in names if unit in self._held]
 
     def beat(self) -> None:
-        """Put a heartbeat if the last one is a quarter of a lease old; called as work goes on."""
+        """Write a heartbeat if the last one is older than `EXPIRY_S` / 4; call it during work."""
         now = time.monotonic()
         if now - self._last_beat < EXPIRY_S / 4:
             return
         first = not self._beats
         self._beats, self._last_beat = self._beats + 1, now
-        with suppress(*() if first else (StoreError,)):  # a write that matters will fail and say so
+        with suppress(*() if first else (StoreError,)):  # a later write of values will report it
             self._folder.make()
             self._folder.put(self._owner_key, json.dumps({"beat": self._beats}).encode())
 
     def holders(self, units: Iterable[str]) -> dict[str, str]:
-        """The process that has the lease of each of `units`; those without one are left out."""
-        there = _generations(self._folder)
-        found = {}
+        """Return unit -> name of the process that has its lease; no entry without a lease."""
+        generations = _generations(self._folder)
+        processes = {}
         for unit in units:
-            for key in there.get(unit, {}).values():
+            for key in generations.get(unit, {}).values():
                 if (owner := _owner(self._folder, key)) is not None:
-                    found[unit] = process_of(owner)
-        return found
+                    processes[unit] = process_of(owner)
+        return processes
 
     def release(self, units: Iterable[str]) -> None:
-        """Give `units` back; those that are not ours are passed over."""
+        """Release `units`; those that this process does not hold are skipped."""
         for unit in units:
             if (key := self._held.pop(unit, None)) is not None:
                 self._folder.delete(key)
 
     def close(self) -> None:
-        """Give everything back."""
+        """Release all leases and delete the heartbeat."""
         if not self._beats:
             return
-        with suppress(StoreError):  # storage that is gone holds nobody up: leases expire
+        with suppress(StoreError):  # if the storage is gone, the leases expire
             self.release(list(self._held))
             self._folder.delete(self._owner_key)
         self._beats, self._last_beat = 0, float("-inf")
 
     def _look_again(self, fresh: list[str]) -> None:
-        """Withdraw from units that a living rival holds too, and clear away dead owners' leases.
+        """Release units that a live rival holds too, and delete the leases of dead owners.
 
-        Two rivals that saw different states may have made different generations. Whoever looks
-        second sees the other's; if both do, both withdraw, and the unit waits for the next claim.
+        Two rivals that saw different states may have created different generations. The second to
+        look sees the other's; if both do, both release the unit until the next claim.
         """
         lives = self._judge()
-        there = _generations(self._folder) if fresh else {}
+        generations = _generations(self._folder) if fresh else {}
         for unit in fresh:
             dead = []
-            for key in there.get(unit, {}).values():
+            for key in generations.get(unit, {}).values():
                 owner = _owner(self._folder, key)
                 if owner is None or owner == self.owner:
                     continue
@@ -152,7 +152,7 @@ class Leases:
                     self._folder.delete(key)
 
     def _judge(self) -> Callable[[str], bool]:
-        """Tells which owners live; asks the storage about each of them once."""
+        """Return a test of whether an owner lives, which reads each heartbeat once."""
         known: dict[str, bool] = {}
 
         def lives(owner: str) -> bool:
@@ -179,10 +179,10 @@ class Leases:
 
 
 def read_leases(folder: Folder) -> dict[str, Lease]:
-    """The lease of each unit that has one, by the unit's name; changes nothing.
+    """Return unit name -> lease, for all leases; changes nothing.
 
-    A single look cannot tell whether a heart still beats, so its age is taken by the storage's
-    clock and this machine's: for people to see, not to decide by.
+    A single read cannot tell whether a heartbeat still changes, so its age is the difference of the
+    storage's clock and this machine's. Use it for display, not for decisions.
     """
     known: dict[str, bool] = {}
 
@@ -193,12 +193,12 @@ def read_leases(folder: Folder) -> dict[str, Lease]:
             known[owner] = fresh and not is_gone(process_of(owner))
         return known[owner]
 
-    found = {}
+    leases = {}
     for unit, keys in _generations(folder).items():
         for owner in (_owner(folder, key) for key in keys.values()):
-            if owner and (unit not in found or lives(owner)):
-                found[unit] = Lease(owner, lives(owner))
-    return found
+            if owner and (unit not in leases or lives(owner)):
+                leases[unit] = Lease(owner, lives(owner))
+    return leases
 
 
 def _key_of(owner: str) -> str:
@@ -212,15 +212,15 @@ def _owner(folder: Folder, key: str) -> str | None:
     try:
         owner = str(json.loads(data)["owner"])
     except (ValueError, KeyError, TypeError, RecursionError):
-        return None  # a file that no Leases made
+        return None  # not written by `Leases`
     return owner if _OWNER.fullmatch(owner) else None
 
 
 def _generations(folder: Folder) -> defaultdict[str, dict[int, str]]:
-    """Keys of all leases: unit -> generation -> key."""
-    found: defaultdict[str, dict[int, str]] = defaultdict(dict)
+    """Return the keys of all leases: unit -> generation -> key."""
+    keys: defaultdict[str, dict[int, str]] = defaultdict(dict)
     for key in folder.list("units"):
         unit, _, generation = key.removeprefix("units/").rpartition("@")
         if not key.endswith(PARTIAL) and generation.isdecimal() and len(generation) < 10:
-            found[unit][int(generation)] = key
-    return found
+            keys[unit][int(generation)] = key
+    return keys

@@ -1,4 +1,4 @@
-"""Results that are computed whole, such as edges or a lens: one Zarr group, put there at once."""
+"""Stores of an analysis, such as edges or a lens: one Zarr group, written at once."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from patchsweep.store.dataset import results_of
 from patchsweep.store.difference import attribute_differences
 from patchsweep.store.layout import COMPLETE, FORMAT, FORMAT_KEY, PROGRESS, settled, with_digests
 
-WRITING = f"whole{PARTIAL}"  # behind a URL: the attributes of results that are being put there
-_COUNTER = itertools.count()  # no two partial folders of this process have one name
+WRITING = f"whole{PARTIAL}"  # behind a URL: marks a write in progress, and holds its attributes
+_COUNTER = itertools.count()  # makes the names of this process's partial folders unique
 
 
 def save_dataset(
     ds: xr.Dataset, url: str | Path, storage_options: Mapping[str, Any] | None = None
 ) -> None:
-    """Write `ds` to a store that is not there yet; an analysis' attributes name its `kind`.
+    """Write `ds` to a new store; an analysis' attributes name its `kind`.
 
-    On a disk it is there whole or not at all, also after a loss of power. Behind a URL the root
-    `zarr.json`, without which nothing is read, comes last; what an interrupted write left there is
-    written over by the next one with the same attributes.
+    On a disk the write is atomic, even if power fails. Behind a URL the root `zarr.json`, without
+    which nothing is read, comes last; the next write with the same attributes overwrites the
+    remains of an interrupted one.
 
     Raises:
-        StoreError: something lies there already, or it cannot be written.
+        StoreError: `url` is occupied or cannot be written.
     """
     folder = open_folder(url, storage_options)
     if not _is_free(folder, ds.attrs):
@@ -58,13 +58,14 @@ def save_dataset(
 def load_dataset(
     url: str | Path, attrs: Mapping[str, Any], storage_options: Mapping[str, Any] | None = None
 ) -> xr.Dataset | None:
-    """What lies at `url`, loaded, if it was made with these attributes; None if the place is free.
+    """Load the results at `url` if they have the attributes `attrs`; None if the place is free.
 
-    It may have further attributes. Attributes are compared as JSON gives them back, so that a
-    tuple equals a list.
+    The results may have further attributes. Attributes are compared after a round trip through
+    JSON, so that a tuple equals a list.
 
     Raises:
-        StoreError: something else lies there; the first difference is named.
+        DamagedError: a file does not match its digest.
+        StoreError: `url` holds something else (with the first difference).
     """
     folder = open_folder(url, storage_options)
     if _is_free(folder, attrs):
@@ -78,9 +79,9 @@ def load_dataset(
         contents.group()
     except DamagedError as error:
         raise DamagedError(str(error).replace(MEND, DELETE)) from None
-    wanted = _plain(attrs)
-    theirs = {key: contents.attrs[key] for key in wanted if key in contents.attrs}
-    difference = next(attribute_differences(wanted, theirs), None)
+    expected = _plain(attrs)
+    stored = {key: contents.attrs[key] for key in expected if key in contents.attrs}
+    difference = next(attribute_differences(expected, stored), None)
     if difference is not None:
         raise StoreError(
             f"{folder.shown} holds other results: {difference}; give another path, or delete it"
@@ -91,10 +92,10 @@ def load_dataset(
 def check_place(
     url: str | Path, attrs: Mapping[str, Any], storage_options: Mapping[str, Any] | None = None
 ) -> None:
-    """Refuse a place where results with `attrs` cannot be written, before they are computed.
+    """Check, before results with `attrs` are computed, that they can be written to `url`.
 
     Raises:
-        StoreError: something else lies there, or no file can be put there.
+        StoreError: `url` is occupied or cannot be written.
     """
     folder = open_folder(url, storage_options)
     if not _is_free(folder, attrs):
@@ -103,26 +104,26 @@ def check_place(
 
 
 def _is_free(folder: Folder, attrs: Mapping[str, Any]) -> bool:
-    """Whether nothing lies there, or what a write of results with `attrs` left as it broke off."""
+    """Whether the folder is empty, or holds the remains of an interrupted write with `attrs`."""
     if folder.is_empty():
         return True
     if isinstance(folder, LocalFolder) or folder.exists(ROOT):
         return False
-    begun = folder.read(WRITING)
-    if begun is None:
+    marker = folder.read(WRITING)
+    if marker is None:
         return False
-    told = attributes(parse(begun) or {})
-    return all(told.get(key) == value for key, value in _plain(attrs).items())
+    stored = attributes(parse(marker) or {})
+    return all(stored.get(key) == value for key, value in _plain(attrs).items())
 
 
 def _put_at_once(folder: LocalFolder, files: Mapping[str, bytes]) -> None:
-    """Write the files to a folder beside, each to the platter, and give that folder the name."""
-    place = folder.path
-    for left in place.parent.glob(f"{escape(place.name)}~*~*{PARTIAL}"):
-        if is_gone(left.name.removesuffix(PARTIAL).rsplit("~", 2)[1]):
-            shutil.rmtree(left, ignore_errors=True)
-    mark = f"~{process_name()}~{next(_COUNTER)}{PARTIAL}"
-    partial = LocalFolder(place.with_name(place.name + mark))
+    """Write and sync the files in a temporary folder beside `folder`, then rename that folder."""
+    path = folder.path
+    for leftover in path.parent.glob(f"{escape(path.name)}~*~*{PARTIAL}"):
+        if is_gone(leftover.name.removesuffix(PARTIAL).rsplit("~", 2)[1]):
+            shutil.rmtree(leftover, ignore_errors=True)
+    suffix = f"~{process_name()}~{next(_COUNTER)}{PARTIAL}"
+    partial = LocalFolder(path.with_name(path.name + suffix))
     partial.shown = folder.shown
     try:
         partial.make()
@@ -130,12 +131,12 @@ def _put_at_once(folder: LocalFolder, files: Mapping[str, bytes]) -> None:
             partial.put(key, data)
         with folder.guard():
             try:
-                partial.path.rename(place)
+                partial.path.rename(path)
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
-                raise _occupied(folder) from None  # another process was quicker
-            handle = os.open(place.parent, os.O_RDONLY)
+                raise _occupied(folder) from None  # another process finished first
+            handle = os.open(path.parent, os.O_RDONLY)
             try:
                 os.fsync(handle)
             finally:
@@ -152,18 +153,19 @@ def _occupied(folder: Folder) -> StoreError:
 
 
 def _files(ds: xr.Dataset) -> dict[str, bytes]:
-    """The files of the Zarr group that holds `ds`, with the digests of them all."""
+    """Return the files of a Zarr group that holds `ds`, with their digests."""
     from zarr.storage import MemoryStore
 
     memory: dict[str, Any] = {}
-    made = ds.copy()
-    made.attrs = {**flat_attributes(ds.attrs), FORMAT_KEY: FORMAT}
-    with zarr.config.set({"array.write_empty_chunks": True}):  # what is missing is lost
-        made.to_zarr(MemoryStore(memory), zarr_format=3, consolidated=False)
+    flat = ds.copy()
+    flat.attrs = {**flat_attributes(ds.attrs), FORMAT_KEY: FORMAT}
+    # write a file for every chunk, so that a missing file means a loss
+    with zarr.config.set({"array.write_empty_chunks": True}):
+        flat.to_zarr(MemoryStore(memory), zarr_format=3, consolidated=False)
         zarr.create_group(MemoryStore(memory), path=PROGRESS, zarr_format=3)
     return with_digests({key: settled(key, data.to_bytes()) for key, data in memory.items()})
 
 
 def _plain(attrs: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested attributes as they are read back."""
+    """Return nested attributes as they are after a write and a read."""
     return attributes(flat_attributes(attrs))

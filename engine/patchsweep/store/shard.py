@@ -1,7 +1,7 @@
-"""A unit's file, decoded: the sharding of Zarr v3 as this package writes it, and nothing else.
+"""Decoder of shard files: the subset of Zarr v3 sharding that this package writes.
 
-zarr reads these files too. It takes a millisecond for each, whatever its size, and a large run has
-a hundred thousand; here it is a few microseconds.
+zarr reads these files too, but takes a millisecond per file of any size, and a large run has a
+hundred thousand files. This decoder takes a few microseconds.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from dataclasses import dataclass
 import numpy as np
 from numcodecs.zstd import decompress  # type: ignore[import-untyped]
 
-_EMPTY = 2**64 - 1  # offset and length of an inner chunk that is not there
-_CHECKSUM_BYTES = 4  # CRC-32C behind the index
+_EMPTY = 2**64 - 1  # offset and length of a missing inner chunk
+_CHECKSUM_BYTES = 4  # CRC-32C after the index
 
 
 @dataclass(frozen=True)
 class ShardForm:
-    """How the values of one shard lie in its file."""
+    """The shapes of a shard and of its inner chunks."""
 
     shape: tuple[int, ...]  # cells along each axis
-    inner: tuple[int, ...] | None  # likewise of an inner chunk; None: one chunk, no index
+    inner: tuple[int, ...] | None  # cells of an inner chunk; None: one chunk, no index
 
     def decode(self, data: bytes) -> np.ndarray:
-        """The shard's values, float32; NaN where an inner chunk is missing.
+        """Return the shard's values, float32; NaN where an inner chunk is missing.
 
         Raises:
-            ValueError: `data` is no such shard.
+            ValueError: `data` is not a shard of this form.
         """
         if self.inner is None:
             return _chunk(data, self.shape)
@@ -58,7 +58,7 @@ def _slice(data: bytes, start: int, length: int) -> bytes:
 def _chunk(data: bytes, shape: tuple[int, ...]) -> np.ndarray:
     values = np.full(shape, np.nan, np.dtype("<f4"))
     try:
-        decompress(data, values)  # into a buffer of the right size: no more is ever taken
+        decompress(data, values)  # the fixed buffer bounds the memory that `data` can claim
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"zstd: {error}") from error
     return values

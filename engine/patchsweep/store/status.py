@@ -1,4 +1,4 @@
-"""How far a run has come: its units, its processes, its rate; for people and for scripts."""
+"""Progress of a run: its shards, processes and rate; for people and for scripts."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from patchsweep.store.journal import FINISHED, INTERRUPTED, UNIT, WARNING, read_
 from patchsweep.store.lease import process_of, read_leases
 from patchsweep.store.store import Store
 
-EXIT_COMPLETE = 0  # every unit is done
-EXIT_INCOMPLETE = 3  # units are missing, running or stale
+EXIT_COMPLETE = 0  # all shards are done
+EXIT_INCOMPLETE = 3  # shards are missing, running or stale
 
-N_PROBLEMS = 20  # that are shown
-SILENT_AFTER_S = 600.0  # a process without a word or a lease for this long no longer counts
+N_PROBLEMS = 20  # shown at most
+SILENT_AFTER_S = 600.0  # a process without a journal entry or a lease for this long is lost
 
 
 @dataclass(frozen=True)
 class VariableStatus:
-    """The units of one variable; `done + running + stale + missing` is all of them."""
+    """Numbers of shards of one variable; done, running, stale and missing add up to all."""
 
     name: str
     done: int
-    running: int  # leased by a process that lives
+    running: int  # leased by a live process
     stale: int  # leased by a process that died or hangs; the next process takes them over
-    missing: int  # nobody's
+    missing: int  # not leased
 
     @property
     def total(self) -> int:
@@ -43,34 +43,34 @@ class VariableStatus:
 
 @dataclass(frozen=True)
 class ProcessStatus:
-    """One run of one process, as its journal tells."""
+    """One run of one process, from its journal."""
 
     name: str
-    state: str  # "running", "finished", "interrupted" or "lost" (killed, or silent for long)
+    state: str  # "running", "finished", "interrupted" or "lost" (killed, or silent too long)
     slice: str  # such as "2 of 8"; "" if the run was not sliced
-    units: int  # written
+    units: int  # shards written
     token_layers: int
-    seconds: float  # from its start to its last word
-    last_word: float  # unix time
+    seconds: float  # from its start to its last journal entry
+    last_word: float  # unix time of its last journal entry
 
 
 @dataclass(frozen=True)
 class StoreStatus:
-    """How far the run of one store has come."""
+    """Progress of the run of one store."""
 
-    url: str  # fit for people to see
+    url: str  # without credentials
     variables: tuple[VariableStatus, ...]
     missing_pairs: int  # pairs whose unpatched metrics are not written yet
-    problems: tuple[str, ...]  # files that are not what was written, a line each
-    processes: tuple[ProcessStatus, ...]  # by start
+    problems: tuple[str, ...]  # a line per damaged file
+    processes: tuple[ProcessStatus, ...]  # in order of start
     warnings: tuple[str, ...]  # from the journals, each text once
-    rate: float | None  # token-layers (or units, see `rate_unit`) per second; None if unknown
+    rate: float | None  # token-layers (or shards, see `rate_unit`) per second; None if unknown
     rate_unit: str  # "token-layers" if the store's plan and journals count them, else "units"
-    eta_s: float | None  # seconds until all is done, if those who run go on as they did
+    eta_s: float | None  # seconds until completion at this rate; None if nothing runs
 
     @property
     def total(self) -> VariableStatus:
-        """All variables together."""
+        """Sums over all variables."""
         sums = (sum(getattr(v, k) for v in self.variables) for k in _KINDS)
         return VariableStatus("all", *sums)
 
@@ -93,7 +93,7 @@ def store_status(
     storage_options: Mapping[str, Any] | None = None,
     now: float | None = None,
 ) -> StoreStatus:
-    """How far the store at `url` has come; reads only. `now`: unix time, of this machine's clock.
+    """Return the progress of the store at `url`; reads only. `now`: unix time of this machine.
 
     Raises:
         StoreError: there is no store, or it cannot be read.
@@ -135,7 +135,7 @@ def store_status(
 
 
 def render(status: StoreStatus) -> RenderableType:
-    """The status as tables. Names and texts are shown as they are, never as markup."""
+    """Render the status as tables; names and texts are never parsed as markup."""
     units = Table(title=_text(status.url), title_justify="left")
     units.add_column("units of")
     for kind in (*_KINDS, "total"):
@@ -199,7 +199,7 @@ def _duration(seconds: float) -> str:
 
 
 def _text(words: str, style: str = "") -> Text:
-    """Plain text: no markup is read from it."""
+    """Return printable text that is not parsed as markup."""
     return Text(printable(words), style)
 
 
@@ -209,27 +209,27 @@ def _processes(
     by_run: dict[str, list[Mapping[str, Any]]] = {}
     for event in events:
         by_run.setdefault(event["process"], []).append(event)
-    found = []
-    for name, words in by_run.items():
-        first, last = words[0], words[-1]
+    processes = []
+    for name, run_events in by_run.items():
+        first, last = run_events[0], run_events[-1]
         process = name.partition("-run")[0]
         state = {FINISHED: "finished", INTERRUPTED: "interrupted"}.get(last["event"], "running")
         if state == "running" and process not in working:
             silent = now - last["time"] > SILENT_AFTER_S
             state = "lost" if is_gone(process) or silent else state
-        done = [word for word in words if word["event"] == UNIT]
-        found.append(
+        done = [entry for entry in run_events if entry["event"] == UNIT]
+        processes.append(
             ProcessStatus(
                 name=name,
                 state=state,
                 slice=_slice(first),
                 units=len(done),
-                token_layers=sum(word["token_layers"] for word in done),
+                token_layers=sum(entry["token_layers"] for entry in done),
                 seconds=last["time"] - first["time"],
                 last_word=last["time"],
             )
         )
-    return tuple(found)
+    return tuple(processes)
 
 
 def _slice(started: Mapping[str, Any]) -> str:
@@ -244,14 +244,14 @@ def _rate(
     processes: Sequence[ProcessStatus],
     now: float,
 ) -> tuple[float | None, str, float | None]:
-    """Rate of those who run (of those who ran, if nobody does), its unit, and the seconds to go."""
+    """Return rate, rate unit and seconds to go; the rate sums running processes, or else all."""
     total = sum(variable.total for variable in variables)
     done = sum(variable.done for variable in variables)
     running = [p for p in processes if p.state == "running"]
     unit = "units"
     todo = float(total - done)
     planned = _planned(store, variables)
-    # a unit that was done twice counts once
+    # a shard that was done twice counts once
     counted = {
         (e["variable"], e["pair_block"], e["layer_block"]): e["token_layers"]
         for e in events
@@ -270,7 +270,7 @@ def _rate(
 
 
 def _planned(store: Store, variables: Sequence[VariableStatus]) -> float | None:
-    """Token-layers of the whole run, where the store's plan names each variable's."""
+    """Return the token-layers of the run; None unless the store's plan has them per variable."""
     plan = store.attrs.get("plan")
     if not isinstance(plan, Mapping):
         return None

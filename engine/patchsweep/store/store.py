@@ -1,12 +1,12 @@
-"""The store of a run: units of work written once, flagged when they are on disk, read by xarray.
+"""The store of a run: each shard is written once and then flagged; xarray reads it.
 
-A unit's values are one shard, hence one file, put whole; its flag, which holds the digest of that
-file, is put after it. So a kill at any moment leaves finished units, unfinished units and perhaps
-a partial file, never a torn shard, and the same command run again ends in the very bytes of an
-undisturbed run. A unit is done if its flag is there and its file is what the flag says: what was
-lost or damaged since is done again. Beside the store lie `<store>.leases` (who works on what, see
-`lease`) and `<store>.journal` (see `journal`); both hold hosts and times, the store itself holds
-none.
+The values of a shard (`Unit`) are one file, written atomically. Its flag, which holds the digest of
+that file, is written after it. So a kill at any moment leaves complete and missing shards and
+perhaps a partial file, never a torn shard, and a rerun of the same command ends with the same bytes
+as an undisturbed run. A shard is done if its flag exists and its file matches the digest; lost or
+damaged shards are computed again. Beside the store lie `<store>.leases` (which process computes
+which shard, see `lease`) and `<store>.journal` (see `journal`). Both hold hosts and times; the
+store itself holds none.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ from patchsweep.store.survey import Survey, survey, survey_pairs, survey_units
 if TYPE_CHECKING:
     import xarray as xr
 
-_FILE_BYTES = 4096  # what a small file takes on a disk
+_FILE_BYTES = 4096  # disk space of a small file
 
 
 class Store:
-    """A Zarr v3 group on a disk or behind a URL. `with store:` gives back its leases at the end."""
+    """A Zarr v3 group on a disk or behind a URL; `with store:` releases its leases at the end."""
 
     def __init__(self, folder: Folder, contents: Contents | None = None) -> None:
         """Use `Store.create_or_resume` or `Store.open`."""
@@ -60,7 +60,7 @@ class Store:
         folder.check()
         if not self.contents.is_sweep:
             raise _no_sweep(folder, self.contents.attrs)
-        self.contents.group()  # all its files are sound
+        self.contents.group()  # raises if a file is damaged
         self.variables: dict[str, Variable] = self.contents.variables()
         self.n_metrics, self.n_pairs = self.contents.fixed_shape()
         self.attrs: dict[str, Any] = attributes(self.contents.attrs)
@@ -76,30 +76,30 @@ class Store:
         *,
         storage_options: Mapping[str, Any] | None = None,
     ) -> Self:
-        """The store at `url`, made if nothing lies there. Many processes may call this at once.
+        """Open the store at `url`, or create it; any number of processes may do so at once.
 
-        `storage_options` go to fsspec as they are (retries, timeouts, endpoint); credentials come
+        `storage_options` go to fsspec unchanged (retries, timeouts, endpoint); credentials come
         from the environment alone.
 
         Raises:
-            StoreError: the store belongs to another run (the first difference is named), what
-                lies there is no store, it cannot be written, or the values would not fit.
+            StoreError: the store belongs to another run (with the first difference), `url` holds
+                something else, it cannot be written, or the values would not fit.
         """
         folder = open_folder(url, storage_options)
         files = layout_files(layout)
-        there = {key: folder.read(key) for key in files}
-        if fresh := there[ROOT] is None and there[COMPLETE] is None:
+        stored = {key: folder.read(key) for key in files}
+        if fresh := stored[ROOT] is None and stored[COMPLETE] is None:
             _check_free(folder)
             check_space(url, layout, storage_options)
             folder.make()
             folder.put_new(ROOT, files[ROOT])
-            there = {key: folder.read(key) for key in files}
-        changed = {key for key, data in files.items() if there[key] != data}
-        if _are_ours(changed, files, there):
+            stored = {key: folder.read(key) for key in files}
+        changed = {key for key, data in files.items() if stored[key] != data}
+        if _are_ours(changed, files, stored):
             for key in (key for key in files if key in changed):
                 folder.put(key, files[key])
-        elif not digests_of(there[COMPLETE]):
-            _finish(folder, files)  # its maker was killed, or is at work right now
+        elif not digests_of(stored[COMPLETE]):
+            _finish(folder, files)  # its creator was killed, or is still at work
         folder.sweep()
         contents = read_contents(folder)
         if contents.files[COMPLETE] != files[COMPLETE]:
@@ -111,43 +111,43 @@ class Store:
 
     @classmethod
     def open(cls, url: str | Path, *, storage_options: Mapping[str, Any] | None = None) -> Self:
-        """The existing store at `url`.
+        """Open the existing store at `url`.
 
         Raises:
-            DamagedError: a file that is there from the start is not as it was written.
-            StoreError: nothing lies there, or something else, or a store whose making was cut off.
+            DamagedError: a file of metadata or coordinates does not match its digest.
+            StoreError: `url` holds nothing, something else, or an incompletely created store.
         """
         return cls(open_folder(url, storage_options))
 
     def units(self) -> list[Unit]:
-        """Every unit, variable by variable, pairs first."""
+        """Return all shards, variable by variable, ordered by pairs and then layers."""
         return [unit for variable in self.variables.values() for unit in variable.units()]
 
     def survey(self, *, read: bool = False) -> Survey:
-        """What is done, and what is wrong with that.
+        """List pending and damaged shards, by the existence and length of files.
 
-        Looks for the files and their lengths; with `read` at every byte.
+        `read` checks the digest of each file too.
         """
         self.folder.check()
         return survey(self.folder, self.contents, self.variables, read=read)
 
     def pending(self, units: Iterable[Unit] | None = None) -> list[Unit]:
-        """Those of `units` (default: all) that are to do, damaged ones among them; reads all."""
+        """Return those of `units` (default: all) that are missing or damaged; reads every file."""
         self.folder.check()
-        chosen = self.units() if units is None else list(units)
+        candidates = self.units() if units is None else list(units)
         pending, damaged = survey_units(
-            self.folder, self.contents, self.variables, chosen, read=True
+            self.folder, self.contents, self.variables, candidates, read=True
         )
         to_do = {*pending, *damaged}
-        return [unit for unit in chosen if unit in to_do]
+        return [unit for unit in candidates if unit in to_do]
 
     def pending_pairs(self) -> list[int]:
-        """Pairs whose unpatched metrics are to do, damaged ones among them; reads all."""
+        """Return pairs whose unpatched metrics are missing or damaged; reads every file."""
         pending, damaged = survey_pairs(self.folder, self.contents, read=True)
         return sorted({*pending, *damaged})
 
     def is_done(self, unit: Unit) -> bool:
-        """Whether the unit's values are on disk for good."""
+        """Whether the shard's flag exists and its file matches the flag."""
         variable = self.variables[unit.variable]
         flag = self.folder.read(variable.flag_key(unit))
         key = variable.shard_key(unit)
@@ -155,17 +155,17 @@ class Store:
         return data is not None and seal(self.contents.identity, key, data) == flag
 
     def claim(self, units: Iterable[Unit]) -> list[Unit]:
-        """Those of `units` that this process may work on now: not done, and nobody else's.
+        """Lease `units` and return those that are not done and not leased by another process.
 
-        What is claimed stays so until it is written, given back (`release`, `close`), or until
-        this process has died or has hung for longer than a lease lasts.
+        A lease ends when the shard is written or released (`release`, `close`), when this process
+        dies, or when it hangs for longer than a lease lasts.
         """
         self.folder.check()
-        wanted = {unit.name: unit for unit in units}
-        mine = [wanted[name] for name in self._leases.claim(wanted)]
-        done = [unit for unit in mine if self.is_done(unit)]
+        by_name = {unit.name: unit for unit in units}
+        leased = [by_name[name] for name in self._leases.claim(by_name)]
+        done = [unit for unit in leased if self.is_done(unit)]
         self.release(done)
-        free = [unit for unit in mine if unit not in done]
+        free = [unit for unit in leased if unit not in done]
         for unit in free:
             variable = self.variables[unit.variable]
             self.folder.sweep_file(variable.shard_key(unit))
@@ -173,26 +173,26 @@ class Store:
         return free
 
     def beat(self) -> None:
-        """Say that this process is at work, which keeps its leases; quick, whoever calls it."""
+        """Renew the leases of this process; cheap enough to call often."""
         self._leases.beat()
 
     def holders(self, units: Iterable[Unit]) -> dict[str, int]:
-        """How many of `units` each other process has leased, by its name."""
+        """Count the leases among `units` per process name."""
         return dict(Counter(self._leases.holders(unit.name for unit in units).values()))
 
     def release(self, units: Iterable[Unit]) -> None:
-        """Give back units that were claimed, so that others can have them."""
+        """Release claimed shards, so that other processes can claim them."""
         self._leases.release(unit.name for unit in units)
 
     def write(self, unit: Unit, values: np.ndarray) -> None:
-        """Write a unit's `values`, of the shape of its block, and then its flag.
+        """Write a shard's `values` (of shape `Variable.block_shape`), and then its flag.
 
-        Nothing happens if the unit is done already: of two processes, one of which hung and lost
-        its lease, whoever is done first has written it.
+        Does nothing if the shard is done: two processes compute one shard if one of them hung and
+        lost its lease, and then the first writes it.
 
         Raises:
-            StoreError: `values` have another shape, or the storage fails; the unit is then to be
-                done again.
+            StoreError: `values` have another shape, or the storage fails; the shard then stays
+                pending.
         """
         variable = self.variables[unit.variable]
         if values.shape != (shape := variable.block_shape(unit)):
@@ -210,8 +210,11 @@ class Store:
     def write_references(self, first_pair: int, base: np.ndarray, source: np.ndarray) -> None:
         """Write base and source metric `[metric, pair]` of the pairs from `first_pair` on.
 
-        Both metrics of a pair are files of their own, and have one flag. Whoever comes first
-        writes them; what was damaged since is written anew.
+        Each of a pair's two metrics is one file; both share a flag. Only missing or damaged files
+        are written.
+
+        Raises:
+            StoreError: the shapes do not fit the store, or the storage fails.
         """
         for name, values in zip(FIXED, (base, source), strict=True):
             if len(values) != self.n_metrics or first_pair + values.shape[1] > self.n_pairs:
@@ -225,7 +228,7 @@ class Store:
             self._references_there.add(pair)
 
     def has_references(self, pair: int) -> bool:
-        """Whether both unpatched metrics of a pair are on disk for good."""
+        """Whether both unpatched metrics of a pair are written and match their flag."""
         flag = self.folder.read(references_key(pair))
         if not flag:
             return False
@@ -233,13 +236,13 @@ class Store:
         return flag == b"".join(seal(self.contents.identity, k, data or b"") for k, data in files)
 
     def dataset(self) -> xr.Dataset:
-        """The store as `open_store(url)` gives it, values read lazily."""
-        from patchsweep.store.dataset import dataset_of  # here, since it loads xarray
+        """Return the Dataset of `open_store(url)`; values are read lazily."""
+        from patchsweep.store.dataset import dataset_of  # a late import, since it loads xarray
 
         return dataset_of(self.folder, self.contents)
 
     def close(self) -> None:
-        """Give back all that is claimed."""
+        """Release all leases."""
         self._leases.close()
 
     def __enter__(self) -> Self:
@@ -261,9 +264,9 @@ class Store:
             key = fixed_key(name, pair)
             data = self._encoder(name).encode(where, _plain(values))
             if flagged or not self.folder.put_new(key, data):
-                there = None if flagged else self.folder.read(key)
-                if there is not None and self._agree(name, there, values):
-                    data = there  # another machine's, whose last bits differ, was first
+                stored = None if flagged else self.folder.read(key)
+                if stored is not None and self._agree(name, stored, values):
+                    data = stored  # another machine wrote it first, with other last bits
                 else:
                     self.folder.put(key, data)
             flag += seal(self.contents.identity, key, data)
@@ -271,10 +274,10 @@ class Store:
 
     def _agree(self, name: str, data: bytes, values: np.ndarray) -> bool:
         try:
-            there = self.contents.form(name).decode(data)
+            stored = self.contents.form(name).decode(data)
         except ValueError:
             return False
-        return np.allclose(there, values, rtol=1e-3, atol=1e-3, equal_nan=True)
+        return np.allclose(stored, values, rtol=1e-3, atol=1e-3, equal_nan=True)
 
     def _encoder(self, array: str) -> Encoder:
         if array not in self._encoders:
@@ -285,24 +288,24 @@ class Store:
 def recorded_attributes(
     url: str | Path, storage_options: Mapping[str, Any] | None = None
 ) -> dict[str, Any] | None:
-    """The attributes of the sweep at `url`; None if a sweep can be made or mended there.
+    """Return the attributes of the sweep at `url`; None if one can be created or repaired there.
 
     Raises:
-        StoreError: something else lies there, or nothing can be written there.
+        StoreError: `url` holds something else, or cannot be written.
     """
     folder = open_folder(url, storage_options)
     folder.check_writable()
     try:
         attrs = read_root(folder)
     except DamagedError:
-        return None  # `create_or_resume` mends it, if it is this run's; so below
+        return None  # `create_or_resume` repairs a damaged store of this run; likewise below
     if attrs is None:
         _check_free(folder)
         return None
     if KIND in attrs:
         raise _no_sweep(folder, attrs)
-    wanted = digests_of(folder.read(COMPLETE)).get(ROOT)
-    if wanted not in (None, digest_of(folder.read(ROOT) or b"")):
+    recorded = digests_of(folder.read(COMPLETE)).get(ROOT)
+    if recorded not in (None, digest_of(folder.read(ROOT) or b"")):
         return None  # damaged
     return attributes(attrs)
 
@@ -323,7 +326,7 @@ def check_space(
 
 
 def _check_free(folder: Folder) -> None:
-    # made between two looks it is a rival's work, which begins with its root
+    # if another process created a store between the two reads, its root exists now
     if not folder.is_empty() and read_root(folder) is None:
         raise StoreError(
             f"a store starts in an empty folder, and {folder.shown} holds other things; "
@@ -334,29 +337,29 @@ def _check_free(folder: Folder) -> None:
 def _are_ours(
     changed: set[str], files: Mapping[str, bytes], there: Mapping[str, bytes | None]
 ) -> bool:
-    """Whether a store is this run's, and what `changed` in it since is damage."""
+    """Whether the store is this run's, so that `changed` files are damaged ones."""
     if COMPLETE not in changed:
         return True
     if changed != {COMPLETE}:
         return False
-    # every file of ours is there; another run may have these files and more
-    mine, theirs = (digests_of(data) for data in (files[COMPLETE], there[COMPLETE]))
-    if not theirs:
+    # all files of this run exist; another run may have these files and more
+    digests, stored_digests = (digests_of(data) for data in (files[COMPLETE], there[COMPLETE]))
+    if not stored_digests:
         return True
-    names, other_names = (
+    names, stored_names = (
         [json.loads(data or b"")["attributes"].get(key) for key in ("coords", "variables")]
         for data in (files[COMPLETE], there[COMPLETE])
     )
-    # one damaged byte leaves either the names or the digests' keys as they were
-    return names == other_names or mine.keys() == theirs.keys()
+    # one damaged byte leaves either the names or the digests' keys unchanged
+    return names == stored_names or digests.keys() == stored_digests.keys()
 
 
 def _finish(folder: Folder, files: Mapping[str, bytes]) -> None:
-    """Put the files of a store that was begun; `COMPLETE`, which comes last, is not there."""
-    theirs = read_root(folder)
-    assert theirs is not None
-    mine = json.loads(files[ROOT])["attributes"]
-    _refuse(folder, next(attribute_differences(mine, theirs), None))
+    """Write the missing files of an incompletely created store, `COMPLETE` last."""
+    stored_attrs = read_root(folder)
+    assert stored_attrs is not None
+    attrs = json.loads(files[ROOT])["attributes"]
+    _refuse(folder, next(attribute_differences(attrs, stored_attrs), None))
     for key, data in files.items():
         if key not in (ROOT, COMPLETE) and not folder.put_new(key, data):
             raise StoreError(
@@ -399,7 +402,7 @@ def _size(n_bytes: int) -> str:
 
 
 def _plain(values: np.ndarray) -> np.ndarray:
-    """A float32 copy with one kind of NaN, so that equal values are equal bytes."""
+    """Return a float32 copy with one bit pattern of NaN, so that equal values are equal bytes."""
     values = np.array(values, dtype=np.float32)
     values[np.isnan(values)] = np.nan
     return values

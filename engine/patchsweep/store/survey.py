@@ -1,4 +1,4 @@
-"""What a sweep's store has of its values: done, to do, and what is wrong with what is done."""
+"""Survey of a sweep's store: which values are done, pending or damaged."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from patchsweep.store.layout import (
 
 @dataclass(frozen=True)
 class Survey:
-    """All units, and the unpatched metrics of all pairs."""
+    """Pending and damaged shards and unpatched metrics."""
 
-    pending: tuple[Unit, ...]  # have no flag
-    damaged: Mapping[Unit, str]  # have a flag; what is wrong with the file
-    pending_pairs: tuple[int, ...]  # whose unpatched metrics have no flag
-    damaged_pairs: Mapping[int, str]
+    pending: tuple[Unit, ...]  # shards without a flag
+    damaged: Mapping[Unit, str]  # flagged shard -> problem of its file
+    pending_pairs: tuple[int, ...]  # pairs whose unpatched metrics have no flag
+    damaged_pairs: Mapping[int, str]  # pair -> problem of a file of its unpatched metrics
 
     @property
     def to_do(self) -> list[Unit]:
-        """Units that have not run, and those that must run again."""
+        """Shards that have not run, and damaged shards, which must run again."""
         return [*self.pending, *self.damaged]
 
     @property
     def pairs_to_do(self) -> list[int]:
-        """Likewise, pairs whose unpatched metrics are needed."""
+        """Pairs whose unpatched metrics are pending or damaged."""
         return sorted((*self.pending_pairs, *self.damaged_pairs))
 
     @property
@@ -52,7 +52,7 @@ class Survey:
 def survey(
     folder: Folder, contents: Contents, variables: Mapping[str, Variable], *, read: bool
 ) -> Survey:
-    """Look at the files of all units and all unpatched metrics; `read`: at every byte too."""
+    """Check existence and length of all files of values; `read`: their digests too."""
     units = [unit for variable in variables.values() for unit in variable.units()]
     pending, damaged = survey_units(folder, contents, variables, units, read=read)
     pending_pairs, damaged_pairs = survey_pairs(folder, contents, read=read)
@@ -67,7 +67,7 @@ def survey_units(
     *,
     read: bool,
 ) -> tuple[list[Unit], dict[Unit, str]]:
-    """Those of `units` without a flag, and those whose file is not what its flag says."""
+    """Return those of `units` without a flag, and shard -> problem where file and flag differ."""
     names = dict.fromkeys(unit.variable for unit in units)
     files, flags = [], []
     for unit in units:
@@ -88,7 +88,7 @@ def survey_units(
 def survey_pairs(
     folder: Folder, contents: Contents, *, read: bool
 ) -> tuple[list[int], dict[int, str]]:
-    """Pairs whose unpatched metrics have no flag, and those whose files are not what it says."""
+    """Return pairs without a flag, and pair -> problem where a file and its flag differ."""
     look = _Look(folder, contents.identity, read)
     pairs = range(contents.fixed_shape()[1])
     flags = [references_key(pair) for pair in pairs]
@@ -96,8 +96,8 @@ def survey_pairs(
     damaged: dict[int, str] = {}
     for i, name in enumerate(FIXED):
         files = [fixed_key(name, pair) for pair in pairs]
-        found = look.at([name], [REFERENCES], files, flags, part=i, n_parts=len(FIXED))
-        for pair, problem in zip(pairs, found, strict=True):
+        problems = look.at([name], [REFERENCES], files, flags, part=i, n_parts=len(FIXED))
+        for pair, problem in zip(pairs, problems, strict=True):
             if problem is None and i == 0:
                 pending.append(pair)
             elif problem:
@@ -120,9 +120,9 @@ class _Look:
         part: int = 0,
         n_parts: int = 1,
     ) -> Iterator[str | None]:
-        """For each of `files` what is wrong with it: nothing (""), or it was not written (None).
+        """Yield the problem of each of `files`: "" if there is none, None if it has no flag.
 
-        Each flag stands for `n_parts` files, of which `files` holds the `part`-th.
+        Each flag holds the seals of `n_parts` files, of which `files` has the `part`-th.
         """
         sizes = self._sizes(arrays)
         flagged = self._sizes(f"{PROGRESS}/{name}" for name in flag_arrays)
@@ -138,12 +138,12 @@ class _Look:
             if len(parts) != n_parts * SEAL_BYTES:
                 yield f"its flag {flag} is no digest"
                 continue
-            mine = parts[part * SEAL_BYTES :][:SEAL_BYTES]
-            problem = "is lost" if key not in sizes else _of_size(sizes[key], sealed_size(mine))
+            seal_ = parts[part * SEAL_BYTES :][:SEAL_BYTES]
+            problem = "is lost" if key not in sizes else _of_size(sizes[key], sealed_size(seal_))
             if not problem and self.read:
                 if data is None:
                     problem = "is lost"
-                elif seal(self.identity, key, data) != mine:
+                elif seal(self.identity, key, data) != seal_:
                     problem = "is not as it was written"
             yield f"{key} {problem}" if problem else ""
 
@@ -152,7 +152,7 @@ class _Look:
 
 
 def _of_size(size: int | None, wanted: int) -> str:
-    """What the length of a file tells; empty if nothing is wrong."""
+    """Return the problem that a file's length shows; empty if there is none."""
     if size == NOT_A_FILE:
         return "is a link or a pipe, and no file"
     if size is None or size == wanted:

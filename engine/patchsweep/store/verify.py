@@ -1,4 +1,4 @@
-"""What is wrong with a store on disk, and the checksums by which two stores are compared."""
+"""Checks of a store on disk, and checksums for comparing two stores."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from patchsweep.store.survey import Survey
 
 @dataclass(frozen=True)
 class Checked:
-    """A store whose every file was read and held against its digest."""
+    """Result of reading each file of a store and checking its digest."""
 
-    problems: list[str]  # a line each
-    kind: str | None  # of which analysis it holds the results; None: of a sweep
-    store: Store | None  # the sweep, if it can be opened
-    survey: Survey | None  # likewise; its units
+    problems: list[str]  # a line per problem
+    kind: str | None  # the analysis that wrote the store; None for a sweep
+    store: Store | None  # the store of a sweep, if it can be opened
+    survey: Survey | None  # pending and damaged shards of `store`
 
 
 def check_store(url: str | Path, *, storage_options: Mapping[str, Any] | None = None) -> Checked:
-    """Read a store of a sweep or an analysis whole.
+    """Read and check each file of the store of a sweep or an analysis.
 
     Raises:
         StoreError: there is no store, or one of another program.
@@ -54,19 +54,18 @@ def check_store(url: str | Path, *, storage_options: Mapping[str, Any] | None = 
 def checksums(
     url: str | Path, *, storage_options: Mapping[str, Any] | None = None
 ) -> dict[str, str]:
-    """SHA-256 of every file of the store, by its path within; empty if there is none.
+    """Return path within the store -> SHA-256 (hex) for each file; empty if there is no store.
 
-    Two runs that gave the same values give equal dicts.
+    Two runs with the same values give equal dicts.
     """
     folder = open_folder(url, storage_options)
     return {key: hashlib.sha256(folder.read(key) or b"").hexdigest() for key in folder.list()}
 
 
 def verify_structure(store: Store) -> list[str]:
-    """What is wrong with the store's files, one line each; empty if nothing is.
+    """Return a line for each problem of the store's files; empty if there is none.
 
-    Everything that is done is read and held against its digest. Units that are not done are no
-    problem: see `status`.
+    Reads each finished shard and checks its digest. Pending shards are not problems: see `status`.
     """
     return _problems(store, store.survey(read=True))
 
@@ -92,7 +91,7 @@ def _problems(store: Store, survey: Survey) -> list[str]:
 
 
 def _strays(folder: Folder, contents: Contents, possible: set[str]) -> list[str]:
-    """A line for each file that nobody of ours has put there."""
+    """Return a line for each file that does not belong to the store."""
     problems = []
     named = {problem.partition(":")[0] for problem in contents.problems}
     for key in sorted(folder.sizes().keys() - contents.files.keys() - possible - named):

@@ -1,1 +1,1 @@
-"""Where the files of a store lie: a local folder, or any address that fsspec opens."""
+"""Backends for the files of a store: a local folder, or any URL that fsspec opens."""

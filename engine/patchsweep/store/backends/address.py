@@ -14,9 +14,9 @@ from patchsweep.store.backends.local import LocalFolder
 def open_folder(
     url: str | Path, storage_options: Mapping[str, Any] | None = None, *, sync: bool = True
 ) -> Folder:
-    """The folder at `url`, which need not exist yet.
+    """Return the folder at `url` (a path or a URL), which need not exist yet.
 
-    `sync=False` skips the waits for the disk, for files that may be lost with the power.
+    `sync=False` skips fsync, for files that a power failure may destroy.
 
     Raises:
         StoreError: `url` or `storage_options` carry credentials, or fsspec cannot open `url`.
@@ -28,6 +28,6 @@ def open_folder(
         return LocalFolder(Path(text).expanduser(), sync=sync)
     options = dict(storage_options or {})
     refuse_credentials(text, options)
-    from patchsweep.store.backends.remote import RemoteFolder  # fsspec, only where there is a URL
+    from patchsweep.store.backends.remote import RemoteFolder  # loads fsspec, only for URLs
 
     return RemoteFolder(text.rstrip("/"), options)

@@ -1,6 +1,6 @@
-"""A folder of whole files, wherever it lies: what the store, its leases and its journal need.
+"""The interface of a folder of files, for the store, its leases and its journal.
 
-A file is put at once or not at all. No credential is ever shown (see `credentials`).
+Writes are atomic. No message shows a credential (see `credentials`).
 """
 
 from __future__ import annotations
@@ -9,91 +9,91 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 
-PARTIAL = ".partial"  # how the name of a file ends that is not whole yet
-NOT_A_FILE = -1  # in place of a size
+PARTIAL = ".partial"  # suffix of a file that is still being written
+NOT_A_FILE = -1  # size of links, pipes and the like
 
 
 class Folder(ABC):
-    """Whole files under keys such as `z/c/0/1`."""
+    """A folder whose files have keys such as `z/c/0/1`."""
 
-    shown: str  # the address, fit for people to see
-    appends: bool  # whether `append` costs the new line alone, not the whole file again
+    shown: str  # the address without credentials
+    appends: bool  # whether `append` writes only the new line, not the whole file
 
     @abstractmethod
     def beside(self, suffix: str) -> Folder:
-        """The folder called `<this one><suffix>`; its files are not waited for (`sync=False`)."""
+        """Return the folder called `<this one><suffix>`, without fsync (`sync=False`)."""
 
     @abstractmethod
     def check_writable(self) -> None:
-        """Raise a StoreError if no file can be put here; leaves nothing behind."""
+        """Raise a StoreError if the folder cannot be written; leaves nothing behind."""
 
     @abstractmethod
     def make(self) -> None:
-        """Make the folder if it is missing, parents included."""
+        """Create the folder and its parents if they are missing."""
 
     @abstractmethod
     def check(self) -> None:
-        """Raise a StoreError if the folder is no longer what it was at the first check or put."""
+        """Raise a StoreError if another folder has replaced it since the first check or put."""
 
     @abstractmethod
     def read(self, key: str) -> bytes | None:
-        """The file's content; None if there is no such file, or a link or pipe in its place."""
+        """Return the file's content; None if it is missing, or is a link or a pipe."""
 
     @abstractmethod
     def put(self, key: str, data: bytes) -> None:
-        """Write or replace a whole file."""
+        """Write or replace a file atomically."""
 
     @abstractmethod
     def put_new(self, key: str, data: bytes) -> bool:
-        """Write a file that is not there yet. False if one is, with other content than `data`."""
+        """Create a file; False if it exists already with content other than `data`."""
 
     @abstractmethod
     def append(self, key: str, so_far: bytes, line: bytes) -> None:
-        """Add `line` to a file of which this process alone has written everything (`so_far`)."""
+        """Append `line` to a file that only this process writes; `so_far` is its content."""
 
     @abstractmethod
     def delete(self, key: str) -> None:
-        """Remove a file; nothing happens if there is none."""
+        """Delete a file if it exists."""
 
     def read_many(self, keys: Iterable[str]) -> Iterator[bytes | None]:
-        """What `read` gives for each of `keys`, in their order, a few files ahead at most."""
+        """Yield `read(key)` for `keys` in order, reading at most a few files ahead."""
         return map(self.read, keys)
 
     @abstractmethod
     def sizes(self, prefix: str = "") -> dict[str, int | None]:
-        """Bytes of each file in the folder `prefix`, by key; empty if there is no such folder.
+        """Return key -> bytes for all files in the folder `prefix`; empty if it does not exist.
 
-        None where the storage does not tell, `NOT_A_FILE` for links, pipes and the like.
+        None if the storage reports no size, `NOT_A_FILE` for links, pipes and the like.
         """
 
     def list(self, prefix: str = "") -> list[str]:
-        """Keys of all files in the folder `prefix`, sorted; empty if there is no such folder."""
+        """Return the sorted keys of all files in folder `prefix`; empty if it does not exist."""
         return sorted(self.sizes(prefix))
 
     @abstractmethod
     def modified(self, key: str) -> float | None:
-        """Unix time at which the file was last put, by the clock of the storage; None: unknown."""
+        """Return the unix time of the file's last write by the storage's clock; None: unknown."""
 
     @abstractmethod
     def is_empty(self) -> bool:
-        """Whether nothing lies there, partial files aside."""
+        """Whether the folder is missing or holds nothing but partial files."""
 
     @abstractmethod
     def guard(self) -> AbstractContextManager[None]:
-        """Turns what goes wrong inside with the storage into a StoreError that says what to do."""
+        """Convert storage errors inside the block into StoreErrors that say what to do."""
 
     def free_bytes(self) -> int | None:
-        """Bytes that can still be written; None where the storage does not tell."""
+        """Return the free bytes; None if the storage does not report them."""
         return None
 
     @abstractmethod
     def sweep(self) -> None:
-        """Delete partial files that killed processes left behind."""
+        """Delete the partial files of killed processes."""
 
     @abstractmethod
     def sweep_file(self, key: str) -> None:
-        """Delete all partial files of `key`, which nobody else may write now."""
+        """Delete all partial files of `key`; no other process may be writing it."""
 
     def exists(self, key: str) -> bool:
-        """Whether there is such a file."""
+        """Whether the file exists."""
         return self.read(key) is not None

@@ -1,4 +1,4 @@
-"""Credentials come from the environment alone, and are never shown."""
+"""Credentials: refused in URLs and options (the environment holds them), removed from messages."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _OPTION = re.compile(
 _VARIABLE = re.compile(r"KEY|SECRET|TOKEN|PASSW|CREDENTIAL", re.I)
 _SIGNED = re.compile(r"([?&](?:X-Amz-[A-Za-z-]+|Signature|sig|AWSAccessKeyId|token)=)[^&\s]+", re.I)
 _USER = re.compile(r"://[^/@\s]+@")
-# a secret may hold slashes, so whatever follows a user and a colon may be one, up to the last @
+# a password may hold slashes, so it extends from the colon after the user to the last @
 _PASSWORD = re.compile(r"://[^/@\s]*:\S*@")
-_PORT = re.compile(r"://[^/@:\s]+:\d+/")  # or it is a port, and the @ stands in the path
+_PORT = re.compile(r"://[^/@:\s]+:\d+/")  # a port, not a password; the @ is in the path
 _ACCESS_KEY = re.compile(r"\b(AKIA|ASIA)[0-9A-Z]{12,}")
-# protocols whose address begins with a bucket: before an @ there can be nothing but credentials
+# protocols whose address begins with a bucket: text before an @ can only be credentials
 _BUCKETS = re.compile(r"^(s3|s3a|gs|gcs)://[^/\s]*@", re.I)
-_SHORTEST = 8  # shorter values of the environment, such as "false", are no secrets
+_SHORTEST = 8  # shorter values of the environment, such as "false", are not secrets
 
 
 def scrub(text: str) -> str:
-    """`text` without users and passwords in URLs, signatures, and secrets of the environment."""
+    """Remove users and passwords of URLs, signatures and the environment's secrets from `text`."""
     text = _PASSWORD.sub("://***@", text)
     text = _USER.sub("://***@", text)
     text = _SIGNED.sub(r"\1***", text)
@@ -39,10 +39,10 @@ def scrub(text: str) -> str:
 
 
 def refuse_credentials(url: str, storage_options: Mapping[str, Any]) -> None:
-    """Refuse an address or options that carry credentials: they would end in configs and logs.
+    """Raise if an address or options hold credentials, which would get into configs and logs.
 
     Raises:
-        StoreError: one of them does.
+        StoreError: `url` or `storage_options` hold credentials.
     """
     password = _PASSWORD.search(url) and not _PORT.search(url)
     if password or any(p.search(url) for p in (_BUCKETS, _SIGNED, _ACCESS_KEY)):

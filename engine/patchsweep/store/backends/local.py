@@ -1,7 +1,7 @@
 """A folder on a disk.
 
-A file is on the platter when `put` returns: written under a `*.partial` name, synced, renamed,
-and the directory synced.
+`put` returns when the file is on disk: it writes a `*.partial` file, syncs and renames it, and
+syncs the directory.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from patchsweep.errors import StoreError
 from patchsweep.store.backends.base import NOT_A_FILE, PARTIAL, Folder
 from patchsweep.store.backends.process import is_gone, process_name
 
-# a link is not followed, and a pipe without a writer is not waited for
+# do not follow links, nor wait for the writer of a pipe
 _READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-_COUNTER = itertools.count()  # no two partial files of this process have one name
-PARTIAL_AGE_S = 3600.0  # after this long, another machine's partial file is taken for a leftover
+_COUNTER = itertools.count()  # makes the names of this process's partial files unique
+PARTIAL_AGE_S = 3600.0  # age at which another machine's partial file counts as a leftover
 
 
 class LocalFolder(Folder):
-    """A folder on a disk of this machine, or on a file system that is mounted here.
+    """A folder on a local or mounted file system.
 
-    The folder may be reached through links. Inside it, links are never followed: they would let
-    somebody else's store name any file of this machine.
+    The path to the folder may contain links. Links inside the folder are never followed: they
+    would let an untrusted store name any file of this machine.
     """
 
     appends = True
@@ -38,15 +38,15 @@ class LocalFolder(Folder):
         self.path = Path(os.path.abspath(path))
         self.shown = str(path)
         self._sync = sync
-        self._identity: tuple[int, int] | None = None  # device and inode when first written to
-        self._no_links: set[str] = set()  # folders inside that were looked at
+        self._identity: tuple[int, int] | None = None  # device and inode at the first check or put
+        self._no_links: set[str] = set()  # subfolders known not to be links
 
     def beside(self, suffix: str) -> LocalFolder:
-        found = LocalFolder(self.path.with_name(self.path.name + suffix), sync=False)
-        found.shown = self.shown + suffix
-        if found.path.is_symlink():
-            raise StoreError(f"{found.shown} is a link; put a folder there instead")
-        return found
+        folder = LocalFolder(self.path.with_name(self.path.name + suffix), sync=False)
+        folder.shown = self.shown + suffix
+        if folder.path.is_symlink():
+            raise StoreError(f"{folder.shown} is a link; put a folder there instead")
+        return folder
 
     def check_writable(self) -> None:
         place = next(p for p in (self.path, *self.path.parents) if os.path.lexists(p))
@@ -78,10 +78,10 @@ class LocalFolder(Folder):
                     return None
                 raise
             try:
-                found = os.fstat(handle)
-                if not stat.S_ISREG(found.st_mode):
+                status = os.fstat(handle)
+                if not stat.S_ISREG(status.st_mode):
                     return None
-                data = os.read(handle, found.st_size + 1)
+                data = os.read(handle, status.st_size + 1)
                 while more := os.read(handle, 1 << 20) if data else b"":
                     data += more
                 return data
@@ -101,8 +101,8 @@ class LocalFolder(Folder):
             os.replace(partial, path)
 
     def put_new(self, key: str, data: bytes) -> bool:
-        if (there := self.read(key)) is not None:
-            return there == data
+        if (stored := self.read(key)) is not None:
+            return stored == data
         with self.guard(), self._written(key, data) as (partial, path):
             try:
                 os.link(partial, path)
@@ -111,7 +111,7 @@ class LocalFolder(Folder):
             except OSError as error:
                 if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
                     raise
-                # a file system without hard links: two writers of one key can meet right here
+                # without hard links this is not exclusive: a rival may write the key just before
                 os.replace(partial, path)
         return True
 
@@ -131,12 +131,12 @@ class LocalFolder(Folder):
             (self.path / key).unlink(missing_ok=True)
 
     def sizes(self, prefix: str = "") -> dict[str, int | None]:
-        found: dict[str, int | None] = {}
-        waiting = [prefix]
+        sizes: dict[str, int | None] = {}
+        folders = [prefix]
         with self.guard():
             self._refuse_links(f"{prefix}/")
-            while waiting:
-                folder = waiting.pop()
+            while folders:
+                folder = folders.pop()
                 with (
                     suppress(FileNotFoundError, NotADirectoryError),
                     os.scandir(self._at(folder)) as entries,
@@ -144,13 +144,13 @@ class LocalFolder(Folder):
                     for entry in entries:
                         key = f"{folder}/{entry.name}" if folder else entry.name
                         if entry.is_dir(follow_symlinks=False):
-                            waiting.append(key)
+                            folders.append(key)
                         elif entry.is_file(follow_symlinks=False):
                             with suppress(FileNotFoundError):  # deleted meanwhile
-                                found[key] = entry.stat(follow_symlinks=False).st_size
+                                sizes[key] = entry.stat(follow_symlinks=False).st_size
                         else:
-                            found[key] = NOT_A_FILE
-        return found
+                            sizes[key] = NOT_A_FILE
+        return sizes
 
     def is_empty(self) -> bool:
         with self.guard():
@@ -190,13 +190,13 @@ class LocalFolder(Folder):
 
     @contextmanager
     def _written(self, key: str, data: bytes) -> Iterator[tuple[Path, Path]]:
-        """A synced partial file that holds `data`, and the path where it belongs."""
+        """Yield a synced partial file that holds `data`, and the path to move it to."""
         path = self.path / key
         self._check_place()
         self._refuse_links(key)
         self._make(path.parent, below=self.path)
-        mark = f"~{process_name()}~{next(_COUNTER)}{PARTIAL}"
-        partial = path.with_name(path.name + mark)
+        suffix = f"~{process_name()}~{next(_COUNTER)}{PARTIAL}"
+        partial = path.with_name(path.name + suffix)
         try:
             with open(partial, "wb") as file:
                 file.write(data)
@@ -210,16 +210,16 @@ class LocalFolder(Folder):
         self._sync_folder(path.parent)
 
     def _check_place(self) -> None:
-        """Refuse to work where the store's disk has been replaced by its empty mount point."""
-        found = os.stat(self.path)
-        identity = (found.st_dev, found.st_ino)
+        """Raise OSError if another folder, such as a bare mount point, has replaced the store's."""
+        status = os.stat(self.path)
+        identity = (status.st_dev, status.st_ino)
         if self._identity is None:
             self._identity = identity
         elif self._identity != identity:
             raise OSError(errno.ENODEV, "another folder lies there now")
 
     def _now(self) -> float:
-        """The time by the clock of the file system, which gives others' files theirs too."""
+        """Return the time by the file system's clock, which sets the times of all files."""
         probe = self.path / f"now~{process_name()}~{next(_COUNTER)}{PARTIAL}"
         try:
             probe.touch()
@@ -231,7 +231,7 @@ class LocalFolder(Folder):
         return f"{self.path}/{key}"
 
     def _refuse_links(self, key: str) -> None:
-        """Refuse a key that leads through a link to another folder."""
+        """Raise StoreError if a folder in `key` is a link."""
         folder = key.rpartition("/")[0]
         if folder in self._no_links:
             return
@@ -245,7 +245,7 @@ class LocalFolder(Folder):
         self._no_links.add(folder)
 
     def _make(self, path: Path, below: Path | None = None) -> None:
-        """Make `path` and its parents, durably; none above `below`."""
+        """Create `path` and its parents up to `below`, synced to disk."""
         if path.is_dir() or path == below:
             return
         self._make(path.parent, below)
@@ -262,7 +262,7 @@ class LocalFolder(Folder):
         try:
             os.fsync(handle)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems have no such
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not all file systems support it
                 raise
         finally:
             os.close(handle)
@@ -276,29 +276,29 @@ class LocalFolder(Folder):
 
 
 def _explain(folder: LocalFolder, error: OSError) -> str:
-    said = f"{folder.shown}: {error.strerror or error}"
+    cause = f"{folder.shown}: {error.strerror or error}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
-            f"no space is left for the store ({said}); free some, then run the same command "
+            f"no space is left for the store ({cause}); free some, then run the same command "
             "again: finished units are kept"
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return (
-            f"the store must be readable and writable ({said}); mend its permissions or give "
+            f"the store must be readable and writable ({cause}); mend its permissions or give "
             "another path, then run the same command again: finished units are kept"
         )
     if error.errno in (errno.EISDIR, errno.ENOTEMPTY):
         place = error.filename2 or error.filename
         return f"a folder lies where the store keeps a file ({place}); delete it, then run again"
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        return f"a store is a folder ({said}); give a path where none of its parts is a file"
+        return f"a store is a folder ({cause}); give a path where none of its parts is a file"
     return (
-        f"the store's disk must stay in reach ({said}); mount it again, then run the same "
+        f"the store's disk must stay in reach ({cause}); mount it again, then run the same "
         "command again: finished units are kept"
     )
 
 
 def _writer(partial: str) -> str:
-    """The process that a partial file's name tells of; another program's file tells of none."""
+    """Return the process in a partial file's name; "" for another program's file."""
     parts = partial.split("~")
     return parts[1] if len(parts) == 3 else ""

@@ -1,8 +1,8 @@
-"""Names of processes, such that another process can tell whether one still lives.
+"""Names of processes by which another process can check whether they live.
 
-A name is `<host>.<machine>-<pid>-<start>`. `machine` stands for one boot and one namespace of
-process ids, so that two containers which share a host name are told apart, and a reboot makes
-every older name a stranger's. `start` is when the process began, so that a reused id is noticed.
+A name is `<host>.<machine>-<pid>-<start>`. `machine` identifies one boot and one namespace of
+process ids: it differs between containers with the same host name, and after a reboot. `start` is
+the start time of the process, which shows that an id was reused.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ _NAME = re.compile(r"(?P<place>.+)-(?P<pid>\d{1,9})-(?P<start>\d{1,18})")
 
 
 def process_name() -> str:
-    """The name of this process."""
+    """Return the name of this process."""
     pid = os.getpid()
     return f"{_place()}-{pid}-{_started(pid) or 0}"
 
 
 def is_gone(name: str) -> bool:
-    """True if the process called `name` has certainly ended.
+    """Whether the process called `name` has certainly ended.
 
-    False where that cannot be known: it ran on another machine, or before the last reboot.
+    False if that is unknown: the process ran on another machine, or before the last reboot.
     """
     match = _NAME.fullmatch(name)
     if match is None or match["place"] != _place() or os.name != "posix":
@@ -36,21 +36,21 @@ def is_gone(name: str) -> bool:
     except ProcessLookupError:
         return True
     except PermissionError:
-        pass  # another user's, so it lives
+        pass  # another user's process, which lives
     started = _started(int(match["pid"]))
     return started is not None and started != int(match["start"])
 
 
 def _started(pid: int) -> int | None:
-    """Clock ticks from boot to the start of a process; -1 for a dead one that nobody has reaped.
+    """Return the clock ticks from boot to the start of a process; -1 for a zombie.
 
-    None if this system does not tell.
+    None if the process does not exist or the system has no /proc.
     """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
-    state, *fields = stat.rpartition(")")[2].split()  # the name before it may hold anything
+    state, *fields = stat.rpartition(")")[2].split()  # the name in parentheses may hold any text
     return -1 if state in "ZX" else int(fields[18])
 
 

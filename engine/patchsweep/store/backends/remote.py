@@ -1,7 +1,7 @@
 """A folder in an object store, or behind any other URL that fsspec opens.
 
-Object stores put files atomically by themselves. Retries and backoff are those of the storage
-library, set by its own options.
+Object stores write files atomically. The storage library does retries and backoff, set by its
+options.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from patchsweep.errors import StoreError
 from patchsweep.store.backends.base import Folder
 from patchsweep.store.backends.credentials import scrub
 
-AT_ONCE = 64  # files that `read_many` asks for together
+AT_ONCE = 64  # files that `read_many` requests together
 
 
 class RemoteFolder(Folder):
@@ -33,7 +33,7 @@ class RemoteFolder(Folder):
             from fsspec.core import url_to_fs
 
             self._fs, root = url_to_fs(url, **self._options)
-        except Exception as error:  # a protocol that is unknown, or whose package is missing
+        except Exception as error:  # the protocol is unknown, or its package is missing
             raise StoreError(
                 f"a store's URL must be one that fsspec can open; {self.shown!r} is not "
                 f"({_said(error)}); install the protocol's package (for S3: patchsweep[s3]) or "
@@ -45,10 +45,10 @@ class RemoteFolder(Folder):
         return RemoteFolder(self._url + suffix, self._options)
 
     def make(self) -> None:
-        """Object stores have no folders: they are the beginnings of their files' names."""
+        """Do nothing: in object stores folders are prefixes of file names."""
 
     def check(self) -> None:
-        """Every request shows by itself whether the storage is in reach."""
+        """Do nothing: each request shows whether the storage is reachable."""
 
     def read(self, key: str) -> bytes | None:
         with self.guard():
@@ -67,17 +67,17 @@ class RemoteFolder(Folder):
             self._fs.pipe_file(self._path(key), data)
 
     def put_new(self, key: str, data: bytes) -> bool:
-        # storage without conditional puts may ignore the mode, so look first
-        if (there := self.read(key)) is None:
+        # storage without conditional puts may ignore the mode, so read first
+        if (stored := self.read(key)) is None:
             with self.guard():
                 try:
                     self._fs.pipe_file(self._path(key), data, mode="create")
                     return True
                 except Exception:
-                    there = self.read(key)
-                    if there is None:  # no rival's file was in the way: it failed
+                    stored = self.read(key)
+                    if stored is None:  # no rival wrote the file: the put failed
                         raise
-        return there == data  # true also of our own put whose answer was lost
+        return stored == data  # also true if this put succeeded and its answer was lost
 
     def append(self, key: str, so_far: bytes, line: bytes) -> None:
         self.put(key, so_far + line)
@@ -87,11 +87,11 @@ class RemoteFolder(Folder):
             self._fs.rm_file(self._path(key))
 
     def read_many(self, keys: Iterable[str]) -> Iterator[bytes | None]:
-        waiting = iter(keys)
-        while some := list(itertools.islice(waiting, AT_ONCE)):
-            paths, ends = [self._path(key) for key in some], [None] * len(some)
+        rest = iter(keys)
+        while chunk := list(itertools.islice(rest, AT_ONCE)):
+            paths, ends = [self._path(key) for key in chunk], [None] * len(chunk)
             with self.guard():
-                # not `cat`, which takes brackets and stars in a name for a pattern
+                # not `cat`, which reads brackets and stars in a name as a pattern
                 answers = self._fs.cat_ranges(paths, ends, ends, on_error="return")
                 for answer in answers:
                     if isinstance(answer, FileNotFoundError | IsADirectoryError):
@@ -103,14 +103,14 @@ class RemoteFolder(Folder):
     def sizes(self, prefix: str = "") -> dict[str, int | None]:
         with self.guard():
             try:
-                found = self._fs.find(self._path(prefix), detail=True)
+                files = self._fs.find(self._path(prefix), detail=True)
             except FileNotFoundError:
                 return {}
-        inside, start = f"{self._path(prefix)}/", len(self._root) + 1
-        return {p[start:]: info.get("size") for p, info in found.items() if p.startswith(inside)}
+        folder, start = f"{self._path(prefix)}/", len(self._root) + 1
+        return {p[start:]: info.get("size") for p, info in files.items() if p.startswith(folder)}
 
     def check_writable(self) -> None:
-        probe = f"{self._root}.probe-{uuid.uuid4().hex}"  # beside: the folder must look empty
+        probe = f"{self._root}.probe-{uuid.uuid4().hex}"  # beside the folder, which stays empty
         with self.guard():
             self._fs.pipe_file(probe, b"")
             self._fs.rm_file(probe)
@@ -130,10 +130,10 @@ class RemoteFolder(Folder):
                 return None
 
     def sweep(self) -> None:
-        """Object stores have no partial files."""
+        """Do nothing: object stores have no partial files."""
 
     def sweep_file(self, key: str) -> None:
-        """Object stores have no partial files."""
+        """Do nothing: object stores have no partial files."""
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}".rstrip("/")
@@ -144,7 +144,7 @@ class RemoteFolder(Folder):
             yield
         except StoreError:
             raise
-        except Exception as error:  # every storage library has its own kinds
+        except Exception as error:  # each storage library has its own error types
             # not chained: the library's traceback may hold credentials
             raise StoreError(
                 f"the store must answer, but {self.shown} did not after its library's retries "
