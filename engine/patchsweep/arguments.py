@@ -1,4 +1,4 @@
-"""What a user may give for indices, counts, names and places: checked, and made plain."""
+"""Checks of users' arguments: indices, counts, names and paths, returned as plain Python values."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ RUNNERS = ("auto", "packed", "hooked")
 
 
 def check_bridge(model: Any) -> None:
-    """Raise unless `model` is what `load_model` gives.
+    """Raise unless `model` looks like a TransformerBridge, which `load_model` returns.
 
     Raises:
-        ModelError: it is something else, such as a name.
+        ModelError: `model` is something else, such as a name.
     """
-    # not by its class, so that what reads stores need not load torch
+    # by attributes instead of the class, so that reading a store need not load torch
     if not all(hasattr(model, name) for name in ("cfg", "tokenizer", "original_model")):
         raise ModelError(
             f"model must be a TransformerBridge, got {_brief(model)}; give what "
@@ -38,10 +38,10 @@ def whole_number(
     most: int | None = None,
     error: type[PatchsweepError] = PlanError,
 ) -> int:
-    """`value` as an int.
+    """Return `value` as an int. `least` and `most` are included in the range.
 
     Raises:
-        error: it is no whole number, or is out of range.
+        error: `value` is no whole number, or is out of range.
     """
     wanted = "a whole number"
     if least is not None and most is not None:
@@ -57,10 +57,10 @@ def whole_number(
 def one_of(
     name: str, value: Any, known: Sequence[str], *, error: type[PatchsweepError] = ConfigError
 ) -> None:
-    """Raise unless `value` is one of the names that are `known`.
+    """Raise unless `value` is one of the names in `known`.
 
     Raises:
-        error: it is none of them.
+        error: `value` is none of them.
     """
     if not isinstance(value, str) or value not in known:
         raise error(f"{name}={_brief(value)} is not known; use {_listed(known)}")
@@ -74,10 +74,10 @@ def number(
     below: float | None = None,
     error: type[PatchsweepError] = PlanError,
 ) -> None:
-    """Raise unless `value` is a finite number between the two that are given, neither included.
+    """Raise unless `value` is a finite number between `above` and `below`, both excluded.
 
     Raises:
-        error: it is something else.
+        error: `value` is no such number.
     """
     fits = isinstance(value, int | float | np.number) and not isinstance(value, bool)
     fits = fits and math.isfinite(value)
@@ -91,10 +91,10 @@ def number(
 def true_or_false(
     name: str, value: Any, *, none: bool = False, error: type[PatchsweepError] = ConfigError
 ) -> None:
-    """Raise unless `value` is True or False, or None where that means something.
+    """Raise unless `value` is True or False, or None if `none` allows it.
 
     Raises:
-        error: it is something else.
+        error: `value` is something else.
     """
     if not (isinstance(value, bool) or (none and value is None)):
         known = "True, False or None" if none else "True or False"
@@ -102,12 +102,13 @@ def true_or_false(
 
 
 def index_sets(name: str, given: Any) -> Sets:
-    """Sets of indices that are patched together, of one index, or of a list of indices and sets.
+    """Return sets of indices that are patched together: `[0, [1, 2]]` gives `((0,), (1, 2))`.
 
-    Ranges, arrays and tensors of whole numbers are lists. An empty list stays empty.
+    One index counts as a list of one; ranges, arrays and tensors of whole numbers count as lists.
+    An empty list stays empty.
 
     Raises:
-        PlanError: an entry is no index, or is named twice.
+        PlanError: an entry is no index, or occurs twice.
     """
     sets = tuple(_members(name, entry) for entry in _entries(name, given))
     _refuse_twice(name, [frozenset(members) for members in sets], sets)
@@ -115,25 +116,25 @@ def index_sets(name: str, given: Any) -> Sets:
 
 
 def position_axis(given: Any) -> tuple[int | str, ...]:
-    """Positions and labels, one patch each, of one position or of a list of them.
+    """Return positions and labels, one patch each; a single one counts as a list of one.
 
     Raises:
-        PlanError: an entry is neither, or is named twice.
+        PlanError: an entry is neither a position nor a label, or occurs twice.
     """
-    found: list[int | str] = []
+    axis: list[int | str] = []
     for entry in _entries("positions", given):
         if not is_whole(entry) and not isinstance(entry, str):
             raise PlanError(
                 f"positions has {_brief(entry)}, which is neither a position nor a label; give "
                 "such as [0, 5] or ['subject'], or 'all' for one patch over all"
             )
-        found.append(entry if isinstance(entry, str) else int(entry))
-    _refuse_twice("positions", found, found)
-    return tuple(found)
+        axis.append(entry if isinstance(entry, str) else int(entry))
+    _refuse_twice("positions", axis, axis)
+    return tuple(axis)
 
 
 def check_runner(runner: Any, max_tokens: Any, cache_budget: Any = None) -> None:
-    """Raise unless these say how patches are run.
+    """Check the options of runners: `max_tokens` a packed batch, `cache_budget` in bytes.
 
     Raises:
         ConfigError: the runner is not known, or a number is out of range.
@@ -153,7 +154,8 @@ def check_store_path(store: Any) -> None:
     """Raise unless `store` names a folder of its own, or a URL.
 
     Raises:
-        ConfigError: it is empty, no path, or one that other commands could not be given.
+        ConfigError: `store` is empty, no path, or begins with a dash, which commands read as an
+            option.
     """
     if not isinstance(store, str | os.PathLike):
         raise ConfigError(f"store={_brief(store)} must be a path or a URL, such as 'runs/a.zarr'")
@@ -169,12 +171,12 @@ def check_store_path(store: Any) -> None:
 
 
 def is_whole(value: Any) -> bool:
-    """Whether `value` is a whole number, of Python or of numpy; True and False are none."""
+    """Whether `value` is an integer of Python or numpy; False for booleans."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _entries(name: str, given: Any) -> list[Any]:
-    """The entries of a list, or of a single index."""
+    """Return `given` as a list; a single index becomes a list of one."""
     if is_whole(given):
         return [given]
     if hasattr(given, "tolist"):  # an array, or a tensor
@@ -187,9 +189,9 @@ def _entries(name: str, given: Any) -> list[Any]:
 
 
 def _members(name: str, entry: Any) -> tuple[int, ...]:
-    """The indices of one entry, which is an index or a list of them."""
-    together = isinstance(entry, list | tuple | range) or hasattr(entry, "tolist")
-    members = _entries(name, entry) if together and not is_whole(entry) else [entry]
+    """Return the indices of one entry, which is an index or a list of indices."""
+    is_set = isinstance(entry, list | tuple | range) or hasattr(entry, "tolist")
+    members = _entries(name, entry) if is_set and not is_whole(entry) else [entry]
     for member in members:
         if not is_whole(member):
             raise PlanError(
@@ -204,10 +206,10 @@ def _members(name: str, entry: Any) -> tuple[int, ...]:
 def _refuse_twice(name: str, keys: Sequence[Any], entries: Sequence[Any]) -> None:
     if len(set(keys)) == len(keys):
         return
-    twice = next(entry for key, entry in zip(keys, entries, strict=True) if keys.count(key) > 1)
-    if isinstance(twice, tuple):
-        twice = twice[0] if len(twice) == 1 else list(twice)
-    raise PlanError(f"{name} names {twice!r} twice; name each once")
+    repeated = next(entry for key, entry in zip(keys, entries, strict=True) if keys.count(key) > 1)
+    if isinstance(repeated, tuple):
+        repeated = repeated[0] if len(repeated) == 1 else list(repeated)
+    raise PlanError(f"{name} names {repeated!r} twice; name each once")
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -216,7 +218,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _brief(value: Any) -> str:
-    """A value as a message shows it."""
+    """Return a value as an error message shows it, in at most 80 characters."""
     if isinstance(value, str | int | float | bool | list | tuple | dict | set | type(None)):
         text = repr(value)
     else:

@@ -1,41 +1,41 @@
-"""What a user can get wrong. Each error says the rule, the value and the remedy."""
+"""Errors that users can cause. Each message says the rule, the value and the remedy."""
 
 
 class PatchsweepError(ValueError):
-    """A mistake that the user can mend; raised before any forward pass runs."""
+    """A mistake that the user can correct; raised before any forward pass runs."""
 
 
 class PromptError(PatchsweepError):
-    """Prompts, answers, labels or a task that cannot be swept."""
+    """Prompts, answers, labels or a task do not fit a sweep."""
 
 
 class SiteError(PatchsweepError):
-    """A site that is unknown, or that this model does not have."""
+    """A site is unknown, or this model does not have it."""
 
 
 class MetricError(PatchsweepError):
-    """A metric that is unknown, or that does not fit the pairs or the method."""
+    """A metric is unknown, or does not fit the pairs or the method."""
 
 
 class PlanError(PatchsweepError):
-    """Layers, positions or heads out of range, or a plan with nothing in it."""
+    """Layers, positions or heads are out of range, or a plan is empty."""
 
 
 class ModelError(PatchsweepError):
-    """A model that cannot be found, verified, loaded or swept."""
+    """A model cannot be found, verified, loaded or swept."""
 
 
 class StoreError(PatchsweepError):
-    """A store that belongs to another run, cannot be written, or is damaged."""
+    """A store belongs to another run, cannot be written, or is damaged."""
 
 
 class DamagedError(StoreError):
-    """A store whose files are not as they were written."""
+    """Files of a store differ from what was written."""
 
 
 class ConfigError(PatchsweepError):
-    """A setting whose value or combination makes no sense."""
+    """A setting has a value, or stands in a combination, that makes no sense."""
 
 
 class MethodError(PatchsweepError):
-    """An attribution method that does not fit the metric, the site or the model."""
+    """An attribution method does not fit the metric, the site or the model."""

@@ -1,1 +1,1 @@
-"""What a sweep is: sites, interventions, metrics, batches, the plan. Runs nothing."""
+"""Defines a sweep: sites, interventions, metrics, batches, the plan. Runs no model."""

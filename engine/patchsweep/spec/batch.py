@@ -1,4 +1,4 @@
-"""Batches: prompt pairs of one length as tensors, each run named by its part in the patch."""
+"""Batches: prompt pairs of one length as tensors, with their base and source runs."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from patchsweep.spec.plan import PairShape
 
 @dataclass(frozen=True)
 class Batch:
-    """Pairs whose prompts, and whose answers, have the same number of tokens.
+    """Pairs whose prompts have one length and whose answers have one length, in tokens.
 
-    An answer of several tokens is teacher-forced: its tokens but the last follow the prompt.
+    An answer of several tokens is teacher-forced: all its tokens but the last follow the prompt.
     """
 
-    pairs: tuple[int, ...]  # their numbers in the sweep
+    pairs: tuple[int, ...]  # numbers of the pairs in the sweep
     base: Int[Tensor, "pair pos"]
     source: Int[Tensor, "pair pos"]
     reads: tuple[int, ...]  # positions whose logits the metrics read, ascending
     answer: Int[Tensor, "pair read"]  # right answer after the clean prompt
     wrong: Int[Tensor, "pair read"]  # right answer after the corrupted prompt
-    spans: tuple[Spans, ...]  # of each pair
+    spans: tuple[Spans, ...]  # label spans, one entry a pair
 
     @property
     def length(self) -> int:
@@ -37,24 +37,26 @@ class Batch:
 
     @property
     def differ(self) -> Int[Tensor, " pair"]:
-        """Which token of its two answers is the first that tells them apart."""
+        """Index of the first token in which the right and the wrong answer differ."""
         return (self.answer != self.wrong).int().argmax(dim=1)
 
     @property
     def local(self) -> dict[int, int]:
-        """Pair number to row of the batch."""
+        """Pair number -> row of the batch."""
         return {pair: row for row, pair in enumerate(self.pairs)}
 
 
 def base_and_source(pair: PromptPair, direction: Direction) -> tuple[list[int], list[int]]:
-    """Token ids of the run that is patched into and of the run that values come from."""
+    """Return token ids of the base run, which is patched, and of the source run of the values."""
     forced = list(pair.answer[:-1])
     clean, corrupted = [*pair.clean, *forced], [*pair.corrupted, *forced]
     return (corrupted, clean) if direction == "denoising" else (clean, corrupted)
 
 
 def reads_of(pair: PromptPair, read: int) -> tuple[int, ...]:
-    """The positions read: from prompt position `read` (negative: from the end) one per token.
+    """Return the positions whose logits are read: one per answer token, from `read` on.
+
+    `read` is a prompt position; a negative one counts from the end.
 
     Raises:
         PlanError: `read` lies outside the prompt.
@@ -69,7 +71,7 @@ def reads_of(pair: PromptPair, read: int) -> tuple[int, ...]:
 
 
 def pair_shape(pair: PromptPair, direction: Direction, read: int) -> PairShape:
-    """What the planner needs to know of `pair`."""
+    """Return the facts about `pair` that the planner needs."""
     base, source = base_and_source(pair, direction)
     return PairShape(
         differs=tuple(b != s for b, s in zip(base, source, strict=True)),
@@ -86,12 +88,12 @@ def make_batches(
     device: torch.device,
     source_of: Mapping[int, int] | None = None,
 ) -> list[Batch]:
-    """The pairs `numbers`, grouped by length.
+    """Return the pairs `numbers` as batches, one per length of prompt and answer.
 
-    `source_of` names the pair whose source prompt takes the place of each pair's own.
+    `source_of` maps a pair to the pair whose source prompt it uses; None: each pair its own.
 
     Raises:
-        PromptError: the two answers of a pair of several tokens differ in length.
+        PromptError: the two answers of a pair differ in length.
     """
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
     for number in numbers:
@@ -105,29 +107,29 @@ def make_batches(
         groups[len(pair.clean), len(pair.answer)].append(number)
     batches = []
     for members in groups.values():
-        chosen = [pairs[number] for number in members]
-        donors = [pairs[n if source_of is None else source_of[n]] for n in members]
-        base = [base_and_source(pair, direction)[0] for pair in chosen]
-        source = [base_and_source(pair, direction)[1] for pair in donors]
+        members_pairs = [pairs[number] for number in members]
+        source_pairs = [pairs[n if source_of is None else source_of[n]] for n in members]
+        base = [base_and_source(pair, direction)[0] for pair in members_pairs]
+        source = [base_and_source(pair, direction)[1] for pair in source_pairs]
         batches.append(
             Batch(
                 pairs=tuple(members),
                 base=torch.tensor(base, device=device),
                 source=torch.tensor(source, device=device),
-                reads=reads_of(chosen[0], read),
-                answer=torch.tensor([p.answer for p in chosen], device=device),
-                wrong=torch.tensor([p.wrong_answer for p in chosen], device=device),
-                spans=tuple(p.labels for p in chosen),
+                reads=reads_of(members_pairs[0], read),
+                answer=torch.tensor([p.answer for p in members_pairs], device=device),
+                wrong=torch.tensor([p.wrong_answer for p in members_pairs], device=device),
+                spans=tuple(p.labels for p in members_pairs),
             )
         )
     return batches
 
 
 def next_of_length(pairs: Sequence[PromptPair]) -> dict[int, int]:
-    """Pair -> the next pair whose prompts and answers have the same number of tokens.
+    """Map each pair to the next pair whose prompts and answers have the same number of tokens.
 
     Raises:
-        PromptError: a pair has no such other pair.
+        PromptError: no other pair has the same number of tokens.
     """
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
     for number, pair in enumerate(pairs):
@@ -146,6 +148,6 @@ def next_of_length(pairs: Sequence[PromptPair]) -> dict[int, int]:
 
 
 def clean_prompts(batches: Sequence[Batch], direction: Direction) -> list[Prompts]:
-    """What `Intervention.prepare` takes."""
+    """Return the clean prompts of `batches`, as `Intervention.prepare` takes them."""
     denoising = direction == "denoising"
     return [Prompts(b.source if denoising else b.base, b.spans) for b in batches]

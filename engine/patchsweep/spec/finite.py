@@ -1,6 +1,6 @@
-"""Numbers that are none: NaN and infinity end a run, with the place where they came up.
+"""Checks for NaN and infinity: they end a run, with an error that names the patch.
 
-In a store NaN means that a cell has not run, so it must never mean anything else.
+In a store NaN means that a cell has not run, so no computed value may be NaN.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ Values = NDArray[np.float32]
 
 
 def check_finite(values: Values, names: Sequence[str], where: Callable[..., str]) -> Values:
-    """`values` `[name, ...]` themselves; `where` says what lies at the indices behind the name.
+    """Return `values` `[name, ...]` unchanged.
+
+    `where(*indices)` describes the place at the indices after the first axis, for the message.
 
     Raises:
-        ModelError: one is NaN or infinite.
+        ModelError: a value is NaN or infinite.
     """
     bad = np.argwhere(~np.isfinite(values))
     if len(bad):
@@ -41,10 +43,10 @@ def check_cells(
     metrics: Sequence[Metric],
     what: str = "the patch",
 ) -> Values:
-    """`values` `[metric, patch]` themselves; `what` begins the message, as in `the patch of z`.
+    """Return `values` `[metric, patch]` unchanged; `what` begins the error message.
 
     Raises:
-        ModelError: one is NaN or infinite.
+        ModelError: a value is NaN or infinite.
     """
 
     def where(column: int) -> str:
@@ -56,10 +58,10 @@ def check_cells(
 def check_references(
     base: Values, source: Values, pairs: Sequence[int], metrics: Sequence[Metric]
 ) -> tuple[Values, Values]:
-    """The metrics `[metric, pair]` of the unpatched runs themselves.
+    """Return the metrics `[metric, pair]` of the unpatched runs unchanged.
 
     Raises:
-        ModelError: one is NaN or infinite.
+        ModelError: a value is NaN or infinite.
     """
     names = names_of(metrics)
     check_finite(base, names, lambda pair: f"the base run of pair {pairs[pair]}")
@@ -68,5 +70,5 @@ def check_references(
 
 
 def names_of(metrics: Sequence[Metric]) -> list[str]:
-    """What `check_finite` calls the values of `metrics`."""
+    """Return the names of `metrics`, as `check_finite` takes them."""
     return [metric.name for metric in metrics]

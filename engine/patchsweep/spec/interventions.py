@@ -1,4 +1,4 @@
-"""Interventions: which values a patch puts in place of the base run's."""
+"""Interventions: the patch values, which replace activations of the base run."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from patchsweep.errors import ConfigError
 from patchsweep.spec.sites import Site
 
 Direction = Literal["denoising", "noising"]
-# (site, layer, base activations, source activations) -> values, all `[1, pos, width]`: of one pair
-# (of `pattern` `[1, head, dest, src]`)
+# (site, layer, base activations, source activations) -> patch values; all are of one pair,
+# `[1, pos, width]` (`pattern`: `[1, head, dest, src]`)
 ValueFn = Callable[[Site, int, Tensor, Tensor], Tensor]
 Spans = Mapping[str, tuple[int, int]]  # label -> [first, past last) position
 # tokens `[prompt, pos]` -> site name -> per layer activations `[prompt, pos, width]`
 Activations = Callable[[Tensor], Mapping[str, Sequence[Tensor]]]
-# (site, layer, of what): a number of tokens, a label, or "" for every position
+# (site, layer, group): the group is a prompt length in tokens, a label, or "" for all positions
 MeanKey = tuple[str, int, int | str]
 
 
@@ -31,15 +31,15 @@ class Prompts:
     """Clean prompts of one length."""
 
     tokens: Tensor  # [prompt, pos]
-    spans: tuple[Spans, ...]  # of each prompt
+    spans: tuple[Spans, ...]  # label spans, one entry a prompt
 
 
 @dataclass(frozen=True)
 class Reader:
-    """`Activations` that say where they come from, so that means of them can be kept."""
+    """`Activations` that name their origin, so that their means can be stored and found again."""
 
-    name: str  # who reads: runners may take one site at different places (q before, after rotary)
-    sites: tuple[Site, ...]  # of which there are activations
+    name: str  # of the runner: two may read one site at different places (q before, after rotary)
+    sites: tuple[Site, ...]  # sites that `read` returns
     read: Activations
 
     def __call__(self, tokens: Tensor) -> Mapping[str, Sequence[Tensor]]:
@@ -47,7 +47,7 @@ class Reader:
 
 
 class MeansKept(Protocol):
-    """Where means outlive the process."""
+    """A store of means that outlives the process."""
 
     def get(
         self,
@@ -56,32 +56,32 @@ class MeansKept(Protocol):
         reader: Reader,
         compute: Callable[[], dict[MeanKey, Tensor]],
     ) -> dict[MeanKey, Tensor]:
-        """The means that are kept; what `compute` gives, and from now on kept, if none are."""
+        """Return the stored means; if there are none, store and return those of `compute`."""
 
 
 @runtime_checkable
 class Intervention(Protocol):
-    """Turns the activations of a base and a source run into the values patched in."""
+    """Turns the activations of a base and a source run into patch values."""
 
     name: str
-    from_source: bool  # values equal the base run's wherever the prompts cannot differ
+    from_source: bool  # values equal the base run's wherever base and source cannot differ
     default_direction: Direction
 
     def prepare(self, prompts: Sequence[Prompts], activations: Activations) -> None:
-        """Called once with all clean prompts, before any patch runs."""
+        """Learn from the clean prompts. Called once with all of them, before any patch runs."""
 
     def values(
         self, site: Site, layer: int, base: Tensor, source: Tensor, spans: Sequence[Spans]
     ) -> Tensor:
-        """What replaces `base` `[pair, pos, width]`; `pattern`: `[pair, head, dest, src]`.
+        """Return patch values in the shape of `base`: `[pair, pos, width]`.
 
-        `spans` are those of the pairs, in their order. `values_of` shows one pair at a time to
-        interventions other than those of this module.
+        Those of `pattern` are `[pair, head, dest, src]`. `spans` has one entry a pair, in the order
+        of `base`. `values_of` passes one pair at a time to interventions of other modules.
         """
 
 
 class _Plain:
-    """Learns nothing from the prompts."""
+    """An intervention that learns nothing from the prompts."""
 
     def prepare(self, prompts: Sequence[Prompts], activations: Activations) -> None:
         """See `Intervention`."""
@@ -89,7 +89,7 @@ class _Plain:
 
 @dataclass
 class Resample(_Plain):
-    """The paired prompt's activation at the same place."""
+    """Patches in the source run's activation at the same place."""
 
     name: str = "resample"
     from_source: bool = True
@@ -103,7 +103,7 @@ class Resample(_Plain):
 
 @dataclass
 class Zero(_Plain):
-    """Zeros. The base is the clean run unless said otherwise."""
+    """Patches in zeros. By default the base is the clean run."""
 
     name: str = "zero"
     from_source: bool = False
@@ -120,20 +120,20 @@ MEAN_NAMES = {"position": "mean", "all": "mean_all", "label": "mean_label"}
 
 @dataclass
 class Mean:
-    """The mean over clean prompts: those of the sweep, or those of `reference`.
+    """Patches in the mean over clean prompts: those of the sweep, or those of `reference`.
 
     `per="position"`: over prompts of the same length, position by position.
-    `per="all"`: over every position of every prompt.
-    `per="label"`: over every position that carries the same label, whatever the prompts' lengths;
-    positions without a label get the mean over all. Where labels overlap, the shorter span counts.
+    `per="all"`: over all positions of all prompts.
+    `per="label"`: over all positions with the same label, whatever the prompts' lengths; positions
+    without a label get the mean over all. Where labels overlap, the shorter span wins.
     """
 
     per: Literal["position", "all", "label"] = "position"
-    name: str = ""  # default: that of `per`, so that a store tells the three apart
+    name: str = ""  # default: from `per`, so that a store can tell the three apart
     from_source: bool = False
     default_direction: Direction = "noising"
     reference: PromptPairs | None = None  # None: the sweep's own pairs
-    kept: MeansKept | None = field(default=None, repr=False)  # None: computed by each process
+    kept: MeansKept | None = field(default=None, repr=False)  # None: each process computes them
     _means: dict[MeanKey, Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -144,11 +144,11 @@ class Mean:
         self.name = self.name or MEAN_NAMES[self.per]
 
     def prepare(self, prompts: Sequence[Prompts], activations: Activations) -> None:
-        """Take the means, from where they are kept if `activations` is a `Reader`.
+        """Compute the means, or load them from `kept` if `activations` is a `Reader`.
 
         Raises:
-            ConfigError: means by label, and no pair has labels.
-            StoreError: kept means are damaged.
+            ConfigError: `per` is label, and no pair has labels.
+            StoreError: stored means are damaged.
         """
         if self.reference is not None:
             prompts = _reference_prompts(self.reference, prompts[0].tokens.device)
@@ -179,8 +179,10 @@ class Mean:
 
 
 def _reference_prompts(pairs: Sequence[PromptPair], device: torch.device) -> list[Prompts]:
-    """The clean prompts of `pairs`, one entry for each length, as they run: with their answers'
-    tokens but the last."""
+    """Return the clean prompts of `pairs`, one entry per length.
+
+    The answer's tokens but the last follow each prompt, as they do in a run.
+    """
     groups: dict[int, list[tuple[tuple[int, ...], Spans]]] = {}
     for pair in pairs:
         tokens = (*pair.clean, *pair.answer[:-1])
@@ -195,10 +197,10 @@ def _reference_prompts(pairs: Sequence[PromptPair], device: torch.device) -> lis
 
 
 def check_labels(intervention: Intervention, spans: Sequence[Spans]) -> None:
-    """Raise for means by label where no pair has a label; `spans` are those of all pairs.
+    """Check that means by label have labels; `spans` has one entry a pair.
 
     Raises:
-        ConfigError: there is no label to take means by.
+        ConfigError: the intervention is mean_label, and no pair has a label.
     """
     if isinstance(intervention, Mean) and intervention.per == "label" and not any(spans):
         raise ConfigError(
@@ -208,7 +210,7 @@ def check_labels(intervention: Intervention, spans: Sequence[Spans]) -> None:
 
 
 def _means(per: str, prompts: Sequence[Prompts], activations: Activations) -> dict[MeanKey, Tensor]:
-    """fp64 means of all activations; a few prompts at a time, of which only sums are kept."""
+    """Return fp64 means of all activations. Runs 16 prompts at a time and keeps only their sums."""
     sums: dict[MeanKey, tuple[Tensor, int]] = {}
 
     def add(key: MeanKey, x: Tensor) -> None:
@@ -239,7 +241,7 @@ def _chunks(spans: Sequence[Spans], size: int) -> list[Sequence[Spans]]:
 
 @dataclass
 class Shuffle(Resample):
-    """Another pair's source activation: the source run is the next pair's of the same length."""
+    """Patches in another pair's source activation: that of the next pair of the same length."""
 
     name: str = "shuffle"
     from_source: bool = False
@@ -247,19 +249,19 @@ class Shuffle(Resample):
 
 @dataclass
 class Custom(_Plain):
-    """Values of the user's own: a constant, or a function of base and source activations.
+    """Patches in a user's values: a constant, or a function of base and source activations.
 
-    A constant is one number, `[width]` or `[pos, width]` (of `pattern` up to `[head, dest, src]`).
-    A function gets and gives `[1, pos, width]`, one pair at a time.
-    A store knows a constant by its content, and a function by `name` and `version` alone: give
-    another version whenever the function, or what it reads, changes.
+    A constant is one number, `[width]` or `[pos, width]` (`pattern`: up to `[head, dest, src]`).
+    A function takes and returns `[1, pos, width]`, one pair at a time.
+    A store identifies a constant by its content, and a function by `name` and `version` alone: set
+    a new version whenever the function, or the data it reads, changes.
     """
 
     value: float | Tensor | ValueFn
     name: str = "custom"
     from_source: bool = False
     default_direction: Direction = "noising"
-    version: str | None = None  # None: a function that no store can tell from another
+    version: str | None = None  # None: a store cannot tell this function from another
 
     def values(
         self, site: Site, layer: int, base: Tensor, source: Tensor, spans: Sequence[Spans]
@@ -271,7 +273,7 @@ class Custom(_Plain):
             size in (1, wanted)
             for size, wanted in zip(constant.shape[::-1], base.shape[::-1], strict=False)
         )
-        # an axis for pairs would be read as one of positions where the sizes agree
+        # a constant with a pair axis is refused: equal sizes could make it look like positions
         return constant.expand_as(base) if fits else constant
 
 
@@ -286,10 +288,10 @@ INTERVENTIONS: dict[str, Callable[[], Intervention]] = {
 
 
 def get_intervention(given: str | Intervention | float | Tensor | ValueFn) -> Intervention:
-    """The intervention of a name, of a constant, of a callable, or the one given.
+    """Return the intervention for a name, a constant or a callable; an `Intervention` as it is.
 
     Raises:
-        ConfigError: the name is unknown.
+        ConfigError: the name is unknown, the type unsupported, or the constant not finite.
     """
     if isinstance(given, str):
         if given not in INTERVENTIONS:
@@ -319,19 +321,19 @@ def values_of(
     source: Tensor,
     spans: Sequence[Spans],
 ) -> Tensor:
-    """The values that `intervention` puts in place of `base` `[pair, pos, width]`, in its shape.
+    """Return the patch values for `base` `[pair, pos, width]`, in the same shape.
 
-    An intervention of the user's own is asked pair by pair, with copies of the activations: its
-    values depend neither on what else is in the batch, nor can it change what others see.
+    A user's intervention runs pair by pair on copies of the activations. So its values cannot
+    depend on the other pairs of the batch, and it cannot modify the activations of others.
 
     Raises:
-        ConfigError: it gives values of another shape.
+        ConfigError: the intervention returns another shape.
     """
-    own = type(intervention) in (Resample, Shuffle, Zero, Mean)
-    # one that was made of another, and asks that one pair by pair itself
-    if own or getattr(intervention, "asks_pair_by_pair", False):
+    built_in = type(intervention) in (Resample, Shuffle, Zero, Mean)
+    # a wrapper of another intervention may call it pair by pair itself
+    if built_in or getattr(intervention, "asks_pair_by_pair", False):
         return intervention.values(site, layer, base, source, spans)
-    found = []
+    rows = []
     for i in range(len(base)):
         one = slice(i, i + 1)
         values = intervention.values(
@@ -344,5 +346,5 @@ def values_of(
                 f"{site.name} {tuple(base[one].shape)}; give one value for each (a constant may "
                 "be a number, [width] or [pos, width])"
             )
-        found.append(values.detach().to(base))
-    return torch.cat(found)
+        rows.append(values.detach().to(base))
+    return torch.cat(rows)

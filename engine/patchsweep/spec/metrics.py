@@ -1,15 +1,15 @@
-"""Metrics: one number per patched run, from the logits at the positions they read.
+"""Metrics: one number per patched run, from the logits at the positions that are read.
 
-`answer` is the right answer after the clean prompt, `wrong` the right one after the corrupted
-prompt; both stay what they are whichever run is the base. Sums over the vocabulary are fp32.
+`answer` is the right answer after the clean prompt, `wrong` the right answer after the corrupted
+prompt; both are the same for either direction. Sums over the vocabulary are fp32.
 
 Answers of several tokens are teacher-forced with the *right* answer: token i of both answers is
-read behind the right answer's first i tokens. `log_prob` is then that of the whole right answer.
-`logit_diff` adds the differences token by token; where the answers part early, the wrong one's
-later tokens are unlikely there whatever the model prefers, so prefer `log_prob` for such answers.
+read after the first i tokens of the right answer. `log_prob` is then that of the full right answer.
+`logit_diff` adds the differences token by token. Where the answers diverge early, the later tokens
+of the wrong answer are unlikely whatever the model prefers; use `log_prob` for such answers.
 
-Most metrics want of the vocabulary only a few sums, which can be had without `[row, d_vocab]`
-logits: `Metric.sums` names them, and a runner gives either them or the logits.
+Most metrics need only a few vocabulary reductions, which a runner can compute without storing
+`[row, d_vocab]` logits. `Metric.sums` names them; a runner passes either them or the logits.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ Sum = Literal["log_z", "kl_base", "kl_source", "tv_base", "tv_source"]
 
 @dataclass(frozen=True)
 class Logits:
-    """What metrics see of some rows; `read` runs over the answer's tokens (usually one)."""
+    """The input of metrics for some rows; axis `read`: one entry per answer token, usually one."""
 
     answer: Float[Tensor, "row read"]  # logit of the right answer's token
     wrong: Float[Tensor, "row read"]  # logit of the wrong answer's token
     full: Float[Tensor, "row read d_vocab"] | None = None
     base: Float[Tensor, "row read d_vocab"] | None = None  # logits of the unpatched base run
     source: Float[Tensor, "row read d_vocab"] | None = None  # logits of the source run
-    # [row, read] sums over the vocabulary that were made without the three above
+    # [row, read] vocabulary reductions, computed without the three tensors above
     sums: Mapping[Sum, Tensor] = field(default_factory=dict)
 
     def over_vocab(self, name: Sum) -> Float[Tensor, "row read"]:
-        """One of `sums`: as given, or made of the whole logits."""
+        """Return one vocabulary reduction: from `sums`, or computed from the full logits."""
         if name in self.sums:
             return self.sums[name]
         assert self.full is not None
@@ -67,12 +67,12 @@ class Metric:
     unit: str  # nats, probability, rank, ...
     needs: Needs  # the answers' logits, the whole vocabulary, or base and source logits too
     compute: MetricFn
-    sums: tuple[Sum, ...] = ()  # sums that do instead of the whole vocabulary; none: nothing does
+    sums: tuple[Sum, ...] = ()  # vocabulary reductions that suffice; empty: needs all logits
     smooth: bool = True  # has a useful gradient
     flat_at_base: bool = False  # its gradient at the base run is zero
-    # by which a store knows a metric of the user's own; None: no store can tell it from another
+    # identifies a user's metric in a store; None: a store cannot tell it from another
     version: str | None = None
-    parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)  # likewise, plain JSON
+    parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)  # likewise; plain JSON
 
     @classmethod
     def of_logits(
@@ -84,10 +84,11 @@ class Metric:
         unit: str = "",
         parameters: Mapping[str, Any] | None = None,
     ) -> Metric:
-        """The metric that `function` makes of logits `[row, read, d_vocab]`: one number a row.
+        """Return the metric that `function` computes from logits `[row, read, d_vocab]`.
 
-        A store knows it by `name`, `version` and `parameters`: give another version whenever the
-        function, or what it reads, changes.
+        `function` returns one number per row, `[row]`. A store identifies the metric by `name`,
+        `version` and `parameters`: set a new version whenever the function, or the data it reads,
+        changes.
         """
         return cls(
             name,
@@ -120,12 +121,12 @@ def _top1_change(x: Logits) -> Tensor:
 
 
 def _kl(which: Sum) -> MetricFn:
-    """KL(reference || patched), summed over the positions read."""
+    """Return a function for KL(reference || patched) in nats, summed over the positions read."""
     return lambda x: x.over_vocab(which).sum(dim=1)
 
 
 def _total_variation(which: Sum) -> MetricFn:
-    """The largest distance among the positions read."""
+    """Return a function for the largest total variation distance among the positions read."""
     return lambda x: x.over_vocab(which).amax(dim=1)
 
 
@@ -165,12 +166,12 @@ BUILT_IN = tuple(METRICS.values())
 
 
 def get_metrics(given: object) -> tuple[Metric, ...]:
-    """The metrics of a `MetricLike` or a sequence of them.
+    """Return the metrics for a `MetricLike` or a sequence of them.
 
-    A callable over logits `[row, read, d_vocab]` becomes a metric too.
+    A callable over logits `[row, read, d_vocab]` becomes a metric, see `Metric.of_logits`.
 
     Raises:
-        MetricError: a name is unknown or given twice, or there is none.
+        MetricError: a name is unknown or given twice, or `given` is empty.
     """
     if isinstance(given, str | Metric) or callable(given):
         given = [given]
@@ -191,7 +192,7 @@ def get_metrics(given: object) -> tuple[Metric, ...]:
 
 
 def _get(given: object) -> Metric:
-    """The metric of a name, of a function of logits, or the one given."""
+    """Return the metric for a name or a function of logits; a `Metric` as it is."""
     if isinstance(given, Metric):
         return given
     if callable(given):
@@ -208,9 +209,9 @@ def _full(x: Logits) -> Tensor:
 
 
 def compute(metrics: Sequence[Metric], logits: Logits) -> Float[Tensor, "metric row"]:
-    """Every metric of every row, fp32.
+    """Return all metrics of all rows, fp32.
 
-    A metric of the user's own gets copies, so that it cannot change what others see.
+    A user's metric gets copies of the logits, so that it cannot modify those of other metrics.
 
     Raises:
         MetricError: a user's metric does not return one number per row.
@@ -234,7 +235,7 @@ def _is_built_in(metric: Metric) -> bool:
 
 
 def _copies(metric: Metric, x: Logits) -> Logits:
-    """Copies of what `metric` needs."""
+    """Return copies of the tensors in `x` that `metric` needs."""
 
     def copy(values: Tensor | None) -> Tensor | None:
         return None if values is None else values.clone()
@@ -250,13 +251,13 @@ def _copies(metric: Metric, x: Logits) -> Logits:
 
 
 def check_rows(metrics: Sequence[Metric], n_reads: int, d_vocab: int, device: torch.device) -> None:
-    """See that metrics of the user's own give each row a number that no other row changes.
+    """Check that user-defined metrics compute each row independently of the other rows.
 
-    They are tried on three rows of drawn logits `[row, n_reads, d_vocab]`, together and one by one:
-    how many rows, and which, come together depends on the machine and on the run.
+    Each runs on three rows of random logits `[row, n_reads, d_vocab]`, together and one by one:
+    the rows that a sweep batches together depend on the machine and on the run.
 
     Raises:
-        MetricError: one fails there, has another shape, or mixes rows.
+        MetricError: a metric fails there, returns another shape, or mixes rows.
     """
     generator = torch.Generator().manual_seed(0)
     for metric in metrics:
@@ -286,10 +287,10 @@ def check_rows(metrics: Sequence[Metric], n_reads: int, d_vocab: int, device: to
 
 
 def has_gradient(metric: Metric) -> bool:
-    """Whether the metric's value keeps a gradient, tried on a few numbers.
+    """Whether the metric's value has a gradient, tried on logits over 8 tokens.
 
-    True too where they do not suffice, since the metric wants a real vocabulary: then the run
-    will say what is wrong, if anything is.
+    True too if the metric fails on these few: it may need a real vocabulary, and the run will
+    report an error if there is one.
     """
     with torch.enable_grad():
         full = torch.linspace(-1, 1, 16).view(2, 1, 8).requires_grad_()

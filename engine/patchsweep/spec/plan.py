@@ -1,7 +1,7 @@
 """Plans: the patches of one site as a product of places, layers and units.
 
-Plain data, no tensor and no file. Nothing here is as large as the number of patches: counts and
-costs are arithmetic on the factors, and patches are made when somebody takes a slice of them.
+Plain data, no tensors, no files. Nothing here is as large as the number of patches: counts and
+costs are arithmetic on the factors, and patches are computed for the slice that is needed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Bools = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class PairShape:
-    """What the planner needs to know of a prompt pair."""
+    """The facts about a prompt pair that the planner needs."""
 
     differs: tuple[bool, ...]  # per position: base and source hold different tokens
     reads: tuple[int, ...]  # positions whose logits a metric reads, ascending
@@ -39,7 +39,7 @@ class PairShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a model, in TransformerLens words."""
+    """Sizes of a model, by TransformerLens' names."""
 
     n_layers: int
     n_heads: int
@@ -48,37 +48,37 @@ class ModelShape:
     d_model: int
     d_mlp: int
     d_vocab: int
-    block_parameters: int  # weights that one token meets in one block
+    block_parameters: int  # weights in one block
 
     def n_units(self, site: Site) -> int:
-        """How many heads or neurons `site` has in one block; 1 if it is not divided."""
+        """Number of heads or neurons of `site` in one block; 1 if it has neither."""
         sizes = {"head": self.n_heads, "kv_head": self.n_kv_heads, "neuron": self.d_mlp}
         return 1 if site.unit is None else sizes[site.unit]
 
 
 @dataclass(frozen=True)
 class Axes:
-    """What one patch covers along each axis; every entry is one coordinate of the result."""
+    """The coordinates of the result; each entry says what one patch covers along that axis."""
 
     layers: tuple[tuple[int, ...], ...]  # layers patched together
     positions: tuple[int | str, ...] | None  # an index, or a label; None: all positions at once
     units: tuple[tuple[int, ...], ...] | None  # heads (or neurons) patched together; None: all
-    n_sources: int = 0  # of pattern_cell: each of the units stands once for every source position
+    n_sources: int = 0  # of pattern_cell: each unit is repeated once per source position
 
 
 class Column:
-    """One column of a plan's table: `column[patches]` computes the values of those patches."""
+    """One column of a plan: `column[patches]` computes the values for those patch numbers."""
 
     def __init__(self, of: Callable[[Ints], NDArray[Any]]) -> None:
         self._of = of
 
     def __getitem__(self, patches: ArrayLike | int) -> NDArray[Any]:
-        chosen = np.asarray(patches, dtype=np.int64)
-        return self._of(chosen.ravel()).reshape(chosen.shape)
+        numbers = np.asarray(patches, dtype=np.int64)
+        return self._of(numbers.ravel()).reshape(numbers.shape)
 
 
 class Cells(NamedTuple):
-    """Where some patches lie: arrays `[patch]`."""
+    """The cells of some patches: arrays `[patch]`."""
 
     pair: Ints
     layer_set: Ints  # index into axes.layers
@@ -89,7 +89,7 @@ class Cells(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Patches of one site, numbered; `plan.start[patches]` and the other columns look some up."""
+    """Numbered patches of one site; columns such as `plan.start[patches]` return their values."""
 
     site: Site
     axes: Axes
@@ -99,12 +99,12 @@ class Plan:
     n_layers: int  # of the model
 
     def cells(self, patches: Ints) -> Cells:
-        """Where `patches` lie."""
+        """Return the cells of `patches`."""
         raise NotImplementedError
 
     @property
     def pair(self) -> Column:
-        """[patch]"""
+        """[patch] number of the prompt pair."""
         return Column(lambda patches: self.cells(patches).pair)
 
     @property
@@ -129,17 +129,17 @@ class Plan:
 
     @property
     def entry(self) -> Column:
-        """[patch] first block that its tokens pass; n_layers: none, only the unembedding."""
+        """[patch] first block that the patched tokens run through; n_layers: unembedding only."""
         return Column(lambda patches: self.entry_of_set[self.cells(patches).layer_set])
 
     @property
     def token_entry(self) -> Column:
-        """[patch] whether only the patched tokens pass the entry block, not the whole suffix."""
+        """[patch] whether only the patched tokens run through the entry block, not the suffix."""
         return Column(lambda patches: np.full(len(patches), self.enters_by_token))
 
     @property
     def suffix(self) -> Column:
-        """[patch] tokens from the patch on, up to the last that is read."""
+        """[patch] number of tokens from the patch to the last position that is read."""
 
         def of(patches: Ints) -> Ints:
             cells = self.cells(patches)
@@ -149,20 +149,20 @@ class Plan:
 
     @property
     def cost(self) -> Column:
-        """[patch] token-layers of a patch that runs."""
+        """[patch] token-layers (tokens times blocks) of a patch that runs."""
 
         def of(patches: Ints) -> Ints:
             cells = self.cells(patches)
             suffix = self.lengths[cells.pair] - cells.start
-            here = self.enters_by_token * (cells.stop - cells.start)
-            found: Ints = self.suffix_blocks[cells.layer_set] * suffix + here
-            return found
+            replaced = self.enters_by_token * (cells.stop - cells.start)
+            token_layers: Ints = self.suffix_blocks[cells.layer_set] * suffix + replaced
+            return token_layers
 
         return Column(of)
 
     @cached_property
     def write_layers(self) -> Bools:
-        """[layer set, layer] where the value is written; `resid_post` writes one further on."""
+        """[layer set, layer] at which layers the value is written; `resid_post`: one later."""
         table = np.zeros((len(self.axes.layers), self.n_layers + 1), dtype=bool)
         for i, layers in enumerate(self.axes.layers):
             for layer in layers:
@@ -171,52 +171,52 @@ class Plan:
 
     @cached_property
     def entry_of_set(self) -> Ints:
-        """[layer set] first block that its patches' tokens pass."""
+        """[layer set] first block that the patched tokens run through."""
         return self.write_layers.argmax(axis=1)
 
     @property
     def enters_by_token(self) -> bool:
-        """Whether a patch changes only its own tokens in the block where it enters."""
+        """Whether a patch changes only its own tokens in its entry block."""
         return self.site.reach == "token" and not self.site.shift
 
     @cached_property
     def suffix_blocks(self) -> Ints:
-        """[layer set] blocks that the whole suffix passes."""
-        found: Ints = self.n_layers - self.entry_of_set - self.enters_by_token
-        return found
+        """[layer set] number of blocks that the whole suffix runs through."""
+        n_blocks: Ints = self.n_layers - self.entry_of_set - self.enters_by_token
+        return n_blocks
 
 
 @dataclass(frozen=True)
 class Places:
-    """The places of a sweep: each (pair, position) at which a patch can lie, in that order."""
+    """The places of a sweep: all (pair, position) that a patch can have, sorted by pair."""
 
     pair: Ints  # [place]
     pos: Ints  # [place] index into axes.positions
     first: Ints  # [place] first position that is replaced
     start: Ints  # [place] first position whose value may change
     stop: Ints  # [place] past the last position that is replaced and matters
-    dead: Bools  # [place] nothing changes, at any layer
-    unread: Bools  # [place] no metric reads a position of it: dead in the last block alone
-    equal: Bools  # [place] base and source tokens are equal there: dead at layer 0 alone
+    dead: Bools  # [place] patches are dead at every layer
+    unread: Bools  # [place] no metric reads its positions: patches of the last block may be dead
+    equal: Bools  # [place] base and source tokens are equal: patches of layer 0 may be dead
 
 
 @dataclass(frozen=True)
 class Totals:
-    """What a part of a plan comes to."""
+    """Counts for a part of a plan."""
 
     n_patches: int
     n_live: int
-    token_layers: int  # tokens times blocks that live patches pass
+    token_layers: int  # tokens times blocks that live patches run through
 
 
 @dataclass(frozen=True)
 class SitePlan(Plan):
     """All patches of one site, live and dead, as a product: place x layer set x unit set.
 
-    What decides whether a patch is live, and what it costs, depends on its place and on its layer
-    set alone. The plan keeps these two tables, counts by arithmetic, and holds nothing that is as
-    large as the number of patches. Patches are numbered in the order of the result's cells `[pair,
-    layer, pos, unit]`; positions and sources past the end of a shorter prompt have none.
+    Whether a patch is live, and its cost, depend on its place and its layer set alone. The plan
+    keeps these two tables and counts by arithmetic; nothing is as large as the number of patches.
+    Patches are numbered in the order of the result's cells `[pair, layer, pos, unit]`; positions
+    and sources past the end of a shorter prompt have no patch.
     """
 
     full_lengths: Ints  # [pair] tokens of the prompt
@@ -239,20 +239,20 @@ class SitePlan(Plan):
 
     @property
     def live(self) -> Column:
-        """[patch] whether it can change a metric."""
+        """[patch] whether the patch can change a metric."""
 
         def of(patches: Ints) -> Bools:
             _, layer, place, unit = self._decode(patches)
             dead = self.places.dead[place] | (self._only_last[layer] & self.places.unread[place])
             dead |= self._only_first[layer] & self.places.equal[place]
-            if self.axes.n_sources:  # causality: nothing attends to what follows it
+            if self.axes.n_sources:  # causality: no token attends to a later one
                 dead |= unit % self.axes.n_sources > self.places.first[place]
             return ~dead
 
         return Column(of)
 
     def place_of(self, patch: int) -> str:
-        """Where a patch is, by its labels: such as `pair 0, layer 12, pos S, head 3`."""
+        """Return the place of a patch in words, such as `pair 0, layer 12, pos S, head 3`."""
         pair, layer, pos, unit = np.unravel_index(int(self.cell[np.array([patch])][0]), self.shape)
         words = [f"pair {pair}"]
         if self.site.layered:
@@ -266,7 +266,7 @@ class SitePlan(Plan):
         return ", ".join(words)
 
     def patches(self, pairs: Sequence[int] | None = None, layers: range | None = None) -> Ints:
-        """The patches of `pairs` (default: all) in the layer sets `layers`, pair by pair."""
+        """Return the patches of `pairs` in the layer sets `layers`, sorted by pair; None: all."""
         pairs = range(self.shape[0]) if pairs is None else pairs
         layers = range(self.shape[1]) if layers is None else layers
         per_set = np.diff(self._first_place) * self._units_of
@@ -278,19 +278,19 @@ class SitePlan(Plan):
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
     def live_patches(self, pairs: Sequence[int] | None = None, layers: range | None = None) -> Ints:
-        """Those of `patches` that can change a metric."""
+        """Return the live ones among `self.patches(pairs, layers)`."""
         patches = self.patches(pairs, layers)
-        found: Ints = patches[self.live[patches]]
-        return found
+        live_ones: Ints = patches[self.live[patches]]
+        return live_ones
 
     def nth_live(self, numbers: Ints) -> Ints:
-        """The patches that have these numbers among the live ones."""
+        """Return the patches with the indices `numbers` in the list of all live patches."""
         ends = np.concatenate([[0], np.cumsum(self.live_by_layer()[0].sum(axis=1))])
         pair = np.searchsorted(ends, numbers, side="right") - 1
-        found = np.empty(len(numbers), np.int64)
+        patches = np.empty(len(numbers), np.int64)
         for p in np.unique(pair).tolist():
-            found[pair == p] = self.live_patches([p])[numbers[pair == p] - ends[p]]
-        return found
+            patches[pair == p] = self.live_patches([p])[numbers[pair == p] - ends[p]]
+        return patches
 
     @property
     def n_patches(self) -> int:
@@ -302,33 +302,33 @@ class SitePlan(Plan):
 
     @property
     def token_layers(self) -> int:
-        """Tokens times blocks that the live patches pass."""
+        """Tokens times blocks that the live patches run through."""
         return self.totals().token_layers
 
     @property
     def loop_token_layers(self) -> int:
-        """What a loop needs that runs one full forward pass per patch."""
+        """Tokens times blocks of a loop that runs one full forward pass per patch."""
         return int((self.full_lengths * np.diff(self._first_patch)).sum()) * self.n_layers
 
     def totals(self, pairs: range | None = None, layers: range | None = None) -> Totals:
-        """What the patches of `pairs` (default: all) in the layer sets `layers` come to."""
+        """Return counts for the patches of `pairs` in the layer sets `layers`; None: all."""
         pairs = range(self.shape[0]) if pairs is None else pairs
         layers = range(self.shape[1]) if layers is None else layers
-        chosen = slice(self._first_place[pairs.start], self._first_place[pairs.stop])
-        units, suffix, here = self._weights(chosen)
+        place_slice = slice(self._first_place[pairs.start], self._first_place[pairs.stop])
+        units, suffix, replaced = self._weights(place_slice)
         n_live = token_layers = 0
-        for alive, members in self._layer_classes(chosen):
+        for alive, members in self._layer_classes(place_slice):
             members = members[layers.start : layers.stop]
             blocks = self.suffix_blocks[layers.start : layers.stop][members]
             live = units * alive
             n_live += len(blocks) * int(live.sum())
             token_layers += int(blocks.sum()) * int((live * suffix).sum())
-            token_layers += len(blocks) * self.enters_by_token * int((live * here).sum())
-        n_patches = int(self._units_of[self.places.pair[chosen]].sum()) * len(layers)
+            token_layers += len(blocks) * self.enters_by_token * int((live * replaced).sum())
+        n_patches = int(self._units_of[self.places.pair[place_slice]].sum()) * len(layers)
         return Totals(n_patches, n_live, token_layers)
 
     def live_by_layer(self) -> tuple[Ints, Ints]:
-        """[pair, layer set] how many patches are live, and the sum of their suffixes."""
+        """Return two tables `[pair, layer set]`: live patches, and the tokens of their suffixes."""
         n_live, tokens = np.zeros((2, *self.shape[:2]), np.int64)
         units, suffix, _ = self._weights(slice(None))
         for alive, members in self._layer_classes(slice(None)):
@@ -339,25 +339,25 @@ class SitePlan(Plan):
 
     @cached_property
     def _first_place(self) -> Ints:
-        """[pair + 1] where the places of each pair begin; last: how many there are."""
+        """[pair + 1] index of each pair's first place; the last entry is the number of places."""
         return np.searchsorted(self.places.pair, np.arange(self.shape[0] + 1))
 
     @cached_property
     def _first_patch(self) -> Ints:
-        """[pair + 1] where the patches of each pair begin; last: how many there are."""
+        """[pair + 1] number of each pair's first patch; the last entry is the number of patches."""
         per_pair = np.diff(self._first_place) * self._units_of * self.shape[1]
         return np.concatenate([[0], np.cumsum(per_pair)])
 
     @cached_property
     def _units_of(self) -> Ints:
-        """[pair] unit sets; of pattern_cell only sources that the pair's prompts have count."""
+        """[pair] number of unit sets; pattern_cell: only sources inside the prompts count."""
         n = self.axes.n_sources
         sources = np.minimum(self.full_lengths, n) if n else np.ones_like(self.full_lengths)
-        found: Ints = self.shape[3] // (n or 1) * sources
-        return found
+        n_units: Ints = self.shape[3] // (n or 1) * sources
+        return n_units
 
     def _decode(self, patches: Ints) -> tuple[Ints, Ints, Ints, Ints]:
-        """[patch] pair, layer set, place, unit set."""
+        """Return `[patch]` arrays: pair, layer set, place, unit set."""
         pair = np.searchsorted(self._first_patch, patches, side="right") - 1
         n_units = self._units_of[pair]
         per_set = np.diff(self._first_place)[pair] * n_units
@@ -370,18 +370,21 @@ class SitePlan(Plan):
 
     @cached_property
     def _only_last(self) -> Bools:
-        """[layer set] patched in the last block alone, at a site that changes its own token."""
+        """[layer set] the set is the last block alone, and the site changes only its own token."""
         wanted = {self.n_layers - 1} if self.site.reach == "token" else None
         return np.array([set(layers) == wanted for layers in self.axes.layers])
 
     @cached_property
     def _only_first(self) -> Bools:
-        """[layer set] patched at layer 0 alone, at a site that there depends on the token alone."""
+        """[layer set] the set is layer 0 alone, where the site depends only on its own token."""
         wanted = {0} if self.site.from_token else None
         return np.array([set(layers) == wanted for layers in self.axes.layers])
 
     def _layer_classes(self, chosen: slice) -> Iterator[tuple[Bools, Bools]]:
-        """Layer sets by what is dead there: ([place] alive, [layer set] members of the class)."""
+        """Yield classes of layer sets with the same dead places, among the places `chosen`.
+
+        Each is ([place] alive, [layer set] member of the class).
+        """
         places = self.places
         for last in (False, True):
             for first in (False, True):
@@ -393,19 +396,19 @@ class SitePlan(Plan):
                 yield ~dead, (self._only_last == last) & (self._only_first == first)
 
     def _weights(self, chosen: slice) -> tuple[Ints, Ints, Ints]:
-        """[place] unit sets that causality leaves alive, tokens of the suffix, tokens replaced."""
+        """Return `[place]` counts: unit sets alive by causality, suffix tokens, replaced tokens."""
         places = self.places
         first, pair = places.first[chosen], places.pair[chosen]
         units = np.full(len(first), self.shape[3], np.int64)
         if n := self.axes.n_sources:
             units = units // n * np.minimum(first + 1, n)
-        here = places.stop[chosen] - places.start[chosen]
-        return units, self.lengths[pair] - places.start[chosen], here
+        replaced = places.stop[chosen] - places.start[chosen]
+        return units, self.lengths[pair] - places.start[chosen], replaced
 
 
 @dataclass(frozen=True)
 class PatchTable(Plan):
-    """Patches that were chosen one by one, all of them live."""
+    """Patches chosen one by one, all of them live."""
 
     table: Cells
 
@@ -418,4 +421,4 @@ class PatchSet:
     """Some patches of one site."""
 
     plan: Plan
-    patches: Ints  # their numbers in the plan
+    patches: Ints  # patch numbers in the plan

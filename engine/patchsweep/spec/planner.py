@@ -1,8 +1,7 @@
-"""The planner: which patches a sweep has, and which are known without running.
+"""The planner: lists a sweep's patches, and proves some dead without running them.
 
-Pure, as plans are: `plan_site` makes the plan of one site from the shapes of the model and of the
-pairs; `runners.packed.schedule` packs its live patches into batches that travel through the
-blocks together.
+Pure: `plan_site` makes the plan of one site from the shapes of the model and of the pairs.
+`runners.packed.schedule` packs the plan's live patches into packed batches.
 """
 
 from __future__ import annotations
@@ -33,14 +32,16 @@ def plan_site(
     *,
     resample: bool = True,
 ) -> SitePlan:
-    """Every patch of `site` over `axes`, each proved dead or called live.
+    """Return the plan of `site` over `axes`; each patch is proved dead or counts as live.
 
-    A patch is dead, its value the base metric exactly, when
-    - `resample` (the new values come from the source prompt) and it ends before the first token
-      that differs: by causality source and base are equal there;
-    - `resample`, and at layer 0 it covers only equal tokens at a site that sees tokens alone;
-    - it starts after the last position that a metric reads;
-    - it sits in the last block at a site that changes its own token only, none of them read.
+    A patch is dead, and its value is exactly the base metric, when
+    - `resample` (patch values come from the source prompt) and the patch ends before the first
+      token that differs: by causality source and base are equal there;
+    - `resample`, the patch is at layer 0 alone, base and source tokens are equal at its positions,
+      and the site depends there on the token and its position alone;
+    - the patch starts after the last position that a metric reads;
+    - the patch is in the last block alone, the site changes only its own token, and no metric
+      reads its positions.
 
     Raises:
         PlanError: the axes are empty or out of range.
@@ -69,7 +70,7 @@ def _places(
     pairs: Sequence[PairShape],
     resample: bool,
 ) -> Places:
-    """Every place of the sweep, and where a patch that lies there is dead."""
+    """Return all places of the sweep, and at which of them patches are dead."""
     spans = np.array([_spans(positions, pair) for pair in pairs])  # [pair, pos, (first, stop)]
     # positions past the end of a shorter prompt are no places
     pair, pos = np.nonzero(spans[..., 0] < spans[..., 1])
@@ -100,7 +101,10 @@ def _places(
 
 
 def _spans(positions: Sequence[int | str | None], pair: PairShape) -> NDArray[np.int64]:
-    """[pos, (first, past last)] what each of `positions` covers in `pair`; empty: nothing."""
+    """Return `[pos, (first, past last)]`, the span of each of `positions` in `pair`.
+
+    A position past the end of the pair's prompts has an empty span.
+    """
     if all(isinstance(position, int) for position in positions):
         first = np.array(positions)
         return np.stack([first, first + (first < pair.length)], axis=1)
@@ -122,7 +126,7 @@ def _marks(positions: Sequence[int], length: int) -> Bools:
 
 
 def _counts(pairs: Sequence[PairShape], marks: Sequence[Bools]) -> Ints:
-    """[pair, position] how many marks lie before the position."""
+    """Return `[pair, position]`, the number of marks before the position."""
     longest = max(pair.length for pair in pairs)
     counts = np.zeros((len(pairs), longest + 1), dtype=np.int64)
     for i, row in enumerate(marks):

@@ -1,4 +1,4 @@
-"""Reference prompts: what means are taken over, and whether there are enough of them."""
+"""Reference prompts that means are taken over, and a check that there are enough of them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from patchsweep.errors import ConfigError
 from patchsweep.spec.interventions import Intervention, Mean
 from patchsweep.spec.sites import Site
 
-# activations behind a mean. Of fewer, more than a quarter of it is the patched prompt's own; a mean
-# of one is the prompt itself, and patches nothing
+# Fewest activations behind a mean. With fewer, the patched prompt itself contributes more than a
+# quarter of the mean; with one, the mean is the prompt's own activation and the patch does nothing.
 LEAST = 4
 _OVER = {
     "position": "different prompts of one length, position by position",
@@ -27,10 +27,10 @@ MeansFrom = PromptPairs | str | Path | None
 
 
 def load_reference(means_from: MeansFrom, model: TransformerBridge) -> PromptPairs | None:
-    """The pairs themselves, or those of the JSONL file (see `PromptPairs.from_jsonl`).
+    """Return `means_from` if it holds pairs; read them if it is a path of a JSONL file.
 
     Raises:
-        PromptError: the file holds something else than pairs.
+        PromptError: the file does not hold pairs, see `PromptPairs.from_jsonl`.
     """
     if means_from is None or isinstance(means_from, PromptPairs):
         return means_from
@@ -40,11 +40,11 @@ def load_reference(means_from: MeansFrom, model: TransformerBridge) -> PromptPai
 def with_reference(
     intervention: Intervention, means_from: MeansFrom, model: TransformerBridge
 ) -> Intervention:
-    """`intervention`, its means taken over the clean prompts of `means_from`, if that is given.
+    """Return `intervention` with its means over the clean prompts of `means_from`; None: as it is.
 
     Raises:
-        ConfigError: the intervention has no means.
-        PromptError: the file holds something else than pairs.
+        ConfigError: the intervention takes no means.
+        PromptError: the file does not hold pairs.
     """
     if means_from is None:
         return intervention
@@ -59,10 +59,10 @@ def with_reference(
 def check_means(
     intervention: Intervention, pairs: Sequence[PromptPair], sites: Iterable[Site]
 ) -> None:
-    """See that enough activations stand behind each mean that patches of `pairs` take.
+    """Check that each mean used by patches of `pairs` is taken over at least `LEAST` activations.
 
     Raises:
-        ConfigError: there are fewer than `LEAST`; the text names the pairs.
+        ConfigError: a mean is taken over fewer; the text names the pairs.
     """
     if not isinstance(intervention, Mean):
         return
@@ -75,7 +75,7 @@ def check_means(
                 needed.setdefault(key, []).append(number)
     if not needed:
         return
-    short = "; ".join(
+    few = "; ".join(
         f"{key}: {behind[key]} ({_numbers(numbers)} {'needs' if len(numbers) == 1 else 'need'} it)"
         for key, numbers in needed.items()
     )
@@ -83,7 +83,7 @@ def check_means(
     others = [name for name in ("mean_all", "mean_label") if name != intervention.name]
     raise ConfigError(
         f"intervention={intervention.name} takes means over {_OVER[intervention.per]}, and needs "
-        f"{LEAST} behind each; {whose} have for {short}; add pairs, or give prompts of your own by "
+        f"{LEAST} behind each; {whose} have for {few}; add pairs, or give prompts of your own by "
         "means_from=" + ("" if any(patterns) else f", or take intervention={' or '.join(others)}")
     )
 
@@ -91,37 +91,37 @@ def check_means(
 def means_attrs(
     intervention: Intervention, pairs: Sequence[PromptPair], sites: Iterable[Site]
 ) -> dict[str, Any]:
-    """What results say of their means: how many activations stand behind each, and whose.
+    """Return the results' attribute `means`: the prompts, and each mean's number of activations.
 
-    {} where nothing is a mean.
+    {} if the intervention takes no means.
     """
     if not isinstance(intervention, Mean):
         return {}
     reference = intervention.reference
-    found: dict[str, Any] = {
+    attrs: dict[str, Any] = {
         "per": intervention.per,
         "over": "the clean prompts of the run" if reference is None else "prompts of means_from",
         "n_prompts": len(reference or pairs),
         "behind": dict(sorted(_behind(intervention, pairs, _any_pattern(sites)).items())),
     }
     if reference is not None:
-        found["prompts"] = reference.content_hash()
-    return {"means": found}
+        attrs["prompts"] = reference.content_hash()
+    return {"means": attrs}
 
 
 def _behind(mean: Mean, pairs: Sequence[PromptPair], patterns: bool) -> Counter[str]:
-    """Per mean how many activations of different prompts enter it.
+    """Count, per mean, the activations of different prompts that enter it.
 
-    Means of `patterns` are by length, whatever the kind of the mean.
+    With `patterns`, means of attention patterns count too; they are by length for every `mean.per`.
     """
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     different = {(*pair.clean, *pair.answer[:-1]): pair for pair in mean.reference or pairs}
     for tokens, pair in different.items():
-        found[_of_length(len(tokens))] += mean.per == "position" or patterns
-        found["all positions"] += (mean.per != "position") * len(tokens)
+        counts[_of_length(len(tokens))] += mean.per == "position" or patterns
+        counts["all positions"] += (mean.per != "position") * len(tokens)
         for label, (first, stop) in pair.labels.items() if mean.per == "label" else ():
-            found[f"label {label!r}"] += stop - first
-    return +found  # without zeros
+            counts[f"label {label!r}"] += stop - first
+    return +counts  # without zeros
 
 
 def _any_pattern(sites: Iterable[Site]) -> bool:
@@ -129,7 +129,7 @@ def _any_pattern(sites: Iterable[Site]) -> bool:
 
 
 def _needed(mean: Mean, pair: PromptPair, patterns: Sequence[bool]) -> Iterable[str]:
-    """The names of the means that patches of `pair` take."""
+    """Yield the names of the means that patches of `pair` take."""
     if mean.per == "position" or any(patterns):
         yield _of_length(len(pair) + len(pair.answer) - 1)  # all of an answer but its last token
     if mean.per != "position" and not all(patterns):

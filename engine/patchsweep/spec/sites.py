@@ -14,32 +14,36 @@ Unit = Literal["head", "kv_head", "neuron"]
 
 @dataclass(frozen=True)
 class Site:
-    """One kind of activation, and all that the engine must know of it. A new one is a new entry of
-    `SITES`."""
+    """One kind of activation, with everything the engine must know about it.
+
+    To add a site, add an entry to `SITES`.
+    """
 
     name: str
-    hook: str  # TransformerLens hook name inside the block (or whole, if not layered)
+    hook: str  # TransformerLens hook name inside the block; the full name if not layered
     unit: Unit | None = None  # what a patch can be narrowed to besides a position
     reach: Literal["token", "suffix"] = "token"  # what patching token p changes inside its block
     layered: bool = True  # found in every block; False: once
     in_attention: bool = False  # lives inside the attention function, at no module's border
-    in_stream: bool = False  # written into the residual stream, where a block is entered
-    shift: int = 0  # blocks from the site's own to the one at whose entry it is written
-    written_as: str | None = None  # site whose values decide its own, and which is patched for it
-    projected: bool = False  # made by one of attention's input projections, maybe a common one
-    side: Literal["query", "key", "value"] | None = None  # what attention takes it for
+    in_stream: bool = False  # written into the residual stream, at a block's input
+    shift: int = 0  # written at the input of the block this many blocks after the site's own
+    written_as: str | None = None  # site that is patched instead; its values determine this one's
+    projected: bool = False  # output of an attention input projection, which may be fused (QKV)
+    side: Literal["query", "key", "value"] | None = None  # its role in attention
     cells: bool = False  # a patch replaces one cell (dest, src) of the pattern, not rows `[dest]`
     from_token: bool = False  # at layer 0 it depends on the token and its position alone
-    named: bool = False  # a hook point given by its full name: the hooked runner's
+    named: bool = False  # a hook point given by its full name; only the hooked runner runs it
 
     @property
     def is_pattern(self) -> bool:
-        """Whether its activation is `[pair, head, dest, src]`; a patch replaces whole rows
-        `[dest]` of it, or single cells where the site has `cells`."""
+        """Whether the activation is an attention pattern `[pair, head, dest, src]`.
+
+        A patch replaces whole rows `[dest]` of it, or single cells if the site has `cells`.
+        """
         return self.hook == "attn.hook_pattern"
 
     def hook_name(self, layer: int) -> str:
-        """The full TransformerLens hook name at `layer`."""
+        """Return the full TransformerLens hook name at `layer`."""
         return f"blocks.{layer}.{self.hook}" if self.layered else self.hook
 
 
@@ -73,13 +77,13 @@ SITES: dict[str, Site] = {
 
 
 def get_sites(names: str | Sequence[str]) -> tuple[Site, ...]:
-    """The sites called `names`, in order.
+    """Return the sites called `names`, in order.
 
-    A name with `hook_` in it is a TransformerLens hook point, such as `blocks.3.mlp.hook_pre`,
-    or `blocks.{layer}.mlp.hook_pre` for that of every block. Its activations must be
-    `[batch, pos, ...]`. A patch changes what the hook point hands on, as a hook does that returns a
-    new tensor; at resid_pre, resid_mid, resid_post and embed, and at the hook points of those
-    names, it replaces the residual stream for every reader.
+    A name with `hook_` in it is a TransformerLens hook point: `blocks.3.mlp.hook_pre`, or
+    `blocks.{layer}.mlp.hook_pre` for the same one in every block. Its activations must be
+    `[batch, pos, ...]`. A patch changes the output of the hook point, as a hook that returns a new
+    tensor does. At resid_pre, resid_mid, resid_post and embed, and at the hook points of those
+    names, a patch replaces the residual stream for every later module.
 
     Raises:
         SiteError: a name is unknown or given twice, or there is none.
@@ -99,12 +103,12 @@ def get_sites(names: str | Sequence[str]) -> tuple[Site, ...]:
 
 
 def _named(name: str) -> Site:
-    """A site of one hook point, or of the same one in every block."""
-    _, found, inside = name.partition("blocks.{layer}.")
+    """Return the site of one hook point, or of the same hook point in every block."""
+    _, separator, inside = name.partition("blocks.{layer}.")
     return Site(
         name=re.sub(r"\W+", "_", name).strip("_"),  # the name of its variable in the store
-        hook=inside if found else name,
+        hook=inside if separator else name,
         reach="suffix",
-        layered=bool(found),
+        layered=bool(separator),
         named=True,
     )

@@ -1,6 +1,6 @@
-"""What a sweep is: a `SweepSpec`, and the `Request` that it becomes for a model and prompts.
+"""Defines `SweepSpec`, the arguments of a sweep, and `Request`, a spec checked against a model.
 
-A `SweepSpec` says everything that decides a number of a sweep, besides the model and the prompts.
+A `SweepSpec` holds everything that decides a sweep's numbers, except the model and the prompts.
 Its defaults are the only ones: `sweep`, the command line and the analyses take theirs from it.
 Nothing here runs a model.
 """
@@ -41,8 +41,8 @@ from patchsweep.spec.sites import Site, get_sites
 
 Sets = int | Sequence[int | Sequence[int]]
 Positions = int | Sequence[int | str] | Literal["all"] | None
-# tokens of live patches in one unit of work: as many as fill a packed batch on a GPU (GPU_TOKENS of
-# packed batches.budget), which four of a CPU's hold; no more, so that a kill loses little
+# Tokens of live patches in one shard: enough to fill one packed batch on a GPU (GPU_TOKENS in
+# runners.packed.budget) or four on a CPU; no more, so that a killed run loses little.
 UNIT_TOKENS = 16_384
 
 
@@ -51,17 +51,17 @@ Precision = Literal["model", "bf16"]
 
 @dataclass(frozen=True)
 class SweepSpec:
-    """What a sweep is, apart from its model and its prompts. Checked when it is made.
+    """The arguments of a sweep apart from the model and the prompts; checked when it is made.
 
-    `sweep`, `plan` and `sample_exact` take one in the place of `sites`, or its fields one by one;
-    `sweep` says what each field means.
+    `sweep`, `plan` and `sample_exact` take a spec in the place of `sites`, or its fields one by
+    one. The docstring of `sweep` explains each field.
 
         spec = SweepSpec("z", "logit_diff", layers=[9, 10], intervention="zero")
         plan(model, pairs, spec)
         sweep(model, pairs, spec, store="runs/z.zarr")
 
     Raises:
-        PatchsweepError: a field breaks a rule that holds for any model.
+        PatchsweepError: a field breaks a rule that holds for every model.
     """
 
     sites: str | Sequence[str] = ("resid_pre",)
@@ -92,10 +92,10 @@ SPEC_FIELDS = tuple(f.name for f in fields(SweepSpec))
 
 
 def as_spec(sites: SweepSpec | str | Sequence[str], **others: Any) -> SweepSpec:
-    """The spec that was given as `sites`, or the one that these fields make.
+    """Return `sites` if it is a spec; otherwise make a spec of `sites` and the fields `others`.
 
     Raises:
-        ConfigError: `others` says something beside a spec.
+        ConfigError: `sites` is a spec and `others` sets a field too.
         PatchsweepError: a field breaks a rule.
     """
     if not isinstance(sites, SweepSpec):
@@ -111,7 +111,7 @@ def as_spec(sites: SweepSpec | str | Sequence[str], **others: Any) -> SweepSpec:
 
 
 def check_direction(direction: Direction | None) -> None:
-    """Raise ConfigError unless `direction` is one of the two, or None."""
+    """Raise ConfigError unless `direction` is denoising, noising or None."""
     if direction is not None and direction not in get_args(Direction):
         raise ConfigError(
             f"direction={direction!r} is not known; use 'denoising' (base is the corrupted "
@@ -121,7 +121,7 @@ def check_direction(direction: Direction | None) -> None:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Two runs of each pair, what the patches of one take from the other, and what is measured."""
+    """A model, its prompt pairs, the metrics, and the intervention that makes the patch values."""
 
     bridge: TransformerBridge
     pairs: PromptPairs
@@ -134,7 +134,9 @@ class Experiment:
 def make_experiment(
     model: TransformerBridge, pairs: PromptPairs, spec: SweepSpec, sites: Sequence[Site]
 ) -> Experiment:
-    """The two runs that `spec` means for a model and its pairs; `sites` is where means are taken.
+    """Check `spec` against a model and its pairs, and resolve metrics, intervention and direction.
+
+    `sites` are the sites whose means the intervention may take.
 
     Raises:
         PatchsweepError: an argument breaks a rule; the text says which, and what to do.
@@ -155,17 +157,17 @@ def make_experiment(
 
 @dataclass(frozen=True)
 class Request(Experiment):
-    """A sweep of one model on its prompts: a spec made concrete, with the plans of its sites."""
+    """A spec checked against one model and its prompts, with a plan for each site."""
 
     spec: SweepSpec
     shape: ModelShape
     plans: tuple[SitePlan, ...]
-    compute_dtype: torch.dtype  # of activations and products
-    noisy: bool  # rounding may pass for effects: 16 bits, or quantised weights
-    source_of: Mapping[int, int] | None = None  # pair -> the pair of its source; None: itself
+    compute_dtype: torch.dtype  # of activations and matrix products
+    noisy: bool  # rounding may look like effects: 16-bit compute, or quantised weights
+    source_of: Mapping[int, int] | None = None  # pair -> pair that its source is from; None: itself
 
     def batches(self, numbers: Sequence[int]) -> list[Batch]:
-        """The pairs `numbers` as batches, one for each length."""
+        """Return the pairs `numbers` as batches, one per length."""
         return make_batches(
             self.pairs,
             numbers,
@@ -181,7 +183,7 @@ class Request(Experiment):
 
 
 def make_request(model: TransformerBridge, pairs: PromptPairs, spec: SweepSpec) -> Request:
-    """Check `spec` against a model and its pairs, and plan it.
+    """Check `spec` against a model and its pairs, and plan each site.
 
     Raises:
         PatchsweepError: an argument breaks a rule; the text says which, and what to do.
@@ -213,7 +215,7 @@ def _plan(
     *,
     resample: bool,
 ) -> SitePlan:
-    """The plan of one site."""
+    """Return the plan of one site."""
     positions = _position_axis(spec.positions, pair_shapes)
     units = _unit_sets(site, shape, spec.heads, spec.neurons)
     n_sources = 0
@@ -233,7 +235,7 @@ def _plan(
 def _position_axis(
     positions: Positions, pair_shapes: Sequence[PairShape]
 ) -> tuple[int | str, ...] | None:
-    """The position axis of every site; None: one patch over all positions."""
+    """Return the position axis that all sites share; None: one patch over all positions."""
     if positions is None:
         return tuple(range(max(p.length for p in pair_shapes)))
     if not isinstance(positions, str):
@@ -249,8 +251,8 @@ def check_pairs(model: TransformerBridge, pairs: PromptPairs) -> None:
     """Raise unless `pairs` are prompt pairs that `model` can read.
 
     Raises:
-        PromptError: they are something else, one is longer than the context, holds a token that
-            the model does not know, or its parts do not fit each other.
+        PromptError: `pairs` is no PromptPairs; a pair is longer than the context, holds a token
+            that the model does not know, or has prompts or answers of unequal length.
     """
     if not isinstance(pairs, PromptPairs):
         raise PromptError(
@@ -276,34 +278,37 @@ def check_pairs(model: TransformerBridge, pairs: PromptPairs) -> None:
                 f"pair {number}: prompt and answer have {length + 1} tokens, and this model reads "
                 f"{n_ctx} and says one more; shorten the prompt"
             )
-        most = max(*pair.clean, *pair.corrupted, *pair.answer, *pair.wrong_answer)
-        if most >= d_vocab:
+        top = max(*pair.clean, *pair.corrupted, *pair.answer, *pair.wrong_answer)
+        if top >= d_vocab:
             raise PromptError(
-                f"pair {number} has token {most}, and this model knows {d_vocab} tokens; make the "
+                f"pair {number} has token {top}, and this model knows {d_vocab} tokens; make the "
                 "pairs with the model that is swept"
             )
 
 
 def check_metrics(model: TransformerBridge, pairs: PromptPairs, metrics: Sequence[Metric]) -> None:
-    """Try metrics of the user's own on drawn logits, see `metrics.check_rows`; the model rests.
+    """Try user-defined metrics on random logits, see `metrics.check_rows`; runs no model.
 
     Raises:
-        MetricError: one fails there, has another shape, or mixes rows.
+        MetricError: a metric fails there, returns another shape, or mixes rows.
     """
     if len(set(getattr(model.original_model, "hf_device_map", {}).values())) > 1:
-        return  # which of its devices the logits are on is known only when it runs
+        return  # the device of the logits is known only when the model runs
     check_rows(metrics, len(pairs[0].answer), int(model.cfg.d_vocab), device_of(model))
 
 
 def _sets(name: str, given: Sets | None, n: int) -> tuple[tuple[int, ...], ...]:
-    """Every index by itself, or the sets that were given."""
+    """Return the sets in `given`; None: each of the `n` indices by itself."""
     return tuple((i,) for i in range(n)) if given is None else index_sets(name, given)
 
 
 def _unit_sets(
     site: Site, shape: ModelShape, heads: Any, neurons: Any
 ) -> tuple[tuple[int, ...], ...] | None:
-    """The unit axis of `site`: heads one by one unless said otherwise, chosen neurons."""
+    """Return the unit axis of `site`: one set per entry; None: one patch over all units.
+
+    Heads are patched one by one by default; neurons must be chosen.
+    """
     if site.unit is None:
         return None
     name = "neurons" if site.unit == "neuron" else "heads"
@@ -321,10 +326,10 @@ def _unit_sets(
 
 
 def model_shape(model: TransformerBridge) -> ModelShape:
-    """Sizes of the model behind a bridge.
+    """Return the sizes of the model behind a bridge.
 
     Raises:
-        ModelError: it is no bridge, or not a causal language model.
+        ModelError: `model` is no bridge, or no causal language model.
     """
     check_bridge(model)
     cfg = model.cfg
@@ -353,11 +358,11 @@ def model_shape(model: TransformerBridge) -> ModelShape:
 
 
 def blocks_of(plans: Sequence[SitePlan]) -> dict[str, tuple[int, int]]:
-    """Per site the pairs and layer sets in one unit of work.
+    """Return, per site, how many pairs and how many layer sets one shard has.
 
-    It follows from the plans alone, so that every machine cuts a run in the same way. All sites
-    cut the pairs alike: then a pair's unpatched runs share a batch with the same other pairs in
-    every unit, and have the same bits whichever unit comes first.
+    The sizes follow from the plans alone, so that every machine divides a run in the same way. All
+    sites divide the pairs in the same way: then a pair's unpatched runs share a batch with the same
+    other pairs in every shard, and have the same bits whichever shard comes first.
     """
     blocks = {plan.site.name: _blocks_of(plan) for plan in plans}
     n_pairs = min(pairs for pairs, _ in blocks.values())
@@ -365,26 +370,26 @@ def blocks_of(plans: Sequence[SitePlan]) -> dict[str, tuple[int, int]]:
 
 
 def site_groups_of(plans: Sequence[SitePlan]) -> dict[str, int]:
-    """Per site the number of its site group: sites whose units are small run in common packed
-    batches.
+    """Return, per site, the number of its site group; the sites of a group share packed batches.
 
-    Alone, their first and last blocks would hold a few hundred tokens, too few for the full speed
-    of a matrix product. Like the units, site groups follow from the plans alone.
+    Sites with small shards are grouped. Alone, their first and last blocks would hold a few hundred
+    tokens, too few for the full speed of a matrix product. Like the shards, site groups follow
+    from the plans alone.
     """
     blocks = blocks_of(plans)
-    found: dict[str, int] = {}
+    group_of: dict[str, int] = {}
     sizes: list[float] = []  # tokens of each site group
-    for plan in sorted(plans, key=lambda plan: plan.site.name):  # in whatever order they were asked
+    for plan in sorted(plans, key=lambda plan: plan.site.name):  # independent of the user's order
         n_pairs, n_layers = blocks[plan.site.name]
-        whole = n_layers == plan.shape[1]
-        mine = _tokens_per_pair(plan) * n_pairs if whole else np.inf
-        room = (i for i, size in enumerate(sizes) if size + mine <= UNIT_TOKENS)
+        all_layers = n_layers == plan.shape[1]
+        tokens = _tokens_per_pair(plan) * n_pairs if all_layers else np.inf
+        room = (i for i, size in enumerate(sizes) if size + tokens <= UNIT_TOKENS)
         number = next(room, len(sizes))
         if number == len(sizes):
             sizes.append(0.0)
-        sizes[number] += mine
-        found[plan.site.name] = number
-    return found
+        sizes[number] += tokens
+        group_of[plan.site.name] = number
+    return group_of
 
 
 def _tokens_per_pair(plan: SitePlan) -> float:
@@ -401,5 +406,5 @@ def _blocks_of(plan: SitePlan) -> tuple[int, int]:
 
 
 def bytes_of(request: Request) -> int:
-    """Bytes of the values that the sweep writes."""
+    """Return the bytes of the float32 values that the sweep writes."""
     return 4 * len(request.metrics) * sum(int(np.prod(plan.shape)) for plan in request.plans)
