@@ -56,14 +56,16 @@ def test_in_bf16_the_floor_stands_beside_every_number(site: str) -> None:
     floor = noise_floor(low, site)
     assert floor is not None
     told = largest(low, site, n=N)
+    assert told
     assert all(e.noise == floor.item() < abs(e.effect) for e in told)
-    # what is told is an effect: its sign is right, and its size within the floor
-    true = (exact[site] - exact.base_metric).squeeze()
-    for e in told:
-        unit = "kv_head" if site == "k" else "head"
-        value = float(true.sel({"layer": e.layer, "pos": e.pos, unit: e.head}))
-        assert value * e.effect > 0
-        assert abs(value - e.effect) < floor.item() + 0.02 * abs(value)
-    # and it had to be: rounding alone reaches the twentieth of the true effects
+    # of the cells without an effect one in some thousands passes the floor, and here are about 200
+    true, found = ((ds[site] - ds.base_metric).squeeze() for ds in (exact, low))
+    error = abs(found - true).where(true != 0)
+    assert int((error > floor.item() + 0.02 * abs(true)).sum()) <= 1
+    unit = "kv_head" if site == "k" else "head"
+    at = [{"layer": e.layer, "pos": e.pos, unit: e.head} for e in told]
+    assert sum(true.sel(cell).item() * e.effect <= 0 for cell, e in zip(at, told, strict=True)) <= 1
+    # and it had to be: the floor lies above the twentieth of the true effects
     sizes = np.sort(np.abs(true.values[np.isfinite(true.values)]))[::-1]
-    assert floor.item() > sizes[N - 1] or site == "z"
+    assert floor.item() > sizes[N - 1]
+    assert len(told) < N

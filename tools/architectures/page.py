@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 from tools.architectures.plain import INTERVENTIONS, LENGTHS, Comparison
@@ -16,11 +17,7 @@ fp32 on the CPU. The runner is the one that the probe chooses, site by site. The
 the largest difference in `logit_diff` from a loop of hooked forward passes through the bridge, one
 patch each, over six live patches. A dash: see the notes.
 
-**plain** is the largest difference in `logit_diff` from hooks on the model as transformers builds
-it, without the bridge ([plain.py](../tools/architectures/plain.py)): {n_cells:,} random patches in
-{n_compared} architectures, of {sites}, with {interventions}, in prompts of
-{fewest} to {most} words; {smallest} to {largest} cells each. Single patches move the metric by as
-much as {effects} logits, so numbers of order 1e-5 are rounding, and differ from machine to machine.
+{plain}
 
 - **packed**: packed batches.
 - **packed and hooked**: packed batches, but for the sites that the notes name. A sweep that
@@ -28,6 +25,15 @@ much as {effects} logits, so numbers of order 1e-5 are rounding, and differ from
 - **hooked**: batched forward passes through the bridge's hooks: slower, and right.
 - **refused**: cannot be swept, and the sweep says so.
 """
+
+
+_PLAIN = """**plain** is the largest difference in `logit_diff` from hooks on the model as
+transformers builds it, without the bridge (`tools/architectures/plain.py`): {n_cells:,} random
+patches in {n_compared} architectures, {smallest} to {largest} each, of {sites}, with
+{interventions}, in prompts of {fewest} to {most} words. Each architecture has patches that move the
+metric by {effects} logits or more, so numbers of order 1e-5 are rounding, and differ from machine
+to machine. Of latent attention q lies after rotary, where a constant has nothing to be compared
+with."""
 
 
 def page(
@@ -67,17 +73,22 @@ def _counts(rows: Sequence[Row]) -> dict[str, int]:
 def _head(compared: Sequence[Comparison]) -> str:
     cells = [one.n_cells for one in compared] or [0]
     effects = [one.effect for one in compared] or [0.0]
-    return _HEAD.format(
+    plain = _PLAIN.format(
         n_cells=sum(cells),
         n_compared=len(compared),
-        sites=", ".join(PLAIN_SITES[:-1]) + f" and {PLAIN_SITES[-1]}",
-        interventions=", ".join(INTERVENTIONS[:-1]) + f" and a {INTERVENTIONS[-1]}",
-        fewest=min(fewest for fewest, _ in LENGTHS),
-        most=max(most for _, most in LENGTHS),
         smallest=min(cells),
         largest=max(cells),
-        effects=f"{min(effects):.1f} to {max(effects):.0f}",
+        sites=_and(PLAIN_SITES),
+        interventions=_and([*INTERVENTIONS[:-1], f"a {INTERVENTIONS[-1]}"]),
+        fewest=min(fewest for fewest, _ in LENGTHS),
+        most=max(most for _, most in LENGTHS),
+        effects=f"{min(effects):.1f}",
     )
+    return _HEAD.format(plain=textwrap.fill(plain, 100, break_on_hyphens=False))
+
+
+def _and(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _table(rows: Sequence[Row], plain: Mapping[str, str] | None = None) -> str:

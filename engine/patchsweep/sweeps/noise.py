@@ -4,8 +4,10 @@ Null patches put a run's own values back with the last bit of each number turned
 arithmetic that moves a metric by a few per cent of what it does in 16 bits, so what is measured is
 rounding: that of the patched run from the patch on, and that of the base run. (Values put back
 unchanged often meet the very same roundings, and then move nothing.) `<site>_noise` holds, per
-metric and pair, `FACTOR` times the root mean square of what `N_NULL` null patches did. Of patches
-without any effect about one in two hundred passes it.
+metric and pair, `FACTOR` times the root mean square of what `N_NULL` null patches did. Rounding is
+larger the earlier it begins, so its tails are heavy over all layers: of patches without any effect
+about one in three thousand passes the floor, and lists of the largest of a few hundred cells seldom
+hold one.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from patchsweep.spec.plan import Ints, PatchSet, SitePlan
 from patchsweep.spec.spec import Request, blocks_of
 from patchsweep.store.layout import Variable
 
-N_NULL = 16  # null patches of each site and pair
-FACTOR = 4.0  # of their root mean square
+N_NULL = 32  # null patches of each site and pair
+FACTOR = 5.0  # of their root mean square
 
 Values = NDArray[np.float32]
 
