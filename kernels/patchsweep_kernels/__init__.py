@@ -1,1 +1,1 @@
-"""Kernels for packed patching: each beside the torch reference that runs without a GPU."""
+"""Triton kernels for packed batches, each beside a torch reference that runs without a GPU."""

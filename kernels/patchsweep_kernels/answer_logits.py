@@ -1,9 +1,9 @@
-"""Logits of a few answer tokens, straight from the final residual.
+"""Logits of a few answer tokens, computed directly from the final residual.
 
     logit_a = cap(scale * (w_u[a] . norm(x) + bias_a))
 
-A logit difference needs two rows of the unembedding. With the norm in the same pass nothing of
-size `[row, d_vocab]`, and no normed residual, is ever written.
+A logit difference needs two rows of the unembedding. The norm runs in the same pass, so neither a
+`[row, d_vocab]` tensor nor the normalised residual is written to memory.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ def answer_logits(
     *,
     norm: FinalNorm | None = None,
 ) -> Float[Tensor, "row answer"]:
-    """fp32 logits of `tokens[r]` for the residual `resid[r]` after the last block (fp64 for fp64).
+    """Return fp32 logits of `tokens[r]` for the final residual `resid[r]` (fp64 for fp64).
 
-    `norm` is applied first; without it `resid` is taken as already normed. Norm and products are
-    in fp32 whatever the dtype of the inputs. `tokens` is int64, best left on the CPU, where
-    checking it costs no wait.
+    `norm` is applied first; None: `resid` is normalised already. Norm and products are fp32 for
+    any dtype of the inputs. `tokens` is int64; keep it on the CPU, where checking it does not wait
+    for the GPU.
 
     Raises:
-        ValueError: devices, dtypes or shapes that do not fit, or a token outside the vocabulary.
+        ValueError: devices, dtypes or shapes do not fit, or a token is outside the vocabulary.
     """
     unembedding.check("resid", resid)
     if norm is not None:
@@ -103,8 +103,8 @@ def _triton(
     return logits
 
 
-# Grid (row,). A program owns one row: it reads the residual once and keeps it in registers, norms
-# it in fp32, then for each answer reads that token's row of w_u and sums the product.
+# Grid (row,). A program owns one row: it reads the residual once, keeps it in registers, and
+# normalises it in fp32. Then it reads each answer token's row of w_u and sums the product.
 @jit
 @no_type_check
 def _answer_kernel(

@@ -1,11 +1,11 @@
-"""Attention of packed rows over a shared prefix and each row's own tokens.
+"""Shared-prefix attention: packed rows read a common prefix and their own tokens.
 
-For token i of a row that starts at position `start`, over the keys j it may see,
+For token i of a row that starts at position `start`,
 
     out_i = sum_j softmax_j(score_ij) v_j,    score_ij = scale * q_i . k_j,
 
-where j runs over positions 0 .. start-1 of the prefix of the row's pair, then over tokens 0 .. i
-of the row itself. The prefix is stored once per pair; no row holds a copy of it.
+where key j runs over positions 0 .. start-1 of the prefix of the row's pair, then over tokens
+0 .. i of the row itself. The prefix is stored once per pair; no row holds a copy of it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def prefix_attention(
     softcap: float | None = None,
     sinks: Float[Tensor, " head"] | None = None,
 ) -> Float[Tensor, "token head d_v"]:
-    """Attention output of every packed token, in the dtype of `q`; carries no gradient.
+    """Return the attention output of every packed token, in the dtype of `q`, without gradient.
 
     Token i of row r stands at position `start[r] + i` and sees prefix positions 0 .. start[r]-1 of
     its pair and tokens 0 .. i of its row. Head h reads key head `h // (head / kv_head)`. Scores,
@@ -53,11 +53,11 @@ def prefix_attention(
 
     `window`: a query sees at most that many keys, itself included (Hugging Face's
     `sliding_window`). `softcap`: scores become `softcap * tanh(score / softcap)`. `sinks`: one
-    logit per head that takes its share of the softmax and carries no value (gpt-oss).
+    logit per head that joins the softmax and has value 0 (gpt-oss).
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not belong together, a head size above 256,
-            or `rows` that reach past the tokens or the prefix.
+        ValueError: shapes, dtypes or devices do not fit, a head size is above 256, or `rows` reach
+            past the tokens or the prefix.
     """
     _check(q, k, v, prefix_k, prefix_v, rows, window, softcap, sinks)
     if window is not None and rows.deepest + rows.longest <= window:
@@ -77,7 +77,7 @@ def _check(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> None:
-    """Raise a ValueError that names the argument which does not fit the others."""
+    """Raise a ValueError if an argument does not fit the others; the text names it."""
     n_tokens, n_heads, d = q.shape
     kv_heads, d_v = v.shape[1:]
     if n_heads % kv_heads:
@@ -168,9 +168,9 @@ def _triton(
 
 
 def launch_settings(share: int, d: int, d_v: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Tile sizes of the kernel for `share` query heads per key head and these head sizes."""
+    """Return the kernel's tile sizes for `share` query heads per key head and these head sizes."""
     width = max(16, next_power_of_2(max(d, d_v)))
-    # Queries, keys and warps: the largest tiles that keep the sums in registers (compile gate).
+    # Queries, keys and warps: the largest tiles whose sums stay in registers, by compiling them.
     if dtype == torch.float32:
         queries, keys, warps = (32, 32, 4) if width <= 64 else (16, 32, 4)
     elif width <= 64:
@@ -205,7 +205,7 @@ def _absorb(
     HAS_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One step of the online softmax: `key` [d, j] and `value` [j, d_v] join the running sums."""
+    """Return the online softmax's running sums after adding `key` [d, j] and `value` [j, d_v]."""
     score = tl.dot(query, key, input_precision=PRECISION) * scale
     if HAS_CAP:
         # tanh(y) = 2 * sigmoid(2y) - 1
@@ -222,12 +222,12 @@ def _absorb(
 
 
 # Grid (blocks, kv_head * head_blocks). A program owns a block of adjacent packed tokens of one pair
-# and the query heads of one key head (a block of them where one tile cannot hold all): token by
-# head is its query axis, so each key it loads serves all of them.
-# It walks over the pair's prefix up to the highest start in the block, then over the packed keys
-# from the block's first row to its last token, and masks what a query may not see: prefix
-# positions from its own start on, other rows, later tokens, keys out of the window. Running
-# maximum, sum and output are in fp32. A value that is not finite may spread to the block's other
+# and the query heads of one key head, or a block of these heads if one tile cannot hold them all.
+# Its query axis is token by head, so each key that it loads serves all of them.
+# It loops over the pair's prefix up to the highest start in the block, then over the packed keys
+# from the block's first row to its last token. It masks keys that a query may not see: prefix
+# positions from its own start on, other rows, later tokens, keys outside the window. Running
+# maximum, sum and output are fp32. A value that is not finite may spread to the block's other
 # tokens, where its weight is 0.
 @jit
 @no_type_check
@@ -304,7 +304,7 @@ def _prefix_kernel(
     top = tl.full((BLOCK_TOKENS * BLOCK_HEADS,), float("-inf"), tl.float32)
     mass = tl.zeros((BLOCK_TOKENS * BLOCK_HEADS,), tl.float32)
     if HAS_SINKS:
-        # The sink is a key that all see, with value 0.
+        # The sink is a key with value 0 that every query sees.
         top = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32)
         mass += 1.0
     total = tl.zeros((BLOCK_TOKENS * BLOCK_HEADS, BLOCK_DV), tl.float32)
@@ -350,7 +350,7 @@ def _prefix_kernel(
             x, key, value, seen, top, mass, total, scale, cap, HAS_CAP, PRECISION
         )
 
-    # Every real query saw itself, so its mass is positive; the others are not stored.
+    # Every real query saw itself, so its mass is positive; padding queries are not stored.
     total = total / tl.where(real, mass, 1.0)[:, None]
     at = (token * out_token + head * out_head)[:, None] + element_v[None, :]
     mask = real[:, None] & in_dv[None, :]

@@ -1,8 +1,8 @@
-"""Prefix attention in plain torch, in two ways that give the same result.
+"""Shared-prefix attention in plain torch, in two ways with the same result.
 
-`in_groups` walks over runs of equal rows: few and large products, but some twenty torch operations
-for each run. `in_blocks` takes tokens in blocks of one shape, each with its own copy of the keys it
-reads, through one fused attention: a few operations in all.
+`in_groups` loops over groups of equal rows: few and large products, but about twenty torch
+operations per group. `in_blocks` divides tokens into blocks of one shape, each with its own copy of
+the keys it reads, and calls one fused attention: a few operations in total.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 
 from patchsweep_kernels.rows import Rows
 
-# Score elements that a group holds at once: 8 MB in fp32, about what caches hold. Less would
-# fit them better, but make torch start its threads more often, which a busy machine feels.
+# Score elements that a group holds at once: 8 MB in fp32, about the size of caches. Fewer would
+# fit caches better, but torch would start its threads more often, which is slow on a busy machine.
 _SCORE_BUDGET = 1 << 21
 
-# Key elements that blocks copy at once: 2 MB in fp32, as much again for values.
+# Key elements that blocks copy at once: 2 MB in fp32, and the same for values.
 _KEY_BUDGET = 1 << 19
-_COPIES_PER_GROUP = 180_000
+_COPIES_PER_GROUP = 180_000  # key elements whose copying costs as much as one group, see blocks_pay
 
 
 @torch.no_grad()
@@ -38,22 +38,22 @@ def attend(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """`prefix_attention` of arguments that were checked."""
-    # fused attention has neither
+    """Compute `prefix_attention`; its arguments are checked already."""
+    # fused attention supports neither soft-cap nor sinks
     if softcap is None and sinks is None and blocks_pay(rows, k.shape[1], k.shape[2], v.shape[2]):
         return in_blocks(q, k, v, prefix_k, prefix_v, rows, scale, window)
     return in_groups(q, k, v, prefix_k, prefix_v, rows, scale, window, softcap, sinks)
 
 
 def blocks_pay(rows: Rows, kv_heads: int, d: int, d_v: int) -> bool:
-    """Whether `in_blocks` is the faster way, by what each adds to the work they share.
+    """Whether `in_blocks` is faster than `in_groups`, by an estimate of each one's extra work.
 
-    `in_groups` repeats its operations for each group, `in_blocks` copies the keys and values of
-    each block and computes scores that it masks. On two cores a group costs as much as
-    `_COPIES_PER_GROUP` copied elements of keys, with all that goes along with them. That was within
-    15 % of the faster way for rows in order of their starts: 1 to 1000 rows of 1 to 8 pairs,
-    prompts of 13 to 250 tokens, 9/3, 14/2 and 12/12 heads of size 64. It takes a prompt's length
-    for the keys of a block, so it is up to 30 % off where neighbours start far from each other.
+    `in_groups` repeats its operations for each group. `in_blocks` copies the keys and values of
+    each block, and computes scores that it masks. On two cores a group costs as much as
+    `_COPIES_PER_GROUP` copied key elements with the work that follows from them. Measured for rows
+    sorted by start, this choice was within 15 % of the faster way: 1 to 1000 rows of 1 to 8 pairs,
+    prompts of 13 to 250 tokens, 9/3, 14/2 and 12/12 heads of size 64. It assumes that a block reads
+    a prompt's length of keys, so it is up to 30 % off where adjacent rows start far apart.
     """
     size = block_size(rows)
     copies = (rows.n_tokens // size + rows.n_pairs) * (rows.reach + size) * kv_heads * d
@@ -61,10 +61,10 @@ def blocks_pay(rows: Rows, kv_heads: int, d: int, d_v: int) -> bool:
 
 
 def block_size(rows: Rows) -> int:
-    """Tokens per block, 24 to 39: so many that a block's keys fill up a multiple of 16.
+    """Return the tokens per block, 24 to 39, chosen so that a block's keys fill a multiple of 16.
 
-    Besides its own tokens a block reads about what the last token of a row sees: the prefix, and
-    what comes before its first token in that token's row.
+    Besides its own tokens, a block reads the prefix and the tokens that precede its first token in
+    the same row: about as many keys as the last token of a row sees.
     """
     others = rows.reach + 2
     return -(-(others + 24) // 16) * 16 - others
@@ -80,8 +80,10 @@ def in_blocks(
     scale: float,
     window: int | None,
 ) -> Tensor:
-    """Blocks of adjacent tokens, whatever rows they belong to, in one fused attention, or in a few
-    where there are many. A value that is not finite may spread to the block's other tokens."""
+    """Compute attention for blocks of adjacent tokens of any rows, by few fused attention calls.
+
+    A value that is not finite may spread to the other tokens of its block.
+    """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     query, key, mask, place = rows.blocks(block_size(rows), window, q.device)
     n_blocks, n_keys = key.shape
@@ -123,8 +125,11 @@ def in_groups(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Group by group: all rows and the heads of a key head are folded into one query axis, so the
-    prefix takes part in one matrix product; the rows' own keys in a second one; one softmax."""
+    """Compute attention group by group.
+
+    All rows of a group and the query heads of a key head form one query axis. So one matrix product
+    covers the prefix, a second one the rows' own keys; one softmax covers both.
+    """
     n_tokens, n_heads, d = q.shape
     kv_heads, d_v = v.shape[1:]
     share = n_heads // kv_heads  # query heads per key head
@@ -133,12 +138,12 @@ def in_groups(
     out_kv, q_kv = out.transpose(0, 1), q.unflatten(1, (kv_heads, share)).transpose(0, 1)
     k_kv, v_kv = k.transpose(0, 1), v.transpose(0, 1)
     prefix_k, prefix_v = prefix_k.to(dtype).transpose(2, 3), prefix_v.to(dtype)
-    unused = prefix_k.new_zeros(())  # baddbmm wants a summand even when beta is 0
+    unused = prefix_k.new_zeros(())  # baddbmm needs a summand even if beta is 0
     scratch = _Scratch(prefix_k)
     # Minus infinity where a key of the row comes later than the query.
     later = prefix_k.new_full((rows.longest, rows.longest), -torch.inf).triu_(1).unsqueeze(1)
     for token, group_rows, length, pair, start in rows.groups:
-        near = window is None or start + length <= window  # every query sees all before it
+        near = window is None or start + length <= window  # every query sees all earlier positions
         hidden = later[:length, :, :length]
         if not near:
             hidden = _windowed(length, start, window or 0, later)
@@ -185,14 +190,14 @@ def in_groups(
 
 
 class _Scratch:
-    """Memory that one part after the other uses: fresh pages cost as much as the products."""
+    """Memory that the parts reuse: fresh pages would cost as much as the matrix products."""
 
     def __init__(self, like: Tensor) -> None:
         self._like = like
         self._stores: dict[str, Tensor] = {}
 
     def __call__(self, name: str, *shape: int) -> Tensor:
-        """Uninitialised `shape`; what `name` held before is gone."""
+        """Return an uninitialised tensor of `shape`; it overwrites the last one called `name`."""
         size = math.prod(shape)
         if name not in self._stores or len(self._stores[name]) < size:
             self._stores[name] = self._like.new_empty(size)
@@ -200,9 +205,9 @@ class _Scratch:
 
 
 def _windowed(length: int, start: int, window: int, like: Tensor) -> Float[Tensor, "length 1 key"]:
-    """0 where a row's token sees a key, else minus infinity.
+    """Return an additive mask: 0 where a row's token sees a key, else minus infinity.
 
-    Keys are the prefix's from the first that any token of the row sees, then the row's own.
+    Keys are those of the prefix, from the first that any token of the row sees, then the row's own.
     """
     low = min(start, max(0, start - window + 1))
     position = torch.arange(low, start + length, device=like.device)

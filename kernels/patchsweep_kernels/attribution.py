@@ -1,9 +1,9 @@
-"""The product at the heart of gradient attribution: the change of a value times its gradient.
+"""Attribution patching's product: the change of an activation times the metric's gradient.
 
     out = sum over d of (source - base) * grad
 
-one number per leading index (token, or token and head), to first order the change of the metric
-when `base` is replaced by `source` there (attribution patching).
+One number per leading index (token, or token and head): to first order, the change of the metric
+when `source` replaces `base` there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from patchsweep_kernels.dispatch import (
     use_triton,
 )
 
-# Elements that the CPU path holds at once as temporaries (4 MB in fp32, about a core's cache).
+# Elements of the CPU path's temporaries (4 MB in fp32, about a core's cache).
 _CHUNK = 1 << 20
 
 
@@ -34,13 +34,13 @@ def attribution_dot(
     base: Float[Tensor, "*index d"],
     grad: Float[Tensor, "*index d"],
 ) -> Float[Tensor, "*index"]:
-    """Sum over d of `(source - base) * grad`, in fp32 whatever the dtype (fp64 for fp64).
+    """Return the sum over d of `(source - base) * grad`, in fp32 for any dtype (fp64 for fp64).
 
-    Differences and products are formed in fp32 too, so bf16 inputs lose nothing further. Inputs
-    whose leading axes cannot be viewed as one are copied.
+    Differences and products are fp32 too, so bf16 inputs are not rounded further. Inputs whose
+    leading axes cannot be viewed as one are copied.
 
     Raises:
-        ValueError: the three differ in shape, device or dtype.
+        ValueError: the inputs differ in shape, device or dtype.
     """
     check_alike(("source", source), ("base", base), ("grad", grad))
     for name, tensor in (("base", base), ("grad", grad)):
@@ -72,7 +72,7 @@ def _triton(source: Tensor, base: Tensor, grad: Tensor, out: Tensor) -> None:
     n_rows, d = source.shape
     source, base, grad = (x if x.stride(1) == 1 else x.contiguous() for x in (source, base, grad))
     block_d = min(1024, next_power_of_2(d))
-    # Short vectors share a program, so that each one moves some kilobytes.
+    # Short vectors share a program, so that each program moves some kilobytes.
     block_rows = min(max(1, 2048 // block_d), next_power_of_2(n_rows))
     with device_of(source):
         _dot_kernel[(triton.cdiv(n_rows, block_rows),)](

@@ -1,4 +1,4 @@
-"""Which implementation runs: the Triton kernel on a GPU, the torch reference elsewhere."""
+"""Dispatch: the Triton kernel runs on a GPU, the torch reference elsewhere."""
 
 from __future__ import annotations
 
@@ -21,41 +21,41 @@ INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 """Kernels run in Triton's interpreter, on CPU tensors, when that variable was set before import."""
 
 
-# Arguments that differ from call to call. Triton compiles anew when an integer turns out to be 1
-# or a multiple of 16, which would stop a sweep for seconds again and again; none of these is
-# multiplied into the address of a vector, so nothing is lost.
+# Arguments that differ from call to call. Triton would compile a variant whenever one of them is 1
+# or a multiple of 16, and each stops a sweep for seconds. None of them is multiplied into the
+# address of a vector, so specialising them gains nothing.
 _COUNTS = ("n_tokens", "n_targets", "n_rows", "blocks_per_part", "window")
 
 
 def jit(kernel: Callable[..., Any]) -> Any:
-    """`triton.jit`, or the plain function where Triton is missing and nothing will launch it."""
+    """Return `kernel` compiled by `triton.jit`; without Triton, which launches none, `kernel`."""
     if triton is None:
         return kernel
     code = kernel.__code__
-    named = code.co_varnames[: code.co_argcount]
-    return triton.jit(kernel, do_not_specialize=[name for name in _COUNTS if name in named])
+    arguments = code.co_varnames[: code.co_argcount]
+    return triton.jit(kernel, do_not_specialize=[name for name in _COUNTS if name in arguments])
 
 
 def use_triton(tensor: Tensor) -> bool:
-    """Whether work on `tensor` goes to a Triton kernel. The one question about the device.
+    """Whether a Triton kernel handles `tensor`; every dispatch on the device asks here.
 
-    The kernels accumulate in fp32, so fp64 stays with the references.
+    The kernels accumulate in fp32, so the references handle fp64.
     """
     on_device = triton is not None and (tensor.is_cuda or INTERPRETED)
     return on_device and tensor.dtype != torch.float64
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Launch there: Triton launches on the current GPU, wherever its arguments are."""
+    """Make the GPU of `tensor` current: Triton launches there, wherever the arguments are."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def dot_settings(dtype: torch.dtype) -> dict[str, Any]:
-    """How a kernel multiplies tiles of `dtype`: the constants UPCAST and PRECISION.
+    """Return the constants UPCAST and PRECISION with which a kernel multiplies tiles of `dtype`.
 
-    16-bit tiles go to the matrix units as they are; the interpreter's products of them are wrong,
-    so there they become fp32, which holds them exactly. fp32 tiles are multiplied in fp32, on
-    NVIDIA as three TF32 products: plain fp32 products would fill registers until they spill.
+    16-bit tiles go to the matrix units as they are. The interpreter multiplies them wrongly, so it
+    gets fp32 tiles, which hold the same values. fp32 tiles are multiplied in fp32, on NVIDIA as
+    three TF32 products, because plain fp32 products would spill registers.
     """
     ieee = INTERPRETED or torch.version.hip is not None
     return {
@@ -65,7 +65,7 @@ def dot_settings(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def next_power_of_2(n: int) -> int:
-    """Smallest power of two that is at least `n`; Triton's tiles have such sides."""
+    """Return the smallest power of two that is at least `n`; Triton's tiles have such sides."""
     return 1 << max(0, n - 1).bit_length()
 
 
@@ -73,7 +73,7 @@ def check_alike(first: tuple[str, Tensor], *others: tuple[str, Tensor | None]) -
     """Raise unless all named tensors share one device and one floating-point dtype.
 
     Raises:
-        ValueError: names the tensor that differs.
+        ValueError: a tensor differs; the text names it.
     """
     name, tensor = first
     if not tensor.dtype.is_floating_point:
@@ -90,10 +90,10 @@ def check_alike(first: tuple[str, Tensor], *others: tuple[str, Tensor | None]) -
 def check_indices(name: str, indices: Tensor, limit: int) -> None:
     """Raise unless `indices` is int64 and within 0 .. limit-1.
 
-    Tables on the CPU are checked for free; a table on a GPU is waited for.
+    Checking a table on a GPU waits for the GPU; checking one on the CPU does not.
 
     Raises:
-        ValueError: names the table and the value that is out of range.
+        ValueError: the dtype is wrong or a value is out of range; the text names the table.
     """
     if indices.dtype != torch.int64:
         raise ValueError(f"{name} must be int64, got {indices.dtype}")

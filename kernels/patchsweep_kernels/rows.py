@@ -1,4 +1,4 @@
-"""Packed rows: which tokens belong together, and which prefix they read."""
+"""Packed rows: the tokens of each row in a packed batch, and the prefix that it reads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Group(NamedTuple):
-    """Adjacent rows that read the same prefix positions and are equally long."""
+    """Adjacent rows that read the same prefix positions and have the same length."""
 
     token: int  # first packed token
     n_rows: int
@@ -26,19 +26,22 @@ class Blocks(NamedTuple):
     """Blocks of adjacent tokens of one pair, padded to one shape, and the keys they read."""
 
     query: Int[Tensor, "block query"]  # packed token
-    # prefix position, counted through pairs 0 .. n_pairs-1 with `Rows.deepest` positions each; from
-    # their end on: packed token
+    # index into all prefix positions (pairs 0 .. n_pairs-1 with `Rows.deepest` each), followed by
+    # all packed tokens
     key: Int[Tensor, "block key"]
     mask: Float[Tensor, "block 1 query key"]  # 0 where the query sees the key, else minus infinity
-    place: Int[Tensor, " token"] | None  # query of each packed token; None: the first ones in order
+    place: Int[Tensor, " token"] | None  # flat query of each packed token; None: token i is query i
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Which tokens of a packed batch belong together, and what they may read."""
+    """The rows of a packed batch: their tokens, and the prefix that each may read.
+
+    `offsets` is what FlashAttention calls cu_seqlens.
+    """
 
     offsets: Int[Tensor, " row_plus_1"]  # int64, CPU; row r owns tokens offsets[r]:offsets[r+1]
-    pair: Int[Tensor, " row"]  # int64, CPU; which shared prefix the row reads
+    pair: Int[Tensor, " row"]  # int64, CPU; pair whose prefix the row reads
     start: Int[Tensor, " row"]  # int64, CPU; position of the row's first token: reads [0, start)
 
     def __post_init__(self) -> None:
@@ -66,27 +69,27 @@ class Rows:
 
     @cached_property
     def n_tokens(self) -> int:
-        """Packed tokens of all rows."""
+        """Number of packed tokens in all rows."""
         return int(self.offsets[-1])
 
     @cached_property
     def n_pairs(self) -> int:
-        """Pairs that a prefix table must hold at least."""
+        """Fewest pairs that a prefix table must hold."""
         return int(self.pair.max()) + 1
 
     @cached_property
     def longest(self) -> int:
-        """Tokens of the longest row."""
+        """Number of tokens in the longest row."""
         return int(self._lengths.max())
 
     @cached_property
     def deepest(self) -> int:
-        """Prefix positions that a prefix table must hold at least."""
+        """Fewest prefix positions that a prefix table must hold."""
         return int(self.start.max())
 
     @cached_property
     def reach(self) -> int:
-        """Keys that the last token of a row sees, at most."""
+        """Most keys that the last token of a row sees."""
         return int((self.start + self._lengths).max())
 
     @cached_property
@@ -101,11 +104,11 @@ class Rows:
 
     @cached_property
     def n_groups(self) -> int:
-        """How many groups there are; to list them takes ten times as long."""
+        """Number of groups; ten times as fast as listing them."""
         return 1 + int(self._turns.sum())
 
     def token_table(self, device: torch.device) -> Int[Tensor, "2 token"]:
-        """For each packed token: the first token of its row, and the row's start."""
+        """Return, per packed token, the first token of its row and the row's start."""
         if device not in self._on_device:
             table = torch.stack((self.offsets[:-1], self.start))
             table = table.repeat_interleave(self._lengths, 1, output_size=self.n_tokens)
@@ -113,7 +116,7 @@ class Rows:
         return self._on_device[device]
 
     def block_table(self, size: int, device: torch.device) -> Int[Tensor, "block 6"]:
-        """Blocks of at most `size` adjacent tokens of one pair, which read one prefix together.
+        """Return blocks of at most `size` adjacent tokens of one pair, which read one prefix.
 
         Columns: first token, past-last token, pair, first token of the first row, and the lowest
         and the highest start among the rows.
@@ -127,7 +130,7 @@ class Rows:
         return self._on_device[key]
 
     def blocks(self, size: int, window: int | None, device: torch.device) -> Blocks:
-        """The blocks of `block_table` padded to one shape, with the keys that each of them reads.
+        """Return the blocks of `block_table`, padded to one shape, with the keys that each reads.
 
         `window`: a query sees at most that many keys, itself included.
         """
@@ -151,10 +154,10 @@ class Rows:
             low = (start.amin(1, keepdim=True) - window + 1).clamp_(min=0)
 
         # Columns of a block: prefix positions low .. highest start - 1, then packed tokens from the
-        # first of its first row to its last, then padding that repeats the last.
+        # first token of its first row to its last token, then padding that repeats the last token.
         n_prefix = start.amax(1, keepdim=True) - low
-        to_column = n_prefix - own_first  # what takes a packed token to its column
-        # SDPA takes up to twice as long when the number of keys is no multiple of 16.
+        to_column = n_prefix - own_first  # column of a packed token minus the token
+        # SDPA takes up to twice as long if the number of keys is no multiple of 16.
         n_keys = -(-int((to_column + stop).max()) // 16) * 16
         column = torch.arange(n_keys, device="cpu")
         in_prefix = (pair * self.deepest).unsqueeze(1) + low + column
@@ -183,7 +186,7 @@ class Rows:
     def _cut(
         self, size: int
     ) -> tuple[Int[Tensor, "block token"], Int[Tensor, " block"], Int[Tensor, " block"]]:
-        """Blocks of at most `size` adjacent tokens of one pair: tokens, past-last token, pair.
+        """Return blocks of at most `size` adjacent tokens of one pair: tokens, past-last, pair.
 
         A shorter block repeats its last token.
         """
@@ -202,14 +205,14 @@ class Rows:
 
     @cached_property
     def _turns(self) -> Bool[Tensor, " row_less_1"]:
-        """Where a row differs in pair, start or length from the one before it."""
+        """Whether each row but the first differs in pair, start or length from the previous one."""
         columns = (self.pair, self.start, self._lengths)
         pair, start, length = (column[1:] != column[:-1] for column in columns)
         return pair | start | length
 
     @cached_property
     def _on_device(self) -> dict[Any, Tensor]:
-        """Tables for the kernel, made once and kept while the rows stay the same."""
+        """Tables for the kernels, cached for the life of these rows."""
         return {}
 
     @cached_property

@@ -1,10 +1,10 @@
-"""Write many patched vectors into a packed batch at once.
+"""Scatter: write many patch values into a packed batch at once.
 
     set:  x[token_i, head_i] = values[source_i]
     add:  x[token_i, head_i] += values[source_i]
 
-Resampling, a constant and a mean are all `set`, with other rows of `values`; a steering vector is
-`add`. No other vector of `x` is touched, whatever it holds.
+Resample, constant and mean patches use `set`, with different `values`; a steering vector uses
+`add`. Vectors of `x` that are no target stay as they are, NaN included.
 """
 
 from __future__ import annotations
@@ -40,12 +40,13 @@ def scatter_patch(
     """Write `values[source[i]]` into `x[token[i]]`, or into `x[token[i], head[i]]`, in place.
 
     Without `source`, target i takes `values[i]`. With `head`, `x` is `[token, head, d]` and
-    `values` is `[cell, d]`; without it both have the same axes after the first. Tables are int64
-    and best left on the CPU, where checking them costs no wait; they are moved to where `x` is.
+    `values` is `[cell, d]`; without it both have the same axes after the first. Tables are int64;
+    keep them on the CPU, where checking them does not wait for the GPU. They are moved to the
+    device of `x`.
 
     Raises:
-        ValueError: devices, dtypes or shapes that do not fit, an index out of range, a vector of
-            `x` that is targeted twice, or vectors of `x` or `values` that are not contiguous.
+        ValueError: devices, dtypes or shapes do not fit, an index is out of range, a vector of `x`
+            is targeted twice, or vectors of `x` or `values` are not contiguous.
     """
     check_alike(("x", x), ("values", values))
     if mode not in ("set", "add"):
@@ -67,7 +68,7 @@ def scatter_patch(
     _check_targets(x, values, token, source, head)
     if not len(token):
         return
-    # the kernel reads a table entry by entry: a column of a larger one would be read wrongly
+    # the kernel assumes stride 1: a column of a larger table would be read wrongly
     token = token.to(x.device).contiguous()
     source = None if source is None else source.to(x.device).contiguous()
     head = None if head is None else head.to(x.device).contiguous()
@@ -76,7 +77,7 @@ def scatter_patch(
 
 
 def _as_vectors(name: str, x: Tensor) -> Tensor:
-    """`x` as `[token, everything]`, which is what a target without a head covers."""
+    """Return `x` as `[token, d]` with all other axes flattened, since a target covers them all."""
     try:
         return x.view(len(x), -1) if len(x) else x.flatten(1)
     except RuntimeError:
@@ -88,7 +89,7 @@ def _as_vectors(name: str, x: Tensor) -> Tensor:
 def _check_targets(
     x: Tensor, values: Tensor, token: Tensor, source: Tensor | None, head: Tensor | None
 ) -> None:
-    """Raise a ValueError that names the table which is out of range or overlaps itself."""
+    """Raise a ValueError if a table is out of range or targets overlap; it names the table."""
     check_indices("token", token, x.shape[0])
     n_targets = len(token)
     if source is None:
@@ -103,9 +104,9 @@ def _check_targets(
             raise ValueError(f"{name} must have {n_targets} entries, got {tuple(table.shape)}")
     target = token if head is None else token * x.shape[1] + head
     ordered = target.sort().values
-    twice = (ordered[1:] == ordered[:-1]).nonzero()
-    if len(twice):
-        at = int(ordered[twice[0, 0]])
+    repeated = (ordered[1:] == ordered[:-1]).nonzero()
+    if len(repeated):
+        at = int(ordered[repeated[0, 0]])
         where = (
             f"token {at}" if head is None else f"token {at // x.shape[1]}, head {at % x.shape[1]}"
         )
@@ -122,7 +123,7 @@ def _reference(
     head: Tensor | None,
     mode: str,
 ) -> None:
-    """`x` is `[token, head, d]`, with one head where no heads are told apart."""
+    """Scatter in torch; `x` is `[token, head, d]`, with one head if `head` is None."""
     at = (token, torch.zeros_like(token) if head is None else head)
     cells = values if source is None else values[source]
     x.index_put_(at, cells, accumulate=mode == "add")
@@ -138,7 +139,7 @@ def _triton(
 ) -> None:
     n_targets, d = len(token), x.shape[-1]
     block_d = min(1024, next_power_of_2(d))
-    # Short vectors share a program, so that each one moves some kilobytes.
+    # Short vectors share a program, so that each program moves some kilobytes.
     block_targets = min(max(1, 2048 // block_d), next_power_of_2(n_targets))
     grid = (triton.cdiv(n_targets, block_targets), triton.cdiv(d, block_d))
     with device_of(x):
@@ -162,9 +163,9 @@ def _triton(
         )
 
 
-# Grid (targets / BLOCK_TARGETS, d / BLOCK_D). A program owns a tile of some targets by some of
-# their elements: it reads those entries of the tables, loads the tile from `values` (and from `x`
-# when it adds, in fp32), and stores it. Targets differ, so no two programs write one address.
+# Grid (targets / BLOCK_TARGETS, d / BLOCK_D). A program owns a tile of targets by elements: it
+# reads the tables' entries for these targets, loads the tile from `values` (and from `x` to add in
+# fp32), and stores it. Targets are distinct, so no two programs write one address.
 @jit
 @no_type_check
 def _scatter_kernel(

@@ -1,4 +1,4 @@
-"""What stands between a residual and its logits: the final norm and the unembedding."""
+"""The final norm and the unembedding, which turn a final residual into logits."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class FinalNorm:
                 )
 
     def __call__(self, resid: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:
-        """The normed residual, in fp32 (fp64 for fp64)."""
+        """Return the normalised residual, in fp32 (fp64 for fp64)."""
         x = resid.to(torch.promote_types(resid.dtype, torch.float32))
         if self.kind == "layer":
             x = x - x.mean(-1, keepdim=True)
@@ -48,7 +48,7 @@ class FinalNorm:
 
 @dataclass(frozen=True, eq=False)
 class Unembedding:
-    """From a normed residual to logits: `cap(scale * (w_u @ x + bias))`."""
+    """Maps a normalised residual x to logits: `cap(scale * (w_u @ x + bias))`."""
 
     w_u: Float[Tensor, "d_vocab d"]  # the layout of `lm_head.weight`
     bias: Float[Tensor, " d_vocab"] | None = None
@@ -74,7 +74,7 @@ class Unembedding:
         return len(self.w_u)
 
     def check(self, name: str, rows: Tensor) -> None:
-        """Raise a ValueError unless `rows` is `[row, d]` and lives where `w_u` lives."""
+        """Raise a ValueError unless `rows` is `[row, d]`, with the device and dtype of `w_u`."""
         check_alike((name, rows), ("unembedding.w_u", self.w_u))
         if rows.dim() != 2 or rows.shape[1] != self.w_u.shape[1]:
             raise ValueError(
@@ -85,7 +85,10 @@ class Unembedding:
             raise ValueError(f"{name} must be contiguous along d, its stride is {rows.stride(1)}")
 
     def finish(self, product: Tensor, bias: Tensor | None) -> Tensor:
-        """Logits from `w_u @ x` in fp32 (fp64 for fp64), with the bias of the same tokens."""
+        """Return logits for `product`, which is `w_u @ x` of some tokens, and those tokens' bias.
+
+        `product` is fp32 (fp64 for fp64).
+        """
         logits = product if bias is None else product + bias.to(product.dtype)
         if self.scale != 1.0:
             logits = logits * self.scale

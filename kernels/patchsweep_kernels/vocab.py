@@ -1,4 +1,4 @@
-"""Sums over the whole vocabulary between final states, without a `[row, d_vocab]` tensor.
+"""Vocabulary reductions of final residuals, without a `[row, d_vocab]` tensor.
 
 With logits a = logits(base) and b = logits(patched), Z = log sum exp, p = exp(a - Z_a):
 
@@ -7,9 +7,9 @@ With logits a = logits(base) and b = logits(patched), Z = log sum exp, p = exp(a
     vocab_kl         KL(base || patched) = sum_v p_v (a_v - b_v) - Z_a + Z_b
     total_variation  1/2 sum_v |exp(a_v - Z_a) - exp(b_v - Z_b)|
 
-The vocabulary goes by in blocks. A block's logits are made, added to running sums, and dropped;
-Z grows by log-sum-exp, and the sum weighted with p is rescaled whenever Z grows. The distance
-needs Z first: the kernel makes the logits a second time, the CPU keeps those of some rows.
+Each block of the vocabulary is processed in turn: its logits are computed, added to running sums,
+and dropped. Z grows by log-sum-exp, and the sum weighted with p is rescaled whenever Z grows. The
+total variation needs Z first: the kernel computes the logits twice, the CPU keeps some rows'.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ from patchsweep_kernels.dispatch import (
 )
 from patchsweep_kernels.unembedding import Unembedding
 
-# Bytes of one block of logits on the CPU, which its cache holds, and rows that share a block.
+# Bytes of one block of logits on the CPU, which fit its cache, and rows that share a block.
 _BLOCK_BYTES = 4 * 2**20
 _BLOCK_ROWS = 4096
-# Bytes of logits that the CPU keeps at once for the distance, where products would cost more.
+# Bytes of logits that the CPU keeps for total variation; computing them twice would cost more.
 _KEPT_BYTES = 64 * 2**20
 
-# Programs that fill a large GPU; the vocabulary is cut into as many parts as that takes.
+# Programs that fill a large GPU; the vocabulary is divided into parts to reach that number.
 _PROGRAMS = 512
 
-# What the Triton kernel sums.
+# The kernel's reductions, as its argument WHAT.
 _LOG_Z, _KL, _DISTANCE = 0, 1, 2
 
 
 @torch.no_grad()
 def log_z(final: Float[Tensor, "row d"], unembedding: Unembedding) -> Float[Tensor, " row"]:
-    """Log of the sum of exp(logit) over the vocabulary, in nats, in fp32 (fp64 for fp64).
+    """Return the log of the sum of exp(logit) over the vocabulary, in nats, fp32 (fp64 for fp64).
 
     `final` is the residual after the last norm.
 
@@ -69,7 +69,7 @@ def target_log_prob(
     unembedding: Unembedding,
     tokens: Int[Tensor, "row target"],
 ) -> Float[Tensor, "row target"]:
-    """Log-probability of `tokens[r]` after `final[r]`, in nats (at most 0), in fp32.
+    """Return log-probabilities of `tokens[r]` after `final[r]`, in nats (at most 0), in fp32.
 
     Raises:
         ValueError: as `log_z` and `answer_logits`.
@@ -85,13 +85,13 @@ def vocab_kl(
     *,
     base_row: Int[Tensor, " row"] | None = None,
 ) -> Float[Tensor, " row"]:
-    """KL(base || patched) over the next token, in nats, in fp32 (fp64 for fp64).
+    """Return KL(base || patched) over the next token, in nats, in fp32 (fp64 for fp64).
 
     Both are residuals after the last norm. Row r of `patched` is compared with row `base_row[r]` of
-    `base` (row r without it). Rounding may leave a value of about -1e-6 where both agree.
+    `base`; without `base_row`, with row r. Rounding may give about -1e-6 where both agree.
 
     Raises:
-        ValueError: devices, dtypes or shapes that do not fit, or `base_row` out of range.
+        ValueError: devices, dtypes or shapes do not fit, or `base_row` is out of range.
     """
     base_row = _check_two(base, patched, unembedding, base_row)
     if use_triton(patched):
@@ -111,9 +111,9 @@ def total_variation(
     *,
     base_row: Int[Tensor, " row"] | None = None,
 ) -> Float[Tensor, " row"]:
-    """Half the summed absolute difference of the two distributions: 0 if equal, 1 if disjoint.
+    """Return half the summed absolute difference of both distributions: 0 equal, 1 disjoint.
 
-    Arguments and errors as in `vocab_kl`; symmetric.
+    Symmetric. Arguments and errors are those of `vocab_kl`.
     """
     base_row = _check_two(base, patched, unembedding, base_row)
     if use_triton(patched):
@@ -131,7 +131,11 @@ def total_variation(
 def _check_two(
     base: Tensor, patched: Tensor, unembedding: Unembedding, base_row: Tensor | None
 ) -> Tensor | None:
-    """`base_row` on the device of `patched`, after a ValueError for whatever does not fit."""
+    """Check the arguments of `vocab_kl`; return `base_row` on the device of `patched`.
+
+    Raises:
+        ValueError: devices, dtypes or shapes do not fit, or `base_row` is out of range.
+    """
     unembedding.check("base", base)
     unembedding.check("patched", patched)
     if base_row is None:
@@ -156,7 +160,7 @@ def _parts(n_rows: int, size: int) -> Iterator[slice]:
 
 
 def _base_part(base: Tensor, base_row: Tensor | None, part: slice) -> tuple[Tensor, Tensor | None]:
-    """The base rows that the rows of `part` need, each once, and which of them each row reads."""
+    """Return the base rows that the rows of `part` need, each once, and the index for each row."""
     if base_row is None:
         return base[part], None
     needed, index = base_row[part].unique(return_inverse=True)
@@ -164,7 +168,7 @@ def _base_part(base: Tensor, base_row: Tensor | None, part: slice) -> tuple[Tens
 
 
 def _blocks(n_rows: int, unembedding: Unembedding, *finals: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Logits `[row, block]` of every final state, block after block of the vocabulary."""
+    """Yield logits `[row, block]` of each of `finals`, one block of the vocabulary at a time."""
     size = max(64, _BLOCK_BYTES // (4 * max(1, n_rows)))
     dtype = torch.promote_types(finals[0].dtype, torch.float32)
     finals = tuple(final.to(dtype) for final in finals)
@@ -175,7 +179,7 @@ def _blocks(n_rows: int, unembedding: Unembedding, *finals: Tensor) -> Iterator[
 
 
 def _nothing_yet(final: Tensor, value: float) -> Tensor:
-    """One running sum per row. They are in fp64: a handful of numbers, summed over many blocks."""
+    """Return initial running sums `[row]`. They are fp64, since many blocks are added up."""
     return torch.full((len(final),), value, dtype=torch.float64, device=final.device)
 
 
@@ -269,7 +273,7 @@ def _triton(
 
 
 def launch_settings(n_rows: int, d: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Tile sizes of the kernel for `n_rows` of size `d`."""
+    """Return the kernel's tile sizes for `n_rows` rows of size `d`."""
     wide = dtype == torch.float32
     return {
         "BLOCK_ROWS": min(32 if wide else 64, max(16, next_power_of_2(n_rows))),
@@ -281,9 +285,9 @@ def launch_settings(n_rows: int, d: int, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-# Grid (rows / BLOCK_ROWS, parts of the vocabulary). A program owns a block of rows and one part:
-# per block of the vocabulary it makes the logits of the final states (and of the base states) by
-# walking along d, accumulating in fp32, and adds them to sums kept per row; at the end it writes
+# Grid (rows / BLOCK_ROWS, parts of the vocabulary). A program owns a block of rows and one part.
+# Per block of the vocabulary it computes the logits of `final` (and of `base`) in steps along d,
+# accumulates in fp32, and adds them to one sum per row. At the end it writes
 # `partial[:, part, row]`: Z of final, Z of base, and the weighted sum relative to Z of base.
 @jit
 @no_type_check
@@ -303,7 +307,7 @@ def _vocab_kernel(
     blocks_per_part,
     scale,
     cap,
-    WHAT: tl.constexpr,  # 0 log_z of final; 1 KL(base || final); 2 distance, with z given
+    WHAT: tl.constexpr,  # 0 log_z of final; 1 KL(base || final); 2 total variation, reads z
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
