@@ -37,15 +37,15 @@ def identity_difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> s
         if function is not None:
             return f"{function} may be another function than the one of that name in the store"
     for key in dict.fromkeys([*mine, *theirs]):
-        ours, others = mine.get(key), theirs.get(key)
-        if key == DIGEST or ours == others:
+        value, their_value = mine.get(key), theirs.get(key)
+        if key == DIGEST or value == their_value:
             continue
-        if isinstance(ours, Mapping) and isinstance(others, Mapping):
-            if key == "model" and {**ours, "weights": ""} == {**others, "weights": ""}:
+        if isinstance(value, Mapping) and isinstance(their_value, Mapping):
+            if key == "model" and {**value, "weights": ""} == {**their_value, "weights": ""}:
                 return "the weights differ"
             if key == "prompts":
-                return _prompts_difference(ours, others)
-        return next(differences("", {key: ours}, {key: others}, str))
+                return _prompts_difference(value, their_value)
+        return next(differences("", {key: value}, {key: their_value}, str))
     return None
 
 

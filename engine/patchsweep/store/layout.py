@@ -309,14 +309,14 @@ def _inner_chunks(shard: tuple[int, ...]) -> tuple[int, ...]:
 
 def _group_differences(mine: zarr.Group, theirs: zarr.Group) -> Iterator[str]:
     yield from attribute_differences(dict(mine.attrs), dict(theirs.attrs))
-    ours, others = _array_names(mine), _array_names(theirs)
-    for name in dict.fromkeys([*ours, *others]):
-        if name not in ours or name not in others:
-            yield f"array {name} is only in {'this run' if name in ours else 'the store'}"
+    kinds, their_kinds = _array_names(mine), _array_names(theirs)
+    for name in dict.fromkeys([*kinds, *their_kinds]):
+        if name not in kinds or name not in their_kinds:
+            yield f"array {name} is only in {'this run' if name in kinds else 'the store'}"
             continue
         left, right = mine[name], theirs[name]
         yield from differences(name, _form(left), _form(right))
-        if ours[name] == "coords":
+        if kinds[name] == "coords":
             a, b = _objects(left), _objects(right)
             for index in np.argwhere(a != b)[:1]:
                 where = ", ".join(map(str, index))

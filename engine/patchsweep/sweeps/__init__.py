@@ -1,1 +1,1 @@
-"""Sweeps: plan, run, store."""
+"""Sweeps: planned, run into memory or a store, estimated, screened and sampled."""

@@ -1,4 +1,4 @@
-"""`sweep`: plan, run, store. And `plan`, which takes the same arguments and runs nothing."""
+"""`sweep` runs a sweep; `plan` takes the same arguments and returns the cost without running."""
 
 from __future__ import annotations
 
@@ -82,52 +82,50 @@ def sweep(
     config: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> xr.Dataset:
-    """Every patch of `sites` on `pairs`, exactly, as an `xarray.Dataset`.
+    """Run every patch of `sites` on `pairs` exactly and return an `xarray.Dataset`.
 
-    The variable of a site holds the raw patched metric, dims `metric, pair, layer, pos` and
-    `head` (`kv_head` for k and v) where the site has heads; `base_metric` and `source_metric`
-    `[metric, pair]` are the unpatched runs.
+    The variable of a site holds the raw patched metric, dims `metric, pair, layer, pos` and, if
+    the site has heads, `head` (`kv_head` for k and v). `base_metric` and `source_metric`
+    `[metric, pair]` hold the unpatched runs.
 
     Args:
-        model: what `load_model` gives, or any TransformerBridge of a causal model.
-        sites: names of `patchsweep.spec.sites.SITES`; or a `SweepSpec`, which says this and all
+        model: a model from `load_model`, or any TransformerBridge of a causal model.
+        sites: names of `patchsweep.spec.sites.SITES`; or a `SweepSpec`, which holds this and all
             arguments down to `compute_dtype`.
-        direction: `denoising` patches clean values into the corrupted run, `noising` the other
-            way round. Default: denoising for resample, noising for zero and mean.
+        direction: `denoising` patches clean values into the corrupted run, `noising` corrupted
+            values into the clean run. Default: denoising for resample, noising for zero and mean.
         intervention: `resample`, `zero`, `mean`, `shuffle`, a constant (a number, `[width]` or
             `[pos, width]`), or a callable `(site, layer, base, source) -> values` of one pair, all
             three `[1, pos, width]`.
         layers, heads, neurons: indices, or tuples of indices that are patched together.
-            Default: each by itself. `heads="all"`: all heads together, no head dim.
+            Default: each separately. `heads="all"`: all heads together, no head dim.
         positions: indices, labels of the pairs (a label's whole span is one patch), or `"all"`
             for one patch over all positions, which drops the pos dim. Default: each position.
         read: prompt position whose logits the metrics read; default the last.
-        means_from: pairs, or a JSONL file of them, over whose clean prompts the means of
-            `intervention` mean, mean_all or mean_label are taken. Default: the pairs swept. Each
-            mean needs four prompts of the pair's length (mean_all: positions; mean_label:
-            positions of the label).
+        means_from: pairs, or a JSONL file of them, whose clean prompts give the means for
+            `intervention` mean, mean_all or mean_label. Default: `pairs`. Each mean needs four
+            prompts of the pair's length (mean_all: positions; mean_label: positions of the label).
         method: `exact`, or attribution: `atp`, `atp_star`, `ig`, `relp` and the others of
             `patchsweep.attribution.METHODS`; several at once share a Dataset. The variable
             `<site>_<method>` then holds the estimate of metric(patched) - metric(base).
-            `screen` (or a `Screen`) estimates all patches and runs the foremost exactly.
+            `screen` (or a `Screen`) estimates all patches and runs the top k exactly.
         store: folder or URL of a Zarr store; results stream there, and a second call with the
-            same arguments goes on where the first stopped. Many processes may do so at once.
-        storage_options: what the storage library is told (endpoint, retries); no credentials.
-        slice_index, n_slices: do every n-th work item of units only, from this one on; all slices
+            same arguments resumes the run. Many processes may do so at once.
+        storage_options: options for the storage library (endpoint, retries); no credentials.
+        slice_index, n_slices: run every `n_slices`-th work item from `slice_index` on; all slices
             together write what one process would.
-        runner: `auto` takes packed batches where they pass the self-test (see
-            `patchsweep.runners.select`), else hooks; `packed` and `hooked` insist.
-        max_tokens: most tokens in one packed batch. Default: what the store was begun with, or else
-        what
-            suits where the weights are, see `patchsweep.runners.packed.budget`.
-        cache_budget: bytes of activations that may stay in memory; what exceeds it lies in files.
-            Default: a share of what is free.
+        runner: `auto` uses packed batches if they pass the self-test (see
+            `patchsweep.runners.select`), else hooks; `packed` and `hooked` force a runner.
+        max_tokens: most tokens in one packed batch. Default: the value that the store records, or
+            one that suits the device of the weights, see `patchsweep.runners.packed.budget`.
+        cache_budget: bytes of activations kept in memory; the rest spills to files.
+            Default: a fraction of the free memory.
         precision: `model` multiplies in `compute_dtype`; `bf16` multiplies in bf16 and runs the
             largest effects and a sample again, see `patchsweep.sweeps.bf16`.
-        compute_dtype: `float32` computes in fp32 with weights of 16 bits, each block's cast while
-            it runs; `model` in the weights' own dtype, whose rounding hides small effects (the
-            variable `<site>_noise` says how large ones). Default `auto`: float32 for weights of 16
-            bits, which takes 2 to 4 times as long where 16-bit products are fast.
+        compute_dtype: `float32` computes in fp32 and casts each block's 16-bit weights while it
+            runs; `model` computes in the weights' dtype, whose rounding hides effects below the
+            variable `<site>_noise`. Default `auto`: float32 for weights of 16 bits, which takes 2
+            to 4 times as long where 16-bit products are fast.
 
     Raises:
         PatchsweepError: an argument breaks a rule; nothing has run then.
@@ -149,8 +147,8 @@ def sweep(
     )
     request = make_request(model, pairs, spec)
     share = Share(slice_index, n_slices)
-    asked = _check_settings(request, store, n_slices, runner, max_tokens, cache_budget)
-    proven = spec.precision == "bf16"
+    method_spec = _check_settings(request, store, n_slices, runner, max_tokens, cache_budget)
+    recheck = spec.precision == "bf16"
     if store is None and n_slices > 1:
         raise ConfigError(f"n_slices={n_slices} needs a store, where the slices meet; give one")
     own = model.cfg.dtype
@@ -166,15 +164,15 @@ def sweep(
             request,
             choice,
             config or {},
-            exact=asked.exact,
-            more=asked.variables(request) + (recheck_variables(request) if proven else ()),
-            attrs=asked.attrs(request),
-            methods=asked.settings(),
+            exact=method_spec.exact,
+            more=method_spec.variables(request) + (recheck_variables(request) if recheck else ()),
+            attrs=method_spec.attrs(request),
+            methods=method_spec.settings(),
             precision=spec.precision,
         )
 
-    if store is not None:  # a place that will not do is refused before anything runs
-        refuse_unversioned(request_settings(request) | asked.settings())
+    if store is not None:  # refuse an unusable store before anything runs
+        refuse_unversioned(request_settings(request) | method_spec.settings())
         attrs = recorded_attributes(store, storage_options)
         recorded = _recorded_choice(attrs, runner, max_tokens)
         read_weights(model)
@@ -185,22 +183,21 @@ def sweep(
             Store.create_or_resume(store, layout, storage_options=storage_options).close()
         request = keep_means(request, store, storage_options)
     choice = NO_RUNNER
-    if asked.exact:
+    if method_spec.exact:
         begun_with = None if store is None else recorded
         choice = prepare_runner(request, runner, max_tokens, cache_budget, begun_with)
     progress = progress or Quiet()
     if store is None:
         memory = Memory(layout_of(choice))
-        run_work(_works(request, asked, choice, proven), memory, progress, share)
+        run_work(_works(request, method_spec, choice, recheck), memory, progress, share)
         return memory.dataset()
-    if (
-        recorded is None
-    ):  # another process may have made it meanwhile, with packed batches of another size
+    # another process may have created the store meanwhile, with packed batches of another size
+    if recorded is None:
         attrs = recorded_attributes(store, storage_options)
         recorded = _recorded_choice(attrs, runner, max_tokens)
     if recorded is not None and isinstance(choice.runner, PackedRunner):
         choice.runner.max_tokens = recorded.runner.max_tokens  # type: ignore[attr-defined]
-    works = _works(request, asked, choice, proven)
+    works = _works(request, method_spec, choice, recheck)
     with ExitStack() as stack:
         sink = stack.enter_context(
             Store.create_or_resume(store, layout_of(choice), storage_options=storage_options)
@@ -214,7 +211,7 @@ def sweep(
 
 
 def _works(request: Request, asked: MethodSpec, choice: RunnerChoice, proven: bool) -> list[Work]:
-    """Who fills which variables; the first that tells the unpatched metrics is the one asked."""
+    """Return the `Work`s that fill the run's variables; only one of them gives references."""
     if asked.screen is not None:
         return [ScreenWork(request, choice, asked.screen)]
     works: list[Work] = []
@@ -229,7 +226,7 @@ def _works(request: Request, asked: MethodSpec, choice: RunnerChoice, proven: bo
 
 @dataclass(frozen=True)
 class _Recorded:
-    """Stands for the runner of which a store tells the name."""
+    """Placeholder for a runner: the name and batch size that a store records."""
 
     name: str
     max_tokens: int | None = None
@@ -241,21 +238,21 @@ NO_RUNNER = RunnerChoice(_Recorded("none"), "no patch was run exactly", None)  #
 def _recorded_choice(
     attrs: Mapping[str, Any] | None, runner: RunnerName, max_tokens: int | None
 ) -> RunnerChoice | None:
-    """What an existing store was begun with, where nothing else is asked for; None: no store."""
+    """Return the runner that a store records, with the arguments' overrides; None: no store."""
     if attrs is None:
         return None
     provenance, identity = attrs.get("provenance"), attrs.get(IDENTITY)
-    told = provenance if isinstance(provenance, Mapping) else {}
-    name = str(told.get("runner"))
-    begun_with = identity.get("max_tokens") if isinstance(identity, Mapping) else None
-    if not isinstance(begun_with, int) or begun_with < 1:
-        begun_with = None
+    origin = provenance if isinstance(provenance, Mapping) else {}
+    name = str(origin.get("runner"))
+    n_tokens = identity.get("max_tokens") if isinstance(identity, Mapping) else None
+    if not isinstance(n_tokens, int) or n_tokens < 1:
+        n_tokens = None
     if runner != "auto" and name != "none":
         name = runner
     if name == "packed" and max_tokens is not None:
-        begun_with = max_tokens
-    stand_in = _Recorded(name, begun_with)
-    return RunnerChoice(stand_in, str(told.get("runner_reason")), None)  # type: ignore[arg-type]
+        n_tokens = max_tokens
+    recorded = _Recorded(name, n_tokens)
+    return RunnerChoice(recorded, str(origin.get("runner_reason")), None)  # type: ignore[arg-type]
 
 
 def plan(
@@ -265,9 +262,10 @@ def plan(
     metrics: MetricLike | Sequence[MetricLike] = SweepSpec.metrics,
     **settings: Any,
 ) -> Cost:
-    """What `sweep` with these arguments will cost; checks them all and runs no model.
+    """Return the cost of `sweep` with these arguments; checks them all and runs no model.
 
-    `settings` are those of `sweep`. A store is neither made nor looked at, and slices need none.
+    `settings` are keyword arguments of `sweep`. A store is neither created nor read, and slices
+    need none.
 
     Raises:
         PatchsweepError: an argument breaks a rule.
@@ -275,18 +273,18 @@ def plan(
     """
     bound = inspect.signature(sweep).bind(model, pairs, sites, metrics, **settings)
     bound.apply_defaults()
-    given = bound.arguments
-    spec = as_spec(sites, **{name: given[name] for name in SPEC_FIELDS if name != "sites"})
+    arguments = bound.arguments
+    spec = as_spec(sites, **{name: arguments[name] for name in SPEC_FIELDS if name != "sites"})
     request = make_request(model, pairs, spec)
-    share = Share(given["slice_index"], given["n_slices"])
+    share = Share(arguments["slice_index"], arguments["n_slices"])
     names = ("store", "n_slices", "runner", "max_tokens", "cache_budget")
-    asked = _check_settings(request, *(given[name] for name in names))
+    method_spec = _check_settings(request, *(arguments[name] for name in names))
     return estimate(
         request,
-        given["max_tokens"],
-        given["cache_budget"],
-        asked=asked,
-        runner=given["runner"],
+        arguments["max_tokens"],
+        arguments["cache_budget"],
+        asked=method_spec,
+        runner=arguments["runner"],
         proven=spec.precision == "bf16",
         n_slices=share.n,
     )
@@ -300,17 +298,17 @@ def _check_settings(
     max_tokens: int | None,
     cache_budget: float | None,
 ) -> MethodSpec:
-    """What the spec's method means; raises for settings that make no sense, alone or together."""
+    """Parse the spec's method; raise for settings that are invalid, alone or together."""
     check_runner(runner, max_tokens, cache_budget)
     precision = request.spec.precision
     if store is not None:
         check_store_path(store)
-    asked = parse_methods(request.spec.method)
-    if asked.methods:
-        check_request(request, asked.methods)
-    if asked.screen is not None:
-        asked.screen.check(request, n_slices)
-    if precision == "bf16" and (not asked.exact or asked.screen is not None):
+    method_spec = parse_methods(request.spec.method)
+    if method_spec.methods:
+        check_request(request, method_spec.methods)
+    if method_spec.screen is not None:
+        method_spec.screen.check(request, n_slices)
+    if precision == "bf16" and (not method_spec.exact or method_spec.screen is not None):
         raise ConfigError("precision=bf16 is for method=exact; use precision=model")
     if precision == "bf16" and runner == "hooked":
         raise ConfigError(
@@ -318,7 +316,7 @@ def _check_settings(
         )
     if precision == "bf16":
         check_proof(request)
-    return asked
+    return method_spec
 
 
 def prepare_runner(
@@ -328,9 +326,9 @@ def prepare_runner(
     cache_budget: int | None = None,
     begun_with: RunnerChoice | None = None,
 ) -> RunnerChoice:
-    """The runner for `request`, its intervention prepared.
+    """Select the runner for `request` and prepare the intervention.
 
-    `begun_with` is what a store of the same run records: its runner was tested then.
+    `begun_with` is the recorded choice of a store of the same run, which needs no self-test again.
     """
     tested = wanted == "auto" and begun_with is not None and begun_with.runner.name != "none"
     if tested:
@@ -349,7 +347,7 @@ def prepare_runner(
     if tested:
         assert begun_with is not None
         choice = replace(choice, reason=begun_with.reason)
-    # means are read where they are written: runners may take one site at different places
+    # read means at the places that the runner patches: runners may differ in a site's place
     batches = request.batches(range(len(request.pairs)))
     reader = Reader(choice.runner.name, request.sites, choice.runner.activations)
     request.intervention.prepare(clean_prompts(batches, request.direction), reader)

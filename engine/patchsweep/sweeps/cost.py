@@ -1,4 +1,4 @@
-"""What a sweep will cost, told before anything runs."""
+"""The cost of a sweep, estimated before it runs."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ class SiteCost:
     site: str
     n_patches: int
     n_live: int
-    n_exact: int  # live patches that run exactly; of a screen: at least
-    n_units: int  # units of work, each of which owns whole shards of a store
-    token_layers: int  # of those that run exactly
-    loop_token_layers: int  # what one full forward pass per patch would need
+    n_exact: int  # live patches that run exactly; of a screen: the least number
+    n_units: int  # shards
+    token_layers: int  # of the patches that run exactly
+    loop_token_layers: int  # of one full forward pass per patch
 
 
 @dataclass(frozen=True)
 class Part:
-    """What runs besides exact patches, for all sites together."""
+    """Cost of work besides exact patches, for all sites together."""
 
     name: str  # such as atp
     token_layers: int  # a backward pass counts as a forward pass
@@ -49,19 +49,19 @@ class Cost:
     """The cost of a sweep."""
 
     sites: tuple[SiteCost, ...]
-    parts: tuple[Part, ...]  # estimates, the bound of a screen, what bf16 runs again
-    n_slices: int  # processes that share the run
-    n_batches: int  # several sites may share one
-    flops: float  # multiplications and additions of the blocks' weights, for all that runs
-    seconds: float  # at the matrix-product rate measured just now; attention and norms left out
+    parts: tuple[Part, ...]  # estimates, the bound of a screen, the recheck of bf16
+    n_slices: int  # processes that divide the run
+    n_batches: int  # packed batches; several sites may share one
+    flops: float  # multiplications and additions of the blocks' weights, for all passes
+    seconds: float  # at the matrix-product rate measured now; without attention and norms
     result_bytes: int  # values written
     cache_bytes: int  # activations kept of one pair's base and source runs
-    cache_budget: int  # bytes of activations that stay in memory; more of them lie in files
+    cache_budget: int  # bytes of activations that stay in memory; the rest spills to files
     weights: Weights
-    arithmetic: str  # what is computed in, in words
-    cast_bytes: int  # weights in fp32 while a block runs, where they rest in 16 bits
-    slowdown: float  # against products in the weights' own dtype, measured just now
-    n_captures: int  # passes that run unpatched prompts
+    arithmetic: str  # the compute dtype, in words
+    cast_bytes: int  # fp32 copies of a running block's 16-bit weights
+    slowdown: float  # relative to products in the weights' dtype, measured now
+    n_captures: int  # passes over unpatched prompts
     read_bytes: int  # weights that captures and packed batches fetch from the CPU or from disk
 
     @property
@@ -74,7 +74,7 @@ class Cost:
 
     @property
     def token_layers(self) -> int:
-        """Of everything that runs, in all slices together."""
+        """Token-layers of all passes, over all slices."""
         exact = sum(site.token_layers for site in self.sites)
         return exact + sum(part.token_layers for part in self.parts)
 
@@ -93,11 +93,10 @@ def estimate(
     proven: bool = False,
     n_slices: int = 1,
 ) -> Cost:
-    """The cost of `request` in packed batches of `max_tokens` tokens; runs no model.
+    """Return the cost of `request` in packed batches of `max_tokens` tokens; runs no model.
 
-    `asked` says which patches run exactly and what else does; `auto` counts as the packed runner,
-    and the hooked one runs every patch as a whole forward pass. `proven`: bf16 products, and what
-    is run again in fp32.
+    `asked` holds the methods. `runner="auto"` counts as packed; the hooked runner needs a whole
+    forward pass per patch. `proven`: bf16 products with a recheck in fp32.
     """
     if max_tokens is None:
         max_tokens = default_max_tokens(request.bridge)
@@ -140,12 +139,11 @@ def estimate(
 
 
 def _count_batches(request: Request, max_tokens: int) -> Counter[int]:
-    """First block -> how many packed batches begin there, as `make_packed_batches` packs the work
-    items of the run.
+    """Return first block -> number of packed batches that begin there.
 
-    Counted from the tokens of each (pair, layer set), without a look at single patches: a packed
-    batch holds prompts of one length and an equal share of their tokens, in the order of their
-    entry.
+    Follows `make_packed_batches`, but counts from the tokens of each (pair, layer set) instead of
+    single patches: a packed batch holds prompts of one length and an equal part of their tokens, in
+    the order of their entry.
     """
     blocks, site_groups = blocks_of(request.plans), site_groups_of(request.plans)
     tokens: dict[tuple[int, ...], int] = defaultdict(int)
@@ -158,7 +156,7 @@ def _count_batches(request: Request, max_tokens: int) -> Counter[int]:
         for key, n in zip(unique.T.tolist(), n_tokens.astype(np.int64).tolist(), strict=True):
             tokens[site_groups[plan.site.name], *key] += n
     counts: Counter[int] = Counter()
-    # of one work item and one length, by entry
+    # group by work item and length; items are in the order of entry
     for _, group in groupby(sorted(tokens.items()), key=lambda item: item[0][:-1]):
         entries, sums = zip(*((key[-1], n) for key, n in group), strict=True)
         ends = np.cumsum(sums)
@@ -174,7 +172,7 @@ def _site_cost(request: Request, plan: SitePlan, asked: MethodSpec, is_packed: b
     pairs, layers = blocks_of(request.plans)[plan.site.name]
     share = 0.0 if not asked.exact else 1.0 if asked.screen is None else asked.screen.share_of(plan)
     token_layers = plan.token_layers
-    if not is_packed:  # whole forward passes
+    if not is_packed:  # the hooked runner: whole forward passes
         live = plan.live_by_layer()[0].sum(axis=1)  # [pair]
         token_layers = int((live * plan.full_lengths).sum()) * plan.n_layers
     return SiteCost(
@@ -191,8 +189,8 @@ def _site_cost(request: Request, plan: SitePlan, asked: MethodSpec, is_packed: b
 def _parts(request: Request, asked: MethodSpec, proven: bool) -> tuple[Part, ...]:
     parts = [Part(method.name, token_layers(request, method)) for method in asked.methods]
     if asked.screen is not None and asked.screen.subsets:
-        every = range(len(request.pairs))
-        bound = sum(asked.screen.bound_cost(plan, every) for plan in request.plans)
+        pairs = range(len(request.pairs))
+        bound = sum(asked.screen.bound_cost(plan, pairs) for plan in request.plans)
         parts.append(Part("bound on the rest", bound))
     if proven:
         parts.append(Part("again in fp32", recheck_cost(request)))
@@ -208,7 +206,7 @@ def _result_bytes(request: Request, asked: MethodSpec, proven: bool) -> int:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a product at the shape of a packed batch (1024 x 1024 x 1024), best of a few."""
+    """Measure the FLOP/s of a product of 1024 x 1024 x 1024, like a packed batch's, best of 6."""
     a = torch.randn(1024, 1024, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(6):

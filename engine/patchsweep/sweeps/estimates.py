@@ -1,4 +1,4 @@
-"""Estimates as units of work: which variables a run gains, and the values of each unit."""
+"""Estimates as `Work`: the variables of attribution methods, and the values of their shards."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from patchsweep.sweeps.layout import dims_of, shape_of
 
 
 def variable_name(site: str, method: str) -> str:
-    """Where a store keeps a method's estimates of a site."""
+    """Return the name of the variable with a method's estimates of a site."""
     return f"{site}_{method}"
 
 
 def is_signed(method: Method) -> bool:
-    """Whether a method's estimates have a sign; GradDrop sums absolute values."""
+    """Whether a method's estimates have a sign; GradDrop averages absolute values."""
     return not getattr(method, "grad_drop", False)
 
 
 def variables_of(request: Request, methods: Sequence[Method]) -> tuple[Variable, ...]:
-    """One variable for each site and method; a unit is some pairs and all layers."""
+    """Return a variable for each site and method; a shard is some pairs and all layers."""
     return tuple(
         Variable(
             name=variable_name(plan.site.name, method.name),
@@ -50,13 +50,13 @@ def variables_of(request: Request, methods: Sequence[Method]) -> tuple[Variable,
 
 
 class Estimator:
-    """The values of units of estimates; the sites of one pass are kept until all are written."""
+    """Computes shards of estimates; keeps all sites of a pass until their shards are written."""
 
     def __init__(
         self, request: Request, methods: Sequence[Method], *, tells_references: bool = True
     ) -> None:
         self.tells_references = tells_references
-        # means of its own: the exact runner may keep them of other places (rotated q)
+        # a copy with its own means: the exact runner may take them at other places (rotated q)
         request = replace(request, intervention=deepcopy(request.intervention))
         self.attribution = Attribution(request, methods)
         self.request = request
@@ -72,20 +72,20 @@ class Estimator:
         return variable in self._owner
 
     def cost(self, unit: Unit) -> int:
-        """Token-layers of the unit: its share of the pass that gives all sites at once."""
+        """Return the token-layers of the shard: its part of the pass that gives all sites."""
         _, method = self._owner[unit.variable]
-        whole = token_layers(self.request, method)
+        total = token_layers(self.request, method)
         pairs = self.request.plans[0].full_lengths
         share = pairs[unit.pairs.start : unit.pairs.stop].sum() / pairs.sum()
-        return round(whole * share / len(self.request.plans))
+        return round(total * share / len(self.request.plans))
 
     def n_live(self, unit: Unit) -> int:
-        """Live patches that the unit estimates."""
+        """Return the number of live patches that the shard estimates."""
         plan, _ = self._owner[unit.variable]
         return plan.totals(unit.pairs).n_live
 
     def together(self, unit: Unit) -> Hashable:
-        """See `Work`: a pass gives all sites at once."""
+        """See `Work`: one pass gives all sites, so their shards are one work item."""
         _, method = self._owner[unit.variable]
         return method.name, unit.pair_block
 
@@ -98,19 +98,21 @@ class Estimator:
         return self.as_stored(plan, self._block(method, unit.pairs).cells[plan.site.name])
 
     def as_stored(self, plan: SitePlan, cells: NDArray[np.float32]) -> NDArray[np.float32]:
-        """`cells` `[metric, pair, layer, pos, unit]` without the axes that the site lacks."""
+        """Return `cells` `[metric, pair, layer, pos, unit]` without axes that the site lacks."""
         shape = list(shape_of(plan, len(self.request.metrics)))
         shape[1] = cells.shape[1]
         return cells.reshape(shape)
 
     def blocks(self) -> list[range]:
-        """All pairs, in the blocks that are estimated at once."""
+        """Return all pairs, in the blocks that are estimated at once."""
         n, size = len(self.request.pairs), pairs_per_block(self.request.plans[0])
         return [range(i, min(i + size, n)) for i in range(0, n, size)]
 
     def references(self, unit: Unit) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
-        """Base and source metric of the unit's pairs; one method alone tells them, so that
-        their last bits do not depend on which came first."""
+        """Return base and source metric `[metric, pair]` of the shard's pairs, or None.
+
+        Only the first method gives them: their last bits must not depend on the order of work.
+        """
         _, method = self._owner[unit.variable]
         if not self.tells_references or method.name != self._first:
             return None

@@ -1,4 +1,4 @@
-"""Exact patches as work: the live patches of units are run, the dead ones known."""
+"""Exact patches as `Work`: live patches are run; dead ones have the base metric."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from patchsweep.sweeps.noise import Floor, identity_patches, site_of
 
 
 class ExactWork:
-    """The raw patched metric of every patch of a site, in the site's own variable; of a run that
-    is not in fp32 its noise floor too (see `noise`)."""
+    """Fills `<site>` with the raw patched metric and, in runs with 16 bits or quantised weights,
+    `<site>_noise` with the noise floor (see `noise`)."""
 
     def __init__(self, request: Request, runner: Runner) -> None:
         self.request, self.runner = request, runner
@@ -34,7 +34,7 @@ class ExactWork:
         return site_of(variable) in self.plans
 
     def cost(self, unit: Unit) -> int:
-        """See `Work`; null patches are few and not counted."""
+        """See `Work`; identity patches are few and not counted."""
         if unit.variable not in self.plans:
             return 0
         return self.plans[unit.variable].totals(unit.pairs, unit.layers).token_layers
@@ -46,7 +46,7 @@ class ExactWork:
         return self.plans[unit.variable].totals(unit.pairs, unit.layers).n_live
 
     def together(self, unit: Unit) -> Hashable:
-        """See `Work`: the noise floor comes with the first layers of its site."""
+        """See `Work`: a site's noise floor belongs to the work item of its first layers."""
         site = site_of(unit.variable)
         return (
             self.site_groups[site] if self.runner.joins else site,
@@ -66,16 +66,16 @@ class ExactWork:
         for captured in self.captures.of(pairs):
             live = [PatchSet(block.plan, block.fill_dead(captured)) for block in blocks.values()]
             null = [identity_patches(floor.plan, captured.batch.pairs) for floor in floors.values()]
-            found = self.runner.run_together(captured.loaded, live, metrics, null)
-            for block, ran, values in zip(blocks.values(), live, found, strict=False):
+            results = self.runner.run_together(captured.loaded, live, metrics, null)
+            for block, ran, values in zip(blocks.values(), live, results, strict=False):
                 numbers = check_cells(values.numpy(), block.plan, ran.patches, metrics)
                 block.put(ran.patches, numbers)
-            for floor, ran, values in zip(floors.values(), null, found[len(live) :], strict=True):
+            for floor, ran, values in zip(floors.values(), null, results[len(live) :], strict=True):
                 floor.put(ran.patches, values.numpy() - captured.base_of(floor.plan, ran.patches))
         return [blocks[u].values() if u in blocks else floors[u].values for u in units]
 
     def _is(self, unit: Unit) -> bool:
-        """Whether the unit holds patched metrics, not noise."""
+        """Whether the shard holds patched metrics, not noise."""
         return unit.variable in self.plans
 
     def references(self, unit: Unit) -> tuple[Values, Values]:
@@ -85,28 +85,28 @@ class ExactWork:
 
 @dataclass(frozen=True)
 class Captured:
-    """A batch with what its runner loaded and its unpatched metrics."""
+    """A batch with its runner's captured state and its unpatched metrics."""
 
     batch: Batch
-    loaded: Any  # the runner's own
+    loaded: Any  # what `Runner.load` returned
     base: Values  # [metric, pair of the batch]
     source: Values  # [metric, pair of the batch]
 
     def base_of(self, plan: SitePlan, patches: Ints) -> Values:
-        """The base metric of each patch's pair `[metric, patch]`."""
+        """Return the base metric of each patch's pair, `[metric, patch]`."""
         local = self.batch.local
         return self.base[:, [local[p] for p in plan.pair[patches].tolist()]]
 
 
 class Captures:
-    """The captured batches of the present pairs: their units follow each other."""
+    """Captured batches, kept only for the pairs of the last call: shards come in order of pairs."""
 
     def __init__(self, request: Request, runner: Runner) -> None:
         self.request, self.runner = request, runner
         self._kept: dict[tuple[int, ...], Captured] = {}
 
     def of(self, pairs: range) -> Iterator[Captured]:
-        """The batches of `pairs`, one for each length."""
+        """Yield the captured batches of `pairs`, one for each length."""
         request = self.request
         batches = request.batches(pairs)
         present = {batch.pairs for batch in batches}
@@ -126,7 +126,7 @@ class Captures:
 def measured_floor(
     runner: Runner, captures: Captures, plan: SitePlan, pairs: range, metrics: Sequence[Metric]
 ) -> Values:
-    """The noise floor `[metric, pair]` of a site, where nothing else is run beside it."""
+    """Return the noise floor `[metric, pair]` of a site, from identity patches run alone."""
     floor = Floor(plan, pairs, len(metrics))
     for captured in captures.of(pairs):
         null = identity_patches(plan, captured.batch.pairs)
@@ -136,7 +136,7 @@ def measured_floor(
 
 
 def references_of(captures: Captures, unit: Unit, n_metrics: int) -> tuple[Values, Values]:
-    """Base and source metric `[metric, pair]` of the unit's pairs."""
+    """Return base and source metric `[metric, pair]` of the shard's pairs."""
     base, source = np.empty((2, n_metrics, len(unit.pairs)), np.float32)
     for captured in captures.of(unit.pairs):
         columns = [pair - unit.pairs.start for pair in captured.batch.pairs]
@@ -145,7 +145,7 @@ def references_of(captures: Captures, unit: Unit, n_metrics: int) -> tuple[Value
 
 
 class Block:
-    """The cells of one unit, as the store keeps them; NaN until put."""
+    """The cells of one shard; NaN until put."""
 
     def __init__(self, plan: SitePlan, unit: Unit, n_metrics: int) -> None:
         self.plan, self.unit = plan, unit
@@ -153,7 +153,7 @@ class Block:
         self._cells = np.full((n_metrics, int(np.prod(self.shape))), np.nan, np.float32)
 
     def fill_dead(self, captured: Captured) -> Ints:
-        """Put the base metric where a patch of the batch changes nothing; gives the others."""
+        """Set the batch's dead patches to the base metric and return its live patches."""
         plan = self.plan
         patches = plan.patches(captured.batch.pairs, self.unit.layers)
         dead = patches[~plan.live[patches]]
@@ -161,13 +161,13 @@ class Block:
         return patches[plan.live[patches]]
 
     def put(self, patches: Ints, values: Values) -> None:
-        """Keep `values` `[metric, patch]`."""
+        """Set the cells of `patches` to `values` `[metric, patch]`."""
         pair, layer, pos, units = np.unravel_index(self.plan.cell[patches], self.plan.shape)
         local = (pair - self.unit.pairs.start, layer - self.unit.layers.start, pos, units)
         self._cells[:, np.ravel_multi_index(local, self.shape)] = values
 
     def values(self) -> Values:
-        """The block, without the axes that the site does not have."""
+        """Return the cells in the store's shape, without axes that the site lacks."""
         n_metrics = len(self._cells)
         shape = list(shape_of(self.plan, n_metrics))
         shape[1] = self.shape[0]

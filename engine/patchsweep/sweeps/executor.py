@@ -1,4 +1,4 @@
-"""Work: what fills the units of a run, and the one loop that does it."""
+"""The protocol of work that fills shards, and the loop that runs it."""
 
 from __future__ import annotations
 
@@ -18,58 +18,60 @@ from patchsweep.store.layout import Unit
 from patchsweep.store.store import Store
 from patchsweep.sweeps.layout import Memory
 
-WAIT_S = 1.0  # between two looks at units that other processes hold
+WAIT_S = 1.0  # between two checks of shards that other processes hold
 Values = NDArray[np.float32]
 
 
 @runtime_checkable
 class Work(Protocol):
-    """Knows how to fill the units of some variables."""
+    """Fills the shards (`Unit`) of some variables."""
 
     def __contains__(self, variable: str) -> bool: ...
 
     def cost(self, unit: Unit) -> int:
-        """Token-layers of the unit."""
+        """Return the token-layers of the shard."""
 
     def n_live(self, unit: Unit) -> int:
-        """Live patches in the unit."""
+        """Return the number of live patches in the shard."""
 
     def together(self, unit: Unit) -> Hashable:
-        """Units for which this is equal are one work item; it follows from the layout alone."""
+        """Return the key of the shard's work item; it depends on the layout alone."""
 
     def values(self, units: Sequence[Unit]) -> list[Values]:
-        """The blocks of all units of one work item, in the shapes that the store keeps."""
+        """Compute the values of all shards of one work item, in the shapes of the store."""
 
     def references(self, unit: Unit) -> tuple[Values, Values] | None:
-        """Base and source metric `[metric, pair]` of the unit's pairs, where this work is the
-        one that tells them: their last bits must not depend on which unit came first."""
+        """Return base and source metric `[metric, pair]` of the shard's pairs, or None.
+
+        One `Work` of a run gives them, so that their last bits do not depend on the order of work.
+        """
 
 
 @runtime_checkable
 class Progress(Protocol):
-    """Told how far a run is; token-layers are the unit of cost.
+    """Receives the progress of a run; token-layers are the unit of cost.
 
-    An exception raised by `begin`, `item_done` or `waiting` ends the run, and nothing is lost
-    then; one raised by `advance` loses what the work item's other units hold.
+    An exception from `begin`, `item_done` or `waiting` ends the run and loses nothing; one from
+    `advance` loses the values of the work item's unwritten shards.
     """
 
     def begin(self, n_units: int, total: int, done: int) -> None:
-        """`n_units` are to do; `total` token-layers are this process's, `done` of them before."""
+        """Start: `n_units` shards pending, `done` of this process's `total` token-layers done."""
 
     def advance(self, unit: Unit, token_layers: int, n_live: int, seconds: float) -> None:
-        """A unit was written; `seconds` are its share of its work item's."""
+        """Report a written shard; `seconds` is its part of its work item's time."""
 
     def item_done(self) -> None:
-        """All units of a work item were written and told of."""
+        """Report that all shards of a work item were written and reported."""
 
     def waiting(self, n_units: int, holders: Mapping[str, int]) -> None:
-        """Other processes are at work on the last `n_units`; called again and again.
+        """Report, repeatedly, that other processes work on the last `n_units` shards.
 
-        `holders`: how many of them each process holds, by its name."""
+        `holders`: process name -> number of those shards that it holds."""
 
 
 class Quiet:
-    """No progress."""
+    """A `Progress` that reports nothing."""
 
     def begin(self, n_units: int, total: int, done: int) -> None: ...
 
@@ -82,10 +84,14 @@ class Quiet:
 
 @dataclass(frozen=True)
 class Share:
-    """Which work items of a run one process does: every n-th."""
+    """The slice of a run's work items that one process runs: every n-th.
 
-    index: int = 0
-    n: int = 1
+    Raises:
+        ConfigError: `index` is not in 0..n-1.
+    """
+
+    index: int = 0  # first work item
+    n: int = 1  # number of slices
 
     def __post_init__(self) -> None:
         whole_number("slice", self.index, error=ConfigError)
@@ -98,10 +104,10 @@ class Share:
 
 @dataclass(frozen=True)
 class WorkItem:
-    """Units that are computed together, whichever of them are missing.
+    """Shards that are computed together, even if only some of them are missing.
 
-    The last bits of a value depend on the patches that shared its matrix products; so a run that
-    was stopped, or shared out, ends in the bytes of one that was not.
+    The last bits of a value depend on the patches that share its matrix products. Fixed work items
+    give interrupted or divided runs the same bytes as undisturbed ones.
     """
 
     work: Work
@@ -109,19 +115,19 @@ class WorkItem:
 
 
 def work_items_of(works: Sequence[Work], units: Sequence[Unit]) -> list[WorkItem]:
-    """All of `units` in work items, in the order of their pairs."""
-    found: dict[tuple[int, Hashable], list[Unit]] = {}
+    """Group `units` into work items, in the order of their pairs."""
+    groups: dict[tuple[int, Hashable], list[Unit]] = {}
     for unit in sorted(units, key=lambda unit: (unit.first_pair, unit.variable)):
         i = next(i for i, work in enumerate(works) if unit.variable in work)
-        found.setdefault((i, works[i].together(unit)), []).append(unit)
-    return [WorkItem(works[i], tuple(members)) for (i, _), members in found.items()]
+        groups.setdefault((i, works[i].together(unit)), []).append(unit)
+    return [WorkItem(works[i], tuple(members)) for (i, _), members in groups.items()]
 
 
 def run_work(works: Sequence[Work], sink: Memory | Store, progress: Progress, share: Share) -> None:
-    """Fill every unit of the share's work items that `sink` misses, or holds damaged.
+    """Compute the missing and damaged shards of the slice's work items and write them to `sink`.
 
-    Units that another process holds are waited for, and taken over if it gives no sign for as
-    long as a lease lasts.
+    Waits for shards that another process holds, and takes them over if that process writes no
+    heartbeat for as long as a lease lasts.
     """
     if isinstance(sink, Memory):
         _run_work(works, sink, progress, share)
@@ -133,55 +139,55 @@ def run_work(works: Sequence[Work], sink: Memory | Store, progress: Progress, sh
 def _run_work(
     works: Sequence[Work], sink: Memory | Store, progress: Progress, share: Share
 ) -> None:
-    every = sink.pending() if isinstance(sink, Memory) else sink.units()
-    bundles = work_items_of(works, every)[share.index :: share.n]
-    costs = {unit: bundle.work.cost(unit) for bundle in bundles for unit in bundle.units}
+    all_units = sink.pending() if isinstance(sink, Memory) else sink.units()
+    items = work_items_of(works, all_units)[share.index :: share.n]
+    costs = {unit: item.work.cost(unit) for item in items for unit in item.units}
     missing = set(sink.pending() if isinstance(sink, Memory) else sink.pending(costs))
-    # pairs whose unpatched metrics are to be written
+    # pairs whose unpatched metrics are pending
     pairs = set(sink.pending_pairs())
     total = sum(costs.values())
     progress.begin(len(missing), total, total - sum(costs[unit] for unit in missing))
-    for bundle, claimed in _claimed(sink, bundles, missing, progress):
+    for item, claimed in _claimed(sink, items, missing, progress):
         start = time.perf_counter()
-        values = dict(zip(bundle.units, bundle.work.values(bundle.units), strict=True))
+        values = dict(zip(item.units, item.work.values(item.units), strict=True))
         seconds = time.perf_counter() - start
         shares = _shares([costs[unit] for unit in claimed])
         for unit, part in zip(claimed, shares, strict=True):
-            _write_references(sink, bundle.work, unit, pairs)
+            _write_references(sink, item.work, unit, pairs)
             sink.write(unit, values[unit])
-            progress.advance(unit, costs[unit], bundle.work.n_live(unit), seconds * part)
+            progress.advance(unit, costs[unit], item.work.n_live(unit), seconds * part)
         progress.item_done()
-    for bundle in bundles:  # whose units were done, and the unpatched metrics lost
-        for unit in bundle.units if pairs else ():
-            _write_references(sink, bundle.work, unit, pairs)
+    for item in items:  # unpatched metrics may be lost although the shards are done
+        for unit in item.units if pairs else ():
+            _write_references(sink, item.work, unit, pairs)
 
 
 def _write_references(sink: Memory | Store, work: Work, unit: Unit, pairs: set[int]) -> None:
-    """Write the unpatched metrics of those of the unit's pairs that are in `pairs`, which then
-    are no longer, if `work` is the one that tells them."""
+    """Write the unpatched metrics of the shard's pairs if some are in `pairs` and `work` gives
+    them; removes these pairs from `pairs`."""
     if pairs.isdisjoint(unit.pairs):
         return
-    found = work.references(unit)
-    if found is not None:
-        sink.write_references(unit.first_pair, *found)
+    references = work.references(unit)
+    if references is not None:
+        sink.write_references(unit.first_pair, *references)
         pairs.difference_update(unit.pairs)
 
 
 def _claimed(
     sink: Memory | Store, bundles: Sequence[WorkItem], missing: set[Unit], progress: Progress
 ) -> Iterator[tuple[WorkItem, Sequence[Unit]]]:
-    """Each work item when it is ours to do, with those of its units that are; ends when none of the
-    `missing` is left, done by us or by others."""
+    """Yield each claimed work item with its claimed shards, until this and other processes have
+    done all of `missing`."""
     if isinstance(sink, Memory):
-        yield from ((bundle, bundle.units) for bundle in bundles)
+        yield from ((item, item.units) for item in bundles)
         return
     while missing:
-        for bundle in bundles:
-            wanted = [unit for unit in bundle.units if unit in missing]
-            # who has the first goes on to the others, so that no two do one work item at once
-            mine = sink.claim(wanted[:1])
-            if mine:
-                yield bundle, mine + sink.claim(wanted[1:])
+        for item in bundles:
+            candidates = [unit for unit in item.units if unit in missing]
+            # claim the first shard alone, so that no two processes compute one work item at once
+            claimed = sink.claim(candidates[:1])
+            if claimed:
+                yield item, claimed + sink.claim(candidates[1:])
         missing = set(sink.pending(missing))
         if missing:
             progress.waiting(len(missing), sink.holders(missing))
@@ -189,13 +195,13 @@ def _claimed(
 
 
 def _shares(costs: Sequence[int]) -> list[float]:
-    """What part of a work item's time is told of each of its units."""
+    """Return the fraction of a work item's time that is reported for each of its shards."""
     total = sum(costs)
     return [cost / total if total else 1 / len(costs) for cost in costs]
 
 
 class Journalled:
-    """A progress that is also written to the store's journal."""
+    """Wraps a `Progress` and records it in the store's journal too."""
 
     def __init__(
         self,

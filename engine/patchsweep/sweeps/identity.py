@@ -1,10 +1,10 @@
-"""What a run is: the content of everything that decides one of its numbers, and one hash of it all.
+"""The identity of a run: everything that determines its numbers, and a hash of the whole.
 
-An identity is plain JSON, so that it can be read, and so that two of them can be compared part by
-part (`store.difference` says what differs in words). Prompts are known by their token ids, weights
-and tensors by their bytes, what patchsweep itself has (metrics, interventions, methods) by its name
-and parameters. A function of the user's own has no content that could be compared: it is known by
-the name and the version that the user gives it, and without a version not at all.
+An identity is plain JSON, so that it can be read and compared part by part (`store.difference`
+describes differences in words). Token ids identify prompts, bytes identify weights and tensors, and
+names with parameters identify patchsweep's own metrics, interventions and methods. A user's
+function has no content to compare: the name and version that the user gives identify it, and
+without a version nothing does.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ from patchsweep.store.difference import (
 )
 
 PACKAGES = ("patchsweep", "torch", "transformers", "transformer-lens")
-# packages whose code is told by their versions, those above or those that they require
+# packages whose code is identified by the versions above, directly or as a requirement
 _LIBRARIES = {"torch", "transformers", "transformer_lens", "accelerate", "patchsweep"}
-# of a model's config: what wrote it, what the weights tell, what classifiers use
+# keys of a model's config that do not affect the logits or that the weights determine
 _NOT_CONTENT = {"transformers_version", "dtype", "id2label", "label2id", "problem_type"}
 
 
@@ -64,10 +64,10 @@ def identity_of(
     pairs: PromptPairs,
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The identity of a run of `kind` (sweep, edges, ...) with `settings`.
+    """Return the identity of a run of `kind` (sweep, edges, ...) with `settings`.
 
-    The weights count as they were when they were read last, by `read_weights` or after an edit
-    that torch counts: whoever compares identities reads them first.
+    The digest of the weights is that of the last read, by `read_weights` or after an edit that
+    torch counts. So call `read_weights` before comparing identities.
     """
     return sealed(
         {
@@ -82,26 +82,26 @@ def identity_of(
 
 
 def versions() -> dict[str, str]:
-    """Of the packages whose code makes the numbers."""
+    """Return the versions of the packages whose code computes the numbers."""
     return {name: version(name) for name in PACKAGES}
 
 
 def read_weights(model: TransformerBridge) -> None:
-    """Read every byte of the weights, so that identities made from now on know of all edits."""
+    """Hash every byte of the weights, so that later identities include all edits."""
     weights_digest(model.original_model)
 
 
 def sealed(parts: Mapping[str, Any]) -> dict[str, Any]:
-    """`parts` of an identity with the hash of all of them."""
+    """Return `parts` of an identity with a hash of all of them."""
     rest = {key: value for key, value in parts.items() if key != DIGEST}
     return {DIGEST: _hash(rest), **rest}
 
 
 def refuse_unversioned(identity: Mapping[str, Any]) -> None:
-    """Refuse results that are to be kept, and follow from a function that nothing identifies.
+    """Raise if results to be stored depend on a function without a version.
 
     Raises:
-        ConfigError: there is one.
+        ConfigError: `identity` holds such a function.
     """
     function = unversioned(identity)
     if function is not None:
@@ -114,7 +114,7 @@ def refuse_unversioned(identity: Mapping[str, Any]) -> None:
 
 
 def model_identity(model: TransformerBridge) -> dict[str, Any]:
-    """Which code computes, how it is set up, and with which weights."""
+    """Return the model's class, code, configuration and weights digest."""
     plain: Any = model.original_model
     kind = type(plain)
     return {
@@ -129,9 +129,9 @@ def model_identity(model: TransformerBridge) -> dict[str, Any]:
 
 
 def prompts_identity(pairs: Sequence[PromptPair]) -> dict[str, Any]:
-    """Token ids of both prompts and of the answers, and the spans of the labels.
+    """Return hashes of the prompts' and answers' token ids and of the labels' spans.
 
-    `each` holds `PAIR_DIGITS` digits for each pair, by which the first that differs is found.
+    `each` joins `PAIR_DIGITS` hex digits per pair, to find the first pair that differs.
     """
     content = {
         "clean prompts": [list(pair.clean) for pair in pairs],
@@ -150,7 +150,7 @@ def prompts_identity(pairs: Sequence[PromptPair]) -> dict[str, Any]:
 
 
 def request_settings(request: Request) -> dict[str, Any]:
-    """What a request asks for besides its model and its pairs."""
+    """Return the settings of a request besides its model and its pairs."""
     return {
         **question_settings(request),
         "compute_dtype": _name(request.compute_dtype),
@@ -159,26 +159,26 @@ def request_settings(request: Request) -> dict[str, Any]:
 
 
 def request_difference(request: Request, attrs: Mapping[str, Any]) -> str | None:
-    """What keeps the values of a store with the attributes `attrs` from being run again by
-    `request`; None: nothing, or nothing that a store without an identity tells."""
-    kept = attrs.get(IDENTITY)
-    if not isinstance(kept, Mapping):
+    """Return why `request` cannot reproduce the values of a store with attributes `attrs`; None if
+    it can, or if the store has no identity."""
+    stored = attrs.get(IDENTITY)
+    if not isinstance(stored, Mapping):
         return None
     read_weights(request.bridge)
-    mine = {
+    identity = {
         "model": model_identity(request.bridge),
         "prompts": prompts_identity(request.pairs),
         **request_settings(request),
     }
-    theirs = {key: kept[key] for key in mine if key in kept}
-    if isinstance(kept.get("model"), Mapping):
-        # other hardware rounds otherwise: its values are compared with a tolerance
-        theirs["model"] = {**kept["model"], "device": mine["model"]["device"]}
-    return identity_difference(mine, theirs)
+    theirs = {key: stored[key] for key in identity if key in stored}
+    if isinstance(stored.get("model"), Mapping):
+        # ignore the device: other hardware rounds differently, and values have a tolerance
+        theirs["model"] = {**stored["model"], "device": identity["model"]["device"]}
+    return identity_difference(identity, theirs)
 
 
 class Question(Protocol):
-    """What a sweep and the analyses are asked alike."""
+    """The settings that sweeps and analyses have in common."""
 
     @property
     def metrics(self) -> tuple[Metric, ...]: ...
@@ -191,8 +191,8 @@ class Question(Protocol):
 
 
 def question_settings(question: Question) -> dict[str, Any]:
-    """What is patched in, into which run, which patches count as those that change nothing, and
-    what is read."""
+    """Return intervention, direction, metrics, read position, and whether patch values come from
+    the source run, which determines the dead patches."""
     return {
         "intervention": intervention_words(question.intervention),
         "from_source": question.intervention.from_source,
@@ -203,33 +203,33 @@ def question_settings(question: Question) -> dict[str, Any]:
 
 
 def sites_identity(plans: Iterable[SitePlan]) -> dict[str, Any]:
-    """Of each site the hook, and what the patches along each axis cover."""
-    found: dict[str, Any] = {}
+    """Return, per site, its hook and the sets of layers, positions and units that are patched."""
+    identity: dict[str, Any] = {}
     for plan in plans:
         site, axes = plan.site, plan.axes
-        found[site.name] = {
+        identity[site.name] = {
             "hook": site.hook,
             "layers": _sets(axes.layers) if site.layered else None,
             "positions": "all" if axes.positions is None else _sets([(p,) for p in axes.positions]),
         }
         if site.unit is not None:
             units = None if axes.units is None else axes.units[:: axes.n_sources or 1]
-            found[site.name][f"{site.unit}s"] = "all" if units is None else _sets(units)
-    return found
+            identity[site.name][f"{site.unit}s"] = "all" if units is None else _sets(units)
+    return identity
 
 
 def metric_words(metric: Metric) -> str:
-    """The metric in words; equal words mean the same numbers, unless they name no version."""
+    """Describe the metric; equal texts mean equal numbers, unless they name no version."""
     return metric.name if metric in BUILT_IN else _own(metric, metric.name, metric.parameters)
 
 
 def intervention_words(intervention: Intervention) -> str:
-    """The intervention in words; equal words mean the same values, unless they name no version."""
+    """Describe the intervention; equal texts mean equal values, unless they name no version."""
     if type(intervention) is Custom and not callable(intervention.value):
         return f"constant {_constant(intervention.value)}"
     if type(intervention) is Mean:
         name, reference = MEAN_NAMES[intervention.per], intervention.reference
-        if reference is None:  # over the run's own prompts, which the identity holds
+        if reference is None:  # a mean over the run's own prompts, which the identity holds
             return name
         return f"{name} over {len(reference)} prompts, {_hash(prompts_identity(reference))[:16]}"
     if type(intervention) in (Resample, Zero, Shuffle):
@@ -241,7 +241,7 @@ def intervention_words(intervention: Intervention) -> str:
 
 
 def method_identity(method: Any) -> dict[str, Any]:
-    """The settings of an attribution method."""
+    """Return the settings of an attribution method, and the name of a user's class."""
     settings = _parameters(method)
     if type(method).__module__.partition(".")[0] != "patchsweep":
         settings["method"] = _own(method, type(method).__qualname__, {})
@@ -249,10 +249,10 @@ def method_identity(method: Any) -> dict[str, Any]:
 
 
 def described(value: Any) -> Any:
-    """`value` as JSON, by its content: equal descriptions mean equal values.
+    """Describe `value` by its content, as JSON: equal descriptions mean equal values.
 
     Raises:
-        TypeError: it holds something without content that can be compared, such as a function.
+        TypeError: it holds something without comparable content, such as a function.
     """
     if value is None or isinstance(value, str | bool | int):
         return value
@@ -277,25 +277,25 @@ def described(value: Any) -> Any:
     raise TypeError(f"{value!r} has no content that can be compared")
 
 
-# what a user's object and one of ours have besides their parameters
+# fields of metrics, interventions and methods that are not parameters
 _NO_PARAMETERS = {"name", "version", "at_base", "from_source", "default_direction"}
 
 
 def _parameters(thing: Any) -> dict[str, Any]:
-    """The fields of a dataclass that have content; a function among them is left to the version."""
-    found = {}
+    """Return the described fields of a dataclass; omits functions, which the version identifies."""
+    parameters = {}
     for f in fields(thing):
         if f.init and not f.name.startswith("_") and f.name not in _NO_PARAMETERS:
             with suppress(TypeError):
-                found[f.name] = described(getattr(thing, f.name))
-    return found
+                parameters[f.name] = described(getattr(thing, f.name))
+    return parameters
 
 
 def _own(thing: Any, name: str, parameters: Mapping[str, Any]) -> str:
-    """Something of the user's own, in words."""
-    given = "".join(f", {key}={value}" for key, value in parameters.items())
+    """Describe a user's object by name, parameters and version."""
+    listed = "".join(f", {key}={value}" for key, value in parameters.items())
     label = getattr(thing, "version", None)
-    return f"{name}{given}, " + (UNVERSIONED if label is None else f"version {label}")
+    return f"{name}{listed}, " + (UNVERSIONED if label is None else f"version {label}")
 
 
 def _constant(value: Any) -> Any:
@@ -303,8 +303,8 @@ def _constant(value: Any) -> Any:
 
 
 def _sets(sets: Sequence[tuple[Any, ...]]) -> str:
-    """An axis in words: `0..29`, or `0,3,5+6` where two are patched together."""
-    words: list[str | list[int]] = []  # a list: first and last of indices that follow each other
+    """Describe an axis: `0..29`, or `0,3,5+6` if 5 and 6 are patched together."""
+    words: list[str | list[int]] = []  # a list: first and last of consecutive indices
     for members in sets:
         if len(members) == 1 and isinstance(members[0], int | np.integer):
             index = int(members[0])
@@ -321,18 +321,18 @@ def _sets(sets: Sequence[tuple[Any, ...]]) -> str:
 
 
 def _config(values: Mapping[str, Any]) -> dict[str, Any]:
-    found = {}
+    config = {}
     for key, value in sorted(values.items()):
         if not key.startswith("_") and key not in _NOT_CONTENT:
             try:
-                found[key] = described(value)
-            except TypeError:  # an object of a library's, such as a quantisation's settings
-                found[key] = str(value)
-    return found
+                config[key] = described(value)
+            except TypeError:  # a library's object, such as the settings of a quantisation
+                config[key] = str(value)
+    return config
 
 
 def _own_code(model: nn.Module) -> str | None:
-    """A hash of the files that define the model's modules, those of libraries aside."""
+    """Hash the files that define the model's modules, except libraries; None if there are none."""
     names = {type(module).__module__ for module in model.modules()}
     files = [
         getattr(sys.modules.get(name), "__file__", None)

@@ -1,4 +1,4 @@
-"""What a sweep's results look like: the arrays, coordinates and provenance of one run."""
+"""The layout of a sweep's results: arrays, coordinates and provenance of one run."""
 
 from __future__ import annotations
 
@@ -33,20 +33,21 @@ def make_layout(
     methods: Mapping[str, Any] | None = None,
     precision: str = "model",
 ) -> Layout:
-    """Arrays, coordinates and attributes of the run; holds no times, so that reruns are equal.
+    """Return the run's arrays, coordinates and attributes; without times, so that reruns are equal.
 
-    `more` variables and `attrs` are those of attribution; without `exact` they stand alone.
-    `methods` are those of the run with their settings, default `exact` alone.
+    `more` and `attrs` are additional variables and attributes, such as those of attribution;
+    `exact=False` omits the exact variables. `methods` maps the run's methods to their settings;
+    default `exact` alone.
     """
     plans = {plan.site.name: plan for plan in request.plans}
     blocks = blocks_of(request.plans)
-    noise = exact and request.noisy and precision == "model"  # a proof has its own
+    noise = exact and request.noisy and precision == "model"  # bf16 has them in `more`
     settings = {
         **request_settings(request),
         "methods": methods or {"exact": {}},
         "precision": precision,
         "runner": choice.runner.name,
-        # where it cuts packed batches, the last bits of the values depend on it
+        # it divides patches into packed batches, on which the last bits of the values depend
         "max_tokens": getattr(choice.runner, "max_tokens", None),
     }
     identity = identity_of("sweep", request.bridge, request.pairs, settings)
@@ -80,7 +81,7 @@ def make_layout(
 def analysis_attrs(
     model: TransformerBridge, identity: Mapping[str, Any], config: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """The attributes that the results of an analysis have in common, known before it runs."""
+    """Return the attributes common to the results of all analyses, known before they run."""
     return {
         "kind": identity["kind"],
         "patchsweep_version": version("patchsweep"),
@@ -90,7 +91,7 @@ def analysis_attrs(
 
 
 def plan_counts(plan: SitePlan) -> dict[str, int]:
-    """The numbers that say what a site's sweep costs."""
+    """Return the counts of a site's patches and token-layers."""
     return {
         "n_patches": plan.n_patches,
         "n_live": plan.n_live,
@@ -101,7 +102,7 @@ def plan_counts(plan: SitePlan) -> dict[str, int]:
 
 
 def model_provenance(bridge: TransformerBridge, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Which model, by its name, the numbers came from, and what of the run's identity says most."""
+    """Return the model's name and revision, and the main parts of the run's identity."""
     config = bridge.original_model.config
     return {
         "model": str(bridge.cfg.model_name),
@@ -115,7 +116,7 @@ def model_provenance(bridge: TransformerBridge, identity: Mapping[str, Any]) -> 
 
 
 def dims_of(plan: SitePlan) -> tuple[str, ...]:
-    """Names of the axes of a site's values, the metric's included."""
+    """Return the names of the axes of a site's values, metric included."""
     dims = ["metric", "pair"]
     if plan.site.layered:
         dims.append("layer")
@@ -130,7 +131,7 @@ def dims_of(plan: SitePlan) -> tuple[str, ...]:
 
 
 def shape_of(plan: SitePlan, n_metrics: int) -> tuple[int, ...]:
-    """Sizes of the axes `dims_of`."""
+    """Return the sizes of the axes `dims_of`."""
     n_pairs, n_layers, n_pos, n_units = plan.shape
     n_units //= plan.axes.n_sources or 1
     sizes = {
@@ -181,13 +182,13 @@ def _coords(request: Request) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
             coords["src"] = (("src",), np.arange(axes.n_sources))
     positions = request.plans[0].axes.positions
     if positions is not None:
-        every_index = all(isinstance(position, int) for position in positions)
-        labels = np.array(positions) if every_index else _strings([str(p) for p in positions])
+        all_indices = all(isinstance(position, int) for position in positions)
+        labels = np.array(positions) if all_indices else _strings([str(p) for p in positions])
         coords["pos"] = (("pos",), labels)
     tokens = _token_strings(request)
     width = max(len(base) for base, _ in tokens)
-    for name, which in (("base_token", 0), ("source_token", 1)):
-        table = [[*row[which], *[""] * (width - len(row[which]))] for row in tokens]
+    for name, side in (("base_token", 0), ("source_token", 1)):
+        table = [[*row[side], *[""] * (width - len(row[side]))] for row in tokens]
         if positions is None:
             coords[name] = (("pair", "token"), _strings(table))
         else:
@@ -211,20 +212,20 @@ def _token_at(row: Sequence[str], position: int | str, pair: Any) -> str:
 
 
 def _token_strings(request: Request) -> list[tuple[list[str], list[str]]]:
-    """Per pair the token strings of base and source, forced answer tokens included."""
+    """Return the token strings of base and source per pair, with forced answer tokens."""
     tokenizer = request.bridge.tokenizer
-    found = []
+    strings = []
     for pair in request.pairs:
         ids = base_and_source(pair, request.direction)
         known = dict(
             zip(pair.clean + pair.corrupted, pair.clean_tokens + pair.corrupted_tokens, strict=True)
         )
-        found.append(tuple([known.get(i) or tokenizer.decode([i]) for i in run] for run in ids))
-    return found  # type: ignore[return-value]
+        strings.append(tuple([known.get(i) or tokenizer.decode([i]) for i in run] for run in ids))
+    return strings  # type: ignore[return-value]
 
 
 def _labels(sets: Sequence[tuple[int, ...]]) -> np.ndarray:
-    """Indices where every set has one member, else strings such as `0+1`."""
+    """Return indices if each set has one member, else strings such as `0+1`."""
     if all(len(members) == 1 for members in sets):
         return np.array([members[0] for members in sets])
     return _strings(["+".join(map(str, members)) for members in sets])
@@ -235,7 +236,7 @@ def _strings(values: Any) -> np.ndarray:
 
 
 class Memory:
-    """Results kept in memory, with the interface of a store."""
+    """Results in memory, with the interface of a store."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
@@ -248,25 +249,25 @@ class Memory:
         }
 
     def pending(self) -> list[Unit]:
-        """Every unit of every variable."""
+        """Return all shards of all variables."""
         return [unit for variable in self.layout.variables for unit in variable.units()]
 
     def write(self, unit: Unit, values: np.ndarray) -> None:
-        """Keep the values of one unit."""
+        """Set the values of one shard."""
         variable = next(v for v in self.layout.variables if v.name == unit.variable)
         self._values[unit.variable][variable.slices(unit)] = values
 
     def pending_pairs(self) -> list[int]:
-        """Every pair: unpatched metrics that are to be written."""
+        """Return all pairs."""
         return list(range(len(self.layout.coords["pair"][1])))
 
     def write_references(self, first_pair: int, base: np.ndarray, source: np.ndarray) -> None:
-        """Keep base and source metric `[metric, pair]` of the pairs from `first_pair` on."""
+        """Set base and source metric `[metric, pair]` of the pairs from `first_pair` on."""
         for name, values in (("base_metric", base), ("source_metric", source)):
             self._fixed[name][:, first_pair : first_pair + values.shape[1]] = values
 
     def dataset(self) -> xr.Dataset:
-        """All results, as `Store.dataset` gives them."""
+        """Return all results, in the form of `Store.dataset`."""
         arrays: dict[str, Any] = {
             v.name: (v.dims, self._values[v.name], dict(v.attrs)) for v in self.layout.variables
         }

@@ -1,14 +1,13 @@
-"""Means kept beside a store: computed by the first process of a run, read by all others.
+"""Means stored beside a store: the first process of a run computes them, the others read them.
 
-A file `<store>.means/<reader>-<digest>.safetensors` holds the means of every site of a run and
-says of what they were made: the model with every byte of its weights, the prompts' tokens, over
-what the mean was taken, the versions of the libraries. The digest in its name is that of this
-provenance, so other prompts or weights never find the file and never replace it, which a run in
-progress may still need; they make their own. A file also holds a digest of its means: one that is
-damaged is computed anew, and one whose name and provenance disagree is refused.
+A file `<store>.means/<reader>-<digest>.safetensors` holds the means of all sites of a run and their
+provenance: the model with every byte of its weights, the prompts' tokens, what the mean averages
+over, and the versions of the libraries. The digest in its name is that of the provenance, so runs
+with other prompts or weights have their own files and never replace one that another run may need.
+A file also holds a digest of its means: a damaged file is computed anew, and a file whose name and
+provenance disagree is refused.
 
-Files are put whole and the first one stays: of two processes that start at once, both go on with
-the same means, whichever was first.
+Writes are atomic and the first file stays, so two processes that start at once use the same means.
 """
 
 from __future__ import annotations
@@ -36,15 +35,15 @@ from patchsweep.sweeps.identity import model_identity, versions
 
 FORMAT = 2
 SUFFIX = ".means"
-_TOLD = "patchsweep"  # one key of the file's metadata: of several, the order would be by chance
+_TOLD = "patchsweep"  # the only key of the file's metadata, since the order of several is random
 
 
 @dataclass(frozen=True)
 class MeansFolder:
-    """The means of a run's interventions, beside its store."""
+    """The folder beside a store with the means of a run's interventions."""
 
-    url: str  # the store's
-    storage_options: Mapping[str, Any] | None  # the store's
+    url: str  # of the store
+    storage_options: Mapping[str, Any] | None  # of the store
     model: Mapping[str, Any]  # `identity.model_identity`
 
     def get(
@@ -54,10 +53,10 @@ class MeansFolder:
         reader: Reader,
         compute: Callable[[], dict[MeanKey, Tensor]],
     ) -> dict[MeanKey, Tensor]:
-        """The kept means; what `compute` gives, now kept, if there are none yet.
+        """Return the stored means; if there are none, store and return those of `compute`.
 
         Raises:
-            StoreError: a file is damaged, or the storage fails.
+            StoreError: a file's name and provenance disagree, or the storage fails.
         """
         provenance = self._provenance(per, prompts, reader)
         key = _file_of(provenance)
@@ -74,7 +73,7 @@ class MeansFolder:
             kept = self._read(folder, key, provenance, device)  # another process was first
             if kept is not None:
                 return kept
-            folder.put(key, data)  # in place of a damaged one
+            folder.put(key, data)  # replaces a damaged file
         kept = self._read(folder, key, provenance, device)
         if kept is None:
             raise StoreError(f"{folder.shown} has lost {key}; run the same command again")
@@ -96,12 +95,14 @@ class MeansFolder:
     def _read(
         folder: Folder, key: str, provenance: Mapping[str, Any], device: torch.device
     ) -> dict[MeanKey, Tensor] | None:
-        found = _read(folder.read(key))
-        if found is None:
+        content = _read(folder.read(key))
+        if content is None:
             return None
-        told, means = found
-        if told != provenance:
-            differs = next(k for k in {**provenance, **told} if told.get(k) != provenance.get(k))
+        stored, means = content
+        if stored != provenance:
+            differs = next(
+                k for k in {**provenance, **stored} if stored.get(k) != provenance.get(k)
+            )
             raise StoreError(
                 f"{folder.shown}/{key} holds the means of something else ({differs} differs from "
                 "this run's), though it has the name of this run's means; delete it and run the "
@@ -111,14 +112,14 @@ class MeansFolder:
 
 
 def check_means(store: str | Path, storage_options: Mapping[str, Any] | None = None) -> list[str]:
-    """A line for each file of means beside `store` that is not as it was written."""
+    """Return a line for each damaged or misplaced file of means beside `store`."""
     folder = open_folder(store, storage_options).beside(SUFFIX)
     problems = []
     for key in (key for key in folder.list() if not key.endswith(PARTIAL)):
-        found = _read(folder.read(key))
-        if found is None:
+        content = _read(folder.read(key))
+        if content is None:
             problems.append(f"{key} is not as it was written; the same run computes it anew")
-        elif key != _file_of(found[0]):
+        elif key != _file_of(content[0]):
             problems.append(f"{key} holds the means of something else; delete it")
     return [f"{folder.shown}/{problem}" for problem in problems]
 
@@ -126,7 +127,7 @@ def check_means(store: str | Path, storage_options: Mapping[str, Any] | None = N
 def keep_means(
     request: Request, store: str | Path, storage_options: Mapping[str, Any] | None
 ) -> Request:
-    """`request`, with an intervention that keeps its means beside `store`, if it has any."""
+    """Return `request` with an intervention that stores its means, if any, beside `store`."""
     if not isinstance(request.intervention, Mean):
         return request
     model = {
@@ -138,13 +139,13 @@ def keep_means(
 
 
 def _file_of(provenance: Mapping[str, Any]) -> str:
-    """The name of the file that holds means of `provenance`."""
+    """Return the name of the file for means of `provenance`."""
     digest = hashlib.sha256(_text(provenance).encode()).hexdigest()[:16]
     return f"{provenance.get('reader')}-{digest}.safetensors"
 
 
 def _hash(prompts: Sequence[Prompts], *, spans: bool) -> str:
-    """A hash of all tokens, in their order and groups; of the labels' spans where they matter."""
+    """Hash all tokens in their order and groups, and the labels' spans if `spans`."""
     content = [
         [group.tokens.tolist(), [sorted(labels.items()) for labels in group.spans if spans]]
         for group in prompts
@@ -153,17 +154,17 @@ def _hash(prompts: Sequence[Prompts], *, spans: bool) -> str:
 
 
 def _read(data: bytes | None) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """Provenance and means of a file; None if there is none, or not what was written.
+    """Return provenance and means of a file; None if it is missing or damaged.
 
-    Its header is JSON behind eight bytes that give the header's length.
+    The header is JSON after eight bytes that hold its length.
     """
     if data is None:
         return None
     try:
         (length,) = struct.unpack("<Q", data[:8])
-        told = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_TOLD])
-        provenance, means = told["provenance"], load(data)
-        intact = isinstance(provenance, dict) and told["digest"] == _digest(means)
+        record = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_TOLD])
+        provenance, means = record["provenance"], load(data)
+        intact = isinstance(provenance, dict) and record["digest"] == _digest(means)
         for name in means:
             _key(name)
     except (SafetensorError, struct.error, KeyError, TypeError, ValueError, RecursionError):
@@ -185,6 +186,6 @@ def _text(value: Any) -> str:
 
 
 def _key(text: str) -> MeanKey:
-    """What `_text` made a tensor's name of."""
-    site, layer, which = json.loads(text)
-    return str(site), int(layer), which
+    """Parse a tensor's name, the inverse of `_text`."""
+    site, layer, group = json.loads(text)
+    return str(site), int(layer), group

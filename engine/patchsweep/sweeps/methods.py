@@ -1,4 +1,4 @@
-"""What `method=` asked for: exact values, estimates, or a screen."""
+"""The parsed `method=` argument: exact values, estimates, or a screen."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ ASSUMPTION = (
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """What `method=` asked for."""
+    """The parsed `method=` argument."""
 
-    exact: bool  # patches run exactly: all, or those that the screen chooses
+    exact: bool  # patches run exactly: all, or those that the screen selects
     methods: tuple[Method, ...]
     screen: Screen | None
 
     def variables(self, request: Request) -> tuple[Variable, ...]:
-        """The variables besides the exact ones."""
-        found = variables_of(request, self.methods)
+        """Return the variables besides the exact ones."""
+        variables = variables_of(request, self.methods)
         if self.screen is None or not self.screen.subsets:
-            return found
+            return variables
         n_metrics, n_pairs = len(request.metrics), len(request.pairs)
-        return found + tuple(
+        return variables + tuple(
             Variable(
                 name=bound_name(plan.site.name),
                 dims=("metric", "pair"),
@@ -53,26 +53,26 @@ class MethodSpec:
         )
 
     def settings(self) -> dict[str, Any]:
-        """Every method and what it was told, as a store records it."""
+        """Return method name -> settings, as a store records them."""
         methods = {method.name: method_identity(method) for method in self.methods}
         if self.screen is not None:
-            given = {f.name: getattr(self.screen, f.name) for f in fields(self.screen)}
-            return {"screen": {**given, "by": methods}}
+            settings = {f.name: getattr(self.screen, f.name) for f in fields(self.screen)}
+            return {"screen": {**settings, "by": methods}}
         return {"exact": {}, **methods} if self.exact else methods
 
     def attrs(self, request: Request) -> dict[str, Any]:
-        """What a store records of the methods."""
+        """Return a store's attributes about the methods."""
         if not self.methods:
             return {}
         costs = {
             method.name: {"token_layers": token_layers(request, method)} for method in self.methods
         }
         names = ["exact"] * (self.exact and self.screen is None) + [*costs]
-        found: dict[str, Any] = {"method": ", ".join(names), "attribution": costs}
+        attrs: dict[str, Any] = {"method": ", ".join(names), "attribution": costs}
         if self.screen is not None:
             screen = self.screen
-            found["method"] = "screen"
-            found["screen"] = {
+            attrs["method"] = "screen"
+            attrs["screen"] = {
                 "by": screen.method.name,
                 "k": screen.k,
                 "margin": screen.margin,
@@ -84,17 +84,17 @@ class MethodSpec:
                 "cells": "<site> holds exact values where a patch was run or is known to change "
                 "nothing, NaN elsewhere; <site>_<method> holds an estimate everywhere",
             }
-        return found
+        return attrs
 
 
 EXACT = MethodSpec(exact=True, methods=(), screen=None)
 
 
 def parse_methods(given: MethodLike | Sequence[MethodLike]) -> MethodSpec:
-    """What `method=given` asks for.
+    """Parse `method=given`.
 
     Raises:
-        MethodError: a method is unknown, or screening stands beside other methods.
+        MethodError: a method is unknown or repeated, or a screen comes with other methods.
     """
     methods: list[MethodLike] = (
         list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
@@ -108,10 +108,10 @@ def parse_methods(given: MethodLike | Sequence[MethodLike]) -> MethodSpec:
     others = [m for m in methods if m != "exact"]
     if len(methods) - len(others) > 1:
         raise MethodError("method names exact twice; name each once")
-    found = get_methods(others) if others or not methods else ()  # type: ignore[arg-type]
-    return MethodSpec(exact=len(others) < len(methods), methods=found, screen=None)
+    attribution = get_methods(others) if others or not methods else ()  # type: ignore[arg-type]
+    return MethodSpec(exact=len(others) < len(methods), methods=attribution, screen=None)
 
 
 def bound_name(site: str) -> str:
-    """Where a store keeps the bound of a site."""
+    """Return the name of the variable with the bound of a site."""
     return f"{site}_bound"

@@ -1,13 +1,13 @@
-"""The noise floor: how far rounding alone moves a metric, measured in the run itself.
+"""The noise floor: the change of a metric by rounding alone, measured in the run itself.
 
-Null patches put a run's own values back with the last bit of each number turned. In exact
-arithmetic that moves a metric by a few per cent of what it does in 16 bits, so what is measured is
-rounding: that of the patched run from the patch on, and that of the base run. (Values put back
-unchanged often meet the very same roundings, and then move nothing.) `<site>_noise` holds, per
-metric and pair, `FACTOR` times the root mean square of what `N_NULL` null patches did. Rounding is
-larger the earlier it begins, so its tails are heavy over all layers: of patches without any effect
-about one in three thousand passes the floor, and lists of the largest of a few hundred cells seldom
-hold one.
+Identity patches write back the base run's own values, with the last bit of each number flipped. In
+exact arithmetic a flip changes a metric by a few per cent of its change in 16 bits, so they measure
+rounding: of the patched run after the patch, and of the base run. (Unchanged values often meet the
+same roundings and then change nothing.) `<site>_noise` holds, per metric and pair, `FACTOR` times
+the root mean square of the changes by `N_NULL` identity patches. Rounding errors that begin at
+early layers are larger, so over all layers their distribution has heavy tails. About one in three
+thousand patches without effect exceeds the floor, and lists of the largest of a few hundred cells
+seldom hold one.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from patchsweep.spec.plan import Ints, PatchSet, SitePlan
 from patchsweep.spec.spec import Request, blocks_of
 from patchsweep.store.layout import Variable
 
-N_NULL = 32  # null patches of each site and pair
-FACTOR = 5.0  # of their root mean square
+N_NULL = 32  # identity patches of each site and pair
+FACTOR = 5.0  # times their root mean square
 
 Values = NDArray[np.float32]
 
 
 def noise_variables(request: Request) -> tuple[Variable, ...]:
-    """The noise floor of each site `[metric, pair]`, for stores."""
+    """Return a variable `[metric, pair]` per site for its noise floor."""
     blocks = blocks_of(request.plans)
     return tuple(
         Variable(
@@ -49,7 +49,7 @@ def noise_variables(request: Request) -> tuple[Variable, ...]:
 
 
 def null_cost(request: Request) -> int:
-    """Token-layers of the null patches of a run, roughly."""
+    """Return the approximate token-layers of a run's identity patches."""
     return round(
         sum(
             min(plan.n_live, plan.shape[0] * N_NULL) * plan.token_layers / max(1, plan.n_live)
@@ -59,30 +59,30 @@ def null_cost(request: Request) -> int:
 
 
 def site_of(variable: str) -> str:
-    """The site whose noise the variable holds; a site's own name stays."""
+    """Return the site of a noise variable; a site's own name is unchanged."""
     return variable.removesuffix(NOISE)
 
 
 def identity_patches(plan: SitePlan, pairs: Sequence[int]) -> PatchSet:
-    """The live patches of `pairs` by which the noise is measured, the same in every run."""
-    found = [np.empty(0, np.int64)]
+    """Draw the live patches of `pairs` that measure the noise, the same in every run."""
+    patches = [np.empty(0, np.int64)]
     for pair in pairs:
         live = plan.live_patches([pair])
         rng = np.random.default_rng([zlib.crc32(plan.site.name.encode()), pair])
-        found.append(np.sort(rng.choice(live, min(N_NULL, len(live)), replace=False)))
-    return PatchSet(plan, np.concatenate(found))
+        patches.append(np.sort(rng.choice(live, min(N_NULL, len(live)), replace=False)))
+    return PatchSet(plan, np.concatenate(patches))
 
 
 class Floor:
-    """The noise floor of one unit's pairs, filled batch by batch."""
+    """The noise floor of one shard's pairs, filled batch by batch."""
 
     def __init__(self, plan: SitePlan, pairs: range, n_metrics: int) -> None:
         self.plan, self.pairs = plan, pairs
         self.values: Values = np.zeros((n_metrics, len(pairs)), np.float32)
 
     def put(self, null: Ints, change: Values) -> None:
-        """Keep what the patches `null` changed, `[metric, patch]`."""
-        pair = self.plan.pair[null]
-        for one in np.unique(pair).tolist():
-            mean_square = np.square(change[:, pair == one], dtype=np.float64).mean(axis=1)
-            self.values[:, one - self.pairs.start] = FACTOR * np.sqrt(mean_square)
+        """Set the floors of the pairs of the patches `null` from `change` `[metric, patch]`."""
+        pairs = self.plan.pair[null]
+        for pair in np.unique(pairs).tolist():
+            mean_square = np.square(change[:, pairs == pair], dtype=np.float64).mean(axis=1)
+            self.values[:, pair - self.pairs.start] = FACTOR * np.sqrt(mean_square)

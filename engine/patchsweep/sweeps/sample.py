@@ -1,4 +1,4 @@
-"""A random exact sample: what estimates are compared with where no exact sweep was run."""
+"""A random sample of exact values, to compare estimates with instead of an exact sweep."""
 
 from __future__ import annotations
 
@@ -33,11 +33,10 @@ def sample_exact(
     max_tokens: int | None = None,
     **selection: Any,
 ) -> xr.Dataset:
-    """Exact values of `n` random live patches of each site, as `sweep` gives them.
+    """Return exact values of `n` random live patches of each site, in the form of `sweep`.
 
-    `sites` may be a `SweepSpec`; `selection` are its other fields.
-
-    Live patches that were not drawn are NaN; dead ones are known. To compare estimates with it:
+    `sites` may be a `SweepSpec`; `selection` are its other fields. Live patches that were not drawn
+    are NaN; dead ones have the base metric. To compare estimates with the sample:
     `compare(estimates.merge(sample, compat="override"))`.
 
     Raises:
@@ -50,11 +49,11 @@ def sample_exact(
 def draw(
     request: Request, n: int, seed: int, runner: RunnerName, max_tokens: int | None = None
 ) -> xr.Dataset:
-    """`sample_exact` for a request.
+    """Do `sample_exact` for a request.
 
     Raises:
         PlanError: `n` is not positive.
-        ModelError: the model cannot be run as it is, see `running.check_state`.
+        ModelError: the model is not in a state to run, see `running.check_state`.
     """
     with running(request.bridge):
         return _draw(request, n, seed, runner, max_tokens)
@@ -83,10 +82,10 @@ def _draw(
         block = Block(plan, unit, len(request.metrics))
         for captured in captures.of(unit.pairs):
             live = block.fill_dead(captured)
-            mine = live[np.isin(live, drawn[plan.site.name])]
-            if len(mine):
-                found = choice.runner.run(captured.loaded, plan, mine, request.metrics)
-                block.put(mine, check_cells(found.numpy(), plan, mine, request.metrics))
+            patches = live[np.isin(live, drawn[plan.site.name])]
+            if len(patches):
+                values = choice.runner.run(captured.loaded, plan, patches, request.metrics)
+                block.put(patches, check_cells(values.numpy(), plan, patches, request.metrics))
             for row, pair in enumerate(captured.batch.pairs):
                 columns = slice(row, row + 1)
                 memory.write_references(

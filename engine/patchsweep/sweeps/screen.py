@@ -1,4 +1,4 @@
-"""A screen as work: estimates first, then the foremost patches, then the bound on the rest."""
+"""A screen as `Work`: estimates, then exact values of the top k, then a bound on the rest."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ from patchsweep.sweeps.top_k import TopK
 
 
 class ScreenWork:
-    """Every unit of a screen. The estimates of all pairs are made when the first is asked for;
-    a run that was stopped makes them again and goes on with the patches that are missing.
+    """Fills all variables of a screen.
+
+    Computes the estimates of all pairs on first use; a resumed run computes them again and
+    continues with the missing patches.
     """
 
     def __init__(self, request: Request, choice: RunnerChoice, screen: Screen) -> None:
@@ -43,7 +45,7 @@ class ScreenWork:
         return any(variable in known for known in (self._plans, *self._others))
 
     def cost(self, unit: Unit) -> int:
-        """See `Work`; of exact units the mean cost of a patch times how many run at least."""
+        """See `Work`; of an exact shard: the mean cost of a patch times the least number run."""
         if unit.variable in self._estimated:
             return self.estimator.cost(unit)
         if unit.variable in self._bounded:
@@ -54,14 +56,14 @@ class ScreenWork:
         return round(plan.totals(unit.pairs, unit.layers).token_layers * self.screen.share_of(plan))
 
     def n_live(self, unit: Unit) -> int:
-        """See `Work`; of exact units how many run, as nearly as is known before the ranking."""
+        """See `Work`; of an exact shard: the expected number before the ranking is known."""
         if unit.variable in self._plans:
             plan = self._plans[unit.variable]
             return round(plan.totals(unit.pairs, unit.layers).n_live * self.screen.share_of(plan))
         return 0
 
     def together(self, unit: Unit) -> Hashable:
-        """See `Work`: each unit stands alone."""
+        """See `Work`: each shard is its own work item."""
         return unit
 
     def values(self, units: Sequence[Unit]) -> list[Values]:
@@ -83,13 +85,13 @@ class ScreenWork:
 
     @cached_property
     def _estimates(self) -> Mapping[str, Values]:
-        """Site -> `[metric, pair, layer, pos, unit]`, of all pairs."""
-        found = [
+        """Site -> estimates `[metric, pair, layer, pos, unit]` of all pairs."""
+        blocks = [
             self.estimator.attribution.run(self.screen.method, pairs)
             for pairs in self.estimator.blocks()
         ]
         return {
-            name: np.concatenate([block.cells[name] for block in found], axis=1)
+            name: np.concatenate([block.cells[name] for block in blocks], axis=1)
             for name in self._plans
         }
 
@@ -101,6 +103,6 @@ class ScreenWork:
     def _bound(self, plan: SitePlan, unit: Unit) -> Values:
         live = plan.live_patches()
         rest = live[~self.foremost.chosen(plan)[live]]
-        tape = self.estimator.attribution.tape
-        subsets = Subsets(self.estimator.request, tape, plan, self.screen)
+        gradient_model = self.estimator.attribution.tape
+        subsets = Subsets(self.estimator.request, gradient_model, plan, self.screen)
         return subsets.bounds(rest, unit.pairs)

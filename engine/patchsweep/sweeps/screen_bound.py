@@ -1,14 +1,14 @@
-"""What the patches that were not run may hide: random subsets of them, patched jointly.
+"""A bound on the effects of patches that were not run, from random subsets patched jointly.
 
-The bound follows AtP* (Kramár et al., arXiv 2403.00745, section on diagnostics). For each patch,
-the mean metric of the subsets that hold it minus the mean of those that do not estimates its
-effect among random others; a one-sided Welch test rejects "|effect| >= theta". "Some patch is >=
-theta" takes the largest p-value, so it is rejected at the stated level for every theta above
+The bound follows AtP* (Kramár et al., arXiv 2403.00745, section on diagnostics). The mean metric of
+the subsets with a patch, minus the mean of those without it, estimates the patch's effect among
+random others; a one-sided Welch test rejects "|effect| >= theta". "Some patch is >= theta" has the
+largest p-value of all patches, so it is rejected at level alpha for every theta above
 
     max over patches of |difference of means| + t * (Welch standard error).
 
-**Assumption**: a patch's effect among random others says what its effect alone is. Patches that
-cancel or stand in for one another (backup heads) can hide from it.
+**Assumption**: a patch's effect among random others equals its effect alone. The bound can miss
+patches that cancel or back each other up (backup heads).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from patchsweep.spec.spec import Request
 from patchsweep.sweeps.screen_settings import Screen
 
 Values = NDArray[np.float32]
-# tokens of one pass of jointly patched rows
+# tokens of one forward pass of jointly patched rows
 MAX_TOKENS = 4096
 
 
@@ -43,15 +43,15 @@ class Subsets:
         self.request, self.tape, self.plan, self.screen = request, tape, plan, screen
 
     def bounds(self, rest: NDArray[np.int64], pairs: range) -> Values:
-        """[metric, pair] of `pairs`, above which no patch of `rest` is, at the stated level."""
-        found = np.zeros((len(self.request.metrics), len(pairs)), np.float32)
+        """Return `[metric, pair]`: the bound on |effect| of the patches `rest` of each pair."""
+        bounds = np.zeros((len(self.request.metrics), len(pairs)), np.float32)
         for batch in self.request.batches(pairs):
             run = self.capture(batch)
             for row, pair in enumerate(batch.pairs):
-                mine = rest[self.plan.pair[rest] == pair]
-                if len(mine):
-                    found[:, pair - pairs.start] = self._bound(batch, row, mine, run)
-        return found
+                patches = rest[self.plan.pair[rest] == pair]
+                if len(patches):
+                    bounds[:, pair - pairs.start] = self._bound(batch, row, patches, run)
+        return bounds
 
     def _bound(
         self, batch: Batch, row: int, patches: NDArray[np.int64], run: BaseRun
@@ -69,7 +69,8 @@ class Subsets:
 
     @torch.no_grad()
     def capture(self, batch: Batch) -> BaseRun:
-        site, tape = self.plan.site, self.tape
+        """Run base and source prompts; keep patch values, keys and values per layer, and logits."""
+        site, gradient_model = self.plan.site, self.tape
         keys: list[Tensor] = []
         values: list[Tensor] = []
         base: list[Tensor] = []
@@ -78,19 +79,19 @@ class Subsets:
             keys.append(heads.k)
             values.append(heads.v)
 
-        logits = tape.forward(
+        logits = gradient_model.forward(
             batch.base,
             lambda place, x: base.append(place.flat(x).clone()),
             batch.reads,
             sites=[site],
             on_attention=keep,
         )
-        source, source_logits = tape.activations(batch.source, batch.reads, [site])
-        donors = [
+        source, source_logits = gradient_model.activations(batch.source, batch.reads, [site])
+        patch_values = [
             values_of(self.request.intervention, site, layer, b, s, batch.spans)
             for layer, (b, s) in enumerate(zip(base, source[site.name], strict=True))
         ]
-        return BaseRun(donors, keys, values, logits, source_logits)
+        return BaseRun(patch_values, keys, values, logits, source_logits)
 
     @torch.no_grad()
     def patched(
@@ -102,30 +103,30 @@ class Subsets:
         run: BaseRun,
         start: int,
     ) -> NDArray[np.float64]:
-        """Metrics `[metric, subset]` of the subsets `member` `[subset, patch]` of one pair."""
+        """Return `[metric, subset]` of the subsets `member` `[subset, patch]` of one pair."""
         n = len(member)
         masks = torch.from_numpy(self._masks(patches, member, batch.length)).to(batch.base.device)
 
-        def visit(place: Place, x: Tensor) -> None:
+        def hook(place: Place, x: Tensor) -> None:
             mask = masks[:, place.layer, start:]  # [subset, pos, unit]
             if not bool(mask.any()):
                 return
             flat = place.flat(x)
-            donor = run.donors[place.layer][row]
+            patch = run.donors[place.layer][row]
             if place.is_pattern:
-                place.write(x, torch.where(mask.transpose(1, 2)[..., None], donor[:, start:], flat))
+                place.write(x, torch.where(mask.transpose(1, 2)[..., None], patch[:, start:], flat))
                 return
             n_units = mask.shape[-1]
             new = torch.where(
                 mask[..., None],
-                donor[start:].unflatten(-1, (n_units, -1)),
+                patch[start:].unflatten(-1, (n_units, -1)),
                 flat.unflatten(-1, (n_units, -1)),
             )
             place.write(x, new.flatten(-2))
 
         logits = self.tape.forward(
             batch.base[row].expand(n, -1),
-            visit,
+            hook,
             batch.reads,
             sites=[self.plan.site],
             prefix=Prefix(
@@ -135,21 +136,23 @@ class Subsets:
             ),
         )
         targets = torch.stack([batch.answer[row], batch.wrong[row]])  # [2, read]
-        chosen = logits.gather(2, targets.T.expand(n, -1, -1))
-        seen = Logits(
-            chosen[..., 0],
-            chosen[..., 1],
+        target_logits = logits.gather(2, targets.T.expand(n, -1, -1))  # [subset, read, 2]
+        metric_inputs = Logits(
+            target_logits[..., 0],
+            target_logits[..., 1],
             logits,
             run.logits[row].expand(n, -1, -1),
             run.source_logits[row].expand(n, -1, -1),
         )
-        found: NDArray[np.float64] = compute(self.request.metrics, seen).double().cpu().numpy()
-        return found
+        values: NDArray[np.float64] = (
+            compute(self.request.metrics, metric_inputs).double().cpu().numpy()
+        )
+        return values
 
     def _masks(
         self, patches: NDArray[np.int64], member: NDArray[np.bool_], length: int
     ) -> NDArray[np.bool_]:
-        """[subset, layer, pos, unit] what each subset replaces."""
+        """Return `[subset, layer, pos, unit]`: the cells that each subset replaces."""
         plan = self.plan
         units = plan.axes.units
         n_units = 1 if units is None else self.request.shape.n_units(plan.site)
@@ -157,19 +160,19 @@ class Subsets:
         masks = np.zeros((len(member), n_layers, length, n_units), dtype=bool)
         cells = plan.cells(patches)
         for column in range(len(patches)):
-            which = [0] if units is None else list(units[cells.unit_set[column]])
+            unit_set = [0] if units is None else list(units[cells.unit_set[column]])
             span = slice(int(cells.start[column]), int(cells.stop[column]))
             for layer in plan.axes.layers[cells.layer_set[column]]:
-                for unit in which:
+                for unit in unit_set:
                     masks[:, layer, span, unit] |= member[:, column, None]
         return masks
 
 
 @dataclass(frozen=True)
 class BaseRun:
-    """What subsets of patches share."""
+    """Captured activations and logits that all subsets of a batch share."""
 
-    donors: list[Tensor]  # per layer, as `Place.flat` gives them
+    donors: list[Tensor]  # patch values per layer, in the form of `Place.flat`
     keys: list[Tensor]
     values: list[Tensor]
     logits: Tensor  # [pair, read, d_vocab] of the base run
@@ -179,8 +182,8 @@ class BaseRun:
 def draw_members(
     rng: np.random.Generator, n_subsets: int, n_patches: int, share: float
 ) -> NDArray[np.bool_]:
-    """[subset, patch]: each patch is in the same number of subsets, drawn at random, two at least
-    and out of two at least."""
+    """Draw `[subset, patch]` memberships at random, with the same number of subsets per patch: at
+    least two with it and two without it. `share` is the inclusion probability."""
     n_in = min(max(2, round(share * n_subsets)), n_subsets - 2)
     ranks = rng.random((n_subsets, n_patches)).argsort(axis=0)
     member: NDArray[np.bool_] = ranks < n_in
@@ -188,16 +191,17 @@ def draw_members(
 
 
 def upper_bound(metric: NDArray[np.float64], member: NDArray[np.bool_], level: float) -> float:
-    """The smallest theta for which "some patch has |effect| >= theta" is rejected at `level`.
+    """Return the smallest theta for which "some patch has |effect| >= theta" is rejected.
 
-    `metric` `[subset]` of the patched runs, `member` `[subset, patch]`. Welch's test, one-sided.
+    `metric` `[subset]` of the patched runs, `member` `[subset, patch]`, `level`: alpha of the
+    one-sided Welch test.
     """
-    held = member.astype(np.float64)
-    n_in, n_out = held.sum(axis=0), (1 - held).sum(axis=0)
+    inside = member.astype(np.float64)
+    n_in, n_out = inside.sum(axis=0), (1 - inside).sum(axis=0)
     centred = metric - metric.mean()
-    mean_in, mean_out = centred @ held / n_in, centred @ (1 - held) / n_out
-    var_in = ((centred[:, None] - mean_in) ** 2 * held).sum(axis=0) / (n_in - 1)
-    var_out = ((centred[:, None] - mean_out) ** 2 * (1 - held)).sum(axis=0) / (n_out - 1)
+    mean_in, mean_out = centred @ inside / n_in, centred @ (1 - inside) / n_out
+    var_in = ((centred[:, None] - mean_in) ** 2 * inside).sum(axis=0) / (n_in - 1)
+    var_out = ((centred[:, None] - mean_out) ** 2 * (1 - inside)).sum(axis=0) / (n_out - 1)
     a, b = var_in / n_in, var_out / n_out
     error = np.sqrt(a + b)
     freedom = (a + b) ** 2 / np.maximum(a**2 / (n_in - 1) + b**2 / (n_out - 1), 1e-300)

@@ -1,4 +1,4 @@
-"""How a screen is done: what ranks, how many run, how the rest is bounded."""
+"""Settings of a screen: the ranking method, the number of exact patches, the bound on the rest."""
 
 from __future__ import annotations
 
@@ -16,22 +16,24 @@ from patchsweep.spec.spec import Request
 
 @dataclass(frozen=True)
 class Screen:
-    """How to screen. Patches are ranked, site by site, by their mean |estimate| over the pairs
-    for the first metric; a chosen one runs on every pair.
+    """Settings of a screen.
+
+    A screen ranks the patches of each site by their mean |estimate| of the first metric over the
+    pairs, and runs the top k on every pair.
 
     Raises:
-        MethodError: a number is out of range.
+        MethodError: a number is out of range, or `by` is unknown.
     """
 
-    by: str | Method = "atp"  # the method that ranks
-    k: int = 100  # patches of each site that run exactly; with `margin`: the top ones sought
-    # go on until the k-th largest exact effect is (1 + margin) times every remaining estimate
+    by: str | Method = "atp"  # the ranking method
+    k: int = 100  # patches of each site that run exactly; with `margin`: size of the final top k
+    # continue until the k-th largest exact effect is (1 + margin) times every remaining estimate
     margin: float | None = None
     subsets: int = 64  # random subsets per pair and site; 0: no bound
-    # of the subsets hold a patch; the fewer others stand beside it, the better its effect there
-    # speaks for its effect alone
+    # probability that a subset includes a patch; with fewer other patches in the subset, the
+    # patch's effect there is closer to its effect alone
     share: float = 0.05
-    level: float = 0.05  # of the one-sided test
+    level: float = 0.05  # alpha of the one-sided test
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -41,7 +43,7 @@ class Screen:
             value = getattr(self, name)
             if not isinstance(value, int | float) and not (name == "margin" and value is None):
                 raise MethodError(f"screen has {name}={value!r}; use a number")
-        self.method  # noqa: B018  # which says whether there is such a method
+        self.method  # noqa: B018  # raises if `by` is unknown
         rules = {
             "k": (self.k >= 1, "k >= 1"),
             "margin": (self.margin is None or self.margin >= 0, "margin >= 0"),
@@ -55,14 +57,15 @@ class Screen:
 
     @property
     def method(self) -> Method:
-        """The method that ranks."""
+        """The ranking method."""
         return get_methods([self.by])[0]
 
     def check(self, request: Request, n_slices: int) -> None:
-        """Raise unless `request` can be screened so.
+        """Raise unless `request` can be screened with these settings.
 
         Raises:
-            MethodError: k is larger than the plan, or the run is cut into slices.
+            MethodError: k exceeds a site's live places, the run is sliced, or pattern cells are to
+                be bounded.
         """
         if n_slices > 1:
             raise MethodError(
@@ -83,11 +86,11 @@ class Screen:
                 )
 
     def share_of(self, plan: SitePlan) -> float:
-        """Of the live places of `plan`, how many run exactly at least."""
+        """Return the fraction of the live places of `plan` that run exactly, at least."""
         return self.k / int(live_of(plan).any(axis=0).sum())
 
     def bound_cost(self, plan: SitePlan, pairs: range) -> int:
-        """Token-layers of the random subsets of `pairs`, from the first live patch of each on."""
+        """Return the token-layers of the random subsets of `pairs`, from each first live patch."""
         starts = np.full(plan.shape[0], plan.full_lengths.max())
         live = plan.live_patches()
         np.minimum.at(starts, plan.pair[live], plan.start[live])
@@ -96,7 +99,7 @@ class Screen:
 
 
 def live_of(plan: SitePlan) -> NDArray[np.bool_]:
-    """[pair, place] whether the patch of that pair at that layer, position and unit is live."""
+    """Return `[pair, place]`: whether each patch is live; place: (layer, pos, unit), flattened."""
     live = np.zeros(int(np.prod(plan.shape)), dtype=bool)
     live[plan.cell[plan.live_patches()]] = True
     return live.reshape(plan.shape[0], -1)

@@ -1,4 +1,4 @@
-"""How often a sweep reads the weights of a model that does not fit its devices."""
+"""Bytes of weights that a sweep fetches for a model that does not fit its devices."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from patchsweep.spec.spec import Request, blocks_of
 
 @dataclass(frozen=True)
 class Weights:
-    """Where the weights of a model rest, and which of them are fetched when they are needed."""
+    """Where the weights of a model are stored, and the bytes fetched when modules run."""
 
     places: dict[str, int]  # bytes on each GPU, on the `cpu` and on `disk`
-    blocks: tuple[int, ...]  # bytes fetched at each visit of a block
-    around: int  # bytes fetched for what lies before and after the blocks
+    blocks: tuple[int, ...]  # bytes fetched each time a block runs
+    around: int  # bytes fetched for the modules before and after the blocks
 
     @property
     def n_bytes(self) -> int:
-        """All weights."""
+        """Bytes of all weights."""
         return sum(self.places.values())
 
     @property
     def fetched(self) -> int:
-        """What one pass over the whole model fetches."""
+        """Bytes that one pass over the whole model fetches."""
         return sum(self.blocks) + self.around
 
 
 def weights_of(request: Request) -> Weights:
-    """The weights of the model of `request`; reads none."""
+    """Count the weights of the model of `request`; reads none of them."""
     model = request.bridge.original_model
     offloaded = is_offloaded(model)
     here = str(main_device(model)) if offloaded else ""
     blocks: Sequence[nn.Module] = ()
     try:
-        # the plain modules, since the bridge may hold parts of a weight a second time
+        # the plain modules, since the bridge may hold parts of a weight twice
         unwrapped = UnwrappedModel(request.bridge)
         plain, blocks = unwrapped.model, unwrapped.blocks
     except Unsupported:
@@ -54,10 +54,10 @@ def weights_of(request: Request) -> Weights:
                 continue
             n_bytes = weight.numel() * weight.element_size()
             place = _place(request, f"{path}.{name}")
-            if not is_tied(model, f"{path}.{name}"):  # rests once, and is fetched twice
+            if not is_tied(model, f"{path}.{name}"):  # a tied weight is stored once, fetched twice
                 places[place] += n_bytes
-            away = place == "disk" or (place == "cpu" and here != "cpu")
-            if not offloaded or not away or weight.ndim < 2:  # an unwrapped model keeps vectors
+            remote = place == "disk" or (place == "cpu" and here != "cpu")
+            if not offloaded or not remote or weight.ndim < 2:  # UnwrappedModel keeps vectors
                 continue
             if module in layer_of:
                 of_block[layer_of[module]] += n_bytes
@@ -67,7 +67,7 @@ def weights_of(request: Request) -> Weights:
 
 
 def _place(request: Request, name: str) -> str:
-    """Where the weight of that name rests."""
+    """Return where the weight called `name` is stored."""
     device_map = getattr(request.bridge.original_model, "hf_device_map", None)
     if device_map is None:
         return str(device_of(request.bridge))
@@ -75,7 +75,7 @@ def _place(request: Request, name: str) -> str:
 
 
 def count_captures(request: Request) -> int:
-    """Passes that run the unpatched prompts: one for each length among the pairs of a unit."""
+    """Count the passes over unpatched prompts: one per prompt length and block of pairs."""
     n_pairs = min(pairs for pairs, _ in blocks_of(request.plans).values())
     lengths = [(len(pair.clean), len(pair.answer)) for pair in request.pairs]
     return sum(
@@ -86,9 +86,10 @@ def count_captures(request: Request) -> int:
 def bytes_read(
     weights: Weights, request: Request, n_captures: int, batches: Mapping[int, int]
 ) -> int:
-    """What all captures and packed batches fetch; `packed batches`: first block -> how many packed
-    batches begin there."""
-    whole = any(metric.needs != "answers" for metric in request.metrics)
-    around = weights.around if whole else 0  # for a few answers, a few rows of the unembedding
-    total = n_captures * (weights.fetched + 2 * around)  # the metrics of base and source besides
+    """Return the bytes that all captures and packed batches fetch; `batches`: first block -> number
+    of packed batches that begin there."""
+    needs_vocab = any(metric.needs != "answers" for metric in request.metrics)
+    # answers alone need only a few rows of the unembedding
+    around = weights.around if needs_vocab else 0
+    total = n_captures * (weights.fetched + 2 * around)  # 2: the metrics of base and source
     return total + sum(n * (sum(weights.blocks[first:]) + around) for first, n in batches.items())
