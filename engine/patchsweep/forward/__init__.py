@@ -1,1 +1,1 @@
-"""One forward pass through the plain Hugging Face modules."""
+"""Forward passes through the plain Hugging Face modules behind a bridge."""

@@ -1,8 +1,8 @@
-"""Activations kept within a budget of bytes; what exceeds it lies in memory-mapped files.
+"""Activation store: keeps activations within a byte budget and spills the rest to mapped files.
 
-A mapped tensor is a tensor like any other, on the CPU: the system writes its pages to disk when
-memory runs short and reads them again when they are looked at. The files have no name once they
-are mapped, so nothing is left behind, however the process ends.
+A mapped tensor behaves like any CPU tensor: the operating system writes its pages to disk when
+memory runs short and reads them on access. The files are unlinked once they are mapped, so nothing
+is left behind, however the process ends.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from patchsweep.errors import ModelError
 
 
 class Budget:
-    """How many bytes of activations may stay in memory; shared by all captures of a runner."""
+    """The bytes of activations that may stay in memory; all captures of a runner share one."""
 
     def __init__(self, n_bytes: int) -> None:
         self.n_bytes = n_bytes
         self.n_used = 0
-        self.n_spilled = 0  # bytes put into files, ever
+        self.n_spilled = 0  # total bytes written to files
 
     def take(self, n_bytes: int) -> bool:
-        """Whether that much may still be kept; it counts as used then."""
+        """Reserve `n_bytes` if they fit the budget; return whether they do."""
         if self.n_used + n_bytes > self.n_bytes:
             return False
         self.n_used += n_bytes
         return True
 
     def give_back(self, n_bytes: list[int]) -> None:
-        """What somebody used is free again."""
+        """Return reserved bytes to the budget."""
         self.n_used -= sum(n_bytes)
 
 
 class ActivationStore:
-    """Keeps the tensors of one capture; its share of the budget is free when it is gone."""
+    """Keeps the tensors of one capture; when deleted, it returns its bytes to the budget."""
 
     def __init__(self, budget: Budget | None = None) -> None:
         self._budget = budget
@@ -49,12 +49,12 @@ class ActivationStore:
             weakref.finalize(self, budget.give_back, self._taken)
 
     def copy(self, x: Tensor) -> Tensor:
-        """A contiguous copy of `x`, in memory on its device or mapped on the CPU."""
+        """Return a contiguous copy of `x`, in memory on its device or mapped on the CPU."""
         kept = self.keep(x)
         return kept.clone(memory_format=torch.contiguous_format) if kept is x else kept
 
     def keep(self, x: Tensor) -> Tensor:
-        """`x` itself, or a mapped copy of it on the CPU where the budget is used up.
+        """Return `x` itself, or a mapped copy on the CPU if the budget is used up.
 
         Raises:
             ModelError: the copy does not fit the disk.
@@ -72,7 +72,7 @@ def _mapped(x: Tensor, n_bytes: int) -> Tensor:
         return x.cpu()
     with tempfile.TemporaryFile(prefix="patchsweep-") as file:
         try:
-            # room for all of it now: a full disk would otherwise kill the process at some write
+            # reserve all of it now: otherwise a write to a full disk would kill the process later
             os.posix_fallocate(file.fileno(), 0, n_bytes)
         except OSError as error:
             raise ModelError(

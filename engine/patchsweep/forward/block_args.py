@@ -1,7 +1,7 @@
-"""Arguments of blocks: which of their axes are prompts and positions, and how tokens take them.
+"""Block arguments: their prompt and position axes, and their values for packed tokens.
 
-Sizes alone do not tell: a tensor of four heads looks like one of four positions. So the model is
-run twice with its blocks left out, on batches of different sizes; the axes that follow are known.
+One tensor's sizes are ambiguous: four heads look like four positions. So the model runs twice
+without its blocks, on batches of different sizes, and the axes are those whose size changes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from patchsweep.models.offload import device_of
 
 @dataclass(frozen=True)
 class Axes:
-    """Which axis of a tensor numbers the prompts of a batch, and which their positions."""
+    """The axes of a tensor that index prompts and positions; None: it has no such axis."""
 
     prompt: int | None
     position: int | None
@@ -29,14 +29,14 @@ class Axes:
 
 @dataclass(frozen=True)
 class BlockArgs:
-    """The arguments that one block was called with, its hidden states left out."""
+    """The arguments of one block's call, without the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    axes: tuple[Axes | None, ...]  # of each argument, nested ones in their order; None: no tensor
+    axes: tuple[Axes | None, ...]  # one per argument, nested ones flattened; None: no tensor
 
     def at(self, token_pair: Tensor, token_pos: Tensor) -> BlockArgs:
-        """The same arguments for one packed row of tokens, each taken where it lies."""
+        """Return the arguments for packed tokens: i is of `token_pair[i]`, at `token_pos[i]`."""
         leaves, structure = tree_flatten((self.args, self.kwargs))
         taken = [
             value if axes is None else _take(value, axes, token_pair, token_pos)
@@ -46,10 +46,10 @@ class BlockArgs:
         return BlockArgs(args, kwargs, self.axes)
 
     def check(self) -> None:
-        """See that no block left anything for the next one in an argument that they share.
+        """Check that no block stored anything for later ones in a shared argument, such as a dict.
 
         Raises:
-            Unsupported: one did.
+            Unsupported: a block did.
         """
         for value in tree_flatten((self.args, self.kwargs))[0]:
             if isinstance(value, Mapping) and value:
@@ -67,15 +67,15 @@ def _take(x: Tensor, axes: Axes, token_pair: Tensor, token_pos: Tensor) -> Tenso
 
 
 class _LastBlock(Exception):
-    """Every block was called."""
+    """Ends the dry run once every block was called."""
 
 
 class _Recorder(nn.Module):
-    """Stands for a block: notes what it is called with, and gives back its hidden states."""
+    """Replaces a block: records the block's arguments and returns its hidden states unchanged."""
 
     def __init__(self, block: nn.Module, calls: list[Any], n_blocks: int) -> None:
         super().__init__()
-        self.__dict__.update(block=block, calls=calls, n_blocks=n_blocks)  # no child of this one
+        self.__dict__.update(block=block, calls=calls, n_blocks=n_blocks)  # not as a submodule
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         hidden, rest, named = split_hidden(args, kwargs)
@@ -85,34 +85,35 @@ class _Recorder(nn.Module):
         return hidden
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["block"], name)  # models look at a block's kind
+        return getattr(self.__dict__["block"], name)  # models read attributes of their blocks
 
 
 @torch.no_grad()
 def dry_run(
     unwrapped: UnwrappedModel, n_prompts: int, length: int
 ) -> list[tuple[Any, dict[str, Any]]]:
-    """What each block is called with on a batch of that size, hidden states left out.
+    """Return each block's arguments on a batch of that size, without the hidden states.
 
-    Blocks give back what they get, so that no weight but the embeddings' is read.
+    Blocks are replaced by recorders, so that only the embeddings' weights are read.
 
     Raises:
-        Unsupported: a mask of prompts of that length is none that attention here knows, the model
-            has an attention of its own, or its blocks hand on more than hidden states.
+        Unsupported: prompts of that length get a mask that is neither causal nor a sliding window,
+            the model does not use the attention interface, or blocks pass on more than hidden
+            states.
     """
-    calls: list[tuple[Any, dict[str, Any]]] = []
+    block_args: list[tuple[Any, dict[str, Any]]] = []
     tokens = torch.zeros(n_prompts, length, dtype=torch.long, device=device_of(unwrapped.bridge))
     parent, name, blocks = unwrapped.list_of_blocks()
-    recorders = [_Recorder(block, calls, unwrapped.n_layers) for block in unwrapped.blocks]
+    recorders = [_Recorder(block, block_args, unwrapped.n_layers) for block in unwrapped.blocks]
     setattr(parent, name, nn.ModuleList(recorders))
     try:
         unwrapped.model(tokens, use_cache=False)
     except _LastBlock:
-        return calls
+        return block_args
     except Exception as error:
         if not unwrapped.takes_attention_functions:
-            raise Unsupported(OWN_ATTENTION) from error  # which works on a mask of its own
-        if calls and type(error) in (TypeError, ValueError):
+            raise Unsupported(OWN_ATTENTION) from error  # its attention needs its own mask
+        if block_args and type(error) in (TypeError, ValueError):
             raise Unsupported("its blocks hand on more than hidden states") from error
         raise
     finally:
@@ -124,20 +125,22 @@ _KNOWN: WeakKeyDictionary[UnwrappedModel, list[tuple[Axes | None, ...]]] = WeakK
 
 
 def are_known(unwrapped: UnwrappedModel) -> bool:
-    """Whether `argument_axes` needs no more dry runs."""
+    """Whether `argument_axes` has its result already and needs no dry run."""
     return unwrapped in _KNOWN
 
 
 def argument_axes(unwrapped: UnwrappedModel) -> list[tuple[Axes | None, ...]]:
-    """The axes of each block's arguments, nested ones in their order.
+    """Return, per block, the axes of its arguments, nested ones flattened.
 
     Raises:
-        Unsupported: an argument is not understood.
+        Unsupported: an argument has an unknown type, or axes that are ambiguous.
     """
     if unwrapped not in _KNOWN:
         small, large = dry_run(unwrapped, 2, 3), dry_run(unwrapped, 3, 5)
         try:
-            _KNOWN[unwrapped] = [_axes_of(*calls) for calls in zip(small, large, strict=True)]
+            _KNOWN[unwrapped] = [
+                _axes_of(*block_args) for block_args in zip(small, large, strict=True)
+            ]
         except Unsupported as error:
             if unwrapped.takes_attention_functions:
                 raise
@@ -153,7 +156,7 @@ def _axes_of(small: Any, large: Any) -> tuple[Axes | None, ...]:
 
 
 def _axes_between(x: Any, y: Any) -> Axes | None:
-    """Of an argument for 2 prompts of 3 tokens, and the same for 3 prompts of 5 tokens."""
+    """Return the axes of an argument: `x` for 2 prompts of 3 tokens, `y` for 3 of 5 tokens."""
     if not isinstance(x, Tensor):
         if x is None or isinstance(x, bool | int | float | str | Mapping | CausalMask):
             return None
@@ -174,7 +177,7 @@ def _axes_between(x: Any, y: Any) -> Axes | None:
 def split_hidden(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    """The hidden states of a block's call, and the arguments without them."""
+    """Return the hidden states of a block's call, and the args and kwargs without them."""
     if args:
         return args[0], args[1:], kwargs
     rest = dict(kwargs)
@@ -182,11 +185,11 @@ def split_hidden(
 
 
 def first_of(output: Any) -> Tensor:
-    """The hidden states among what a module returned."""
+    """Return the hidden states in a module's output."""
     hidden: Tensor = output[0] if isinstance(output, (tuple, list)) else output
     return hidden
 
 
 def with_first(output: Any, hidden: Tensor) -> Any:
-    """What a module returned, with other hidden states."""
+    """Return a module's output with its hidden states replaced."""
     return type(output)([hidden, *output[1:]]) if isinstance(output, (tuple, list)) else hidden

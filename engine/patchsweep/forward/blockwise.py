@@ -1,12 +1,12 @@
-"""Blocks taken apart at the residual stream: what each part reads there and what it writes.
+"""Blockwise passes: what attention and MLP of one block read from and write to the stream.
 
 Everything here calls the model's own modules (`forward.unwrapped`), so that norms, rotary tables,
-fused projections, experts and multipliers come out as the model has them:
+fused projections, experts and multipliers are the model's:
 
-- *reading*: a block is run on a stream of its own until its attention is called (that gives q, k
-  and v as functions of the stream) or until its MLP is done, attention held fixed;
-- *writing*: a block is run with its attention and MLP replaced by fixed outputs, and a tangent is
-  sent along; what arrives at the block's output is what the stream gains.
+- *reading*: a block runs on a given stream until it calls its attention (this gives q, k and v as
+  functions of the stream) or until its MLP is done, with attention's output fixed;
+- *writing*: a block runs with the outputs of attention and MLP fixed, and a forward-mode tangent on
+  one of them; the tangent at the block's output is what the stream gains.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from patchsweep.forward.unwrapped import (
 )
 from patchsweep.spec.sites import SITES
 
-# places on the way from a part of a block to the residual stream
+# a block's parts, and their outputs as added to the residual stream (after a norm, if there is one)
 Part = Literal["attn", "attn_out", "mlp", "mlp_out"]
 
 
 @dataclass
 class Trace:
-    """One batch of runs, kept at every place where parts meet; part of a graph if asked for."""
+    """The activations of one batch of runs that blockwise passes need; they may carry a graph."""
 
-    resid: list[Float[Tensor, "pair pos d_model"]] = field(default_factory=list)  # and the last
+    resid: list[Float[Tensor, "pair pos d_model"]] = field(default_factory=list)  # inputs; + final
     q: list[Float[Tensor, "pair head pos d"]] = field(default_factory=list)  # after rotary
     k: list[Float[Tensor, "pair kv_head pos d"]] = field(default_factory=list)  # after rotary
     v: list[Float[Tensor, "pair kv_head pos d"]] = field(default_factory=list)
@@ -68,12 +68,12 @@ class Trace:
         return self.resid[0].shape[1]
 
     def part(self, layer: int, name: Part) -> Float[Tensor, "pair pos d_model"]:
-        """What left a part of a block."""
+        """Return the output of a part of a block."""
         return first_of(self.parts[layer, name]).reshape(self.n_pairs, self.length, -1)
 
 
 def unfit(bridge: TransformerBridge, reason: Exception) -> MethodError:
-    """The error for a model whose blocks cannot be taken apart."""
+    """Return the error for a model whose blocks cannot run part by part, because of `reason`."""
     text = (
         reason.reason if isinstance(reason, Unsupported) else f"{type(reason).__name__}: {reason}"
     )
@@ -84,16 +84,16 @@ def unfit(bridge: TransformerBridge, reason: Exception) -> MethodError:
 
 
 class _Stop(Exception):
-    """All that was wanted of a block has been seen."""
+    """Ends a block's forward pass once the needed activation is read."""
 
 
 class Blocks:
-    """The blocks of `bridge`, sharing every weight with it.
+    """The blocks of `bridge`, which run part by part and share every weight with it.
 
-    Weights of 16 bits are cast to `compute_dtype`; None: they stay as they are.
+    16-bit weights are cast to `compute_dtype`; None: they are not cast.
 
     Raises:
-        MethodError: the model's blocks cannot be taken apart.
+        MethodError: the model's blocks cannot run part by part.
     """
 
     def __init__(self, bridge: TransformerBridge, compute_dtype: torch.dtype | None = None) -> None:
@@ -105,12 +105,12 @@ class Blocks:
             raise unfit(bridge, reason) from reason
 
     def _find(self, bridge: TransformerBridge) -> dict[tuple[int, Part], nn.Module]:
-        """The modules at whose output each part ends.
+        """Return the module whose output is each part's output.
 
         Raises:
-            Unsupported: there is none.
+            Unsupported: a part has no such module.
         """
-        found: dict[tuple[int, Part], nn.Module] = {}
+        modules: dict[tuple[int, Part], nn.Module] = {}
         outs = {name: self._outputs(name) for name in ("attn_out", "mlp_out")}
         for layer, block in enumerate(self.unwrapped.blocks):
             attn = self.unwrapped.module_of(bridge.blocks[layer].attn)
@@ -119,21 +119,21 @@ class Blocks:
                 mlp = outs["mlp_out"][layer] if outs["mlp_out"] else None
             if attn is None or mlp is None:
                 raise Unsupported(f"block {layer} has no module of its own for attention or MLP")
-            found[layer, "attn"], found[layer, "mlp"] = attn, mlp
-            found[layer, "attn_out"] = outs["attn_out"][layer] if outs["attn_out"] else attn
-            found[layer, "mlp_out"] = outs["mlp_out"][layer] if outs["mlp_out"] else mlp
-        return found
+            modules[layer, "attn"], modules[layer, "mlp"] = attn, mlp
+            modules[layer, "attn_out"] = outs["attn_out"][layer] if outs["attn_out"] else attn
+            modules[layer, "mlp_out"] = outs["mlp_out"][layer] if outs["mlp_out"] else mlp
+        return modules
 
     def _outputs(self, site: str) -> list[nn.Module]:
-        """Where the writes called `site` leave their last module; none: only a factor follows.
+        """Return each layer's last module before the write `site`; []: only a factor follows.
 
         Raises:
-            Unsupported: what follows the part is not known to be linear.
+            Unsupported: it is unknown whether the rest of the way to the stream is linear.
         """
         try:
             points = resolve_site(self.unwrapped, SITES[site]).points
         except Unsupported:
-            # blocks that scale their writes do so outside of any module
+            # these blocks scale their writes outside of any module
             if type(self.unwrapped.bridge.blocks[0]).__name__ == "ScaledResidualBlockBridge":
                 return []
             raise
@@ -153,10 +153,9 @@ class Blocks:
         stream: Float[Tensor, "pair pos d_model"] | None = None,
         gradient: bool = False,
     ) -> Trace:
-        """One forward pass; fp32 logits at `reads`.
+        """Run one forward pass and return its activations, with fp32 logits at `reads`.
 
-        `stream` takes the place of what enters the first block; with `gradient` a graph starts
-        there.
+        `stream` replaces the first block's input; with `gradient` a graph starts there.
         """
         trace = Trace()
         axes = argument_axes(self.unwrapped)
@@ -177,7 +176,7 @@ class Blocks:
                 trace.q.append(q)
                 trace.k.append(k)
                 trace.v.append(v)
-                # models take it for contiguous
+                # models assume that it is contiguous
                 return _attended(module, q, k, v, kw).transpose(1, 2).contiguous()
 
             return attend
@@ -207,10 +206,10 @@ class Blocks:
 
     @torch.no_grad()
     def parallel(self) -> tuple[bool, ...]:
-        """Per layer whether the MLP reads the stream before attention has written into it.
+        """Return, per layer, whether attention and MLP are parallel: the MLP ignores attention.
 
         Raises:
-            Unsupported: the model does not call every block's attention once.
+            Unsupported: the model does not call every block's attention and MLP once.
         """
         tokens = torch.zeros(1, 2, dtype=torch.long, device=self._device)
         trace = self.trace(tokens, [-1])
@@ -221,13 +220,13 @@ class Blocks:
         if len(trace.parts) < len(self._modules):
             raise Unsupported("a block does not call its attention or its MLP as a module")
         pair = torch.zeros(1, dtype=torch.long, device=self._device)
-        found = []
+        flags = []
         for layer in range(self.n_layers):
-            # NaN passes weights that are zero and activations that are off; a number may not
+            # NaN spreads through zero weights and inactive activations; other values may not
             nothing = torch.full_like(trace.resid[layer], float("nan"))
-            seen = self.mlp_of(layer, trace.resid[layer], trace, pair, held={"attn": nothing})
-            found.append(not bool(seen.isnan().any()))
-        return tuple(found)
+            mlp_out = self.mlp_of(layer, trace.resid[layer], trace, pair, held={"attn": nothing})
+            flags.append(not bool(mlp_out.isnan().any()))
+        return tuple(flags)
 
     def qkv_of(
         self,
@@ -237,7 +236,7 @@ class Blocks:
         pair: Tensor,
         start: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k (after rotary) and v `[row, head, pos, d]` of a block that reads the stream `x`.
+        """Return q, k (after rotary) and v `[row, head, pos, d]` of a block with input `x`.
 
         Row i is a run of `pair[i]`, from position `start` on.
         """
@@ -262,8 +261,10 @@ class Blocks:
         *,
         held: Mapping[Part, Float[Tensor, "row pos d_model"]] | None = None,
     ) -> Float[Tensor, "row pos d_model"]:
-        """What the MLP gives when the stream entering the block is `x`, and the parts before it
-        are `held` at these outputs (default: attention at the trace's)."""
+        """Return the MLP's output for the block input `x`, with parts fixed at the outputs `held`.
+
+        Default of `held`: attention's output in the trace.
+        """
         if held is None:
             held = {"attn": trace.part(layer, "attn")[pair, start:].detach()}
         seen: list[Tensor] = []
@@ -288,8 +289,10 @@ class Blocks:
         pair: Tensor,
         start: int = 0,
     ) -> Float[Tensor, "row pos d_model"]:
-        """What the block writes into an empty stream when these parts give what is `given`, and
-        all others nothing: norms and factors on the way are passed as they are."""
+        """Return what the block writes into a zero stream when parts output `given`, others zero.
+
+        Norms and factors between the parts and the stream are applied.
+        """
         empty = torch.zeros_like(next(iter(given.values())))
         fixed: dict[Part, Tensor] = {"attn": empty, "mlp": empty}
         if "attn" not in given:
@@ -303,7 +306,7 @@ class Blocks:
     def attention_of(
         self, layer: int, z: Float[Tensor, "row pos width"]
     ) -> Float[Tensor, "row pos d_model"]:
-        """What the attention gives when its heads give `z`."""
+        """Return attention's output for its heads' output `z`."""
         with self.unwrapped.block_at_hand(layer):
             return first_of(self._o[layer](z))
 
@@ -316,11 +319,12 @@ class Blocks:
         trace: Trace,
         pair: Tensor,
     ) -> Float[Tensor, "row pos d_model"]:
-        """What the stream gains, to first order at `trace`, when `part` gains `tangent`.
+        """Return the change of the block's output when `part` changes by `tangent`.
 
-        From `attn_out` and `mlp_out` on the way is linear, so that the first order is all.
+        To first order at `trace`. From `attn_out` and `mlp_out` the way to the stream is linear, so
+        that the result is exact.
         """
-        # of parts that are one module the last one counts
+        # if parts are one module, the last one's output is used
         names: tuple[Part, ...] = ("attn", "mlp", "mlp_out")
         fixed = {p: trace.part(layer, p)[pair].detach() for p in dict.fromkeys((*names, part))}
         with forward_ad.dual_level():
@@ -335,7 +339,7 @@ class Blocks:
     def head_writes(
         self, layer: int, delta_z: Float[Tensor, "pair pos width"], n_heads: int
     ) -> Float[Tensor, "head pair pos d_model"]:
-        """What the attention's output gains when one head's z at a time gains its `delta_z`."""
+        """Return the change of attention's output when each head's z alone changes by `delta_z`."""
         heads = rearrange(delta_z, "pair pos (head d) -> pair pos head d", head=n_heads)
         single = torch.eye(n_heads, dtype=heads.dtype, device=heads.device)
         rows = torch.einsum("bphd,hg->gbphd", heads, single).flatten(-2)
@@ -347,8 +351,10 @@ class Blocks:
     def exact_head_writes(
         self, layer: int, gained: Float[Tensor, "row pos d_model"], trace: Trace, pair: Tensor
     ) -> Float[Tensor, "row pos d_model"]:
-        """What the stream gains when the attention's output gains `gained`: through a norm after
-        attention exactly, not to first order."""
+        """Return the change of the block's output when attention's output changes by `gained`.
+
+        A norm after attention is computed exactly, not to first order.
+        """
         if self._modules[layer, "attn_out"] is self._modules[layer, "attn"]:
             return self.push(layer, "attn_out", gained, trace, pair)
         base = trace.part(layer, "attn")[pair]
@@ -373,9 +379,11 @@ class Blocks:
         start: int,
         replace: Callable[[Literal["q", "k", "v", "mlp"], Tensor], None],
     ) -> Float[Tensor, "row pos d_model"]:
-        """The block's output on `x`, whose rows run from `start` on and read the trace's keys and
-        values before that; `replace` may write into q, k, v `[row, head, pos, d]` and into the
-        MLP's output `[row, pos, d_model]`."""
+        """Return the block's output for `x`, whose rows begin at position `start`.
+
+        Before `start` the rows read the trace's keys and values. `replace` may write into q, k, v
+        `[row, head, pos, d]` and into the MLP's output `[row, pos, d_model]`.
+        """
 
         def attend(module: nn.Module, *qkv: Tensor, **kw: Any) -> Tensor:
             q, k, v = (unpack(t, len(x)).clone() for t in qkv)
@@ -384,7 +392,7 @@ class Blocks:
             if start:
                 k = torch.cat([trace.k[layer][pair, :, :start], k], dim=2)
                 v = torch.cat([trace.v[layer][pair, :, :start], v], dim=2)
-                q = nn.functional.pad(q, (0, 0, start, 0))  # so that it stands at its position
+                q = nn.functional.pad(q, (0, 0, start, 0))  # aligns queries with their positions
             z = _attended(module, q, k, v, kw)[:, :, start:]
             return rearrange(z, "row head pos d -> 1 (row pos) head d")
 
@@ -398,20 +406,20 @@ class Blocks:
             return self._call(layer, x, trace, pair, start)
 
     def _call(self, layer: int, x: Tensor, trace: Trace, pair: Tensor, start: int) -> Tensor:
-        """The block on packed rows, with the arguments that it had in the trace."""
+        """Return the block's output for packed rows, with the block arguments of the trace."""
         rows, n_pos, _ = x.shape
-        call = trace.calls[layer].at(
+        block_args = trace.calls[layer].at(
             pair.repeat_interleave(n_pos),
             torch.arange(start, start + n_pos, device=x.device).repeat(rows),
         )
         out = self.unwrapped.blocks[layer](
-            x.reshape(1, rows * n_pos, -1), *call.args, **call.kwargs
+            x.reshape(1, rows * n_pos, -1), *block_args.args, **block_args.kwargs
         )
         return first_of(out).reshape(x.shape)
 
     @contextmanager
     def _fixed(self, layer: int, given: Mapping[Part, Tensor], trace: Trace) -> Iterator[None]:
-        """The modules of the parts `given` return these, whatever they are called with."""
+        """Inside, the modules of the parts `given` return these outputs for any input."""
         modules = []
         for part, value in given.items():
             raw = trace.parts[layer, part]
@@ -440,11 +448,11 @@ class Blocks:
 
 
 def unpack(x: Tensor, rows: int) -> Float[Tensor, "row head pos d"]:
-    """What attention got of packed rows, row by row."""
+    """Return attention's q, k or v of packed rows, with an axis for rows."""
     return rearrange(x, "1 head (row pos) d -> row head pos d", row=rows)
 
 
 def _attended(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, kw: dict[str, Any]) -> Tensor:
-    """Causal attention over whole prompts, `[row, head, pos, d]`."""
+    """Return causal attention's output over full prompts, `[row, head, pos, d]`."""
     pattern = attention_pattern(q, k, **attention_settings(module, q.shape[-1], kw))
     return pattern.to(v) @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)

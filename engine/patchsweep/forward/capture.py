@@ -1,7 +1,7 @@
-"""Capture: run prompts once through the plain model and keep what the packed batches need.
+"""Capture: runs prompts once through the plain model and caches what packed batches need.
 
-What is kept of the base run: the input of every block, post-rotary keys and values, and the
-very arguments each block was called with. Of any run: the activations of the swept sites.
+The cache holds the input of every block, post-rotary keys and values, each block's arguments, and
+the activations of the swept sites.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ from patchsweep.forward.unwrapped import (
 from patchsweep.models.offload import device_of
 from patchsweep.spec.sites import SITES
 
-_NO_LOGITS = torch.empty(0, dtype=torch.long, device="cpu")  # positions whose logits are made
+_NO_LOGITS = torch.empty(0, dtype=torch.long, device="cpu")  # positions whose logits are computed
 
 
 @dataclass
 class ActivationCache:
-    """What was kept of one batch of prompts of equal length.
+    """The activation cache of one batch of prompts of equal length.
 
-    The tensors of a block lie on its device, or on the CPU where a budget was used up.
+    The tensors of a block are on its device, or on the CPU if the byte budget was used up.
     """
 
     shape: tuple[int, int]  # prompts, positions
     shelf: ActivationStore = field(default_factory=ActivationStore)  # keeps the tensors below
-    devices: list[torch.device] = field(default_factory=list)  # per block; + of the final residual
+    devices: list[torch.device] = field(default_factory=list)  # per block; + final residual
     resid: list[Tensor] = field(default_factory=list)  # per block [pair, pos, d_model]; + final
     keys: list[Tensor] = field(default_factory=list)  # per block [pair, kv_head, pos, d_head]
     values: list[Tensor] = field(default_factory=list)  # per block [pair, kv_head, pos, d_head]
@@ -59,13 +59,13 @@ class ActivationCache:
     sites: dict[str, list[Tensor]] = field(default_factory=dict)  # per block [pair, pos, width]
 
     def layers_of(self, name: str) -> list[Tensor]:
-        """A site's activations, layer by layer."""
+        """Return a site's activations, layer by layer."""
         if name == "resid_pre":
             return self.resid[:-1]
         return self.resid[1:] if name == "resid_post" else self.sites[name]
 
     def half(self, which: slice) -> ActivationCache:
-        """The prompts `which` of the batch."""
+        """Return the cache of the prompts `which` of the batch; the tensors are views."""
         return ActivationCache(
             shape=(len(range(*which.indices(self.shape[0]))), self.shape[1]),
             shelf=self.shelf,
@@ -85,7 +85,12 @@ def capture(
     sites: Sequence[SiteLocation] = (),
     shelf: ActivationStore | None = None,
 ) -> ActivationCache:
-    """One forward pass over `tokens` `[pair, pos]`, keeping every block's input, K, V and sites."""
+    """Run `tokens` `[pair, pos]` once; return every block's input, K, V, arguments and `sites`.
+
+    Raises:
+        Unsupported: the model does not call every block's attention once through the attention
+            interface, or passes keys and values on to later blocks.
+    """
     shelf = shelf or ActivationStore()
     run = ActivationCache((len(tokens), tokens.shape[1]), shelf)
     for site in sites:
@@ -113,7 +118,7 @@ def capture(
         run.resid.append(shelf.copy(first_of(output)))
 
     with ExitStack() as stack:
-        if not are_known(unwrapped):  # the dry runs and this one share what lies around the blocks
+        if not are_known(unwrapped):  # fetch weights outside of the blocks once for dry runs too
             stack.enter_context(unwrapped.unembed_in_memory())
         axes = argument_axes(unwrapped)
         for block in unwrapped.blocks:
@@ -136,25 +141,25 @@ def capture(
             unwrapped.model(tokens, use_cache=False, logits_to_keep=_NO_LOGITS)
         except Exception as error:
             if called or unwrapped.takes_attention_functions:
-                raise  # no matter of attention: out of memory, tensors on two devices, ...
+                raise  # not caused by attention: out of memory, tensors on two devices, ...
             why = f"{OWN_ATTENTION} ({type(error).__name__}: {error})"
             raise Unsupported(why) from error
     if not called:
         raise Unsupported(OWN_ATTENTION)
     if len(run.resid) != unwrapped.n_layers + 1 or len(run.keys) != unwrapped.n_layers:
         raise Unsupported("the model does not call every block's attention once")
-    for call in run.calls:
-        call.check()
+    for block_args in run.calls:
+        block_args.check()
     return run
 
 
 @torch.no_grad()
 def check_attention_sites(unwrapped: UnwrappedModel, sites: Sequence[SiteLocation]) -> None:
-    """See that what attention is called with is what the bridge's hooks show.
+    """Check that q, k and v inside attention equal what the bridge's hooks show.
 
-    Attention may get more than `hook_rot_q` sees (all of a query, of which only a part is
-    rotated), or what a norm made of it. Where such a hook is missing or never fires, there is
-    nothing to compare with. Two forward passes over three tokens, if there is such a site at all.
+    Attention may get more than `hook_rot_q` sees (the full query, if only a part is rotated), or
+    a normalised query. A hook that is missing or never fires is not compared. Runs two forward
+    passes over three tokens if one of `sites` is inside attention, and none otherwise.
 
     Raises:
         Unsupported: a hook shows another tensor.
@@ -164,26 +169,26 @@ def check_attention_sites(unwrapped: UnwrappedModel, sites: Sequence[SiteLocatio
         return
     bridge = unwrapped.bridge
     tokens = torch.arange(3, device=device_of(bridge)).unsqueeze(0)
-    ours = capture(unwrapped, tokens, inside).sites
-    theirs: dict[str, Tensor] = {}
+    captured = capture(unwrapped, tokens, inside).sites
+    hooked: dict[str, Tensor] = {}
     names = [s.site.hook_name(layer) for s in inside for layer in range(unwrapped.n_layers)]
     hooks = [
-        (name, lambda x, hook, name=name: theirs.update({name: x.detach().clone()}))
+        (name, lambda x, hook, name=name: hooked.update({name: x.detach().clone()}))
         for name in names
         if unwrapped.has_hook(name)
     ]
     with cast_while(bridge, unwrapped.dtype):
         bridge.run_with_hooks(tokens, fwd_hooks=hooks)
     for point in inside:
-        for layer, x in enumerate(ours[point.site.name]):
+        for layer, x in enumerate(captured[point.site.name]):
             name = point.site.hook_name(layer)
-            if name not in theirs:
+            if name not in hooked:
                 continue
-            y = theirs[name]
+            y = hooked[name]
             if y.ndim == 4 and bridge.hook_dict[name].pos_dim == 2:
                 y = y.transpose(1, 2)
             y = y.flatten(2)
-            # 16-bit numbers are rounded at every step of a block, in either order
+            # 16-bit numbers are rounded at every step, in both runs
             share = 1e-3 if x.dtype in (torch.float32, torch.float64) else 0.05
             if x.shape != y.shape or bool((x - y).abs().max() > share * x.abs().max()):
                 raise Unsupported(
@@ -209,7 +214,7 @@ def _causal(
     v: Tensor,
     kw: Any,
 ) -> Tensor:
-    """Plain causal attention over whole prompts; keeps K, V and the sites that live here."""
+    """Return causal attention's output over full prompts; cache K, V and sites in attention."""
     settings = attention_settings(module, q.shape[-1], kw)
     run.keys.append(run.shelf.keep(k))
     run.values.append(run.shelf.keep(v))
@@ -238,7 +243,7 @@ def attention_pattern(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention probabilities `[pair, head, dest, src]` of whole prompts, fp32 (fp64 for fp64)."""
+    """Return attention patterns `[pair, head, dest, src]` of full prompts, fp32 (fp64 for fp64)."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     dtype = torch.promote_types(q.dtype, torch.float32)
     scores = (q.to(dtype) @ k.to(dtype).transpose(-1, -2)) * scale
@@ -257,14 +262,14 @@ def attention_pattern(
 
 
 class _FrontDone(Exception):
-    """The first block was reached."""
+    """Ends the forward pass at the first block."""
 
 
 @torch.no_grad()
 def embed_to_stream(
     unwrapped: UnwrappedModel, values: Float[Tensor, "pair pos d_model"]
 ) -> Float[Tensor, "pair pos d_model"]:
-    """The first block's input when the token embeddings are `values`."""
+    """Return the first block's input when the token embeddings are `values`."""
     point = resolve_site(unwrapped, SITES["embed"]).points[0]
     stream: list[Tensor] = []
 
@@ -284,10 +289,10 @@ def embed_to_stream(
 
 @contextmanager
 def watch(point: HookLocation, visit: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """Call `visit` with the tensor that passes `point`.
+    """Inside, call `visit` with the tensor at `point` in each forward pass.
 
-    It may change the tensor in place, or return another one that goes on in its stead. Of a
-    point with columns it gets these alone, as a tensor of their own.
+    `visit` may change the tensor in place, or return a tensor that replaces it. If the point has
+    columns, `visit` gets a copy of these columns only.
     """
 
     def visited(x: Tensor) -> Tensor | None:

@@ -1,8 +1,8 @@
-"""Weights of 16 bits in fp32: where their casts are made, and that none of them stays.
+"""Casts of 16-bit weights to fp32, made while a module runs and freed afterwards.
 
-A block's weights are cast as its streamed module brings them together (see `stations`), an
-embedding's row by row. Graphs of gradients keep no casts, and the bridge itself can be run in fp32
-for a while.
+A block's weights are cast when its streamed module fetches them (see `weight_streaming`), an
+embedding's row by row. Autograd graphs keep no casts. The bridge itself can run in fp32 inside a
+context.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from patchsweep.models.running import running
 
 
 def looks_up(module: nn.Module, station: StreamedModule) -> TypeGuard[nn.Embedding]:
-    """Whether `cast_rows` can serve the module: an embedding that is there, called with ids."""
+    """Whether `cast_rows` works for the module: an embedding in memory that is called with ids."""
     first = next(iter(inspect.signature(module.forward).parameters), "")
     return (
         isinstance(module, nn.Embedding)
@@ -34,13 +34,13 @@ def looks_up(module: nn.Module, station: StreamedModule) -> TypeGuard[nn.Embeddi
 
 
 def cast_rows(embedding: nn.Embedding, weight: Away) -> None:
-    """Let each call of `embedding` cast the rows that it looks up, not its whole table."""
-    embedding.padding_idx = None  # of the whole table; it says something about gradients alone
+    """Make each call of `embedding` cast only the rows that it looks up."""
+    embedding.padding_idx = None  # an index into the full table; it matters for gradients only
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
         ids, *rest = args or kwargs.values()
-        chosen, numbers = ids.unique(return_inverse=True)
-        rows = weight.stored[weight.name].detach()[chosen].to(weight.dtype)
+        row_ids, numbers = ids.unique(return_inverse=True)
+        rows = weight.stored[weight.name].detach()[row_ids].to(weight.dtype)
         module._parameters[weight.name] = nn.Parameter(rows, requires_grad=False)
         return (numbers, *rest), {}
 
@@ -55,9 +55,9 @@ def cast_rows(embedding: nn.Embedding, weight: Away) -> None:
 def cast_while(
     bridge: TransformerBridge, dtype: torch.dtype, hold: Sequence[nn.Module] = ()
 ) -> Iterator[None]:
-    """Inside, `bridge` itself computes in `dtype`; its modules are as they were at the end.
+    """Inside, `bridge` computes in `dtype`; on exit its modules are restored.
 
-    Weights are cast while their module runs, those of `hold` all the time.
+    Weights are cast while their module runs, those of `hold` for the whole context.
     """
     with running(bridge):
         if dtype == bridge.cfg.dtype:
@@ -72,7 +72,7 @@ def _cast(
     bridge: TransformerBridge, dtype: torch.dtype, hold: Sequence[nn.Module]
 ) -> Iterator[None]:
     own, model = bridge.cfg.dtype, bridge.original_model
-    # a wrapper around a module may ask for the dtype of its weights before it calls it
+    # a wrapper may read the dtype of a module's weights before it calls the module
     wrappers = {
         m.original_component: m for m in model.modules() if isinstance(m, GeneralizedComponent)
     }
@@ -81,15 +81,15 @@ def _cast(
     with ExitStack() as stack:
         homes = stack.enter_context(_without_accelerate(model))
         try:
-            stations = stream_modules(model, tuple(bridge.blocks), homes, WeightTraffic(), dtype)
-            for module, station in stations.items():
+            streamed = stream_modules(model, tuple(bridge.blocks), homes, WeightTraffic(), dtype)
+            for module, streamed_module in streamed.items():
                 outermost = wrappers.get(module, module)
-                for handle in station.serve(outermost):
+                for handle in streamed_module.serve(outermost):
                     stack.callback(handle.remove)
                 if outermost in hold:
-                    station.fetch()
-                    stack.callback(station.release)
-            bridge.cfg.dtype = dtype  # in which it keeps activations
+                    streamed_module.fetch()
+                    stack.callback(streamed_module.release)
+            bridge.cfg.dtype = dtype  # the bridge's dtype of activations
             yield
         finally:
             bridge.cfg.dtype = own
@@ -99,7 +99,7 @@ def _cast(
 
 @contextmanager
 def _without_accelerate(model: nn.Module) -> Iterator[dict[nn.Module, Home]]:
-    """Inside, no module of `model` fetches its own weights; yields where each is at home."""
+    """Inside, accelerate fetches no weights of `model`; yields each offloaded module's home."""
     homes = {m: home for m in model.modules() if (home := home_of(m)) is not None}
     taken = [
         (module, name, module.__dict__.pop(name))
@@ -116,7 +116,7 @@ def _without_accelerate(model: nn.Module) -> Iterator[dict[nn.Module, Home]]:
 
 @dataclass(frozen=True)
 class _View:
-    """A part of a weight that was cast, without its values."""
+    """A view of a cast weight, stored as shape and stride instead of values."""
 
     weight: Away
     size: torch.Size
@@ -129,9 +129,9 @@ class _View:
 
 @contextmanager
 def keep_no_casts(stations: Iterable[StreamedModule]) -> Iterator[None]:
-    """A graph made inside keeps no cast weights of `stations`: they are cast again on the way back.
+    """Inside, autograd graphs save no cast weights of `stations`; the backward pass casts again.
 
-    Otherwise all of them would stay until the backward pass, a second copy of the model.
+    Otherwise all casts would stay until the backward pass, a second copy of the model.
     """
     tables = [station.at_hand for station in stations if station.away]
     if not tables:
@@ -139,8 +139,8 @@ def keep_no_casts(stations: Iterable[StreamedModule]) -> Iterator[None]:
         return
 
     def pack(x: Tensor) -> Tensor | _View:
-        place = x.untyped_storage().data_ptr()
-        weight = next((table[place] for table in tables if place in table), None)
+        address = x.untyped_storage().data_ptr()
+        weight = next((table[address] for table in tables if address in table), None)
         return x if weight is None else _View(weight, x.shape, x.stride(), int(x.storage_offset()))
 
     def unpack(kept: Tensor | _View) -> Tensor:

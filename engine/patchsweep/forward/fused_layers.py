@@ -1,10 +1,10 @@
-"""Layers that most models share, in forms that read and write less memory.
+"""Fused layers: norms, gated MLPs and rotary embeddings with less memory traffic.
 
-Between its matrix products a block of a packed batch passes over its activations again and again,
-and on a CPU those passes take a quarter of a sweep. Hugging Face's models repeat the same few
-forwards word for word, so their compiled code tells them; a layer that is none of them stays as it
-is. Gates give the same bits as the model's own, norms and rotary positions differ in the last ones.
-Where gradients are taken, the model's own forwards run.
+Between matrix products a block passes over its activations many times; on a CPU these passes take a
+quarter of a sweep. Hugging Face's models repeat the same few forwards word for word, so their
+bytecode identifies them; other layers stay as they are. Fused gates give the same bits as the
+model's own; norms and rotary embeddings differ in the last bits. With gradients enabled, the
+model's own forwards run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROTARY = "apply_rotary_pos_emb"
 
 
 class RMSNorm(nn.Module):
-    """A mixin: weight · x / sqrt(mean(x²) + epsilon), with fewer passes over x."""
+    """Mixin for RMSNorm: weight · x / sqrt(mean(x²) + epsilon), with fewer passes over x."""
 
     weight: Tensor
     variance_epsilon: float
@@ -31,14 +31,14 @@ class RMSNorm(nn.Module):
         if torch.is_grad_enabled() or x.dtype != torch.float32 or self.weight.dtype != x.dtype:
             own: Tensor = super().forward(x)
             return own
-        # one pass over x, and nothing written
+        # one pass over x that writes nothing
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         mean = norm.square_().mul_(1 / x.shape[-1])
         return (x * mean.add_(self.variance_epsilon).rsqrt_()).mul_(self.weight)
 
 
 class GatedMLP(nn.Module):
-    """A mixin: down(act(gate(x)) * up(x)), the product made in place."""
+    """Mixin for a gated MLP: down(act(gate(x)) * up(x)), with the product in place."""
 
     act_fn: nn.Module
     gate_proj: nn.Module
@@ -55,7 +55,7 @@ class GatedMLP(nn.Module):
 
 @cache
 def leaner(cls: type[nn.Module]) -> type[nn.Module]:
-    """`cls`, or a subclass of it whose forward computes the same with fewer passes over memory."""
+    """Return a subclass of `cls` with a fused forward, or `cls` if its forward is not known."""
     forward = cls.forward
     if not isinstance(forward, FunctionType):
         return cls
@@ -75,7 +75,7 @@ def leaner(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def _same(function: Any, other: Any) -> bool:
-    """Whether two functions do the same, apart from what their globals are."""
+    """Whether two functions have the same bytecode, names and constants; globals may differ."""
     if not (isinstance(function, FunctionType) and isinstance(other, FunctionType)):
         return False
     ours, theirs = function.__code__, other.__code__
@@ -87,12 +87,12 @@ def _same(function: Any, other: Any) -> bool:
 
 
 def _constants(function: FunctionType) -> list[Any]:
-    """Without the docstring."""
+    """Return the function's constants without its docstring."""
     return [value for value in function.__code__.co_consts if value is not function.__doc__]
 
 
 def _with_global(function: FunctionType, name: str, value: Any) -> FunctionType:
-    """`function`, for which the global `name` is `value`."""
+    """Return a copy of `function` whose global `name` is `value`."""
     new = FunctionType(
         function.__code__,
         {**function.__globals__, name: value},
@@ -117,7 +117,7 @@ def _rotary(own: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Te
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x · cos + (-x's second half, x's first half) · sin, along the last axis."""
+    """Return x · cos + (-second half of x, first half of x) · sin, along the last axis."""
     half = x.shape[-1] // 2
     y = x * cos
     y[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)

@@ -1,9 +1,8 @@
-"""The gradient model: one differentiable forward pass over the model's plain modules, its sites
-watched.
+"""The gradient model: differentiable forward passes through the plain modules, hooked at sites.
 
-Attribution runs on the same plain modules as the packed batches (`forward.unwrapped`), with an
-attention function that autograd can go through. Gradients are those of the metric with respect to
-the activations; weights take none, which is what a plain backward pass spends most of its time on.
+Attribution runs the same plain modules as packed batches (`forward.unwrapped`), with a
+differentiable attention function. Gradients are those of the metric with respect to activations.
+Weights take no gradients, which are most of the cost of a plain backward pass.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ from patchsweep.spec.sites import SITES, Site
 
 @dataclass(frozen=True)
 class Place:
-    """Where a watched tensor was found, and how its axes lie. Holds no tensor."""
+    """The site, layer and axes of a visited activation. Holds no tensor."""
 
     site: Site
     layer: int
     n_rows: int
     n_pos: int
-    heads_first: bool  # [row, head, pos, d] as attention has it, not [row, pos, width]
+    heads_first: bool  # [row, head, pos, d] as in attention; False: [row, pos, width]
 
     @property
     def is_pattern(self) -> bool:
@@ -43,7 +42,7 @@ class Place:
         return self.site.is_pattern
 
     def flat(self, x: Tensor) -> Tensor:
-        """`x` or its gradient as `[row, pos, width]`; a pattern as `[row, head, dest, src]`."""
+        """Return `x` (or its gradient) as `[row, pos, width]`; a pattern stays as it is."""
         if self.is_pattern:
             return x
         if self.heads_first:
@@ -51,7 +50,7 @@ class Place:
         return x.reshape(self.n_rows, self.n_pos, -1)
 
     def write(self, x: Tensor, values: Tensor) -> None:
-        """Put `values` (shaped as `flat` gives them) into `x` in place, for every reader of it."""
+        """Write `values`, shaped as `flat` returns them, into `x` in place."""
         if self.heads_first and not self.is_pattern:
             values = rearrange(values, "row pos (head d) -> row head pos d", head=x.shape[1])
         x.copy_(values.reshape(x.shape))
@@ -59,7 +58,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Heads:
-    """One layer's attention: after rotary, before the output projection."""
+    """One layer's queries and keys after rotary, values, and attention pattern."""
 
     q: Float[Tensor, "row head pos d"]
     k: Float[Tensor, "row kv_head pos d"]
@@ -70,22 +69,22 @@ class Heads:
 
 @dataclass(frozen=True)
 class Prefix:
-    """A run whose first tokens others share: they read its keys and values there."""
+    """Keys and values of a run whose first tokens other runs share."""
 
-    start: int  # tokens that are shared
-    keys: list[Float[Tensor, "row kv_head pos d"]]  # per layer, as many rows as the tokens
+    start: int  # number of shared tokens
+    keys: list[Float[Tensor, "row kv_head pos d"]]  # per layer; one row per row of the run's tokens
     values: list[Float[Tensor, "row kv_head pos d"]]
 
 
-# told of every watched activation; it may write into it where nothing below takes a gradient
+# called with every watched activation; may write into it if nothing before it takes a gradient
 Visit = Callable[[Place, Tensor], None]
 
 
 class GradientModel:
-    """Forward passes over plain modules that share every weight with `bridge`.
+    """Differentiable forward passes over plain modules that share every weight with `bridge`.
 
     Raises:
-        MethodError: the model or a site has no place among its plain modules.
+        MethodError: the plain modules cannot run the model, or do not have a site.
     """
 
     def __init__(
@@ -96,9 +95,13 @@ class GradientModel:
         longest: int = 1,
         compute_dtype: torch.dtype | None = None,
     ) -> None:
-        """`own`: sites of a method's own, which it need not share with the bridge. `longest`:
-        tokens of the longest prompt, since masks of longer ones may be of another kind.
-        `compute_dtype`: what weights of 16 bits are cast to; None: they stay as they are."""
+        """Unwrap the model and locate its sites.
+
+        Args:
+            own: a method's additional sites, which are not compared with the bridge's hooks.
+            longest: tokens of the longest prompt, since longer prompts may have another mask.
+            compute_dtype: dtype that 16-bit weights are cast to; None: they are not cast.
+        """
         try:
             self.unwrapped = UnwrappedModel(bridge, compute_dtype)
             self.points = {site.name: resolve_site(self.unwrapped, site) for site in (*sites, *own)}
@@ -117,7 +120,7 @@ class GradientModel:
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Weights take no gradient inside; restored at the end."""
+        """Inside, weights take no gradient; on exit they are restored."""
         trainable = [p for p in self.unwrapped.model.parameters() if p.requires_grad]
         for parameter in trainable:
             parameter.requires_grad_(False)
@@ -143,17 +146,17 @@ class GradientModel:
         on_attention: Callable[[int, Heads], None] | None = None,
         after: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> Float[Tensor, "row read d_vocab"]:
-        """fp32 logits at the positions `reads`; `visit` is called at every site and layer.
+        """Return fp32 logits at the positions `reads`; call `visit` at every site and layer.
 
         Args:
-            sites: which of the gradient model's sites are watched; default all.
-            gradient: the token embeddings start the graph.
-            embeds: take the place of the token embeddings.
-            first_layer, stream: start there, with that residual stream entering the block.
-            fixed_pattern: attention patterns are constants to the backward pass.
-            prefix: only the tokens from `prefix.start` on are run; `reads` lie among them.
-            on_attention: told of each layer's queries, keys and pattern.
-            after: a context entered when all sites are watched, for hooks that come after.
+            sites: the watched sites, of the gradient model's; default all.
+            gradient: start a graph at the token embeddings.
+            embeds: replace the token embeddings.
+            first_layer, stream: start at this block, with this residual stream as its input.
+            fixed_pattern: treat attention patterns as constants in the backward pass.
+            prefix: run only the tokens from `prefix.start` on; `reads` are among them.
+            on_attention: called with each layer's queries, keys, values and pattern.
+            after: a context entered once all sites are hooked, for hooks that run after these.
         """
         watched = (
             [self.points[s.name] for s in sites] if sites is not None else [*self.points.values()]
@@ -162,21 +165,21 @@ class GradientModel:
         tokens = tokens[:, skipped:]
         inside = {p.site.name: p.site for p in watched if p.in_attention}
 
-        def see(site: Site, layer: int, x: Tensor, *, heads_first: bool = False) -> None:
+        def visit_site(site: Site, layer: int, x: Tensor, *, heads_first: bool = False) -> None:
             visit(Place(site, layer, tokens.shape[0], tokens.shape[1], heads_first), x)
 
         def attention(layer: int) -> Attend:
             def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **kw: Any) -> Tensor:
                 if inside and not gradient:
-                    q, k, v = q.clone(), k.clone(), v.clone()  # parts of one tensor: no writing
+                    q, k, v = q.clone(), k.clone(), v.clone()  # views of one tensor: not writable
                 for name, x in (("q", q), ("rot_q", q), ("k", k), ("rot_k", k), ("v", v)):
                     if name in inside:
-                        see(inside[name], layer, x, heads_first=True)
+                        visit_site(inside[name], layer, x, heads_first=True)
                 settings = attention_settings(module, q.shape[-1], kw)
                 if prefix is not None:
                     k = torch.cat([prefix.keys[layer][:, :, :skipped], k], dim=2)
                     v = torch.cat([prefix.values[layer][:, :, :skipped], v], dim=2)
-                    q = nn.functional.pad(q, (0, 0, skipped, 0))  # stands at its own position
+                    q = nn.functional.pad(q, (0, 0, skipped, 0))  # aligns queries with positions
                 pattern = attention_pattern(q, k, **settings)[:, :, skipped:]
                 if fixed_pattern:
                     pattern = pattern.detach().requires_grad_(torch.is_grad_enabled())
@@ -186,7 +189,7 @@ class GradientModel:
                     )
                 for site in inside.values():
                     if site.is_pattern:
-                        see(site, layer, pattern, heads_first=True)
+                        visit_site(site, layer, pattern, heads_first=True)
                 values = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
                 return (pattern.to(v) @ values).transpose(1, 2)
 
@@ -203,12 +206,12 @@ class GradientModel:
             if gradient or embeds is not None:
                 stack.enter_context(watch(self._embed, start))
             for point in watched:
-                for layer, place in enumerate(point.points):
+                for layer, location in enumerate(point.points):
                     stack.enter_context(
-                        watch(place, lambda x, s=point.site, i=layer: see(s, i, x))  # type: ignore[misc]
+                        watch(location, lambda x, s=point.site, i=layer: visit_site(s, i, x))  # type: ignore[misc]
                     )
                 if point.site.in_stream and point.site.layered:
-                    self._watch_stream(stack, point.site, see)
+                    self._watch_stream(stack, point.site, visit_site)
             stack.enter_context(after())
             self.unwrapped.attend_with(attention)
             stack.callback(self.unwrapped.attend_with, None)
@@ -228,7 +231,7 @@ class GradientModel:
         return logits
 
     def _watch_stream(self, stack: ExitStack, site: Site, see: Callable[..., None]) -> None:
-        """Watch the input, or the output, of every block."""
+        """Call `see` at the input of every block, or at its output if the site has a shift."""
         for layer, block in enumerate(self.unwrapped.blocks):
             if not site.shift:
 
@@ -246,7 +249,7 @@ class GradientModel:
 
     @contextmanager
     def _starting_at(self, layer: int, stream: Tensor) -> Iterator[None]:
-        """Blocks below `layer` are passed over; the one at `layer` gets `stream`."""
+        """Inside, blocks below `layer` are skipped and the block at `layer` gets `stream`."""
         skipped = self.unwrapped.blocks[:layer]
         for block in skipped:
             block.__dict__["forward"] = lambda hidden_states, *args, **kwargs: hidden_states
@@ -255,7 +258,7 @@ class GradientModel:
             _, rest, named = split_hidden(args, kwargs)
             return (stream, *rest), named
 
-        # first of the hooks, so that sites see the stream
+        # prepended to the other hooks, so that sites see the stream
         handle = self.unwrapped.blocks[layer].register_forward_pre_hook(
             replace, with_kwargs=True, prepend=True
         )
@@ -273,7 +276,7 @@ class GradientModel:
         reads: Sequence[int] = (-1,),
         sites: Sequence[Site] | None = None,
     ) -> tuple[dict[str, list[Tensor]], Tensor]:
-        """Per site and layer what `Place.flat` gives, and the logits at `reads`."""
+        """Return activations by site and layer, in `Place.flat` form, and the logits at `reads`."""
         kept: dict[str, list[Tensor]] = {}
 
         def keep(place: Place, x: Tensor) -> None:
@@ -285,7 +288,7 @@ class GradientModel:
 
 @contextmanager
 def frozen(bridge: TransformerBridge) -> Iterator[None]:
-    """Weights take no gradient inside; restored at the end."""
+    """Inside, weights of the bridge's model take no gradient; on exit they are restored."""
     trainable = [p for p in bridge.original_model.parameters() if p.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)

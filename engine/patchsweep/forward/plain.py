@@ -1,4 +1,4 @@
-"""The Hugging Face model behind a bridge, once more: its own classes and tensors, no hooks."""
+"""A copy of the Hugging Face model behind a bridge: same classes and tensors, no hooks."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from patchsweep.models.wrapping import (
     prompts_of,
 )
 
-# what a config can ask for besides the logits
+# config settings that make a model return more than logits
 MORE_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 
 class PlainModel:
-    """Copies of the module objects behind `bridge`, of their own classes and with no hooks.
+    """Copies of the module objects behind `bridge`, with the same classes and without hooks.
 
-    They share every parameter and buffer with the bridge, and call `attention`, a name that the
-    attention interface of transformers knows.
+    They share every parameter and buffer with the bridge. `attention` is the name of the attention
+    function that they call, as transformers' attention interface knows it.
     """
 
     model: nn.Module
@@ -43,7 +43,7 @@ class PlainModel:
         self.model.eval()
 
     def module_of(self, component: Any) -> nn.Module | None:
-        """The plain module behind a bridge component, if it wraps one of the model's own."""
+        """Return the plain module behind a bridge component; None if it wraps no module."""
         return self._copies.get(id(getattr(component, "original_component", None)))
 
     def _class_of(self, module: nn.Module) -> type[nn.Module]:
@@ -62,7 +62,7 @@ class PlainModel:
         home = home_of(module)
         if home is not None:
             self._homes[new] = home
-            # accelerate's own wrapper runs the module that it was made for, not the copy
+            # accelerate's wrapper would run the original module instead of the copy
             for name in ACCELERATE:
                 state.pop(name, None)
         for name, value in state.items():
@@ -80,12 +80,12 @@ class PlainModel:
         return new
 
     def _config(self, config: Any) -> Any:
-        """One copy per config object, so that modules which shared it still do."""
+        """Return the copy of `config`, one per object, so that modules still share configs."""
         if id(config) not in self._configs:
             new = copy.deepcopy(config)
             if hasattr(new, "_attn_implementation"):
                 new._attn_implementation = self._attention
-            for name in MORE_OUTPUTS:  # some are made of modules that a pass here leaves out
+            for name in MORE_OUTPUTS:  # some need modules that a pass here skips
                 if getattr(new, name, False):
                     setattr(new, name, False)
             self._configs[id(config)] = new
@@ -93,14 +93,15 @@ class PlainModel:
 
 
 def check_bridge(bridge: TransformerBridge) -> None:
-    """See that `bridge` computes what the model inside it does, and that this model is causal.
+    """Check that `bridge` computes what the model inside it does, and that the model is causal.
 
-    Four short forward passes, unless `load_model` made them and nothing has changed since. In
-    compatibility mode the bridge alone has the processed weights, offloaded weights would be read
-    twice, and a bridge that casts to 8 bits cannot run: then nothing is compared.
+    Runs four short forward passes, unless `load_model` ran them and nothing has changed since.
+    Nothing is compared in compatibility mode, where only the bridge has the processed weights;
+    with offloaded weights, which would be read twice; and for a bridge that casts to 8 bits, which
+    cannot run.
 
     Raises:
-        ModelError: one of the two is not so.
+        ModelError: the bridge computes something else, or the model is not causal.
     """
     wrapping = known_wrapping(bridge)
     if wrapping is None:

@@ -1,4 +1,4 @@
-"""Where the plain modules hold a site: at a module's border, or inside the attention function."""
+"""Site locations in the plain modules: a module's input or output, or the attention function."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from patchsweep.spec.sites import SITES, Site
 
 @dataclass(frozen=True)
 class SiteLocation:
-    """Where the plain modules hold a site, layer by layer; no points: inside attention."""
+    """The location of a site in the plain modules."""
 
     site: Site
-    points: tuple[HookLocation, ...]
-    in_place: bool = True  # a patched value is seen by every reader of the tensor, not the next one
+    points: tuple[HookLocation, ...]  # one a layer; none: in attention, or in the residual stream
+    in_place: bool = True  # patch in place: every consumer sees it; False: only the next module
 
     @property
     def in_attention(self) -> bool:
@@ -30,10 +30,10 @@ class SiteLocation:
 
 
 def resolve_site(unwrapped: UnwrappedModel, site: Site) -> SiteLocation:
-    """Where `site` is found in `unwrapped`.
+    """Return the location of `site` in `unwrapped`.
 
     Raises:
-        Unsupported: this architecture has no such place, or only the bridge has it.
+        Unsupported: this architecture does not have the site, or only the bridge has it.
     """
     if site.named:
         raise Unsupported(f"{site.hook} was given by its full name")
@@ -65,7 +65,7 @@ def resolve_site(unwrapped: UnwrappedModel, site: Site) -> SiteLocation:
 
 
 def _in_fused_projection(unwrapped: UnwrappedModel, layer: int, name: str) -> HookLocation | None:
-    """Where q, k or v leaves the one matrix that makes all three; None: there is none."""
+    """Return the location of q, k or v in a fused QKV projection's output; None without one."""
     attention = getattr(unwrapped.bridge.blocks[layer], "attn", None)
     if not isinstance(attention, JointQKVAttentionBridge):
         return None
@@ -79,9 +79,9 @@ def _in_fused_projection(unwrapped: UnwrappedModel, layer: int, name: str) -> Ho
 def _columns(
     attention: JointQKVAttentionBridge, projection: nn.Module
 ) -> Mapping[str, Tensor] | None:
-    """Which outputs of `projection` are q, k and v, by the way in which the bridge splits it.
+    """Return the output columns of `projection` that are q, k and v, by the bridge's own split.
 
-    The bridge's own function splits a matrix whose rows hold their numbers. None if it cannot.
+    The bridge's function splits a matrix whose outputs hold their indices. None if it fails.
     """
     if isinstance(projection, Conv1D):
         n_in, n_out = projection.weight.shape
@@ -98,7 +98,7 @@ def _columns(
             _Replaced(attention.original_component, str(attention.qkv.name), numbered)
         )
     except (AttributeError, AssertionError, RuntimeError, TypeError, ValueError):
-        return None  # an architecture's own function may look at more than the matrix
+        return None  # an architecture's split may need more than the matrix
     return {
         name: part.weight.detach()[:, 0].round().long()
         for name, part in zip(("q", "k", "v"), parts, strict=True)
@@ -106,7 +106,7 @@ def _columns(
 
 
 class _Replaced:
-    """A module with another object in the place of one of its children."""
+    """A view of a module in which another object replaces one child."""
 
     def __init__(self, module: Any, name: str, child: Any) -> None:
         self._module = module

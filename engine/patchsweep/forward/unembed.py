@@ -1,4 +1,4 @@
-"""The unembedding: from final residuals to logits, by the model's own last steps."""
+"""The unembedding: computes logits from final residuals with the model's own modules."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ CHUNK_BYTES = 32 * 2**20
 
 
 class Unembed:
-    """Logits of final residuals: `[row, d_model]` to `[row, d_vocab]`, or chosen tokens only.
+    """Computes logits of final residuals: `[row, d_model]` to `[row, d_vocab]`, or some tokens'.
 
-    The whole vocabulary goes through the model's own tail: its forward pass, with one stand-in
-    block that hands over the residual. Chosen tokens, and sums over the vocabulary, go through
-    the final norm and the unembedding itself, where that was checked to give the same logits.
+    Full logits come from the model's own forward pass, in which one block that returns the residual
+    replaces all blocks. Some tokens' logits and vocabulary reductions come from the final norm and
+    the unembedding directly, if these were checked to give the same logits.
     """
 
     def __init__(self, unwrapped: UnwrappedModel) -> None:
@@ -36,9 +36,9 @@ class Unembed:
 
     @torch.no_grad()
     def logits(self, resid: Tensor) -> Tensor:
-        """Logits `[row, d_vocab]` of final residuals `[row, d_model]`; the caller chunks."""
+        """Return logits `[row, d_vocab]` of final residuals `[row, d_model]`; callers chunk."""
         parent, name, blocks = self.unwrapped.list_of_blocks()
-        # one token a prompt, so that learned positions never run out
+        # each row is a prompt of one token, so that learned positions always suffice
         tokens = torch.zeros(len(resid), 1, dtype=torch.long, device=resid.device)
         setattr(parent, name, nn.ModuleList([_StandIn(resid.unsqueeze(1))]))
         try:
@@ -49,20 +49,20 @@ class Unembed:
         return logits
 
     def chunk_rows(self, n_reads: int = 1) -> int:
-        """How many rows have fp32 logits that fit `CHUNK_BYTES`."""
+        """Return the number of rows whose fp32 logits fit `CHUNK_BYTES`."""
         return max(1, CHUNK_BYTES // (4 * self.d_vocab * n_reads))
 
     def chunks(self, n_rows: int, n_reads: int = 1) -> Iterator[slice]:
-        """Row slices whose fp32 logits fit `CHUNK_BYTES`."""
+        """Yield slices of rows whose fp32 logits fit `CHUNK_BYTES`."""
         size = self.chunk_rows(n_reads)
         for first in range(0, n_rows, size):
             yield slice(first, min(first + size, n_rows))
 
     @torch.no_grad()
     def token_logits(self, resid: Tensor, tokens: Tensor) -> Tensor:
-        """fp32 logits `[row, k]` of `tokens` `[row, k]` for final residuals `[row, d_model]`."""
+        """Return fp32 logits `[row, k]` of `tokens` `[row, k]` for residuals `[row, d_model]`."""
         if self.is_direct(resid):
-            # the model's own norm, whatever kind it is
+            # the model's own norm module, of any kind
             final = self._final(resid)
             unembedding, rows = self._rows_of(tokens, final.device, final.dtype)
             return answer_logits(final, unembedding, rows).to(resid.device)
@@ -77,10 +77,10 @@ class Unembed:
     def sum_over_vocab(
         self, name: Sum, resid: Tensor, reference: Tensor, reference_row: Tensor
     ) -> Tensor:
-        """A sum over the vocabulary `[row]` of final residuals, fp32, without `[row, d_vocab]`.
+        """Return a vocabulary reduction `[row]` of final residuals, fp32, without full logits.
 
-        Row i of `resid` `[row, d_model]` is held against row `reference_row[i]` of `reference`;
-        `log_z` needs neither. Only where `is_direct`.
+        Row i of `resid` `[row, d_model]` is compared with row `reference_row[i]` of `reference`;
+        `log_z` reads neither. Call it only if `is_direct`.
         """
         with self.unwrapped.unembed_in_memory():
             unembedding = self._unembedding()
@@ -90,12 +90,12 @@ class Unembed:
                 return log_z(final, unembedding).to(resid.device)
             compare = vocab_kl if name.startswith("kl") else total_variation
             base = self._final(reference).to(device)
-            found = compare(base, final, unembedding, base_row=reference_row.to(device))
-            return found.to(resid.device)
+            reduced = compare(base, final, unembedding, base_row=reference_row.to(device))
+            return reduced.to(resid.device)
 
     @torch.no_grad()
     def is_direct(self, resid: Tensor) -> bool:
-        """Whether final norm and unembedding give the model's logits; tried on the first rows."""
+        """Whether final norm and unembedding give the model's logits; tried once, on four rows."""
         if self._direct is None:
             with self.unwrapped.unembed_in_memory():
                 self._direct = self._check(resid[:4])
@@ -110,17 +110,17 @@ class Unembed:
         product = nn.functional.linear(
             self._final(resid).to(unembedding.w_u.device), unembedding.w_u
         )
-        mine = unembedding.finish(product.float(), unembedding.bias).to(resid.device)
-        whole = self.logits(resid).float()
-        if mine.shape != whole.shape:
+        direct = unembedding.finish(product.float(), unembedding.bias).to(resid.device)
+        full = self.logits(resid).float()
+        if direct.shape != full.shape:
             return False
-        # 16-bit logits are rounded, by the model at the end and here before bias and soft-cap
+        # 16-bit logits are rounded: the model's at the end, these before bias and soft-cap
         wide = resid.dtype in (torch.float32, torch.float64)
         atol, rtol = (1e-4, 1e-5) if wide else (0.1, 2**-6)
-        return bool(torch.allclose(mine, whole, atol=atol, rtol=rtol))
+        return bool(torch.allclose(direct, full, atol=atol, rtol=rtol))
 
     def _final(self, resid: Tensor) -> Tensor:
-        """Final residuals after the model's last norm."""
+        """Return final residuals after the model's last norm."""
         assert self._norm is not None
         final: Tensor = self._norm(resid)
         return final
@@ -137,9 +137,9 @@ class Unembed:
     def _rows_of(
         self, tokens: Tensor, device: torch.device, dtype: torch.dtype
     ) -> tuple[Unembedding, Tensor]:
-        """The unembedding on `device` in `dtype`, and `tokens` as its rows.
+        """Return an unembedding on `device` in `dtype`, and the rows of `tokens` in it.
 
-        Of one that is elsewhere, or cast, only the rows of `tokens` are fetched, and numbered anew.
+        If the weight is offloaded or needs a cast, only the rows of `tokens` are fetched.
         """
         assert self._unembed is not None
         weight = self.unwrapped.values_of(self._unembed, "weight")
@@ -147,33 +147,35 @@ class Unembed:
         assert weight is not None
         if weight.device == device and not self.unwrapped.is_away(self._unembed):
             return Unembedding(weight, bias, self._scale, self._softcap), tokens
-        chosen, numbers = tokens.cpu().unique(return_inverse=True)
+        token_ids, numbers = tokens.cpu().unique(return_inverse=True)
 
-        def few(x: Tensor) -> Tensor:
-            return x[chosen.to(x.device)].to(device, dtype)
+        def rows(x: Tensor) -> Tensor:
+            return x[token_ids.to(x.device)].to(device, dtype)
 
-        some = Unembedding(
-            few(weight), None if bias is None else few(bias), self._scale, self._softcap
+        unembedding = Unembedding(
+            rows(weight), None if bias is None else rows(bias), self._scale, self._softcap
         )
         if self.unwrapped.rests_elsewhere(self._unembed):
-            self.unwrapped.traffic.n_bytes += some.w_u.numel() * some.w_u.element_size()
-        return some, numbers
+            self.unwrapped.traffic.n_bytes += (
+                unembedding.w_u.numel() * unembedding.w_u.element_size()
+            )
+        return unembedding, numbers
 
 
 class _StandIn(nn.Module):
-    """A block whose output is given."""
+    """A block that returns a fixed output."""
 
     def __init__(self, output: Tensor) -> None:
         super().__init__()
         self.output = output
-        self.attention_type = "full_attention"  # some models ask their blocks for it
+        self.attention_type = "full_attention"  # some models read it from their blocks
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.output
 
 
 def _logit_scale(config: Any) -> tuple[float, float | None]:
-    """Factor and soft-cap that follow the unembedding, by the names that configs use."""
+    """Return the factor and the soft-cap after the unembedding, from known config names."""
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)

@@ -1,8 +1,8 @@
-"""The Hugging Face modules behind a bridge, once more: no hooks, the same tensors.
+"""The unwrapped model: the Hugging Face modules behind a bridge, without hooks, same weights.
 
-`TransformerBridge` wraps the modules of a model in place. The packed runner needs them plain,
-with an attention function of its own. A `UnwrappedModel` copies the module objects (not one weight)
-and leaves the bridge as it is.
+`TransformerBridge` wraps the modules of a model in place. The packed runner needs them plain, with
+its own attention function. An `UnwrappedModel` copies the module objects, but no weights, and
+leaves the bridge as it is.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ Attend = Callable[..., Tensor]
 class Unsupported(ModelError):
     """The packed runner cannot run this model or site; `reason` says why.
 
-    Most callers take another way, or say in their own words what to do. One that meets it in the
-    middle of its work lets it pass, as the user's error that it then is.
+    Most callers fall back to the hooked runner, or raise an error with their own remedy. Raised in
+    the middle of a run, it reaches the user.
     """
 
     def __init__(self, reason: str) -> None:
@@ -48,25 +48,23 @@ class Unsupported(ModelError):
 
 @dataclass(frozen=True, eq=False)
 class HookLocation:
-    """A place at the border of a module, where an activation can be read and replaced."""
+    """A module's input or output, where an activation can be read and replaced."""
 
     module: nn.Module
     side: Literal["in", "out"]
-    columns: Tensor | None = None  # of the tensor there; None: all of them, in their order
+    columns: Tensor | None = None  # columns of that tensor, in order; None: all
 
 
 class UnwrappedModel(PlainModel):
-    """Plain modules that share every parameter and buffer with `bridge`, to run packed batches
-    with.
+    """Plain modules that share every parameter and buffer with `bridge` and run packed batches.
 
-    Where `accelerate` placed the model on several devices, or keeps weights on the CPU or on disk
-    until they are needed, each block is visited on its device and its weights are fetched once a
-    visit; `traffic` counts them. Weights of 16 bits are cast to `dtype` in the same way, if it is
-    given: a block's while it runs.
+    If `accelerate` placed the model on several devices, or offloads weights to the CPU or to disk,
+    each block runs on its device and its weights are fetched once per call; `traffic` counts them.
+    16-bit weights are cast to `dtype`, if given, in the same way: a block's while it runs.
 
     Raises:
-        Unsupported: the model has no list of blocks with attention that takes
-            a registered attention function, or a block is split over devices.
+        Unsupported: the model has no list of blocks with attention modules, mixes tokens by a
+            convolution, or splits a block over devices.
     """
 
     blocks: tuple[nn.Module, ...]
@@ -84,7 +82,7 @@ class UnwrappedModel(PlainModel):
         self.blocks = tuple(self._copies[id(b.original_component)] for b in bridge.blocks)
         for layer, block in enumerate(self.blocks):
             if any(isinstance(module, nn.Conv1d) for module in block.modules()):
-                # its state runs from token to token: there is no prefix that rows could share
+                # the convolution's state runs from token to token: rows could not share a prefix
                 raise Unsupported(f"block {layer} mixes tokens by a convolution, not by attention")
         self._attentions = tuple(self._attention_of(i) for i in range(len(self.blocks)))
         try:
@@ -94,11 +92,11 @@ class UnwrappedModel(PlainModel):
             )
         except SplitBlock as error:
             raise Unsupported(str(error)) from None
-        for module, station in [*self._stations.items()]:
-            if module not in self._homes and looks_up(module, station):
+        for module, streamed in [*self._stations.items()]:
+            if module not in self._homes and looks_up(module, streamed):
                 cast_rows(module, *self._stations.pop(module).away)
             else:
-                station.serve(module)
+                streamed.serve(module)
 
     @property
     def n_layers(self) -> int:
@@ -106,11 +104,11 @@ class UnwrappedModel(PlainModel):
 
     @property
     def takes_attention_functions(self) -> bool:
-        """Whether the code of every block's attention calls a registered attention function."""
+        """Whether every block's attention looks up its function in transformers' registry."""
         return all(
             any(
                 "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(cls.forward).__code__.co_names
-                for cls in type(module).__mro__  # a subclass may leave the rest to its base
+                for cls in type(module).__mro__  # a subclass may call its base's forward
                 if "forward" in vars(cls) and issubclass(cls, nn.Module) and cls is not nn.Module
             )
             for module in self._attentions
@@ -118,18 +116,18 @@ class UnwrappedModel(PlainModel):
 
     @contextmanager
     def unembed_in_memory(self) -> Iterator[None]:
-        """Keep what lies around the blocks fetched, for several calls of it one after another."""
-        around = [s for module, s in self._stations.items() if module not in self.blocks]
-        for station in around:
-            station.fetch()
+        """Inside, the weights outside of the blocks stay fetched over several calls."""
+        streamed = [s for module, s in self._stations.items() if module not in self.blocks]
+        for module_weights in streamed:
+            module_weights.fetch()
         try:
             yield
         finally:
-            for station in around:
-                station.release()
+            for module_weights in streamed:
+                module_weights.release()
 
     def list_of_blocks(self) -> tuple[nn.Module, str, nn.Module]:
-        """The module that holds the list of blocks, the list's name, and the list.
+        """Return the module that holds the list of blocks, the list's name, and the list.
 
         Raises:
             Unsupported: there is no such list.
@@ -142,37 +140,37 @@ class UnwrappedModel(PlainModel):
 
     @contextmanager
     def block_at_hand(self, layer: int) -> Iterator[None]:
-        """Keep the weights of a block fetched, for calls of modules inside it."""
-        station = self._stations.get(self.blocks[layer])
-        if station is None:
+        """Inside, the weights of a block stay fetched, for calls of its submodules."""
+        streamed = self._stations.get(self.blocks[layer])
+        if streamed is None:
             yield
             return
-        station.fetch()
+        streamed.fetch()
         try:
             yield
         finally:
-            station.release()
+            streamed.release()
 
     def is_away(self, module: nn.Module) -> bool:
-        """Whether weights of one of the plain modules are elsewhere, or cast, until it runs."""
-        station = self._stations.get(module)
-        return station is not None and bool(station.away)
+        """Whether weights of a plain module are offloaded or uncast until it runs."""
+        streamed = self._stations.get(module)
+        return streamed is not None and bool(streamed.away)
 
     def rests_elsewhere(self, module: nn.Module) -> bool:
-        """Whether weights of one of the plain modules come from elsewhere when it runs."""
+        """Whether weights of a plain module are offloaded until it runs."""
         return self.is_away(module) and self._stations[module].n_bytes > 0
 
     def cast_no_weights_of(self, modules: Collection[nn.Module]) -> None:
-        """Let weights that rest with `modules` be as they are while those run."""
-        for station in self._stations.values():
-            station.leave(modules)
+        """Stop casting the in-memory weights of `modules` while they run."""
+        for streamed in self._stations.values():
+            streamed.leave(modules)
 
     def graph(self) -> AbstractContextManager[Any]:
-        """Forward passes inside it are differentiated, and keep no weights that were cast."""
+        """Return a context for differentiable forward passes; its graphs save no cast weights."""
         return keep_no_casts(self._stations.values())
 
     def values_of(self, module: nn.Module, name: str) -> Tensor | None:
-        """The values of a weight of one of the plain modules, where they are: nothing is fetched.
+        """Return a weight of a plain module from where it is stored; fetches nothing.
 
         None if the module has no weight of that name.
         """
@@ -185,7 +183,7 @@ class UnwrappedModel(PlainModel):
         return weight.detach()
 
     def attend_with(self, layer_fns: Callable[[int], Attend] | None) -> None:
-        """Let layer i's attention call `layer_fns(i)`; None takes the functions away."""
+        """Make layer i's attention call `layer_fns(i)`; None removes the functions."""
         for layer, module in enumerate(self._attentions):
             if layer_fns is None:
                 module.__dict__.pop("patchsweep_attend", None)
@@ -193,14 +191,14 @@ class UnwrappedModel(PlainModel):
                 module.__dict__["patchsweep_attend"] = layer_fns(layer)
 
     def has_hook(self, hook_name: str) -> bool:
-        """Whether the bridge has a hook of that name. Its own table is made anew at every look."""
+        """Whether the bridge has that hook. Cached: each `bridge.hook_dict` builds a new table."""
         return hook_name in self._hooks
 
     def point(self, hook_name: str) -> HookLocation | None:
-        """Where the bridge's hook `hook_name` sits among the plain modules.
+        """Return the location of the bridge's hook `hook_name` in the plain modules.
 
-        None if the hook exists but lies inside a function rather than at a module's
-        border, or on a module that only the bridge has.
+        None if the hook is inside a function instead of at a module's input or output, or on a
+        module that only the bridge has.
 
         Raises:
             KeyError: the bridge has no such hook.
@@ -237,22 +235,22 @@ def _attention(
     attention_mask: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What Hugging Face attention layers call; q, k, v are `[1, head, token, d_head]`."""
+    """The attention function that Hugging Face layers call; q, k, v `[1, head, token, d_head]`."""
     if not query.shape[2] == key.shape[2] == value.shape[2]:
         raise Unsupported(
             f"its attention reads {key.shape[2]} keys where the prompt has {query.shape[2]} tokens"
         )
-    # rotary tables lift q and k to fp32 where the layers hand on bf16
+    # fp32 rotary tables make q and k fp32 in bf16 layers
     dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
     query, key, value = (x.to(dtype) for x in (query, key, value))
     attend = module.__dict__["patchsweep_attend"]
-    beat()  # every pass comes by here once a layer
+    beat()  # every forward pass gets here once per layer
     return attend(module, query, key, value, attention_mask=attention_mask, **kwargs), None
 
 
 @dataclass(frozen=True)
 class CausalMask:
-    """A mask that a model asked for: query i sees key j if i - window < j <= i."""
+    """A model's attention mask: query i sees key j if i - window < j <= i."""
 
     length: int  # tokens
     window: int  # at most the length
@@ -271,7 +269,7 @@ def _make_mask(
     device: torch.device | None = None,
     **_: Any,
 ) -> CausalMask:
-    """What `mask_function` comes to; the blocks hand it on to their attention.
+    """Return the mask that `mask_function` describes; blocks pass it to their attention.
 
     Raises:
         Unsupported: the mask is neither causal nor a sliding window.
@@ -293,20 +291,20 @@ def _make_mask(
 AttentionInterface.register(ATTENTION, _attention)
 AttentionMaskInterface.register(ATTENTION, _make_mask)
 
-# what layers pass to their attention: what changes nothing in it, and what is honoured
+# arguments that layers pass to their attention: without effect on it, and supported here
 _HARMLESS = ("position_ids", "cache_position", "use_cache", *MORE_OUTPUTS)
 _HONOURED = ("attention_mask", "scaling", "sliding_window", "softcap", "s_aux", "is_causal")
 
 
 def attention_settings(module: nn.Module, d_head: int, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """`scale`, `window`, `softcap` and `sinks` from what a layer passed to its attention.
+    """Return `scale`, `window`, `softcap` and `sinks` from a layer's arguments to its attention.
 
     Raises:
-        Unsupported: the layer asks for something that is not honoured.
+        Unsupported: an argument is not supported, or contradicts the mask.
     """
     for name, value in kwargs.items():
-        asked = value is not None and value is not False
-        if asked and name not in (*_HARMLESS, *_HONOURED) and (name, value) != ("dropout", 0.0):
+        is_set = value is not None and value is not False
+        if is_set and name not in (*_HARMLESS, *_HONOURED) and (name, value) != ("dropout", 0.0):
             raise Unsupported(f"its attention is given {name}, which is not known")
     if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
         raise Unsupported("attention is not causal")

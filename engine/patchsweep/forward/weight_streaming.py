@@ -1,9 +1,9 @@
-"""Stations: modules whose weights are brought together while they run, and let go afterwards.
+"""Weight streaming: a module's weights are fetched while it runs and released afterwards.
 
-`accelerate` fetches the weights of an offloaded module whenever that module runs, layer by layer of
-the smallest kind. Here a whole block is one streamed module: its weights are fetched once for all
-rows of a packed batch, and what comes in is moved to the device where the block runs. Weights of 16
-bits that are to be computed with in fp32 are cast up in the same way, a block's at a time.
+`accelerate` fetches the weights of an offloaded module for each call of its smallest submodules.
+Here a whole block is one streamed module: its weights are fetched once for all rows of a packed
+batch, and its inputs are moved to the device where it runs. 16-bit weights that compute in fp32
+are cast in the same way, one block at a time.
 """
 
 from __future__ import annotations
@@ -24,68 +24,71 @@ from patchsweep.models.page_cache import extent_of, forget, overflows
 
 
 class SplitBlock(Exception):
-    """A block's weights run on several devices; the text names them."""
+    """A block's weights are placed on several devices; the text names them."""
 
 
 @dataclass
 class WeightTraffic:
-    """What was fetched so far."""
+    """Counts of fetched weights."""
 
-    n_bytes: int = 0  # of weights
-    n_fetches: int = 0  # streamed modules brought together
+    n_bytes: int = 0  # bytes of weights fetched
+    n_fetches: int = 0  # fetches of a streamed module
 
 
 @dataclass(frozen=True)
 class Away:
-    """A weight that is elsewhere, or in another dtype, while its module rests."""
+    """A weight that is stored elsewhere, or in another dtype, while its module does not run."""
 
     owner: nn.Module
     name: str
-    stored: Stored  # its values, under the same name
-    placeholder: nn.Parameter  # what the module holds meanwhile
-    device: torch.device  # where it is needed
-    dtype: torch.dtype  # in which it is needed
+    stored: Stored  # holds the values under `name`
+    placeholder: nn.Parameter  # the owner's parameter while it does not run
+    device: torch.device  # where the owner runs
+    dtype: torch.dtype  # that the owner computes in
 
     @property
     def n_bytes(self) -> int:
-        """What one visit fetches: nothing of a weight that is there and is only cast."""
+        """Bytes that one call fetches; 0 for a weight in memory, which is only cast."""
         if not self.placeholder.is_meta:
             return 0
         return self.placeholder.numel() * self.placeholder.element_size()
 
     def zeros(self) -> Tensor:
-        """Zeros of its shape, which take no memory, if it is there to be cast."""
+        """Return zeros of the weight's shape that take no memory; `values()` if it is offloaded."""
         if self.placeholder.is_meta:
             return self.values()
         zero = torch.zeros((), dtype=self.dtype, device=self.device)
         return zero.expand(self.placeholder.shape)
 
     def values(self) -> Tensor:
-        """The weight as it is needed."""
-        # on the CPU a weight of a safetensors file stays mapped: nothing is copied
+        """Return the weight's values on `device` in `dtype`."""
+        # on the CPU a weight of a safetensors file stays mapped and is not copied
         return self.stored[self.name].detach().to(self.device, self.dtype, non_blocking=True)
 
 
 class StreamedModule:
-    """One module, with all modules below it whose weights are brought together for it."""
+    """A module whose weights, and those of its submodules, are fetched together."""
 
     def __init__(self, device: torch.device, away: Sequence[Away], traffic: WeightTraffic) -> None:
         self.device = device
         self.away = list(away)
         self._traffic = traffic
         self._n_users = 0
-        found = (extent_of(w.stored, w.name) for w in self.away if w.placeholder.is_meta)
-        self.extents = tuple(extent for extent in found if extent is not None)  # of its files
-        self.forgetful = False  # whether their pages leave memory after each visit
+        maybe = (extent_of(w.stored, w.name) for w in self.away if w.placeholder.is_meta)
+        self.extents = tuple(extent for extent in maybe if extent is not None)  # in its files
+        self.forgetful = False  # whether the extents' pages leave the page cache after each call
         self.at_hand: dict[int, Away] = {}  # address of the values -> the weight, while it runs
 
     @property
     def n_bytes(self) -> int:
-        """What one visit fetches."""
+        """Bytes that one call fetches."""
         return sum(weight.n_bytes for weight in self.away)
 
     def fetch(self, *, nothing_passes: bool = False) -> None:
-        """Bring the weights together, if nobody has; their shapes will do where no row passes."""
+        """Fetch the weights unless they are fetched already.
+
+        `nothing_passes`: the inputs have no rows, so zeros of the right shapes suffice.
+        """
         self._n_users += 1
         if self._n_users > 1 or not self.away:
             return
@@ -97,7 +100,7 @@ class StreamedModule:
         self._traffic.n_fetches += self.n_bytes > 0
 
     def release(self) -> None:
-        """Let the weights go, if nobody else needs them."""
+        """Release the weights after the last of several nested `fetch` calls."""
         self._n_users -= 1
         if self._n_users or not self.away:
             return
@@ -110,11 +113,11 @@ class StreamedModule:
             give_memory_back()
 
     def leave(self, owners: Collection[nn.Module]) -> None:
-        """Let the weights of `owners` that are there as they rest, also while the module runs."""
+        """Stop casting the in-memory weights of `owners`; they keep their dtype while they run."""
         self.away = [w for w in self.away if w.placeholder.is_meta or w.owner not in owners]
 
     def serve(self, module: nn.Module) -> list[RemovableHandle]:
-        """Fetch and release around every call of `module`, and move what comes in."""
+        """Fetch and release around every call of `module`, and move its inputs to the device."""
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
             passing = [x.numel() for x in args if isinstance(x, Tensor)]
@@ -126,7 +129,7 @@ class StreamedModule:
 
         return [
             module.register_forward_pre_hook(before, with_kwargs=True),
-            # a call that fails lets go too
+            # a failed call releases the weights too
             module.register_forward_hook(after, always_call=True),
         ]
 
@@ -138,59 +141,61 @@ def stream_modules(
     traffic: WeightTraffic,
     dtype: torch.dtype | None,
 ) -> dict[nn.Module, StreamedModule]:
-    """The streamed modules of `model`: each of `blocks`, and each other module that has weights
-    itself.
+    """Return the streamed modules of `model`: `blocks`, and other modules that own weights.
 
-    Weights of 16 bits become `dtype` while their streamed module is visited (None: they stay as
-    they are). Modules that have neither such weights nor a home need no streamed module.
+    16-bit weights become `dtype` while their streamed module runs; None: they are not cast.
+    Modules without such weights and without a home need no streaming and are left out.
 
     Raises:
         SplitBlock: a block has weights on several devices.
     """
-    find = _Finder(homes, dtype)
-    find.settle(model)
-    stations: dict[nn.Module, StreamedModule] = {}
+    finder = _Finder(homes, dtype)
+    finder.settle(model)
+    streamed: dict[nn.Module, StreamedModule] = {}
     inside: set[nn.Module] = set()
     for layer, block in enumerate(blocks):
-        members = [module for module in block.modules() if find.cares_for(module)]
+        members = [module for module in block.modules() if finder.cares_for(module)]
         inside.update(block.modules())
-        devices = {find.device_of(module) for module in members}
+        devices = {finder.device_of(module) for module in members}
         if len(devices) > 1:
             names = " and ".join(sorted(str(device) for device in devices))
             raise SplitBlock(f"block {layer} is split over {names}")
         if devices:
-            stations[block] = StreamedModule(devices.pop(), find.away(members), traffic)
+            streamed[block] = StreamedModule(devices.pop(), finder.away(members), traffic)
     for module in model.modules():
-        if module not in inside and find.cares_for(module):
-            stations[module] = StreamedModule(find.device_of(module), find.away([module]), traffic)
-    forgetful = overflows(extent for station in stations.values() for extent in station.extents)
-    for station in stations.values():
-        station.forgetful = forgetful
-    return stations
+        if module not in inside and finder.cares_for(module):
+            streamed[module] = StreamedModule(
+                finder.device_of(module), finder.away([module]), traffic
+            )
+    forgetful = overflows(
+        extent for streamed_module in streamed.values() for extent in streamed_module.extents
+    )
+    for streamed_module in streamed.values():
+        streamed_module.forgetful = forgetful
+    return streamed
 
 
 class _Finder:
-    """Which weights are not where, or in which dtype, they are needed."""
+    """Finds the weights that are not on the device, or not in the dtype, that they are used in."""
 
     def __init__(self, homes: Mapping[nn.Module, Home], dtype: torch.dtype | None) -> None:
         self.homes, self.dtype = homes, dtype
 
     def cares_for(self, module: nn.Module) -> bool:
-        """Whether the module needs a streamed module: it has a home, or weights to cast."""
+        """Whether the module needs streaming: it has a home, or weights to cast."""
         if module in self.homes:
             return bool(module._parameters) or bool(module._buffers)
         own = (p for p in module._parameters.values() if p is not None)
         return any(p.dtype != self._needed(p) for p in own)
 
     def device_of(self, module: nn.Module) -> torch.device:
-        """Where it runs."""
+        """Return the device where the module runs."""
         if module in self.homes:
             return self.homes[module].device
         return next(p.device for p in module._parameters.values() if p is not None)
 
     def settle(self, model: nn.Module) -> None:
-        """Bring vectors (norms, biases) and buffers for good: they are small, and may be looked
-        at at any time."""
+        """Fetch vectors (norms, biases) and buffers for good; small, and read at any time."""
         for module in model.modules():
             for weight in self._weights(module):
                 if weight.placeholder.ndim < 2:
@@ -202,7 +207,7 @@ class _Finder:
                     module._buffers[name] = buffer.to(self._needed(buffer))
 
     def away(self, members: Sequence[nn.Module]) -> list[Away]:
-        """The weights that a streamed module of `members` brings together, vectors left out."""
+        """Return the weights that a streamed module of `members` fetches; vectors are left out."""
         return [
             weight
             for module in members
@@ -224,6 +229,6 @@ class _Finder:
                 yield Away(module, name, {name: parameter}, parameter, parameter.device, dtype)
 
     def _needed(self, weight: Tensor) -> torch.dtype:
-        """The dtype in which a weight is computed with."""
+        """Return the dtype that `weight` is computed in."""
         cast = self.dtype is not None and weight.dtype in SIXTEEN_BITS
         return self.dtype if cast else weight.dtype  # type: ignore[return-value]
