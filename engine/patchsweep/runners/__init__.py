@@ -1,1 +1,1 @@
-"""Runners: given a batch and a plan, the metrics of every patched run."""
+"""Runners: compute the metrics of patched runs for a batch and a plan; the self-test picks one."""

@@ -1,4 +1,4 @@
-"""What a runner is: given a batch and a plan, the metrics of every patched run."""
+"""The interface of runners: compute the metrics of patched runs for a batch and a plan."""
 
 from __future__ import annotations
 
@@ -16,26 +16,29 @@ from patchsweep.spec.plan import Ints, PatchSet, SitePlan
 
 @runtime_checkable
 class Runner(Protocol):
-    """Runs patches of some sites on one model. Both runners give the same numbers."""
+    """Runs patches of some sites on one model. Both runners return the same numbers."""
 
     name: str
-    joins: bool  # whether patches of several sites share passes
+    joins: bool  # whether patches of several sites share forward passes
 
     def activations(self, tokens: Tensor) -> Mapping[str, Sequence[Tensor]]:
-        """Per site and layer `[prompt, pos, width]`; `pattern`: `[prompt, head, dest, src]`."""
+        """Return, per site and layer, activations `[prompt, pos, width]`.
+
+        Those of `pattern` are `[prompt, head, dest, src]`.
+        """
 
     def load(self, batch: Batch, intervention: Intervention) -> Any:
-        """Everything that patches of this batch share: caches and the values patched in."""
+        """Return what all patches of this batch share: caches and patch values."""
 
     def references(
         self, loaded: Any, metrics: Sequence[Metric]
     ) -> tuple[Float[Tensor, "metric pair"], Float[Tensor, "metric pair"]]:
-        """The metrics of the unpatched base runs and of the source runs."""
+        """Return the metrics of the unpatched base runs and of the source runs."""
 
     def run(
         self, loaded: Any, plan: SitePlan, patches: Ints, metrics: Sequence[Metric]
     ) -> Float[Tensor, "metric patch"]:
-        """The metrics of the patched runs `patches` (indices into `plan`), in that order."""
+        """Return the metrics of the runs with `patches` (numbers in `plan`), in that order."""
 
     def run_together(
         self,
@@ -44,5 +47,8 @@ class Runner(Protocol):
         metrics: Sequence[Metric],
         null: Sequence[PatchSet] = (),
     ) -> list[Float[Tensor, "metric patch"]]:
-        """`run` for each of `sets`, in one go where that saves passes; then for each of `null`,
-        whose patches change the last bit of what is there (see `patchsweep.sweeps.noise`)."""
+        """Return what `run` returns for each of `sets`, then for each of `null`.
+
+        Sets share forward passes where possible. `null` holds identity patches: they write back the
+        base run's own values with their last bit flipped (see `patchsweep.sweeps.noise`).
+        """

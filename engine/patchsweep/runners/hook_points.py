@@ -1,4 +1,4 @@
-"""Hook points of a bridge: how a value is written at one, and which of them can be patched."""
+"""Hook points of a bridge: writing values at them, and checking which can be patched."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from patchsweep.spec.sites import Site
 
 Hook = tuple[str, Callable[[Tensor, Any], Tensor | None]]
 
-# the residual stream: what is written there is seen by every reader of the stream
+# the residual stream: values are written in place, so that every later module sees them
 STREAM = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_embed")
 
-# hook points that fire only while a setting of the bridge is on: their ending -> `set_<setting>`
+# hook points that fire only while a setting of the bridge is on: name's ending -> `set_<setting>`
 SETTINGS = {
     "hook_result": "use_attn_result",
     "hook_q_input": "use_split_qkv_input",
@@ -37,28 +37,28 @@ SETTINGS = {
 }
 _EXCLUDING = {"use_attn_in": "use_split_qkv_input", "use_split_qkv_input": "use_attn_in"}
 
-# tokens of a prompt, and layers of a site, with which hook points are tried out
+# tokens of a prompt, and layers of a site, on which hook points are checked
 N_TOKENS = 6
 N_LAYERS = 4
-# largest difference in logits, as a share of the largest logit, that other rows of a batch explain
-# (experts take tokens of several rows together)
+# largest difference in logits, relative to the largest logit, that other rows of a batch can cause
+# (experts process tokens of several rows together)
 ROUNDING = 1e-5
 
-# model -> (site, state of the bridge) -> why it cannot be patched; "": it can
+# model -> (site, state of the bridge) -> why the site cannot be patched; "": it can
 _known: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], str]] = WeakKeyDictionary()
 
 
 def writing(hook_name: str, write: Callable[[Tensor], None]) -> Hook:
-    """A hook under which `write` changes what the hook point hands on.
+    """Return a hook in which `write` changes the output of the hook point `hook_name`.
 
-    `write` gets a copy, which is handed on: other readers of the same tensor do not see it, and a
-    component that tells an edit by the identity of what comes back does. At the residual stream
-    (`STREAM`) `write` gets the tensor itself, so that the stream changes for every reader.
+    `write` gets a copy, which replaces the output: other consumers of the original tensor do not
+    see the change, and components that compare identities notice it. At the residual stream
+    (`STREAM`) `write` gets the tensor itself, so that the stream changes for every consumer.
     """
     in_place = hook_name.rpartition(".")[2] in STREAM
 
     def hook(x: Tensor, hook: Any) -> Tensor:
-        # contiguous, so that vectors can be cut into heads without a copy
+        # contiguous, so that vectors can be viewed as heads without a copy
         new = x if in_place else x.clone(memory_format=torch.contiguous_format)
         write(new)
         return new
@@ -69,8 +69,10 @@ def writing(hook_name: str, write: Callable[[Tensor], None]) -> Hook:
 def write_units(
     x: Tensor, row: int, new: Tensor, span: slice, units: slice | list[int], n_units: int
 ) -> None:
-    """Put `new` `[pos, width]` into one row of `x` `[row, pos, ...]`, at `span` and in `units`
-    (of the `n_units` parts of a vector) alone."""
+    """Write `new` `[pos, width]` into one row of `x` `[row, pos, ...]`, in place.
+
+    Only positions `span` are written, and of the `n_units` heads (or neurons) only `units`.
+    """
     target, values = (
         vectors.view(len(vectors), n_units, -1) for vectors in (x[row], new.contiguous())
     )
@@ -78,20 +80,20 @@ def write_units(
 
 
 def hooks_of(bridge: TransformerBridge, site: Site) -> list[str]:
-    """The names of the site's hook points, layer by layer."""
+    """Return the names of the site's hook points, layer by layer."""
     return [site.hook_name(i) for i in range(int(bridge.cfg.n_layers) if site.layered else 1)]
 
 
 def forward(
     bridge: TransformerBridge, tokens: Tensor, writes: Sequence[Hook], reads: Sequence[Hook] = ()
 ) -> Tensor:
-    """Logits `[row, pos, d_vocab]` under hooks, with the settings on that they need.
+    """Return logits `[row, pos, d_vocab]` under hooks, with the bridge settings that they need.
 
-    `reads` come after `writes`, so that they see what was written.
+    `reads` run after `writes`, so that they see the written values.
 
     Raises:
-        SiteError: one of `writes` did not fire (a setting may keep other hooks from firing), the
-            model has not the setting that one needs, or two settings exclude each other.
+        SiteError: one of `writes` did not fire (a setting may stop other hooks from firing), the
+            model lacks a setting that a hook needs, or two settings exclude each other.
     """
     beat()
     fired: set[int] = set()
@@ -106,7 +108,7 @@ def forward(
     hooks = [(name, noted(i, write)) for i, (name, write) in enumerate(writes)]
     settings = _settings_on(bridge, [name for name, _ in (*writes, *reads)])
     with running(bridge), settings, _own_layer_norms(bridge), warnings.catch_warnings():
-        # that the bridge's own arithmetic takes the place of a norm's while a hook edits it
+        # warnings that the bridge's arithmetic replaces a norm's while a hook edits it
         warnings.filterwarnings("ignore", module=r"transformer_lens\.")
         logits: Tensor = bridge.run_with_hooks(tokens, fwd_hooks=[*hooks, *reads], use_cache=False)
     for i, (name, _) in enumerate(writes):
@@ -117,10 +119,10 @@ def forward(
 
 @contextmanager
 def _own_layer_norms(bridge: TransformerBridge) -> Iterator[None]:
-    """Inside, LayerNorms whose formula the bridge spells out run as the model's own modules.
+    """Inside, LayerNorms that the bridge computes itself run as the model's own modules.
 
-    Of a vector of equal entries, such as a constant that is patched in, the spelled-out variance is
-    rounding, which the division by sqrt(eps) makes hundreds of times larger, once a norm.
+    For a vector of equal entries, such as a constant patch, the bridge's variance is rounding
+    error, and each norm's division by sqrt(eps) makes it hundreds of times larger.
     """
     norms = [
         module
@@ -141,20 +143,20 @@ def _own_layer_norms(bridge: TransformerBridge) -> Iterator[None]:
 def check_sites(
     bridge: TransformerBridge, sites: Sequence[Site], shape: ModelShape, tokens: Tensor
 ) -> None:
-    """See that patches at `sites` can work, on a few of `tokens` `[1, pos]`.
+    """Check that patches at `sites` work, by runs on a few of `tokens` `[1, pos]`.
 
     Raises:
-        SiteError: one of them cannot be patched; the text says why.
+        SiteError: a site cannot be patched; the text says why.
     """
     for site, reason in refusals(bridge, sites, shape, tokens).items():
         raise _refused(site, reason)
 
 
 def check_names(bridge: TransformerBridge, sites: Sequence[Site]) -> None:
-    """See that the model has the hooks of `sites` and the settings that they need; nothing runs.
+    """Check that the model has the hooks of `sites` and the settings that they need; runs nothing.
 
     Raises:
-        SiteError: it has not.
+        SiteError: a hook or a setting is missing.
     """
     known = bridge.hook_dict
     for site in sites:
@@ -169,9 +171,9 @@ def check_names(bridge: TransformerBridge, sites: Sequence[Site]) -> None:
 
 
 def by_setting(bridge: TransformerBridge, sites: Sequence[Site]) -> list[list[Site]]:
-    """`sites` in groups that can be patched in one pass, those that need no setting first.
+    """Group `sites` by the bridge setting that they need; those that need none come first.
 
-    Settings exclude each other, and change which other hooks fire.
+    Sites of a group can share a pass. Settings exclude each other and change which hooks fire.
     """
     points = bridge.hook_dict
     groups: dict[str, list[Site]] = {}
@@ -190,20 +192,20 @@ def _refused(site: Site, reason: str) -> SiteError:
 def refusals(
     bridge: TransformerBridge, sites: Sequence[Site], shape: ModelShape, tokens: Tensor
 ) -> dict[Site, str]:
-    """Site -> why it cannot be patched in this model, for those of `sites` that cannot.
+    """Return site -> reason, for those of `sites` that cannot be patched in this model.
 
     Raises:
-        SiteError: the model has no hook of a site, or not the setting that it needs.
+        SiteError: the model has no hook of a site, or lacks the setting that it needs.
     """
     check_names(bridge, sites)
     known = _known.setdefault(bridge.original_model, {})
     state = (bridge.compatibility_mode, tuple(sorted(_settings(bridge).items())))
     new = [site for site in sites if (site, *state) not in known]
     for members in by_setting(bridge, new):
-        found = _unfit(bridge, members, shape, tokens)
-        rest = [site for site in members if site not in found]
-        found |= _without_effect(bridge, rest, tokens)
-        known.update({(site, *state): found.get(site, "") for site in members})
+        unfit = _unfit(bridge, members, shape, tokens)
+        rest = [site for site in members if site not in unfit]
+        unfit |= _without_effect(bridge, rest, tokens)
+        known.update({(site, *state): unfit.get(site, "") for site in members})
     reasons = {site: known[site, *state] for site in sites}
     return {site: reason for site, reason in reasons.items() if reason}
 
@@ -211,8 +213,10 @@ def refusals(
 def _unfit(
     bridge: TransformerBridge, sites: Sequence[Site], shape: ModelShape, tokens: Tensor
 ) -> dict[Site, str]:
-    """Sites whose hooks do not fire once a pass on `[batch, pos, ...]`, by two batches of other
-    sizes; axes of one size alone could be told apart wrongly."""
+    """Return site -> reason, for sites whose hooks do not fire once a pass on `[batch, pos, ...]`.
+
+    Two batches of different sizes are run, since one batch's axes may be ambiguous.
+    """
     seen: dict[str, list[list[tuple[torch.dtype, tuple[int, ...]]]]] = {}
     sizes = []
     for n_rows, n_more in ((2, 0), (3, 1)):
@@ -220,56 +224,56 @@ def _unfit(
         sizes.append(tuple(batch.shape))
 
         def see(x: Any, hook: Any, name: str) -> None:
-            what = (x.dtype, tuple(x.shape)) if isinstance(x, Tensor) else (None, ())
-            seen[name][-1].append(what)  # type: ignore[arg-type]
+            firing = (x.dtype, tuple(x.shape)) if isinstance(x, Tensor) else (None, ())
+            seen[name][-1].append(firing)  # type: ignore[arg-type]
 
         names = [name for site in sites for name in hooks_of(bridge, site)]
         for name in names:
             seen.setdefault(name, []).append([])
         reads = [(name, partial(see, name=name)) for name in dict.fromkeys(names)]
         forward(bridge, batch, (), reads)
-    found = {}
+    reasons = {}
     for site in sites:
         for name in hooks_of(bridge, site):
             reason = _why_unfit(site, shape, seen[name], sizes)
             if reason:
-                found[site] = f"the hook {name} {reason}"
+                reasons[site] = f"the hook {name} {reason}"
                 break
-    return found
+    return reasons
 
 
 def _why_unfit(site: Site, shape: ModelShape, firings: Any, sizes: Any) -> str:
     if not all(len(once) == 1 for once in firings):
-        often = max(len(once) for once in firings)
-        if not often:
+        n_fired = max(len(once) for once in firings)
+        if not n_fired:
             return "never fired in this model, so a patch there would do nothing"
-        return f"fires {often} times in one pass"
+        return f"fires {n_fired} times in one pass"
     (dtype, first), (_, second) = (once[0] for once in firings)
     if dtype is None or not dtype.is_floating_point:
         return f"sees {dtype} numbers, which are no activations"
-    for found, (rows, pos) in zip((first, second), sizes, strict=True):
+    for seen, (rows, pos) in zip((first, second), sizes, strict=True):
         lead = (rows, shape.n_heads, pos, pos) if site.is_pattern else (rows, pos)
-        if found[: len(lead)] != lead or len(found) < 3:
+        if seen[: len(lead)] != lead or len(seen) < 3:
             axes = "[batch, head, pos, pos]" if site.is_pattern else "[batch, pos, ...]"
-            return f"sees the shape {found}, which is not {axes} of {rows} prompts of {pos} tokens"
+            return f"sees the shape {seen}, which is not {axes} of {rows} prompts of {pos} tokens"
     if site.unit is None or site.is_pattern:
         return ""
     n_units = shape.n_units(site)
     parts = first[2] if len(first) == 4 else n_units
     width = int(torch.Size(first[2:]).numel())
     if parts != n_units or width % n_units or (site.unit == "neuron" and width != n_units):
-        what = {"head": "heads", "kv_head": "key heads", "neuron": "neurons"}[site.unit]
-        return f"sees the shape {first} where the model has {n_units} {what}"
+        plural = {"head": "heads", "kv_head": "key heads", "neuron": "neurons"}[site.unit]
+        return f"sees the shape {first} where the model has {n_units} {plural}"
     return ""
 
 
 def _without_effect(
     bridge: TransformerBridge, sites: Sequence[Site], tokens: Tensor
 ) -> dict[Site, str]:
-    """Sites where a written value changes no logit in any of a few layers.
+    """Return site -> reason, for sites where a written value changes no logit in a few layers.
 
-    A row of one pass has one hook written. It is compared with the same row of a pass under the
-    same hooks that write nothing, so that not even rounding differs elsewhere.
+    Each row of one pass writes at one hook. It is compared with the same row of a pass in which the
+    same hooks write nothing, so that rounding is the same in both.
     """
     tried: list[tuple[Site, str]] = []
     for site in sites:
@@ -301,14 +305,14 @@ def _without_effect(
 
 
 def _first_tokens(tokens: Tensor, n_more: int = 0) -> Tensor:
-    """`[1, pos]`: the first tokens, and the last of them `n_more` times again."""
+    """Return `[1, pos]`: the first tokens, with the last of them repeated `n_more` more times."""
     few = tokens[:1, :N_TOKENS]
     return torch.cat([few, few[:, -1:].expand(-1, n_more)], dim=1)
 
 
 def _setting_of(point: HookPoint, name: str) -> str | None:
-    """The setting without which the hook point called `name` never fires; None: it needs none."""
-    # another name may stand for a hook point that always fires, so its own name decides
+    """Return the setting that the hook point called `name` needs to fire; None: it needs none."""
+    # `name` may be an alias of a hook point that always fires, so the point's own name decides
     own = str(point.name or name)
     return next((setting for end, setting in SETTINGS.items() if own.endswith(end)), None)
 
@@ -319,10 +323,10 @@ def _settings(bridge: TransformerBridge) -> dict[str, bool]:
 
 @contextmanager
 def _settings_on(bridge: TransformerBridge, hook_names: Sequence[str]) -> Iterator[None]:
-    """The settings that the hooks need are on inside, and as they were afterwards.
+    """Inside, the settings that the hooks need are on; on exit they are restored.
 
     Raises:
-        SiteError: this model has no such setting, or two of them exclude each other.
+        SiteError: the model has no such setting, or two settings exclude each other.
     """
     gated = [name for name in hook_names if name.endswith(tuple(SETTINGS))]
     points = bridge.hook_dict if gated else {}
@@ -344,7 +348,7 @@ def _settings_on(bridge: TransformerBridge, hook_names: Sequence[str]) -> Iterat
 
 
 def _switch(bridge: TransformerBridge, wanted: Mapping[str, bool]) -> None:
-    # off before on: some exclude each other
+    # off before on, since some exclude each other
     for name, on in sorted(wanted.items(), key=lambda item: item[1]):
         if bool(getattr(bridge.cfg, name, False)) == on:
             continue

@@ -1,7 +1,7 @@
-"""The hooked runner: whole batched forward passes through the bridge, patched by its hooks.
+"""The hooked runner: full batched forward passes through the bridge, patched by its hooks.
 
-Slower than packed batches and right for every model that the bridge supports; it is also the oracle
-that the packed runner is checked against.
+Slower than packed batches, but correct for every model that the bridge supports. It is also the
+reference for the packed runner's self-test.
 """
 
 from __future__ import annotations
@@ -43,31 +43,31 @@ LOGIT_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Loaded:
-    """A batch with the values to patch in and the unpatched logits."""
+    """A batch with its patch values and unpatched logits."""
 
     batch: Batch
-    donors: dict[str, list[Tensor]]  # site -> per layer [pair, pos, width] (pattern: its own)
+    # patch values: site -> per layer [pair, pos, width] (pattern: [pair, head, dest, src])
+    donors: dict[str, list[Tensor]]
     base_logits: Float[Tensor, "pair read d_vocab"]
     source_logits: Float[Tensor, "pair read d_vocab"]
 
 
 class _Write(NamedTuple):
-    """What one patch replaces in a forward pass."""
+    """The part of a forward pass that one patch replaces."""
 
-    row: int  # of the forward pass
-    pair: int  # row of the batch, whose values are patched in
+    row: int  # row of the forward pass
+    pair: int  # row of the batch with the patch values
     unit_set: int
     span: slice  # positions
 
 
 class HookedRunner:
-    """Exact patches by hooks; one forward pass per layer and batch of patches.
+    """Runs exact patches by hooks: each row of a forward pass is one patch.
 
-    Weights of 16 bits are cast to `compute_dtype` (None: the model's own), each block's while it
-    runs.
+    16-bit weights are cast to `compute_dtype` (None: the model's own), each block's while it runs.
 
     Raises:
-        SiteError: the model has no hook for one of `sites`, or not the setting that it needs.
+        SiteError: the model has no hook for one of `sites`, or lacks the setting that it needs.
         ConfigError: the bridge cannot run the model.
     """
 
@@ -86,14 +86,14 @@ class HookedRunner:
         self.sites = tuple(sites)
         self.shape = model_shape(bridge)
         check_names(bridge, sites)
-        self._groups = by_setting(bridge, sites)  # that can be run together
+        self._groups = by_setting(bridge, sites)  # sites of a group share forward passes
 
     def check(self, tokens: Tensor) -> None:
-        """See that patches at the sites can work in this model.
+        """Check that patches at the sites work in this model.
 
         Raises:
-            SiteError: a hook does not fire once a pass on `[batch, pos, ...]`, or fires where a new
-                value changes nothing.
+            SiteError: a hook does not fire once per pass on `[batch, pos, ...]`, or a new value at
+                it changes no logit.
         """
         with cast_while(self.bridge, self.compute_dtype):
             check_sites(self.bridge, self.sites, self.shape, tokens)
@@ -105,18 +105,18 @@ class HookedRunner:
         return self._run(tokens)[1]
 
     def _rows(self, length: int) -> int:
-        """How many prompts of that length have logits of `LOGIT_BYTES`."""
+        """Return how many prompts of that length have logits within `LOGIT_BYTES`."""
         return max(1, LOGIT_BYTES // (4 * length * self.bridge.cfg.d_vocab))
 
     def _run(
         self, tokens: Tensor, reads: Sequence[int] = ()
     ) -> tuple[Float[Tensor, "row read d_vocab"], dict[str, list[Tensor]]]:
-        """fp32 logits at `reads`, and the activations of the sites; some prompts at a time."""
+        """Return fp32 logits at `reads` and the sites' activations; runs some prompts at a time."""
         rows = tokens.split(self._rows(tokens.shape[1]))
-        parts = [self._run_rows(some, reads) for some in rows]
+        parts = [self._run_rows(prompts, reads) for prompts in rows]
         activations = {
             site.name: [
-                torch.cat(x) for x in zip(*(found[site.name] for _, found in parts), strict=True)
+                torch.cat(x) for x in zip(*(acts[site.name] for _, acts in parts), strict=True)
             ]
             for site in self.sites
         }
@@ -136,26 +136,26 @@ class HookedRunner:
             keeping = [(name, partial(keep, name=name)) for name in names]
             with cast_while(self.bridge, self.compute_dtype):
                 logits.append(forward(self.bridge, tokens, (), keeping)[:, list(reads)].float())
-        found = {}
+        activations = {}
         for site in self.sites:
             layers = [kept[name] for name in hooks_of(self.bridge, site)]
             if not site.is_pattern:
                 layers = [x.reshape(*tokens.shape, -1) for x in layers]
-            found[site.name] = layers
-        return logits[0], found
+            activations[site.name] = layers
+        return logits[0], activations
 
     @torch.no_grad()
     def load(self, batch: Batch, intervention: Intervention) -> Loaded:
         """See `Runner`."""
         self.check(batch.base)
         n = len(batch.base)
-        logits, both = self._run(torch.cat([batch.base, batch.source]), batch.reads)
+        logits, activations = self._run(torch.cat([batch.base, batch.source]), batch.reads)
         return Loaded(
             batch=batch,
             donors={
                 site.name: [
                     values_of(intervention, site, layer, b, s, batch.spans)
-                    for layer, (b, s) in enumerate((x[:n], x[n:]) for x in both[site.name])
+                    for layer, (b, s) in enumerate((x[:n], x[n:]) for x in activations[site.name])
                 ]
                 for site in self.sites
             },
@@ -187,21 +187,21 @@ class HookedRunner:
         metrics: Sequence[Metric],
         null: Sequence[PatchSet] = (),
     ) -> list[Float[Tensor, "metric patch"]]:
-        """See `Runner`; a row of a forward pass is one patch, whatever its site and layer."""
+        """See `Runner`; each row of a forward pass is one patch of any site and layer."""
         n_sets = len(sets)
         sets = (*sets, *null)
-        sizes = [len(chosen.patches) for chosen in sets]
-        which = np.repeat(np.arange(len(sets)), sizes)  # [patch of all sets] its set
-        patch = np.concatenate([chosen.patches for chosen in sets])
+        sizes = [len(patch_set.patches) for patch_set in sets]
+        set_of = np.repeat(np.arange(len(sets)), sizes)  # [patch of all sets] index of its set
+        patch = np.concatenate([patch_set.patches for patch_set in sets])
         values = torch.empty(len(metrics), len(patch), device="cpu")
         size = self._rows(loaded.batch.length)
         for group in self._groups:
-            members = [i for i, chosen in enumerate(sets) if chosen.plan.site in group]
-            rows = np.flatnonzero(np.isin(which, members))
+            members = [i for i, patch_set in enumerate(sets) if patch_set.plan.site in group]
+            rows = np.flatnonzero(np.isin(set_of, members))
             for first in range(0, len(rows), size):
                 part = rows[first : first + size]
                 values[:, part] = self._run_part(
-                    loaded, sets, n_sets, which[part], patch[part], metrics
+                    loaded, sets, n_sets, set_of[part], patch[part], metrics
                 )
         return list(values.split(sizes, dim=1))
 
@@ -214,8 +214,10 @@ class HookedRunner:
         patch: Ints,
         metrics: Sequence[Metric],
     ) -> Float[Tensor, "metric row"]:
-        """One forward pass: row i is the patch `patch[i]` of the set `which[i]`; those from
-        `n_sets` on are null."""
+        """Run one forward pass whose row i is patch `patch[i]` of the set `which[i]`.
+
+        Sets from `n_sets` on are identity patches.
+        """
         batch, local = loaded.batch, loaded.batch.local
         hooks: list[Hook] = []
         pair = np.empty(len(patch), dtype=np.int64)  # row of the batch
@@ -233,7 +235,7 @@ class HookedRunner:
     def _hooks_of(
         self, loaded: Loaded, plan: Plan, patches: Ints, rows: Ints, *, null: bool
     ) -> list[Hook]:
-        """Hooks that put patch `patches[i]` of `plan` into row `rows[i]` of a forward pass."""
+        """Return hooks that write patch `patches[i]` of `plan` into row `rows[i]` of a pass."""
         local = loaded.batch.local
         by_layer: dict[int, list[_Write]] = {}
         cells = zip(rows.tolist(), *(x.tolist() for x in plan.cells(patches)), strict=True)
@@ -249,24 +251,24 @@ class HookedRunner:
     def _write(
         self, loaded: Loaded, plan: Plan, written: Sequence[_Write], layer: int, null: bool
     ) -> Callable[[Tensor], None]:
-        """What replaces what the patches of `written` cover."""
-        donor = loaded.donors[plan.site.name][layer]
+        """Return a function that writes the patches `written` into a site's tensor, in place."""
+        values = loaded.donors[plan.site.name][layer]
         units, is_pattern = plan.axes.units, plan.site.is_pattern
         n_units = 1 if units is None else self.shape.n_units(plan.site)
 
         def write(x: Tensor) -> None:
             for row, pair, unit_set, span in written:
-                which = slice(None) if units is None else list(units[unit_set])
-                new = last_bit_turned(x[row]) if null else donor[pair].to(x)
+                unit_index = slice(None) if units is None else list(units[unit_set])
+                new = last_bit_turned(x[row]) if null else values[pair].to(x)
                 if new.ndim > 2 and not is_pattern:
                     new = new.flatten(1)
                 if plan.axes.n_sources:
                     src = unit_set % plan.axes.n_sources
-                    x[row, which, span, src] = new[which, span, src]
+                    x[row, unit_index, span, src] = new[unit_index, span, src]
                 elif is_pattern:
-                    x[row, which, span] = new[which, span]
+                    x[row, unit_index, span] = new[unit_index, span]
                 else:
-                    write_units(x, row, new, span, which, n_units)
+                    write_units(x, row, new, span, unit_index, n_units)
 
         return write
 

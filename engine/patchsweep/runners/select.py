@@ -1,4 +1,4 @@
-"""Which runner a sweep gets: packed batches where the self-test finds them right, else hooks."""
+"""Runner selection: the packed runner if it passes the self-test, else the hooked runner."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from patchsweep.spec.sites import Site
 
 log = logging.getLogger("patchsweep")
 RunnerName = Literal["auto", "packed", "hooked"]
-# largest difference in logits that rounding may explain, by the dtype that is computed in
+# largest difference in logits that rounding can cause, by compute dtype
 TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.3}
 
 
@@ -37,19 +37,19 @@ class RunnerChoice:
 
     runner: Runner
     reason: str
-    difference: float | None  # largest error relative to its effect, where it was measured
+    difference: float | None  # largest error relative to its effect; None: not measured
 
 
 @dataclass
 class _Known:
-    """What was found about a bridge while its weights and modules were as they are."""
+    """Results of self-tests of a bridge, valid for one state of its weights and modules."""
 
     state: int
     outcomes: dict[_Key, Outcome] = field(default_factory=dict)
-    hooked: set[_Key] = field(default_factory=set)  # the hooks can patch the site
+    hooked: set[_Key] = field(default_factory=set)  # keys of sites that hooks can patch
 
 
-_Key = tuple[str, Kind, bool]  # site, values patched in, whether in several layers at once
+_Key = tuple[str, Kind, bool]  # site, kind of patch values, whether in several layers at once
 _KNOWN: WeakKeyDictionary[TransformerBridge, _Known] = WeakKeyDictionary()
 
 
@@ -64,16 +64,16 @@ def select_runner(
     cache_budget: int | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> RunnerChoice:
-    """The packed runner where it passes the self-test at every site, else the hooked one.
+    """Return the packed runner if it passes the self-test at every site, else the hooked runner.
 
-    `packed` or `hooked` as `wanted` takes that runner without comparing; for `hooked` the model is
-    still seen to be causal, unless it was `tested` before. What was found is kept while the
-    process lives and the model stays as it is. A switch to hooks is logged. The runner
-    computes in `compute_dtype` (None: the model's own); the self-test takes fp32 for weights of 16
-    bits in any case, where an error is no larger than it should be.
+    `wanted` as `packed` or `hooked` selects that runner without comparing them; `hooked` still
+    checks that the model is causal, unless it is `tested` already. Results are cached for the life
+    of the process, until the model changes. A fallback to hooks is logged. The runner computes in
+    `compute_dtype` (None: the model's own). The self-test computes in fp32 for 16-bit weights in
+    any case, because there rounding is small and errors stand out.
 
     Raises:
-        ConfigError: the packed runner is wanted and the model or a site does not allow it.
+        ConfigError: `packed` is wanted, and the model or a site does not allow it.
         ModelError: the model is not causal, the bridge computes something else than the model, or
             neither runner can run it.
         SiteError: no runner can patch a site.
@@ -103,7 +103,7 @@ def select_runner(
     difference = max(outcome.error for outcome in outcomes.values())
     if failed is not None:
         return _hooked(bridge, sites, test, failed.failure, difference, compute_dtype)
-    # no measured number in the reason: it goes into the store, which is the same on every machine
+    # the reason holds no measured number: it goes into the store, the same on every machine
     reason = "passes the self-test"
     if unseen := [name for name, outcome in outcomes.items() if not outcome.seen]:
         reason += f"; not compared, since the bridge's hooks do nothing there: {', '.join(unseen)}"
@@ -111,7 +111,7 @@ def select_runner(
 
 
 class _Tests:
-    """Self-tests of one bridge: what is known already, and the rest on demand."""
+    """Self-tests of one bridge: cached results, and new tests on demand."""
 
     def __init__(self, bridge: TransformerBridge, kind: Kind, joint_layers: bool) -> None:
         self.bridge, self.kind, self.joint_layers = bridge, kind, joint_layers
@@ -122,16 +122,16 @@ class _Tests:
         self.known = known
 
     def outcomes(self, sites: Sequence[Site]) -> dict[str, Outcome]:
-        """What the self-test found at each of `sites`, by name."""
+        """Return the self-test's outcome at each of `sites`, by name."""
         self._judge([site for site in sites if self._key(site) not in self.known.outcomes])
         return {site.name: self.known.outcomes[self._key(site)] for site in sites}
 
     def check_hooks(self, sites: Sequence[Site]) -> None:
-        """See that the bridge's hooks can patch `sites`, and that dead patches are dead there.
+        """Check that the bridge's hooks can patch `sites`, and that dead patches are dead there.
 
         Raises:
-            SiteError: one of them cannot be patched.
-            ModelError: the bridge cannot be run.
+            SiteError: a site cannot be patched.
+            ModelError: the bridge cannot run.
         """
         todo = [site for site in sites if self._key(site) not in self.known.hooked]
         if not todo:
@@ -157,12 +157,12 @@ class _Tests:
         return SelfTest(self.bridge, sites, self.kind, joint_layers=self.joint_layers)
 
     def _judge(self, sites: Sequence[Site]) -> None:
-        """Test `sites` together; one by one if that fails, to see which it is."""
+        """Test `sites` together; if that fails, one by one to find the failing site."""
         if not sites:
             return
         try:
             test = self._self_test(sites)
-            found = test.judge(PackedRunner(self.bridge, sites, compute_dtype=test.compute_dtype))
+            results = test.judge(PackedRunner(self.bridge, sites, compute_dtype=test.compute_dtype))
             self.known.hooked.update(self._key(site) for site in sites)
         except NotDeadError:
             raise
@@ -173,20 +173,20 @@ class _Tests:
                 for site in sites:
                     self._judge([site])
                 return
-            found = {sites[0].name: self._failed(sites[0], error)}
+            results = {sites[0].name: self._failed(sites[0], error)}
         for site in sites:
-            self.known.outcomes[self._key(site)] = found[site.name]
+            self.known.outcomes[self._key(site)] = results[site.name]
 
     def _failed(self, site: Site, error: Exception) -> Outcome:
-        """What it means that the self-test of one site ended with `error`."""
+        """Return the outcome for a site whose self-test ended with `error`, or raise the error."""
         if isinstance(error, Unsupported):
             return Outcome(error.reason, 0.0)
-        if isinstance(error, SiteError):  # the packed batches may well patch what no hook can
+        if isinstance(error, SiteError):  # packed batches may be able to patch what no hook can
             return Outcome("", 0.0, seen=False)
         if isinstance(error, PatchsweepError):
             raise error
-        # blocks of an unknown kind may break in any way when they are replayed: to find that out
-        # is what the self-test is for; where the bridge breaks too, its own error is told
+        # unknown blocks may fail in any way in packed batches, which the self-test must detect; if
+        # the bridge fails too, raise its error
         self.check_hooks([site])
         return Outcome(f"{type(error).__name__}: {error}", 0.0)
 
@@ -217,8 +217,7 @@ def _hooked(
     error: float | None,
     compute_dtype: torch.dtype | None,
 ) -> RunnerChoice:
-    """The hooked runner in the place of packed batches, if it can run the sites; the user is
-    told."""
+    """Return the hooked runner as the fallback, if it can run the sites; log a warning."""
     test.check_hooks(sites)
     reason = f"the packed runner cannot: {why}"
     log.warning(
@@ -228,5 +227,5 @@ def _hooked(
 
 
 def _joint(plans: Iterable[SitePlan]) -> bool:
-    """Whether a patch covers several layers."""
+    """Whether any patch of `plans` covers several layers."""
     return any(len(layers) > 1 for plan in plans for layers in plan.axes.layers)

@@ -1,9 +1,9 @@
-"""The self-test: a runner against the bridge's hooks, on a few amplified patches of every site.
+"""The self-test: compares a runner with the bridge's hooks on a few amplified patches of each site.
 
-One patch of one head, or of one neuron, may change a logit by less than rounding does, and then a
-runner that ignores it would pass. So values are moved away from the base run's until each patch
-changes logits about as much as they differ from each other, and errors are held against that
-effect. Patches that a plan calls dead are tried too: their value must be the base metric.
+A patch of one head or neuron may change logits by less than rounding, and then a runner that
+ignores it would pass. So patch values are moved away from the base run's until each patch changes
+logits by about their spread, and errors are relative to that effect. Patches that a plan calls dead
+are tested too: their value must be the base metric.
 """
 
 from __future__ import annotations
@@ -37,54 +37,54 @@ from patchsweep.spec.plan import PatchSet, SitePlan
 from patchsweep.spec.sites import Site
 from patchsweep.spec.spec import model_shape
 
-# what rounding may explain: a share of a patch's effect, and a share of the spread of logits
-# (16 bits are computed in where quantised weights leave no choice)
+# largest errors that rounding can cause, relative to a patch's effect and to the spread of logits
+# (16-bit compute occurs only with quantised weights)
 ERROR = {"float64": 1e-6, "float32": 1e-3, "float16": 0.03, "bfloat16": 0.2}
 FLOOR = {"float64": 1e-8, "float32": 1e-4, "float16": 0.01, "bfloat16": 0.05}
-# effects are sought as large as the spread of logits, and one of this share is seen
+# the smallest effect to compare, relative to the spread of logits; amplification aims at 1
 VISIBLE = 0.02
-MOST = 1e3  # by which values are amplified at once
-LONGEST_PLACE = 60  # letters
+MOST = 1e3  # largest factor of one amplification
+LONGEST_PLACE = 60  # characters
 METRICS_COMPARED = (METRICS["logit_diff"], METRICS["logit"])
 
 Values = Float[Tensor, "metric patch"]
 
 
 class NotDeadError(SiteError):
-    """A patch that plans take for dead has an effect."""
+    """A patch that plans call dead has an effect."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a runner gives for one trial, on the CPU."""
+    """A runner's metrics for one trial, on the CPU."""
 
     base: Float[Tensor, "metric pair"]
     source: Float[Tensor, "metric pair"]
-    live: tuple[Values, ...]  # of each site
+    live: tuple[Values, ...]  # live patches, one entry a site
 
     def effects(self, site: int, chosen: PatchSet) -> Values:
-        """Patched minus base metric."""
+        """Return patched minus base metric."""
         return self.live[site] - self.base[:, chosen.plan.pair[chosen.patches]]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the self-test found at one site."""
+    """The result of the self-test at one site."""
 
-    failure: str  # what differs; empty: nothing does
-    error: float  # largest error, as a share of its patch's effect
+    failure: str  # description of the first difference; empty: passed
+    error: float  # largest error relative to its patch's effect
     seen: bool = True  # whether a patch of the site had an effect to compare
 
     @property
     def passed(self) -> bool:
-        """Whether the runner gives what the bridge's hooks give."""
+        """Whether the runner agrees with the bridge's hooks."""
         return not self.failure
 
 
 class SelfTest:
-    """What the bridge's hooks give for the trials of some sites; a runner is held against it.
+    """Runs the trials of some sites through the bridge's hooks, and compares runners with them.
 
-    Four forward passes through the bridge over prompts of 4 and 7 tokens, once for all runners.
+    Four forward passes through the bridge over prompts of 4 and 7 tokens serve all runners.
     """
 
     def __init__(
@@ -113,10 +113,10 @@ class SelfTest:
         self._spread = 0.0  # of logits
 
     def judge(self, runner: Runner) -> dict[str, Outcome]:
-        """How far `runner` agrees, by site; where its unpatched runs differ, no site passes.
+        """Return the outcome of `runner` per site; if its unpatched runs differ, no site passes.
 
-        The first runner also tells how far values are to be amplified. If it is wrong in that,
-        its effects are wrong, or those of the hooks are not seen, and they are amplified further.
+        The first runner's effects set the amplification factors. If these effects are wrong, the
+        comparison finds that, or the hooks' effects are too small and are amplified further.
 
         Raises:
             SiteError: the bridge cannot patch one of the sites.
@@ -128,11 +128,11 @@ class SelfTest:
             self._expected = self._run_hooks()
             if self._raise_factors():
                 self._expected = self._run_hooks()
-        found = self._measure(runner, intervention)
+        measured = self._measure(runner, intervention)
         outcomes = {}
         for i, site in enumerate(self.sites):
-            failure, error, seen = self._unpatched(found), 0.0, False
-            for trial, expected, got in zip(self.trials, self._expected, found, strict=True):
+            failure, error, seen = self._unpatched(measured), 0.0, False
+            for trial, expected, got in zip(self.trials, self._expected, measured, strict=True):
                 text, share, visible = self._compare(trial.live[i], i, expected, got)
                 failure, error = failure or text, max(error, share)
                 seen |= visible
@@ -140,16 +140,16 @@ class SelfTest:
         return outcomes
 
     def check_hooks(self) -> None:
-        """See that the bridge's hooks can patch the sites, and that dead patches are dead there.
+        """Check that the bridge's hooks can patch the sites, and that dead patches are dead there.
 
         Raises:
-            SiteError: they cannot.
+            SiteError: the hooks cannot patch a site.
             NotDeadError: a patch that plans call dead has an effect.
         """
         self._run_hooks(live=False)
 
     def _prepared(self, runner: Runner) -> Intervention:
-        """An intervention of the kind, with means of what `runner` reads."""
+        """Return an intervention of the kind, with means of the activations that `runner` reads."""
         intervention = intervention_of(self.kind)
         batches = [trial.batch for trial in self.trials]
         prompts = [Prompts(x, b.spans) for b in batches for x in (b.base, b.source)]
@@ -157,56 +157,56 @@ class SelfTest:
         return intervention
 
     def _set_factors(self, runner: Runner, intervention: Intervention) -> None:
-        """Factors with which a patch changes logits about as much as logits differ."""
+        """Set the factors so that each patch changes logits by about the spread of logits."""
         trial = self.trials[0]
         loaded = runner.load(trial.batch, intervention)
         base, source = (x.cpu() for x in runner.references(loaded, METRICS_COMPARED))
-        wanted = float(torch.cat([base[0], source[0]]).square().mean().sqrt())  # a logit_diff
+        target = float(torch.cat([base[0], source[0]]).square().mean().sqrt())  # a logit_diff
         values = runner.run_together(loaded, trial.live, METRICS_COMPARED)
-        for chosen, x in zip(trial.live, values, strict=True):
-            pair = chosen.plan.pair[chosen.patches]
+        for patch_set, x in zip(trial.live, values, strict=True):
+            pair = patch_set.plan.pair[patch_set.patches]
             size = (x.cpu() - base[:, pair]).abs().amax(dim=0).nan_to_num(0.0)
-            for layer, columns in _by_layer(chosen).items():
+            for layer, columns in _by_layer(patch_set).items():
                 for column in columns:
-                    factor = wanted / max(float(size[column]), 1e-30)
+                    factor = target / max(float(size[column]), 1e-30)
                     factor = min(max(factor, 1.0), MOST)
-                    self.factors[chosen.plan.site.name][layer, pair[column]] = factor
+                    self.factors[patch_set.plan.site.name][layer, pair[column]] = factor
 
     def _run_hooks(self, *, live: bool = True) -> list[Measured]:
-        """What the bridge's hooks give, every position of each patch replaced."""
+        """Return the metrics by the bridge's hooks, which replace all positions of each patch."""
         runner = HookedRunner(self.bridge, self.sites, self.compute_dtype)
         intervention = self._prepared(runner)
-        found = []
+        measured = []
         for number, trial in enumerate(self.trials):
             loaded = runner.load(trial.batch, amplified(intervention, self.factors))
             if not number:
                 logits = loaded.base_logits
                 self._spread = float((logits - logits.mean(dim=-1, keepdim=True)).std())
             base, source = (x.cpu() for x in runner.references(loaded, METRICS_COMPARED))
-            chosen = (*(trial.live if live else ()), *trial.dead)
-            values = runner.run_together(loaded, [whole(c) for c in chosen], METRICS_COMPARED)
-            n_live = len(chosen) - len(trial.dead)
+            patch_sets = (*(trial.live if live else ()), *trial.dead)
+            values = runner.run_together(loaded, [whole(c) for c in patch_sets], METRICS_COMPARED)
+            n_live = len(patch_sets) - len(trial.dead)
             for dead, x in zip(trial.dead, values[n_live:], strict=True):
                 _check_dead(dead, x - base[:, dead.plan.pair[dead.patches]], self._limit)
-            found.append(Measured(base, source, tuple(values[:n_live])))
-        return found
+            measured.append(Measured(base, source, tuple(values[:n_live])))
+        return measured
 
     @property
     def _limit(self) -> float:
-        """How far two logits may be apart by rounding."""
+        """Largest difference between two logits that rounding can cause."""
         return self.floor * self._spread
 
     def _measure(self, runner: Runner, intervention: Intervention) -> list[Measured]:
-        found = []
+        measured = []
         for trial in self.trials:
             loaded = runner.load(trial.batch, amplified(intervention, self.factors))
             base, source = runner.references(loaded, METRICS_COMPARED)
             values = runner.run_together(loaded, trial.live, METRICS_COMPARED)
-            found.append(Measured(base.cpu(), source.cpu(), tuple(x.cpu() for x in values)))
-        return found
+            measured.append(Measured(base.cpu(), source.cpu(), tuple(x.cpu() for x in values)))
+        return measured
 
     def _raise_factors(self) -> bool:
-        """Amplify layers further in which no patch is seen; whether there are such."""
+        """Amplify layers without a visible patch further; return whether there are any."""
         assert self._expected is not None
         raised = False
         for i, site in enumerate(self.sites):
@@ -221,16 +221,16 @@ class SelfTest:
         return raised
 
     def _visible(self, effects: Values) -> Bool[Tensor, " patch"]:
-        """[patch] whether it has an effect that rounding is small against."""
+        """Return `[patch]`, whether its effect is large against rounding."""
         size = effects.abs().amax(dim=0)
         return torch.isfinite(size) & (size >= VISIBLE * self._spread)
 
     def _unpatched(self, found: Sequence[Measured]) -> str:
-        """What differs in the runs without a patch."""
+        """Return how the runs without a patch differ; empty if they do not."""
         assert self._expected is not None
         for trial, expected, got in zip(self.trials, self._expected, found, strict=True):
-            for which in ("base", "source"):
-                worst = float((getattr(got, which) - getattr(expected, which)).abs().max())
+            for run in ("base", "source"):
+                worst = float((getattr(got, run) - getattr(expected, run)).abs().max())
                 if not worst <= self._limit:  # NaN included
                     return (
                         f"its unpatched runs differ from the bridge's by {worst:.2g} in logits at "
@@ -241,7 +241,7 @@ class SelfTest:
     def _compare(
         self, chosen: PatchSet, site: int, expected: Measured, got: Measured
     ) -> tuple[str, float, bool]:
-        """What differs first, the largest error as a share of its effect, whether one is seen."""
+        """Return the first difference, the largest relative error, whether an effect is visible."""
         effect = expected.effects(site, chosen).abs().amax(dim=0)
         error = (got.live[site] - expected.live[site]).abs().amax(dim=0)
         known = torch.isfinite(effect)  # values may overflow where they are amplified
@@ -260,17 +260,17 @@ class SelfTest:
 
 
 def _by_layer(chosen: PatchSet) -> dict[int, list[int]]:
-    """Layer -> the columns of the patches at this layer alone."""
-    found: dict[int, list[int]] = {}
+    """Return layer -> columns of the patches at this layer alone."""
+    columns: dict[int, list[int]] = {}
     for column, layer_set in enumerate(chosen.plan.layer_set[chosen.patches].tolist()):
         layers = chosen.plan.axes.layers[layer_set]
         if len(layers) == 1:
-            found.setdefault(layers[0], []).append(column)
-    return found
+            columns.setdefault(layers[0], []).append(column)
+    return columns
 
 
 def _check_dead(chosen: PatchSet, effects: Values, limit: float) -> None:
-    """Raises NotDeadError where a patch that plans call dead has an effect."""
+    """Raise NotDeadError if a patch that plans call dead has an effect."""
     size = effects.abs().amax(dim=0)
     for column in torch.nonzero(~(size <= limit)).flatten().tolist():
         raise NotDeadError(
@@ -281,7 +281,7 @@ def _check_dead(chosen: PatchSet, effects: Values, limit: float) -> None:
 
 
 def _place(chosen: PatchSet, column: int) -> str:
-    """Where a patch is, in words."""
+    """Return the place of a patch in words, in at most about `LONGEST_PLACE` characters."""
     assert isinstance(chosen.plan, SitePlan)
     place = chosen.plan.place_of(int(chosen.patches[column]))
     return place if len(place) <= LONGEST_PLACE else f"{place[:LONGEST_PLACE]}..."

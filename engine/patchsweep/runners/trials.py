@@ -1,9 +1,9 @@
 """Trials of the self-test: short random prompts, and a few patches of every site.
 
-Each trial has three pairs of prompts. The first pair takes patches of one head (or neuron), the
-second those of many heads, so that the values of a pair can be amplified alike; the third takes
-patches that plans call dead, with values as they are. Layers are the first, the middle and the
-last one; positions are single ones and a span.
+Each trial has three pairs of prompts. The first pair has patches of one head (or neuron), the
+second patches of many heads, so that one amplification factor fits all values of a pair. The third
+has patches that plans call dead, not amplified. Layers are the first, the middle and the last;
+positions are single ones and a span.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ from patchsweep.spec.planner import plan_site
 from patchsweep.spec.sites import Site
 
 N_PAIRS = 3
-AMPLIFIED = 2  # of the pairs
+AMPLIFIED = 2  # pairs whose patch values are amplified
 N_SHARED = 1  # tokens that base and source have in common, at the start
-SPAN = "span"  # the label of all tokens but the last
+SPAN = "span"  # label of all tokens but the last
 
 Kind = Literal["resample", "zero", "mean", "mean_all", "mean_label", "custom"]
 Factors = Mapping[str, Float[Tensor, "layer pair"]]  # by site
@@ -58,24 +58,24 @@ class Trial:
     """Patches of every site on prompts of one length."""
 
     batch: Batch
-    live: tuple[PatchSet, ...]  # of each site
-    dead: tuple[PatchSet, ...]  # of each site, whose value is the base metric by the plan's claim
+    live: tuple[PatchSet, ...]  # one a site
+    dead: tuple[PatchSet, ...]  # one a site; the plan says that their value is the base metric
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a trial looks like."""
+    """The length of a trial's prompts, and the positions that it reads."""
 
     length: int
     reads: tuple[int, ...]  # positions whose logits are read
 
 
-# the second length is longer than the windows of tiny models, reads two tokens, and has one after
+# the second is longer than the windows of tiny models, reads two tokens, and has a token after them
 SHAPES = (Shape(4, (3,)), Shape(7, (4, 5)))
 
 
 def kind_of(intervention: Intervention) -> Kind:
-    """The kind of values that an intervention patches in: those of one kind share a self-test."""
+    """Return the kind of an intervention's patch values; one kind shares a self-test."""
     cls = type(intervention)
     if cls in (Resample, Shuffle):
         return "resample"
@@ -88,7 +88,7 @@ def kind_of(intervention: Intervention) -> Kind:
 
 
 def intervention_of(kind: Kind) -> Intervention:
-    """A stand-in for the interventions of `kind`, fit for any prompts."""
+    """Return an intervention that represents `kind` and works for any prompts."""
     if kind == "resample":
         return Resample()
     if kind == "zero":
@@ -99,18 +99,18 @@ def intervention_of(kind: Kind) -> Intervention:
 
 
 def _noise(site: Site, layer: int, base: Tensor, source: Tensor) -> Tensor:
-    """Values that no other place on the way would make the same effect with."""
+    """Return noisy values, so that writing them at a wrong place gives another effect."""
     generator = torch.Generator().manual_seed(layer)
     noise = torch.randn(base.shape[1:], generator=generator).to(base)
     if site.is_pattern:
-        return base * (1 + noise)  # nothing where causality has nothing
+        return base * (1 + noise)  # stays 0 where causality makes it 0
     return base + noise * base.float().square().mean().sqrt().to(base)
 
 
 def amplified(intervention: Intervention, factors: Factors) -> Intervention:
-    """`intervention`, whose values lie `factors` times as far from the base run's.
+    """Return `intervention` with its values moved `factors` times as far from the base run's.
 
-    An intervention of the same class, since runners ask for it.
+    The result has the same class, since runners check it.
     """
 
     def values(
@@ -121,10 +121,10 @@ def amplified(intervention: Intervention, factors: Factors) -> Intervention:
         factor = rearrange(factor, f"pair -> pair {' '.join(['1'] * (base.ndim - 1))}")
         return base + factor * (new - base)
 
-    made = copy.copy(intervention)
-    made.__dict__["values"] = values
-    made.__dict__["asks_pair_by_pair"] = True
-    return made
+    result = copy.copy(intervention)
+    result.__dict__["values"] = values
+    result.__dict__["asks_pair_by_pair"] = True
+    return result
 
 
 def make_trials(
@@ -136,9 +136,9 @@ def make_trials(
     device: torch.device,
     joint_layers: bool,
 ) -> list[Trial]:
-    """One trial for each of `SHAPES`; tokens are none of `avoid`.
+    """Return one trial for each of `SHAPES`, without the tokens `avoid`.
 
-    `joint_layers`: patches of several layers at once too.
+    `joint_layers`: include patches of several layers at once.
     """
     return [
         _make_trial(shape, sites, kind, number, avoid, device, joint_layers)
@@ -207,7 +207,7 @@ def _plan(
 
 
 def _units(site: Site, shape: ModelShape) -> tuple[tuple[int, ...], ...] | None:
-    """For the first pair the first head and the last; for the second every other one, and all."""
+    """Return four sets of heads: the first, the last (pair 0); every other, all (pair 1)."""
     if site.unit is None:
         return None
     n = shape.n_units(site)
@@ -215,7 +215,7 @@ def _units(site: Site, shape: ModelShape) -> tuple[tuple[int, ...], ...] | None:
 
 
 def whole(chosen: PatchSet) -> PatchSet:
-    """The same patches with all the positions they cover; plans leave out what changes nothing."""
+    """Return the same patches with all their positions; plans skip those that change nothing."""
     plan = chosen.plan
     assert isinstance(plan, SitePlan)
     assert plan.axes.positions is not None
@@ -229,30 +229,32 @@ def whole(chosen: PatchSet) -> PatchSet:
 
 
 def _some_live(plan: SitePlan, number: int) -> Ints:
-    """A live patch of each layer and pair; units and positions take turns."""
+    """Return one live patch per layer and pair; units and positions alternate."""
     chosen: list[int] = []
     for layer in range(len(plan.axes.layers)):
         for pair in range(AMPLIFIED):
-            known = plan.live_patches([pair], range(layer, layer + 1))
+            candidates = plan.live_patches([pair], range(layer, layer + 1))
             turn = number + layer
             if plan.axes.units is not None:
-                unit = plan.unit_set[known] // (plan.axes.n_sources or 1)
-                known = known[unit == 2 * pair + turn % 2]
-            if len(known):
-                _, _, pos, _ = np.unravel_index(plan.cell[known], plan.shape)
-                wanted = np.unique(pos)
-                known = known[pos == wanted[-1 - (turn // 2 + pair + layer) % len(wanted)]]
-                chosen.append(int(known[turn % len(known)]))
+                unit = plan.unit_set[candidates] // (plan.axes.n_sources or 1)
+                candidates = candidates[unit == 2 * pair + turn % 2]
+            if len(candidates):
+                _, _, pos, _ = np.unravel_index(plan.cell[candidates], plan.shape)
+                positions = np.unique(pos)
+                candidates = candidates[
+                    pos == positions[-1 - (turn // 2 + pair + layer) % len(positions)]
+                ]
+                chosen.append(int(candidates[turn % len(candidates)]))
     return np.array(sorted(chosen), dtype=np.int64)
 
 
 def _some_dead(plan: SitePlan, number: int) -> Ints:
-    """A dead patch of each layer."""
+    """Return one dead patch per layer."""
     rng = np.random.default_rng(number)
     chosen: list[int] = []
     for layer in range(len(plan.axes.layers)):
-        known = plan.patches([AMPLIFIED], range(layer, layer + 1))
-        known = known[~plan.live[known]]
-        if len(known):
-            chosen.append(int(rng.choice(known)))
+        candidates = plan.patches([AMPLIFIED], range(layer, layer + 1))
+        candidates = candidates[~plan.live[candidates]]
+        if len(candidates):
+            chosen.append(int(rng.choice(candidates)))
     return np.array(sorted(chosen), dtype=np.int64)

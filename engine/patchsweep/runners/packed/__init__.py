@@ -1,1 +1,1 @@
-"""The packed runner: exact patches in packed batches, through the model's own blocks."""
+"""The packed runner: runs exact patches in packed batches through the model's own blocks."""

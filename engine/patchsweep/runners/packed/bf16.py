@@ -1,9 +1,9 @@
 """bf16 matrix products in an unwrapped model; everything else of a block stays in fp32.
 
-The linear layers of the blocks take their input in bf16, against weights cast once, and hand on
-the model's dtype, fp32 as a rule, so that norms, rotations, attention and residual adds stay as
-exact as they were. Where oneDNN multiplies, the gate of a gated MLP is applied to the fp32 sums
-within the two products that it joins: fewer roundings, and fewer passes over memory.
+The linear layers of the blocks multiply bf16 inputs by weights that were cast once, and return
+fp32. So norms, rotary embeddings, attention and residual adds keep their precision. With oneDNN,
+the gate of a gated MLP is applied to fp32 sums inside its two products: fewer roundings, and fewer
+passes over memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from patchsweep.models.quantised import PLAIN
 _Layer = Callable[[], tuple[Tensor, Tensor | None]]  # weight [out, in] and bias, in bf16
 _Forward = Callable[[Tensor], Tensor]
 
-# what oneDNN calls the activations that it applies within a product: attribute, algorithm
+# oneDNN's names of the activations that it can apply inside a product: attribute, algorithm
 _ACTIVATIONS: dict[type[nn.Module], tuple[str, str]] = {
     nn.SiLU: ("swish", ""),
     SiLUActivation: ("swish", ""),
@@ -32,10 +32,10 @@ _ACTIVATIONS: dict[type[nn.Module], tuple[str, str]] = {
 
 
 class _Cast:
-    """The bf16 form `[row, d]` of a tensor, kept while the layers that share it ask for it.
+    """Casts a tensor to bf16 `[row, d]` and caches the last result for layers with the same input.
 
-    On a CPU it has a round number of rows, the last of which hold anything: oneDNN compiles a
-    product for each number of rows, which takes longer than to run it once.
+    On a CPU the result is padded to a round number of rows, with arbitrary values: oneDNN compiles
+    a product for each number of rows, which takes longer than one run of it.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class _Cast:
         return self._result
 
     def first_rows(self, result: Tensor, shape: torch.Size) -> Tensor:
-        """The part of `result` that is not filling, as `[*shape, d]`; its bf16 form is known."""
+        """Return `result` without padding, as `[*shape, d]`, and cache `result` as its cast."""
         self._source = result[: shape.numel()].view(*shape, result.shape[-1])
         self._result = result
         return self._source
@@ -64,12 +64,12 @@ def _round_up(n: int) -> int:
 
 
 def use_bf16_products(blocks: Sequence[nn.Module]) -> Collection[nn.Module]:
-    """Let the linear layers of `blocks` (of an unwrapped model: they are changed) multiply in bf16.
+    """Make the linear layers of `blocks`, of an unwrapped model, multiply in bf16; return them.
 
-    Returns these layers. Others, such as experts that keep their weights in one three-axis
-    parameter, are left as they are.
+    The blocks are changed in place. Other layers, such as experts with one three-axis weight, stay
+    as they are.
     """
-    cast = _Cast()  # one for all: what it keeps is as large as a packed batch
+    cast = _Cast()  # shared by all layers: its cache is as large as a packed batch
     changed: set[nn.Module] = set()
     for block in blocks:
         layers: dict[nn.Module, _Layer] = {}
@@ -85,14 +85,16 @@ def use_bf16_products(blocks: Sequence[nn.Module]) -> Collection[nn.Module]:
 
 
 def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
-    """Whether the module multiplies by its weight and does nothing else: quantised layers are
-    linear layers too, by their class, but their weights are packed or have a scale."""
+    """Whether the module only multiplies by its weight and adds a bias.
+
+    Quantised layers are subclasses of linear layers, but their weights are packed or have a scale.
+    """
     forward = type(module).forward
     return forward in (nn.Linear.forward, Conv1D.forward) and module.weight.dtype in PLAIN
 
 
 def _layer(module: nn.Linear | Conv1D) -> _Layer:
-    if module.weight.is_meta:  # fetched for each visit, and cast then
+    if module.weight.is_meta:  # fetched, and cast, at each call
         return lambda: _in_bf16(module)
     kept = _in_bf16(module)
     return lambda: kept
@@ -100,7 +102,7 @@ def _layer(module: nn.Linear | Conv1D) -> _Layer:
 
 def _in_bf16(module: nn.Linear | Conv1D) -> tuple[Tensor, Tensor | None]:
     weight = module.weight.detach()
-    # contiguous as [out, in], which is what the product wants
+    # contiguous as [out, in], the layout that the product expects
     weight = (weight.T if isinstance(module, Conv1D) else weight).to(torch.bfloat16).contiguous()
     bias = None if module.bias is None else module.bias.detach().to(torch.bfloat16)
     return weight, bias
@@ -115,7 +117,7 @@ def _product(module: nn.Linear | Conv1D, cast: _Cast, layer: _Layer) -> _Forward
 
 
 def _is_fusible(mlp: GatedMLP, layers: Mapping[nn.Module, _Layer]) -> bool:
-    """Whether oneDNN can apply the gate of `mlp` within its products."""
+    """Whether oneDNN can apply the gate of `mlp` inside its products."""
     return (
         type(mlp.act_fn) in _ACTIVATIONS
         and all(part in layers for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
@@ -128,7 +130,7 @@ def _gated(mlp: GatedMLP, cast: _Cast, layers: Mapping[nn.Module, _Layer]) -> _F
     attribute, algorithm = _ACTIVATIONS[type(mlp.act_fn)]
     gate, up, act, down = mlp.gate_proj, mlp.up_proj, mlp.act_fn, mlp.down_proj
     gate_layer, up_layer = layers[gate], layers[up]
-    # what `torch.compile` emits for such a layer on a CPU
+    # the operator that `torch.compile` emits for such a layer on a CPU
     product = torch.ops.mkldnn._linear_pointwise
 
     def forward(x: Tensor) -> Tensor:

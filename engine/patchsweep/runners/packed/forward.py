@@ -1,4 +1,4 @@
-"""The packed runner: replay the model's own blocks on the packed rows of many patches."""
+"""The packed forward pass: runs the model's own blocks on the packed rows of many patches."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ from patchsweep.spec.sites import Site
 
 @dataclass(frozen=True)
 class PatchValues:
-    """What is patched in, and where."""
+    """The patch values of one set, and where they are written."""
 
     point: SiteLocation
-    # per layer of writing [pair, pos, width]: the values; None: what is there, its last bit turned
+    # values [pair, pos, width] per layer at which they are written; None: identity patches, which
+    # flip the last bit
     layers: Sequence[Tensor] | None
-    # [patch] row of the values, then [row, width] per layer: a vector for each one-token patch
+    # [patch] row of its one vector in the values, which are [row, width] then; None: see `layers`
     row: Column | Ints | None = None
 
 
 @dataclass(frozen=True)
 class PackedInput:
-    """What one packed batch needs besides the model: prompts of one length, indexed by pair."""
+    """The inputs of a packed batch besides the model, for prompts of one length."""
 
     base: ActivationCache
     donors: Sequence[PatchValues]  # for each of the packed batch's sets
@@ -46,34 +47,34 @@ class PackedInput:
 
 @torch.no_grad()
 def run_packed_batch(unwrapped: UnwrappedModel, packed: PackedBatch, given: PackedInput) -> Tensor:
-    """The final residual of every row of `packed`, from its start to its last read position.
+    """Return the final residuals `[token, d_model]` of all rows of `packed`.
 
-    Returns `[token, d_model]`, packed like the last packing: row i's tokens, then row i+1's;
-    the unembedding knows them by `packed.length - packed.start`.
+    Row i holds `packed.length - packed.start[i]` tokens, from its start to the last position read;
+    the tokens of row i+1 follow.
     """
-    state = _State(unwrapped, packed, given)
+    current = _State(unwrapped, packed, given)
     hidden: Tensor | None = None
     with ExitStack() as stack:
-        stack.enter_context(state.hooks())
+        stack.enter_context(current.hooks())
         for packing in pack(packed):
-            hidden = state.enter(packing, hidden)
+            hidden = current.enter(packing, hidden)
             if packing.layer < unwrapped.n_layers:
-                hidden = state.replay(hidden)
+                hidden = current.replay(hidden)
     assert hidden is not None
     return hidden
 
 
 class _State:
-    """The packed batch at its present layer; hooks and attention functions read it."""
+    """The packed batch at its current block; hooks and attention functions read it."""
 
     def __init__(self, unwrapped: UnwrappedModel, packed: PackedBatch, given: PackedInput) -> None:
         self.unwrapped, self.packed, self.given = unwrapped, packed, given
-        self.device = given.base.devices[0]  # of the present block
+        self.device = given.base.devices[0]  # of the current block
         self.local = np.array([given.local.get(p, -1) for p in range(packed.n_pairs)])
-        self.members: dict[str, list[int]] = {}  # site -> which of the packed batch's sets patch it
-        for i, donors in enumerate(given.donors):
-            self.members.setdefault(donors.point.site.name, []).append(i)
-        sites = {donors.point.site.name: donors.point.site for donors in given.donors}
+        self.members: dict[str, list[int]] = {}  # site -> indices of the sets that patch it
+        for i, values in enumerate(given.donors):
+            self.members.setdefault(values.point.site.name, []).append(i)
+        sites = {values.point.site.name: values.point.site for values in given.donors}
         self.stream = [name for name, site in sites.items() if site.in_stream]
         self.packing: Packing
         self.rows: Rows
@@ -81,7 +82,7 @@ class _State:
         self.token_pos: Tensor
 
     def enter(self, packing: Packing, carried: Tensor | None) -> Tensor:
-        """The packed batch's tokens `[token, d_model]` at the input of the packing's block."""
+        """Return the tokens `[token, d_model]` at the input of the packing's block, patched."""
         device = self.given.base.devices[packing.layer]
         if carried is None or not packing.same or device != self.device:
             self.device = device
@@ -98,7 +99,7 @@ class _State:
         return hidden
 
     def _carry(self, packing: Packing, carried: Tensor | None) -> Tensor:
-        """The tokens that come from the block before, and the base run's for all others."""
+        """Return the previous block's tokens, completed by the base run's for new ones."""
         if carried is not None and packing.same:
             return carried
         base = self.given.base.resid[packing.layer].to(self.device)
@@ -115,51 +116,53 @@ class _State:
         return hidden
 
     def replay(self, hidden: Tensor) -> Tensor:
-        """The packing's block on `hidden` `[token, d_model]`."""
+        """Return the output of the packing's block for `hidden` `[token, d_model]`."""
         layer = self.packing.layer
-        call = self.given.base.calls[layer].at(self.token_pair, self.token_pos)
-        output = self.unwrapped.blocks[layer](hidden.unsqueeze(0), *call.args, **call.kwargs)
+        block_args = self.given.base.calls[layer].at(self.token_pair, self.token_pos)
+        output = self.unwrapped.blocks[layer](
+            hidden.unsqueeze(0), *block_args.args, **block_args.kwargs
+        )
         return first_of(output).squeeze(0)
 
     def write(self, x: Tensor, *sites: str) -> None:
-        """Replace what is patched at `sites` in `x` `[.., token, width]`, in place."""
+        """Write the patches at `sites` into `x` `[.., token, width]`, in place."""
         packing = self.packing
         if not len(packing.write_token):
             return
         for i in (i for site in sites for i in self.members.get(site, ())):
-            mine = self.packed.which[packing.write_row] == i
-            if mine.any():
-                self._write_set(x, i, packing.write_token[mine], packing.write_row[mine])
+            of_set = self.packed.which[packing.write_row] == i
+            if of_set.any():
+                self._write_set(x, i, packing.write_token[of_set], packing.write_row[of_set])
 
     def _write_set(self, x: Tensor, i: int, token: Ints, row: Ints) -> None:
-        """Replace the vectors that set i patches, in one launch."""
-        packed, donors = self.packed, self.given.donors[i]
+        """Write the patches of set i in one kernel launch."""
+        packed, patch_values = self.packed, self.given.donors[i]
         plan, patch = packed.sets[i].plan, packed.patch[row]
         flat = x.view(-1, x.shape[-1])
-        if donors.layers is None:
+        if patch_values.layers is None:
             values, source = last_bit_turned(flat), token
         else:
-            donor = donors.layers[self.packing.layer].to(x)
-            length, width = donor.shape[-2:]
-            values = donor.reshape(-1, width)
-            if donors.row is None:
+            layer_values = patch_values.layers[self.packing.layer].to(x)
+            length, width = layer_values.shape[-2:]
+            values = layer_values.reshape(-1, width)
+            if patch_values.row is None:
                 source = self.local[packed.pair[row]] * length + self.packing.token_pos[token]
             else:
-                source = donors.row[patch]
+                source = patch_values.row[patch]
         units, width = plan.axes.units, x.shape[-1]
         if units is None:
             scatter_patch(flat, values, _table(token), source=_table(source))
             return
         n_units = self._n_units(plan.site, width)
-        which = plan.unit_set[patch]
+        unit_sets = plan.unit_set[patch]
         sizes = np.array([len(unit) for unit in units])
         flat_units = np.concatenate([np.array(unit) for unit in units])
         first = np.concatenate([[0], np.cumsum(sizes)])
-        repeat = np.repeat(np.arange(len(which)), sizes[which])
+        repeat = np.repeat(np.arange(len(unit_sets)), sizes[unit_sets])
         within = np.arange(len(repeat)) - np.repeat(
-            np.cumsum(sizes[which]) - sizes[which], sizes[which]
+            np.cumsum(sizes[unit_sets]) - sizes[unit_sets], sizes[unit_sets]
         )
-        unit = flat_units[first[which[repeat]] + within]
+        unit = flat_units[first[unit_sets[repeat]] + within]
         scatter_patch(
             flat.view(len(flat), n_units, -1),
             values.view(len(values) * n_units, -1),
@@ -169,7 +172,7 @@ class _State:
         )
 
     def _n_units(self, site: Site, width: int) -> int:
-        """Heads (or neurons) in one vector of `site`."""
+        """Return the number of heads (or neurons) in one vector of `site`."""
         base, layer = self.given.base, self.packing.layer
         if site.unit == "head":  # a query is as wide as a key, and z as a value
             like = base.keys if site.side == "query" else base.values
@@ -180,16 +183,15 @@ class _State:
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
-        """Attention on packed rows, and the writes at the patched sites, while the packed batch
-        runs."""
+        """Inside, attention runs on packed rows and patches are written at their sites."""
         with ExitStack() as stack:
-            places: list[HookLocation] = []
+            locations: list[HookLocation] = []
             for members in self.members.values():
                 point = self.given.donors[members[0]].point
-                for layer, place in enumerate(() if point.site.in_stream else point.points):
-                    stack.enter_context(watch(place, self._write_at(layer, point)))
-                    places.append(place)
-            self._drop_unread_tokens(stack, places)
+                for layer, location in enumerate(() if point.site.in_stream else point.points):
+                    stack.enter_context(watch(location, self._write_at(layer, point)))
+                    locations.append(location)
+            self._drop_unread_tokens(stack, locations)
             self.unwrapped.attend_with(self._attention)
             stack.callback(self.unwrapped.attend_with, None)
             yield
@@ -209,7 +211,9 @@ class _State:
 
     def _attention(self, layer: int) -> Attend:
         inside = {
-            donors.point.site.name for donors in self.given.donors if donors.point.in_attention
+            patch_values.point.site.name
+            for patch_values in self.given.donors
+            if patch_values.point.in_attention
         }
 
         def written(x: Tensor, *sites: str) -> Tensor:
@@ -233,11 +237,11 @@ class _State:
         return attend
 
     def _drop_unread_tokens(self, stack: ExitStack, places: Sequence[HookLocation]) -> None:
-        """In the last block only tokens that are read need the MLP: gather them, put them back.
+        """Make the last block's MLP run only on tokens that are read: gather them, put them back.
 
-        The others were needed for their keys and values alone. What is written at `places`, by
-        hooks that are there already, is written among all tokens: before they are gathered, or
-        after they were put back. So nothing is gathered where a place lies inside the MLP.
+        The last block needs the other tokens only for their keys and values. Hooks at `places`,
+        registered before, index all tokens: they run before the gather or after the put-back. So
+        nothing is gathered if one of `places` is inside the MLP.
         """
         last = self.unwrapped.n_layers - 1
         mlp = self.unwrapped.module_of(getattr(self.unwrapped.bridge.blocks[last], "mlp", None))
@@ -274,5 +278,5 @@ class _State:
 
 
 def _table(array: Any) -> Tensor:
-    """On the CPU, where `scatter_patch` checks it without waiting for the device."""
+    """Return `array` as a CPU tensor, which `scatter_patch` checks without waiting for the GPU."""
     return torch.from_numpy(np.ascontiguousarray(array))

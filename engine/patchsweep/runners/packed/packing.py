@@ -1,5 +1,4 @@
-"""Where each token of a packed batch lies in the packed batch, layer by layer. Pure, like the
-planner."""
+"""Packing: the place of each token in a packed batch, block by block. Pure, like the planner."""
 
 from __future__ import annotations
 
@@ -14,20 +13,20 @@ from patchsweep.spec.plan import Ints
 
 @dataclass(frozen=True)
 class Packing:
-    """The packed batch of a packed batch at the input of one block."""
+    """The tokens of a packed batch at the input of one block."""
 
-    layer: int  # n_layers: the final residual, after the last block
-    rows: Ints  # [active] which rows of the packed batch are present
-    offsets: Ints  # [active + 1] row i owns packed tokens offsets[i]:offsets[i+1]
+    layer: int  # the block; n_layers: the final residual
+    rows: Ints  # [active] rows of the packed batch that are present
+    offsets: Ints  # [active + 1] cu_seqlens: row i owns packed tokens offsets[i]:offsets[i+1]
     start: Ints  # [active] position of the row's first token
     pair: Ints  # [active]
     token_pair: Ints  # [token]
     token_pos: Ints  # [token] position in the prompt
-    carried_from: Ints  # [carried] packed index in the block before
-    carried_to: Ints  # [carried] packed index here; all other tokens start as the base run's
-    write_token: Ints  # [write] packed index of a token that is replaced at this layer
-    write_row: Ints  # [write] row (of the packed batch) that it belongs to
-    same: bool  # nothing entered and nothing was dropped: the batch is the block's output
+    carried_from: Ints  # [carried] packed index in the previous block
+    carried_to: Ints  # [carried] packed index here; all other tokens are copied from the base run
+    write_token: Ints  # [write] packed index of a token that is patched at this layer
+    write_row: Ints  # [write] its row in the packed batch
+    same: bool  # no token enters or leaves: the input is the previous block's output
 
     @property
     def n_tokens(self) -> int:
@@ -35,10 +34,10 @@ class Packing:
 
 
 def pack(packed: PackedBatch) -> Iterator[Packing]:
-    """The packings of `packed` from its first block to the final residual.
+    """Yield the packings of `packed` from its first block to the final residual.
 
-    After the last block only the tokens that can be read are kept: each row's last one is the
-    last position read, so rows are kept whole here and the unembedding picks its positions.
+    Rows end at the last position read. After the last block they keep all their tokens, and the
+    unembedding selects the positions that are read.
     """
     n_rows = len(packed.patch)
     before = np.zeros(n_rows, dtype=np.int64)  # tokens per row in the block before

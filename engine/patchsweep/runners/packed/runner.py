@@ -1,4 +1,4 @@
-"""`PackedRunner`: captures a batch, sends packed batches of patches through, reads the metrics."""
+"""`PackedRunner`: captures a batch, runs its patches in packed batches, computes metrics."""
 
 from __future__ import annotations
 
@@ -44,26 +44,27 @@ Precision = Literal["model", "bf16"]
 
 @dataclass
 class Loaded:
-    """A batch, captured."""
+    """A captured batch with its patch values."""
 
     batch: Batch
     base: ActivationCache
-    donors: dict[str, Sequence[Tensor]]  # site -> per layer of writing [pair, pos, width]
+    # patch values: site -> [pair, pos, width] per layer at which they are written
+    donors: dict[str, Sequence[Tensor]]
     base_resid: Float[Tensor, "pair read d_model"]  # final residuals
     source_resid: Float[Tensor, "pair read d_model"]
-    _logits: dict[str, Tensor] = field(default_factory=dict)  # of base and source, on demand
+    _logits: dict[str, Tensor] = field(default_factory=dict)  # of base and source, made on demand
 
 
 class PackedRunner:
-    """Patches in packed batches of at most `max_tokens` tokens (None: what suits the machine).
+    """Runs exact patches in packed batches of at most `max_tokens` tokens (None: see `budget`).
 
-    Activations of the present batches stay in memory up to `cache_budget` bytes (None: a share of
-    what is free); what exceeds it lies in memory-mapped files, see `cache`.
-    Exact in the model's own precision, or in `compute_dtype`, to which weights of 16 bits are cast
-    block by block; `precision="bf16"` multiplies in bf16 (see `precision`).
+    Activations of loaded batches stay in memory up to `cache_budget` bytes (None: a fraction of
+    free memory); the rest spills to memory-mapped files, see `forward.activation_store`.
+    Computes in the model's own dtype, or in `compute_dtype`, to which 16-bit weights are cast block
+    by block; `precision="bf16"` multiplies in bf16, see `bf16`.
 
     Raises:
-        Unsupported: the model or one of `sites` cannot be run this way.
+        Unsupported: the packed runner cannot run the model or one of `sites`.
     """
 
     name = "packed"
@@ -81,7 +82,7 @@ class PackedRunner:
         keep_batch_memory(bridge)
         self.unwrapped = UnwrappedModel(bridge, compute_dtype)
         if precision == "bf16":
-            # in the dtype that they rest in, or cast once
+            # these layers multiply weights in their stored dtype, or cast once to bf16
             self.unwrapped.cast_no_weights_of(use_bf16_products(self.unwrapped.blocks))
         self.points: dict[str, SiteLocation] = {
             s.name: resolve_site(self.unwrapped, s) for s in sites
@@ -92,12 +93,12 @@ class PackedRunner:
         self.budget = Budget(default_cache(bridge) if cache_budget is None else cache_budget)
 
     def check(self, plans: Sequence[SitePlan]) -> None:
-        """See that the patches of `plans` can be run in packed batches, prompts of every length.
+        """Check that packed batches can run the patches of `plans`, at prompts of every length.
 
         Raises:
-            Unsupported: attention patterns of several layers at once. A pattern is patched as the
-                z that it makes of the base run's values; behind another patch the values differ.
-                Or the longest prompts have a mask that shorter ones do not have.
+            Unsupported: attention patterns are patched in several layers at once. (A pattern is
+                patched as its z with the base run's values, which differ after another patch.)
+                Or the longest prompts' mask is not supported.
         """
         dry_run(self.unwrapped, 1, max(int(plan.full_lengths.max()) for plan in plans))
         for plan in plans:
@@ -110,7 +111,7 @@ class PackedRunner:
         return {name: run.layers_of(name) for name in self.points}
 
     def load(self, batch: Batch, intervention: Intervention) -> Loaded:
-        """See `Runner`. One forward pass over all base and source prompts."""
+        """See `Runner`. Runs one forward pass over all base and source prompts."""
         n = len(batch.base)
         both = capture(
             self.unwrapped,
@@ -158,37 +159,39 @@ class PackedRunner:
     ) -> list[Float[Tensor, "metric patch"]]:
         """See `Runner`; all sets share packed batches.
 
-        `null`: sets, told of after the others, that are patched with the values that are there
-        anyway, their last bit turned (see `patchsweep.sweeps.noise`). What they change is rounding.
+        `null`: identity patches, which write back the base run's own values with the last bit
+        flipped (see `patchsweep.sweeps.noise`). Any change they cause is rounding noise.
         """
-        every = (*sets, *null)
-        donors = [self._donors(chosen, loaded) for chosen in sets]
-        donors += [PatchValues(self.points[chosen.plan.site.name], None) for chosen in null]
-        sizes = [len(chosen.patches) for chosen in every]
+        all_sets = (*sets, *null)
+        patch_values = [self._donors(patch_set, loaded) for patch_set in sets]
+        patch_values += [
+            PatchValues(self.points[patch_set.plan.site.name], None) for patch_set in null
+        ]
+        sizes = [len(patch_set.patches) for patch_set in all_sets]
         values = torch.empty(len(metrics), sum(sizes), device="cpu")
-        given = PackedInput(loaded.base, donors, loaded.batch.local)
-        batches = deque(make_packed_batches(every, self.max_tokens))
+        packed_input = PackedInput(loaded.base, patch_values, loaded.batch.local)
+        batches = deque(make_packed_batches(all_sets, self.max_tokens))
         while batches:
             packed = batches.popleft()
             try:
-                result = self._run_packed_batch(loaded, packed, given, metrics)
+                result = self._run_packed_batch(loaded, packed, packed_input, metrics)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or len(packed.patch) == 1:
                     raise
-                # later packed batches are no larger; nothing that was computed is lost
+                # later packed batches are as small; finished ones are kept
                 self.max_tokens = max(1, packed.n_tokens // 2)
                 log.warning(
                     "out of memory: packed batches are halved to %d tokens", self.max_tokens
                 )
                 waiting = np.concatenate([w.place for w in (packed, *batches)])
-                batches = deque(make_packed_batches(every, self.max_tokens, waiting))
+                batches = deque(make_packed_batches(all_sets, self.max_tokens, waiting))
                 torch.cuda.empty_cache()  # does nothing without CUDA
                 continue
             values[:, packed.place] = result.cpu()
         return list(values.split(sizes, dim=1))
 
     def _donors(self, chosen: PatchSet, loaded: Loaded) -> PatchValues:
-        """What the patches of `chosen` put in."""
+        """Return the patch values of the set `chosen`."""
         point = self.points[chosen.plan.site.name]
         values = loaded.donors[point.site.name]
         return PatchValues(point, values, _cell_rows(chosen.plan, loaded.batch))
@@ -200,7 +203,7 @@ class PackedRunner:
         hidden = run_packed_batch(self.unwrapped, packed, given)
         device = hidden.device
         pair = torch.tensor([local[p] for p in packed.pair.tolist()], device=device)
-        # a row ends with the last position read; positions before its start are the base run's
+        # a row ends at the last position read; positions before its start equal the base run's
         end = np.cumsum(packed.length - packed.start)
         resid = loaded.base_resid[pair]
         for i, read in enumerate(loaded.batch.reads):
@@ -223,14 +226,16 @@ class PackedRunner:
         targets = torch.stack([batch.answer, batch.wrong], dim=-1).to(resid.device)
         flat = resid.flatten(0, 1)
         sums = sorted({name for metric in metrics for name in metric.sums})
-        few = all(metric.needs == "answers" or metric.sums for metric in metrics)
-        # every sum makes all logits again, block by block: for two, keeping them costs less
-        if few and (not sums or (len(sums) == 1 and self.unembed.is_direct(flat))):
+        reducible = all(metric.needs == "answers" or metric.sums for metric in metrics)
+        # each reduction computes all logits again, block by block: for two, storing them is cheaper
+        if reducible and (not sums or (len(sums) == 1 and self.unembed.is_direct(flat))):
             chosen = rearrange(targets[pair], "row read k -> (row read) k")
             logits = self.unembed.token_logits(flat, chosen)
-            both = rearrange(logits, "(row read) k -> k row read", read=n_reads)
-            made = {name: self._sum(name, loaded, flat, pair).view(-1, n_reads) for name in sums}
-            return compute(metrics, Logits(both[0], both[1], sums=made))
+            answers = rearrange(logits, "(row read) k -> k row read", read=n_reads)
+            reductions = {
+                name: self._sum(name, loaded, flat, pair).view(-1, n_reads) for name in sums
+            }
+            return compute(metrics, Logits(answers[0], answers[1], sums=reductions))
         references = any(metric.needs == "references" for metric in metrics)
         parts = []
         with self.unwrapped.unembed_in_memory():
@@ -278,25 +283,25 @@ class PackedRunner:
         source: ActivationCache,
         spans: Sequence[Spans],
     ) -> Sequence[Tensor]:
-        """The values patched in, at the place where the packed batch writes them."""
+        """Return the patch values of a site, per layer at which packed batches write them."""
         site = point.site
         if site.written_as is not None and isinstance(intervention, Custom):
-            # resample, zero and mean commute with W_O; other values need not
+            # resample, zero and mean commute with W_O; custom values may not
             raise Unsupported(f"custom values of {site.name} are no values of {site.written_as}")
         pairs = zip(base.layers_of(site.name), source.layers_of(site.name), strict=True)
         values = []
         for layer, (b, s) in enumerate(pairs):
             value = values_of(intervention, site, layer, b, s, spans)
-            # the source's own values lie on its activation store already
+            # the source run's own values are in its activation store already
             values.append(s if value is s else base.shelf.keep(value.contiguous()))
-        if site.shift:  # the first blocks write nothing of it
+        if site.shift:  # the first `shift` blocks write nothing; their entries are placeholders
             return [*values[:1] * site.shift, *values]
         if not site.layered:
             return [embed_to_stream(self.unwrapped, values[0])]
         if site.cells:
             return _CellValues(base.sites[site.name], values, base.values)
         if site.is_pattern:
-            # a patched pattern changes its own token's z alone, so its value is a z
+            # a patched pattern changes only its own token's z, so it is patched as z
             return [
                 base.shelf.keep(_attend(pattern, v))
                 for pattern, v in zip(values, base.values, strict=True)
@@ -305,25 +310,25 @@ class PackedRunner:
 
 
 def _check_finite(run: ActivationCache, name: str, batch: Batch) -> None:
-    """Raises ModelError where a run's residual stream first holds NaN or infinity."""
+    """Raise ModelError if the residual stream holds NaN or infinity; the text says where first."""
     if bool(torch.isfinite(run.resid[-1]).all()):
-        return  # nothing that is not finite leaves a stream that blocks only add to
+        return  # blocks only add to the stream, so a value that is not finite would stay in it
     for layer, resid in enumerate(run.resid):
         if not bool(torch.isfinite(resid).all()):
             row, pos = torch.nonzero(~torch.isfinite(resid).all(dim=-1))[0].tolist()
-            place = "the final residual" if layer == len(run.calls) else f"block {layer}'s input"
+            where = "the final residual" if layer == len(run.calls) else f"block {layer}'s input"
             raise ModelError(
                 f"the {name} run of pair {batch.pairs[row]} holds NaN or infinity, first in "
-                f"{place} at position {pos}; check the weights, or load the model in float32 "
+                f"{where} at position {pos}; check the weights, or load the model in float32 "
                 "or bfloat16 if float16 overflows"
             )
 
 
 class _CellValues(Sequence[Tensor]):
-    """Per layer `[cell, width]`: z of a token in which one cell (dest, src) of the pattern is new.
+    """Per layer `[cell, width]`: a token's z when one cell (dest, src) of its pattern is patched.
 
-    Cells are in the order pair, dest, src. A layer's are made when they are asked for: all
-    layers' would be `[layer, pos, pos, width]`.
+    Cells are in the order pair, dest, src. Each layer is computed on access: all layers together
+    would be `[layer, pos, pos, width]`.
     """
 
     def __init__(self, base: list[Tensor], new: list[Tensor], values: list[Tensor]) -> None:
@@ -344,14 +349,14 @@ class _CellValues(Sequence[Tensor]):
 
 
 def _cell_rows(plan: Plan, batch: Batch) -> Column | None:
-    """[patch] the row of `_CellValues` that it takes; None for sites other than pattern_cell."""
+    """Return the column `[patch]` of its row in `_CellValues`; None unless the site has cells."""
     if not plan.axes.n_sources:
         return None
     local = np.array([batch.local.get(pair, 0) for pair in range(plan.shape[0])])
 
     def of(patches: Ints) -> Ints:
         cells = plan.cells(patches)
-        # sources past the end of a shorter prompt are dead, so their rows are never asked for
+        # sources past the end of a shorter prompt are dead, so their rows are never read
         source = cells.unit_set % plan.axes.n_sources
         return (local[cells.pair] * batch.length + cells.start) * batch.length + source
 

@@ -1,7 +1,7 @@
-"""Which patches travel together: a packed batch is one packed batch through the layers.
+"""Schedule: divides patches into packed batches, which run through the blocks together.
 
 Pure, like the planner: plain data in, plain data out. Patches of several sites may share a packed
-batch, since a row of a batch does not know where another one is patched.
+batch, since the rows of a batch are independent of each other.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from patchsweep.spec.plan import Bools, Ints, PatchSet
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Patches that travel through the layers in one packed batch.
+    """Patches that run through the blocks together, one row each.
 
-    Rows are sorted by pair, start, entry: those that read the same prefix lie together, so that
-    their queries fold into one product.
+    Rows are sorted by pair, start, entry: rows that read the same prefix are adjacent, so that
+    their queries share one matrix product.
     """
 
     sets: tuple[PatchSet, ...]
-    length: int  # tokens of each prompt, up to the last that is read
-    place: Ints  # [row] where its patch stands among those of all sets, one set after the other
-    which: Ints  # [row] which of `sets` the patch is of
-    patch: Ints  # [row] index into the plan of that set
+    length: int  # tokens of each prompt, up to the last position that is read
+    place: Ints  # [row] index of its patch in the concatenated patches of `sets`
+    which: Ints  # [row] index into `sets`
+    patch: Ints  # [row] patch number in the plan of that set
     pair: Ints  # [row]
-    entry: Ints  # [row] first block that the row passes
-    token_entry: Bools  # [row] whether only the patched tokens pass that block
+    entry: Ints  # [row] first block that the row runs through
+    token_entry: Bools  # [row] whether only the patched tokens run through that block
     start: Ints  # [row]
     stop: Ints  # [row]
 
     @property
     def n_tokens(self) -> int:
-        """Most tokens alive at one layer."""
+        """Most tokens at the input of any block."""
         return int((self.length - self.start).sum())
 
     @property
@@ -53,27 +53,27 @@ class PackedBatch:
 
     @property
     def reads(self) -> Bools:
-        """[pair, pos] whether a metric reads the logits there; of all sites the same."""
+        """[pair, pos] whether a metric reads the logits there; the same for all sites."""
         return self.sets[0].plan.reads
 
     @cached_property
     def write_layers(self) -> Bools:
-        """[row, layer] where the value is written, see `SitePlan.write_layers`."""
-        found = np.zeros((len(self.patch), self.n_layers + 1), dtype=bool)
-        for i, chosen in enumerate(self.sets):
-            mine, plan = self.which == i, chosen.plan
-            found[mine] = plan.write_layers[plan.layer_set[self.patch[mine]]]
-        return found
+        """[row, layer] at which layers the value is written, see `Plan.write_layers`."""
+        table = np.zeros((len(self.patch), self.n_layers + 1), dtype=bool)
+        for i, patch_set in enumerate(self.sets):
+            rows, plan = self.which == i, patch_set.plan
+            table[rows] = plan.write_layers[plan.layer_set[self.patch[rows]]]
+        return table
 
 
 def make_packed_batches(
     sets: Sequence[PatchSet], max_tokens: int, places: Ints | None = None
 ) -> Iterator[PackedBatch]:
-    """Pack the patches of `sets`, whose plans are of one sweep, into packed batches of about
-    `max_tokens`.
+    """Yield packed batches of about `max_tokens` tokens with the patches of `sets`, of one sweep.
 
-    A packed batch holds prompts of one length. Patches are taken in the order of their entry, so
-    that later packed batches skip the lower blocks altogether. `places`: of these patches alone.
+    A packed batch holds prompts of one length. Patches are sorted by entry block, so that later
+    packed batches skip the lower blocks. `places`: indices of the patches to pack, in the
+    concatenated patches of `sets`; None: all.
     """
     sets = tuple(sets)
     which = np.repeat(np.arange(len(sets)), [len(chosen.patches) for chosen in sets])
@@ -83,8 +83,8 @@ def make_packed_batches(
     which = which[places]
 
     def column(name: str) -> NDArray[Any]:
-        every = np.concatenate([getattr(chosen.plan, name)[chosen.patches] for chosen in sets])
-        return every[places]
+        values = np.concatenate([getattr(chosen.plan, name)[chosen.patches] for chosen in sets])
+        return values[places]
 
     pair, entry, start = column("pair"), column("entry"), column("start")
     token_entry, stop = column("token_entry"), column("stop")
@@ -94,10 +94,10 @@ def make_packed_batches(
         chosen = chosen[np.lexsort((start[chosen], pair[chosen], entry[chosen]))]
         total = np.cumsum(length - start[chosen])
         n_batches = max(1, -(-int(total[-1]) // max_tokens))
-        # equal shares rather than full packed batches and a small last one
-        share = np.minimum((total - 1) * n_batches // total[-1], n_batches - 1)
+        # batches of equal size instead of full ones and a small last one
+        batch = np.minimum((total - 1) * n_batches // total[-1], n_batches - 1)
         for i in range(n_batches):
-            rows = chosen[share == i]
+            rows = chosen[batch == i]
             if not len(rows):
                 continue
             rows = rows[np.lexsort((entry[rows], start[rows], pair[rows]))]
