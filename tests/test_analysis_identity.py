@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +47,18 @@ OTHERS: dict[str, tuple[Any, str]] = {
     "metrics": ("prob", r"metrics\[0\] is prob in this run and logit_diff"),
     "read": (-2, "read is -2 in this run and -1 in"),
     "config": ({"seed": 1}, "provenance.config.seed is only in this run"),
+    "means_from": (
+        lambda: PromptPairs((*reference_pairs(NAME), *pairs())),
+        "over 6 prompts, .* and mean.* over 4 prompts",
+    ),
+}
+_FOUR = {"means_from": lambda: reference_pairs(NAME)}
+# what else a run and the one before have in common where `means_from` differs
+WITH_MEANS: dict[str, dict[str, Any]] = {
+    "edges": {"intervention": "mean", **_FOUR},
+    "exact_edges": {"intervention": "mean", **_FOUR},
+    "circuit": {"ablation": "mean", **_FOUR},
+    "heads": {"ablations": ["resample", "mean"], **_FOUR},
 }
 _BY = "intervention is zero in this run and resample in"
 _PATCH = Patch("z", 1, 15, 0)
@@ -122,13 +133,11 @@ ANALYSES: dict[str, tuple[Function, Function, dict[str, Any], dict[str, Any]]] =
     ),
 }
 NO_NUMBER = {"progress", "stage"}
-# of means alone, which have a test of their own
-OF_MEANS = {"means_from"}
 
 
 def arguments_of(kind: str) -> list[str]:
     every = inspect.signature(ANALYSES[kind][0]).parameters
-    return [name for name in every if name not in NO_NUMBER | OF_MEANS]
+    return [name for name in every if name not in NO_NUMBER]
 
 
 def value_of(given: Any) -> Any:
@@ -174,36 +183,33 @@ def test_store_refuses_an_analysis_in_which_one_argument_differs(
     cases = {**OTHERS, **ANALYSES[kind][3]}
     assert argument in cases, f"say what a store of {kind} answers to another {argument}"
     other, words = cases[argument]
-    stored = xr.Dataset({"x": ("i", np.zeros(2))}, attrs=flat_attributes(described(kind)))
-    save_dataset(stored, tmp_path / "a.zarr")
-    assert load_dataset(tmp_path / "a.zarr", described(kind)) is not None
-    with pytest.raises(StoreError, match=f"holds other results: .*(?:{words})"):
-        load_dataset(tmp_path / "a.zarr", described(kind, **{argument: other}))
+    common = WITH_MEANS[kind] if argument == "means_from" else {}
+    expect_refusal(
+        tmp_path / "a.zarr",
+        xr.Dataset({"x": ("i", np.zeros(2))}, attrs=flat_attributes(described(kind, **common))),
+        described(kind, **common),
+        described(kind, **{**common, argument: other}),
+        words,
+    )
 
 
-@pytest.mark.parametrize(
-    ("kind", "means"),
-    [
-        ("edges", {"intervention": "mean"}),
-        ("circuit", {"ablation": "mean"}),
-        ("heads", {"ablations": ["resample", "mean"]}),
-        ("lens", {}),
-    ],
-)
-def test_store_refuses_an_analysis_with_other_prompts_behind_its_means(
-    kind: str, means: dict[str, Any], tmp_path: Path
+def expect_refusal(
+    place: Path, ds: xr.Dataset, attrs: dict[str, Any], other: dict[str, Any], words: str
 ) -> None:
-    def attrs(reference: Any) -> dict[str, Any]:
-        if kind == "lens":
-            return described(kind, patch=Patch("z", 1, 15, 0, Mean(reference=reference)))
-        return described(kind, **means, means_from=reference)
+    """A store of `ds` is found by `attrs`, and refuses `other` in these words."""
+    save_dataset(ds, place)
+    assert load_dataset(place, attrs) is not None
+    with pytest.raises(StoreError, match=f"holds other results: .*(?:{words})"):
+        load_dataset(place, other)
 
-    some, more = reference_pairs(NAME), PromptPairs((*reference_pairs(NAME), *pairs()))
-    stored = xr.Dataset({"x": ("i", np.zeros(2))}, attrs=flat_attributes(attrs(some)))
-    save_dataset(stored, tmp_path / "a.zarr")
-    assert load_dataset(tmp_path / "a.zarr", attrs(some)) is not None
-    with pytest.raises(StoreError, match=r"over 6 prompts, .* and mean.* over 4 prompts"):
-        load_dataset(tmp_path / "a.zarr", attrs(more))
+
+def test_store_refuses_a_patch_by_a_mean_over_other_prompts(tmp_path: Path) -> None:
+    def attrs(reference: PromptPairs) -> dict[str, Any]:
+        return described("lens", patch=Patch("z", 1, 15, 0, Mean(reference=reference)))
+
+    some, (more, words) = attrs(reference_pairs(NAME)), OTHERS["means_from"]
+    stored = xr.Dataset({"x": ("i", np.zeros(2))}, attrs=flat_attributes(some))
+    expect_refusal(tmp_path / "a.zarr", stored, some, attrs(more()), words)
 
 
 def test_values_of_a_patch_are_known_by_content_or_version(tmp_path: Path) -> None:
@@ -220,7 +226,7 @@ def test_values_of_a_patch_are_known_by_content_or_version(tmp_path: Path) -> No
     )
 
 
-# Analyses that no verb stores by itself say what they are all the same.
+# Analyses that no verb stores by itself: what they return can be stored all the same.
 IN_MEMORY: dict[str, tuple[Callable[..., xr.Dataset], dict[str, Any], dict[str, Any]]] = {
     "edges": (
         edges,
@@ -255,19 +261,26 @@ IN_MEMORY: dict[str, tuple[Callable[..., xr.Dataset], dict[str, Any], dict[str, 
 }
 
 
-@pytest.mark.parametrize("kind", IN_MEMORY)
-def test_results_in_memory_say_every_argument(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "argument"),
+    [
+        (kind, name)
+        for kind, (analysis, _, _) in IN_MEMORY.items()
+        for name in inspect.signature(analysis).parameters
+        if name not in NO_NUMBER
+    ],
+)
+def test_results_in_memory_say_every_argument(kind: str, argument: str, tmp_path: Path) -> None:
     analysis, arguments, own = IN_MEMORY[kind]
+    cases = {**OTHERS, **own}
+    assert argument in cases, f"say what a store of {kind} answers to another {argument}"
+    other, words = cases[argument]
 
-    def run(**more: Any) -> dict[str, Any]:
+    def run(**more: Any) -> xr.Dataset:
         given = {**COMMON, **arguments, **more}
-        return analysis(**{name: value_of(value) for name, value in given.items()}).attrs
+        return analysis(**{name: value_of(value) for name, value in given.items()})
 
-    first = run()
-    for name in inspect.signature(analysis).parameters:
-        if name in NO_NUMBER | OF_MEANS:
-            continue
-        other, words = {**OTHERS, **own}[name]
-        found = next(attribute_differences(run(**{name: other}), first), None)
-        assert found is not None, name
-        assert re.search(words, found), (name, found)
+    common = WITH_MEANS[kind] if argument == "means_from" else {}
+    first = run(**common)
+    second = run(**{**common, argument: other})
+    expect_refusal(tmp_path / "a.zarr", first, first.attrs, second.attrs, words)

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from patchsweep.arguments import check_store_path, index_sets, number, position_axis, whole_number
+from patchsweep.arguments import (
+    check_store_path,
+    index_sets,
+    number,
+    position_axis,
+    user_path,
+    whole_number,
+)
+from patchsweep.cli.schema.run import FileTask
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.data.tokenize import context_size
-from patchsweep.errors import ConfigError, PlanError, PromptError
+from patchsweep.errors import ConfigError, ModelError, PlanError, PromptError
+from patchsweep.models import load_model
 from patchsweep.spec.spec import SweepSpec, make_request
+from patchsweep.sweeps.api import sweep
 from subjects import CLEAN, CORRUPTED, demo_pairs, model
+
+ANSWERS = {"answer": " Mary", "wrong_answer": " John"}
 
 
 @pytest.mark.parametrize(
@@ -102,3 +116,17 @@ def test_answer_tokens_count_as_context(monkeypatch: pytest.MonkeyPatch) -> None
 def test_checking_arguments_does_not_load_torch() -> None:
     code = "import sys, patchsweep, patchsweep.arguments; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_path_may_begin_with_a_tilde_that_is_no_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert user_path("~/a.zarr") == tmp_path / "home" / "a.zarr"
+    Path("~x.jsonl").write_text(json.dumps({"clean": CLEAN, "corrupted": CORRUPTED, **ANSWERS}))
+    pairs = FileTask("~x.jsonl").load(model("tiny:llama"))
+    sweep(model("tiny:llama"), pairs, "embed", store="~x.zarr")
+    assert Path("~x.zarr").is_dir()
+    with pytest.raises(ModelError, match=r"'~x' does not exist"):
+        load_model("~x")

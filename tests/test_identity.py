@@ -87,7 +87,6 @@ SWEEP: dict[str, Any] = {
 }
 # arguments of a sweep that say where, by whom and how fast it is done
 NO_NUMBER = {"store", "storage_options", "slice_index", "n_slices", "cache_budget", "progress"}
-NO_NUMBER |= {"means_from"}  # goes into the intervention, see INTERVENTIONS
 # argument -> another value, and what the refusal says
 SWEEP_CASES: dict[str, tuple[Any, str]] = {
     "model": (edited, "the weights differ"),
@@ -110,9 +109,16 @@ SWEEP_CASES: dict[str, tuple[Any, str]] = {
     "precision": ("bf16", "precision is bf16 in this run and model in the store"),
     "compute_dtype": ("model", "compute_dtype is bfloat16 in this run and float32 in the store"),
     "config": ({"seed": 1}, "attrs.provenance.config.seed is only in this run"),
+    "means_from": (
+        lambda: PromptPairs((*reference_pairs(NAME), *pairs())),
+        "intervention is mean over 6 prompts, [0-9a-f]+ in this run and mean over 4 prompts",
+    ),
 }
 # what else such a run and the one before have in common
-TOGETHER_WITH: dict[str, dict[str, Any]] = {"compute_dtype": {"model": lambda: in_16_bits()}}
+TOGETHER_WITH: dict[str, dict[str, Any]] = {
+    "compute_dtype": {"model": lambda: in_16_bits()},
+    "means_from": {"intervention": "mean", "means_from": lambda: reference_pairs(NAME)},
+}
 
 
 def value_of(given: Any) -> Any:
@@ -153,7 +159,7 @@ def test_store_refuses_a_sweep_in_which_one_argument_differs(
     before = checksums(store)
     nothing_runs()
     with pytest.raises(StoreError, match=f"belongs to another run: {words}"):
-        sweep(store, **common, **{argument: value_of(other)})
+        sweep(store, **{**common, argument: value_of(other)})
     assert checksums(store) == before
 
 
@@ -215,11 +221,6 @@ INTERVENTIONS: dict[str, tuple[Any, Any, str]] = {
         lambda: Mean(reference=reference_pairs(NAME)),
         lambda: Mean(per="all", reference=reference_pairs(NAME)),
         "intervention is mean_all over 4 prompts, [0-9a-f]+ in this run and mean over 4 prompts",
-    ),
-    "means-from": (
-        lambda: Mean(reference=reference_pairs(NAME)),
-        lambda: Mean(reference=PromptPairs((*reference_pairs(NAME), *pairs()))),
-        "intervention is mean over 6 prompts, [0-9a-f]+ in this run and mean over 4 prompts",
     ),
     "tensor": (
         torch.zeros(32),

@@ -133,6 +133,11 @@ def position_axis(given: Any) -> tuple[int | str, ...]:
     return tuple(axis)
 
 
+def user_path(path: str | Path) -> Path:
+    """Return `path` with `~` or `~user` expanded at its start; `~x` stays if there is no user x."""
+    return Path(os.path.expanduser(path))
+
+
 def check_runner(runner: Any, max_tokens: Any, cache_budget: Any = None) -> None:
     """Check the options of runners: `max_tokens` a packed batch, `cache_budget` in bytes.
 

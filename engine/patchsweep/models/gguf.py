@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from patchsweep.arguments import user_path
 from patchsweep.errors import ModelError
 from patchsweep.models.pretokenizer import rule_of, split_by
 
@@ -24,7 +25,7 @@ RULE_FILE = "gguf.json"  # in a converted folder: the splitting rule that the GG
 
 def cache_folder() -> Path:
     """Return the folder of dequantised models: `PATCHSWEEP_CACHE`, else `~/.cache/patchsweep`."""
-    return Path(os.environ.get("PATCHSWEEP_CACHE", "~/.cache/patchsweep")).expanduser()
+    return user_path(os.environ.get("PATCHSWEEP_CACHE", "~/.cache/patchsweep"))
 
 
 def sha256(path: Path) -> str:
@@ -42,7 +43,7 @@ def dequantised_folder(path: Path) -> Path:
     Raises:
         ModelError: the file is missing or cannot be read as GGUF.
     """
-    path = path.expanduser()
+    path = user_path(path)
     if not path.is_file():
         raise ModelError(f"GGUF file {path} does not exist; give the path of a .gguf file")
     return dequantise(path, sha256(path))

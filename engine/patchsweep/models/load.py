@@ -10,7 +10,7 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from patchsweep.arguments import true_or_false
+from patchsweep.arguments import true_or_false, user_path
 from patchsweep.errors import ModelError
 from patchsweep.models.bundled import BUNDLED, bundled_folder
 from patchsweep.models.device import choose_device
@@ -136,7 +136,7 @@ def _source_of(name: str) -> str:
     if name.endswith(".gguf"):
         return str(dequantised_folder(Path(name)))
     if name.startswith((".", "/", "~")) or Path(name).exists():
-        return str(_checked_folder(name, Path(name).expanduser()))
+        return str(_checked_folder(name, user_path(name)))
     return name
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.arguments import user_path
 from patchsweep.data.pairs import PromptPair, PromptPairs
 from patchsweep.errors import ConfigError
 from patchsweep.spec.interventions import Intervention, Mean
@@ -34,7 +35,7 @@ def load_reference(means_from: MeansFrom, model: TransformerBridge) -> PromptPai
     """
     if means_from is None or isinstance(means_from, PromptPairs):
         return means_from
-    return PromptPairs.from_jsonl(model, Path(means_from).expanduser())
+    return PromptPairs.from_jsonl(model, user_path(means_from))
 
 
 def with_reference(

@@ -12,7 +12,6 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 from hydra.core.config_store import ConfigStore
@@ -21,7 +20,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import MISSING, OmegaConf
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.arguments import check_runner, is_whole
+from patchsweep.arguments import check_runner, is_whole, user_path
 from patchsweep.attribution import IntegratedInputs, IntegratedSite
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.data.records import PromptRecord
@@ -94,7 +93,7 @@ class FileTask(TaskConfig):
     prepend_bos: bool | None = None  # start token: null: unless a prompt begins with it
 
     def load(self, model: TransformerBridge) -> PromptPairs:
-        path = Path(self.path).expanduser()
+        path = user_path(self.path)
         return PromptPairs.from_jsonl(
             model, path, multi_token=self.multi_token, prepend_bos=self.prepend_bos
         )

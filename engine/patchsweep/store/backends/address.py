@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from patchsweep.arguments import user_path
 from patchsweep.store.backends.base import Folder
 from patchsweep.store.backends.credentials import refuse_credentials
 from patchsweep.store.backends.local import LocalFolder
@@ -25,7 +26,7 @@ def open_folder(
     if text.startswith("file://"):
         text = text.removeprefix("file://")
     if "://" not in text:
-        return LocalFolder(Path(text).expanduser(), sync=sync)
+        return LocalFolder(user_path(text), sync=sync)
     options = dict(storage_options or {})
     refuse_credentials(text, options)
     from patchsweep.store.backends.remote import RemoteFolder  # loads fsspec, only for URLs
