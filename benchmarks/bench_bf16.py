@@ -46,9 +46,7 @@ def bench_bf16(benchmark, subject: Subject, sites: tuple[str, ...]) -> None:
     for _ in range(ROUNDS):
         for precision, times in seconds.items():
             start = time.perf_counter()
-            found[precision] = ps.sweep(
-                subject.model, subject.pairs, sites, runner="packed", precision=precision
-            )
+            found[precision] = ps.sweep(subject.model, subject.pairs, sites, precision=precision)
             times.append(time.perf_counter() - start)
     fp32, bf16 = found["model"], found["bf16"]
     base = float(fp32["base_metric"].values[0, 0])

@@ -92,12 +92,10 @@ def measure_sweep(
     sample = sample.sort_values(names).reset_index(drop=True)
 
     def sweep() -> NDArray[np.float32]:
-        found: NDArray[np.float32] = ps.sweep(model, pairs, site, runner="packed")[site].values[
-            0, 0
-        ]
+        found: NDArray[np.float32] = ps.sweep(model, pairs, site)[site].values[0, 0]
         return found
 
-    sweep()  # compiles the kernels
+    sweep()  # tests the runner, compiles the kernels
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     times = [_seconds(sweep, device) for _ in range(rounds)]
