@@ -38,11 +38,18 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; {remedy}")
 
 
+def whole(text: str) -> int:
+    """The type of an option that is a whole number."""
+    if not text.removeprefix("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
+    return int(text)
+
+
 def at_least(least: int) -> Callable[[str], int]:
     """Return the argparse type of an option that is a whole number of at least `least`."""
 
     def number(text: str) -> int:
-        if not text.lstrip("-").isdigit() or int(text) < least:
+        if not text.removeprefix("-").isdecimal() or int(text) < least:
             raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} on")
         return int(text)
 

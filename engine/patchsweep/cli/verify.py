@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from patchsweep.cli.again import HELP, run_again, said_by
 from patchsweep.cli.console import stdout
-from patchsweep.cli.parser import Parser, at_least
+from patchsweep.cli.parser import Parser, at_least, whole
 from patchsweep.errors import ConfigError
 from patchsweep.runners.select import TOLERANCE
 from patchsweep.spec.plan import SitePlan
@@ -53,7 +53,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "-n", type=at_least(0), metavar="N", help=f"values to run again ({N_CELLS})"
     )
-    parser.add_argument("--seed", type=int, default=None, help="of the sample (another each time)")
+    parser.add_argument(
+        "--seed", type=whole, default=None, help="of the sample (another each time)"
+    )
     options = parser.parse_intermixed_args(arguments)
     if options.n and not options.words:
         raise ConfigError(

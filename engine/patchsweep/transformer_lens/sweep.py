@@ -106,7 +106,10 @@ def _check(cache: Any, metric: Any, setter: Any, axes: Any, index_df: Any) -> No
             f"patch_setter={setter!r} must be a function, such as layer_pos_patch_setter"
         )
     if (axes is None) == (index_df is None):
-        raise PlanError("give index_axis_names or index_df, and not both")
+        raise PlanError(
+            f"index_axis_names and index_df are {'neither' if axes is None else 'both'} given; give one of "
+            "them, and not both"
+        )
     unknown = [axis for axis in axes or () if axis not in AXES]
     if unknown:
         raise PlanError(

@@ -31,7 +31,7 @@ from patchsweep.models.running import runs_model
 from patchsweep.spec.batch import Batch, make_batches
 from patchsweep.spec.finite import check_finite
 from patchsweep.spec.interventions import Direction, get_intervention
-from patchsweep.spec.spec import SweepSpec, check_pairs, model_shape
+from patchsweep.spec.spec import SweepSpec, check_direction, check_pairs, model_shape
 from patchsweep.store.attributes import flat_attributes
 from patchsweep.sweeps.identity import identity_of, read_weights
 from patchsweep.sweeps.layout import analysis_attrs
@@ -139,18 +139,15 @@ def base_direction(
     """Return the direction whose base is the prompt to read, and the name of that prompt.
 
     Raises:
-        PlanError: `which` or `direction` is not known.
+        PlanError: `which` is not known.
+        ConfigError: `direction` is not.
     """
     if which not in (None, "clean", "corrupted", "base", "source"):
         raise PlanError(
             f"which={which!r} is no run of a pair; use 'clean' or 'corrupted', or 'base' or "
             "'source'"
         )
-    if direction not in (None, "denoising", "noising"):
-        raise PlanError(
-            f"direction={direction!r} is not known; use 'denoising' (base is the corrupted "
-            "prompt) or 'noising' (base is the clean prompt)"
-        )
+    check_direction(direction)
     noising = (direction or default) == "noising"
     if which in ("clean", "corrupted"):
         noising = which == "clean"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from patchsweep.errors import StoreError
 from patchsweep.store.backends.base import Folder
 from patchsweep.store.backends.credentials import refuse_credentials
 from patchsweep.store.backends.local import LocalFolder
@@ -19,8 +21,11 @@ def open_folder(
     `sync=False` skips fsync, for files that a power failure may destroy.
 
     Raises:
-        StoreError: `url` or `storage_options` carry credentials, or fsspec cannot open `url`.
+        StoreError: `url` is no path or URL, one that fsspec cannot open, or credentials are in it
+            or in `storage_options`.
     """
+    if not isinstance(url, str | os.PathLike):
+        raise StoreError(f"store={url!r} must be a path or a URL, such as 'runs/a.zarr'")
     text = str(url)
     if text.startswith("file://"):
         text = text.removeprefix("file://")
