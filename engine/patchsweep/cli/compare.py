@@ -9,7 +9,7 @@ import xarray as xr
 
 from patchsweep.cli.again import HELP, run_again
 from patchsweep.cli.console import stdout
-from patchsweep.cli.parser import Parser, at_least, whole
+from patchsweep.cli.parser import Parser, at_least
 from patchsweep.errors import ConfigError
 from patchsweep.results.compare import compare
 from patchsweep.results.render import as_dict, render
@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
         metavar="N",
         help="run N random patches of each site exactly, where the store holds estimates alone",
     )
-    parser.add_argument("--seed", type=whole, default=0, help="of that sample (0)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of that sample (0)")
     parser.add_argument("--json", action="store_true", help="all numbers, for scripts")
     options = parser.parse_intermixed_args(arguments)
     if options.words and not options.sample:

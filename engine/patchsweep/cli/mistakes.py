@@ -57,7 +57,10 @@ def _wrong_type(error: ValidationError) -> str:
     if "is not a ListConfig" in first:
         return f"{error.full_key} must be a list, such as [a,b]"
     if re.match(r"Cannot assign \w+ to Dict", first):
-        return f"{error.full_key} must be a mapping, such as {{key: value}}"
+        return (
+            f"{error.full_key} is a mapping; give its entries one by one, such as "
+            f"{error.full_key}.name=value"
+        )
     if match is None:
         return f"{error.full_key}: {first}"
     kinds = {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}

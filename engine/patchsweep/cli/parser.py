@@ -38,13 +38,6 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; {remedy}")
 
 
-def whole(text: str) -> int:
-    """The type of an option that is a whole number."""
-    if not text.removeprefix("-").isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
-    return int(text)
-
-
 def at_least(least: int) -> Callable[[str], int]:
     """Return the argparse type of an option that is a whole number of at least `least`."""
 

@@ -7,7 +7,7 @@ from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from patchsweep.cli.console import stdout
-from patchsweep.cli.parser import Parser, at_least, whole
+from patchsweep.cli.parser import Parser, at_least
 from patchsweep.models import load_model
 from patchsweep.tasks import TASKS, TaskCheck, check_task, find_task
 
@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
     check.add_argument("names", nargs="*", metavar="NAME", help="tasks (all)")
     check.add_argument("--model", default="smollm2-135m", help="as load_model takes it")
     check.add_argument("--n-pairs", type=at_least(1), help="pairs (the task's own number)")
-    check.add_argument("--seed", type=whole, default=0, help="of the pairs (0)")
+    check.add_argument("--seed", type=at_least(0), default=0, help="of the pairs (0)")
     options = parser.parse_args(arguments)
     console = stdout()
     if options.verb == "list":

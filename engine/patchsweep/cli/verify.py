@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from patchsweep.cli.again import HELP, run_again, said_by
 from patchsweep.cli.console import stdout
-from patchsweep.cli.parser import Parser, at_least, whole
+from patchsweep.cli.parser import Parser, at_least
 from patchsweep.errors import ConfigError
 from patchsweep.runners.select import TOLERANCE
 from patchsweep.spec.plan import SitePlan
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
         "-n", type=at_least(0), metavar="N", help=f"values to run again ({N_CELLS})"
     )
     parser.add_argument(
-        "--seed", type=whole, default=None, help="of the sample (another each time)"
+        "--seed", type=at_least(0), default=None, help="of the sample (another each time)"
     )
     options = parser.parse_intermixed_args(arguments)
     if options.n and not options.words:
@@ -63,6 +63,11 @@ def main(arguments: list[str]) -> int:
         )
     console = stdout()
     checked = check_store(options.store)
+    if checked.kind is not None and options.words:
+        raise ConfigError(
+            f"{options.words[0]}: values of `patchsweep {checked.kind}` are not run again, only "
+            "those of a sweep; leave it out"
+        )
     problems = checked.problems + check_means(options.store)
     done = ""
     if checked.survey is not None and checked.store is not None:

@@ -39,9 +39,9 @@ def write_report(store: str | PathLike[str], out: str | PathLike[str] = "report.
         StoreError: there is no store, it is damaged, or its kind has no page.
         ConfigError: the page cannot be written to `out`.
     """
-    for name, given in (("store", store), ("out", out)):
+    for name, given, such in (("store", store, "runs/a.zarr"), ("out", out, "report.html")):
         if not isinstance(given, str | PathLike):
-            raise ConfigError(f"{name}={given!r} must be a path, such as 'report.html'")
+            raise ConfigError(f"{name}={given!r} must be a path, such as {such!r}")
     address, path = fspath(store), Path(out)
     if not path.name or path.is_dir():
         raise ConfigError(f"out={str(out)!r} must be a file, such as report.html")

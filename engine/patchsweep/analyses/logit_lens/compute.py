@@ -21,7 +21,7 @@ from patchsweep.analyses.logit_lens.stream import (
     place_index,
     run_streams,
 )
-from patchsweep.arguments import whole_number
+from patchsweep.arguments import check_config, whole_number
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import PlanError
 from patchsweep.forward.casting import cast_while
@@ -79,6 +79,7 @@ def lens(
         PatchsweepError: an argument breaks a rule; raised before any forward pass.
         MethodError: final norm and unembedding do not give the model's own predictions.
     """
+    check_config(config)
     spec = _asked(model, pairs, which, direction, remove, patch, top)
     attrs = _attrs(model, pairs, spec, remove, top, config)
     # the lens calls the unembedding itself, so that it must stay cast
@@ -128,6 +129,7 @@ def describe(
     Raises:
         PatchsweepError: an argument breaks a rule.
     """
+    check_config(config)
     spec = _asked(model, pairs, which, direction, remove, patch, top)
     read_weights(model)
     return _attrs(model, pairs, spec, remove, top, config)
