@@ -56,7 +56,7 @@ class ModelShape:
         return 1 if site.unit is None else sizes[site.unit]
 
     def values(self, site: Site, length: int) -> tuple[int, ...] | None:
-        """The shape of `site` in one block and one prompt; None: only a run tells."""
+        """Return the shape of `site` in one block and one prompt; None: only a run tells."""
         if site.named:
             return None
         if site.is_pattern:
