@@ -25,7 +25,13 @@ import xarray as xr
 from hydra._internal.hydra import Hydra
 from patchsweep import PatchsweepError
 from patchsweep.analyses.attention import attention
-from patchsweep.analyses.circuits import circuit, edges, exact_edges, screen_edges
+from patchsweep.analyses.circuits import (
+    circuit,
+    circuit_scores,
+    edges,
+    exact_edges,
+    screen_edges,
+)
 from patchsweep.analyses.heads import study
 from patchsweep.analyses.heads.classes import Thresholds
 from patchsweep.analyses.heads.optimal import OptimalSettings
@@ -38,10 +44,14 @@ from patchsweep.models import load_model
 from patchsweep.report import write_report
 from patchsweep.results import accessor as summary
 from patchsweep.results.compare import compare
-from patchsweep.spec.interventions import Mean
+from patchsweep.spec.interventions import Custom, Mean
+from patchsweep.spec.metrics import Metric
+from patchsweep.spec.spec import SweepSpec
+from patchsweep.store.dataset import open_store
 from patchsweep.store.status import store_status
 from patchsweep.store.store import Store
 from patchsweep.sweeps.api import plan, sweep
+from patchsweep.sweeps.sample import sample_exact
 from patchsweep.sweeps.screen_settings import Screen
 from patchsweep.tasks import check_task, load_task
 from subjects import CLEAN, CORRUPTED, demo_pairs, model
@@ -51,26 +61,32 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "bad_inputs.md"
 COMMAND = "exit 2"  # the error of a command line
 # what the calls use
 FACE = (
+    Custom,
     IntegratedInputs,
     IntegratedSite,
     Mean,
+    Metric,
     OptimalSettings,
     Patch,
     PromptPairs,
     PromptRecord,
     Screen,
     Store,
+    SweepSpec,
     Thresholds,
     attention,
     check_task,
     circuit,
+    circuit_scores,
     compare,
     edges,
     exact_edges,
     lens,
     load_model,
     load_task,
+    open_store,
     plan,
+    sample_exact,
     screen_edges,
     store_status,
     study,
@@ -237,11 +253,11 @@ def _kept(load: Any) -> Any:
 
 def page(answers: Iterator[tuple[Bad, Answer]]) -> str:
     """The page with a row for each bad input."""
-    lines, group = [HEAD], ""
+    lines, group = [HEAD.rstrip()], ""
     for bad, answer in answers:
         if bad.group != group:
             group = bad.group
-            lines += [f"## {group}", "", "| input | error | what is said |", "|---|---|---|"]
+            lines += ["", f"## {group}", "", "| input | error | what is said |", "|---|---|---|"]
         lines.append(row(bad, answer))
 
     return "\n".join(lines) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Sequence
@@ -167,12 +168,30 @@ def check_store_path(store: Any) -> None:
     text = os.fspath(store)
     if "://" in str(text):
         return
-    if not isinstance(text, str) or not text.strip() or Path(text).name in ("", ".."):
+    named = isinstance(text, str) and text.strip() and Path(text).name not in ("", "..")
+    if not named or "\0" in text:
         raise ConfigError(f"store={text!r} names no folder of its own; give such as 'runs/a.zarr'")
     if text.startswith("-"):
         raise ConfigError(
             f"store={text!r} begins with a dash, which commands take for an option; give './{text}'"
         )
+
+
+def check_config(config: Any) -> None:
+    """Raise unless `config` is what results keep of a run's settings.
+
+    Raises:
+        ConfigError: it is no mapping, or holds something that JSON does not know.
+    """
+    if config is None:
+        return
+    try:
+        json.dumps(dict(config), allow_nan=False)
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"config={_brief(config)} must be a mapping of what JSON knows; leave it out, or give "
+            "names and numbers"
+        ) from None
 
 
 def is_whole(value: Any) -> bool:

@@ -44,11 +44,11 @@ def get_methods(given: Sequence[str | Method]) -> tuple[Method, ...]:
         MethodError: a name is unknown or repeated, or `given` is empty.
     """
     if not given:
-        raise MethodError("methods is empty; name at least one, such as atp")
+        raise MethodError("method is empty; name at least one, such as atp")
     methods = tuple(_get(method) for method in given)
     names = [method.name for method in methods]
     if len(set(names)) < len(names):
-        raise MethodError(f"methods={names} names a method twice; name each once")
+        raise MethodError(f"method={names} names a method twice; name each once")
     return methods
 
 

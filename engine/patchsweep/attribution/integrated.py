@@ -40,7 +40,7 @@ def nodes(n_steps: int) -> list[tuple[float, float]]:
     Raises:
         MethodError: `n_steps` is not a whole number of at least 1.
     """
-    whole_number("steps", n_steps, least=1, error=MethodError)
+    whole_number("n_steps", n_steps, least=1, error=MethodError)
     x, w = np.polynomial.legendre.leggauss(n_steps)
     return [(float(a), float(b)) for a, b in zip((x + 1) / 2, w / 2, strict=True)]
 

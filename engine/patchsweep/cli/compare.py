@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
         metavar="N",
         help="run N random patches of each site exactly, where the store holds estimates alone",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of that sample (0)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of that sample (0)")
     parser.add_argument("--json", action="store_true", help="all numbers, for scripts")
     options = parser.parse_intermixed_args(arguments)
     if options.words and not options.sample:

@@ -19,7 +19,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers.utils import logging as transformers_logging
 
 from patchsweep.cli.console import stdout
-from patchsweep.cli.parser import Parser
+from patchsweep.cli.parser import Parser, at_least
 from patchsweep.cli.progress import Bar
 from patchsweep.cli.schema.run import (
     BuiltinTask,
@@ -54,7 +54,9 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--model", default="smollm2-135m", help="as load_model takes it")
     parser.add_argument("--out", default="runs/demo", help="folder for the store and the report")
-    parser.add_argument("--seed", type=int, default=None, help="of the cells that are checked")
+    parser.add_argument(
+        "--seed", type=at_least(0), default=None, help="of the cells that are checked"
+    )
     options = parser.parse_args(arguments)
     transformers_logging.disable_progress_bar()
     console = stdout()

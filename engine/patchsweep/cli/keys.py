@@ -61,6 +61,8 @@ def elsewhere(key: str, chosen: type | None) -> str:
         near = get_close_matches(key, [f"hydra.{name}" for name in _flat(_of_class(HydraConf))])
         meant = f"did you mean {near[0]}? " if near else ""
         return f"key {key!r} is not known; {meant}`patchsweep run --hydra-help` says more"
+    if any(_of_class(one).get(name) is _ANY for one in GROUPS.get(group, {})):
+        return f"{key} is a mapping; give its entries one by one, such as {key}.name=value"
     owners = [
         schema.partition("_")[0]
         for one, schema in GROUPS.get(group, {}).items()

@@ -29,6 +29,11 @@ def one_line(error: BaseException) -> str | None:
     if isinstance(error, HydraException):
         text = scrub(_joined(str(error)))
         cause = error.__cause__
+        if choice := re.search(
+            r"Could not find '([^/']+)/([^']+)'; Available options in '\1': (.*)", text
+        ):
+            group, given, known = choice.groups()
+            return f"{group}={given} is not known; use one of {known.replace('; ', ', ')}"
         unknown_key = re.match(r"Could not override '([^']+)'", text)
         if unknown_key:
             from patchsweep.cli.keys import elsewhere  # a local import, since it loads torch
@@ -51,6 +56,11 @@ def _wrong_type(error: ValidationError) -> str:
     match = re.match(r"Value '(.*?)' .*(Integer|Float|bool)\b", first)
     if "is not a ListConfig" in first:
         return f"{error.full_key} must be a list, such as [a,b]"
+    if re.match(r"Cannot assign \w+ to Dict", first):
+        return (
+            f"{error.full_key} is a mapping; give its entries one by one, such as "
+            f"{error.full_key}.name=value"
+        )
     if match is None:
         return f"{error.full_key}: {first}"
     kinds = {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}

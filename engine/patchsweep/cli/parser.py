@@ -42,7 +42,7 @@ def at_least(least: int) -> Callable[[str], int]:
     """Return the argparse type of an option that is a whole number of at least `least`."""
 
     def number(text: str) -> int:
-        if not text.lstrip("-").isdigit() or int(text) < least:
+        if not text.removeprefix("-").isdecimal() or int(text) < least:
             raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} on")
         return int(text)
 

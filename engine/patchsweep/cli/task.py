@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
     check.add_argument("names", nargs="*", metavar="NAME", help="tasks (all)")
     check.add_argument("--model", default="smollm2-135m", help="as load_model takes it")
     check.add_argument("--n-pairs", type=at_least(1), help="pairs (the task's own number)")
-    check.add_argument("--seed", type=int, default=0, help="of the pairs (0)")
+    check.add_argument("--seed", type=at_least(0), default=0, help="of the pairs (0)")
     options = parser.parse_args(arguments)
     console = stdout()
     if options.verb == "list":

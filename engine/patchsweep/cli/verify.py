@@ -53,7 +53,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "-n", type=at_least(0), metavar="N", help=f"values to run again ({N_CELLS})"
     )
-    parser.add_argument("--seed", type=int, default=None, help="of the sample (another each time)")
+    parser.add_argument(
+        "--seed", type=at_least(0), default=None, help="of the sample (another each time)"
+    )
     options = parser.parse_intermixed_args(arguments)
     if options.n and not options.words:
         raise ConfigError(
@@ -61,6 +63,11 @@ def main(arguments: list[str]) -> int:
         )
     console = stdout()
     checked = check_store(options.store)
+    if checked.kind is not None and options.words:
+        raise ConfigError(
+            f"{options.words[0]}: values of `patchsweep {checked.kind}` are not run again, only "
+            "those of a sweep; leave it out"
+        )
     problems = checked.problems + check_means(options.store)
     done = ""
     if checked.survey is not None and checked.store is not None:

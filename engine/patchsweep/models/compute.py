@@ -19,17 +19,22 @@ from patchsweep.models.quantised import first_packed
 ComputeDtype = Literal["auto", "float32", "model"]
 
 
+def check_compute_dtype(wanted: ComputeDtype) -> None:
+    """Raise ConfigError unless `wanted` is one of the three."""
+    if wanted not in ("auto", "float32", "model"):
+        raise ConfigError(
+            f"compute_dtype={wanted!r} is not known; use auto, float32 (weights of 16 bits are "
+            "cast, a block's at a time) or model (what the weights' own dtype gives)"
+        )
+
+
 def compute_dtype_of(bridge: TransformerBridge, wanted: ComputeDtype = "auto") -> torch.dtype:
     """Return the dtype of activations and products; `auto`: fp32 for 16-bit weights, else theirs.
 
     Raises:
         ConfigError: `wanted` is unknown, or is float32 with quantised or fp64 weights.
     """
-    if wanted not in ("auto", "float32", "model"):
-        raise ConfigError(
-            f"compute_dtype={wanted!r} is not known; use auto, float32 (weights of 16 bits are "
-            "cast, a block's at a time) or model (what the weights' own dtype gives)"
-        )
+    check_compute_dtype(wanted)
     own: torch.dtype = bridge.cfg.dtype
     packed = first_packed(bridge)
     if wanted == "float32" and packed is not None:

@@ -212,7 +212,8 @@ def _pretrained(
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"model {name!r} could not be loaded: {error}. Use 'smollm2-135m' (embedded), "
+            f"model {name!r} could not be loaded: {str(error).rstrip('.')}; use "
+            f"'smollm2-135m' (embedded), "
             f"'tiny:<family>', a GGUF file, a local folder, or a Hugging Face name that is "
             "cached or reachable"
         ) from error

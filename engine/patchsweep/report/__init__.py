@@ -39,6 +39,9 @@ def write_report(store: str | PathLike[str], out: str | PathLike[str] = "report.
         StoreError: there is no store, it is damaged, or its kind has no page.
         ConfigError: the page cannot be written to `out`.
     """
+    for name, given, such in (("store", store, "runs/a.zarr"), ("out", out, "report.html")):
+        if not isinstance(given, str | PathLike):
+            raise ConfigError(f"{name}={given!r} must be a path, such as {such!r}")
     address, path = fspath(store), Path(out)
     if not path.name or path.is_dir():
         raise ConfigError(f"out={str(out)!r} must be a file, such as report.html")
@@ -52,8 +55,10 @@ def write_report(store: str | PathLike[str], out: str | PathLike[str] = "report.
     except OSError as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+        in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
+        fault = "a file is in the way" if in_the_way else error.strerror
         raise ConfigError(
-            f"the page cannot be written to out={str(path)!r} ({error.strerror}); give another file"
+            f"the page cannot be written to out={str(path)!r} ({fault}); give another file"
         ) from error
     return path
 

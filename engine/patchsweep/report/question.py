@@ -159,7 +159,7 @@ def banner(ds: xr.Dataset, names: tuple[str, ...]) -> str:
 
 
 def _without_unpatched(ds: xr.Dataset) -> int:
-    """Pairs that lack a metric of an unpatched run."""
+    """Return the number of pairs that lack a metric of an unpatched run."""
     lost = ds["base_metric"].isnull().any("metric")
     if has_source(ds):
         lost = lost | ds["source_metric"].isnull().any("metric")

@@ -356,6 +356,8 @@ class PatchsweepAccessor:
 
 def _cell_variables(ds: xr.Dataset) -> list[str]:
     """Return the data variables with one number per patch and no other axes."""
+    if not isinstance(ds, xr.Dataset):
+        raise StoreError(f"ds={ds!r} must be a Dataset; give what sweep or open_store returns")
     return [
         str(name)
         for name, array in ds.data_vars.items()

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
+from patchsweep.errors import SiteError
+
 BF16, NOISE = "_bf16", "_noise"  # suffixes of the variables: raw bf16 values, noise floor
 
 
@@ -20,6 +22,8 @@ def noise_floor(ds: xr.Dataset, site: str) -> xr.DataArray | None:
     Effects below it are rounding noise. Estimates have none: rounding changes the product of
     two numbers only by a fraction of itself.
     """
+    if site not in ds:
+        raise SiteError(f"site={site!r} is not in the store; name a site that was swept")
     if site + NOISE not in ds:
         return None
     return ds[site + NOISE].transpose("metric", "pair").rename("noise")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -301,6 +302,8 @@ def get_intervention(given: str | Intervention | float | Tensor | ValueFn) -> In
             )
         return INTERVENTIONS[given]()
     if hasattr(given, "values") and hasattr(given, "from_source"):
+        if type(given) is Custom:
+            get_intervention(given.value)
         return given  # type: ignore[return-value]
     constant = isinstance(given, float | int | np.ndarray | np.number | Tensor)
     if isinstance(given, bool) or not (constant or callable(given)):
@@ -308,9 +311,50 @@ def get_intervention(given: str | Intervention | float | Tensor | ValueFn) -> In
             f"intervention={given!r} is no intervention; use one of {', '.join(INTERVENTIONS)}, "
             "a constant, or a callable (site, layer, base, source) -> values"
         )
+    if not constant:
+        check_callable(given)
     if constant and not bool(torch.as_tensor(given).isfinite().all()):
         raise ConfigError(f"intervention={given!r} must be finite; give numbers")
     return Custom(given)
+
+
+def check_callable(function: Any) -> None:
+    """Raise unless `function` can be called with a site, a layer and two activations.
+
+    Raises:
+        ConfigError: it takes other arguments.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (ValueError, TypeError):  # of a builtin, which tells nothing
+        return
+    try:
+        signature.bind(None, None, None, None)
+    except TypeError as error:
+        raise ConfigError(
+            f"intervention={getattr(function, '__name__', function)!r} cannot be called: {error}; "
+            "give a callable (site, layer, base, source) -> values"
+        ) from None
+
+
+def check_constant(
+    intervention: Intervention, site: Site, shapes: Iterable[tuple[int, ...]]
+) -> None:
+    """Raise unless a constant of the user's own fits `site`, of these `shapes` in the prompts.
+
+    Raises:
+        ConfigError: an axis has another size, or there are more of them.
+    """
+    if type(intervention) is not Custom or callable(intervention.value):
+        return
+    given = tuple(torch.as_tensor(intervention.value).shape)
+    for shape in shapes:
+        sizes = zip(given[::-1], shape[::-1], strict=False)
+        if len(given) > len(shape) or not all(size in (1, wanted) for size, wanted in sizes):
+            raise ConfigError(
+                f"intervention={intervention.name} is a constant of the shape {given}, and "
+                f"{site.name} has {shape} in a prompt; give a number, [width] or [pos, width]"
+            )
 
 
 def values_of(

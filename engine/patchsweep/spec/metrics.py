@@ -89,7 +89,12 @@ class Metric:
         `function` returns one number per row, `[row]`. A store identifies the metric by `name`,
         `version` and `parameters`: set a new version whenever the function, or the data it reads,
         changes.
+
+        Raises:
+            MetricError: `name` is no text.
         """
+        if not isinstance(name, str) or not name.strip():
+            raise MetricError(f"a metric's name={name!r} must be a text, such as 'peak'")
         return cls(
             name,
             unit,

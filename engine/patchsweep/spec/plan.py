@@ -55,6 +55,16 @@ class ModelShape:
         sizes = {"head": self.n_heads, "kv_head": self.n_kv_heads, "neuron": self.d_mlp}
         return 1 if site.unit is None else sizes[site.unit]
 
+    def values(self, site: Site, length: int) -> tuple[int, ...] | None:
+        """Return the shape of `site` in one block and one prompt; None: only a run tells."""
+        if site.named:
+            return None
+        if site.is_pattern:
+            return self.n_heads, length, length
+        in_heads = site.unit in ("head", "kv_head") and site.name != "result"
+        of_unit = {"neuron": 1}.get(str(site.unit), self.d_head if in_heads else self.d_model)
+        return length, self.n_units(site) * of_unit
+
 
 @dataclass(frozen=True)
 class Axes:

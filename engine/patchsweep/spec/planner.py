@@ -134,6 +134,12 @@ def _counts(pairs: Sequence[PairShape], marks: Sequence[Bools]) -> Ints:
     return counts
 
 
+def _outside(name: str, index: int, one: str, n: int, of: str = "") -> PlanError:
+    """What is said of an index that is none of `n`."""
+    fault = f"past the last {one} {n - 1}{of}" if index >= n else "and they count from 0"
+    return PlanError(f"{name} has {index}, {fault}; use 0..{n - 1}")
+
+
 def _check(site: Site, axes: Axes, model: ModelShape, pairs: Sequence[PairShape]) -> None:
     if not pairs:
         raise PlanError("there are no prompt pairs; give at least one")
@@ -141,25 +147,22 @@ def _check(site: Site, axes: Axes, model: ModelShape, pairs: Sequence[PairShape]
         raise PlanError("layers is empty; choose at least one layer")
     for layer in (layer for layers in axes.layers for layer in layers):
         if not 0 <= layer < model.n_layers:
-            raise PlanError(
-                f"layers has {layer}, past the last layer {model.n_layers - 1}; "
-                f"use 0..{model.n_layers - 1}"
-            )
+            raise _outside("layers", layer, "layer", model.n_layers)
     longest = max(pair.length for pair in pairs)
     for position in axes.positions or ():
         if isinstance(position, str):
             for i, pair in enumerate(pairs):
                 if position not in pair.spans:
-                    known = ", ".join(pair.spans) or "none"
+                    labels = ", ".join(pair.spans)
+                    remedy = (
+                        f"use one of {labels}" if labels else "use positions, or label the pairs"
+                    )
                     raise PlanError(
                         f"positions has the label {position!r}, which pair {i} does not carry; "
-                        f"its labels: {known}"
+                        f"{remedy}"
                     )
         elif not 0 <= position < longest:
-            raise PlanError(
-                f"positions has {position}, past the last position {longest - 1} of the longest "
-                f"prompt; use 0..{longest - 1}"
-            )
+            raise _outside("positions", position, "position", longest, " of the longest prompt")
     if axes.positions is not None and not axes.positions:
         raise PlanError("positions is empty; choose at least one, or 'all' for one patch over all")
     if axes.units is not None:
@@ -170,7 +173,4 @@ def _check(site: Site, axes: Axes, model: ModelShape, pairs: Sequence[PairShape]
             raise PlanError("heads is empty; choose at least one")
         for unit in (unit for units in axes.units for unit in units):
             if not 0 <= unit < n_units:
-                raise PlanError(
-                    f"{site.unit}s of {site.name} has {unit}, past the last one {n_units - 1}; "
-                    f"use 0..{n_units - 1}"
-                )
+                raise _outside(f"{site.unit}s of {site.name}", unit, "one", n_units)

@@ -32,9 +32,12 @@ def load_reference(means_from: MeansFrom, model: TransformerBridge) -> PromptPai
 
     Raises:
         PromptError: the file does not hold pairs, see `PromptPairs.from_jsonl`.
+        ConfigError: `means_from` is no path.
     """
     if means_from is None or isinstance(means_from, PromptPairs):
         return means_from
+    if not isinstance(means_from, str | Path):
+        raise ConfigError(f"means_from={means_from!r} must be PromptPairs or a JSONL file of them")
     return PromptPairs.from_jsonl(model, user_path(means_from))
 
 

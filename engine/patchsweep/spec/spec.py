@@ -22,7 +22,7 @@ from patchsweep.data.pairs import PromptPairs
 from patchsweep.data.tokenize import context_size
 from patchsweep.errors import ConfigError, ModelError, PlanError, PromptError
 from patchsweep.models.arithmetic import SIXTEEN_BITS
-from patchsweep.models.compute import ComputeDtype, compute_dtype_of
+from patchsweep.models.compute import ComputeDtype, check_compute_dtype, compute_dtype_of
 from patchsweep.models.offload import device_of
 from patchsweep.models.quantised import check_each_row, first_packed, n_parameters
 from patchsweep.spec.batch import Batch, make_batches, next_of_length, pair_shape
@@ -30,6 +30,7 @@ from patchsweep.spec.interventions import (
     Direction,
     Intervention,
     ValueFn,
+    check_constant,
     check_labels,
     get_intervention,
 )
@@ -83,6 +84,14 @@ class SweepSpec:
         get_sites(self.sites)
         get_metrics(self.metrics)
         get_intervention(self.intervention)
+        if self.layers is not None:
+            index_sets("layers", self.layers)
+        for name in ("heads", "neurons"):
+            if not isinstance(given := getattr(self, name), str | None):
+                index_sets(name, given)
+        if not isinstance(self.positions, str | None):
+            given_positions(self.positions)
+        check_compute_dtype(self.compute_dtype)
         whole_number("read", self.read)
         check_direction(self.direction)
         one_of("precision", self.precision, get_args(Precision))
@@ -194,6 +203,11 @@ def make_request(model: TransformerBridge, pairs: PromptPairs, spec: SweepSpec) 
     check_each_row(model)
     dtype = compute_dtype_of(model, spec.compute_dtype)
     pair_shapes = [pair_shape(pair, experiment.direction, spec.read) for pair in pairs]
+    lengths = {pair.length for pair in pair_shapes}
+    for site in sites:
+        shapes = [found for length in lengths if (found := shape.values(site, length))]
+        check_constant(experiment.intervention, site, shapes)
+    _refuse_unused(spec, sites)
     resample = experiment.intervention.from_source
     plans = tuple(_plan(spec, site, shape, pair_shapes, resample=resample) for site in sites)
     return Request(
@@ -205,6 +219,20 @@ def make_request(model: TransformerBridge, pairs: PromptPairs, spec: SweepSpec) 
         noisy=dtype in SIXTEEN_BITS or first_packed(model) is not None,
         source_of=next_of_length(pairs) if experiment.intervention.name == "shuffle" else None,
     )
+
+
+def _refuse_unused(spec: SweepSpec, sites: Sequence[Site]) -> None:
+    """Raise PlanError for a selection along an axis that none of `sites` has."""
+    taken = {
+        "layers": any(site.layered for site in sites),
+        "heads": any(site.unit in ("head", "kv_head") for site in sites),
+        "neurons": any(site.unit == "neuron" for site in sites),
+    }
+    for name, any_site in taken.items():
+        given = getattr(spec, name)
+        if not isinstance(given, str | None) and not any_site:
+            names = ", ".join(site.name for site in sites)
+            raise PlanError(f"{name}={given!r}, and {names} has no {name}; leave {name} out")
 
 
 def _plan(

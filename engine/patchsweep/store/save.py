@@ -72,7 +72,8 @@ def load_dataset(
         return None
     if not folder.exists(ROOT) and not folder.exists(COMPLETE):
         raise StoreError(
-            f"{folder.shown} holds no results that are whole; give another path, or delete it"
+            f"{folder.shown} holds no results that are whole; give another path, or delete it if "
+            "nothing there is needed"
         )
     try:
         contents = read_contents(folder)

@@ -14,7 +14,7 @@ import xarray as xr
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.arguments import check_runner, check_store_path
+from patchsweep.arguments import check_config, check_runner, check_store_path
 from patchsweep.attribution import check_request
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import ConfigError
@@ -148,6 +148,11 @@ def sweep(
     request = make_request(model, pairs, spec)
     share = Share(slice_index, n_slices)
     method_spec = _check_settings(request, store, n_slices, runner, max_tokens, cache_budget)
+    check_config(config)
+    if not isinstance(progress, Progress | None):
+        raise ConfigError(
+            f"progress={progress!r} must have the methods of patchsweep.sweeps.executor.Progress"
+        )
     recheck = spec.precision == "bf16"
     if store is None and n_slices > 1:
         raise ConfigError(f"n_slices={n_slices} needs a store, where the slices meet; give one")

@@ -10,6 +10,7 @@ import numpy as np
 import xarray as xr
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.arguments import check_config
 from patchsweep.runners.select import RunnerChoice
 from patchsweep.spec.batch import base_and_source
 from patchsweep.spec.plan import SitePlan
@@ -82,6 +83,7 @@ def analysis_attrs(
     model: TransformerBridge, identity: Mapping[str, Any], config: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """Return the attributes common to the results of all analyses, known before they run."""
+    check_config(config)
     return {
         "kind": identity["kind"],
         "patchsweep_version": version("patchsweep"),

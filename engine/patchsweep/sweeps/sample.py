@@ -9,8 +9,8 @@ import numpy as np
 import xarray as xr
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.arguments import check_runner, whole_number
 from patchsweep.data.pairs import PromptPairs
-from patchsweep.errors import PlanError
 from patchsweep.models.running import running
 from patchsweep.runners.select import RunnerName
 from patchsweep.spec.finite import check_cells
@@ -52,9 +52,13 @@ def draw(
     """Do `sample_exact` for a request.
 
     Raises:
-        PlanError: `n` is not positive.
+        PlanError: `n` is not positive, or `seed` is negative.
+        ConfigError: there is no such runner, or `max_tokens` is out of range.
         ModelError: the model is not in a state to run, see `running.check_state`.
     """
+    whole_number("n", n, least=1)
+    whole_number("seed", seed, least=0)
+    check_runner(runner, max_tokens)
     with running(request.bridge):
         return _draw(request, n, seed, runner, max_tokens)
 
@@ -62,8 +66,6 @@ def draw(
 def _draw(
     request: Request, n: int, seed: int, runner: RunnerName, max_tokens: int | None
 ) -> xr.Dataset:
-    if n < 1:
-        raise PlanError(f"a sample of {n} patches says nothing; draw at least one")
     rng = np.random.default_rng(seed)
     drawn = {}
     for plan in request.plans:

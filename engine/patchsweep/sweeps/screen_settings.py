@@ -38,7 +38,8 @@ class Screen:
 
     def __post_init__(self) -> None:
         for name in ("k", "subsets", "seed"):
-            whole_number(f"screen's {name}", getattr(self, name), error=MethodError)
+            least = 0 if name == "seed" else None
+            whole_number(f"screen's {name}", getattr(self, name), least=least, error=MethodError)
         for name in ("margin", "share", "level"):
             value = getattr(self, name)
             if not isinstance(value, int | float) and not (name == "margin" and value is None):

@@ -15,7 +15,7 @@ from transformer_lens.ActivationCache import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.arguments import check_bridge
-from patchsweep.errors import ConfigError, MetricError, PlanError
+from patchsweep.errors import ConfigError, MetricError, PlanError, PromptError
 from patchsweep.forward.unwrapped import Unsupported
 from patchsweep.models.arithmetic import autocast_devices
 from patchsweep.models.offload import device_of
@@ -61,6 +61,7 @@ def generic_activation_patch(
         PatchsweepError: an argument has the wrong type; raised before any forward pass.
     """
     check_bridge(model)
+    _check_tokens(model, corrupted_tokens)
     _check(clean_cache, patching_metric, patch_setter, index_axis_names, index_df)
     arguments: dict[str, Any] = {
         "activation_name": activation_name,
@@ -89,6 +90,22 @@ def generic_activation_patch(
         )
 
 
+def _check_tokens(model: TransformerBridge, tokens: Any) -> None:
+    """Raise unless `tokens` are of the model."""
+    kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+    if kind not in (torch.int64, torch.int32):
+        raise PromptError(
+            f"corrupted_tokens of {kind} must be token ids [batch, pos]; give what "
+            "model.to_tokens(...) returns"
+        )
+    d_vocab = int(model.cfg.d_vocab)
+    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < d_vocab:
+        raise PromptError(
+            f"corrupted_tokens has the ids {int(tokens.min())}..{int(tokens.max())}, and this "
+            f"model knows 0..{d_vocab - 1}; make them with its own tokenizer"
+        )
+
+
 def _check(cache: Any, metric: Any, setter: Any, axes: Any, index_df: Any) -> None:
     """Raise for arguments of a wrong type that TransformerLens does not check itself."""
     metrics = metric.values() if isinstance(metric, Mapping) else [metric]
@@ -106,7 +123,10 @@ def _check(cache: Any, metric: Any, setter: Any, axes: Any, index_df: Any) -> No
             f"patch_setter={setter!r} must be a function, such as layer_pos_patch_setter"
         )
     if (axes is None) == (index_df is None):
-        raise PlanError("give index_axis_names or index_df, and not both")
+        raise PlanError(
+            f"{'neither' if axes is None else 'both'} of index_axis_names and index_df given; give "
+            "one of them"
+        )
     unknown = [axis for axis in axes or () if axis not in AXES]
     if unknown:
         raise PlanError(

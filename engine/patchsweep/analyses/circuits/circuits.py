@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from patchsweep.analyses.circuits.scores import (
     score_values,
 )
 from patchsweep.analyses.circuits.selection import RankBy, check_rank_by, sizes_of
+from patchsweep.arguments import one_of
 from patchsweep.attribution import Method
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import MethodError, PlanError
@@ -261,8 +262,7 @@ def _check_ends(
 
 
 def _check(level: str, growth: str) -> None:
-    if level not in ("nodes", "edges"):
-        raise PlanError(f"level={level!r} is not known; use nodes or edges")
+    one_of("level", level, get_args(Level), error=PlanError)
     if growth not in ("top", "greedy"):
         raise PlanError(f"growth={growth!r} is not known; use top or greedy")
     if growth == "greedy" and level == "nodes":

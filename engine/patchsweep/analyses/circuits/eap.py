@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from patchsweep.analyses.circuits.edge_batch import EdgeBatch, Question
+from patchsweep.arguments import whole_number
 from patchsweep.attribution.integrated import nodes as quadrature
 from patchsweep.errors import MethodError
 from patchsweep.forward.block_args import first_of
@@ -103,7 +104,7 @@ def check_gradients(question: Question, steps: int | None) -> None:
         MethodError: they cannot; the message names an alternative.
     """
     if steps is not None:
-        quadrature(steps)
+        whole_number("steps", steps, least=1, error=MethodError)
         if not question.intervention.from_source:
             raise MethodError(
                 f"steps={steps} walks from the base prompt's embeddings to the source prompt's, "

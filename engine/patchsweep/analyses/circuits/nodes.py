@@ -131,7 +131,10 @@ class Nodes:
         Raises:
             PlanError: there is no such sender, reader or edge.
         """
-        match = _LABELS.fullmatch(given if isinstance(given, str) else _written(given))
+        text = given if isinstance(given, str) else ""
+        if isinstance(given, list | tuple | Edge):
+            text = _written(given)
+        match = _LABELS.fullmatch(text)
         if match is None:
             raise PlanError(
                 f"edge {given!r} does not name a sender and a reader; write ('a3.h2', 'a7.h1.q') "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import xarray as xr
@@ -13,6 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from patchsweep.analyses.circuits.edge_batch import nodes_of
 from patchsweep.analyses.circuits.edges import edges, exact_edges
 from patchsweep.analyses.circuits.nodes import Nodes
+from patchsweep.arguments import one_of
 from patchsweep.attribution import IntegratedInputs, Method, get_methods
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import MethodError, PlanError
@@ -45,7 +46,11 @@ def method_name(level: Level, method: str | Method) -> str:
 
     Raises:
         MethodError: nodes or edges do not support the method.
+        PlanError: `level` is unknown.
     """
+    one_of("level", level, get_args(Level), error=PlanError)
+    if not isinstance(method, str | Method):
+        raise MethodError(f"method={method!r} must be a method or its name, such as 'atp'")
     if level == "nodes":
         if method == "screen":
             raise MethodError(

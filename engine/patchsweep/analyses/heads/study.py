@@ -30,7 +30,7 @@ from patchsweep.analyses.heads.classes import (
 from patchsweep.analyses.heads.findings import disagreement
 from patchsweep.analyses.heads.optimal import OptimalSettings
 from patchsweep.analyses.heads.scores import detect
-from patchsweep.arguments import check_runner, position_axis
+from patchsweep.arguments import check_config, check_runner, position_axis
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import ConfigError, MethodError
 from patchsweep.models.running import runs_model
@@ -96,6 +96,7 @@ def study(
         raise ConfigError(f"optimal={optimal!r} must be OptimalSettings(...), or None")
     if not isinstance(thresholds, Thresholds):
         raise ConfigError(f"thresholds={thresholds!r} must be Thresholds(...)")
+    check_config(config)
     check_runner(runner, max_tokens)
     ask = _ask(
         model, pairs, metrics, ablations, positions, optimal, read, means_from, runner, max_tokens

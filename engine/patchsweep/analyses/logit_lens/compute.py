@@ -21,7 +21,7 @@ from patchsweep.analyses.logit_lens.stream import (
     place_index,
     run_streams,
 )
-from patchsweep.arguments import whole_number
+from patchsweep.arguments import check_config, whole_number
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import PlanError
 from patchsweep.forward.casting import cast_while
@@ -31,7 +31,7 @@ from patchsweep.models.running import runs_model
 from patchsweep.spec.batch import Batch, make_batches
 from patchsweep.spec.finite import check_finite
 from patchsweep.spec.interventions import Direction, get_intervention
-from patchsweep.spec.spec import SweepSpec, check_pairs, model_shape
+from patchsweep.spec.spec import SweepSpec, check_direction, check_pairs, model_shape
 from patchsweep.store.attributes import flat_attributes
 from patchsweep.sweeps.identity import identity_of, read_weights
 from patchsweep.sweeps.layout import analysis_attrs
@@ -79,6 +79,7 @@ def lens(
         PatchsweepError: an argument breaks a rule; raised before any forward pass.
         MethodError: final norm and unembedding do not give the model's own predictions.
     """
+    check_config(config)
     spec = _asked(model, pairs, which, direction, remove, patch, top)
     attrs = _attrs(model, pairs, spec, remove, top, config)
     # the lens calls the unembedding itself, so that it must stay cast
@@ -128,6 +129,7 @@ def describe(
     Raises:
         PatchsweepError: an argument breaks a rule.
     """
+    check_config(config)
     spec = _asked(model, pairs, which, direction, remove, patch, top)
     read_weights(model)
     return _attrs(model, pairs, spec, remove, top, config)
@@ -139,18 +141,15 @@ def base_direction(
     """Return the direction whose base is the prompt to read, and the name of that prompt.
 
     Raises:
-        PlanError: `which` or `direction` is not known.
+        PlanError: `which` is not known.
+        ConfigError: `direction` is not.
     """
     if which not in (None, "clean", "corrupted", "base", "source"):
         raise PlanError(
             f"which={which!r} is no run of a pair; use 'clean' or 'corrupted', or 'base' or "
             "'source'"
         )
-    if direction not in (None, "denoising", "noising"):
-        raise PlanError(
-            f"direction={direction!r} is not known; use 'denoising' (base is the corrupted "
-            "prompt) or 'noising' (base is the clean prompt)"
-        )
+    check_direction(direction)
     noising = (direction or default) == "noising"
     if which in ("clean", "corrupted"):
         noising = which == "clean"
