@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -33,6 +32,7 @@ from patchsweep.forward.block_args import (
 )
 from patchsweep.forward.capture import attention_pattern, watch
 from patchsweep.forward.site_locations import resolve_site
+from patchsweep.forward.trace import Part, Trace
 from patchsweep.forward.unwrapped import (
     Attend,
     HookLocation,
@@ -41,35 +41,6 @@ from patchsweep.forward.unwrapped import (
     attention_settings,
 )
 from patchsweep.spec.sites import SITES
-
-# a block's parts, and their outputs as added to the residual stream (after a norm, if there is one)
-Part = Literal["attn", "attn_out", "mlp", "mlp_out"]
-
-
-@dataclass
-class Trace:
-    """The activations of one batch of runs that blockwise passes need; they may carry a graph."""
-
-    resid: list[Float[Tensor, "pair pos d_model"]] = field(default_factory=list)  # inputs; + final
-    q: list[Float[Tensor, "pair head pos d"]] = field(default_factory=list)  # after rotary
-    k: list[Float[Tensor, "pair kv_head pos d"]] = field(default_factory=list)  # after rotary
-    v: list[Float[Tensor, "pair kv_head pos d"]] = field(default_factory=list)
-    z: list[Float[Tensor, "pair pos width"]] = field(default_factory=list)  # before W_O
-    parts: dict[tuple[int, Part], Any] = field(default_factory=dict)  # as the module returned it
-    calls: list[BlockArgs] = field(default_factory=list)  # per block
-    logits: Float[Tensor, "pair read d_vocab"] = field(default_factory=lambda: torch.empty(0))
-
-    @property
-    def n_pairs(self) -> int:
-        return self.resid[0].shape[0]
-
-    @property
-    def length(self) -> int:
-        return self.resid[0].shape[1]
-
-    def part(self, layer: int, name: Part) -> Float[Tensor, "pair pos d_model"]:
-        """Return the output of a part of a block."""
-        return first_of(self.parts[layer, name]).reshape(self.n_pairs, self.length, -1)
 
 
 def unfit(bridge: TransformerBridge, reason: Exception) -> MethodError:

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from patchsweep.analyses.circuits.edge_batch import EdgeBatch
 from patchsweep.analyses.circuits.nodes import Reader
-from patchsweep.forward.blockwise import Part
 from patchsweep.forward.capture import watch
 from patchsweep.forward.site_locations import resolve_site
+from patchsweep.forward.trace import Part
 from patchsweep.forward.unembed import Unembed
 from patchsweep.forward.unwrapped import HookLocation
 from patchsweep.spec.sites import SITES

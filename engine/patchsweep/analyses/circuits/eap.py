@@ -21,7 +21,7 @@ from patchsweep.arguments import whole_number
 from patchsweep.attribution.integrated import nodes as quadrature
 from patchsweep.errors import MethodError
 from patchsweep.forward.block_args import first_of
-from patchsweep.forward.blockwise import Trace
+from patchsweep.forward.trace import Trace
 from patchsweep.spec.finite import check_finite, names_of
 from patchsweep.spec.metrics import Metric, has_gradient
 

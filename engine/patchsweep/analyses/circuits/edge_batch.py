@@ -15,7 +15,8 @@ from patchsweep.analyses.circuits.nodes import Nodes
 from patchsweep.attribution.check import check_model
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import MethodError, PatchsweepError
-from patchsweep.forward.blockwise import Blocks, Trace, unfit
+from patchsweep.forward.blockwise import Blocks, unfit
+from patchsweep.forward.trace import Trace
 from patchsweep.forward.unwrapped import Unsupported
 from patchsweep.models.compute import compute_dtype_of
 from patchsweep.models.offload import device_of

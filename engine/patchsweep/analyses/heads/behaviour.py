@@ -24,10 +24,11 @@ from patchsweep.analyses.circuits.nodes import Edge, Reader
 from patchsweep.analyses.heads.optimal import Head
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import PatchsweepError
-from patchsweep.forward.blockwise import Blocks, Trace, unfit
+from patchsweep.forward.blockwise import Blocks, unfit
 from patchsweep.forward.capture import capture, watch
 from patchsweep.forward.grad import frozen
 from patchsweep.forward.site_locations import resolve_site
+from patchsweep.forward.trace import Trace
 from patchsweep.forward.unwrapped import Unsupported
 from patchsweep.models.compute import compute_dtype_of
 from patchsweep.models.offload import device_of
