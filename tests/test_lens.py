@@ -12,7 +12,7 @@ import torch
 import xarray as xr
 from patchsweep.analyses.logit_lens import Patch, describe, lens, sublayers
 from patchsweep.data.pairs import PromptPairs
-from patchsweep.errors import MethodError, PlanError
+from patchsweep.errors import ConfigError, MethodError, PlanError
 from patchsweep.spec.interventions import Mean
 from patchsweep.store.attributes import attributes
 from subjects import CLEAN, CORRUPTED, demo_pairs, model, reference_pairs
@@ -348,7 +348,7 @@ def test_mistakes_are_named_before_any_forward(
     arguments: dict[str, Any], words: str, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(TransformerBridge, "forward", lambda *_, **k: pytest.fail("a run"))
-    with pytest.raises(PlanError, match=words):
+    with pytest.raises((PlanError, ConfigError), match=words):
         lens(model("tiny:llama"), demo_pairs("tiny:llama"), **arguments)
 
 
