@@ -344,7 +344,11 @@ def test_report_is_written(here: Path) -> None:
 
 @pytest.mark.parametrize(
     ("out", "part"),
-    [("folder", "must be a file"), ("a.zarr/zarr.json/r.html", "a file is in the way"), ("", "a file")],
+    [
+        ("folder", "must be a file"),
+        ("a.zarr/zarr.json/r.html", "a file is in the way"),
+        ("", "a file"),
+    ],
 )
 def test_report_that_cannot_be_written_is_told(
     here: Path,

@@ -347,9 +347,10 @@ def test_description_is_what_the_results_carry() -> None:
 def test_mistakes_are_named_before_any_forward(
     arguments: dict[str, Any], words: str, monkeypatch: Any
 ) -> None:
+    bridge, pairs = model("tiny:llama"), demo_pairs("tiny:llama")
     monkeypatch.setattr(TransformerBridge, "forward", lambda *_, **k: pytest.fail("a run"))
     with pytest.raises((PlanError, ConfigError), match=words):
-        lens(model("tiny:llama"), demo_pairs("tiny:llama"), **arguments)
+        lens(bridge, pairs, **arguments)
 
 
 def test_a_model_that_reads_its_stream_otherwise_is_refused(monkeypatch: Any) -> None:
