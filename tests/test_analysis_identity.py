@@ -132,7 +132,7 @@ ANALYSES: dict[str, tuple[Function, Function, dict[str, Any], dict[str, Any]]] =
         },
     ),
 }
-NO_NUMBER = {"progress", "stage"}
+NO_NUMBER = {"stages", "stage"}
 
 
 def arguments_of(kind: str) -> list[str]:

@@ -31,7 +31,6 @@ from patchsweep.cli.schema.run import (
     file_name,
     from_identity,
 )
-from patchsweep.cli.stop import STARTS_ANEW, Stopped, Stopper
 from patchsweep.cli.verify import EXIT_PROBLEMS
 from patchsweep.errors import ConfigError
 from patchsweep.store.journal import read_journal
@@ -381,7 +380,7 @@ def test_report_on_a_full_disk_is_told(
     ("verb", "then"),
     [
         ("run", "; the same command goes on"),
-        ("edges", "; nothing was kept, so the same command starts anew"),
+        ("edges", "; the same command goes on"),
         ("plan", ""),
     ],
 )
@@ -395,14 +394,6 @@ def test_interrupt_says_what_the_same_command_will_do(
     monkeypatch.setattr(module, "compose", interrupt)
     assert patchsweep(verb) == EXIT_STOPPED
     assert capsys.readouterr().err == f"patchsweep: interrupted{then}\n"
-
-
-def test_study_of_heads_that_is_stopped_does_not_promise_to_go_on() -> None:
-    stopper = Stopper()
-    stopper.listen(STARTS_ANEW)
-    signal.raise_signal(signal.SIGTERM)
-    with pytest.raises(Stopped, match="SIGTERM: stopped, here; nothing was kept, so the same"):
-        stopper.check("here")
 
 
 def test_task_list_and_check(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ its probability (Kobayashi et al., arXiv 2004.10102).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.analyses.stages import Computed, Stages, empty
 from patchsweep.arguments import is_whole, whole_number
 from patchsweep.attribution.atp import Atp
 from patchsweep.attribution.check import check_request
@@ -34,7 +35,6 @@ from patchsweep.spec.interventions import Direction
 from patchsweep.spec.sites import SITES
 from patchsweep.spec.spec import MetricLike, Request, SweepSpec, make_request
 from patchsweep.store.attributes import flat_attributes
-from patchsweep.sweeps.api import sweep
 from patchsweep.sweeps.identity import identity_of, question_settings, read_weights
 from patchsweep.sweeps.layout import analysis_attrs
 
@@ -58,6 +58,7 @@ def attention(
     top: int = 16,
     predictions: int = 10,
     config: Mapping[str, Any] | None = None,
+    stages: Stages | None = None,
 ) -> xr.Dataset:
     """Return patterns and attention attribution of the top-k heads, and both runs' predictions.
 
@@ -85,6 +86,8 @@ def attention(
             the largest mean `head_size` over pairs.
         predictions: number of next tokens to keep.
         config: config of the command line, kept in the provenance.
+        stages: where and how the stages "ranks" (without `heads`), "views" and "exact" run, see
+            `patchsweep.analyses.stages`. Default: in memory.
 
     Raises:
         PatchsweepError: an argument breaks a rule, or the model has no gradient at its patterns;
@@ -97,12 +100,12 @@ def attention(
     _check(request, heads, top, predictions)
     attrs = _attrs(request, heads, top, predictions, config)
     gradients = GradientModel(model, [SITES["pattern"]], compute_dtype=request.compute_dtype)
+    stages = stages or Stages()
     views = _Views(request, gradients, predictions)
-    if heads is None:
-        views.run(keep=())  # ranks only: the patterns of all heads may not fit in memory
-        heads = views.foremost(top)
-    views.run(keep=heads)
-    ds = views.dataset(heads).assign(exact=_exact(request, heads))
+    if heads is None:  # ranks first: the patterns of all heads may not fit in memory
+        heads = _foremost(views.run("ranks", (), attrs, stages)["head_size"].values, top)
+    found = views.run("views", heads, attrs, stages)
+    ds = views.dataset(found, heads).assign(exact=_exact(request, heads, stages))
     ds.attrs = flat_attributes(
         {
             **attrs,
@@ -219,10 +222,18 @@ def _check(request: Request, heads: Sequence[Head] | None, top: int, predictions
         raise PlanError(f"heads={list(heads)} names a head twice; name each once")
 
 
-def _exact(request: Request, heads: Sequence[Head]) -> xr.DataArray:
+def _foremost(head_size: Floats, top: int) -> list[Head]:
+    """Return the `top` heads with the largest mean size by the first metric."""
+    size = head_size[0].mean(axis=0)
+    order = np.argsort(-size, axis=None, kind="stable")[:top]
+    return [(int(i) // size.shape[1], int(i) % size.shape[1]) for i in order]
+
+
+def _exact(request: Request, heads: Sequence[Head], stages: Stages) -> xr.DataArray:
     """Return the exact effects [metric, pair, rank] of patching the heads' whole patterns."""
     layers, units = (sorted({head[i] for head in heads}) for i in (0, 1))
-    ds = sweep(
+    ds = stages.sweep(
+        "exact",
         request.bridge,
         request.pairs,
         "pattern",
@@ -233,6 +244,7 @@ def _exact(request: Request, heads: Sequence[Head]) -> xr.DataArray:
         positions="all",
         read=request.read,
     )
+    stages.wait()
     effect = (ds["pattern"] - ds["base_metric"]).transpose("metric", "pair", "layer", "head")
     rows, columns = (
         [axis.index(head[i]) for head in heads] for i, axis in ((0, layers), (1, units))
@@ -241,58 +253,80 @@ def _exact(request: Request, heads: Sequence[Head]) -> xr.DataArray:
 
 
 class _Views:
-    """The arrays of the result, filled batch by batch."""
+    """The arrays of the result, computed in batches of one length."""
 
     def __init__(self, request: Request, tape: GradientModel, predictions: int) -> None:
         self.request, self.tape, self.k = request, tape, predictions
-        shape, n_metrics, n_pairs = request.shape, len(request.metrics), len(request.pairs)
         self.length = int(request.plans[0].full_lengths.max())
-        shape_of_heads = (n_metrics, n_pairs, shape.n_layers, shape.n_heads)
-        self.signed, self.size = (
-            np.zeros(shape_of_heads, np.float32),
-            np.zeros(shape_of_heads, np.float32),
-        )
-        self.ids = np.zeros((2, n_pairs, predictions), np.int64)
-        self.prob, self.logit = np.zeros((2, 2, n_pairs, predictions), np.float32)
-        self.answers = np.zeros((2, 2, n_pairs), np.float32)  # answer, wrong answer
-        self.references = np.zeros((2, n_metrics, n_pairs), np.float32)
-
-    def run(self, keep: Sequence[Head]) -> None:
-        """Fill all arrays, with the patterns of the heads `keep`."""
-        n_metrics, n_pairs, n = *self.signed.shape[:2], self.length
+        self.cells: dict[str, Floats] = {}  # of the block of pairs that is computed
         self.keep: dict[int, list[tuple[int, int]]] = {}  # layer -> (rank, head)
-        for rank, (layer, head) in enumerate(keep):
-            self.keep.setdefault(layer, []).append((rank, head))
-        self.pattern = np.full((2, n_pairs, len(keep), n, n), np.nan, np.float32)
-        self.norm = np.full((2, n_pairs, len(keep), n), np.nan, np.float32)
-        self.cells = np.full((n_metrics, n_pairs, len(keep), n, n), np.nan, np.float32)
-        for batch in _parts(self.request):
-            with self.tape.frozen():
-                self._batch(batch)
 
-    def foremost(self, top: int) -> list[Head]:
-        """Return the `top` heads with the largest mean size by the first metric."""
-        size = self.size[0].mean(axis=0)
-        order = np.argsort(-size, axis=None, kind="stable")[:top]
-        return [(int(i) // size.shape[1], int(i) % size.shape[1]) for i in order]
+    def run(
+        self, stage: str, keep: Sequence[Head], attrs: Mapping[str, Any], stages: Stages
+    ) -> xr.Dataset:
+        """Run `stage`, which gives the sizes of all heads and all views of the heads `keep`."""
+        request, n = self.request, self.length
+        shape = request.shape
+        by_run, by_metric = (
+            {dim: size, "pair": len(request.pairs)}
+            for dim, size in (("run", 2), ("metric", len(request.metrics)))
+        )
+        heads = {**by_metric, "layer": shape.n_layers, "head": shape.n_heads}
+        shapes = {"head_attribution": heads, "head_size": heads}
+        if keep:
+            rank, cells = {"rank": len(keep)}, {"dest": n, "src": n}
+            shapes |= {
+                "pattern": {**by_run, **rank, **cells},
+                "value_norm": {**by_run, **rank, "src": n},
+                "attribution": {**by_metric, **rank, **cells},
+                **{f"top_{key}": {**by_run, "top": self.k} for key in ("id", "prob", "logit")},
+                **dict.fromkeys(("answer_prob", "wrong_prob"), by_run),
+            }
+        self.keep = {}
+        for number, (layer, head) in enumerate(keep):
+            self.keep.setdefault(layer, []).append((number, head))
 
-    def _batch(self, batch: Batch) -> None:
-        rows, n = list(batch.pairs), batch.length
+        def block(pairs: range) -> Computed:
+            self.cells = empty(shapes, pairs)
+            references = np.zeros((2, len(request.metrics), len(pairs)), np.float32)
+            for batch in request.batches(pairs):
+                rows = [pair - pairs.start for pair in batch.pairs]
+                with self.tape.frozen():
+                    references[:, :, rows] = self._batch(batch, rows)
+            return self.cells, references
+
+        found = stages.run(
+            stage,
+            shapes,
+            max(1, MAX_TOKENS // n),
+            block,
+            cost=n * shape.n_layers,
+            metrics=[metric.name for metric in request.metrics],
+            attrs={**attrs, "keep": [list(head) for head in keep]},
+        )
+        stages.wait()
+        return found
+
+    def _batch(self, batch: Batch, rows: list[int]) -> Floats:
+        """Fill `rows` of the cells; return base and source metrics [2, metric, pair]."""
+        n = batch.length
 
         def keep_heads(run: int, layer: int, heads: Heads) -> None:
             norm = heads.v.detach().float().norm(dim=-1)  # [pair, kv_head, src]
             group = heads.pattern.shape[1] // norm.shape[1]
             for rank, head in self.keep.get(layer, ()):
                 pattern = heads.pattern[:, head].detach()
-                self.pattern[run, rows, rank, :n, :n] = pattern.float().cpu().numpy()
-                self.norm[run, rows, rank, :n] = norm[:, head // group].cpu().numpy()
+                self.cells["pattern"][run, rows, rank, :n, :n] = pattern.float().cpu().numpy()
+                self.cells["value_norm"][run, rows, rank, :n] = norm[:, head // group].cpu().numpy()
 
         def visit(metric: int, layer: int, base: Tensor, values: Tensor, grad: Tensor) -> None:
             cells = ((values - base) * grad).float()
-            self.signed[metric, rows, layer] = cells.sum(dim=(-2, -1)).cpu().numpy()
-            self.size[metric, rows, layer] = cells.abs().sum(dim=(-2, -1)).cpu().numpy()
+            signed, size = (x.sum(dim=(-2, -1)).cpu().numpy() for x in (cells, cells.abs()))
+            self.cells["head_attribution"][metric, rows, layer] = signed
+            self.cells["head_size"][metric, rows, layer] = size
             for rank, head in self.keep.get(layer, ()):
-                self.cells[metric, rows, rank, :n, :n] = cells[:, head].cpu().numpy()
+                by_cell = cells[:, head].cpu().numpy()
+                self.cells["attribution"][metric, rows, rank, :n, :n] = by_cell
 
         source: dict[str, list[Tensor]] = {"pattern": []}
 
@@ -308,48 +342,40 @@ class _Views:
             )
         work = work_of(self.request, self.tape, batch, source, source_logits)
         base_logits = visit_cells(work, visit, lambda layer, heads: keep_heads(0, layer, heads))
-        self.references[:, :, rows] = work.references(base_logits)
-        for run, logits in enumerate((base_logits, source_logits)):
+        for run, logits in enumerate((base_logits, source_logits) if self.keep else ()):
             row = torch.arange(len(rows), device=logits.device)
-            self._predict(run, batch, logits[row, batch.differ].float())
+            self._predict(run, batch, rows, logits[row, batch.differ].float())
+        return np.stack(work.references(base_logits))
 
-    def _predict(self, run: int, batch: Batch, logits: Tensor) -> None:
+    def _predict(self, run: int, batch: Batch, rows: list[int], logits: Tensor) -> None:
         """Store the most probable tokens of `logits` [pair, d_vocab], and the answers'."""
-        rows = list(batch.pairs)
         prob = logits.softmax(dim=-1)
         best, ids = logits.topk(self.k, dim=-1)
-        self.ids[run, rows] = ids.cpu().numpy()
-        self.logit[run, rows] = best.cpu().numpy()
-        self.prob[run, rows] = prob.gather(1, ids).cpu().numpy()
-        for index, answer in enumerate((batch.answer, batch.wrong)):
-            answer_prob = prob.gather(1, answer.gather(1, batch.differ.unsqueeze(1)))
-            self.answers[index, run, rows] = answer_prob[:, 0].cpu().numpy()
+        found = {"top_id": ids, "top_logit": best, "top_prob": prob.gather(1, ids)}
+        for name, answer in (("answer_prob", batch.answer), ("wrong_prob", batch.wrong)):
+            found[name] = prob.gather(1, answer.gather(1, batch.differ.unsqueeze(1)))[:, 0]
+        for name, values in found.items():
+            self.cells[name][run, rows] = values.cpu().numpy()
 
-    def dataset(self, heads: Sequence[Head]) -> xr.Dataset:
+    def dataset(self, found: xr.Dataset, heads: Sequence[Head]) -> xr.Dataset:
         """Return the Dataset of all arrays."""
         request = self.request
         model, pairs = request.bridge, request.pairs
-        ids, inverse = np.unique(self.ids, return_inverse=True)
+        top_ids = found["top_id"].values.astype(np.int64)
+        ids, inverse = np.unique(top_ids, return_inverse=True)
         names = np.array(token_strings(model, tuple(ids.tolist())), dtype=object)
-        head_dims = ("metric", "pair", "layer", "head")
         tokens = np.full((2, len(pairs), self.length), "", dtype=object)
         for row, pair in enumerate(pairs):
             for run, members in enumerate(base_and_source(pair, request.direction)):
                 tokens[run, row, : len(members)] = token_strings(model, tuple(members))
         return xr.Dataset(
             {
-                "head_attribution": (head_dims, self.signed),
-                "head_size": (head_dims, self.size),
-                "pattern": (("run", "pair", "rank", "dest", "src"), self.pattern),
-                "value_norm": (("run", "pair", "rank", "src"), self.norm),
-                "attribution": (("metric", "pair", "rank", "dest", "src"), self.cells),
-                "top_token": (("run", "pair", "top"), names[inverse.reshape(self.ids.shape)]),
-                "top_prob": (("run", "pair", "top"), self.prob),
-                "top_logit": (("run", "pair", "top"), self.logit),
-                "answer_prob": (("run", "pair"), self.answers[0]),
-                "wrong_prob": (("run", "pair"), self.answers[1]),
-                "base_metric": (("metric", "pair"), self.references[0]),
-                "source_metric": (("metric", "pair"), self.references[1]),
+                "top_token": (found["top_id"].dims, names[inverse.reshape(top_ids.shape)]),
+                **{
+                    name: (found[name].dims, found[name].values)
+                    for name in found.data_vars
+                    if name != "top_id"
+                },
             },
             coords={
                 "metric": _texts([metric.name for metric in request.metrics]),
@@ -365,14 +391,6 @@ class _Views:
                 "wrong_answer": ("pair", _texts([pair.wrong_answer_text for pair in pairs])),
             },
         )
-
-
-def _parts(request: Request) -> Iterator[Batch]:
-    """Yield all pairs in batches of one length with at most `MAX_TOKENS` tokens."""
-    for full_batch in request.batches(range(len(request.pairs))):
-        size = max(1, MAX_TOKENS // full_batch.length)
-        for start in range(0, len(full_batch.pairs), size):
-            yield request.batches(full_batch.pairs[start : start + size])[0]
 
 
 def _texts(values: Sequence[str]) -> NDArray[Any]:

@@ -8,13 +8,13 @@ from typing import Any
 import xarray as xr
 from rich.console import Console
 
-from patchsweep.arguments import check_store_path
-from patchsweep.cli.schema.run import StoreConfig
+from patchsweep.analyses import stages
+from patchsweep.analyses.stages import Stages, Unfinished
+from patchsweep.cli.progress import Bar
+from patchsweep.cli.schema.run import AnalysisRun, StoreConfig
+from patchsweep.cli.stop import STOPPER
 from patchsweep.errors import ConfigError
 from patchsweep.store.backends.credentials import scrub
-from patchsweep.store.difference import IDENTITY
-from patchsweep.store.save import check_place, load_dataset, save_dataset
-from patchsweep.sweeps.identity import refuse_unversioned
 
 
 def refuse_unused(
@@ -40,23 +40,30 @@ def refuse_unused(
 
 
 def stored(
-    store: StoreConfig, attrs: Mapping[str, Any], compute: Callable[[], xr.Dataset]
-) -> tuple[xr.Dataset, bool]:
-    """Return (results in `store`, True), or save and return (the result of `compute`, False).
+    console: Console,
+    config: AnalysisRun,
+    attrs: Mapping[str, Any],
+    compute: Callable[[Stages], xr.Dataset],
+) -> tuple[xr.Dataset, bool] | None:
+    """Return (results, whether they were stored before); see `analyses.stages.stored`.
 
-    Raises:
-        ConfigError: `attrs` name a function that has no version to identify it.
-        StoreError: the path holds something other than results with `attrs`.
+    None, with a line on the console, if what remains needs units of other slices.
     """
-    check_store_path(store.path)
-    refuse_unversioned(attrs[IDENTITY])
-    ds = load_dataset(store.path, attrs, store.storage_options)
-    if ds is not None:
-        return ds, True
-    check_place(store.path, attrs, store.storage_options)  # fail before the computation
-    ds = compute()
-    save_dataset(ds, store.path, store.storage_options)
-    return ds, False
+    STOPPER.listen()
+    with Bar(console) as bar:
+        try:
+            return stages.stored(
+                config.store.path,
+                attrs,
+                compute,
+                storage_options=config.store.storage_options,
+                slice_index=config.slice,
+                n_slices=config.n_slices,
+                progress=bar,
+            )
+        except Unfinished as told:
+            console.print(f"{scrub(config.store.path)}: {told}")
+            return None
 
 
 def say_where(console: Console, store: StoreConfig, known: bool) -> None:

@@ -33,8 +33,6 @@ class AttentionRun(AnalysisRun):
         "precision",
         "compute_dtype",
         "means_from",
-        "slice",
-        "n_slices",
     )
 
     top: int = 16  # foremost heads whose patterns are kept
@@ -98,11 +96,15 @@ def execute(config: AttentionRun) -> None:
         "config": config.identity(),
     }
 
-    def compute() -> xr.Dataset:
-        with console.status("reading patterns and their gradients"):
-            return attention(model, pairs, **settings)
-
-    ds, known = stored(config.store, describe(model, pairs, **settings), compute)
+    found = stored(
+        console,
+        config,
+        describe(model, pairs, **settings),
+        lambda stages: attention(model, pairs, **settings, stages=stages),
+    )
+    if found is None:
+        return
+    ds, known = found
     for run in ("base", "source"):
         console.print(_guess(ds, run))
     console.print(_table(ds))

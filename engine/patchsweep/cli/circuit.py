@@ -59,11 +59,15 @@ def execute(config: CircuitRun) -> None:
         "config": config.identity(),
     }
 
-    def compute() -> xr.Dataset:
-        with console.status(f"ranking {config.level} and running circuits of them"):
-            return circuit(model, pairs, **settings)
-
-    ds, known = stored(config.store, describe(model, pairs, **settings), compute)
+    found = stored(
+        console,
+        config,
+        describe(model, pairs, **settings),
+        lambda stages: circuit(model, pairs, **settings, stages=stages),
+    )
+    if found is None:
+        return
+    ds, known = found
     attrs = attributes(ds)
     for metric in map(str, ds["metric"].values):
         console.print(_table(ds, metric))

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import time
-from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import numpy as np
 import xarray as xr
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
@@ -22,7 +19,6 @@ from patchsweep.report.edges import Row, correlation, rows_of
 from patchsweep.store.attributes import attributes
 
 N_SHOWN = 12
-_STAGES = {"estimates": "scoring all edges", "exact": "running the foremost exactly"}
 
 
 def main(arguments: list[str]) -> int:
@@ -58,58 +54,29 @@ def execute(config: EdgesRun) -> None:
         "read": config.metric.read,
         "config": config.identity(),
     }
-    clock = _Clock(console)
-
-    def compute() -> xr.Dataset:
-        with clock:
-            return screen_edges(model, pairs, **settings, progress=clock)
-
-    ds, known = stored(config.store, describe(model, pairs, **settings), compute)
+    found = stored(
+        console,
+        config,
+        describe(model, pairs, **settings),
+        lambda stages: screen_edges(model, pairs, **settings, stages=stages),
+    )
+    if found is None:
+        return
+    ds, known = found
     if not known:
-        console.print(_done(ds, clock.seconds))
+        console.print(_done(ds))
     console.print(_table(ds))
     say_where(console, config.store, known)
 
 
-class _Clock:
-    """Shows the running stage and records the seconds of each stage."""
-
-    def __init__(self, console: Console) -> None:
-        self.seconds: dict[str, float] = {}
-        self._console = console
-        self._stage: tuple[str, float] | None = None
-        self._shown: AbstractContextManager[Any] | None = None
-
-    def __enter__(self) -> _Clock:
-        return self
-
-    def __call__(self, stage: str) -> None:
-        """End the running stage and begin `stage`."""
-        self._end()
-        self._shown = self._console.status(_STAGES[stage])
-        self._shown.__enter__()
-        self._stage = (stage, time.perf_counter())
-
-    def __exit__(self, *error: object) -> None:
-        self._end()
-
-    def _end(self) -> None:
-        if self._stage is not None and self._shown is not None:
-            self._shown.__exit__(None, None, None)
-            stage, began = self._stage
-            self.seconds[stage] = time.perf_counter() - began
-            self._stage = None
-
-
-def _done(ds: xr.Dataset, seconds: dict[str, float]) -> str:
+def _done(ds: xr.Dataset) -> str:
     name = "edge_eap" if "edge_eap" in ds else "edge_eap_ig"
     scored = int(np.isfinite(ds[name].values[0, 0]).sum())
     position_words = " at single positions" if attributes(ds)["positions"] else ""
     agreement = correlation(rows_of(ds, str(ds["metric"].values[0])))
     return (
-        f"{scored:,} edges{position_words} scored in {seconds['estimates']:.1f} s, the foremost "
-        f"{ds.sizes['chosen']:,} of them run exactly in {seconds['exact']:.1f} s; over those, "
-        f"estimates and exact effects correlate at {agreement:.2f}"
+        f"{scored:,} edges{position_words} scored, the foremost {ds.sizes['chosen']:,} of them run "
+        f"exactly; over those, estimates and exact effects correlate at {agreement:.2f}"
     )
 
 

@@ -16,9 +16,7 @@ from patchsweep.analyses.heads.study import describe
 from patchsweep.cli.analysis import refuse_unused, say_where, stored
 from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.console import stdout
-from patchsweep.cli.progress import Bar
 from patchsweep.cli.schema.heads import HeadsRun
-from patchsweep.cli.stop import STARTS_ANEW, STOPPER
 
 N_SHOWN = 8  # number of heads to list per class
 
@@ -36,7 +34,6 @@ def main(arguments: list[str]) -> int:
 
 def job(cfg: DictConfig) -> None:
     """Run one config; Hydra calls this in this process or in a launcher's."""
-    STOPPER.listen(STARTS_ANEW)
     execute(cast(HeadsRun, as_config(cfg)))
 
 
@@ -59,30 +56,26 @@ def execute(config: HeadsRun) -> None:
         "config": config.identity(),
     }
 
-    def compute() -> xr.Dataset:
-        with _Sweeps(console) as bar:
-            return study(
-                model,
-                pairs,
-                **settings,
-                progress=bar,
-                stage=lambda words: console.print(f"{words} ..."),
-            )
-
-    ds, known = stored(config.store, describe(model, pairs, **settings), compute)
+    found = stored(
+        console,
+        config,
+        describe(model, pairs, **settings),
+        lambda stages: study(
+            model,
+            pairs,
+            **settings,
+            stages=stages,
+            stage=lambda words: console.print(f"{words} ..."),
+        ),
+    )
+    if found is None:
+        return
+    ds, known = found
     console.print(_classes(ds))
     if ds.attrs["task_classes"] != "measured":
         console.print(f"no classes by behaviour on the task: {ds.attrs['task_classes']}")
     console.print(_ablations(ds))
     say_where(console, config.store, known)
-
-
-class _Sweeps(Bar):
-    """Progress of several sweeps in a row."""
-
-    def begin(self, n_units: int, total: int, done: int) -> None:
-        """See `work.Progress`."""
-        super().begin(self.n_units + n_units, total, done)
 
 
 def _classes(ds: xr.Dataset) -> Table:

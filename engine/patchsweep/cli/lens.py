@@ -12,10 +12,10 @@ from transformers.utils import logging as transformers_logging
 
 from patchsweep.analyses.logit_lens import describe, lens, sublayers
 from patchsweep.analyses.logit_lens import findings as lens_findings
+from patchsweep.analyses.stages import Stages
 from patchsweep.cli.analysis import refuse_unused, say_where, stored
 from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.console import stdout
-from patchsweep.cli.progress import Bar
 from patchsweep.cli.schema.lens import LensRun
 from patchsweep.store.attributes import attributes, flat_attributes
 from patchsweep.store.difference import IDENTITY
@@ -52,25 +52,26 @@ def execute(config: LensRun) -> None:
         removed_by = {"runner": config.runner.name, "max_tokens": config.runner.max_tokens}
         attrs[IDENTITY] = sealed({**attrs[IDENTITY], "sublayers": removed_by})
 
-    def compute() -> xr.Dataset:
-        with console.status("reading every layer"):
-            ds = lens(model, pairs, **settings)
+    def compute(stages: Stages) -> xr.Dataset:
+        ds = lens(model, pairs, **settings, stages=stages)
         if config.sublayers:
-            with Bar(console) as bar:
-                removed = sublayers(
-                    model,
-                    pairs,
-                    which=ds.attrs["prompt"],
-                    runner=config.runner.name,  # type: ignore[arg-type]  # RunnerConfig's check
-                    max_tokens=config.runner.max_tokens,
-                    progress=bar,
-                )
+            removed = sublayers(
+                model,
+                pairs,
+                which=ds.attrs["prompt"],
+                runner=config.runner.name,  # type: ignore[arg-type]  # RunnerConfig's check
+                max_tokens=config.runner.max_tokens,
+                stages=stages,
+            )
             ds = ds.merge(removed, compat="no_conflicts", combine_attrs="override")
             used = attributes(removed)["provenance"]
             ds.attrs |= {key: used[key] for key in ("runner", "runner_reason")}
         return ds.assign_attrs(flat_attributes(attrs))
 
-    ds, known = stored(config.store, attrs, compute)
+    found = stored(console, config, attrs, compute)
+    if found is None:
+        return
+    ds, known = found
     for line in _ends(ds):
         console.print(line)
     console.print(_layers(ds))

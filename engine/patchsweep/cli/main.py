@@ -32,7 +32,7 @@ VERBS = {
     "task": "list the built-in tasks, or score a model on one",
     "demo": "sweep a real model, check the values against a TransformerLens loop, write a report",
 }
-ANALYSES = ("edges", "circuit", "lens", "attention", "heads")  # not resumable
+RESUMABLE = ("run", "edges", "circuit", "lens", "attention", "heads")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,7 +68,7 @@ def usage() -> str:
 
 
 def _guarded(verb: str, rest: list[str]) -> int:
-    from patchsweep.cli.stop import GOES_ON, STARTS_ANEW, Stopped
+    from patchsweep.cli.stop import GOES_ON, Stopped
     from patchsweep.store.backends.credentials import scrub
 
     try:
@@ -77,8 +77,8 @@ def _guarded(verb: str, rest: list[str]) -> int:
         print(f"patchsweep: {stopped}", file=sys.stderr)
         return EXIT_STOPPED
     except KeyboardInterrupt:
-        then = {"run": f"; {GOES_ON}"} | dict.fromkeys(ANALYSES, f"; {STARTS_ANEW}")
-        print(f"patchsweep: interrupted{then.get(verb, '')}", file=sys.stderr)
+        then = f"; {GOES_ON}" if verb in RESUMABLE else ""
+        print(f"patchsweep: interrupted{then}", file=sys.stderr)
         return EXIT_STOPPED
     except BrokenPipeError:  # the reader, such as `head`, closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -51,7 +51,7 @@ class Bar:
 
     def begin(self, n_units: int, total: int, done: int) -> None:
         """See `work.Progress`."""
-        self._to_do = n_units
+        self._to_do = self.n_units + n_units  # an analysis runs several stages in a row
         self._task = self._bar.add_task("sweep", total=total, completed=done)
         if done and n_units:
             self._console.print(f"going on: {n_units} units are left")

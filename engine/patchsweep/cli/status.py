@@ -6,8 +6,9 @@ from patchsweep.cli.console import stdout
 from patchsweep.cli.parser import Parser
 from patchsweep.errors import DamagedError
 from patchsweep.store.backends.address import open_folder
+from patchsweep.store.backends.credentials import scrub
 from patchsweep.store.contents import DELETE, Contents, printable, read_contents
-from patchsweep.store.status import EXIT_COMPLETE, EXIT_INCOMPLETE, render, store_status
+from patchsweep.store.status import EXIT_COMPLETE, EXIT_INCOMPLETE, render, stages_of, store_status
 
 
 def main(arguments: list[str]) -> int:
@@ -22,7 +23,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("store", help="folder or URL")
     url = parser.parse_args(arguments).store
     try:
-        contents = read_contents(open_folder(url))
+        folder = open_folder(url)
+        if folder.is_empty() and (stages := stages_of(url)):
+            return _unfinished(url, stages)
+        contents = read_contents(folder)
         if not contents.is_sweep:
             return _results(contents)
         status = store_status(url)
@@ -31,6 +35,18 @@ def main(arguments: list[str]) -> int:
         return EXIT_INCOMPLETE
     stdout().print(render(status))
     return status.exit_code
+
+
+def _unfinished(url: str, stages: list[str]) -> int:
+    """Print the status of each stage of an analysis without results; return the exit code."""
+    console = stdout()
+    for stage in stages:
+        console.print(render(store_status(stage)))
+    console.print(
+        f"{printable(scrub(url))}: no results yet; {len(stages)} stages of the analysis have "
+        "begun, and the same command goes on"
+    )
+    return EXIT_INCOMPLETE
 
 
 def _results(contents: Contents) -> int:

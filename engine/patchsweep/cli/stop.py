@@ -8,10 +8,7 @@ import threading
 from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
 GOES_ON = "the same command goes on"
-STARTS_ANEW = "nothing was kept, so the same command starts anew"
 
 
 class Stopped(Exception):
@@ -23,14 +20,9 @@ class Stopper:
 
     def __init__(self) -> None:
         self._heard: str | None = None
-        self._then = GOES_ON
 
-    def listen(self, then: str = GOES_ON) -> None:
-        """Handle the signals; outside the main thread this does nothing, as Python requires.
-
-        `then` ends the message of `check`: what the same command does after a stop.
-        """
-        self._then = then
+    def listen(self) -> None:
+        """Handle the signals; outside the main thread this does nothing, as Python requires."""
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 signal.signal(number, self._hear)
@@ -52,7 +44,7 @@ class Stopper:
             Stopped: its message holds `what`, the work done so far, and how to continue.
         """
         if self._heard is not None:
-            raise Stopped(f"{self._heard}: stopped, {what}; {self._then}")
+            raise Stopped(f"{self._heard}: stopped, {what}; {GOES_ON}")
 
 
 # one per process, so that after a signal all later runs of the process stop too

@@ -34,6 +34,7 @@ COMPLETE = f"{PROGRESS}/zarr.json"  # written last: all other files of the layou
 DIGESTS = "files"  # attribute of `COMPLETE`: key -> SHA-256 of each other file of the layout
 FIXED = ("base_metric", "source_metric")  # arrays [metric, pair], written pair by pair
 REFERENCES = "references"  # flags of `FIXED`: one for both metrics of a pair
+PARTS = ".parts"  # suffix of the folder of an unfinished analysis: a store for each stage
 INNER_BYTES = 1 << 20  # size of inner chunks, the least that a reader decodes
 
 

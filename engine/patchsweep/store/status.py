@@ -13,9 +13,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from patchsweep.store.backends.address import open_folder
 from patchsweep.store.backends.process import is_gone
-from patchsweep.store.contents import printable
+from patchsweep.store.contents import ROOT, printable
 from patchsweep.store.journal import FINISHED, INTERRUPTED, UNIT, WARNING, read_journal
+from patchsweep.store.layout import PARTS
 from patchsweep.store.lease import process_of, read_leases
 from patchsweep.store.store import Store
 
@@ -132,6 +134,13 @@ def store_status(
         rate_unit=unit,
         eta_s=eta,
     )
+
+
+def stages_of(url: str | Path) -> list[str]:
+    """Return the addresses of the stages' stores of an unfinished analysis at `url`, in order."""
+    parts = f"{url}".rstrip("/") + PARTS
+    keys = [key.split("/") for key in open_folder(parts).list()]
+    return [f"{parts}/{key[0]}" for key in keys if key[1:] == [ROOT]]
 
 
 def render(status: StoreStatus) -> RenderableType:

@@ -11,7 +11,14 @@ import xarray as xr
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.analyses.circuits.ablate import run_edges, run_nodes
-from patchsweep.analyses.circuits.edge_batch import EdgeBatch, Question, ask, edge_batches, nodes_of
+from patchsweep.analyses.circuits.edge_batch import (
+    EdgeBatch,
+    EdgeBatches,
+    Question,
+    ask,
+    nodes_of,
+    run_batches,
+)
 from patchsweep.analyses.circuits.results import Growth, Plan, Runs, circuit_dataset, make_plan
 from patchsweep.analyses.circuits.scores import (
     Ablation,
@@ -21,13 +28,15 @@ from patchsweep.analyses.circuits.scores import (
     method_settings,
     score_values,
 )
-from patchsweep.analyses.circuits.selection import RankBy, check_rank_by, sizes_of
+from patchsweep.analyses.circuits.selection import Floats, RankBy, check_rank_by, sizes_of
+from patchsweep.analyses.stages import Stages
 from patchsweep.arguments import one_of
 from patchsweep.attribution import Method
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import MethodError, PlanError
 from patchsweep.forward.grad import frozen
 from patchsweep.models.running import runs_model
+from patchsweep.models.weights import tensor_digest
 from patchsweep.spec.finite import check_finite, names_of
 from patchsweep.spec.reference import MeansFrom
 from patchsweep.spec.spec import MetricLike, SweepSpec
@@ -56,6 +65,7 @@ def circuit(
     rank_by: RankBy = "size",
     means_from: MeansFrom = SweepSpec.means_from,
     config: Mapping[str, Any] | None = None,
+    stages: Stages | None = None,
 ) -> xr.Dataset:
     """Return the metrics and faithfulness of circuits of several sizes, run without the rest.
 
@@ -94,6 +104,8 @@ def circuit(
             other pairs; `method` is then not used.
         means_from: as in `patchsweep.sweep`, for mean ablation.
         config: config of the command line, kept in the provenance.
+        stages: where and how the stages "scores" (or those of `circuit_scores`) and "circuits"
+            run, see `patchsweep.analyses.stages`. Default: in memory.
 
     Raises:
         PatchsweepError: an argument breaks a rule; the text states the rule and a remedy.
@@ -118,24 +130,32 @@ def circuit(
     if scores is not None:
         score_values(scores, nodes, level)  # likewise
     attrs = _attrs(question, level, method, growth, rank_by, sizes, scores, config)
+    stages = stages or Stages()
     if scores is None:
         name = method_name(level, method)
         scores = circuit_scores(
             model, pairs, question.metrics[0], level=level, method=method,
-            ablation=question.intervention, read=read,
+            ablation=question.intervention, read=read, stages=stages,
         )  # fmt: skip
     else:
         name = str(scores.attrs.get("method", "given"))
-    runs_of_pairs: dict[tuple[int, ...], Runs] = {}
-    plan: Plan | None = None
-    with frozen(model):
-        for edge_batch in edge_batches(question):
-            if plan is None:  # the first batch determines which blocks are parallel
-                values = score_values(scores, edge_batch.nodes, level)
-                plan = make_plan(edge_batch.nodes, level, growth, rank_by, sizes, values)
-            runs_of_pairs[edge_batch.batch.pairs] = _run(edge_batch, plan, question)
-    assert plan is not None
-    return circuit_dataset(question, plan, runs_of_pairs, name, attrs)
+    batches = EdgeBatches(question)
+    with frozen(model):  # the first run determines which blocks are parallel
+        values = score_values(scores, batches.nodes, level)
+    plan = make_plan(batches.nodes, level, growth, rank_by, sizes, values)
+    stage_attrs = {**attrs, "ranks": tensor_digest(torch.from_numpy(plan.ranks))}
+    found = run_batches(
+        stages,
+        "circuits",
+        batches,
+        {"run": len(plan.rows)},
+        lambda edge_batch: _run(edge_batch, plan, question),
+        stage_attrs,
+    )
+    stages.wait()
+    base, source = found["base_metric"].values, found["source_metric"].values
+    runs = Runs(found["circuits"].values, base, source)
+    return circuit_dataset(question, plan, runs, name, attrs)
 
 
 def describe(
@@ -206,7 +226,8 @@ def _described_scores(scores: xr.DataArray) -> dict[str, Any]:
     return {"values": scores.values, "labels": labels}
 
 
-def _run(edge_batch: EdgeBatch, plan: Plan, question: Question) -> Runs:
+def _run(edge_batch: EdgeBatch, plan: Plan, question: Question) -> Floats:
+    """Return the metrics [metric, pair, run] of `plan.rows`."""
     rows, row_of_circuit = plan.runs
     device, n_pairs = edge_batch.batch.base.device, edge_batch.base.n_pairs
     keep = torch.from_numpy(rows).to(device).repeat_interleave(n_pairs, dim=0)
@@ -221,16 +242,9 @@ def _run(edge_batch: EdgeBatch, plan: Plan, question: Question) -> Runs:
         ),
     )[:, :, row_of_circuit]
     base, source = (x.cpu().numpy() for x in edge_batch.references())
-    runs = Runs(
-        circuit=metrics[:, :, : len(plan.sizes.counts)],
-        complement=metrics[:, :, len(plan.sizes.counts) : -2],
-        empty=metrics[:, :, -2],
-        base=base,
-        source=source,
-        whole=metrics[:, :, -1],
-    )
-    _check_ends(runs, plan.level, question, edge_batch.base.resid[0].dtype)
-    return runs
+    dtype = edge_batch.base.resid[0].dtype
+    _check_ends(Runs(metrics, base, source), plan.level, question, dtype)
+    return metrics
 
 
 def _check_ends(

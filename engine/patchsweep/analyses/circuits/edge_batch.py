@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
+import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.analyses.circuits.nodes import Nodes
+from patchsweep.analyses.stages import Computed, Stages, empty
 from patchsweep.attribution.check import check_model
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import MethodError, PatchsweepError
 from patchsweep.forward.blockwise import Blocks, unfit
+from patchsweep.forward.grad import frozen
 from patchsweep.forward.trace import Trace
 from patchsweep.forward.unwrapped import Unsupported
 from patchsweep.models.compute import compute_dtype_of
@@ -31,6 +36,7 @@ from patchsweep.spec.metrics import Logits, Metric, compute
 from patchsweep.spec.reference import means_attrs
 from patchsweep.spec.sites import SITES
 from patchsweep.spec.spec import Experiment, SweepSpec, make_experiment, model_shape
+from patchsweep.sweeps.executor import Values
 
 # most bytes of the writes of all senders of one batch
 WRITE_BYTES = 512 * 2**20
@@ -145,44 +151,97 @@ class EdgeBatch:
         return torch.cat([x[:, :, self.start :].float() for x in parts], dim=1)
 
 
-def edge_batches(question: Question, *, gradient: bool = False) -> Iterator[EdgeBatch]:
-    """Yield the pairs of `question` in batches whose writes fit `WRITE_BYTES`.
+class EdgeBatches:
+    """The pairs of `question` in batches; the writes of `block` pairs fit `WRITE_BYTES`.
 
-    With `gradient` the base run builds a graph from the first block's input on.
-
-    Raises:
-        MethodError: the model's blocks cannot be split at the residual stream.
+    With `gradient` base runs build a graph from the first block's input on.
     """
-    bridge = question.bridge
-    try:
-        blocks = Blocks(bridge, compute_dtype_of(bridge))
-        nodes = nodes_of(bridge, blocks.parallel())
-    except Unsupported as error:
-        raise unfit(bridge, error) from error
-    except PatchsweepError:
-        raise
-    except Exception as error:  # blocks of an unknown kind may raise anything
-        raise unfit(bridge, error) from error
-    try:
-        yield from _batches(question, blocks, nodes, gradient)
-    except Unsupported as error:
-        raise unfit(bridge, error) from error
+
+    def __init__(self, question: Question, *, gradient: bool = False) -> None:
+        self.question, self.gradient = question, gradient
+        self.longest = max(len(pair) for pair in question.pairs)
+        n_senders = len(nodes_of(question.bridge).senders)
+        size = 4 * n_senders * self.longest * int(question.bridge.cfg.d_model)
+        self.block = max(1, WRITE_BYTES // size)
+
+    @property
+    def nodes(self) -> Nodes:
+        """The model's nodes; runs the model if it has not run yet.
+
+        Raises:
+            MethodError: the model's blocks cannot be split at the residual stream.
+        """
+        return self._ready[1]
+
+    def of(self, pairs: range) -> Iterator[EdgeBatch]:
+        """Yield the batches of `pairs`, at most `block` of them.
+
+        Raises:
+            MethodError: the model's blocks cannot be split at the residual stream.
+        """
+        question, device = self.question, device_of(self.question.bridge)
+        try:
+            for batch in make_batches(
+                question.pairs, pairs, question.direction, question.read, device
+            ):
+                yield _edge_batch(question, *self._ready, batch, self.gradient)
+        except Unsupported as error:
+            raise unfit(question.bridge, error) from error
+
+    @cached_property
+    def _ready(self) -> tuple[Blocks, Nodes]:
+        """Return the model's blocks and nodes, and prepare the intervention."""
+        bridge = self.question.bridge
+        try:
+            blocks = Blocks(bridge, compute_dtype_of(bridge))
+            nodes = nodes_of(bridge, blocks.parallel())
+        except Unsupported as error:
+            raise unfit(bridge, error) from error
+        except PatchsweepError:
+            raise
+        except Exception as error:  # blocks of an unknown kind may raise anything
+            raise unfit(bridge, error) from error
+        _prepare(self.question, blocks)
+        return blocks, nodes
 
 
-def _batches(
-    question: Question, blocks: Blocks, nodes: Nodes, gradient: bool
-) -> Iterator[EdgeBatch]:
-    _prepare(question, blocks)
-    device = device_of(question.bridge)
-    longest = max(len(pair) for pair in question.pairs)
-    size = 4 * len(nodes.senders) * longest * int(question.bridge.cfg.d_model)
-    n_pairs = max(1, WRITE_BYTES // size)
-    for first in range(0, len(question.pairs), n_pairs):
-        numbers = range(first, min(first + n_pairs, len(question.pairs)))
-        for batch in make_batches(
-            question.pairs, numbers, question.direction, question.read, device
-        ):
-            yield _edge_batch(question, blocks, nodes, batch, gradient)
+def run_batches(
+    stages: Stages,
+    name: str,
+    batches: EdgeBatches,
+    dims: Mapping[str, int],
+    compute: Callable[[EdgeBatch], Values],
+    attrs: Mapping[str, Any],
+) -> xr.Dataset:
+    """Run `compute` on all batches as the stage `name`; see `Stages.run`.
+
+    The Dataset holds `name` [metric, pair, *dims], NaN beyond the last axis of what `compute`
+    returns, `base_metric` and `source_metric`.
+    """
+    question = batches.question
+    n_metrics = len(question.metrics)
+    shapes = {name: {"metric": n_metrics, "pair": len(question.pairs), **dims}}
+
+    def block(pairs: range) -> Computed:
+        cells = empty(shapes, pairs)
+        references = np.full((2, n_metrics, len(pairs)), np.nan, np.float32)
+        with frozen(question.bridge):
+            for edge_batch in batches.of(pairs):
+                rows = [pair - pairs.start for pair in edge_batch.batch.pairs]
+                values = compute(edge_batch)
+                cells[name][:, rows, ..., : values.shape[-1]] = values
+                references[:, :, rows] = [x.cpu().numpy() for x in edge_batch.references()]
+        return cells, references
+
+    return stages.run(
+        name,
+        shapes,
+        batches.block,
+        block,
+        cost=int(question.bridge.cfg.n_layers) * batches.longest,
+        metrics=[metric.name for metric in question.metrics],
+        attrs=attrs,
+    )
 
 
 def _edge_batch(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,13 +13,20 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.analyses.circuits.eap import check_gradients, eap
-from patchsweep.analyses.circuits.edge_batch import Question, ask, edge_batches, nodes_of
+from patchsweep.analyses.circuits.edge_batch import (
+    EdgeBatch,
+    EdgeBatches,
+    Question,
+    ask,
+    nodes_of,
+    run_batches,
+)
 from patchsweep.analyses.circuits.exact import exact
 from patchsweep.analyses.circuits.nodes import Edge, EdgeLike, Nodes
+from patchsweep.analyses.stages import Stages
 from patchsweep.arguments import true_or_false, whole_number
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import PlanError
-from patchsweep.forward.grad import frozen
 from patchsweep.models.running import runs_model
 from patchsweep.spec.batch import base_and_source
 from patchsweep.spec.interventions import Direction, Intervention, ValueFn
@@ -46,6 +53,7 @@ def edges(
     positions: bool = False,
     read: int = SweepSpec.read,
     means_from: MeansFrom = SweepSpec.means_from,
+    stages: Stages | None = None,
 ) -> xr.Dataset:
     """Return the edge attribution of every edge: `edge_eap` [metric, pair, sender, reader(, pos)].
 
@@ -64,6 +72,7 @@ def edges(
             the path of the gradients is not that of other senders' changes.
         positions: keep the position at which an edge is written and read.
         means_from: as in `patchsweep.sweep`.
+        stages: as in `screen_edges`.
 
     Raises:
         PatchsweepError: an argument breaks a rule; the text states the rule and a remedy.
@@ -83,7 +92,9 @@ def edges(
     check_gradients(question, steps)
     true_or_false("positions", positions)
     attrs = _attrs(question, {"steps": steps, "positions": positions})
-    return _edges(question, steps, positions).assign_attrs(flat_attributes(attrs))
+    return _edges(question, steps, positions, attrs, stages or Stages()).assign_attrs(
+        flat_attributes(attrs)
+    )
 
 
 @runs_model
@@ -98,6 +109,7 @@ def exact_edges(
     positions: bool = False,
     read: int = SweepSpec.read,
     means_from: MeansFrom = SweepSpec.means_from,
+    stages: Stages | None = None,
 ) -> xr.Dataset:
     """Run exact patches of `edges`: `edge` [metric, pair, chosen(, pos)], the raw patched metric.
 
@@ -111,6 +123,7 @@ def exact_edges(
     Args:
         positions: run every edge at every single position; NaN beyond a pair's length.
         means_from: as in `patchsweep.sweep`.
+        stages: as in `screen_edges`.
 
     Raises:
         PlanError: `edges` is empty, names an edge that does not exist or names one twice, or only
@@ -131,15 +144,16 @@ def exact_edges(
     parsed = _chosen(nodes_of(model), edges, _length(question))
     true_or_false("positions", positions)
     attrs = _attrs(question, {"edges": list(map(str, parsed)), "positions": positions})
+    stages = stages or Stages()
     if not positions:
-        return _exact(question, parsed).assign_attrs(flat_attributes(attrs))
+        return _exact(question, parsed, attrs, stages).assign_attrs(flat_attributes(attrs))
     if parsed[0].pos is not None:
         raise PlanError(
             f"edge {edges[0]!r} has a position of its own, and positions=True runs each edge at "
             "every position; leave one of them out"
         )
     at_positions = [replace(edge, pos=pos) for edge in parsed for pos in range(_length(question))]
-    flat = _exact(question, at_positions)
+    flat = _exact(question, at_positions, attrs, stages)
     ends = {name: ("chosen", flat[name].values[:: _length(question)]) for name in _ENDS}
     dims = ("metric", "pair", "chosen", "pos")
     values = flat["edge"].values.reshape(*flat["base_metric"].shape, len(parsed), -1)
@@ -165,7 +179,7 @@ def screen_edges(
     read: int = SweepSpec.read,
     means_from: MeansFrom = SweepSpec.means_from,
     config: Mapping[str, Any] | None = None,
-    progress: Callable[[str], None] | None = None,
+    stages: Stages | None = None,
 ) -> xr.Dataset:
     """Rank all edges by estimates and run the top-k exactly.
 
@@ -178,7 +192,8 @@ def screen_edges(
             short for a position counts as 0. The coordinate `edge_pos` holds the positions.
         config: config of the command line, kept in the provenance.
         means_from: as in `patchsweep.sweep`.
-        progress: called with each stage as it begins: "estimates", then "exact".
+        stages: where and how the stages "estimates" and "exact" run, see
+            `patchsweep.analyses.stages`. Default: in memory.
 
     Raises:
         PlanError: `top` is less than one or more than there are edges.
@@ -201,10 +216,8 @@ def screen_edges(
     whole_number("top", top, least=1, most=most)
     true_or_false("positions", positions)
     attrs = _attrs(question, {"steps": steps, "positions": positions, "top": top}, config)
-    tell = progress or (lambda stage: None)
-    tell("estimates")
-    scores = _edges(question, steps, positions)
-    tell("exact")
+    stages = stages or Stages()
+    scores = _edges(question, steps, positions, attrs, stages)
     name = _name(steps)
     values = scores[name].values
     ranked = _foremost(values[0], top)
@@ -213,7 +226,8 @@ def screen_edges(
         [x.item() if dim == "pos" else str(x) for x in scores[dim].values[i]]
         for dim, i in zip(("sender", "reader", "pos"), at, strict=False)
     ]
-    verified = _exact(question, [nodes.edge(ends) for ends in zip(*labels, strict=True)])
+    chosen = [nodes.edge(ends) for ends in zip(*labels, strict=True)]
+    verified = _exact(question, chosen, attrs, stages)
     dims = ("metric", "pair", "chosen")
     estimate = values.reshape(*values.shape[:2], -1)[:, :, ranked]
     estimates = {"edge_estimate": (dims, estimate), name: scores[name]}
@@ -281,14 +295,24 @@ def _foremost(scores: Values, top: int) -> NDArray[np.intp]:
     return np.argsort(-strength, axis=None, kind="stable")[: min(top, int(known.sum()))]
 
 
-def _edges(question: Question, steps: int | None, positions: bool) -> xr.Dataset:
-    by_pairs: dict[tuple[int, ...], tuple[Values, ...]] = {}
-    with frozen(question.bridge):
-        for edge_batch in edge_batches(question, gradient=steps is None):
-            nodes = edge_batch.nodes
-            values = eap(edge_batch, steps=steps, positions=positions).cpu().numpy()
-            by_pairs[edge_batch.batch.pairs] = (values, *_references(edge_batch))
-    dims = ["metric", "pair", "sender", "reader", *(["pos"] if positions else [])]
+def _edges(
+    question: Question,
+    steps: int | None,
+    positions: bool,
+    attrs: Mapping[str, Any],
+    stages: Stages,
+) -> xr.Dataset:
+    batches = EdgeBatches(question, gradient=steps is None)
+    nodes = nodes_of(question.bridge)
+    dims = {"sender": len(nodes.senders), "reader": len(nodes.readers)}
+    if positions:
+        dims["pos"] = _length(question)
+
+    def estimate(edge_batch: EdgeBatch) -> Values:
+        return eap(edge_batch, steps=steps, positions=positions).cpu().numpy()
+
+    found = run_batches(stages, "estimates", batches, dims, estimate, attrs)
+    stages.wait()
     coords: dict[str, Any] = {
         "sender": _strings([str(sender) for sender in nodes.senders]),
         "reader": _strings([str(reader) for reader in nodes.readers]),
@@ -296,17 +320,27 @@ def _edges(question: Question, steps: int | None, positions: bool) -> xr.Dataset
         "reader_layer": ("reader", [reader.layer for reader in nodes.readers]),
     }
     words = {"long_name": "estimate of metric(patched) - metric(base) of an edge"}
-    attrs = {"method": _name(steps)[5:], "positions": positions, "steps": steps}
-    return _dataset(question, _name(steps), dims, by_pairs, coords, words, attrs)
+    more = {"method": _name(steps)[5:], "positions": positions, "steps": steps}
+    return _dataset(question, _name(steps), found, "estimates", coords, words, more)
 
 
-def _exact(question: Question, chosen: Sequence[Edge]) -> xr.Dataset:
-    by_pairs: dict[tuple[int, ...], tuple[Values, ...]] = {}
-    with frozen(question.bridge):
-        for edge_batch in edge_batches(question):
-            checked = [edge_batch.nodes.edge(edge) for edge in chosen]  # parallel blocks have fewer
-            values = exact(edge_batch, checked).cpu().numpy()
-            by_pairs[edge_batch.batch.pairs] = (values, *_references(edge_batch))
+def _exact(
+    question: Question, chosen: Sequence[Edge], attrs: Mapping[str, Any], stages: Stages
+) -> xr.Dataset:
+    def run(edge_batch: EdgeBatch) -> Values:
+        checked = [edge_batch.nodes.edge(edge) for edge in chosen]  # parallel blocks have fewer
+        return exact(edge_batch, checked).cpu().numpy()
+
+    names = list(map(str, chosen))
+    found = run_batches(
+        stages,
+        "exact",
+        EdgeBatches(question),
+        {"chosen": len(chosen)},
+        run,
+        {**attrs, "chosen": names},
+    )
+    stages.wait()
     positions = chosen[0].pos is not None
     ends = ([getattr(edge, name) for edge in chosen] for name in ("sender", "reader"))
     coords: dict[str, Any] = {
@@ -316,48 +350,30 @@ def _exact(question: Question, chosen: Sequence[Edge]) -> xr.Dataset:
     if positions:
         coords["edge_pos"] = ("chosen", np.array([edge.pos for edge in chosen]))
     words = {"long_name": "metric with one edge patched"}
-    attrs = {"method": "exact", "positions": positions}
-    return _dataset(question, "edge", ["metric", "pair", "chosen"], by_pairs, coords, words, attrs)
-
-
-def _references(edge_batch: Any) -> tuple[Values, Values]:
-    base, source = edge_batch.references()
-    return base.cpu().numpy(), source.cpu().numpy()
+    more = {"method": "exact", "positions": positions}
+    return _dataset(question, "edge", found, "exact", coords, words, more)
 
 
 def _dataset(
     question: Question,
     name: str,
-    dims: list[str],
-    found: dict[tuple[int, ...], tuple[Values, ...]],
+    found: xr.Dataset,
+    stage: str,
     coords: dict[str, Any],
     words: dict[str, str],
     attrs: dict[str, Any],
 ) -> xr.Dataset:
-    n_metrics, n_pairs = len(question.metrics), len(question.pairs)
-    shape = list(next(iter(found.values()))[0].shape)
-    shape[1] = n_pairs
-    if "pos" in dims:
-        shape[-1] = max(values.shape[-1] for values, *_ in found.values())
-    cells = np.full(shape, np.nan, np.float32)
-    references = np.full((2, n_metrics, n_pairs), np.nan, np.float32)
-    for members, (values, *runs) in found.items():
-        rows = list(members)
-        if "pos" in dims:
-            cells[:, rows, ..., : values.shape[-1]] = values
-        else:
-            cells[:, rows] = values
-        references[:, :, rows] = runs
+    """Return the values of a stage as the variable `name`, with the coordinates of the results."""
     return xr.Dataset(
         {
-            name: (dims, cells, words),
-            "base_metric": (("metric", "pair"), references[0]),
-            "source_metric": (("metric", "pair"), references[1]),
+            name: (found[stage].dims, found[stage].values, words),
+            "base_metric": (("metric", "pair"), found["base_metric"].values),
+            "source_metric": (("metric", "pair"), found["source_metric"].values),
         },
         coords={
             "metric": _strings([metric.name for metric in question.metrics]),
             "metric_unit": ("metric", _strings([metric.unit for metric in question.metrics])),
-            "pair": np.arange(n_pairs),
+            "pair": np.arange(len(question.pairs)),
             "answer": ("pair", _strings([pair.answer_text for pair in question.pairs])),
             "wrong_answer": ("pair", _strings([pair.wrong_answer_text for pair in question.pairs])),
             **_tokens(question),

@@ -87,42 +87,39 @@ def make_plan(
 
 @dataclass(frozen=True)
 class Runs:
-    """The metrics of all runs of one batch."""
+    """The metrics of all runs of some pairs."""
 
-    circuit: NDArray[np.float32]  # [metric, pair, size]
-    complement: NDArray[np.float32]  # [metric, pair, size]
-    empty: NDArray[np.float32]  # [metric, pair]
+    values: NDArray[np.float32]  # [metric, pair, run] of `Plan.rows`
     base: NDArray[np.float32]  # [metric, pair]
     source: NDArray[np.float32]  # [metric, pair]
-    whole: NDArray[np.float32]  # [metric, pair] the run with nothing ablated
+
+    @property
+    def empty(self) -> NDArray[np.float32]:
+        """[metric, pair] of the run with everything ablated."""
+        return self.values[:, :, -2]
+
+    @property
+    def whole(self) -> NDArray[np.float32]:
+        """[metric, pair] of the run with nothing ablated."""
+        return self.values[:, :, -1]
 
 
 def circuit_dataset(
-    question: Question,
-    plan: Plan,
-    found: dict[tuple[int, ...], Runs],
-    method: str,
-    attrs: Mapping[str, Any],
+    question: Question, plan: Plan, runs: Runs, method: str, attrs: Mapping[str, Any]
 ) -> xr.Dataset:
-    n_metrics, n_pairs = len(question.metrics), len(question.pairs)
+    n_sizes = len(plan.sizes.counts)
     raw = {
-        "circuit_metric": np.full((n_metrics, n_pairs, len(plan.sizes.counts)), np.nan, np.float32)
+        "circuit_metric": runs.values[:, :, :n_sizes],
+        "complement_metric": runs.values[:, :, n_sizes:-2],
+        "empty_metric": runs.empty,
+        "base_metric": runs.base,
+        "source_metric": runs.source,
     }
-    raw["complement_metric"] = raw["circuit_metric"].copy()
-    for name in ("empty_metric", "base_metric", "source_metric", "whole"):
-        raw[name] = np.full((n_metrics, n_pairs), np.nan, np.float32)
-    for members, runs in found.items():
-        for values, part in zip(
-            raw.values(),
-            (runs.circuit, runs.complement, runs.empty, runs.base, runs.source, runs.whole),
-            strict=True,
-        ):
-            values[:, list(members)] = part
     shares = np.array(plan.sizes.shares)
     names = [metric.name for metric in question.metrics]
     empty, base = raw["empty_metric"], raw["base_metric"]
     dtype = next(question.bridge.original_model.parameters()).dtype
-    without = undefined(names, empty, base, raw["whole"], dtype)
+    without = undefined(names, empty, base, runs.whole, dtype)
     faithfulness, completeness = (
         fraction(names, raw[name], empty, base, without)
         for name in ("circuit_metric", "complement_metric")
@@ -158,7 +155,7 @@ def circuit_dataset(
         coords={
             "metric": _strings(names),
             "metric_unit": ("metric", _strings([metric.unit for metric in question.metrics])),
-            "pair": np.arange(n_pairs),
+            "pair": np.arange(len(question.pairs)),
             "answer": ("pair", _strings([pair.answer_text for pair in question.pairs])),
             "wrong_answer": ("pair", _strings([pair.wrong_answer_text for pair in question.pairs])),
             **_tokens(question),

@@ -13,6 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from patchsweep.analyses.circuits.edge_batch import nodes_of
 from patchsweep.analyses.circuits.edges import edges, exact_edges
 from patchsweep.analyses.circuits.nodes import Nodes
+from patchsweep.analyses.stages import Stages
 from patchsweep.arguments import one_of
 from patchsweep.attribution import IntegratedInputs, Method, get_methods
 from patchsweep.data.pairs import PromptPairs
@@ -22,7 +23,6 @@ from patchsweep.models.running import runs_model
 from patchsweep.spec.interventions import Intervention, ValueFn, get_intervention
 from patchsweep.spec.reference import MeansFrom, with_reference
 from patchsweep.spec.spec import MetricLike, SweepSpec
-from patchsweep.sweeps.api import sweep
 from patchsweep.sweeps.estimates import variable_name
 from patchsweep.sweeps.identity import method_identity
 
@@ -100,22 +100,26 @@ def circuit_scores(
     ablation: Ablation = "resample",
     read: int = SweepSpec.read,
     means_from: MeansFrom = SweepSpec.means_from,
+    stages: Stages | None = None,
 ) -> xr.DataArray:
     """Return scores [node] or [sender, reader], signed, in the metric's unit.
 
     A score is the mean effect over `pairs` on the metric of ablating the node or edge in the
     clean run, estimated or exact; NaN where there is no edge. Arguments are those of `circuit`.
     """
+    stages = stages or Stages()
     name = method_name(level, method)
     ablation = with_reference(get_intervention(ablation), means_from, model)
     if level == "nodes":
-        return _node_scores(model, pairs, metric, method, ablation, read).assign_attrs(method=name)
+        scores = _node_scores(model, pairs, metric, method, ablation, read, stages)
+        return scores.assign_attrs(method=name)
     if name == "exact":
-        return _exact_scores(model, pairs, metric, ablation, read)
+        return _exact_scores(model, pairs, metric, ablation, read, stages)
     steps = _steps(method) if name == "eap_ig" else None
     ds = edges(
-        model, pairs, metric, direction="noising", intervention=ablation, steps=steps, read=read
-    )
+        model, pairs, metric, direction="noising", intervention=ablation, steps=steps, read=read,
+        stages=stages,
+    )  # fmt: skip
     values = ds[f"edge_{name}"].values[0].mean(axis=0)
     return _edge_array(ds["sender"].values, ds["reader"].values, values, name)
 
@@ -161,8 +165,10 @@ def _node_scores(
     method: str | Method,
     ablation: Ablation,
     read: int,
+    stages: Stages,
 ) -> xr.DataArray:
-    ds = sweep(
+    ds = stages.sweep(
+        "scores",
         model,
         pairs,
         ["z", "mlp_out"],
@@ -173,6 +179,7 @@ def _node_scores(
         read=read,
         method=method,
     )
+    stages.wait()
     effects = {}
     for site in ("z", "mlp_out"):
         if site in ds:
@@ -186,14 +193,20 @@ def _node_scores(
 
 
 def _exact_scores(
-    model: TransformerBridge, pairs: PromptPairs, metric: MetricLike, ablation: Ablation, read: int
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    metric: MetricLike,
+    ablation: Ablation,
+    read: int,
+    stages: Stages,
 ) -> xr.DataArray:
     nodes = nodes_of(model, Blocks(model).parallel())
     at = np.nonzero(nodes.possible)
     all_edges = [(str(nodes.senders[u]), str(nodes.readers[v])) for u, v in zip(*at, strict=True)]
     ds = exact_edges(
-        model, pairs, all_edges, metric, direction="noising", intervention=ablation, read=read
-    )
+        model, pairs, all_edges, metric, direction="noising", intervention=ablation, read=read,
+        stages=stages,
+    )  # fmt: skip
     values = np.full(nodes.possible.shape, np.nan, np.float32)
     values[at] = (ds["edge"] - ds["base_metric"]).values[0].mean(axis=0)
     senders, readers = ([str(end) for end in ends] for ends in (nodes.senders, nodes.readers))

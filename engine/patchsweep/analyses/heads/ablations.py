@@ -6,9 +6,9 @@ every position of every prompt: zero, the mean, or the constant that changes pre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,10 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.analyses.heads.optimal import Constants, Head, OptimalSettings, Trainer
+from patchsweep.analyses.stages import Computed, Stages, empty
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import ConfigError
+from patchsweep.models.offload import device_of
 from patchsweep.runners.select import RunnerName
 from patchsweep.spec.finite import check_cells
 from patchsweep.spec.interventions import Custom, Intervention, Mean, Resample, Zero
@@ -28,9 +30,9 @@ from patchsweep.spec.reference import with_reference
 from patchsweep.spec.sites import Site
 from patchsweep.spec.spec import Positions, Request, SweepSpec, make_request
 from patchsweep.store.attributes import attributes, flat_attributes
-from patchsweep.sweeps.api import prepare_runner, sweep
+from patchsweep.sweeps.api import prepare_runner
 from patchsweep.sweeps.exact import Captures
-from patchsweep.sweeps.executor import Progress, Values
+from patchsweep.sweeps.executor import Values
 
 REFERENCE = "resample"  # the ablation with which the others are compared
 OPTIMAL = "optimal"
@@ -126,7 +128,8 @@ def prepare(ask: Ask) -> Trainer | None:
 def ablate(
     ask: Ask,
     trainer: Trainer | None,
-    progress: Progress | None,
+    attrs: Mapping[str, Any],
+    stages: Stages,
     tell: Callable[[str], None],
 ) -> xr.Dataset:
     """Return `ablated` [ablation, metric, pair, layer(, pos), head], the metric of ablated runs.
@@ -134,12 +137,13 @@ def ablate(
     `base_metric` and `source_metric` [metric, pair] are those of the clean and the corrupted run.
     With `optimal` there are `optimal_constant` [layer, head, d_head] and `optimal_loss`
     [training, layer, head], in nats over the training prompts; its `start` is the loss of the
-    mean. Both are NaN for heads without a trained constant.
+    mean. Both are NaN for heads without a trained constant. `attrs` are those of the results.
     """
     by_ablation = {}
     for name, intervention in interventions(ask).items():
         tell(f"{name} ablation of every head")
-        by_ablation[name] = _sweep(ask, intervention, progress)
+        by_ablation[name] = _sweep(ask, name, intervention, stages)
+    stages.wait()
     first = by_ablation[REFERENCE]
     values_of = {name: ds["z"].values for name, ds in by_ablation.items()}
     extra: dict[str, Any] = {}
@@ -147,9 +151,8 @@ def ablate(
         assert ask.optimal is not None
         heads = foremost(first, ask.optimal.heads)
         tell(f"training the constants of {len(heads)} heads")
-        trainer.run()
-        constants = trainer.train(heads, ask.optimal)
-        values_of[OPTIMAL] = _run_constants(ask, constants)
+        constants = _train(ask, trainer, heads, ask.optimal, attrs, stages)
+        values_of[OPTIMAL] = _run_constants(ask, constants, attrs, stages)
         extra = _constants(ask, constants)
     dims = first["z"].dims  # the same in every sweep
     values = np.stack([values_of[name] for name in ask.ablations])
@@ -189,13 +192,7 @@ def interventions(ask: Ask) -> dict[str, Intervention]:
     Raises:
         ConfigError: there are prompts for means, but no ablation is a mean.
     """
-    ways: dict[str, Callable[[], Intervention]] = {
-        "resample": Resample,
-        "mean": partial(Mean, per="all"),
-        "mean_label": partial(Mean, per="label"),
-        "zero": Zero,
-    }
-    by_name = {name: ways[name]() for name in ask.ablations if name != OPTIMAL}
+    by_name = {name: _WAYS[name]() for name in ask.ablations if name != OPTIMAL}
     means = [name for name, one in by_name.items() if isinstance(one, Mean)]
     if ask.reference is not None and not means:
         raise ConfigError(
@@ -207,8 +204,9 @@ def interventions(ask: Ask) -> dict[str, Intervention]:
     return by_name
 
 
-def _sweep(ask: Ask, intervention: Intervention, progress: Progress | None) -> xr.Dataset:
-    return sweep(
+def _sweep(ask: Ask, name: str, intervention: Intervention, stages: Stages) -> xr.Dataset:
+    return stages.sweep(
+        name,
         ask.model,
         ask.pairs,
         ["z"],
@@ -219,7 +217,6 @@ def _sweep(ask: Ask, intervention: Intervention, progress: Progress | None) -> x
         read=ask.read,
         runner=ask.runner,
         max_tokens=ask.max_tokens,
-        progress=progress,
     )
 
 
@@ -238,7 +235,35 @@ def _request(ask: Ask, intervention: Intervention) -> Request:
     )
 
 
-def _run_constants(ask: Ask, constants: Constants) -> Values:
+def _train(
+    ask: Ask,
+    trainer: Trainer,
+    heads: Sequence[Head],
+    settings: OptimalSettings,
+    attrs: Mapping[str, Any],
+    stages: Stages,
+) -> Constants:
+    """Train the constants of `heads` as one shard: a stage of one "pair", which is all of them."""
+    row = {"pair": 1, "optimal_head": len(heads)}
+    shapes = {"start": row, "loss": row, "constant": {**row, "d_head": int(ask.model.cfg.d_head)}}
+
+    def train(_: range) -> Computed:
+        trainer.run()
+        found = trainer.train(heads, settings)
+        parts = {"start": found.start, "loss": found.loss, "constant": found.values}
+        return {name: part.cpu().numpy()[None] for name, part in parts.items()}, None
+
+    chosen = [list(head) for head in heads]
+    found = stages.run("training", shapes, 1, train, attrs={**attrs, "trained": chosen})
+    stages.wait()
+    device = device_of(ask.model)
+    start, loss, values = (torch.from_numpy(found[n].values[0]).to(device) for n in shapes)
+    return Constants(tuple(heads), values, start, loss)
+
+
+def _run_constants(
+    ask: Ask, constants: Constants, attrs: Mapping[str, Any], stages: Stages
+) -> Values:
     """Return the metrics [metric, pair, layer, head] with each constant; NaN for other heads."""
     model = ask.model
     n_layers, n_heads = int(model.cfg.n_layers), int(model.cfg.n_heads)
@@ -252,18 +277,38 @@ def _run_constants(ask: Ask, constants: Constants) -> Values:
         return table[layer].flatten().to(base).expand_as(base)
 
     request = _request(ask, Custom(put_in))
-    runner = prepare_runner(request, ask.runner, ask.max_tokens).runner
-    captures = Captures(request, runner)
     (plan,) = request.plans
-    values = np.full((len(request.metrics), len(ask.pairs), n_layers, n_heads), np.nan, np.float32)
-    for start in range(0, len(ask.pairs), PAIRS_AT_ONCE):
-        for captured in captures.of(range(start, min(start + PAIRS_AT_ONCE, len(ask.pairs)))):
+    dims = {"metric": len(request.metrics), "pair": len(ask.pairs)}
+    shapes = {"constants": {**dims, "layer": n_layers, "head": n_heads}}
+
+    @cache
+    def captures() -> Captures:
+        return Captures(request, prepare_runner(request, ask.runner, ask.max_tokens).runner)
+
+    def run(pairs: range) -> Computed:
+        cells = empty(shapes, pairs)
+        for captured in captures().of(pairs):
             patches = plan.patches(captured.batch.pairs)
             patches = patches[has_constant[plan.layer_set[patches], plan.unit_set[patches]]]
+            runner = captures().runner
             metrics = runner.run(captured.loaded, plan, patches, request.metrics).numpy()
             metrics = check_cells(metrics, plan, patches, request.metrics)
-            values[:, plan.pair[patches], plan.layer_set[patches], plan.unit_set[patches]] = metrics
-    return values
+            rows, layers = plan.pair[patches] - pairs.start, plan.layer_set[patches]
+            cells["constants"][:, rows, layers, plan.unit_set[patches]] = metrics
+        return cells, None
+
+    heads = [list(head) for head in constants.heads]
+    names = [metric.name for metric in request.metrics]
+    found = stages.run(
+        "constants",
+        shapes,
+        PAIRS_AT_ONCE,
+        run,
+        metrics=names,
+        attrs={**attrs, "trained": heads},
+    )
+    stages.wait()
+    return found["constants"].values
 
 
 def _constants(ask: Ask, constants: Constants) -> dict[str, Any]:

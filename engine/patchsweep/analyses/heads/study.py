@@ -30,6 +30,7 @@ from patchsweep.analyses.heads.classes import (
 from patchsweep.analyses.heads.findings import disagreement
 from patchsweep.analyses.heads.optimal import OptimalSettings
 from patchsweep.analyses.heads.scores import detect
+from patchsweep.analyses.stages import Stages
 from patchsweep.arguments import check_config, check_runner, position_axis
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import ConfigError, MethodError
@@ -39,7 +40,6 @@ from patchsweep.spec.metrics import get_metrics
 from patchsweep.spec.reference import MeansFrom, load_reference
 from patchsweep.spec.spec import MetricLike, Positions, SweepSpec
 from patchsweep.store.attributes import flat_attributes
-from patchsweep.sweeps.executor import Progress
 from patchsweep.sweeps.identity import identity_of, intervention_words, metric_words, read_weights
 from patchsweep.sweeps.layout import analysis_attrs
 
@@ -63,7 +63,7 @@ def study(
     runner: RunnerName = "auto",
     max_tokens: int | None = None,
     config: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
+    stages: Stages | None = None,
     stage: Callable[[str], None] | None = None,
 ) -> xr.Dataset:
     """Return the metrics of every ablated head, the heads' classes, and how ablations disagree.
@@ -84,10 +84,12 @@ def study(
         optimal: settings of training; None leaves optimal ablation out. Optimal ablation adds the
             metric `kl_base`, which it minimises, for all ablations.
         thresholds: minimal scores for membership in a class.
-        read, means_from, runner, max_tokens, progress: as in `patchsweep.sweep`. Optimal constants
+        read, means_from, runner, max_tokens: as in `patchsweep.sweep`. Optimal constants
             always start from the mean over `pairs`.
         config: config of the command line, kept in the provenance.
-        stage: called with a description of each stage as it begins.
+        stages: where and how the ablations and the training run, see
+            `patchsweep.analyses.stages`. Default: in memory.
+        stage: called with a description of each step as it begins.
 
     Raises:
         PatchsweepError: an argument breaks a rule; raised before any forward pass.
@@ -106,7 +108,7 @@ def study(
     tell = stage or (lambda words: None)
     tell("attention on repeated words")
     scores = detect(model)  # before the sweeps, since it may refuse the model
-    ds = ablate(ask, trainer, progress, tell)
+    ds = ablate(ask, trainer, attrs, stages or Stages(), tell)
     sweep_attrs = ds.attrs
     masks = detected_classes(scores, thresholds)
     measured, reason = xr.Dataset(), ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +22,7 @@ from patchsweep.analyses.logit_lens.stream import (
     place_index,
     run_streams,
 )
+from patchsweep.analyses.stages import Computed, Stages, empty
 from patchsweep.arguments import check_config, whole_number
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import PlanError
@@ -28,7 +30,7 @@ from patchsweep.forward.casting import cast_while
 from patchsweep.models.compute import compute_dtype_of
 from patchsweep.models.offload import device_of
 from patchsweep.models.running import runs_model
-from patchsweep.spec.batch import Batch, make_batches
+from patchsweep.spec.batch import Batch, base_and_source, make_batches
 from patchsweep.spec.finite import check_finite
 from patchsweep.spec.interventions import Direction, get_intervention
 from patchsweep.spec.spec import SweepSpec, check_direction, check_pairs, model_shape
@@ -36,9 +38,11 @@ from patchsweep.store.attributes import flat_attributes
 from patchsweep.sweeps.identity import identity_of, read_weights
 from patchsweep.sweeps.layout import analysis_attrs
 
+Floats = NDArray[np.float32]
 Which = Literal["clean", "corrupted", "base", "source"]
 # most prompt tokens of one batch
 MAX_TOKENS = 2048
+TOP = ("top_prob", "top_id")
 NUMBERS = tuple(f"{k}_{n}" for k in ("answer", "wrong") for n in ("prob", "log_prob", "rank"))
 
 
@@ -53,6 +57,7 @@ def lens(
     patch: Patch | Sequence[Patch] = (),
     top: int = 5,
     config: Mapping[str, Any] | None = None,
+    stages: Stages | None = None,
 ) -> xr.Dataset:
     """Return predictions from every point of the stream, [run, pair, layer, point, pos(, top)].
 
@@ -74,6 +79,8 @@ def lens(
             other prompt.
         top: number of most probable tokens to keep.
         config: kept in the provenance.
+        stages: where and how the stage "lens" runs, see `patchsweep.analyses.stages`. Default: in
+            memory.
 
     Raises:
         PatchsweepError: an argument breaks a rule; raised before any forward pass.
@@ -84,8 +91,8 @@ def lens(
     attrs = _attrs(model, pairs, spec, remove, top, config)
     # the lens calls the unembedding itself, so that it must stay cast
     with cast_while(model, compute_dtype_of(model), hold=[model.unembed]):
-        grid = _read(model, pairs, spec, remove, top)
-    return grid.dataset(attrs)
+        found = _read(model, pairs, spec, remove, top, attrs, stages or Stages())
+    return _dataset(model, pairs, spec, found, attrs)
 
 
 def _read(
@@ -94,23 +101,63 @@ def _read(
     asked: _Asked,
     remove: Sublayer | None,
     top: int,
-) -> _Grid:
-    """Run the prompts and read their streams."""
-    batches = _batches(model, pairs, asked.direction)
-    grid = _Grid(model, pairs, asked.n_runs, max(b.length for b in batches), top)
-    if asked.patching is not None:
-        asked.patching.prepare()
-    for batch in batches:
-        grid.tell(batch)
-        grid.put(0, batch, run_streams(model, batch.base))
-        if asked.patching is None:
-            continue
-        hooks = asked.patching.hooks(batch)
-        streams = run_streams(model, batch.base, hooks)
-        if remove is not None and not asked.more:
-            check_removed(streams, remove, int(model.cfg.n_layers))
-        grid.put(1, batch, streams)
-    return grid
+    attrs: Mapping[str, Any],
+    stages: Stages,
+) -> xr.Dataset:
+    """Run the prompts and read their streams; `top_id` holds -1 where there is no token."""
+    n_layers, longest = int(model.cfg.n_layers), max(len(pair) for pair in pairs)
+    length = max(len(base_and_source(pair, asked.direction)[0]) for pair in pairs)
+    dims = {"run": asked.n_runs, "pair": len(pairs), "layer": n_layers}
+    dims |= {"point": len(POINTS), "pos": length}
+    shapes = {**dict.fromkeys(NUMBERS, dims), **{name: {**dims, "top": top} for name in TOP}}
+    patching = asked.patching
+    prepare = cache(patching.prepare) if patching is not None else None
+
+    def read(block: range) -> Computed:
+        cells = empty(shapes, block)
+        cells["top_id"][:] = -1
+        for batch in make_batches(pairs, block, asked.direction, -1, device_of(model)):
+            rows = [pair - block.start for pair in batch.pairs]
+            _put(cells, 0, rows, model, batch, run_streams(model, batch.base))
+            if patching is None or prepare is None:
+                continue
+            prepare()
+            streams = run_streams(model, batch.base, patching.hooks(batch))
+            if remove is not None and not asked.more:
+                check_removed(streams, remove, n_layers)
+            _put(cells, 1, rows, model, batch, streams)
+        return cells, None
+
+    cost = longest * n_layers * asked.n_runs
+    found = stages.run("lens", shapes, max(1, MAX_TOKENS // longest), read, cost=cost, attrs=attrs)
+    stages.wait()
+    return found
+
+
+def _put(
+    cells: Mapping[str, Floats],
+    run: int,
+    rows: Sequence[int],
+    model: TransformerBridge,
+    batch: Batch,
+    streams: Streams,
+) -> None:
+    """Store the predictions from the batch's streams as those of `run`, in `rows` of `cells`."""
+    n_layers, top, n_pos = int(model.cfg.n_layers), cells["top_id"].shape[-1], batch.length
+    predictions = read_streams(model, streams, batch, top)
+    places = [*streams]
+    for name in ("answer_log_prob", "wrong_log_prob"):
+        check_finite(
+            predictions[name][None],
+            [name],
+            lambda place, row, pos: (
+                f"{places[place][1]} of layer {places[place][0]}, pair {batch.pairs[row]}, "
+                f"pos {pos}"
+            ),
+        )
+    for (layer, point), index in place_index(streams, n_layers).items():
+        for name, values in cells.items():
+            values[run, rows, layer, point, :n_pos] = predictions[name][index]
 
 
 def describe(
@@ -219,86 +266,40 @@ def _attrs(
     }
 
 
-def _batches(model: TransformerBridge, pairs: PromptPairs, direction: Direction) -> list[Batch]:
-    longest = max(len(pair) for pair in pairs)
-    size = max(1, MAX_TOKENS // longest)
-    device = device_of(model)
-    return [
-        batch
-        for first in range(0, len(pairs), size)
-        for batch in make_batches(
-            pairs, range(first, min(first + size, len(pairs))), direction, -1, device
-        )
-    ]
-
-
-class _Grid:
-    """The arrays of a lens, filled batch by batch."""
-
-    def __init__(
-        self, model: TransformerBridge, pairs: PromptPairs, n_runs: int, length: int, top: int
-    ) -> None:
-        self.model, self.pairs, self.top = model, pairs, top
-        self.n_layers = int(model.cfg.n_layers)
-        shape = (n_runs, len(pairs), self.n_layers, len(POINTS), length)
-        self.numbers = {name: np.full(shape, np.nan, np.float32) for name in NUMBERS}
-        self.numbers["top_prob"] = np.full((*shape, top), np.nan, np.float32)
-        self.ids = np.full((*shape, top), -1)
-        self.token = np.full((len(pairs), length), "", dtype=object)
-
-    def tell(self, batch: Batch) -> None:
-        """Store the tokens of the batch's prompts as text."""
-        tokenizer: Any = self.model.tokenizer
-        for row, members in zip(batch.pairs, batch.base.tolist(), strict=True):
-            self.token[row, : batch.length] = [tokenizer.decode([i]) for i in members]
-
-    def put(self, run: int, batch: Batch, streams: Streams) -> None:
-        """Store the predictions from the batch's streams as those of `run`."""
-        rows, n_pos = list(batch.pairs), batch.length
-        predictions = read_streams(self.model, streams, batch, self.top)
-        places = [*streams]
-        for name in ("answer_log_prob", "wrong_log_prob"):
-            check_finite(
-                predictions[name][None],
-                [name],
-                lambda place, row, pos: (
-                    f"{places[place][1]} of layer {places[place][0]}, pair {rows[row]}, pos {pos}"
-                ),
-            )
-        for (layer, point), index in place_index(streams, self.n_layers).items():
-            for name, values in self.numbers.items():
-                values[run, rows, layer, point, :n_pos] = predictions[name][index]
-            self.ids[run, rows, layer, point, :n_pos] = predictions["top_id"][index]
-
-    def dataset(self, attrs: Mapping[str, Any]) -> xr.Dataset:
-        """Return the Dataset of all arrays."""
-        tokenizer: Any = self.model.tokenizer
-        used = np.unique(self.ids).tolist()
-        names = {i: tokenizer.decode([i]) for i in used if i >= 0} | {-1: ""}
-        words = np.vectorize(names.get, otypes=[object])(self.ids)
-        dims = ("run", "pair", "layer", "point", "pos")
-        n_runs, n_pairs, n_layers, _, length = self.ids.shape[:-1]
-        return xr.Dataset(
-            {
-                "top_token": ((*dims, "top"), words),
-                **{
-                    name: ((*dims, "top") if name == "top_prob" else dims, values)
-                    for name, values in self.numbers.items()
-                },
-            },
-            coords={
-                "run": _strings(["unpatched", "patched"][:n_runs]),
-                "pair": np.arange(n_pairs),
-                "layer": np.arange(n_layers),
-                "point": _strings(POINTS),
-                "pos": np.arange(length),
-                "token": (("pair", "pos"), self.token),
-                "answer": ("pair", _strings([p.answer_text for p in self.pairs])),
-                "wrong_answer": ("pair", _strings([p.wrong_answer_text for p in self.pairs])),
-                "answer_pos": ("pair", np.array([len(p) - 1 + p.differ for p in self.pairs])),
-            },
-            attrs=flat_attributes(attrs),
-        )
+def _dataset(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    asked: _Asked,
+    found: xr.Dataset,
+    attrs: Mapping[str, Any],
+) -> xr.Dataset:
+    """Return the results from the values of the stage."""
+    tokenizer: Any = model.tokenizer
+    ids = found["top_id"].values.astype(np.int64)
+    names = {i: tokenizer.decode([i]) for i in np.unique(ids).tolist() if i >= 0} | {-1: ""}
+    n_runs, n_pairs, n_layers, _, length = ids.shape[:-1]
+    token = np.full((n_pairs, length), "", dtype=object)
+    for row, pair in enumerate(pairs):
+        members = base_and_source(pair, asked.direction)[0]
+        token[row, : len(members)] = [tokenizer.decode([i]) for i in members]
+    return xr.Dataset(
+        {
+            "top_token": (found["top_id"].dims, np.vectorize(names.get, otypes=[object])(ids)),
+            **{name: (found[name].dims, found[name].values) for name in (*NUMBERS, "top_prob")},
+        },
+        coords={
+            "run": _strings(["unpatched", "patched"][:n_runs]),
+            "pair": np.arange(n_pairs),
+            "layer": np.arange(n_layers),
+            "point": _strings(POINTS),
+            "pos": np.arange(length),
+            "token": (("pair", "pos"), token),
+            "answer": ("pair", _strings([p.answer_text for p in pairs])),
+            "wrong_answer": ("pair", _strings([p.wrong_answer_text for p in pairs])),
+            "answer_pos": ("pair", np.array([len(p) - 1 + p.differ for p in pairs])),
+        },
+        attrs=flat_attributes(attrs),
+    )
 
 
 def _strings(values: Any) -> NDArray[Any]:

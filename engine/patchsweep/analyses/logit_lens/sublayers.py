@@ -11,13 +11,12 @@ import xarray as xr
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.analyses.logit_lens.compute import Which, base_direction
+from patchsweep.analyses.stages import Stages
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.runners.select import RunnerName
 from patchsweep.spec.interventions import Direction
 from patchsweep.spec.spec import SweepSpec
 from patchsweep.store.difference import IDENTITY
-from patchsweep.sweeps.api import sweep
-from patchsweep.sweeps.executor import Progress
 
 SUBLAYERS = ("attn", "mlp")
 METRICS = ("prob", "log_prob", "rank", "logit_diff")
@@ -32,7 +31,7 @@ def sublayers(
     runner: RunnerName = "auto",
     max_tokens: int | None = None,
     config: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
+    stages: Stages | None = None,
 ) -> xr.Dataset:
     """Return the metrics of the model without each sublayer, one at a time.
 
@@ -43,13 +42,16 @@ def sublayers(
     `without - whole` is negative where the sublayer helps the answer (for a rank: positive).
 
     One sweep zeroes `attn_out` and `mlp_out`: each row runs only what follows its sublayer.
-    Arguments are those of `lens` and, for the runner, those of `sweep`.
+    Arguments are those of `lens` and, for the runner, those of `sweep`; the stage is
+    "sublayers".
 
     Raises:
         PatchsweepError: an argument breaks a rule, or the model has no such hooks.
     """
     sweep_direction, prompt = base_direction(which, direction, "noising")
-    ds = sweep(
+    stages = stages or Stages()
+    ds = stages.sweep(
+        "sublayers",
         model,
         pairs,
         [f"{kind}_out" for kind in SUBLAYERS],
@@ -60,8 +62,8 @@ def sublayers(
         runner=runner,
         max_tokens=max_tokens,
         config=config,
-        progress=progress,
     )
+    stages.wait()
     without = np.stack([ds[f"{kind}_out"].values for kind in SUBLAYERS], axis=2)
     return xr.Dataset(
         {

@@ -20,8 +20,6 @@ class CircuitRun(AnalysisRun):
         "runner",
         "precision",
         "compute_dtype",
-        "slice",
-        "n_slices",
         "intervention",
         "direction",
     )

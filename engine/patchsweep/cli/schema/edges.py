@@ -20,8 +20,6 @@ class EdgesRun(AnalysisRun):
         "runner",
         "precision",
         "compute_dtype",
-        "slice",
-        "n_slices",
     )
 
     top: int = 200  # foremost edges that are run exactly

@@ -23,8 +23,6 @@ class HeadsRun(AnalysisRun):
         "direction",
         "precision",
         "compute_dtype",
-        "slice",
-        "n_slices",
     )
 
     ablations: list[str] = field(default_factory=lambda: list(ABLATIONS))  # resample among them

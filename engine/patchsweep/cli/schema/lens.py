@@ -33,8 +33,6 @@ class LensRun(AnalysisRun):
         "precision",
         "compute_dtype",
         "means_from",
-        "slice",
-        "n_slices",
     )
 
     which: str | None = None  # clean, corrupted, base or source

@@ -55,6 +55,11 @@ class Folder(ABC):
     def delete(self, key: str) -> None:
         """Delete a file if it exists."""
 
+    def delete_all(self) -> None:
+        """Delete the folder and all its files, if it exists."""
+        for key in self.list():
+            self.delete(key)
+
     def read_many(self, keys: Iterable[str]) -> Iterator[bytes | None]:
         """Yield `read(key)` for `keys` in order, reading at most a few files ahead."""
         return map(self.read, keys)

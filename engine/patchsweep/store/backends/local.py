@@ -130,6 +130,10 @@ class LocalFolder(Folder):
         with self.guard():
             (self.path / key).unlink(missing_ok=True)
 
+    def delete_all(self) -> None:
+        with self.guard(), suppress(FileNotFoundError):
+            shutil.rmtree(self.path)
+
     def sizes(self, prefix: str = "") -> dict[str, int | None]:
         sizes: dict[str, int | None] = {}
         folders = [prefix]

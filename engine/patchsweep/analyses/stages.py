@@ -1,0 +1,253 @@
+"""Runs an analysis in stages: each is a resumable store of shards until the results are stored.
+
+A stage is one kind of computation, such as the estimates of all edges or the exact runs of the
+largest. With a store, stage `exact` of the analysis at `e.zarr` writes its shards to
+`e.zarr.parts/2-exact`, a store like a sweep's, with leases and a journal. Slices divide the stages
+that need no others. The results are assembled from the complete stages and written to `e.zarr` at
+once, and `e.zarr.parts` is deleted.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from patchsweep.arguments import check_store_path
+from patchsweep.errors import PatchsweepError, StoreError
+from patchsweep.store.backends.address import open_folder
+from patchsweep.store.contents import KIND
+from patchsweep.store.difference import IDENTITY
+from patchsweep.store.journal import Journal
+from patchsweep.store.layout import PARTS, Layout, Unit, Variable
+from patchsweep.store.save import check_place, load_dataset, save_dataset
+from patchsweep.store.store import Store
+from patchsweep.sweeps.api import sweep
+from patchsweep.sweeps.executor import (
+    WAIT_S,
+    Journalled,
+    Progress,
+    Quiet,
+    Share,
+    Values,
+    run_work,
+)
+from patchsweep.sweeps.identity import refuse_unversioned
+from patchsweep.sweeps.layout import Memory
+
+# variable -> its dims, `pair` among them, and their sizes
+Shapes = Mapping[str, Mapping[str, int]]
+# variable -> values of a block of pairs, and base and source metric [2, metric, pair] or None
+Computed = tuple[Mapping[str, Values], Values | None]
+
+
+def empty(shapes: Shapes, pairs: range) -> dict[str, Values]:
+    """Return arrays of NaN for the values of a block of pairs."""
+    return {
+        name: np.full([{**dims, "pair": len(pairs)}[dim] for dim in dims], np.nan, np.float32)
+        for name, dims in shapes.items()
+    }
+
+
+class Unfinished(PatchsweepError):
+    """This slice has done its units, and what follows needs units of other slices."""
+
+
+class Stages:
+    """Runs the stages of one analysis, in memory or with a store; see the module."""
+
+    def __init__(
+        self,
+        store: str | Path | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+        share: Share | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.share, self.progress = share or Share(), progress or Quiet()
+        self.parts = None if store is None else os.fspath(store).rstrip("/") + PARTS
+        self.storage_options = storage_options
+        self._begun: list[str] = []  # addresses of the stages' stores
+
+    def run(
+        self,
+        name: str,
+        shapes: Shapes,
+        block: int,
+        compute: Callable[[range], Computed],
+        *,
+        cost: int = 0,
+        metrics: Sequence[str] = ("none",),
+        attrs: Mapping[str, Any] | None = None,
+    ) -> xr.Dataset:
+        """Run the missing shards of the stage `name`, each the values of `block` pairs.
+
+        With a store, the values are there after `wait` alone, and are read lazily.
+
+        Args:
+            compute: returns the values of all variables for a range of pairs.
+            cost: token-layers of one pair.
+            metrics: names of the metrics of `base_metric` and `source_metric`.
+            attrs: all that decides the values, as attributes of an analysis.
+        """
+        sizes = {dim: n for shape in shapes.values() for dim, n in shape.items()}
+        layout = Layout(
+            variables=tuple(
+                Variable(key, tuple(dims), tuple(dims.values()), (block, dims.get("layer", 1)), {})
+                for key, dims in shapes.items()
+            ),
+            coords={
+                "metric": (("metric",), np.array(metrics, dtype=object)),
+                "pair": (("pair",), np.arange(sizes["pair"])),
+            },
+            attrs={**{key: x for key, x in (attrs or {}).items() if key != KIND}, "stage": name},
+        )
+        work = _BlockWork(compute, cost, len(metrics))
+        if self.parts is None:
+            memory = Memory(layout)
+            run_work([work], memory, self.progress, self.share)
+            return memory.dataset()
+        place: dict[str, Any] = {"storage_options": self.storage_options}
+        url = self._begin(name)
+        with Store.create_or_resume(url, layout, **place) as sink, Journal(url, **place) as journal:
+            progress = Journalled(self.progress, journal, self.share, {})
+            run_work([work], sink, progress, self.share)
+            return sink.dataset()
+
+    def sweep(self, name: str, *args: Any, **settings: Any) -> xr.Dataset:
+        """Run `patchsweep.sweep` with these arguments as the stage `name`; see `run`."""
+        if self.parts is not None:
+            settings |= {
+                "store": self._begin(name),
+                "storage_options": self.storage_options,
+                "slice_index": self.share.index,
+                "n_slices": self.share.n,
+            }
+        return sweep(*args, progress=self.progress, **settings)
+
+    def wait(self) -> None:
+        """Wait for all shards of the stages begun so far; what follows is not divided in slices.
+
+        Raises:
+            Unfinished: shards are missing, and no process computes them.
+        """
+        while missing := self._missing():
+            n_missing = sum(len(units) for _, units in missing)
+            holders: dict[str, int] = {}
+            for store, units in missing:
+                for holder, n in store.holders(units).items():
+                    holders[holder] = holders.get(holder, 0) + n
+            if not holders:
+                raise Unfinished(
+                    f"slice {self.share.index} of {self.share.n} has done its units; what follows "
+                    f"needs {n_missing} units of other slices: the slice that does the last of "
+                    "them goes on, and so does the same command, run again"
+                )
+            self.progress.waiting(n_missing, holders)
+            time.sleep(WAIT_S)
+        self.share = Share()
+
+    def delete(self) -> None:
+        """Delete the stores of all stages."""
+        if self.parts is not None:
+            with suppress(StoreError):  # the results are stored all the same
+                open_folder(self.parts, self.storage_options).delete_all()
+
+    def _begin(self, name: str) -> str:
+        assert self.parts is not None
+        url = f"{self.parts}/{len(self._begun) + 1}-{name}"
+        self._begun.append(url)
+        return url
+
+    def _missing(self) -> list[tuple[Store, list[Unit]]]:
+        """Return the stores with missing or damaged shards, and these."""
+        stores = [Store.open(url, storage_options=self.storage_options) for url in self._begun]
+        found = [(store, store.survey().to_do) for store in stores]
+        return [(store, units) for store, units in found if units]
+
+
+def stored(
+    store: str | Path,
+    attrs: Mapping[str, Any],
+    compute: Callable[[Stages], xr.Dataset],
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    slice_index: int = 0,
+    n_slices: int = 1,
+    progress: Progress | None = None,
+) -> tuple[xr.Dataset, bool]:
+    """Return (results in `store`, True), or save and return (the result of `compute`, False).
+
+    `compute` runs an analysis with the `Stages` that it is given. If it is interrupted, a second
+    call goes on: finished shards are kept. `attrs` identify the results; the analyses' `describe`
+    gives them.
+
+    Raises:
+        ConfigError: `attrs` name a function that has no version to identify it.
+        StoreError: the path holds something other than results with `attrs`.
+        Unfinished: what remains needs shards of other slices.
+    """
+    check_store_path(store)
+    share = Share(slice_index, n_slices)
+    refuse_unversioned(attrs[IDENTITY])
+    stages = Stages(store, storage_options, share, progress)
+    ds = load_dataset(store, attrs, storage_options)
+    known = ds is not None
+    if ds is None:
+        check_place(store, attrs, storage_options)  # fail before the computation
+        try:
+            ds = compute(stages).load()
+            save_dataset(ds, store, storage_options)
+        except Exception:  # another process may have stored the results, and deleted the stages
+            ds = load_dataset(store, attrs, storage_options)
+            if ds is None:
+                raise
+            known = True
+    stages.delete()
+    return ds, known
+
+
+class _BlockWork:
+    """A `Work` that computes all variables of a block of pairs together."""
+
+    def __init__(self, compute: Callable[[range], Computed], cost: int, n_metrics: int) -> None:
+        self.compute, self.n_metrics, self._cost = compute, n_metrics, cost
+        self._kept: dict[range, Computed] = {}
+
+    def __contains__(self, variable: str) -> bool:
+        return True
+
+    def cost(self, unit: Unit) -> int:
+        """See `Work`."""
+        return self._cost * len(unit.pairs)
+
+    def n_live(self, unit: Unit) -> int:
+        """See `Work`."""
+        return 0
+
+    def together(self, unit: Unit) -> Hashable:
+        """See `Work`."""
+        return unit.pair_block
+
+    def values(self, units: Sequence[Unit]) -> list[Values]:
+        """See `Work`."""
+        values, _ = self._of(units[0].pairs)
+        return [values[unit.variable] for unit in units]
+
+    def references(self, unit: Unit) -> tuple[Values, Values]:
+        """See `Work`; NaN for a stage that has none."""
+        _, references = self._of(unit.pairs)
+        if references is None:
+            references = np.full((2, self.n_metrics, len(unit.pairs)), np.nan, np.float32)
+        return references[0], references[1]
+
+    def _of(self, pairs: range) -> Computed:
+        """Return what `compute` returns for `pairs`; the last result is kept."""
+        if pairs not in self._kept:
+            self._kept = {pairs: self.compute(pairs)}
+        return self._kept[pairs]
