@@ -8,15 +8,15 @@ import re
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
-import patchsweep.cli.edges as verb
 import pytest
 import torch
 import xarray as xr
 from patchsweep.analyses.circuits import edges, exact_edges, screen_edges
-from patchsweep.cli import main
+from patchsweep.cli import analysis, main
 from patchsweep.cli.main import EXIT_DONE, EXIT_MISTAKE
 from patchsweep.forward.blockwise import Blocks
 from patchsweep.forward.grad import frozen
@@ -49,7 +49,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def test_edges_are_scored_verified_stored_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*TINY, "store=e.zarr"]) == EXIT_DONE
     said = capsys.readouterr().out
-    assert re.search(r"190 edges scored in \d+\.\d s, the foremost 8 of them run exactly", said)
+    assert "190 edges scored, the foremost 8 of them run exactly" in " ".join(said.split())
     assert "patchsweep report e.zarr" in said
     ds = xr.open_zarr("e.zarr", consolidated=False)
     expected = screen_edges(model("tiny:llama"), demo_pairs("tiny:llama"), top=8)
@@ -90,7 +90,7 @@ def test_the_same_command_again_computes_nothing_and_another_is_refused(
         (["steps=2", "intervention=zero"], "leave steps out"),
         (["sites=heads"], "edges have no sites; leave it out"),
         (["runner.max_tokens=5"], "edges have no runner"),
-        (["n_slices=2"], "edges have no n_slices"),
+        (["slice=2", "n_slices=2"], "slice=2 of n_slices=2 does not exist"),
         (["metric=rank"], "jumps"),
         (["intervention=shuffle"], "resample"),
         (["positions=maybe"], "positions"),
@@ -314,14 +314,12 @@ def test_all_edges_cost_less_than_ten_forward_backward_passes_and_200_are_verifi
         (logits[pair.answer[0]] - logits[pair.wrong_answer[0]]).backward()
         return time.perf_counter() - began
 
-    clock = verb._Clock
-
-    class Kept(clock):  # type: ignore[misc, valid-type]
-        def __exit__(self, *error: object) -> None:
+    class Kept(analysis.Bar):
+        def __exit__(self, *error: Any) -> None:
             super().__exit__(*error)
             scoring.append(self.seconds["estimates"])
 
-    monkeypatch.setattr(verb, "_Clock", Kept)
+    monkeypatch.setattr(analysis, "Bar", Kept)
     with frozen(smollm2):
         forward_backward()  # the first one allocates
     for i in range(3):  # in turn, since others may use the machine
