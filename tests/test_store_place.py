@@ -13,8 +13,7 @@ import pytest
 import xarray as xr
 import zarr
 from fsspec.implementations.memory import MemoryFileSystem
-from patchsweep.cli.analysis import stored
-from patchsweep.cli.schema.run import StoreConfig
+from patchsweep.analyses.stages import Stages, stored
 from patchsweep.errors import StoreError
 from patchsweep.store.backends.local import LocalFolder
 from patchsweep.store.save import save_dataset
@@ -128,12 +127,12 @@ def test_an_analysis_is_refused_before_it_is_computed(
     place = prepare(tmp_path, monkeypatch)
     before = sorted(tmp_path.rglob("*"))
 
-    def never() -> xr.Dataset:
+    def never(stages: Stages) -> xr.Dataset:
         raise AssertionError("it was computed")
 
     attrs = {"kind": "lens", "identity": sealed({"kind": "lens"})}
     with pytest.raises(StoreError, match=said):
-        stored(StoreConfig(place), attrs, never)
+        stored(place, attrs, never)
     assert sorted(tmp_path.rglob("*")) == before
 
 
