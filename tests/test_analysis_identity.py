@@ -11,20 +11,16 @@ import numpy as np
 import pytest
 import xarray as xr
 from patchsweep.analyses.attention import attention
-from patchsweep.analyses.attention import describe as describe_attention
 from patchsweep.analyses.circuits.circuits import circuit
-from patchsweep.analyses.circuits.circuits import describe as describe_circuit
-from patchsweep.analyses.circuits.edges import describe as describe_edges
 from patchsweep.analyses.circuits.edges import edges, exact_edges, screen_edges
 from patchsweep.analyses.circuits.scores import circuit_scores
 from patchsweep.analyses.heads.classes import Thresholds
 from patchsweep.analyses.heads.optimal import OptimalSettings
-from patchsweep.analyses.heads.study import describe as describe_heads
 from patchsweep.analyses.heads.study import study
-from patchsweep.analyses.logit_lens import describe as describe_lens
 from patchsweep.analyses.logit_lens import lens
 from patchsweep.analyses.logit_lens.patches import Patch
 from patchsweep.analyses.logit_lens.sublayers import sublayers
+from patchsweep.analyses.stages import Stages
 from patchsweep.attribution import IntegratedInputs
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import StoreError
@@ -32,8 +28,10 @@ from patchsweep.spec.interventions import Custom, Mean
 from patchsweep.store.attributes import flat_attributes
 from patchsweep.store.difference import attribute_differences
 from patchsweep.store.save import load_dataset, save_dataset
+from patchsweep.sweeps.identity import read_weights
 from subjects import model, reference_pairs
 from test_identity import edited, pairs
+from transformer_lens.model_bridge import TransformerBridge
 
 NAME = "tiny:llama"
 COMMON: dict[str, Any] = {"model": lambda: model(NAME), "pairs": pairs}
@@ -64,11 +62,10 @@ _BY = "intervention is zero in this run and resample in"
 _PATCH = Patch("z", 1, 15, 0)
 
 Function = Callable[..., Any]
-# analysis -> (it, the attributes by which a store knows it, arguments, argument -> (other, words))
-ANALYSES: dict[str, tuple[Function, Function, dict[str, Any], dict[str, Any]]] = {
+# analysis -> (it, arguments, argument -> (other, words))
+ANALYSES: dict[str, tuple[Function, dict[str, Any], dict[str, Any]]] = {
     "edges": (
         screen_edges,
-        describe_edges,
         {"top": 3},
         {
             "top": (4, "top is 4 in this run and 3 in"),
@@ -80,7 +77,6 @@ ANALYSES: dict[str, tuple[Function, Function, dict[str, Any], dict[str, Any]]] =
     ),
     "circuit": (
         circuit,
-        describe_circuit,
         {"sizes": [1, 5]},
         {
             "level": ("nodes", "level is nodes in this run and edges in"),
@@ -97,7 +93,6 @@ ANALYSES: dict[str, tuple[Function, Function, dict[str, Any], dict[str, Any]]] =
     ),
     "lens": (
         lens,
-        describe_lens,
         {"patch": _PATCH, "remove": ("mlp", 1)},
         {
             "which": ("clean", "prompt is clean, the base of noising in this run and corrupted"),
@@ -109,7 +104,6 @@ ANALYSES: dict[str, tuple[Function, Function, dict[str, Any], dict[str, Any]]] =
     ),
     "heads": (
         study,
-        describe_heads,
         {"ablations": ["resample", "optimal"], "optimal": OptimalSettings(heads=1, steps=1)},
         {
             "ablations": (["resample", "zero"], "ablations.zero is only in this run"),
@@ -122,7 +116,6 @@ ANALYSES: dict[str, tuple[Function, Function, dict[str, Any], dict[str, Any]]] =
     ),
     "attention": (
         attention,
-        describe_attention,
         {"top": 2},
         {
             "direction": ("noising", "direction is noising in"),
@@ -144,28 +137,27 @@ def value_of(given: Any) -> Any:
     return given() if callable(given) else given
 
 
+class Described(Stages):
+    """Returns the attributes by which a store knows the results, and computes nothing."""
+
+    def results(self, model: TransformerBridge, attrs: Any, compute: Any) -> xr.Dataset:
+        read_weights(model)
+        return xr.Dataset(attrs=attrs())
+
+
 def described(kind: str, **more: Any) -> dict[str, Any]:
-    _, describe, arguments, _ = ANALYSES[kind]
+    analysis, arguments, _ = ANALYSES[kind]
     given = {**COMMON, **arguments, **more}
     if kind == "heads" and more.get("positions", "all") is None:
         given["ablations"] = ["resample", "zero"]  # optimal is for all positions together
-    return describe(**{name: value_of(value) for name, value in given.items()})
-
-
-@pytest.mark.parametrize("kind", ANALYSES)
-def test_description_takes_every_argument_of_its_analysis(kind: str) -> None:
-    analysis, describe, _, _ = ANALYSES[kind]
-    wanted = {
-        name: one
-        for name, one in inspect.signature(analysis).parameters.items()
-        if name not in NO_NUMBER
-    }
-    assert dict(inspect.signature(describe).parameters) == wanted
+    values = {name: value_of(value) for name, value in given.items()}
+    attrs: dict[str, Any] = analysis(**values, stages=Described()).attrs
+    return attrs
 
 
 @pytest.mark.parametrize("kind", ANALYSES)
 def test_results_are_found_again_by_their_description(kind: str, tmp_path: Path) -> None:
-    analysis, _, arguments, _ = ANALYSES[kind]
+    analysis, arguments, _ = ANALYSES[kind]
     given = {name: value_of(value) for name, value in {**COMMON, **arguments}.items()}
     ds = analysis(**given)
     save_dataset(ds, tmp_path / "a.zarr")
@@ -180,7 +172,7 @@ def test_results_are_found_again_by_their_description(kind: str, tmp_path: Path)
 def test_store_refuses_an_analysis_in_which_one_argument_differs(
     kind: str, argument: str, tmp_path: Path
 ) -> None:
-    cases = {**OTHERS, **ANALYSES[kind][3]}
+    cases = {**OTHERS, **ANALYSES[kind][2]}
     assert argument in cases, f"say what a store of {kind} answers to another {argument}"
     other, words = cases[argument]
     common = WITH_MEANS[kind] if argument == "means_from" else {}

@@ -356,7 +356,7 @@ def test_verb_writes_once_and_says_what_it_found(
     assert f"L{int(ds.rank_layer[0])} H{int(ds.rank_head[0])}" in said
     assert (ds.sizes["rank"], ds.sizes["top"]) == (2, 3)
     assert f"patchsweep report {store}" in said
-    with patch("patchsweep.cli.attention.attention", side_effect=AssertionError):
+    with patch("patchsweep.analyses.stages.run_work", side_effect=AssertionError):
         assert main(words) == 0
     assert "already there, nothing was run" in capsys.readouterr().out
     assert main([*words[:3], "top=3", words[-1]]) == 2

@@ -59,7 +59,9 @@ def test_one_command_gives_classes_and_tables_and_the_same_again_runs_nothing(
     assert ds["ablation"].values.tolist() == list(ABLATIONS)
     assert attributes(ds)["provenance"]["config"]["optimal"]["heads"] == 2
 
-    monkeypatch.setattr("patchsweep.cli.heads.study", lambda *a, **k: pytest.fail("it ran again"))
+    monkeypatch.setattr(
+        "patchsweep.analyses.stages.sweep", lambda *_, **__: pytest.fail("it ran again")
+    )
     assert main(["heads", *SMALL]) == EXIT_DONE
     again = capsys.readouterr().out
     assert "already there, nothing was run" in again

@@ -13,17 +13,12 @@ from typing import Any
 import pytest
 import xarray as xr
 from patchsweep.analyses.attention import attention
-from patchsweep.analyses.attention import describe as describe_attention
 from patchsweep.analyses.circuits import circuit, screen_edges
 from patchsweep.analyses.circuits import edge_batch as batches
-from patchsweep.analyses.circuits.circuits import describe as describe_circuit
-from patchsweep.analyses.circuits.edges import describe as describe_edges
 from patchsweep.analyses.heads import OptimalSettings, ablations, study
-from patchsweep.analyses.heads.study import describe as describe_heads
 from patchsweep.analyses.logit_lens import compute, lens
-from patchsweep.analyses.logit_lens import describe as describe_lens
 from patchsweep.analyses.logit_lens.patches import Patch
-from patchsweep.analyses.stages import Unfinished, stored
+from patchsweep.analyses.stages import Stages, Unfinished
 from patchsweep.cli import main
 from patchsweep.cli.main import EXIT_DONE
 from patchsweep.cli.stop import Stopped
@@ -37,26 +32,19 @@ from subjects import model
 
 NAME = "tiny:llama"
 Function = Callable[..., Any]
-# case -> analysis, its description, arguments, stages
-CASES: dict[str, tuple[Function, Function, dict[str, Any], list[str]]] = {
-    "edges": (screen_edges, describe_edges, {"top": 4}, ["1-estimates", "2-exact"]),
-    "lens": (lens, describe_lens, {"patch": Patch("z", 1, "all", 0)}, ["1-lens"]),
-    "attention": (
-        attention,
-        describe_attention,
-        {"top": 2},
-        ["1-ranks", "2-views", "3-exact"],
-    ),
-    "circuit": (circuit, describe_circuit, {}, ["1-estimates", "2-circuits"]),
+# case -> analysis, arguments, stages
+CASES: dict[str, tuple[Function, dict[str, Any], list[str]]] = {
+    "edges": (screen_edges, {"top": 4}, ["1-estimates", "2-exact"]),
+    "lens": (lens, {"patch": Patch("z", 1, "all", 0)}, ["1-lens"]),
+    "attention": (attention, {"top": 2}, ["1-ranks", "2-views", "3-exact"]),
+    "circuit": (circuit, {}, ["1-estimates", "2-circuits"]),
     "circuit-of-nodes": (
         circuit,
-        describe_circuit,
         {"level": "nodes", "method": "exact"},
         ["1-scores", "2-circuits"],
     ),
     "heads": (
         study,
-        describe_heads,
         {"optimal": OptimalSettings(heads=2, steps=1)},
         ["1-resample", "2-mean", "3-zero", "4-training", "5-constants"],
     ),
@@ -94,15 +82,11 @@ class Recorder(Quiet):
 
 
 def run(case: str, place: Path, **settings: Any) -> tuple[xr.Dataset, bool]:
-    analysis, describe, arguments, _ = CASES[case]
+    """Results and whether they were stored before; `settings` of `Stages`."""
+    analysis, arguments, _ = CASES[case]
+    stages = Stages(place, **settings)
     bridge = model(NAME)
-    given = bridge, load_task(bridge, "ioi", 3)
-    return stored(
-        place,
-        describe(*given, **arguments),
-        lambda stages: analysis(*given, **arguments, stages=stages),
-        **settings,
-    )
+    return analysis(bridge, load_task(bridge, "ioi", 3), **arguments, stages=stages), stages.known
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -125,7 +109,7 @@ def test_analysis_that_is_killed_after_every_item_resumes_to_the_same_bytes(
             assert not killed.exists()
         finally:
             n_units += recorder.units[0]
-    assert seen == set(CASES[case][3])
+    assert seen == set(CASES[case][2])
     assert n_units == whole.units[0] >= 3  # nothing was computed twice
     assert kills >= 2
     assert checksums(killed) == checksums(undisturbed)
@@ -172,7 +156,7 @@ def test_stages_of_other_settings_are_refused(tmp_path: Path) -> None:
     place = tmp_path / "a.zarr"
     with pytest.raises(KeyboardInterrupt):
         run("edges", place, progress=Recorder(n_items=1))
-    CASES["more-edges"] = (*CASES["edges"][:2], {"top": 5}, [])
+    CASES["more-edges"] = (screen_edges, {"top": 5}, [])
     try:
         with pytest.raises(StoreError, match="belongs to another run: top is 5 in this run"):
             run("more-edges", place)

@@ -13,7 +13,7 @@ import pytest
 import xarray as xr
 import zarr
 from fsspec.implementations.memory import MemoryFileSystem
-from patchsweep.analyses.stages import Stages, stored
+from patchsweep.analyses.stages import Stages
 from patchsweep.errors import StoreError
 from patchsweep.store.backends.local import LocalFolder
 from patchsweep.store.save import save_dataset
@@ -127,12 +127,12 @@ def test_an_analysis_is_refused_before_it_is_computed(
     place = prepare(tmp_path, monkeypatch)
     before = sorted(tmp_path.rglob("*"))
 
-    def never(stages: Stages) -> xr.Dataset:
+    def never(attrs: object) -> xr.Dataset:
         raise AssertionError("it was computed")
 
     attrs = {"kind": "lens", "identity": sealed({"kind": "lens"})}
     with pytest.raises(StoreError, match=said):
-        stored(place, attrs, never)
+        Stages(place).results(model(NAME), lambda: attrs, never)
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -35,7 +35,7 @@ from patchsweep.spec.interventions import Direction
 from patchsweep.spec.sites import SITES
 from patchsweep.spec.spec import MetricLike, Request, SweepSpec, make_request
 from patchsweep.store.attributes import flat_attributes
-from patchsweep.sweeps.identity import identity_of, question_settings, read_weights
+from patchsweep.sweeps.identity import identity_of, question_settings
 from patchsweep.sweeps.layout import analysis_attrs
 
 KIND = "attention"
@@ -98,48 +98,27 @@ def attention(
     )
     check_request(request, [Atp()])
     _check(request, heads, top, predictions)
-    attrs = _attrs(request, heads, top, predictions, config)
-    gradients = GradientModel(model, [SITES["pattern"]], compute_dtype=request.compute_dtype)
     stages = stages or Stages()
-    views = _Views(request, gradients, predictions)
-    if heads is None:  # ranks first: the patterns of all heads may not fit in memory
-        heads = _foremost(views.run("ranks", (), attrs, stages)["head_size"].values, top)
-    found = views.run("views", heads, attrs, stages)
-    ds = views.dataset(found, heads).assign(exact=_exact(request, heads, stages))
-    ds.attrs = flat_attributes(
-        {
-            **attrs,
-            "direction": request.direction,
-            "intervention": request.intervention.name,
-            "method": "atp",
-        }
-    )
-    return ds
 
+    def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
+        gradients = GradientModel(model, [SITES["pattern"]], compute_dtype=request.compute_dtype)
+        views = _Views(request, gradients, predictions)
+        keep = heads
+        if keep is None:  # ranks first: the patterns of all heads may not fit in memory
+            keep = _foremost(views.run("ranks", (), attrs, stages)["head_size"].values, top)
+        found = views.run("views", keep, attrs, stages)
+        ds = views.dataset(found, keep).assign(exact=_exact(request, keep, stages))
+        ds.attrs = flat_attributes(
+            {
+                **attrs,
+                "direction": request.direction,
+                "intervention": request.intervention.name,
+                "method": "atp",
+            }
+        )
+        return ds
 
-def describe(
-    model: TransformerBridge,
-    pairs: PromptPairs,
-    metrics: MetricLike | Sequence[MetricLike] = SweepSpec.metrics,
-    *,
-    direction: Direction | None = SweepSpec.direction,
-    read: int = SweepSpec.read,
-    heads: Sequence[Head] | None = None,
-    top: int = 16,
-    predictions: int = 10,
-    config: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Return the attributes that identify `attention`'s results in a store; runs nothing.
-
-    Raises:
-        PatchsweepError: an argument breaks a rule.
-    """
-    request = make_request(
-        model, pairs, SweepSpec("pattern", metrics, direction=direction, read=read)
-    )
-    _check(request, heads, top, predictions)
-    read_weights(model)
-    return _attrs(request, heads, top, predictions, config)
+    return stages.results(model, lambda: _attrs(request, heads, top, predictions, config), compute)
 
 
 def _attrs(

@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.arguments import check_store_path
-from patchsweep.errors import PatchsweepError, StoreError
+from patchsweep.errors import ConfigError, PatchsweepError, StoreError
 from patchsweep.store.backends.address import open_folder
 from patchsweep.store.contents import KIND
 from patchsweep.store.difference import IDENTITY
@@ -38,7 +39,7 @@ from patchsweep.sweeps.executor import (
     Values,
     run_work,
 )
-from patchsweep.sweeps.identity import refuse_unversioned
+from patchsweep.sweeps.identity import read_weights, refuse_unversioned
 from patchsweep.sweeps.layout import Memory
 
 # variable -> its dims, `pair` among them, and their sizes
@@ -65,14 +66,65 @@ class Stages:
     def __init__(
         self,
         store: str | Path | None = None,
+        *,
         storage_options: Mapping[str, Any] | None = None,
-        share: Share | None = None,
+        slice_index: int = 0,
+        n_slices: int = 1,
         progress: Progress | None = None,
     ) -> None:
-        self.share, self.progress = share or Share(), progress or Quiet()
+        """Arguments are those of `patchsweep.sweep`."""
+        if store is not None:
+            check_store_path(store)
+        elif n_slices != 1:
+            raise ConfigError(f"n_slices={n_slices} needs a store, where the slices meet; give one")
+        self.share = Share(slice_index, n_slices)
+        self.progress = progress or Quiet()
+        self.store, self.storage_options = store, storage_options
         self.parts = None if store is None else os.fspath(store).rstrip("/") + PARTS
-        self.storage_options = storage_options
+        self.known = False  # whether `results` found the results in the store
         self._begun: list[str] = []  # addresses of the stages' stores
+        self._inner = False  # whether `results` is running
+
+    def results(
+        self,
+        model: TransformerBridge,
+        attrs: Callable[[], Mapping[str, Any]],
+        compute: Callable[[Mapping[str, Any]], xr.Dataset],
+    ) -> xr.Dataset:
+        """Return the results with the attributes `attrs()`, stored or, with these, computed.
+
+        With a store, `attrs` identify the results, after the model's weights have been read. If
+        `compute` is interrupted, a second call goes on: finished shards are kept. The analyses that
+        `compute` calls with these stages return theirs unstored.
+
+        Raises:
+            ConfigError: `attrs` name a function that has no version to identify it.
+            StoreError: the path holds something other than results with `attrs`.
+            Unfinished: what remains needs shards of other slices.
+        """
+        if self.store is None or self._inner:
+            return compute(attrs())
+        read_weights(model)
+        identified = attrs()
+        refuse_unversioned(identified[IDENTITY])
+        place = self.store, identified, self.storage_options
+        ds = load_dataset(*place)
+        self.known = ds is not None
+        if ds is None:
+            check_place(*place)  # fail before the computation
+            self._inner = True
+            try:
+                ds = compute(identified).load()
+                save_dataset(ds, self.store, self.storage_options)
+            except Exception:  # another process may have stored the results and deleted the stages
+                ds = load_dataset(*place)
+                if ds is None:
+                    raise
+                self.known = True
+            finally:
+                self._inner = False
+        self._delete()
+        return ds
 
     def run(
         self,
@@ -152,64 +204,22 @@ class Stages:
             time.sleep(WAIT_S)
         self.share = Share()
 
-    def delete(self) -> None:
-        """Delete the stores of all stages."""
-        if self.parts is not None:
-            with suppress(StoreError):  # the results are stored all the same
-                open_folder(self.parts, self.storage_options).delete_all()
-
     def _begin(self, name: str) -> str:
         assert self.parts is not None
         url = f"{self.parts}/{len(self._begun) + 1}-{name}"
         self._begun.append(url)
         return url
 
+    def _delete(self) -> None:
+        assert self.parts is not None
+        with suppress(StoreError):  # the results are stored all the same
+            open_folder(self.parts, self.storage_options).delete_all()
+
     def _missing(self) -> list[tuple[Store, list[Unit]]]:
         """Return the stores with missing or damaged shards, and these."""
         stores = [Store.open(url, storage_options=self.storage_options) for url in self._begun]
         found = [(store, store.survey().to_do) for store in stores]
         return [(store, units) for store, units in found if units]
-
-
-def stored(
-    store: str | Path,
-    attrs: Mapping[str, Any],
-    compute: Callable[[Stages], xr.Dataset],
-    *,
-    storage_options: Mapping[str, Any] | None = None,
-    slice_index: int = 0,
-    n_slices: int = 1,
-    progress: Progress | None = None,
-) -> tuple[xr.Dataset, bool]:
-    """Return (results in `store`, True), or save and return (the result of `compute`, False).
-
-    `compute` runs an analysis with the `Stages` that it is given. If it is interrupted, a second
-    call goes on: finished shards are kept. `attrs` identify the results; the analyses' `describe`
-    gives them.
-
-    Raises:
-        ConfigError: `attrs` name a function that has no version to identify it.
-        StoreError: the path holds something other than results with `attrs`.
-        Unfinished: what remains needs shards of other slices.
-    """
-    check_store_path(store)
-    share = Share(slice_index, n_slices)
-    refuse_unversioned(attrs[IDENTITY])
-    stages = Stages(store, storage_options, share, progress)
-    ds = load_dataset(store, attrs, storage_options)
-    known = ds is not None
-    if ds is None:
-        check_place(store, attrs, storage_options)  # fail before the computation
-        try:
-            ds = compute(stages).load()
-            save_dataset(ds, store, storage_options)
-        except Exception:  # another process may have stored the results, and deleted the stages
-            ds = load_dataset(store, attrs, storage_options)
-            if ds is None:
-                raise
-            known = True
-    stages.delete()
-    return ds, known
 
 
 class _BlockWork:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
 
 import xarray as xr
 from rich.console import Console
 
-from patchsweep.analyses import stages
 from patchsweep.analyses.stages import Stages, Unfinished
 from patchsweep.cli.progress import Bar
 from patchsweep.cli.schema.run import AnalysisRun, StoreConfig
@@ -40,27 +38,23 @@ def refuse_unused(
 
 
 def stored(
-    console: Console,
-    config: AnalysisRun,
-    attrs: Mapping[str, Any],
-    compute: Callable[[Stages], xr.Dataset],
+    console: Console, config: AnalysisRun, analyse: Callable[[Stages], xr.Dataset]
 ) -> tuple[xr.Dataset, bool] | None:
-    """Return (results, whether they were stored before); see `analyses.stages.stored`.
+    """Return (the results of `analyse`, whether they were stored before); see `Stages`.
 
     None, with a line on the console, if what remains needs units of other slices.
     """
     STOPPER.listen()
     with Bar(console) as bar:
+        stages = Stages(
+            config.store.path,
+            storage_options=config.store.storage_options,
+            slice_index=config.slice,
+            n_slices=config.n_slices,
+            progress=bar,
+        )
         try:
-            return stages.stored(
-                config.store.path,
-                attrs,
-                compute,
-                storage_options=config.store.storage_options,
-                slice_index=config.slice,
-                n_slices=config.n_slices,
-                progress=bar,
-            )
+            return analyse(stages), stages.known
         except Unfinished as told:
             console.print(f"{scrub(config.store.path)}: {told}")
             return None

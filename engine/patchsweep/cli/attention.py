@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from patchsweep.analyses.attention import attention, describe, ranked_heads
+from patchsweep.analyses.attention import attention, ranked_heads
 from patchsweep.cli.analysis import refuse_unused, say_where, stored
 from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.console import stdout
@@ -97,10 +97,7 @@ def execute(config: AttentionRun) -> None:
     }
 
     found = stored(
-        console,
-        config,
-        describe(model, pairs, **settings),
-        lambda stages: attention(model, pairs, **settings, stages=stages),
+        console, config, lambda stages: attention(model, pairs, **settings, stages=stages)
     )
     if found is None:
         return

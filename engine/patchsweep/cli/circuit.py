@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from patchsweep.analyses.circuits.circuits import circuit, describe
+from patchsweep.analyses.circuits.circuits import circuit
 from patchsweep.cli.analysis import refuse_unused, say_where, stored
 from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.console import stdout
@@ -59,12 +59,7 @@ def execute(config: CircuitRun) -> None:
         "config": config.identity(),
     }
 
-    found = stored(
-        console,
-        config,
-        describe(model, pairs, **settings),
-        lambda stages: circuit(model, pairs, **settings, stages=stages),
-    )
+    found = stored(console, config, lambda stages: circuit(model, pairs, **settings, stages=stages))
     if found is None:
         return
     ds, known = found

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from patchsweep.analyses.circuits.edges import describe, screen_edges
+from patchsweep.analyses.circuits.edges import screen_edges
 from patchsweep.cli.analysis import refuse_unused, say_where, stored
 from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.console import stdout
@@ -55,10 +55,7 @@ def execute(config: EdgesRun) -> None:
         "config": config.identity(),
     }
     found = stored(
-        console,
-        config,
-        describe(model, pairs, **settings),
-        lambda stages: screen_edges(model, pairs, **settings, stages=stages),
+        console, config, lambda stages: screen_edges(model, pairs, **settings, stages=stages)
     )
     if found is None:
         return

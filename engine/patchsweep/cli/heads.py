@@ -12,7 +12,6 @@ from transformers.utils import logging as transformers_logging
 
 from patchsweep.analyses.heads import effects, study
 from patchsweep.analyses.heads.findings import ALL, TRAINED
-from patchsweep.analyses.heads.study import describe
 from patchsweep.cli.analysis import refuse_unused, say_where, stored
 from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.console import stdout
@@ -59,7 +58,6 @@ def execute(config: HeadsRun) -> None:
     found = stored(
         console,
         config,
-        describe(model, pairs, **settings),
         lambda stages: study(
             model,
             pairs,

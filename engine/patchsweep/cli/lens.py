@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 import numpy as np
 import xarray as xr
@@ -47,28 +48,34 @@ def execute(config: LensRun) -> None:
     model = config.model.load()
     pairs = config.task.load(model)
     settings = {**config.asked(), "config": config.identity()}
-    attrs = {**describe(model, pairs, **settings), "sublayers": config.sublayers}
-    if config.sublayers:  # a separate sweep, which the lens's identity does not cover
-        removed_by = {"runner": config.runner.name, "max_tokens": config.runner.max_tokens}
-        attrs[IDENTITY] = sealed({**attrs[IDENTITY], "sublayers": removed_by})
 
-    def compute(stages: Stages) -> xr.Dataset:
-        ds = lens(model, pairs, **settings, stages=stages)
-        if config.sublayers:
-            removed = sublayers(
-                model,
-                pairs,
-                which=ds.attrs["prompt"],
-                runner=config.runner.name,  # type: ignore[arg-type]  # RunnerConfig's check
-                max_tokens=config.runner.max_tokens,
-                stages=stages,
-            )
-            ds = ds.merge(removed, compat="no_conflicts", combine_attrs="override")
-            used = attributes(removed)["provenance"]
-            ds.attrs |= {key: used[key] for key in ("runner", "runner_reason")}
-        return ds.assign_attrs(flat_attributes(attrs))
+    def described() -> dict[str, Any]:
+        attrs = {**describe(model, pairs, **settings), "sublayers": config.sublayers}
+        if config.sublayers:  # a separate sweep, which the lens's identity does not cover
+            removed_by = {"runner": config.runner.name, "max_tokens": config.runner.max_tokens}
+            attrs[IDENTITY] = sealed({**attrs[IDENTITY], "sublayers": removed_by})
+        return attrs
 
-    found = stored(console, config, attrs, compute)
+    def analyse(stages: Stages) -> xr.Dataset:
+        def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
+            ds = lens(model, pairs, **settings, stages=stages)
+            if config.sublayers:
+                removed = sublayers(
+                    model,
+                    pairs,
+                    which=ds.attrs["prompt"],
+                    runner=config.runner.name,  # type: ignore[arg-type]  # RunnerConfig's check
+                    max_tokens=config.runner.max_tokens,
+                    stages=stages,
+                )
+                ds = ds.merge(removed, compat="no_conflicts", combine_attrs="override")
+                used = attributes(removed)["provenance"]
+                ds.attrs |= {key: used[key] for key in ("runner", "runner_reason")}
+            return ds.assign_attrs(flat_attributes(attrs))
+
+        return stages.results(model, described, compute)
+
+    found = stored(console, config, analyse)
     if found is None:
         return
     ds, known = found

@@ -40,7 +40,7 @@ from patchsweep.models.weights import tensor_digest
 from patchsweep.spec.finite import check_finite, names_of
 from patchsweep.spec.reference import MeansFrom
 from patchsweep.spec.spec import MetricLike, SweepSpec
-from patchsweep.sweeps.identity import identity_of, question_settings, read_weights
+from patchsweep.sweeps.identity import identity_of, question_settings
 from patchsweep.sweeps.layout import analysis_attrs
 
 # largest rounding error of the runs with all or nothing ablated, as a share of the largest
@@ -129,71 +129,40 @@ def circuit(
     sizes_of(sizes, n, level)  # raises before any forward pass
     if scores is not None:
         score_values(scores, nodes, level)  # likewise
-    attrs = _attrs(question, level, method, growth, rank_by, sizes, scores, config)
     stages = stages or Stages()
-    if scores is None:
-        name = method_name(level, method)
-        scores = circuit_scores(
-            model, pairs, question.metrics[0], level=level, method=method,
-            ablation=question.intervention, read=read, stages=stages,
-        )  # fmt: skip
-    else:
-        name = str(scores.attrs.get("method", "given"))
-    batches = EdgeBatches(question)
-    with frozen(model):  # the first run determines which blocks are parallel
-        values = score_values(scores, batches.nodes, level)
-    plan = make_plan(batches.nodes, level, growth, rank_by, sizes, values)
-    stage_attrs = {**attrs, "ranks": tensor_digest(torch.from_numpy(plan.ranks))}
-    found = run_batches(
-        stages,
-        "circuits",
-        batches,
-        {"run": len(plan.rows)},
-        lambda edge_batch: _run(edge_batch, plan, question),
-        stage_attrs,
-    )
-    stages.wait()
-    base, source = found["base_metric"].values, found["source_metric"].values
-    runs = Runs(found["circuits"].values, base, source)
-    return circuit_dataset(question, plan, runs, name, attrs)
 
+    def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
+        if scores is None:
+            name = method_name(level, method)
+            ranking = circuit_scores(
+                model, pairs, question.metrics[0], level=level, method=method,
+                ablation=question.intervention, read=read, stages=stages,
+            )  # fmt: skip
+        else:
+            name, ranking = str(scores.attrs.get("method", "given")), scores
+        batches = EdgeBatches(question)
+        with frozen(model):  # the first run determines which blocks are parallel
+            values = score_values(ranking, batches.nodes, level)
+        plan = make_plan(batches.nodes, level, growth, rank_by, sizes, values)
+        stage_attrs = {**attrs, "ranks": tensor_digest(torch.from_numpy(plan.ranks))}
+        found = run_batches(
+            stages,
+            "circuits",
+            batches,
+            {"run": len(plan.rows)},
+            lambda edge_batch: _run(edge_batch, plan, question),
+            stage_attrs,
+        )
+        stages.wait()
+        base, source = found["base_metric"].values, found["source_metric"].values
+        runs = Runs(found["circuits"].values, base, source)
+        return circuit_dataset(question, plan, runs, name, attrs)
 
-def describe(
-    model: TransformerBridge,
-    pairs: PromptPairs,
-    metrics: MetricLike | Sequence[MetricLike] = SweepSpec.metrics,
-    *,
-    level: Level = "edges",
-    method: str | Method = "atp",
-    growth: Growth = "top",
-    sizes: Sequence[float] | None = None,
-    ablation: Ablation = "resample",
-    scores: xr.DataArray | None = None,
-    read: int = SweepSpec.read,
-    rank_by: RankBy = "size",
-    means_from: MeansFrom = SweepSpec.means_from,
-    config: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Return the attributes that identify `circuit`'s results in a store; runs nothing.
-
-    Raises:
-        PatchsweepError: an argument breaks a rule.
-    """
-    _check(level, growth)
-    question = ask(
+    return stages.results(
         model,
-        pairs,
-        SweepSpec(
-            metrics=metrics,
-            direction="noising",
-            intervention=ablation,
-            read=read,
-            means_from=means_from,
-        ),
+        lambda: _attrs(question, level, method, growth, rank_by, sizes, scores, config),
+        compute,
     )
-    check_rank_by(rank_by, question.metrics[0].name)
-    read_weights(model)
-    return _attrs(question, level, method, growth, rank_by, sizes, scores, config)
 
 
 def _attrs(

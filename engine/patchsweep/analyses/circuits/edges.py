@@ -33,7 +33,7 @@ from patchsweep.spec.interventions import Direction, Intervention, ValueFn
 from patchsweep.spec.reference import MeansFrom
 from patchsweep.spec.spec import MetricLike, SweepSpec, model_shape
 from patchsweep.store.attributes import flat_attributes
-from patchsweep.sweeps.identity import identity_of, question_settings, read_weights
+from patchsweep.sweeps.identity import identity_of, question_settings
 from patchsweep.sweeps.layout import analysis_attrs
 
 Values = NDArray[np.float32]
@@ -91,9 +91,13 @@ def edges(
     )
     check_gradients(question, steps)
     true_or_false("positions", positions)
-    attrs = _attrs(question, {"steps": steps, "positions": positions})
-    return _edges(question, steps, positions, attrs, stages or Stages()).assign_attrs(
-        flat_attributes(attrs)
+    stages = stages or Stages()
+    return stages.results(
+        model,
+        lambda: _attrs(question, {"steps": steps, "positions": positions}),
+        lambda attrs: _edges(question, steps, positions, attrs, stages).assign_attrs(
+            flat_attributes(attrs)
+        ),
     )
 
 
@@ -143,26 +147,31 @@ def exact_edges(
     )
     parsed = _chosen(nodes_of(model), edges, _length(question))
     true_or_false("positions", positions)
-    attrs = _attrs(question, {"edges": list(map(str, parsed)), "positions": positions})
-    stages = stages or Stages()
-    if not positions:
-        return _exact(question, parsed, attrs, stages).assign_attrs(flat_attributes(attrs))
-    if parsed[0].pos is not None:
+    if positions and parsed[0].pos is not None:
         raise PlanError(
             f"edge {edges[0]!r} has a position of its own, and positions=True runs each edge at "
             "every position; leave one of them out"
         )
-    at_positions = [replace(edge, pos=pos) for edge in parsed for pos in range(_length(question))]
-    flat = _exact(question, at_positions, attrs, stages)
-    ends = {name: ("chosen", flat[name].values[:: _length(question)]) for name in _ENDS}
-    dims = ("metric", "pair", "chosen", "pos")
-    values = flat["edge"].values.reshape(*flat["base_metric"].shape, len(parsed), -1)
-    return (
-        flat.drop_dims("chosen")
-        .assign_coords(ends)
-        .assign(edge=(dims, values, flat["edge"].attrs))
-        .assign_attrs(flat_attributes({**attrs, "positions": True}))
-    )
+    stages = stages or Stages()
+
+    def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
+        if not positions:
+            return _exact(question, parsed, attrs, stages).assign_attrs(flat_attributes(attrs))
+        n_pos = _length(question)
+        at_positions = [replace(edge, pos=pos) for edge in parsed for pos in range(n_pos)]
+        flat = _exact(question, at_positions, attrs, stages)
+        ends = {name: ("chosen", flat[name].values[::n_pos]) for name in _ENDS}
+        dims = ("metric", "pair", "chosen", "pos")
+        values = flat["edge"].values.reshape(*flat["base_metric"].shape, len(parsed), -1)
+        return (
+            flat.drop_dims("chosen")
+            .assign_coords(ends)
+            .assign(edge=(dims, values, flat["edge"].attrs))
+            .assign_attrs(flat_attributes({**attrs, "positions": True}))
+        )
+
+    settings = {"edges": list(map(str, parsed)), "positions": positions}
+    return stages.results(model, lambda: _attrs(question, settings), compute)
 
 
 @runs_model
@@ -215,60 +224,29 @@ def screen_edges(
     most = nodes.n_edges * (_length(question) if positions else 1)
     whole_number("top", top, least=1, most=most)
     true_or_false("positions", positions)
-    attrs = _attrs(question, {"steps": steps, "positions": positions, "top": top}, config)
     stages = stages or Stages()
-    scores = _edges(question, steps, positions, attrs, stages)
-    name = _name(steps)
-    values = scores[name].values
-    ranked = _foremost(values[0], top)
-    at = np.unravel_index(ranked, values.shape[2:])
-    labels = [
-        [x.item() if dim == "pos" else str(x) for x in scores[dim].values[i]]
-        for dim, i in zip(("sender", "reader", "pos"), at, strict=False)
-    ]
-    chosen = [nodes.edge(ends) for ends in zip(*labels, strict=True)]
-    verified = _exact(question, chosen, attrs, stages)
-    dims = ("metric", "pair", "chosen")
-    estimate = values.reshape(*values.shape[:2], -1)[:, :, ranked]
-    estimates = {"edge_estimate": (dims, estimate), name: scores[name]}
-    method = f"screen:{scores.attrs['method']}"
-    screen_attrs = {"method": method, "positions": positions, "steps": steps, "top": top}
-    return verified.assign(estimates).assign_attrs(flat_attributes({**attrs, **screen_attrs}))
 
+    def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
+        scores = _edges(question, steps, positions, attrs, stages)
+        name = _name(steps)
+        values = scores[name].values
+        ranked = _foremost(values[0], top)
+        at = np.unravel_index(ranked, values.shape[2:])
+        labels = [
+            [x.item() if dim == "pos" else str(x) for x in scores[dim].values[i]]
+            for dim, i in zip(("sender", "reader", "pos"), at, strict=False)
+        ]
+        chosen = [nodes.edge(ends) for ends in zip(*labels, strict=True)]
+        verified = _exact(question, chosen, attrs, stages)
+        dims = ("metric", "pair", "chosen")
+        estimate = values.reshape(*values.shape[:2], -1)[:, :, ranked]
+        estimates = {"edge_estimate": (dims, estimate), name: scores[name]}
+        method = f"screen:{scores.attrs['method']}"
+        screen_attrs = {"method": method, "positions": positions, "steps": steps, "top": top}
+        return verified.assign(estimates).assign_attrs(flat_attributes({**attrs, **screen_attrs}))
 
-def describe(
-    model: TransformerBridge,
-    pairs: PromptPairs,
-    metrics: MetricLike | Sequence[MetricLike] = SweepSpec.metrics,
-    *,
-    top: int = 200,
-    direction: Direction | None = SweepSpec.direction,
-    intervention: str | Intervention | float | Tensor | ValueFn = SweepSpec.intervention,
-    steps: int | None = None,
-    positions: bool = False,
-    read: int = SweepSpec.read,
-    means_from: MeansFrom = SweepSpec.means_from,
-    config: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Return the attributes that identify `screen_edges`'s results in a store; runs nothing.
-
-    Raises:
-        PatchsweepError: an argument breaks a rule.
-    """
-    question = ask(
-        model,
-        pairs,
-        SweepSpec(
-            metrics=metrics,
-            direction=direction,
-            intervention=intervention,
-            read=read,
-            means_from=means_from,
-        ),
-    )
     settings = {"steps": steps, "positions": positions, "top": top}
-    read_weights(model)
-    return _attrs(question, settings, config)
+    return stages.results(model, lambda: _attrs(question, settings, config), compute)
 
 
 def _attrs(

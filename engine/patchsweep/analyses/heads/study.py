@@ -40,7 +40,7 @@ from patchsweep.spec.metrics import get_metrics
 from patchsweep.spec.reference import MeansFrom, load_reference
 from patchsweep.spec.spec import MetricLike, Positions, SweepSpec
 from patchsweep.store.attributes import flat_attributes
-from patchsweep.sweeps.identity import identity_of, intervention_words, metric_words, read_weights
+from patchsweep.sweeps.identity import identity_of, intervention_words, metric_words
 from patchsweep.sweeps.layout import analysis_attrs
 
 KIND = "heads"
@@ -104,60 +104,37 @@ def study(
         model, pairs, metrics, ablations, positions, optimal, read, means_from, runner, max_tokens
     )
     trainer = prepare(ask)
-    attrs = _attrs(ask, thresholds, config)
-    tell = stage or (lambda words: None)
-    tell("attention on repeated words")
-    scores = detect(model)  # before the sweeps, since it may refuse the model
-    ds = ablate(ask, trainer, attrs, stages or Stages(), tell)
-    sweep_attrs = ds.attrs
-    masks = detected_classes(scores, thresholds)
-    measured, reason = xr.Dataset(), ""
-    if has_labels(pairs):
-        try:
-            behaviour = Behaviour(model, pairs, read)
-        except MethodError as error:
-            reason = str(error)
+    stages = stages or Stages()
+
+    def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
+        tell = stage or (lambda words: None)
+        tell("attention on repeated words")
+        scores = detect(model)  # before the sweeps, since it may refuse the model
+        ds = ablate(ask, trainer, attrs, stages, tell)
+        sweep_attrs = ds.attrs
+        masks = detected_classes(scores, thresholds)
+        measured, reason = xr.Dataset(), ""
+        if has_labels(pairs):
+            try:
+                behaviour = Behaviour(model, pairs, read)
+            except MethodError as error:
+                reason = str(error)
+            else:
+                tell("paths to the logits and to the name movers' queries")
+                task_masks, measured = task_classes(behaviour, thresholds)
+                masks |= task_masks
+                measured = measured.assign_coords(place=np.array(PLACES, dtype=object))
         else:
-            tell("paths to the logits and to the name movers' queries")
-            task_masks, measured = task_classes(behaviour, thresholds)
-            masks |= task_masks
-            measured = measured.assign_coords(place=np.array(PLACES, dtype=object))
-    else:
-        reason = f"not every pair has the labels {', '.join(LABELS)}"
-    ds = ds.assign(detected=scores, member=member_table(masks))
-    ds = ds.assign({str(name): values for name, values in measured.data_vars.items()})
-    ds = ds.merge(disagreement(ds))
-    ds.attrs = flat_attributes(
-        {**attrs, **sweep_attrs, "task_classes": reason or "measured", **measured.attrs}
-    )
-    return ds
+            reason = f"not every pair has the labels {', '.join(LABELS)}"
+        ds = ds.assign(detected=scores, member=member_table(masks))
+        ds = ds.assign({str(name): values for name, values in measured.data_vars.items()})
+        ds = ds.merge(disagreement(ds))
+        ds.attrs = flat_attributes(
+            {**attrs, **sweep_attrs, "task_classes": reason or "measured", **measured.attrs}
+        )
+        return ds
 
-
-def describe(
-    model: TransformerBridge,
-    pairs: PromptPairs,
-    metrics: MetricLike | Sequence[MetricLike] = SweepSpec.metrics,
-    *,
-    ablations: Sequence[str] = ABLATIONS,
-    positions: Positions = "all",
-    optimal: OptimalSettings | None = TRAINED,
-    thresholds: Thresholds = USUAL,
-    read: int = SweepSpec.read,
-    means_from: MeansFrom = SweepSpec.means_from,
-    runner: RunnerName = "auto",
-    max_tokens: int | None = None,
-    config: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Return the attributes that identify `study`'s results in a store; runs nothing.
-
-    Raises:
-        PatchsweepError: an argument breaks a rule.
-    """
-    ask = _ask(
-        model, pairs, metrics, ablations, positions, optimal, read, means_from, runner, max_tokens
-    )
-    read_weights(model)
-    return _attrs(ask, thresholds, config)
+    return stages.results(model, lambda: _attrs(ask, thresholds, config), compute)
 
 
 def _ask(

@@ -35,7 +35,7 @@ from patchsweep.spec.finite import check_finite
 from patchsweep.spec.interventions import Direction, get_intervention
 from patchsweep.spec.spec import SweepSpec, check_direction, check_pairs, model_shape
 from patchsweep.store.attributes import flat_attributes
-from patchsweep.sweeps.identity import identity_of, read_weights
+from patchsweep.sweeps.identity import identity_of
 from patchsweep.sweeps.layout import analysis_attrs
 
 Floats = NDArray[np.float32]
@@ -88,11 +88,15 @@ def lens(
     """
     check_config(config)
     spec = _asked(model, pairs, which, direction, remove, patch, top)
-    attrs = _attrs(model, pairs, spec, remove, top, config)
-    # the lens calls the unembedding itself, so that it must stay cast
-    with cast_while(model, compute_dtype_of(model), hold=[model.unembed]):
-        found = _read(model, pairs, spec, remove, top, attrs, stages or Stages())
-    return _dataset(model, pairs, spec, found, attrs)
+    stages = stages or Stages()
+
+    def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
+        # the lens calls the unembedding itself, so that it must stay cast
+        with cast_while(model, compute_dtype_of(model), hold=[model.unembed]):
+            found = _read(model, pairs, spec, remove, top, attrs, stages)
+        return _dataset(model, pairs, spec, found, attrs)
+
+    return stages.results(model, lambda: _attrs(model, pairs, spec, remove, top, config), compute)
 
 
 def _read(
@@ -178,7 +182,6 @@ def describe(
     """
     check_config(config)
     spec = _asked(model, pairs, which, direction, remove, patch, top)
-    read_weights(model)
     return _attrs(model, pairs, spec, remove, top, config)
 
 
