@@ -22,7 +22,7 @@ from patchsweep.analyses.stages import Stages, Unfinished
 from patchsweep.cli import main
 from patchsweep.cli.main import EXIT_DONE
 from patchsweep.cli.stop import Stopped
-from patchsweep.errors import StoreError
+from patchsweep.errors import ConfigError, StoreError
 from patchsweep.store.layout import PARTS
 from patchsweep.store.status import EXIT_COMPLETE, EXIT_INCOMPLETE, stages_of, store_status
 from patchsweep.store.verify import checksums
@@ -81,7 +81,7 @@ class Recorder(Quiet):
                 raise KeyboardInterrupt
 
 
-def run(case: str, place: Path, **settings: Any) -> tuple[xr.Dataset, bool]:
+def run(case: str, place: Path | str, **settings: Any) -> tuple[xr.Dataset, bool]:
     """Results and whether they were stored before; `settings` of `Stages`."""
     analysis, arguments, _ = CASES[case]
     stages = Stages(place, **settings)
@@ -164,6 +164,30 @@ def test_stages_of_other_settings_are_refused(tmp_path: Path) -> None:
         del CASES["more-edges"]
 
 
+def test_stages_behind_a_url_resume_and_go(tmp_path: Path) -> None:
+    place = "memory://stages/a.zarr"
+    with pytest.raises(KeyboardInterrupt):
+        run("edges", place, progress=Recorder(n_items=1))
+    assert stages_of(place) == [f"{place}.parts/1-estimates"]
+    assert store_status(stages_of(place)[0]).total.done == 1
+    resumed = Recorder()
+    _, known = run("edges", place, progress=resumed)
+    assert (resumed.units[0], known) == (5, False)
+    assert stages_of(place) == []
+    run("edges", tmp_path / "a.zarr")
+    assert checksums(place) == checksums(tmp_path / "a.zarr")
+
+
+def test_what_is_no_place_for_stages_is_refused() -> None:
+    bridge = model(NAME)
+    pairs = load_task(bridge, "ioi", 3)
+    given: Any = "a.zarr"
+    with pytest.raises(ConfigError, match="stages='a.zarr' must"):
+        screen_edges(bridge, pairs, top=3, stages=given)
+    with pytest.raises(ConfigError, match="n_slices=2 needs a store"):
+        Stages(n_slices=2)
+
+
 COMMAND = ["edges", f"model={NAME}", "task=ioi", "task.n_pairs=3", "top=4", "store=e.zarr"]
 
 
@@ -182,7 +206,7 @@ def test_status_and_stop_tell_how_far_an_analysis_is(
     assert "1 of 3 units are done" in said
     assert "e.zarr: no results yet; 1 stages of the analysis have begun" in said
     assert main([*COMMAND, "slice=0", "n_slices=2"]) == EXIT_DONE
-    assert "slice 0 of 2 has done its units; what follows needs 1 units" in " ".join(
+    assert "slice 0 of 2 has done its units; 1 units of other slices are missing" in " ".join(
         capsys.readouterr().out.split()
     )
     assert main([*COMMAND, "slice=1", "n_slices=2"]) == EXIT_DONE
@@ -194,17 +218,23 @@ def test_status_and_stop_tell_how_far_an_analysis_is(
 DRIVER = """
 import os, signal, sys
 import patchsweep.analyses.circuits.edge_batch as batches
-import patchsweep.cli.progress as progress
 from patchsweep.cli import main
+from patchsweep.store.store import Store
 
 batches.WRITE_BYTES = 1
-if sys.argv[1] == "die":
-    progress.Bar.advance = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[1] == "die":  # with the lease of the second unit
+    written = []
+    write = Store.write
+    Store.write = lambda *args: (
+        os.kill(os.getpid(), signal.SIGKILL) if written else written.append(write(*args))
+    )
 sys.exit(main(sys.argv[2:]))
 """
 
 
-def test_killed_process_and_two_slices_at_once_end_with_the_bytes_of_one(tmp_path: Path) -> None:
+def test_killed_process_and_two_slices_at_once_end_with_the_bytes_of_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def start(how: str, *words: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-c", DRIVER, how, *COMMAND, *words]
         return subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -212,6 +242,8 @@ def test_killed_process_and_two_slices_at_once_end_with_the_bytes_of_one(tmp_pat
     assert start("die").wait() == -signal.SIGKILL
     (stage,) = stages_of(tmp_path / "e.zarr")
     assert store_status(stage).total.done == 1
+    assert main([*COMMAND, "slice=0", "n_slices=2"]) == EXIT_DONE  # the dead hold nobody up
+    assert "no process computes them" in " ".join(capsys.readouterr().out.split())
     slices = [start("live", f"slice={i}", "n_slices=2") for i in range(2)]
     assert [process.wait() for process in slices] == [EXIT_DONE] * 2
     assert not (tmp_path / f"e.zarr{PARTS}").exists()

@@ -98,7 +98,7 @@ def attention(
     )
     check_request(request, [Atp()])
     _check(request, heads, top, predictions)
-    stages = stages or Stages()
+    stages = Stages.of(stages)
 
     def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
         gradients = GradientModel(model, [SITES["pattern"]], compute_dtype=request.compute_dtype)

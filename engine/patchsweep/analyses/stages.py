@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +28,7 @@ from patchsweep.store.contents import KIND
 from patchsweep.store.difference import IDENTITY
 from patchsweep.store.journal import Journal
 from patchsweep.store.layout import PARTS, Layout, Unit, Variable
+from patchsweep.store.lease import process_of, read_leases
 from patchsweep.store.save import check_place, load_dataset, save_dataset
 from patchsweep.store.store import Store
 from patchsweep.sweeps.api import sweep
@@ -34,9 +36,9 @@ from patchsweep.sweeps.executor import (
     WAIT_S,
     Journalled,
     Progress,
-    Quiet,
     Share,
     Values,
+    check_progress,
     run_work,
 )
 from patchsweep.sweeps.identity import read_weights, refuse_unversioned
@@ -78,12 +80,23 @@ class Stages:
         elif n_slices != 1:
             raise ConfigError(f"n_slices={n_slices} needs a store, where the slices meet; give one")
         self.share = Share(slice_index, n_slices)
-        self.progress = progress or Quiet()
+        self.progress = check_progress(progress)
         self.store, self.storage_options = store, storage_options
         self.parts = None if store is None else os.fspath(store).rstrip("/") + PARTS
         self.known = False  # whether `results` found the results in the store
         self._begun: list[str] = []  # addresses of the stages' stores
         self._inner = False  # whether `results` is running
+
+    @staticmethod
+    def of(given: Stages | None) -> Stages:
+        """Return `given`; None: stages in memory.
+
+        Raises:
+            ConfigError: it is something else.
+        """
+        if not isinstance(given, Stages | None):
+            raise ConfigError(f"stages={given!r} must be Stages('runs/edges.zarr'), say")
+        return given or Stages()
 
     def results(
         self,
@@ -190,15 +203,16 @@ class Stages:
         """
         while missing := self._missing():
             n_missing = sum(len(units) for _, units in missing)
-            holders: dict[str, int] = {}
+            holders: Counter[str] = Counter()
             for store, units in missing:
-                for holder, n in store.holders(units).items():
-                    holders[holder] = holders.get(holder, 0) + n
+                leases = read_leases(store.folder.beside(".leases"))
+                held = (leases[unit.name] for unit in units if unit.name in leases)
+                holders.update(process_of(lease.owner) for lease in held if lease.live)
             if not holders:
                 raise Unfinished(
-                    f"slice {self.share.index} of {self.share.n} has done its units; what follows "
-                    f"needs {n_missing} units of other slices: the slice that does the last of "
-                    "them goes on, and so does the same command, run again"
+                    f"slice {self.share.index} of {self.share.n} has done its units; "
+                    f"{n_missing} units of other slices are missing, and no process computes them: "
+                    "start those slices, and the last of them does what follows"
                 )
             self.progress.waiting(n_missing, holders)
             time.sleep(WAIT_S)

@@ -44,7 +44,7 @@ from patchsweep.sweeps.bf16 import RecheckedWork, check_proof, recheck_variables
 from patchsweep.sweeps.cost import Cost, estimate
 from patchsweep.sweeps.estimates import Estimator
 from patchsweep.sweeps.exact import ExactWork
-from patchsweep.sweeps.executor import Journalled, Progress, Quiet, Share, Work, run_work
+from patchsweep.sweeps.executor import Journalled, Progress, Share, Work, check_progress, run_work
 from patchsweep.sweeps.identity import read_weights, refuse_unversioned, request_settings
 from patchsweep.sweeps.layout import Memory, make_layout
 from patchsweep.sweeps.means import keep_means
@@ -149,10 +149,7 @@ def sweep(
     share = Share(slice_index, n_slices)
     method_spec = _check_settings(request, store, n_slices, runner, max_tokens, cache_budget)
     check_config(config)
-    if not isinstance(progress, Progress | None):
-        raise ConfigError(
-            f"progress={progress!r} must have the methods of patchsweep.sweeps.executor.Progress"
-        )
+    progress = check_progress(progress)
     recheck = spec.precision == "bf16"
     if store is None and n_slices > 1:
         raise ConfigError(f"n_slices={n_slices} needs a store, where the slices meet; give one")
@@ -191,7 +188,6 @@ def sweep(
     if method_spec.exact:
         begun_with = None if store is None else recorded
         choice = prepare_runner(request, runner, max_tokens, cache_budget, begun_with)
-    progress = progress or Quiet()
     if store is None:
         memory = Memory(layout_of(choice))
         run_work(_works(request, method_spec, choice, recheck), memory, progress, share)

@@ -82,6 +82,19 @@ class Quiet:
     def waiting(self, n_units: int, holders: Mapping[str, int]) -> None: ...
 
 
+def check_progress(given: Progress | None) -> Progress:
+    """Return `given`; None: one that reports nothing.
+
+    Raises:
+        ConfigError: it lacks methods of `Progress`.
+    """
+    if not isinstance(given, Progress | None):
+        raise ConfigError(
+            f"progress={given!r} must have the methods of patchsweep.sweeps.executor.Progress"
+        )
+    return given or Quiet()
+
+
 @dataclass(frozen=True)
 class Share:
     """The slice of a run's work items that one process runs: every n-th.

@@ -129,7 +129,7 @@ def circuit(
     sizes_of(sizes, n, level)  # raises before any forward pass
     if scores is not None:
         score_values(scores, nodes, level)  # likewise
-    stages = stages or Stages()
+    stages = Stages.of(stages)
 
     def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
         if scores is None:

@@ -91,7 +91,7 @@ def edges(
     )
     check_gradients(question, steps)
     true_or_false("positions", positions)
-    stages = stages or Stages()
+    stages = Stages.of(stages)
     return stages.results(
         model,
         lambda: _attrs(question, {"steps": steps, "positions": positions}),
@@ -152,7 +152,7 @@ def exact_edges(
             f"edge {edges[0]!r} has a position of its own, and positions=True runs each edge at "
             "every position; leave one of them out"
         )
-    stages = stages or Stages()
+    stages = Stages.of(stages)
 
     def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
         if not positions:
@@ -224,7 +224,7 @@ def screen_edges(
     most = nodes.n_edges * (_length(question) if positions else 1)
     whole_number("top", top, least=1, most=most)
     true_or_false("positions", positions)
-    stages = stages or Stages()
+    stages = Stages.of(stages)
 
     def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
         scores = _edges(question, steps, positions, attrs, stages)

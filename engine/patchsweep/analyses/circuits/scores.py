@@ -107,7 +107,7 @@ def circuit_scores(
     A score is the mean effect over `pairs` on the metric of ablating the node or edge in the
     clean run, estimated or exact; NaN where there is no edge. Arguments are those of `circuit`.
     """
-    stages = stages or Stages()
+    stages = Stages.of(stages)
     name = method_name(level, method)
     ablation = with_reference(get_intervention(ablation), means_from, model)
     if level == "nodes":

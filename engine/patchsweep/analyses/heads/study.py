@@ -104,7 +104,7 @@ def study(
         model, pairs, metrics, ablations, positions, optimal, read, means_from, runner, max_tokens
     )
     trainer = prepare(ask)
-    stages = stages or Stages()
+    stages = Stages.of(stages)
 
     def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
         tell = stage or (lambda words: None)

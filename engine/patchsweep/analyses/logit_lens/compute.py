@@ -88,7 +88,7 @@ def lens(
     """
     check_config(config)
     spec = _asked(model, pairs, which, direction, remove, patch, top)
-    stages = stages or Stages()
+    stages = Stages.of(stages)
 
     def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
         # the lens calls the unembedding itself, so that it must stay cast

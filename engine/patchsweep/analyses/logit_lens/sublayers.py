@@ -49,7 +49,7 @@ def sublayers(
         PatchsweepError: an argument breaks a rule, or the model has no such hooks.
     """
     sweep_direction, prompt = base_direction(which, direction, "noising")
-    stages = stages or Stages()
+    stages = Stages.of(stages)
     ds = stages.sweep(
         "sublayers",
         model,
