@@ -182,7 +182,7 @@ def test_what_is_no_place_for_stages_is_refused() -> None:
     bridge = model(NAME)
     pairs = load_task(bridge, "ioi", 3)
     given: Any = "a.zarr"
-    with pytest.raises(ConfigError, match="stages='a.zarr' must"):
+    with pytest.raises(ConfigError, match=r"stages='a\.zarr' must"):
         screen_edges(bridge, pairs, top=3, stages=given)
     with pytest.raises(ConfigError, match="n_slices=2 needs a store"):
         Stages(n_slices=2)
