@@ -107,7 +107,9 @@ def fill(works: Any, store: Store, *others: Any) -> None:
         line |= {"pair_block": unit.pair_block, "layer_block": unit.layer_block}
         lines.append({**line, "token_layers": 100, "n_live": 8})
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    (path.with_name(f"{path.name}.journal") / "elsewhere.00000000-1-1.jsonl").write_text(text)
+    journal = path.with_name(f"{path.name}.journal")
+    journal.mkdir(exist_ok=True)
+    (journal / "elsewhere.00000000-1-1.jsonl").write_text(text)
 
 
 def resume(store: Path) -> None:

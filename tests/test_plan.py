@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import time
 import tracemalloc
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import patchsweep as ps
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from patchsweep.data.pairs import PromptPair, PromptPairs
 from patchsweep.errors import PlanError
+from patchsweep.models.load import meta_model
+from patchsweep.models.tiny import tiny_tokenizer
 from patchsweep.runners.hooked import HookedRunner
 from patchsweep.runners.packed.budget import GPU_TOKENS
 from patchsweep.runners.packed.packing import pack
@@ -31,6 +37,7 @@ from patchsweep.sweeps.exact import ExactWork
 from patchsweep.sweeps.executor import work_items_of
 from patchsweep.sweeps.layout import make_layout
 from subjects import CLEAN, CORRUPTED, demo_pairs, model
+from transformers import LlamaConfig
 
 SHAPE = ModelShape(
     n_layers=4, n_heads=3, n_kv_heads=3, d_head=4, d_model=12, d_mlp=16, d_vocab=50,
@@ -146,6 +153,55 @@ def test_a_plan_of_half_a_billion_patches_is_small() -> None:
     assert plan.nth_live(np.array([plan.n_live - 1])).tolist() == [plan.n_patches - 1]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
+    assert peak < 300e6
+
+
+def _random_pairs(n: int, lengths: tuple[int, int], n_vocab: int) -> PromptPairs:
+    rng, pairs = np.random.default_rng(0), []
+    for length in rng.integers(*lengths, n).tolist():
+        clean, corrupted = rng.integers(5, n_vocab, (2, length)).tolist()
+        corrupted[:10] = clean[:10]
+        words = (tuple(map(str, clean)), tuple(map(str, corrupted)))
+        pairs.append(PromptPair(tuple(clean), tuple(corrupted), (3,), (4,), *words, "a", "b", {}))
+    return PromptPairs(tuple(pairs))
+
+
+def _cost_of_planning(*arguments: object) -> tuple[float, int]:
+    """Seconds of the processor, and bytes more."""
+    start = time.process_time()
+    ps.plan(*arguments)
+    seconds = time.process_time() - start
+    tracemalloc.start()
+    ps.plan(*arguments)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return seconds, peak
+
+
+# the bounds are those that users are told; an idle machine takes less than half
+def test_a_sweep_of_an_8b_model_is_planned_in_seconds(tmp_path: Path) -> None:
+    sizes = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+    config = LlamaConfig(hidden_size=4096, intermediate_size=14336, vocab_size=128256, **sizes)
+    config.max_position_embeddings = 8192
+    settings = {**config.to_dict(), "architectures": ["LlamaForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    tiny_tokenizer().save_pretrained(tmp_path)
+    bridge = meta_model(str(tmp_path))
+    seconds, peak = _cost_of_planning(bridge, _random_pairs(512, (1000, 1001), 2000), "z")
+    assert seconds < 5
+    assert peak < 300e6
+
+
+def test_4000_pairs_of_smollm2_are_planned_in_two_seconds(smollm2) -> None:
+    seconds, peak = _cost_of_planning(smollm2, _random_pairs(4000, (14, 30), 40_000), "z")
+    assert seconds < 2
+    assert peak < 300e6
+
+
+@pytest.mark.parametrize("site", ["pattern", "pattern_cell"])
+def test_cells_of_patterns_of_512_pairs_take_little_memory(smollm2, site: str) -> None:
+    seconds, peak = _cost_of_planning(smollm2, _random_pairs(512, (14, 30), 40_000), site)
+    assert seconds < 5
     assert peak < 300e6
 
 

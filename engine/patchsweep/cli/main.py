@@ -84,7 +84,7 @@ def _guarded(verb: str, rest: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
     except Exception as error:
-        from patchsweep.cli.mistakes import one_line  # a local import, since it loads Hydra
+        from patchsweep.cli.mistakes import one_line  # a local import: only errors need it
 
         text = one_line(error)
         if text is None:

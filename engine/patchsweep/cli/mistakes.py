@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-
-from hydra.errors import HydraException, OverrideParseException
-from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException, ValidationError
+import sys
+from typing import TYPE_CHECKING
 
 from patchsweep.errors import PatchsweepError
 from patchsweep.store.backends.credentials import scrub
 from patchsweep.store.contents import printable
+
+if TYPE_CHECKING:
+    from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 # a launcher's name in Hydra's message -> the extra that installs it
 _EXTRAS = {"submitit": "slurm", "joblib": "joblib", "ray": "ray"}
@@ -19,6 +21,11 @@ def one_line(error: BaseException) -> str | None:
     """Return the message with rule, value and remedy; None if the error is no user's mistake."""
     if isinstance(error, PatchsweepError):
         return printable(scrub(_joined(str(error))))
+    if "hydra" not in sys.modules:  # `status` does without
+        return None
+    from hydra.errors import HydraException, OverrideParseException
+    from omegaconf.errors import OmegaConfBaseException, ValidationError
+
     if isinstance(error, OmegaConfBaseException):
         return _omegaconf(error)
     if isinstance(error, OverrideParseException):
@@ -68,6 +75,8 @@ def _wrong_type(error: ValidationError) -> str:
 
 
 def _omegaconf(error: OmegaConfBaseException) -> str:
+    from omegaconf.errors import InterpolationResolutionError
+
     first = str(error.msg or error).splitlines()[0]
     key = getattr(error, "full_key", None)
     missing = re.search(r"missing mandatory value: (\w+)", first, re.IGNORECASE)

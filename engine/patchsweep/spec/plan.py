@@ -324,28 +324,38 @@ class SitePlan(Plan):
         """Return counts for the patches of `pairs` in the layer sets `layers`; None: all."""
         pairs = range(self.shape[0]) if pairs is None else pairs
         layers = range(self.shape[1]) if layers is None else layers
-        place_slice = slice(self._first_place[pairs.start], self._first_place[pairs.stop])
-        units, suffix, replaced = self._weights(place_slice)
-        n_live = token_layers = 0
-        for alive, members in self._layer_classes(place_slice):
-            members = members[layers.start : layers.stop]
-            blocks = self.suffix_blocks[layers.start : layers.stop][members]
-            live = units * alive
-            n_live += len(blocks) * int(live.sum())
-            token_layers += int(blocks.sum()) * int((live * suffix).sum())
-            token_layers += len(blocks) * self.enters_by_token * int((live * replaced).sum())
-        n_patches = int(self._units_of[self.places.pair[place_slice]].sum()) * len(layers)
-        return Totals(n_patches, n_live, token_layers)
+        sums = self._sums[:, [pairs.start, pairs.stop]][:, :, [layers.start, layers.stop]]
+        n_live, token_layers = (
+            sums[:, 1, 1] - sums[:, 0, 1] - sums[:, 1, 0] + sums[:, 0, 0]
+        ).tolist()
+        n_patches = int(self._first_patch[pairs.stop] - self._first_patch[pairs.start])
+        return Totals(n_patches // self.shape[1] * len(layers), n_live, token_layers)
 
     def live_by_layer(self) -> tuple[Ints, Ints]:
         """Return two tables `[pair, layer set]`: live patches, and the tokens of their suffixes."""
-        n_live, tokens = np.zeros((2, *self.shape[:2]), np.int64)
-        units, suffix, _ = self._weights(slice(None))
-        for alive, members in self._layer_classes(slice(None)):
-            for table, weights in ((n_live, units * alive), (tokens, units * alive * suffix)):
+        n_live, tokens, _ = self._tables
+        return n_live, tokens
+
+    @cached_property
+    def _tables(self) -> Ints:
+        """[3, pair, layer set] live patches, their suffix tokens, their replaced tokens."""
+        tables = np.zeros((3, *self.shape[:2]), np.int64)
+        units, suffix, replaced = self._weights()
+        for alive, members in self._layer_classes():
+            live = units * alive
+            for table, weights in zip(tables, (live, live * suffix, live * replaced), strict=True):
                 sums = np.concatenate([[0], np.cumsum(weights)])
                 table += np.outer(np.diff(sums[self._first_place]), members)
-        return n_live, tokens
+        return tables
+
+    @cached_property
+    def _sums(self) -> Ints:
+        """[2, pair + 1, layer set + 1] live patches and token-layers of all before both indices."""
+        n_live, tokens, replaced = self._tables
+        sums = np.zeros((2, self.shape[0] + 1, self.shape[1] + 1), np.int64)
+        sums[0, 1:, 1:] = n_live
+        sums[1, 1:, 1:] = self.suffix_blocks * tokens + self.enters_by_token * replaced
+        return sums.cumsum(axis=1).cumsum(axis=2)
 
     @cached_property
     def _first_place(self) -> Ints:
@@ -390,30 +400,25 @@ class SitePlan(Plan):
         wanted = {0} if self.site.from_token else None
         return np.array([set(layers) == wanted for layers in self.axes.layers])
 
-    def _layer_classes(self, chosen: slice) -> Iterator[tuple[Bools, Bools]]:
-        """Yield classes of layer sets with the same dead places, among the places `chosen`.
+    def _layer_classes(self) -> Iterator[tuple[Bools, Bools]]:
+        """Yield classes of layer sets with the same dead places.
 
         Each is ([place] alive, [layer set] member of the class).
         """
         places = self.places
         for last in (False, True):
             for first in (False, True):
-                dead = places.dead[chosen].copy()
-                if last:
-                    dead |= places.unread[chosen]
-                if first:
-                    dead |= places.equal[chosen]
+                dead = places.dead | (last & places.unread) | (first & places.equal)
                 yield ~dead, (self._only_last == last) & (self._only_first == first)
 
-    def _weights(self, chosen: slice) -> tuple[Ints, Ints, Ints]:
+    def _weights(self) -> tuple[Ints, Ints, Ints]:
         """Return `[place]` counts: unit sets alive by causality, suffix tokens, replaced tokens."""
         places = self.places
-        first, pair = places.first[chosen], places.pair[chosen]
-        units = np.full(len(first), self.shape[3], np.int64)
+        units = np.full(len(places.first), self.shape[3], np.int64)
         if n := self.axes.n_sources:
-            units = units // n * np.minimum(first + 1, n)
-        replaced = places.stop[chosen] - places.start[chosen]
-        return units, self.lengths[pair] - places.start[chosen], replaced
+            units = units // n * np.minimum(places.first + 1, n)
+        replaced = places.stop - places.start
+        return units, self.lengths[places.pair] - places.start, replaced
 
 
 @dataclass(frozen=True)

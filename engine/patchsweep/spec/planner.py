@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from patchsweep.errors import PlanError
 from patchsweep.spec.plan import (
@@ -57,7 +56,7 @@ def plan_site(
         axes=axes,
         shape=(len(pairs), len(axes.layers), len(positions), n_units),
         lengths=np.array([pair.reads[-1] for pair in pairs]) + 1,
-        reads=np.diff(_counts(pairs, [_marks(p.reads, p.length) for p in pairs])).astype(bool),
+        reads=_reads(pairs),
         n_layers=model.n_layers,
         full_lengths=np.array([pair.length for pair in pairs]),
         places=places,
@@ -71,15 +70,15 @@ def _places(
     resample: bool,
 ) -> Places:
     """Return all places of the sweep, and at which of them patches are dead."""
-    spans = np.array([_spans(positions, pair) for pair in pairs])  # [pair, pos, (first, stop)]
+    spans = _spans(positions, pairs)
     # positions past the end of a shorter prompt are no places
     pair, pos = np.nonzero(spans[..., 0] < spans[..., 1])
     first, stop = spans[pair, pos].T
     last_read = np.array([p.reads[-1] for p in pairs])[pair]
     first_diff = np.array([p.first_difference for p in pairs])[pair]
     # reads and differences inside a span, by cumulative counts
-    n_read = _counts(pairs, [_marks(p.reads, p.length) for p in pairs])
-    n_diff = _counts(pairs, [np.array(p.differs) for p in pairs])
+    n_read = _counts(_reads(pairs))
+    n_diff = _counts(_differences(pairs))
     dead = first > last_read
     equal = np.zeros(len(pair), dtype=bool)
     start = first
@@ -100,15 +99,15 @@ def _places(
     )
 
 
-def _spans(positions: Sequence[int | str | None], pair: PairShape) -> NDArray[np.int64]:
-    """Return `[pos, (first, past last)]`, the span of each of `positions` in `pair`.
+def _spans(positions: Sequence[int | str | None], pairs: Sequence[PairShape]) -> Ints:
+    """Return `[pair, pos, (first, past last)]`, the span of each of `positions` in each pair.
 
-    A position past the end of the pair's prompts has an empty span.
+    A position past the end of a pair's prompts has an empty span.
     """
     if all(isinstance(position, int) for position in positions):
-        first = np.array(positions)
-        return np.stack([first, first + (first < pair.length)], axis=1)
-    return np.array([_span(position, pair) for position in positions])
+        first = np.tile(np.array(positions), (len(pairs), 1))
+        return np.stack([first, first + (first < [[pair.length] for pair in pairs])], axis=-1)
+    return np.array([[_span(position, pair) for position in positions] for pair in pairs])
 
 
 def _span(position: int | str | None, pair: PairShape) -> tuple[int, int]:
@@ -119,19 +118,27 @@ def _span(position: int | str | None, pair: PairShape) -> tuple[int, int]:
     return (position, position + 1) if position < pair.length else (0, 0)
 
 
-def _marks(positions: Sequence[int], length: int) -> Bools:
-    marks = np.zeros(length, dtype=bool)
-    marks[list(positions)] = True
+def _counts(marks: Bools) -> Ints:
+    """Return `[pair, position]`, the number of marks before the position."""
+    counts = np.zeros((marks.shape[0], marks.shape[1] + 1), dtype=np.int64)
+    np.cumsum(marks, axis=1, out=counts[:, 1:])
+    return counts
+
+
+def _reads(pairs: Sequence[PairShape]) -> Bools:
+    """Return `[pair, position]`, whether logits are read there."""
+    marks = np.zeros((len(pairs), max(pair.length for pair in pairs)), dtype=bool)
+    for row, pair in zip(marks, pairs, strict=True):
+        row[list(pair.reads)] = True
     return marks
 
 
-def _counts(pairs: Sequence[PairShape], marks: Sequence[Bools]) -> Ints:
-    """Return `[pair, position]`, the number of marks before the position."""
-    longest = max(pair.length for pair in pairs)
-    counts = np.zeros((len(pairs), longest + 1), dtype=np.int64)
-    for i, row in enumerate(marks):
-        counts[i, 1 : len(row) + 1] = np.cumsum(row)
-    return counts
+def _differences(pairs: Sequence[PairShape]) -> Bools:
+    """Return `[pair, position]`, whether the two prompts have different tokens there."""
+    marks = np.zeros((len(pairs), max(pair.length for pair in pairs)), dtype=bool)
+    for row, pair in zip(marks, pairs, strict=True):
+        row[: pair.length] = pair.differs
+    return marks
 
 
 def _outside(name: str, index: int, one: str, n: int, of: str = "") -> PlanError:

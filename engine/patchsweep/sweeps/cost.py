@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass
-from itertools import groupby
 
 import numpy as np
 import torch
@@ -146,25 +145,32 @@ def _count_batches(request: Request, max_tokens: int) -> Counter[int]:
     the order of their entry.
     """
     blocks, site_groups = blocks_of(request.plans), site_groups_of(request.plans)
-    tokens: dict[tuple[int, ...], int] = defaultdict(int)
+    groups = list(dict.fromkeys(site_groups.values()))
+    parts, counted = [], []
     for plan in request.plans:
         n_pairs, n_layers = blocks[plan.site.name]
         pair, layer = np.nonzero(live := plan.live_by_layer()[1])
-        keys = (pair // n_pairs, layer // n_layers, plan.lengths[pair], plan.entry_of_set[layer])
-        unique, at = np.unique(np.stack(keys), axis=1, return_inverse=True)
-        n_tokens = np.bincount(at.ravel(), live[pair, layer], minlength=unique.shape[1])
-        for key, n in zip(unique.T.tolist(), n_tokens.astype(np.int64).tolist(), strict=True):
-            tokens[site_groups[plan.site.name], *key] += n
+        group = np.full_like(pair, groups.index(site_groups[plan.site.name]))
+        item = (group, pair // n_pairs, layer // n_layers, plan.lengths[pair])
+        parts.append(np.stack([*item, plan.entry_of_set[layer]]))
+        counted.append(live[pair, layer])
+    keys, tokens = np.concatenate(parts, axis=1), np.concatenate(counted)
+    if not tokens.size:
+        return Counter()
+    order = np.lexsort(keys[::-1])  # by work item and length; items are in the order of entry
+    keys, tokens = keys[:, order], tokens[order]
+    new = np.append(True, (np.diff(keys[:-1]) != 0).any(axis=0))
+    first, member = np.flatnonzero(new), np.cumsum(new) - 1
+    total = np.add.reduceat(tokens, first)
+    end = np.cumsum(tokens) - (np.cumsum(total) - total)[member]
+    n_batches = -(-total // max_tokens)
+    # batch b begins at token b * total // n_batches: so many have begun at the end of each entry
+    columns = (column.tolist() for column in (n_batches[member], end, total[member]))
+    begun = np.array([-(-n * e // t) for n, e, t in zip(*columns, strict=True)])  # no overflow
+    begun[1:] -= np.where(new[1:], 0, begun[:-1])  # in the entry itself
     counts: Counter[int] = Counter()
-    # group by work item and length; items are in the order of entry
-    for _, group in groupby(sorted(tokens.items()), key=lambda item: item[0][:-1]):
-        entries, sums = zip(*((key[-1], n) for key, n in group), strict=True)
-        ends = np.cumsum(sums)
-        n_batches = max(1, -(-int(ends[-1]) // max_tokens))
-        first = np.searchsorted(
-            ends, np.arange(n_batches) * int(ends[-1]) // n_batches, side="right"
-        )
-        counts.update(np.array(entries)[first].tolist())
+    for entry in np.unique(keys[-1]).tolist():
+        counts[entry] = int(begun[keys[-1] == entry].sum())
     return counts
 
 
