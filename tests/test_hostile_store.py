@@ -398,6 +398,10 @@ VERBS = {
     "report": ["report", "STORE", "-o", "page.html"],
     "run": ["run", *RUN, "store=STORE"],
     "lens": ["lens", *MADE, "store=STORE"],
+    "attention": ["attention", *MADE, "store=STORE"],
+    "edges": ["edges", *MADE, "store=STORE"],
+    "circuit": ["circuit", *MADE, "store=STORE"],
+    "heads": ["heads", *MADE, "store=STORE"],
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import shutil
 import signal
@@ -12,9 +14,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from patchsweep.cli import main
+from patchsweep.store.backends.address import open_folder
 from patchsweep.store.backends.local import LocalFolder
 from patchsweep.store.layout import COMPLETE
-from patchsweep.store.lease import EXPIRY_S
+from patchsweep.store.lease import EXPIRY_S, Leases
 from patchsweep.store.store import Store
 from patchsweep.store.verify import checksums, verify_structure
 
@@ -127,6 +131,83 @@ def test_of_a_hung_writer_and_its_heir_the_first_to_finish_counts(
     assert (values[:, :2, 1] == 2.0).all()
     assert verify_structure(Store.open(path)) == []
     observed("a writer hangs past its lease, then goes on", "who finishes first has written")
+
+
+LEASE_S = 1.0  # of the waiting run, in the tests below
+DEAD_ELSEWHERE = "elsewhere.01234567-1-1"
+
+
+def lease_elsewhere(path: Path, units: list[str], hours: float) -> None:
+    """Leases of a process on another host that has died; its heartbeat is `hours` from now."""
+    leases = Leases(open_folder(path).beside(".leases"))
+    leases.owner = f"{DEAD_ELSEWHERE}~ab"
+    leases._content = json.dumps({"owner": leases.owner}).encode()
+    assert leases.claim(units) == units
+    heartbeat = path.with_name(f"{path.name}.leases") / "owners" / leases.owner
+    os.utime(heartbeat, (time.time() + 3600 * hours,) * 2)
+
+
+def test_a_run_goes_on_past_a_process_that_hangs(
+    tmp_path: Path,
+    undisturbed: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    observed: Observed,
+) -> None:
+    path = tmp_path / "run.zarr"
+    hung = start(path, pause_s=0.3)
+    while not list(path.with_name("run.zarr.leases").glob("units/*/*")):
+        time.sleep(0.01)
+    os.kill(hung.pid, signal.SIGSTOP)
+    monkeypatch.setattr("patchsweep.store.lease.EXPIRY_S", LEASE_S)
+    begin = time.monotonic()
+    run(path)
+    assert time.monotonic() - begin < LEASE_S + 10  # of which the work and a slow machine have 10
+    assert_equal(path, undisturbed)
+    os.kill(hung.pid, signal.SIGCONT)
+    hung.join(60)
+    assert hung.exitcode == 0
+    assert_equal(path, undisturbed)
+    observed("a process hangs", "another run goes on after one lease; the undisturbed run's bytes")
+
+
+@pytest.mark.parametrize("hours", [2, 0, -2])
+def test_a_dead_process_elsewhere_holds_a_run_up_for_one_lease(
+    tmp_path: Path,
+    undisturbed: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    observed: Observed,
+    hours: int,
+) -> None:
+    path = tmp_path / "run.zarr"
+    with Store.create_or_resume(path, small_layout()) as store:
+        lease_elsewhere(path, [unit.name for unit in store.units()], hours)
+    monkeypatch.setattr("patchsweep.store.lease.EXPIRY_S", LEASE_S)
+    begin = time.monotonic()
+    run(path)
+    assert LEASE_S <= time.monotonic() - begin < LEASE_S + 10
+    assert_equal(path, undisturbed)
+    ahead = {2: "two hours ahead", 0: "of now", -2: "two hours old"}[hours]
+    observed(
+        f"a process elsewhere died, its heartbeat is {ahead}",
+        "the run goes on after one lease; the undisturbed run's bytes",
+    )
+
+
+def test_a_run_says_whom_it_waits_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, words = tmp_path / "run.zarr", ["run", "model=tiny", "task=ioi_demo", "sites=[resid_pre]"]
+    assert main([*words, f"store={path}"]) == 0
+    before = checksums(path)
+    (path / "progress" / "resid_pre" / "c.0.0.0").unlink()
+    lease_elsewhere(path, ["resid_pre/0.0"], 2)
+    monkeypatch.setattr("patchsweep.store.lease.EXPIRY_S", LEASE_S)
+    monkeypatch.setattr("patchsweep.sweeps.executor.WAIT_S", 0.05)
+    capsys.readouterr()
+    assert main([*words, f"store={path}"]) == 0
+    told = " ".join("".join(capsys.readouterr()).split())
+    assert f"waiting for 1 units; they are held by {DEAD_ELSEWHERE} (1)" in told
+    assert checksums(path) == before
 
 
 def test_half_made_store_is_completed_by_the_next_run(

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import xarray as xr
+from patchsweep.cli import main
+from patchsweep.cli.main import EXIT_MISTAKE
 from patchsweep.errors import StoreError
 from patchsweep.store.backends.address import open_folder
 from patchsweep.store.journal import Journal, read_journal
@@ -177,3 +179,33 @@ def test_wrong_bucket_is_refused_with_its_name(options: dict[str, Any], tmp_path
         Store.create_or_resume(
             "s3://no-such-bucket-here/x.zarr", small_layout(), storage_options=options
         )
+
+
+@pytest.mark.parametrize("words", [["status"], ["verify"], ["report", "-o", "page.html"]])
+@pytest.mark.parametrize("place", ["away", "with-credentials"])
+def test_verbs_say_in_one_line_that_the_server_is_away_or_the_address_is_wrong(
+    words: list[str],
+    place: str,
+    s3: FlakyS3,
+    url: str,
+    options: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run(url, storage_options=options)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3.url)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    s3.every, s3.kinds = 1, ("500",)
+    if place == "with-credentials":
+        url = url.replace("s3://", f"s3://AKIAIOSFODNN7EXAMPLE:{SECRET}@")
+    capsys.readouterr()
+    verb, *rest = words
+    assert main([verb, url, *rest]) == EXIT_MISTAKE
+    told = "".join(capsys.readouterr())
+    assert told.count("\n") == 1
+    assert told.startswith("patchsweep: ")
+    assert "AKIA" not in told
+    assert SECRET not in told
+    assert not (tmp_path / "page.html").exists()
