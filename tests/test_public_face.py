@@ -90,6 +90,16 @@ def test_importing_loads_nothing_heavy() -> None:
     assert in_a_new_process(code) == "[]"
 
 
+@pytest.mark.parametrize("words", [["--help"], ["status", "nothing.zarr"]])
+def test_verbs_that_only_tell_load_no_model_library(words: list[str]) -> None:
+    heavy = ("torch", "transformers", "xarray", "hydra", "pandas")
+    code = (
+        f"import sys; from patchsweep.cli import main; main({words!r}); "
+        f"print([m for m in {heavy!r} if m in sys.modules])"
+    )
+    assert in_a_new_process(code).splitlines()[-1] == "[]"
+
+
 @pytest.mark.parametrize("first", ["patchsweep", "xarray"])
 def test_datasets_have_the_accessor_in_either_order_of_imports(first: str) -> None:
     second = "xarray" if first == "patchsweep" else "patchsweep"
