@@ -227,10 +227,11 @@ def _unfit(
             firing = (x.dtype, tuple(x.shape)) if isinstance(x, Tensor) else (None, ())
             seen[name][-1].append(firing)  # type: ignore[arg-type]
 
-        names = [name for site in sites for name in hooks_of(bridge, site)]
+        # sites may share a hook, as pattern and pattern_cell do
+        names = dict.fromkeys(name for site in sites for name in hooks_of(bridge, site))
         for name in names:
             seen.setdefault(name, []).append([])
-        reads = [(name, partial(see, name=name)) for name in dict.fromkeys(names)]
+        reads = [(name, partial(see, name=name)) for name in names]
         forward(bridge, batch, (), reads)
     reasons = {}
     for site in sites:
