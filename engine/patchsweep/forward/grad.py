@@ -144,6 +144,7 @@ class GradientModel:
         fixed_pattern: bool = False,
         prefix: Prefix | None = None,
         on_attention: Callable[[int, Heads], None] | None = None,
+        on_output: Callable[[int, Tensor], None] | None = None,
         after: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> Float[Tensor, "row read d_vocab"]:
         """Return fp32 logits at the positions `reads`; call `visit` at every site and layer.
@@ -156,6 +157,7 @@ class GradientModel:
             fixed_pattern: treat attention patterns as constants in the backward pass.
             prefix: run only the tokens from `prefix.start` on; `reads` are among them.
             on_attention: called with each layer's queries, keys, values and pattern.
+            on_output: called with each layer's attention output `[row, head, pos, d]`.
             after: a context entered once all sites are hooked, for hooks that run after these.
         """
         watched = (
@@ -191,7 +193,10 @@ class GradientModel:
                     if site.is_pattern:
                         visit_site(site, layer, pattern, heads_first=True)
                 values = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-                return (pattern.to(v) @ values).transpose(1, 2)
+                output = pattern.to(v) @ values
+                if on_output is not None:
+                    on_output(layer, output)
+                return output.transpose(1, 2)
 
             return attend
 

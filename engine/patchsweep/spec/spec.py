@@ -79,6 +79,7 @@ class SweepSpec:
     method: Any = "exact"  # names, methods or a Screen, see `sweeps.methods`
     precision: Precision = "model"
     compute_dtype: ComputeDtype = "auto"
+    tolerance: float | str | None = None  # in units of the metric, or such as "1%"; None: exact
 
     def __post_init__(self) -> None:
         get_sites(self.sites)
@@ -95,6 +96,7 @@ class SweepSpec:
         whole_number("read", self.read)
         check_direction(self.direction)
         one_of("precision", self.precision, get_args(Precision))
+        check_tolerance(self.tolerance)
 
 
 SPEC_FIELDS = tuple(f.name for f in fields(SweepSpec))
@@ -117,6 +119,23 @@ def as_spec(sites: SweepSpec | str | Sequence[str], **others: Any) -> SweepSpec:
                 f"dataclasses.replace(spec, {name}=...)"
             )
     return sites
+
+
+def check_tolerance(tolerance: float | str | None) -> None:
+    """Raise ConfigError unless `tolerance` is a positive number, a percentage or None."""
+    if tolerance is None:
+        return
+    number: Any = tolerance
+    if isinstance(tolerance, str) and tolerance.endswith("%"):
+        try:
+            number = float(tolerance.removesuffix("%"))
+        except ValueError:
+            number = None
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < np.inf:
+        raise ConfigError(
+            f"tolerance={tolerance!r} must be a positive number in units of the metric, such as "
+            "0.01, or a share of the difference between source and base, such as '1%'"
+        )
 
 
 def check_direction(direction: Direction | None) -> None:

@@ -40,6 +40,14 @@ from patchsweep.store.difference import IDENTITY
 from patchsweep.store.journal import Journal
 from patchsweep.store.layout import Layout
 from patchsweep.store.store import Store, check_space, recorded_attributes
+from patchsweep.sweeps.adaptive import (
+    ADAPTIVE,
+    Adaptive,
+    AdaptiveWork,
+    Calibration,
+    adaptive_variables,
+    check_tolerance,
+)
 from patchsweep.sweeps.bf16 import RecheckedWork, check_proof, recheck_variables
 from patchsweep.sweeps.cost import Cost, estimate
 from patchsweep.sweeps.estimates import Estimator
@@ -48,7 +56,7 @@ from patchsweep.sweeps.executor import Journalled, Progress, Share, Work, check_
 from patchsweep.sweeps.identity import read_weights, refuse_unversioned, request_settings
 from patchsweep.sweeps.layout import Memory, make_layout
 from patchsweep.sweeps.means import keep_means
-from patchsweep.sweeps.methods import MethodLike, MethodSpec, parse_methods
+from patchsweep.sweeps.methods import EXACT, MethodLike, MethodSpec, parse_methods
 from patchsweep.sweeps.screen import ScreenWork
 
 log = logging.getLogger("patchsweep")
@@ -72,6 +80,7 @@ def sweep(
     method: MethodLike | Sequence[MethodLike] = SweepSpec.method,
     precision: Precision = SweepSpec.precision,
     compute_dtype: ComputeDtype = SweepSpec.compute_dtype,
+    tolerance: float | str | None = SweepSpec.tolerance,
     store: str | Path | None = None,
     storage_options: Mapping[str, Any] | None = None,
     slice_index: int = 0,
@@ -91,7 +100,7 @@ def sweep(
     Args:
         model: a model from `load_model`, or any TransformerBridge of a causal model.
         sites: names of `patchsweep.spec.sites.SITES`; or a `SweepSpec`, which holds this and all
-            arguments down to `compute_dtype`.
+            arguments down to `tolerance`.
         direction: `denoising` patches clean values into the corrupted run, `noising` corrupted
             values into the clean run. Default: denoising for resample, noising for zero and mean.
         intervention: `resample`, `zero`, `mean`, `shuffle`, a constant (a number, `[width]` or
@@ -126,6 +135,10 @@ def sweep(
             runs; `model` computes in the weights' dtype, whose rounding hides effects below the
             variable `<site>_noise`. Default `auto`: float32 for weights of 16 bits, which takes 2
             to 4 times as long where 16-bit products are fast.
+        tolerance: the largest error that values may have, in units of the metric, or as a share of
+            |source - base| such as "1%". What a patch changes is run, the rest is taken to first
+            order, with thresholds from a sample that is run both ways (see
+            `patchsweep.sweeps.adaptive`). Default: every patch runs exactly.
 
     Raises:
         PatchsweepError: an argument breaks a rule; nothing has run then.
@@ -144,6 +157,7 @@ def sweep(
         method=method,
         precision=precision,
         compute_dtype=compute_dtype,
+        tolerance=tolerance,
     )
     request = make_request(model, pairs, spec)
     share = Share(slice_index, n_slices)
@@ -161,15 +175,25 @@ def sweep(
             name_of(own),
         )
 
-    def layout_of(choice: RunnerChoice) -> Layout:
+    more, methods = method_spec.variables(request), method_spec.settings()
+    if recheck:
+        more += recheck_variables(request)
+    if spec.tolerance is not None:
+        more += adaptive_variables(request)
+        methods["exact"] = {"tolerance": spec.tolerance}
+
+    def layout_of(choice: RunnerChoice, thresholds: Calibration | None = None) -> Layout:
+        attrs = method_spec.attrs(request)
+        if thresholds is not None:
+            attrs |= {ADAPTIVE: thresholds.attributes(request)}
         return make_layout(
             request,
             choice,
             config or {},
             exact=method_spec.exact,
-            more=method_spec.variables(request) + (recheck_variables(request) if recheck else ()),
-            attrs=method_spec.attrs(request),
-            methods=method_spec.settings(),
+            more=more,
+            attrs=attrs,
+            methods=methods,
             precision=spec.precision,
         )
 
@@ -188,9 +212,12 @@ def sweep(
     if method_spec.exact:
         begun_with = None if store is None else recorded
         choice = prepare_runner(request, runner, max_tokens, cache_budget, begun_with)
+    adaptive = None if spec.tolerance is None else Adaptive(request, choice)
     if store is None:
-        memory = Memory(layout_of(choice))
-        run_work(_works(request, method_spec, choice, recheck), memory, progress, share)
+        thresholds = None if adaptive is None else adaptive.calibrate()
+        memory = Memory(layout_of(choice, thresholds))
+        works = _works(request, method_spec, choice, recheck, adaptive, thresholds)
+        run_work(works, memory, progress, share)
         return memory.dataset()
     # another process may have created the store meanwhile, with packed batches of another size
     if recorded is None:
@@ -198,11 +225,18 @@ def sweep(
         recorded = _recorded_choice(attrs, runner, max_tokens)
     if recorded is not None and isinstance(choice.runner, PackedRunner):
         choice.runner.max_tokens = recorded.runner.max_tokens  # type: ignore[attr-defined]
-    works = _works(request, method_spec, choice, recheck)
+    thresholds = None
+    if adaptive is not None:
+        thresholds = _recorded_thresholds(attrs) or adaptive.calibrate()
     with ExitStack() as stack:
         sink = stack.enter_context(
-            Store.create_or_resume(store, layout_of(choice), storage_options=storage_options)
+            Store.create_or_resume(
+                store, layout_of(choice, thresholds), storage_options=storage_options
+            )
         )
+        # another process may have been faster: all use the thresholds of the first
+        thresholds = _recorded_thresholds(sink.attrs)
+        works = _works(request, method_spec, choice, recheck, adaptive, thresholds)
         journal = stack.enter_context(Journal(store, storage_options=storage_options))
         journalled = Journalled(
             progress, journal, share, config or {}, self_test_error=choice.difference
@@ -211,8 +245,18 @@ def sweep(
         return sink.dataset()
 
 
-def _works(request: Request, asked: MethodSpec, choice: RunnerChoice, proven: bool) -> list[Work]:
+def _works(
+    request: Request,
+    asked: MethodSpec,
+    choice: RunnerChoice,
+    proven: bool,
+    adaptive: Adaptive | None,
+    thresholds: Calibration | None,
+) -> list[Work]:
     """Return the `Work`s that fill the run's variables; only one of them gives references."""
+    if adaptive is not None:
+        assert thresholds is not None
+        return [AdaptiveWork(adaptive, thresholds)]
     if asked.screen is not None:
         return [ScreenWork(request, choice, asked.screen)]
     works: list[Work] = []
@@ -223,6 +267,13 @@ def _works(request: Request, asked: MethodSpec, choice: RunnerChoice, proven: bo
     if asked.methods:
         works.append(Estimator(request, asked.methods, tells_references=not asked.exact))
     return works
+
+
+def _recorded_thresholds(attrs: Mapping[str, Any] | None) -> Calibration | None:
+    """Return the thresholds that a store's attributes hold; None: there are none."""
+    if attrs is None or ADAPTIVE not in attrs:
+        return None
+    return Calibration.of_attributes(attrs[ADAPTIVE])
 
 
 @dataclass(frozen=True)
@@ -317,6 +368,13 @@ def _check_settings(
         )
     if precision == "bf16":
         check_proof(request)
+    if request.spec.tolerance is not None:
+        others = {
+            f"method={request.spec.method!r}": method_spec != EXACT,
+            "precision=bf16": precision == "bf16",
+            "runner=hooked": runner == "hooked",
+        }
+        check_tolerance(request, others)
     return method_spec
 
 

@@ -152,12 +152,16 @@ class Block:
         self.shape = (len(unit.pairs), len(unit.layers), *plan.shape[2:])
         self._cells = np.full((n_metrics, int(np.prod(self.shape))), np.nan, np.float32)
 
-    def fill_dead(self, captured: Captured) -> Ints:
-        """Set the batch's dead patches to the base metric and return its live patches."""
+    def fill_dead(self, captured: Captured, value: float | None = None) -> Ints:
+        """Set the batch's dead patches to `value` and return its live ones.
+
+        Default: the base metric.
+        """
         plan = self.plan
         patches = plan.patches(captured.batch.pairs, self.unit.layers)
         dead = patches[~plan.live[patches]]
-        self.put(dead, captured.base_of(plan, dead))
+        base = captured.base_of(plan, dead)
+        self.put(dead, base if value is None else np.full_like(base, value))
         return patches[plan.live[patches]]
 
     def put(self, patches: Ints, values: Values) -> None:

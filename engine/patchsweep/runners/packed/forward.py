@@ -52,7 +52,7 @@ def run_packed_batch(unwrapped: UnwrappedModel, packed: PackedBatch, given: Pack
     Row i holds `packed.length - packed.start[i]` tokens, from its start to the last position read;
     the tokens of row i+1 follow.
     """
-    current = _State(unwrapped, packed, given)
+    current = PackedBlocks(unwrapped, packed, given)
     hidden: Tensor | None = None
     with ExitStack() as stack:
         stack.enter_context(current.hooks())
@@ -64,7 +64,7 @@ def run_packed_batch(unwrapped: UnwrappedModel, packed: PackedBatch, given: Pack
     return hidden
 
 
-class _State:
+class PackedBlocks:
     """The packed batch at its current block; hooks and attention functions read it."""
 
     def __init__(self, unwrapped: UnwrappedModel, packed: PackedBatch, given: PackedInput) -> None:
@@ -229,12 +229,18 @@ class _State:
             q = written(q, "q", "rot_q")
             k = written(k, "k", "rot_k")
             v = written(v, "v")
-            base = self.given.base
-            prefix_k, prefix_v = (x[layer].to(q.device) for x in (base.keys, base.values))
-            z = prefix_attention(q, k, v, prefix_k, prefix_v, self.rows, **settings)
+            z = self.attended(layer, q, k, v, settings)
             return written(z, "pattern", "pattern_cell").unsqueeze(0)
 
         return attend
+
+    def attended(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: dict[str, Any]
+    ) -> Tensor:
+        """Return attention's output `[token, head, d]` for packed q, k and v."""
+        base = self.given.base
+        prefix_k, prefix_v = (x[layer].to(q.device) for x in (base.keys, base.values))
+        return prefix_attention(q, k, v, prefix_k, prefix_v, self.rows, **settings)
 
     def _drop_unread_tokens(self, stack: ExitStack, places: Sequence[HookLocation]) -> None:
         """Make the last block's MLP run only on tokens that are read: gather them, put them back.

@@ -48,6 +48,7 @@ class Loaded:
 
     batch: Batch
     base: ActivationCache
+    source: ActivationCache
     # patch values: site -> [pair, pos, width] per layer at which they are written
     donors: dict[str, Sequence[Tensor]]
     base_resid: Float[Tensor, "pair read d_model"]  # final residuals
@@ -110,13 +111,19 @@ class PackedRunner:
         run = capture(self.unwrapped, tokens, list(self.points.values()))
         return {name: run.layers_of(name) for name in self.points}
 
-    def load(self, batch: Batch, intervention: Intervention) -> Loaded:
-        """See `Runner`. Runs one forward pass over all base and source prompts."""
+    def load(
+        self, batch: Batch, intervention: Intervention, keep: Sequence[SiteLocation] = ()
+    ) -> Loaded:
+        """See `Runner`. Runs one forward pass over all base and source prompts.
+
+        The base run's activations of the sites `keep` are cached too.
+        """
         n = len(batch.base)
+        more = [point for point in keep if point.site.name not in self.points]
         both = capture(
             self.unwrapped,
             torch.cat([batch.base, batch.source]),
-            list(self.points.values()),
+            [*self.points.values(), *more],
             ActivationStore(self.budget),
         )
         base, source = both.half(slice(0, n)), both.half(slice(n, 2 * n))
@@ -126,6 +133,7 @@ class PackedRunner:
         return Loaded(
             batch=batch,
             base=base,
+            source=source,
             donors={
                 name: self._values(point, intervention, base, source, batch.spans)
                 for name, point in self.points.items()
@@ -140,8 +148,8 @@ class PackedRunner:
         """See `Runner`."""
         pair = torch.arange(len(loaded.batch.base), device=loaded.base_resid.device)
         return (
-            self._metrics(loaded, loaded.base_resid, pair, metrics),
-            self._metrics(loaded, loaded.source_resid, pair, metrics),
+            self.metrics_of(loaded, loaded.base_resid, pair, metrics),
+            self.metrics_of(loaded, loaded.source_resid, pair, metrics),
         )
 
     def run(
@@ -163,7 +171,7 @@ class PackedRunner:
         flipped (see `patchsweep.sweeps.noise`). Any change they cause is rounding noise.
         """
         all_sets = (*sets, *null)
-        patch_values = [self._donors(patch_set, loaded) for patch_set in sets]
+        patch_values = [self.patch_values(patch_set, loaded) for patch_set in sets]
         patch_values += [
             PatchValues(self.points[patch_set.plan.site.name], None) for patch_set in null
         ]
@@ -190,7 +198,7 @@ class PackedRunner:
             values[:, packed.place] = result.cpu()
         return list(values.split(sizes, dim=1))
 
-    def _donors(self, chosen: PatchSet, loaded: Loaded) -> PatchValues:
+    def patch_values(self, chosen: PatchSet, loaded: Loaded) -> PatchValues:
         """Return the patch values of the set `chosen`."""
         point = self.points[chosen.plan.site.name]
         values = loaded.donors[point.site.name]
@@ -212,15 +220,16 @@ class PackedRunner:
             resid[torch.from_numpy(inside).to(device), i] = hidden[
                 torch.from_numpy(token).to(device)
             ]
-        return self._metrics(loaded, resid, pair, metrics)
+        return self.metrics_of(loaded, resid, pair, metrics)
 
-    def _metrics(
+    def metrics_of(
         self,
         loaded: Loaded,
         resid: Float[Tensor, "row read d_model"],
         pair: Tensor,
         metrics: Sequence[Metric],
     ) -> Float[Tensor, "metric row"]:
+        """Return the metrics of rows with the final residuals `resid`; row i is of `pair[i]`."""
         batch = loaded.batch
         n_reads = len(batch.reads)
         targets = torch.stack([batch.answer, batch.wrong], dim=-1).to(resid.device)
@@ -249,8 +258,8 @@ class PackedRunner:
                             chosen[..., 0],
                             chosen[..., 1],
                             full,
-                            self._reference(loaded, "base")[pair[rows]] if references else None,
-                            self._reference(loaded, "source")[pair[rows]] if references else None,
+                            self.logits_of(loaded, "base")[pair[rows]] if references else None,
+                            self.logits_of(loaded, "source")[pair[rows]] if references else None,
                         ),
                     )
                 )
@@ -269,7 +278,8 @@ class PackedRunner:
         logits = self.unembed.logits(resid.flatten(0, 1)).float()
         return rearrange(logits, "(row read) v -> row read v", read=resid.shape[1])
 
-    def _reference(self, loaded: Loaded, which: str) -> Tensor:
+    def logits_of(self, loaded: Loaded, which: Literal["base", "source"]) -> Tensor:
+        """Return the fp32 logits `[pair, read, d_vocab]` of the unpatched runs."""
         if which not in loaded._logits:
             resid = loaded.base_resid if which == "base" else loaded.source_resid
             loaded._logits[which] = self._full(resid)

@@ -1,0 +1,199 @@
+"""`AdaptiveRunner`: runs patches within two thresholds of exact, on a packed runner's model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+
+from patchsweep.forward.site_locations import SiteLocation
+from patchsweep.models.memory import is_out_of_memory
+from patchsweep.runners.packed.adaptive import (
+    Gradients,
+    Thresholds,
+    TooManyAwake,
+    run_adaptive_batch,
+)
+from patchsweep.runners.packed.forward import PackedInput
+from patchsweep.runners.packed.runner import Loaded, PackedRunner
+from patchsweep.runners.packed.schedule import PackedBatch, make_packed_batches
+from patchsweep.spec.batch import Batch
+from patchsweep.spec.interventions import Intervention
+from patchsweep.spec.metrics import Metric
+from patchsweep.spec.plan import Ints, PatchSet
+from patchsweep.spec.sites import SITES
+
+# awake tokens that one batch may hold, in units of `max_tokens`; a batch with more is divided
+_ROOM = 8
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptiveSet:
+    """Patches of one site, what a gradient estimates for them, and their thresholds."""
+
+    chosen: PatchSet
+    estimates: NDArray[np.float32]  # [metric, patch] metric(patched) - metric(base), first order
+    theta: NDArray[np.float32]  # [metric, pair of the batch], in units of the metric
+    tau: float  # relative
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptiveValues:
+    """The results for one set."""
+
+    values: Float[NDArray[np.float32], "metric patch"]  # patched metrics
+    linear: Float[NDArray[np.float32], "metric patch"]  # the part of the effects by gradients
+    token_layers: Int[NDArray[np.int64], " patch"]  # tokens times blocks that ran; 0: none did
+
+
+class AdaptiveRunner:
+    """Runs what a patch changes, and takes the rest to first order, see `adaptive`."""
+
+    name = "packed"
+    joins = True
+
+    def __init__(self, packed: PackedRunner) -> None:
+        self.packed = packed
+
+    def load(self, batch: Batch, intervention: Intervention) -> Loaded:
+        """Return what `PackedRunner.load` returns, with the base run's queries."""
+        return self.packed.load(batch, intervention, keep=(SiteLocation(SITES["rot_q"], ()),))
+
+    def run(
+        self,
+        loaded: Loaded,
+        gradients: Gradients,
+        sets: Sequence[AdaptiveSet],
+        metrics: Sequence[Metric],
+    ) -> list[AdaptiveValues]:
+        """Return the values of each of `sets`, which share batches."""
+        chosen = [adaptive.chosen for adaptive in sets]
+        local = loaded.batch.local
+        base = self.packed.references(loaded, metrics)[0].cpu().numpy()  # [metric, pair]
+        pair = [
+            np.array([local[p] for p in s.plan.pair[s.patches].tolist()], np.int64) for s in chosen
+        ]
+        linear = np.concatenate([s.estimates for s in sets], axis=1)
+        values = np.concatenate([base[:, p] for p in pair], axis=1) + linear
+        token_layers = np.zeros(values.shape[1], np.int64)
+        theta = np.concatenate([s.theta[:, p] for s, p in zip(sets, pair, strict=True)], axis=1)
+        tau = np.repeat([s.tau for s in sets], [len(s.patches) for s in chosen])
+        sizes = np.concatenate([self._relative_change(loaded, s) for s in chosen])
+        starts = np.flatnonzero((np.abs(linear) > theta).any(axis=0) | (sizes > tau))
+        given = PackedInput(
+            loaded.base, [self.packed.patch_values(s, loaded) for s in chosen], local
+        )
+        entry = np.concatenate([s.plan.entry[s.patches] for s in chosen])[starts]
+        waiting = _divided(starts[np.argsort(entry, kind="stable")], self.packed.max_tokens)
+        while waiting:
+            places = waiting.pop(0)
+            try:
+                for packed in make_packed_batches(chosen, np.iinfo(np.int64).max, places):
+                    at = packed.place
+                    values[:, at], linear[:, at], token_layers[at] = self._run_batch(
+                        loaded, packed, given, gradients, theta[:, at], tau[at], base, metrics
+                    )
+            except (TooManyAwake, RuntimeError, MemoryError) as error:
+                if len(places) == 1 or not (
+                    isinstance(error, TooManyAwake) or is_out_of_memory(error)
+                ):
+                    raise
+                waiting[:0] = _divided(places, -(-len(places) // 2))
+                torch.cuda.empty_cache()  # does nothing without CUDA
+        ends = np.cumsum([len(s.patches) for s in chosen])[:-1]
+        return [
+            AdaptiveValues(*parts)
+            for parts in zip(
+                np.split(values.astype(np.float32), ends, axis=1),
+                np.split(linear.astype(np.float32), ends, axis=1),
+                np.split(token_layers, ends),
+                strict=True,
+            )
+        ]
+
+    def _run_batch(
+        self,
+        loaded: Loaded,
+        packed: PackedBatch,
+        given: PackedInput,
+        gradients: Gradients,
+        theta: NDArray[np.float32],
+        tau: NDArray[np.float64],
+        base: NDArray[np.float32],
+        metrics: Sequence[Metric],
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
+        """Return values, linear parts and token-layers of the rows of one batch."""
+        device = loaded.base_resid.device
+        room = _ROOM * self.packed.max_tokens if len(packed.patch) > 1 else None
+        rows = run_adaptive_batch(
+            self.packed.unwrapped,
+            packed,
+            given,
+            gradients,
+            Thresholds(
+                torch.from_numpy(theta).float().to(device), torch.from_numpy(tau).float().to(device)
+            ),
+            self.packed.max_tokens,
+            room,
+        )
+        pair = np.array([loaded.batch.local[p] for p in packed.pair.tolist()])
+        values = base[:, pair].copy()
+        awake, row = rows.row.unique_consecutive(return_inverse=True)
+        if len(awake):
+            pairs = torch.from_numpy(pair).to(device)[awake]
+            resid = loaded.base_resid[pairs]
+            which = torch.zeros(packed.length, dtype=torch.int64, device=device)
+            reads = torch.tensor(loaded.batch.reads, device=device)
+            which[reads] = torch.arange(len(reads), device=device)
+            resid[row, which[rows.pos]] = rows.resid.to(resid)
+            ran = self.packed.metrics_of(loaded, resid, pairs, metrics)
+            values[:, awake.cpu().numpy()] = ran.cpu().numpy()
+        linear = rows.linear.cpu().numpy()
+        return values + linear, linear, rows.token_layers.cpu().numpy()
+
+    def _relative_change(self, loaded: Loaded, chosen: PatchSet) -> NDArray[np.float64]:
+        """Return, per patch, the norm of the replaced value's change relative to the value's.
+
+        Infinite where it is unknown: such patches always start.
+        """
+        plan, base = chosen.plan, loaded.base
+        site = plan.site
+        cells = plan.cells(chosen.patches)
+        single = cells.stop == cells.start + 1
+        sizes = np.full(len(chosen.patches), np.inf)
+        if site.is_pattern or site.unit == "neuron" or (site.in_stream and not site.layered):
+            return sizes
+        pair = np.array([loaded.batch.local[p] for p in cells.pair.tolist()], np.int64)
+        for number, layers in enumerate(plan.axes.layers):
+            of_layer = np.flatnonzero(single & (cells.layer_set == number))
+            if not len(of_layer):
+                continue
+            written = layers[0] + site.shift
+            old = base.resid[written] if site.in_stream else base.sites[site.name][written]
+            new = loaded.donors[site.name][written].to(old)
+            units = plan.axes.units
+            if units is not None:
+                # a query is as wide as a key, and z as a value
+                like = (base.keys if site.side in ("query", "key") else base.values)[written]
+                n = old.shape[-1] // like.shape[-1]
+                old, new = (x.unflatten(-1, (n, -1)) for x in (old, new))
+            else:
+                old, new = (x.unsqueeze(-2) for x in (old, new))
+            ratio = (new - old).norm(dim=-1) / old.norm(dim=-1).clamp_(min=1e-30)
+            table = ratio.double().cpu().numpy()  # [pair, pos, unit]
+            if units is not None:
+                table = np.stack([table[..., list(members)].max(-1) for members in units], axis=-1)
+            unit = cells.unit_set[of_layer]
+            sizes[of_layer] = table[pair[of_layer], cells.start[of_layer], unit]
+        return sizes
+
+
+def _divided(places: Ints, most: int) -> list[Ints]:
+    """Return `places` in parts of equal size, at most `most` each."""
+    if not len(places):
+        return []
+    return np.array_split(places, -(-len(places) // most))
