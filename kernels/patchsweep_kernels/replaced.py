@@ -182,16 +182,12 @@ def attention_change(
     share = n_heads // kv_heads
     effect = torch.zeros(n_metrics, n_rows, length, dtype=dtype, device=k.device)
     size = torch.zeros(n_rows, length, dtype=dtype, device=k.device)
+    settings = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
     tables: dict[int, _Base] = {}
     for pair, low, high in replaced.parts(n_heads * length):
         if pair not in tables:
-            tables = {
-                pair: _Base(
-                    *(x[pair].to(dtype) for x in (base_q, base_k, base_v)),
-                    grad_z[:, pair].to(dtype),
-                    {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks},
-                )
-            }
+            q, keys, values = (x[pair].to(dtype) for x in (base_q, base_k, base_v))
+            tables = {pair: _Base(q, keys, values, grad_z[:, pair].to(dtype), settings)}
         base, at = tables[pair], replaced.at(slice(low, high))
         new_k, new_v = (x[low:high].to(dtype).transpose(0, 1) for x in (k, v))  # [kv, token, d]
         change_v = new_v - base.v[:, at.pos]

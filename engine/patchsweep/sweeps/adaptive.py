@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from patchsweep.attribution import Atp, check_request
@@ -48,9 +49,10 @@ LINEAR, TOKEN_LAYERS = "_linear", "_token_layers"
 # the sample is within `MARGIN` times the tolerance is taken
 LEVELS = ((0.5, 0.1), (0.5, 0.03), (0.3, 0.01), (0.1, 3e-3), (0.03, 1e-3), (0.01, 3e-4))
 MARGIN = 0.5
+N_AT_ONCE = 3  # levels that are tried first, together; the others follow if none is enough
 # patches of the sample, per site: the largest estimates, and random live ones
-N_LARGEST = 16
-N_RANDOM = 16
+N_LARGEST = 12
+N_RANDOM = 12
 # pairs that the sample comes from, evenly spread over the run's
 N_PAIRS = 4
 
@@ -236,6 +238,53 @@ class _Loader:
         return self.runner.packed.references(loaded.packed, metrics)
 
 
+Ran = tuple[Values, Values, Ints]  # values, linear parts, token-layers of one set
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """The sample's patches of one pair, one set per site, with their exact values."""
+
+    captured: Captured
+    sets: list[PatchSet]
+    truth: list[Values]
+    tolerance: Values  # [metric, 1]
+
+    @property
+    def token_layers(self) -> int:
+        """Token-layers of the exact runs."""
+        return sum(int(chosen.plan.cost[chosen.patches].sum()) for chosen in self.sets)
+
+    def worst(self, results: Sequence[Ran]) -> float:
+        """Return the largest error, in units of the tolerance."""
+        least = np.maximum(self.tolerance, np.finfo(np.float32).tiny)
+        errors = [
+            np.abs(values - truth) / least
+            for (values, _, _), truth in zip(results, self.truth, strict=True)
+        ]
+        return max((float(error.max()) for error in errors if error.size), default=0.0)
+
+    def exactly(self) -> list[Ran]:
+        """Return the exact values as results."""
+        return [(values, np.zeros_like(values), np.zeros(0, np.int64)) for values in self.truth]
+
+
+def _samples(parts: Sequence[_Part], results: Sequence[Sequence[Ran]]) -> dict[str, Sample]:
+    """Return the sample of each site, with the errors of `results`, by part and set."""
+    by_site: dict[str, list[tuple[NDArray[Any], ...]]] = {}
+    for part, found in zip(parts, results, strict=True):
+        for chosen, truth, (values, _, _) in zip(part.sets, part.truth, found, strict=True):
+            plan = chosen.plan
+            assert isinstance(plan, SitePlan)
+            effect = truth - part.captured.base_of(plan, chosen.patches)
+            columns = (chosen.patches, truth, effect, values - truth)
+            by_site.setdefault(plan.site.name, []).append(columns)
+    return {
+        name: Sample(*(np.concatenate(column, axis=-1) for column in zip(*columns, strict=True)))
+        for name, columns in by_site.items()
+    }
+
+
 class Adaptive:
     """Runs patches of a request at given thresholds.
 
@@ -256,7 +305,7 @@ class Adaptive:
 
     def run(
         self, captured: Captured, sets: Sequence[PatchSet], levels: Sequence[tuple[float, float]]
-    ) -> list[tuple[Values, Values, Ints]]:
+    ) -> list[Ran]:
         """Return values, linear parts and token-layers of each set, at its level (theta, tau)."""
         loaded: _Loaded = captured.loaded
         tolerance = tolerance_of(self.request, captured)
@@ -300,40 +349,43 @@ class Adaptive:
 
     def calibrate(self) -> Calibration:
         """Return the loosest thresholds whose errors on a sample are within the tolerance."""
-        request = self.request
-        n = len(request.pairs)
-        pairs = sorted({round(i * (n - 1) / max(1, N_PAIRS - 1)) for i in range(N_PAIRS)})
-        n_levels = len(LEVELS)
-        worst = np.zeros(n_levels)  # in units of the tolerance
-        ran, cost = np.zeros(n_levels), 0
-        parts: dict[str, list[tuple[Ints, Values, Values, Values]]] = {}
-        for captured in (c for pair in pairs for c in self.captures.of(range(pair, pair + 1))):
-            sets = [self._sample(plan, captured, len(pairs)) for plan in request.plans]
-            truth = self.exact(captured, sets)
-            levels = [level for level in LEVELS for _ in sets]
-            results = self.run(captured, sets * n_levels, levels)
-            tolerance = tolerance_of(request, captured)
-            for i, (chosen, values) in enumerate(zip(sets, truth, strict=True)):
-                of_level = [results[level * len(sets) + i] for level in range(n_levels)]
-                errors = np.stack([found - values for found, _, _ in of_level])
-                worst = np.maximum(worst, _largest_ratio(errors, tolerance))
-                ran += [tokens.sum() for _, _, tokens in of_level]
-                cost += int(chosen.plan.cost[chosen.patches].sum())
-                name = chosen.plan.site.name
-                effect = values - captured.base_of(chosen.plan, chosen.patches)  # type: ignore[arg-type]
-                parts.setdefault(name, []).append((chosen.patches, values, effect, errors))
-        met = np.flatnonzero(worst <= MARGIN)
-        level = int(met[0]) if len(met) else None
-        theta, tau = (0.0, 0.0) if level is None else LEVELS[level]
-        samples = {}
-        for name, of_site in parts.items():
-            patches, values, effect, errors = (
-                np.concatenate(column, axis=-1) for column in zip(*of_site, strict=True)
+        parts = [self._part(captured) for captured in self._spread()]
+        for group in (LEVELS[:N_AT_ONCE], LEVELS[N_AT_ONCE:]):
+            for (theta, tau), results in zip(group, self._at_levels(parts, group), strict=True):
+                ratios = [part.worst(found) for part, found in zip(parts, results, strict=True)]
+                if max(ratios) <= MARGIN:
+                    ran = sum(int(one[2].sum()) for found in results for one in found)
+                    share = ran / max(1, sum(part.token_layers for part in parts))
+                    return Calibration(theta, tau, _samples(parts, results), share)
+        return Calibration(0.0, 0.0, _samples(parts, [part.exactly() for part in parts]), 1.0)
+
+    def _spread(self) -> list[Captured]:
+        """Return the captures of the pairs that the sample comes from."""
+        last = len(self.request.pairs) - 1
+        pairs = sorted({round(i * last / max(1, N_PAIRS - 1)) for i in range(N_PAIRS)})
+        return [c for pair in pairs for c in self.captures.of(range(pair, pair + 1))]
+
+    def _part(self, captured: Captured) -> _Part:
+        n_pairs = min(N_PAIRS, len(self.request.pairs))
+        sets = [self._sample(plan, captured, n_pairs) for plan in self.request.plans]
+        tolerance = tolerance_of(self.request, captured)
+        return _Part(captured, sets, self.exact(captured, sets), tolerance)
+
+    def _at_levels(
+        self, parts: Sequence[_Part], levels: Sequence[tuple[float, float]]
+    ) -> list[list[list[Ran]]]:
+        """Return the results of the sample by level, part and set; all levels share batches."""
+        by_level: list[list[list[Ran]]] = [[] for _ in levels]
+        for part in parts:
+            n = len(part.sets)
+            results = self.run(
+                part.captured,
+                part.sets * len(levels),
+                [level for level in levels for _ in part.sets],
             )
-            error = np.zeros_like(values) if level is None else errors[level]
-            samples[name] = Sample(patches, values, effect, error)
-        share = 1.0 if level is None else float(ran[level]) / max(1, cost)
-        return Calibration(theta, tau, samples, share)
+            for i, of_level in enumerate(by_level):
+                of_level.append(results[i * n : (i + 1) * n])
+        return by_level
 
     def _sample(self, plan: SitePlan, captured: Captured, n_pairs: int) -> PatchSet:
         """Return a site's part of the sample in one pair, the same in every process."""
@@ -403,9 +455,7 @@ class AdaptiveWork:
                     blocks[name + suffix].put(patches, np.broadcast_to(numbers, values.shape))
         return [blocks[unit.variable].values() for unit in units]
 
-    def _run(
-        self, captured: Captured, live: Sequence[PatchSet]
-    ) -> list[tuple[Values, Values, Ints]]:
+    def _run(self, captured: Captured, live: Sequence[PatchSet]) -> list[Ran]:
         """Return the results of the sets; patches of the sample have their exact values."""
         calibration = self.calibration
         if calibration.is_exact:
@@ -429,12 +479,6 @@ class AdaptiveWork:
 def site_of(variable: str) -> str:
     """Return the site of a variable of an adaptive sweep."""
     return variable.removesuffix(TOKEN_LAYERS).removesuffix(LINEAR)
-
-
-def _largest_ratio(errors: Values, tolerance: Values) -> Values:
-    """Return, per level, the largest |error| `[level, metric, patch]` in units of `tolerance`."""
-    ratio = np.abs(errors) / np.maximum(tolerance, np.finfo(np.float32).tiny)[None]
-    return ratio.max(axis=(1, 2)).astype(np.float64) if ratio.size else np.zeros(len(errors))
 
 
 def _by_metric(request: Request, numbers: Values) -> dict[str, float]:
