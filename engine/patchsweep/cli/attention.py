@@ -32,6 +32,7 @@ class AttentionRun(AnalysisRun):
         "runner",
         "precision",
         "compute_dtype",
+        "tolerance",
         "means_from",
     )
 

@@ -13,8 +13,10 @@ from patchsweep.cli.parser import Parser, at_least
 from patchsweep.errors import ConfigError
 from patchsweep.results.compare import compare
 from patchsweep.results.render import as_dict, render
+from patchsweep.results.tolerance import tolerance_notes
 from patchsweep.store.backends.credentials import scrub
 from patchsweep.store.contents import told
+from patchsweep.store.dataset import open_store
 from patchsweep.store.store import Store
 from patchsweep.sweeps.sample import draw
 
@@ -43,7 +45,11 @@ def main(arguments: list[str]) -> int:
     if options.sample:
         store = with_sample(options.store, options.words, options.sample, options.seed)
     with told(scrub(options.store)):
-        comparison = compare(store)
+        ds = store if isinstance(store, xr.Dataset) else open_store(store)
+        if notes := tolerance_notes(ds):  # such a run has no estimates beside its values
+            stdout().print("\n".join(notes))
+            return 0
+        comparison = compare(ds)
     if options.json:
         print(json.dumps(as_dict(comparison), indent=2))
     else:

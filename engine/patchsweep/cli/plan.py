@@ -35,6 +35,13 @@ def job(cfg: DictConfig) -> None:
     if cost.n_slices > 1:
         n = cost.token_layers / cost.n_slices
         tell("slice", f"{config.slice} of {cost.n_slices}: about {n:,.0f} token-layers", console)
+    if config.tolerance is not None:
+        tell(
+            "tolerance",
+            f"{config.tolerance}: a sample decides how much of these token-layers is run; they are "
+            "the most that it can take",
+            console,
+        )
     tell("first prompt", prompt(pairs[0]), console)
 
 

@@ -14,6 +14,7 @@ from patchsweep.cli.again import HELP, run_again, said_by
 from patchsweep.cli.console import stdout
 from patchsweep.cli.parser import Parser, at_least
 from patchsweep.errors import ConfigError
+from patchsweep.results.tolerance import allowed_error
 from patchsweep.runners.select import TOLERANCE
 from patchsweep.spec.plan import SitePlan
 from patchsweep.store.attributes import attributes
@@ -131,6 +132,7 @@ def recompute(
     problems, differences = [], []
     ds = store.dataset()
     screened = "screen" in attributes(ds)
+    allowed = tolerance + allowed_error(ds)  # [metric, pair]
     for unit, patches in by_unit.items():
         plan = plans[unit.variable]
         stored = _stored(store, ds, plan, unit, patches)
@@ -143,9 +145,9 @@ def recompute(
             for column, patch in enumerate(selected.tolist()):
                 if screened and np.isnan(stored[patch]).all():
                     continue  # the screen did not select this patch
-                difference = float(np.abs(stored[patch] - rerun[:, column]).max())
-                differences.append(difference)
-                if not difference <= tolerance:  # NaN included
+                difference = np.abs(stored[patch] - rerun[:, column])
+                differences.append(float(difference.max()))
+                if not (difference <= allowed[:, plan.pair[patch]]).all():  # NaN included
                     problems.append(
                         f"{unit.name}: {plan.place_of(patch)} holds {stored[patch].tolist()}, and "
                         f"run again gives {rerun[:, column].tolist()}"

@@ -15,7 +15,20 @@ from patchsweep.spec.plan import Ints, PatchSet, SitePlan
 
 
 @runtime_checkable
-class Runner(Protocol):
+class Loader(Protocol):
+    """Captures batches."""
+
+    def load(self, batch: Batch, intervention: Intervention) -> Any:
+        """Return what all patches of this batch share: caches and patch values."""
+
+    def references(
+        self, loaded: Any, metrics: Sequence[Metric]
+    ) -> tuple[Float[Tensor, "metric pair"], Float[Tensor, "metric pair"]]:
+        """Return the metrics of the unpatched base runs and of the source runs."""
+
+
+@runtime_checkable
+class Runner(Loader, Protocol):
     """Runs patches of some sites on one model. Both runners return the same numbers."""
 
     name: str
@@ -26,14 +39,6 @@ class Runner(Protocol):
 
         Those of `pattern` are `[prompt, head, dest, src]`.
         """
-
-    def load(self, batch: Batch, intervention: Intervention) -> Any:
-        """Return what all patches of this batch share: caches and patch values."""
-
-    def references(
-        self, loaded: Any, metrics: Sequence[Metric]
-    ) -> tuple[Float[Tensor, "metric pair"], Float[Tensor, "metric pair"]]:
-        """Return the metrics of the unpatched base runs and of the source runs."""
 
     def run(
         self, loaded: Any, plan: SitePlan, patches: Ints, metrics: Sequence[Metric]

@@ -2,9 +2,9 @@
 
 With `tolerance=` a sweep runs what each patch changes and takes the rest from the base run's
 gradient (`runners.packed.adaptive`). `<site>` holds the values, `<site>_linear` the part of each
-effect that comes from the gradient, and `<site>_token_layers` what was run for it; 0 means that the
-value is the estimate of `atp`. The thresholds come from a sample that is run both ways before the
-run begins, and a store records them with the sample's errors, so that all processes use the same.
+effect that comes from the gradient, and `<site>_token_layers` what was run for it. The thresholds
+come from a sample that is run both ways before the run begins. A store records them with the
+sample's errors, so that all processes of a run use the same.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from patchsweep.attribution import Atp, check_request
@@ -45,9 +44,10 @@ from patchsweep.sweeps.layout import dims_of, shape_of
 LINEAR, TOKEN_LAYERS = "_linear", "_token_layers"
 (ADAPTIVE,) = DECIDED  # the attribute with the thresholds and the errors of the sample
 
-# (theta in units of the tolerance, tau) from loose to strict; the loosest whose largest error on
-# the sample is within `MARGIN` times the tolerance is taken
-LEVELS = ((0.5, 0.1), (0.5, 0.03), (0.3, 0.01), (0.1, 3e-3), (0.03, 1e-3), (0.01, 3e-4))
+# (theta in units of the tolerance, tau) from loose to strict; a site gets the loosest one whose
+# largest error on its sample is within `MARGIN` times the tolerance
+LEVELS = ((0.5, 0.03), (0.3, 0.01), (0.1, 0.003), (0.03, 0.001), (0.01, 3e-4), (0.003, 1e-4))
+EXACTLY = (0.0, 0.0)
 MARGIN = 0.5
 N_AT_ONCE = 3  # levels that are tried first, together; the others follow if none is enough
 # patches of the sample, per site: the largest estimates, and random live ones
@@ -59,8 +59,10 @@ N_PAIRS = 4
 
 @dataclass(frozen=True)
 class Sample:
-    """Patches of one site that were run both ways."""
+    """The thresholds of one site, and its patches that were run both ways."""
 
+    level: tuple[float, float]  # theta in units of the tolerance, and tau; `EXACTLY`
+    share: float  # of the exact token-layers that the adaptive runs took
     patches: Ints  # [patch] numbers in the site's plan, ascending
     values: Values  # [metric, patch] exact
     effect: Values  # [metric, patch] exact - base
@@ -69,30 +71,23 @@ class Sample:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The thresholds of a run, and the sample that decided them."""
+    """The thresholds of a run, and the samples that decided them."""
 
-    theta: float  # in units of the tolerance
-    tau: float
     samples: Mapping[str, Sample]  # by site
-    share: float  # of the exact sweep's token-layers, over the sample
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether no thresholds met the tolerance, so that every patch runs exactly."""
-        return self.tau == 0.0
 
     def attributes(self, request: Request) -> dict[str, Any]:
         """Return what a store records."""
         return {
             "tolerance": request.spec.tolerance,
-            "theta": self.theta,
-            "tau": self.tau,
-            "within": "the tolerance on a sample"
-            if not self.is_exact
-            else "exact: no thresholds met the tolerance on the sample, so every patch was run",
-            "sample_token_layers": self.share,
-            "sample": {
+            "sites": {
                 name: {
+                    "theta": sample.level[0],
+                    "tau": sample.level[1],
+                    "says": "exact: no thresholds met the tolerance on the sample, so every patch "
+                    "was run"
+                    if sample.level == EXACTLY
+                    else "within the tolerance on the sample",
+                    "sample_token_layers": sample.share,
                     "n": len(sample.patches),
                     "largest_error": _by_metric(request, np.abs(sample.error).max(axis=1)),
                     "median_error": _by_metric(request, np.median(np.abs(sample.error), axis=1)),
@@ -114,17 +109,17 @@ class Calibration:
             ConfigError: it is damaged.
         """
         try:
-            samples = {
-                str(name): Sample(
-                    np.array(sample["patches"], np.int64),
-                    np.array(sample["values"], np.float32),
-                    np.array(sample["effect"], np.float32),
-                    np.array(sample["error"], np.float32),
-                )
-                for name, sample in recorded["sample"].items()
-            }
-            theta, tau = float(recorded["theta"]), float(recorded["tau"])
-            return cls(theta, tau, samples, float(recorded["sample_token_layers"]))
+            return cls(
+                {
+                    str(name): Sample(
+                        (float(site["theta"]), float(site["tau"])),
+                        float(site["sample_token_layers"]),
+                        np.array(site["patches"], np.int64),
+                        *(np.array(site[key], np.float32) for key in ("values", "effect", "error")),
+                    )
+                    for name, site in recorded["sites"].items()
+                }
+            )
         except (KeyError, TypeError, ValueError, AttributeError):
             raise ConfigError(
                 "the store does not hold the thresholds of its tolerance; write to a new store"
@@ -170,7 +165,7 @@ def adaptive_variables(request: Request) -> tuple[Variable, ...]:
     blocks = blocks_of(request.plans)
     words = {
         LINEAR: "part of the effect at {} that is linear, from the base run's gradient",
-        TOKEN_LAYERS: "tokens times blocks that ran for the patch at {}; 0: the value is linear",
+        TOKEN_LAYERS: "tokens times blocks that ran for the patch at {}",
     }
     return tuple(
         Variable(
@@ -202,7 +197,7 @@ class _Loaded:
 
 
 class _Loader:
-    """Captures batches with their gradients; a `Runner` as far as `Captures` needs one."""
+    """Captures batches with their gradients; a `Loader`."""
 
     def __init__(self, request: Request, runner: PackedRunner) -> None:
         self.request = request
@@ -243,46 +238,36 @@ Ran = tuple[Values, Values, Ints]  # values, linear parts, token-layers of one s
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """The sample's patches of one pair, one set per site, with their exact values."""
+    """The sample's patches of one site and one pair, with their exact values."""
 
     captured: Captured
-    sets: list[PatchSet]
-    truth: list[Values]
-    tolerance: Values  # [metric, 1]
+    chosen: PatchSet
+    exact: Values  # [metric, patch]
+
+    @property
+    def plan(self) -> SitePlan:
+        assert isinstance(self.chosen.plan, SitePlan)
+        return self.chosen.plan
 
     @property
     def token_layers(self) -> int:
         """Token-layers of the exact runs."""
-        return sum(int(chosen.plan.cost[chosen.patches].sum()) for chosen in self.sets)
-
-    def worst(self, results: Sequence[Ran]) -> float:
-        """Return the largest error, in units of the tolerance."""
-        least = np.maximum(self.tolerance, np.finfo(np.float32).tiny)
-        errors = [
-            np.abs(values - truth) / least
-            for (values, _, _), truth in zip(results, self.truth, strict=True)
-        ]
-        return max((float(error.max()) for error in errors if error.size), default=0.0)
-
-    def exactly(self) -> list[Ran]:
-        """Return the exact values as results."""
-        return [(values, np.zeros_like(values), np.zeros(0, np.int64)) for values in self.truth]
+        return int(self.plan.cost[self.chosen.patches].sum())
 
 
-def _samples(parts: Sequence[_Part], results: Sequence[Sequence[Ran]]) -> dict[str, Sample]:
-    """Return the sample of each site, with the errors of `results`, by part and set."""
-    by_site: dict[str, list[tuple[NDArray[Any], ...]]] = {}
-    for part, found in zip(parts, results, strict=True):
-        for chosen, truth, (values, _, _) in zip(part.sets, part.truth, found, strict=True):
-            plan = chosen.plan
-            assert isinstance(plan, SitePlan)
-            effect = truth - part.captured.base_of(plan, chosen.patches)
-            columns = (chosen.patches, truth, effect, values - truth)
-            by_site.setdefault(plan.site.name, []).append(columns)
-    return {
-        name: Sample(*(np.concatenate(column, axis=-1) for column in zip(*columns, strict=True)))
-        for name, columns in by_site.items()
-    }
+def _sample_of(
+    parts: Sequence[_Part], level: tuple[float, float], results: Sequence[Ran]
+) -> Sample:
+    """Return one site's sample with the errors of `results`, by part."""
+    columns = []
+    for part, (values, _, _) in zip(parts, results, strict=True):
+        effect = part.exact - part.captured.base_of(part.plan, part.chosen.patches)
+        columns.append((part.chosen.patches, part.exact, effect, values - part.exact))
+    ran = sum(int(token_layers.sum()) for _, _, token_layers in results)
+    share = 1.0 if level == EXACTLY else ran / max(1, sum(part.token_layers for part in parts))
+    return Sample(
+        level, share, *(np.concatenate(column, axis=-1) for column in zip(*columns, strict=True))
+    )
 
 
 class Adaptive:
@@ -301,7 +286,7 @@ class Adaptive:
         self.request = request
         self.packed = choice.runner
         self._loader = _Loader(request, choice.runner)
-        self.captures = Captures(request, self._loader)  # type: ignore[arg-type]
+        self.captures = Captures(request, self._loader)
 
     def run(
         self, captured: Captured, sets: Sequence[PatchSet], levels: Sequence[tuple[float, float]]
@@ -348,44 +333,59 @@ class Adaptive:
         ]
 
     def calibrate(self) -> Calibration:
-        """Return the loosest thresholds whose errors on a sample are within the tolerance."""
-        parts = [self._part(captured) for captured in self._spread()]
-        for group in (LEVELS[:N_AT_ONCE], LEVELS[N_AT_ONCE:]):
-            for (theta, tau), results in zip(group, self._at_levels(parts, group), strict=True):
-                ratios = [part.worst(found) for part, found in zip(parts, results, strict=True)]
-                if max(ratios) <= MARGIN:
-                    ran = sum(int(one[2].sum()) for found in results for one in found)
-                    share = ran / max(1, sum(part.token_layers for part in parts))
-                    return Calibration(theta, tau, _samples(parts, results), share)
-        return Calibration(0.0, 0.0, _samples(parts, [part.exactly() for part in parts]), 1.0)
-
-    def _spread(self) -> list[Captured]:
-        """Return the captures of the pairs that the sample comes from."""
+        """Return, per site, the loosest thresholds with sample errors within the tolerance."""
         last = len(self.request.pairs) - 1
         pairs = sorted({round(i * last / max(1, N_PAIRS - 1)) for i in range(N_PAIRS)})
-        return [c for pair in pairs for c in self.captures.of(range(pair, pair + 1))]
-
-    def _part(self, captured: Captured) -> _Part:
-        n_pairs = min(N_PAIRS, len(self.request.pairs))
-        sets = [self._sample(plan, captured, n_pairs) for plan in self.request.plans]
-        tolerance = tolerance_of(self.request, captured)
-        return _Part(captured, sets, self.exact(captured, sets), tolerance)
+        open_sites: dict[str, list[_Part]] = {}
+        for captured in [c for pair in pairs for c in self.captures.of(range(pair, pair + 1))]:
+            sets = [self._sample(plan, captured, len(pairs)) for plan in self.request.plans]
+            for chosen, exact in zip(sets, self.exact(captured, sets), strict=True):
+                part = _Part(captured, chosen, exact)
+                open_sites.setdefault(part.plan.site.name, []).append(part)
+        samples: dict[str, Sample] = {}
+        for levels in (LEVELS[:N_AT_ONCE], LEVELS[N_AT_ONCE:]):
+            by_level = self._at_levels(open_sites, levels)
+            for name, parts in [*open_sites.items()]:
+                for level, results in zip(levels, by_level, strict=True):
+                    if self._within(parts, results[name]):
+                        samples[name] = _sample_of(parts, level, results[name])
+                        del open_sites[name]
+                        break
+        for name, parts in open_sites.items():
+            exactly = [(part.exact, np.zeros_like(part.exact), np.zeros(0, int)) for part in parts]
+            samples[name] = _sample_of(parts, EXACTLY, exactly)
+        return Calibration({plan.site.name: samples[plan.site.name] for plan in self.request.plans})
 
     def _at_levels(
-        self, parts: Sequence[_Part], levels: Sequence[tuple[float, float]]
-    ) -> list[list[list[Ran]]]:
-        """Return the results of the sample by level, part and set; all levels share batches."""
-        by_level: list[list[list[Ran]]] = [[] for _ in levels]
-        for part in parts:
-            n = len(part.sets)
-            results = self.run(
-                part.captured,
-                part.sets * len(levels),
-                [level for level in levels for _ in part.sets],
+        self, sites: Mapping[str, Sequence[_Part]], levels: Sequence[tuple[float, float]]
+    ) -> list[dict[str, list[Ran]]]:
+        """Return the results of all parts by level and site; levels and sites share batches."""
+        by_level: list[dict[str, list[Ran]]] = [{name: [] for name in sites} for _ in levels]
+        for of_pair in zip(*sites.values(), strict=True):
+            sets = [part.chosen for part in of_pair]
+            results = iter(
+                self.run(
+                    of_pair[0].captured,
+                    sets * len(levels),
+                    [level for level in levels for _ in sets],
+                )
             )
-            for i, of_level in enumerate(by_level):
-                of_level.append(results[i * n : (i + 1) * n])
+            for of_level in by_level:
+                for name in sites:
+                    of_level[name].append(next(results))
         return by_level
+
+    def _within(self, parts: Sequence[_Part], results: Sequence[Ran]) -> bool:
+        """Whether the largest error is within `MARGIN` times the tolerance."""
+        return all(
+            bool(
+                (
+                    np.abs(values - part.exact)
+                    <= MARGIN * tolerance_of(self.request, part.captured)
+                ).all()
+            )
+            for part, (values, _, _) in zip(parts, results, strict=True)
+        )
 
     def _sample(self, plan: SitePlan, captured: Captured, n_pairs: int) -> PatchSet:
         """Return a site's part of the sample in one pair, the same in every process."""
@@ -415,7 +415,7 @@ class AdaptiveWork:
         if unit.variable not in self.plans:
             return 0
         total = self.plans[unit.variable].totals(unit.pairs, unit.layers).token_layers
-        return math.ceil(total * self.calibration.share)
+        return math.ceil(total * self.calibration.samples[unit.variable].share)
 
     def n_live(self, unit: Unit) -> int:
         """See `Work`."""
@@ -452,28 +452,33 @@ class AdaptiveWork:
                 blocks[name].put(patches, check_cells(values, plan, patches, metrics))
                 for suffix, numbers in ((LINEAR, linear), (TOKEN_LAYERS, token_layers)):
                     blocks[name + suffix].fill_dead(captured, 0.0)
-                    blocks[name + suffix].put(patches, np.broadcast_to(numbers, values.shape))
+                    cells = np.broadcast_to(numbers, values.shape).astype(np.float32)
+                    blocks[name + suffix].put(patches, cells)
         return [blocks[unit.variable].values() for unit in units]
 
     def _run(self, captured: Captured, live: Sequence[PatchSet]) -> list[Ran]:
         """Return the results of the sets; patches of the sample have their exact values."""
-        calibration = self.calibration
-        if calibration.is_exact:
-            found = [
-                (values, np.zeros_like(values), chosen.plan.cost[chosen.patches])
-                for chosen, values in zip(live, self.adaptive.exact(captured, live), strict=True)
-            ]
-        else:
-            level = (calibration.theta, calibration.tau)
-            found = self.adaptive.run(captured, live, [level] * len(live))
-        for chosen, (values, linear, token_layers) in zip(live, found, strict=True):
-            sample = calibration.samples[chosen.plan.site.name]
+        samples = [self.calibration.samples[chosen.plan.site.name] for chosen in live]
+        loose = [i for i, sample in enumerate(samples) if sample.level != EXACTLY]
+        strict = [i for i, sample in enumerate(samples) if sample.level == EXACTLY]
+        found: dict[int, Ran] = {}
+        if loose:
+            sets, levels = [live[i] for i in loose], [samples[i].level for i in loose]
+            found.update(zip(loose, self.adaptive.run(captured, sets, levels), strict=True))
+        if strict:
+            for i, values in zip(
+                strict, self.adaptive.exact(captured, [live[i] for i in strict]), strict=True
+            ):
+                cost = live[i].plan.cost[live[i].patches]
+                found[i] = (values, np.zeros_like(values), cost)
+        for i, (chosen, sample) in enumerate(zip(live, samples, strict=True)):
+            values, linear, token_layers = found[i]
             _, at, of_sample = np.intersect1d(
                 chosen.patches, sample.patches, assume_unique=True, return_indices=True
             )
             values[:, at], linear[:, at] = sample.values[:, of_sample], 0.0
             token_layers[at] = chosen.plan.cost[chosen.patches[at]]
-        return found
+        return [found[i] for i in range(len(live))]
 
 
 def site_of(variable: str) -> str:

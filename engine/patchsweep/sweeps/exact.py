@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from patchsweep.runners.base import Runner
+from patchsweep.runners.base import Loader, Runner
 from patchsweep.spec.batch import Batch
 from patchsweep.spec.finite import check_cells, check_references
 from patchsweep.spec.metrics import Metric
@@ -101,7 +101,7 @@ class Captured:
 class Captures:
     """Captured batches, kept only for the pairs of the last call: shards come in order of pairs."""
 
-    def __init__(self, request: Request, runner: Runner) -> None:
+    def __init__(self, request: Request, runner: Loader) -> None:
         self.request, self.runner = request, runner
         self._kept: dict[tuple[int, ...], Captured] = {}
 

@@ -20,6 +20,7 @@ class CircuitRun(AnalysisRun):
         "runner",
         "precision",
         "compute_dtype",
+        "tolerance",
         "intervention",
         "direction",
     )

@@ -20,6 +20,7 @@ class EdgesRun(AnalysisRun):
         "runner",
         "precision",
         "compute_dtype",
+        "tolerance",
     )
 
     top: int = 200  # foremost edges that are run exactly

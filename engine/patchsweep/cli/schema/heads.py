@@ -23,6 +23,7 @@ class HeadsRun(AnalysisRun):
         "direction",
         "precision",
         "compute_dtype",
+        "tolerance",
     )
 
     ablations: list[str] = field(default_factory=lambda: list(ABLATIONS))  # resample among them

@@ -32,6 +32,7 @@ class LensRun(AnalysisRun):
         "metric",
         "precision",
         "compute_dtype",
+        "tolerance",
         "means_from",
     )
 

@@ -285,6 +285,8 @@ class RunConfig:
     precision: str = SweepSpec.precision
     # auto: float32 for weights of 16 bits, else their own dtype; float32; or model: their own
     compute_dtype: str = SweepSpec.compute_dtype
+    # the largest error, in units of the metric or such as 1%; null: every patch runs exactly
+    tolerance: Any = SweepSpec.tolerance
     slice: int = 0  # this process does every n_slices-th work item of units, from this one on
     n_slices: int = 1
 
@@ -304,6 +306,7 @@ class RunConfig:
             method=self.method.asked(),
             precision=self.precision,  # type: ignore[arg-type]
             compute_dtype=self.compute_dtype,  # type: ignore[arg-type]
+            tolerance=self.tolerance,
         )
 
     def settings(self) -> dict[str, Any]:
@@ -334,6 +337,8 @@ class RunConfig:
         kept = {key: value for key, value in asdict(self).items() if key not in PLACES}
         for group, key in ROOM:
             del kept[group][key]
+        if self.tolerance is None:  # as in the stores of versions without it
+            del kept["tolerance"]
         if self.model.device is not None:  # cuda, whichever of the GPUs it is
             kept["model"]["device"] = self.model.device.partition(":")[0]
         return kept
@@ -422,6 +427,7 @@ def from_identity(config: Mapping[str, Any]) -> RunConfig:
             means_from=config.get("means_from"),
             precision=config["precision"],
             compute_dtype=config.get("compute_dtype", "model"),  # as stores of 0.1 were computed
+            tolerance=config.get("tolerance"),
         )
     except (KeyError, TypeError):
         raise ConfigError(

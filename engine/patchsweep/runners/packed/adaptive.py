@@ -26,6 +26,10 @@ from patchsweep.runners.packed.forward import PackedBlocks, PackedInput
 from patchsweep.runners.packed.packing import Packing
 from patchsweep.runners.packed.schedule import PackedBatch
 
+# a token wakes where its attention output changes by this many tau, and sleeps where its residual
+# changes by less than tau: measured, see docs/design/adaptive.md
+_WAKE = 5.0
+
 
 @dataclass(frozen=True)
 class Gradients:
@@ -247,7 +251,7 @@ class _AdaptiveBlocks(PackedBlocks):
         if layer == self.unwrapped.n_layers - 1:
             asleep &= self.reads[rows]
         theta, tau = self.thresholds.theta[:, rows], self.thresholds.tau[rows]
-        wakes = (effect.abs() > theta[..., None]).any(0) | (size > tau[:, None])
+        wakes = (effect.abs() > theta[..., None]).any(0) | (size > _WAKE * tau[:, None])
         wakes &= asleep
         self.linear[:, rows] += (effect * (asleep & ~wakes)).sum(-1).to(self.linear)
         at, pos = wakes.nonzero().unbind(1)

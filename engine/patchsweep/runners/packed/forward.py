@@ -263,7 +263,9 @@ class PackedBlocks:
                 return None
             hidden, args, kwargs = split_hidden(args, kwargs)
             packing = self.packing
-            token = self._index(np.flatnonzero(reads[packing.token_pair, packing.token_pos]))
+            read = np.flatnonzero(reads[packing.token_pair, packing.token_pos])
+            # of adaptive rows none may be read; modules need not take zero tokens
+            token = self._index(read if len(read) else np.zeros(1, np.int64))
             self._kept = (hidden.shape, token)
             return (hidden[:, token], *args), kwargs
 
