@@ -18,6 +18,7 @@ NAMES = [
     "PatchsweepError",
     "PromptPairs",
     "Screen",
+    "SweepSpec",
     "attention",
     "attribution",
     "circuit",

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from patchsweep.spec import metrics
     from patchsweep.spec.interventions import Custom
     from patchsweep.spec.metrics import Metric
+    from patchsweep.spec.spec import SweepSpec
     from patchsweep.store.dataset import open_store
     from patchsweep.sweeps.api import plan, sweep
     from patchsweep.sweeps.sample import sample_exact
@@ -42,6 +43,7 @@ __all__ = [
     "PatchsweepError",
     "PromptPairs",
     "Screen",
+    "SweepSpec",
     "attention",
     "attribution",
     "circuit",
@@ -69,6 +71,7 @@ _HOME = {
     "Metric": "spec.metrics",
     "PromptPairs": "data.pairs",
     "Screen": "sweeps.screen_settings",
+    "SweepSpec": "spec.spec",
     "attention": "analyses.attention",
     "circuit": "analyses.circuits",
     "circuit_scores": "analyses.circuits",
