@@ -23,6 +23,7 @@ from patchsweep.store.store import Store
 from patchsweep.store.verify import checksums
 from patchsweep.sweeps import adaptive
 from patchsweep.sweeps.adaptive import Adaptive
+from patchsweep.sweeps.thresholds import Calibration
 from subjects import CLEAN, CORRUPTED, demo_pairs, model, reference_pairs
 
 SWEPT = (
@@ -222,6 +223,15 @@ def test_all_processes_use_the_recorded_thresholds(
     monkeypatch.setattr(Adaptive, "calibrate", lambda self: pytest.fail("decided again"))
     ps.sweep(*arguments, tolerance=0.01, store=tmp_path / "a.zarr", slice_index=1, n_slices=2)
     assert Store.open(tmp_path / "a.zarr").attrs["adaptive"] == recorded
+
+
+@pytest.mark.parametrize("damage", [{}, {"sites": {}}, {"sites": {"z": {"patches": "x"}}}, 3])
+def test_damaged_thresholds_are_refused(damage: Any) -> None:
+    request = make_request(
+        model("tiny:llama"), demo_pairs("tiny:llama"), SweepSpec("z", tolerance=0.1)
+    )
+    with pytest.raises(ConfigError, match="new store"):
+        Calibration.of_attributes(damage, request)
 
 
 @pytest.mark.parametrize(

@@ -177,6 +177,23 @@ def check_store_path(store: Any) -> None:
         )
 
 
+def check_tolerance(tolerance: float | str | None) -> None:
+    """Raise ConfigError unless `tolerance` is a positive number, a percentage or None."""
+    if tolerance is None:
+        return
+    number: Any = tolerance
+    if isinstance(tolerance, str) and tolerance.endswith("%"):
+        try:
+            number = float(tolerance.removesuffix("%"))
+        except ValueError:
+            number = None
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < math.inf:
+        raise ConfigError(
+            f"tolerance={tolerance!r} must be a positive number in units of the metric, such as "
+            "0.01, or a share of the difference between source and base, such as '1%'"
+        )
+
+
 def check_config(config: Any) -> None:
     """Raise unless `config` is what results keep of a run's settings.
 

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.arguments import check_bridge, index_sets, one_of, whole_number
+from patchsweep.arguments import (
+    check_bridge,
+    check_tolerance,
+    index_sets,
+    one_of,
+    whole_number,
+)
 from patchsweep.arguments import position_axis as given_positions
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.data.tokenize import context_size
@@ -119,23 +125,6 @@ def as_spec(sites: SweepSpec | str | Sequence[str], **others: Any) -> SweepSpec:
                 f"dataclasses.replace(spec, {name}=...)"
             )
     return sites
-
-
-def check_tolerance(tolerance: float | str | None) -> None:
-    """Raise ConfigError unless `tolerance` is a positive number, a percentage or None."""
-    if tolerance is None:
-        return
-    number: Any = tolerance
-    if isinstance(tolerance, str) and tolerance.endswith("%"):
-        try:
-            number = float(tolerance.removesuffix("%"))
-        except ValueError:
-            number = None
-    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < np.inf:
-        raise ConfigError(
-            f"tolerance={tolerance!r} must be a positive number in units of the metric, such as "
-            "0.01, or a share of the difference between source and base, such as '1%'"
-        )
 
 
 def check_direction(direction: Direction | None) -> None:

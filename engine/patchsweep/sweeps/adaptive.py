@@ -13,7 +13,6 @@ import math
 import zlib
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -33,97 +32,26 @@ from patchsweep.spec.batch import Batch
 from patchsweep.spec.finite import check_cells
 from patchsweep.spec.interventions import Intervention
 from patchsweep.spec.metrics import Metric
-from patchsweep.spec.plan import Ints, PatchSet, SitePlan
+from patchsweep.spec.plan import PatchSet, SitePlan
 from patchsweep.spec.spec import Request, blocks_of, site_groups_of
-from patchsweep.store.difference import DECIDED
 from patchsweep.store.layout import Unit, Variable
 from patchsweep.sweeps.exact import Block, Captured, Captures, references_of
 from patchsweep.sweeps.executor import Values
 from patchsweep.sweeps.layout import dims_of, shape_of
+from patchsweep.sweeps.thresholds import EXACTLY, Calibration, Ran, Sample
 
 LINEAR, TOKEN_LAYERS = "_linear", "_token_layers"
-(ADAPTIVE,) = DECIDED  # the attribute with the thresholds and the errors of the sample
 
 # (theta in units of the tolerance, tau) from loose to strict; a site gets the loosest one whose
 # largest error on its sample is within `MARGIN` times the tolerance
 LEVELS = ((0.5, 0.03), (0.3, 0.01), (0.1, 0.003), (0.03, 0.001), (0.01, 3e-4), (0.003, 1e-4))
-EXACTLY = (0.0, 0.0)
 MARGIN = 0.5
 N_AT_ONCE = 3  # levels that are tried first, together; the others follow if none is enough
-# patches of the sample, per site: the largest estimates, and random live ones
-N_LARGEST = 12
-N_RANDOM = 12
+# patches of the sample, per site: as many of the largest estimates as random live ones
+N_EACH = 12
+LIVE_PER_MORE = 1000  # one more of each for so many live patches
 # pairs that the sample comes from, evenly spread over the run's
 N_PAIRS = 4
-
-
-@dataclass(frozen=True)
-class Sample:
-    """The thresholds of one site, and its patches that were run both ways."""
-
-    level: tuple[float, float]  # theta in units of the tolerance, and tau; `EXACTLY`
-    share: float  # of the exact token-layers that the adaptive runs took
-    patches: Ints  # [patch] numbers in the site's plan, ascending
-    values: Values  # [metric, patch] exact
-    effect: Values  # [metric, patch] exact - base
-    error: Values  # [metric, patch] adaptive - exact, at the chosen thresholds
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """The thresholds of a run, and the samples that decided them."""
-
-    samples: Mapping[str, Sample]  # by site
-
-    def attributes(self, request: Request) -> dict[str, Any]:
-        """Return what a store records."""
-        return {
-            "tolerance": request.spec.tolerance,
-            "sites": {
-                name: {
-                    "theta": sample.level[0],
-                    "tau": sample.level[1],
-                    "says": "exact: no thresholds met the tolerance on the sample, so every patch "
-                    "was run"
-                    if sample.level == EXACTLY
-                    else "within the tolerance on the sample",
-                    "sample_token_layers": sample.share,
-                    "n": len(sample.patches),
-                    "largest_error": _by_metric(request, np.abs(sample.error).max(axis=1)),
-                    "median_error": _by_metric(request, np.median(np.abs(sample.error), axis=1)),
-                    "error_by_effect": _by_effect(request, sample),
-                    "patches": sample.patches.tolist(),
-                    "values": sample.values.tolist(),
-                    "effect": sample.effect.tolist(),
-                    "error": sample.error.tolist(),
-                }
-                for name, sample in self.samples.items()
-            },
-        }
-
-    @classmethod
-    def of_attributes(cls, recorded: Mapping[str, Any]) -> Calibration:
-        """Return the calibration that `attributes` recorded.
-
-        Raises:
-            ConfigError: it is damaged.
-        """
-        try:
-            return cls(
-                {
-                    str(name): Sample(
-                        (float(site["theta"]), float(site["tau"])),
-                        float(site["sample_token_layers"]),
-                        np.array(site["patches"], np.int64),
-                        *(np.array(site[key], np.float32) for key in ("values", "effect", "error")),
-                    )
-                    for name, site in recorded["sites"].items()
-                }
-            )
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise ConfigError(
-                "the store does not hold the thresholds of its tolerance; write to a new store"
-            ) from None
 
 
 def check_tolerance(request: Request, others: Mapping[str, bool]) -> None:
@@ -231,9 +159,6 @@ class _Loader:
     def references(self, loaded: _Loaded, metrics: Sequence[Metric]) -> tuple[Tensor, Tensor]:
         """See `Runner`."""
         return self.runner.packed.references(loaded.packed, metrics)
-
-
-Ran = tuple[Values, Values, Ints]  # values, linear parts, token-layers of one set
 
 
 @dataclass(frozen=True, eq=False)
@@ -391,10 +316,11 @@ class Adaptive:
         """Return a site's part of the sample in one pair, the same in every process."""
         (pair,) = captured.batch.pairs
         live = plan.live_patches([pair])
+        n = -(-(N_EACH + plan.n_live // LIVE_PER_MORE) // n_pairs)
         estimates = np.abs(self.estimates(captured, PatchSet(plan, live))).max(axis=0)
-        largest = live[np.argsort(-estimates, kind="stable")[: -(-N_LARGEST // n_pairs)]]
+        largest = live[np.argsort(-estimates, kind="stable")[:n]]
         rng = np.random.default_rng([zlib.crc32(plan.site.name.encode()), pair])
-        random = rng.choice(live, min(-(-N_RANDOM // n_pairs), len(live)), replace=False)
+        random = rng.choice(live, min(n, len(live)), replace=False)
         return PatchSet(plan, np.unique(np.concatenate([largest, random])))
 
 
@@ -484,17 +410,3 @@ class AdaptiveWork:
 def site_of(variable: str) -> str:
     """Return the site of a variable of an adaptive sweep."""
     return variable.removesuffix(TOKEN_LAYERS).removesuffix(LINEAR)
-
-
-def _by_metric(request: Request, numbers: Values) -> dict[str, float]:
-    return {m.name: float(x) for m, x in zip(request.metrics, numbers, strict=True)}
-
-
-def _by_effect(request: Request, sample: Sample) -> dict[str, list[float]]:
-    """Return, per metric, the largest error in each quarter of the sample, by size of effect."""
-    parts = {}
-    for i, metric in enumerate(request.metrics):
-        order = np.argsort(np.abs(sample.effect[i]))
-        quarters = np.array_split(np.abs(sample.error[i])[order], 4)
-        parts[metric.name] = [float(quarter.max(initial=0.0)) for quarter in quarters]
-    return parts

@@ -41,10 +41,8 @@ from patchsweep.store.journal import Journal
 from patchsweep.store.layout import Layout
 from patchsweep.store.store import Store, check_space, recorded_attributes
 from patchsweep.sweeps.adaptive import (
-    ADAPTIVE,
     Adaptive,
     AdaptiveWork,
-    Calibration,
     adaptive_variables,
     check_tolerance,
 )
@@ -58,6 +56,7 @@ from patchsweep.sweeps.layout import Memory, make_layout
 from patchsweep.sweeps.means import keep_means
 from patchsweep.sweeps.methods import EXACT, MethodLike, MethodSpec, parse_methods
 from patchsweep.sweeps.screen import ScreenWork
+from patchsweep.sweeps.thresholds import ADAPTIVE, Calibration
 
 log = logging.getLogger("patchsweep")
 
@@ -227,7 +226,7 @@ def sweep(
         choice.runner.max_tokens = recorded.runner.max_tokens  # type: ignore[attr-defined]
     thresholds = None
     if adaptive is not None:
-        thresholds = _recorded_thresholds(attrs) or adaptive.calibrate()
+        thresholds = _recorded_thresholds(attrs, request) or adaptive.calibrate()
     with ExitStack() as stack:
         sink = stack.enter_context(
             Store.create_or_resume(
@@ -235,7 +234,7 @@ def sweep(
             )
         )
         # another process may have been faster: all use the thresholds of the first
-        thresholds = _recorded_thresholds(sink.attrs)
+        thresholds = _recorded_thresholds(sink.attrs, request)
         works = _works(request, method_spec, choice, recheck, adaptive, thresholds)
         journal = stack.enter_context(Journal(store, storage_options=storage_options))
         journalled = Journalled(
@@ -269,11 +268,11 @@ def _works(
     return works
 
 
-def _recorded_thresholds(attrs: Mapping[str, Any] | None) -> Calibration | None:
+def _recorded_thresholds(attrs: Mapping[str, Any] | None, request: Request) -> Calibration | None:
     """Return the thresholds that a store's attributes hold; None: there are none."""
     if attrs is None or ADAPTIVE not in attrs:
         return None
-    return Calibration.of_attributes(attrs[ADAPTIVE])
+    return Calibration.of_attributes(attrs[ADAPTIVE], request)
 
 
 @dataclass(frozen=True)
