@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -98,10 +98,13 @@ class Captured:
         return self.base[:, [local[p] for p in plan.pair[patches].tolist()]]
 
 
-class Captures:
+OneLoader = TypeVar("OneLoader", bound=Loader)
+
+
+class Captures(Generic[OneLoader]):
     """Captured batches, kept only for the pairs of the last call: shards come in order of pairs."""
 
-    def __init__(self, request: Request, runner: Loader) -> None:
+    def __init__(self, request: Request, runner: OneLoader) -> None:
         self.request, self.runner = request, runner
         self._kept: dict[tuple[int, ...], Captured] = {}
 
