@@ -166,7 +166,7 @@ def test_a_sweep_keeps_its_tolerance_and_says_so() -> None:
         assert np.abs(within[name] - exact[name]).max() <= 0.01
         site = recorded["sites"][name]
         assert 0 < site["sample_token_layers"] < 1
-        assert max(site["largest_error"].values()) <= 0.005
+        assert max(site["largest_error"].values()) <= 0.0034
         # a value that did not run is the base metric plus its linear part
         idle = within[f"{name}_token_layers"] == 0
         np.testing.assert_allclose(

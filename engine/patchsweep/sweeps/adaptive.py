@@ -45,11 +45,10 @@ LINEAR, TOKEN_LAYERS = "_linear", "_token_layers"
 # (theta in units of the tolerance, tau) from loose to strict; a site gets the loosest one whose
 # largest error on its sample is within `MARGIN` times the tolerance
 LEVELS = ((0.5, 0.03), (0.3, 0.01), (0.1, 0.003), (0.03, 0.001), (0.01, 3e-4), (0.003, 1e-4))
-MARGIN = 0.5
+MARGIN = 1 / 3
 N_AT_ONCE = 3  # levels that are tried first, together; the others follow if none is enough
 # patches of the sample, per site: as many of the largest estimates as random live ones
-N_EACH = 12
-LIVE_PER_MORE = 1000  # one more of each for so many live patches
+N_EACH = 12  # and a quarter of the root of the number of live patches
 # pairs that the sample comes from, evenly spread over the run's
 N_PAIRS = 4
 
@@ -316,7 +315,7 @@ class Adaptive:
         """Return a site's part of the sample in one pair, the same in every process."""
         (pair,) = captured.batch.pairs
         live = plan.live_patches([pair])
-        n = -(-(N_EACH + plan.n_live // LIVE_PER_MORE) // n_pairs)
+        n = -(-(N_EACH + math.isqrt(plan.n_live) // 4) // n_pairs)
         estimates = np.abs(self.estimates(captured, PatchSet(plan, live))).max(axis=0)
         largest = live[np.argsort(-estimates, kind="stable")[:n]]
         rng = np.random.default_rng([zlib.crc32(plan.site.name.encode()), pair])
