@@ -231,6 +231,42 @@ def test_damage_to_a_sweep_is_told_and_mended(
     damaged_row(kind, way, told_status, told_verify, told_run, told_report)
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        ("z_atp/c.*", "z_relp/c.*"),
+        ("base_metric/c.0.0", "source_metric/c.0.0"),
+        ("answer/c.0", "wrong_answer/c.0"),
+        ("metric/c.0", "metric_unit/c.0"),
+    ],
+    ids=["estimates", "metrics", "answers", "labels"],
+)
+def test_two_files_that_change_places_are_told_and_mended(
+    files: tuple[str, str], tmp_path: Path, capsys: Any
+) -> None:
+    """Each is sound by itself, in the other's place it is not."""
+    store = tmp_path / "a.zarr"
+
+    def write() -> None:
+        ps.sweep(
+            model(NAME), pairs(), "z", ["prob", "logit"], layers=[0, 2], positions=[11, 15],
+            method=["exact", "atp", "relp"], store=store,
+        )  # fmt: skip
+
+    write()
+    before = checksums(store)
+    one, other = (sorted(store.glob(file))[0] for file in files)
+    first, second = one.read_bytes(), other.read_bytes()
+    assert first != second
+    one.write_bytes(second)
+    other.write_bytes(first)
+    code, told = say(capsys, "verify", store)
+    assert code == EXIT_PROBLEMS
+    assert "run the command that wrote the store again" in told
+    write()
+    assert checksums(store) == before
+
+
 @pytest.mark.parametrize(("kind", "way"), cases(RESULTS, {"results of an analysis"}))
 def test_damage_to_results_of_an_analysis_is_told(
     kind: str, way: str, sound: Path, tmp_path: Path, capsys: Any, damaged_row: Row
