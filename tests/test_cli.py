@@ -12,8 +12,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import patchsweep as ps
 import pytest
 import xarray as xr
 import yaml
@@ -412,6 +414,24 @@ def test_demo_on_a_tiny_model(here: Path, capsys: pytest.CaptureFixture[str]) ->
         assert "All is well: 24 random cells" in out
         assert "4/4 z/0.0" in out
     assert (here / "d" / "report.html").exists()
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), 1.0])
+def test_demo_with_wrong_cells_is_not_well(
+    here: Path,
+    wrong: float,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def off(*args: Any, **more: Any) -> Any:
+        ds = ps.sweep(*args, **more)
+        return ds.assign({name: ds[name] + wrong for name in ds.data_vars})
+
+    monkeypatch.setattr("patchsweep.cli.demo.sweep", off)
+    assert patchsweep("demo", "--model", "tiny:llama", "--out", "d") != EXIT_DONE
+    out = capsys.readouterr().out
+    assert "All is well" not in out
+    assert "NOT well" in out
 
 
 def test_store_without_a_config_is_refused_by_verify() -> None:
