@@ -205,6 +205,14 @@ def test_cells_of_patterns_of_512_pairs_take_little_memory(smollm2, site: str) -
     assert peak < 300e6
 
 
+def test_a_plan_of_estimates_prices_no_exact_patch() -> None:
+    cost = ps.plan(model("tiny:llama"), demo_pairs("tiny:llama"), "z", method="atp")
+    assert [site.n_exact for site in cost.sites] == [0]
+    (part,) = cost.parts
+    assert part.name == "atp"
+    assert 0 < cost.token_layers == part.token_layers < cost.loop_token_layers / 10
+
+
 @pytest.mark.parametrize("max_tokens", [37, 150, 10_000])
 def test_packed_batches_are_counted_without_being_made(max_tokens: int) -> None:
     bridge = model("tiny:llama")
