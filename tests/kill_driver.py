@@ -2,7 +2,7 @@
 
 That again and again until the wanted number of kills has fallen.
 
-    python tests/kill_driver.py FOLDER N_KILLS N_SLICES
+    python tests/kill_driver.py FOLDER N_KILLS N_SLICES [TOLERANCE]
 
 Children are forked after the imports, so that a kill falls into the sweep and not into them.
 Prints one JSON line.
@@ -36,7 +36,7 @@ NAME = "tiny:llama"
 SITES = ["resid_pre", "z", "mlp_out"]
 
 
-def main(folder: Path, n_kills: int, n_slices: int) -> None:
+def main(folder: Path, n_kills: int, n_slices: int, tolerance: float | None = None) -> None:
     model = ps.load_model(NAME)
     pairs = ps.PromptPairs.from_strings(
         model,
@@ -52,6 +52,7 @@ def main(folder: Path, n_kills: int, n_slices: int) -> None:
             SITES,
             store=store,
             runner="packed",
+            tolerance=tolerance,
             slice_index=index,
             n_slices=n,
         )
@@ -102,4 +103,4 @@ def main(folder: Path, n_kills: int, n_slices: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *map(float, sys.argv[4:]))

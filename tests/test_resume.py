@@ -13,9 +13,9 @@ import pytest
 DRIVER = Path(__file__).parent / "kill_driver.py"
 
 
-def _drive(folder: Path, n_kills: int, n_slices: int) -> dict:
+def _drive(folder: Path, n_kills: int, n_slices: int, *more: str) -> dict:
     found = subprocess.run(
-        [sys.executable, "-W", "ignore", str(DRIVER), str(folder), str(n_kills), str(n_slices)],
+        [sys.executable, "-W", "ignore", DRIVER, folder, str(n_kills), str(n_slices), *more],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -36,6 +36,13 @@ def test_killed_run_resumes_to_same_bytes(tmp_path: Path) -> None:
 def test_killed_slices_resume_to_same_bytes(tmp_path: Path) -> None:
     result = _drive(tmp_path, n_kills=20, n_slices=4)
     assert result["killed"] == 20
+    assert all(result["equal"])
+
+
+@pytest.mark.slow
+def test_killed_slices_with_a_tolerance_resume_to_same_bytes(tmp_path: Path) -> None:
+    result = _drive(tmp_path, 40, 4, "0.01")
+    assert result["killed"] == 40
     assert all(result["equal"])
 
 
