@@ -98,6 +98,7 @@ SWEEP_CASES: dict[str, tuple[Any, str]] = {
     "metrics": (["prob"], r"metrics\[0\] is prob in this run and logit_diff in the store"),
     "direction": ("denoising", "direction is denoising in this run and noising in the store"),
     "intervention": (5.0, "intervention is constant 5.0 in this run and constant 0.0 in the store"),
+    "tolerance": (0.01, "methods.exact.tolerance is only in this run"),
     "layers": ([2], "sites.z.layers is 2 in this run and 1 in the store"),
     "positions": ([16], "sites.z.positions is 16 in this run and 15 in the store"),
     "heads": ([1], "sites.z.heads is 1 in this run and 0 in the store"),

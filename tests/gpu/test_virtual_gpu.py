@@ -123,6 +123,7 @@ SWEEPS: dict[str, tuple[Any, dict[str, Any]]] = {
 WITH_GRADIENTS: dict[str, Any] = {
     "attribution": sweep(PLAIN, method=["atp", "ig_inputs", "relp"], runner="auto"),
     "screen": sweep(["z"], method=Screen(k=5), runner="auto"),
+    "tolerance": sweep(["z", "resid_pre", "k"], tolerance=0.1),
     "edges": lambda model, given: ps.screen_edges(model, given, top=6),
     "circuit": lambda model, given: ps.circuit(model, given, sizes=[0.1]),
     "pattern-scores": lambda model, given: pattern_scores(model, given).scores,

@@ -231,9 +231,9 @@ def _phases(stack: ExitStack, gpu: Gpu) -> None:
     within(batches.PackedRunner, "load", "load (capture)")
     within(batches.PackedRunner, "references", "references")
     within(batches.PackedRunner, "_run_packed_batch", "packed batch: around the blocks")
-    within(batches.PackedRunner, "_metrics", "packed batch: unembedding")
-    within(replay._State, "enter", "packed batch: enter a block")
-    within(replay._State, "replay", "packed batch: the block itself")
+    within(batches.PackedRunner, "metrics_of", "packed batch: unembedding")
+    within(replay.PackedBlocks, "enter", "packed batch: enter a block")
+    within(replay.PackedBlocks, "replay", "packed batch: the block itself")
 
 
 def move(

@@ -18,14 +18,12 @@ import patchsweep as ps
 import pytest
 import xarray as xr
 from patchsweep.analyses.logit_lens import lens
+from patchsweep.analyses.stages import Stages
 from patchsweep.cli import main
-from patchsweep.cli.analysis import stored
 from patchsweep.cli.main import EXIT_MISTAKE
-from patchsweep.cli.schema.run import StoreConfig
 from patchsweep.cli.verify import EXIT_PROBLEMS
 from patchsweep.errors import StoreError
 from patchsweep.report import write_report
-from patchsweep.store.attributes import attributes
 from patchsweep.store.backends.address import open_folder
 from patchsweep.store.lease import Leases
 from patchsweep.store.status import EXIT_INCOMPLETE
@@ -137,9 +135,9 @@ def looked() -> xr.Dataset:
 
 def look(store: Path) -> bool:
     """What `patchsweep lens` does with its store; whether the results were there already."""
-    attrs = attributes(looked())
-    kept = {key: attrs[key] for key in ("kind", "identity")}
-    return stored(StoreConfig(str(store)), kept, looked)[1]
+    stages = Stages(store)
+    lens(model(NAME), demo_pairs(NAME), stages=stages)
+    return stages.known
 
 
 @pytest.fixture(autouse=True)
