@@ -53,23 +53,29 @@ def differentiable_run(
     *,
     fixed_pattern: bool = False,
     on_attention: Callable[[int, Heads], None] | None = None,
+    on_output: Callable[[int, Tensor], None] | None = None,
+    on_gradient: Callable[[Place, Tensor], None] | None = None,
     after: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Tensor:
     """Return the base run's logits; a backward pass from them fills `estimates` at `sites`.
 
-    Each gradient is reduced over d in its hook, so that no gradient is kept.
+    Each gradient is reduced over d in its hook, so that no gradient is kept. `sites` may hold more
+    than those of `estimates`; `on_gradient` is called with the gradient at each of them.
     """
 
     def add_hook(place: Place, x: Tensor) -> None:
         # x holds the hook, so a hook that held x would keep both alive for ever
         base = x.detach()
 
-        def on_gradient(grad: Tensor) -> None:
-            flat = place.flat(base)
-            values = work.values(place.site, place.layer, flat)
-            estimates.add(place, values, flat, place.flat(grad))
+        def reduce(grad: Tensor) -> None:
+            if on_gradient is not None:
+                on_gradient(place, place.flat(grad).detach())
+            if place.site.name in estimates.plans:
+                flat = place.flat(base)
+                values = work.values(place.site, place.layer, flat)
+                estimates.add(place, values, flat, place.flat(grad))
 
-        x.register_hook(on_gradient)
+        x.register_hook(reduce)
 
     with torch.enable_grad():
         return work.tape.forward(
@@ -80,5 +86,6 @@ def differentiable_run(
             gradient=True,
             fixed_pattern=fixed_pattern,
             on_attention=on_attention,
+            on_output=on_output,
             after=after,
         )

@@ -76,6 +76,14 @@ class Prefix:
     values: list[Float[Tensor, "row kv_head pos d"]]
 
 
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of each metric on the base run, one batch of prompts."""
+
+    stream: list[Float[Tensor, "metric pair pos d_model"]]  # at each block's input; + final
+    z: list[Float[Tensor, "metric pair head pos d_v"]]  # at each block's attention output
+
+
 # called with every watched activation; may write into it if nothing before it takes a gradient
 Visit = Callable[[Place, Tensor], None]
 

@@ -8,13 +8,27 @@ import numpy as np
 import xarray as xr
 
 from patchsweep.store.attributes import attributes
+from patchsweep.store.difference import ADAPTIVE
 
-TOKEN_LAYERS = "_token_layers"
+LINEAR, TOKEN_LAYERS = "_linear", "_token_layers"  # endings of the variables beside a site's
+
+
+def in_units(
+    tolerance: float | str | None, base: np.ndarray[Any, Any], source: np.ndarray[Any, Any]
+) -> np.ndarray[Any, Any]:
+    """Return a tolerance in units of each metric, in the shape of `base` and `source`.
+
+    A text such as "1%" is a share of |source - base|; None is 0.
+    """
+    gap = np.abs(source - base)
+    if isinstance(tolerance, str):
+        return np.float32(float(tolerance.removesuffix("%")) / 100) * gap
+    return np.full_like(gap, float(tolerance or 0.0))
 
 
 def tolerance_notes(ds: xr.Dataset) -> list[str]:
     """Return a sentence per site of a run with `tolerance=`; none for other runs."""
-    recorded = attributes(ds).get("adaptive")
+    recorded = attributes(ds).get(ADAPTIVE)
     if not isinstance(recorded, dict):
         return []
     return [
@@ -25,12 +39,9 @@ def tolerance_notes(ds: xr.Dataset) -> list[str]:
 
 def allowed_error(ds: xr.Dataset) -> np.ndarray[Any, Any]:
     """Return the tolerance `[metric, pair]` in units of each metric; 0 for exact runs."""
-    recorded = attributes(ds).get("adaptive")
-    given = recorded.get("tolerance") if isinstance(recorded, dict) else 0.0
-    gap = np.abs(ds["source_metric"].values - ds["base_metric"].values)
-    if isinstance(given, str):
-        return gap * float(given.removesuffix("%")) / 100
-    return np.full_like(gap, float(given or 0.0))
+    recorded = attributes(ds).get(ADAPTIVE)
+    given = recorded.get("tolerance") if isinstance(recorded, dict) else None
+    return in_units(given, ds["base_metric"].values, ds["source_metric"].values)
 
 
 def _note(ds: xr.Dataset, name: str, site: dict[str, Any], tolerance: Any) -> str:
@@ -42,10 +53,11 @@ def _note(ds: xr.Dataset, name: str, site: dict[str, Any], tolerance: Any) -> st
     )
     counts = ds[name + TOKEN_LAYERS].isel(metric=0).values
     plan = attributes(ds)["plan"][name]
-    ran = int((counts > 0).sum())
+    linear = (ds[name + LINEAR] != 0).any("metric").values
+    estimated = int((linear & (counts == 0)).sum())
     return (
         f"{name}: tolerance {tolerance}; on a sample of {site['n']} patches run both ways: "
-        f"{errors}; {ran} of {plan['n_live']} live patches ran, the others are linear "
+        f"{errors}; {estimated} of {plan['n_live']} live patches are linear "
         f"estimates; {np.nansum(counts) / max(1, plan['token_layers']):.1%} of the exact "
         "sweep's token-layers"
     )

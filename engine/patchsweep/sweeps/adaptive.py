@@ -18,13 +18,14 @@ import numpy as np
 from torch import Tensor
 
 from patchsweep.attribution import Atp, check_request
-from patchsweep.attribution.base_gradients import STREAM, BaseGradients, base_gradients
+from patchsweep.attribution.base_gradients import STREAM, base_gradients
+from patchsweep.attribution.estimates import Estimates
 from patchsweep.attribution.estimates import Work as Attributed
 from patchsweep.errors import ConfigError, MethodError
-from patchsweep.forward.grad import GradientModel
+from patchsweep.forward.grad import GradientModel, Gradients
 from patchsweep.models.arithmetic import SIXTEEN_BITS
 from patchsweep.models.compute import name_of
-from patchsweep.runners.packed.adaptive import Gradients
+from patchsweep.results.tolerance import LINEAR, TOKEN_LAYERS, in_units
 from patchsweep.runners.packed.adaptive_runner import AdaptiveRunner, AdaptiveSet
 from patchsweep.runners.packed.runner import Loaded, PackedRunner
 from patchsweep.runners.select import RunnerChoice
@@ -40,8 +41,6 @@ from patchsweep.sweeps.executor import Values
 from patchsweep.sweeps.layout import dims_of, shape_of
 from patchsweep.sweeps.thresholds import EXACTLY, Calibration, Ran, Sample
 
-LINEAR, TOKEN_LAYERS = "_linear", "_token_layers"
-
 # (theta in units of the tolerance, tau) from loose to strict; a site gets the loosest one whose
 # largest error on its sample is within `MARGIN` times the tolerance
 LEVELS = ((0.5, 0.03), (0.3, 0.01), (0.1, 0.003), (0.03, 0.001), (0.01, 3e-4), (0.003, 1e-4))
@@ -53,7 +52,7 @@ N_EACH = 12  # and a quarter of the root of the number of live patches
 N_PAIRS = 4
 
 
-def check_tolerance(request: Request, others: Mapping[str, bool]) -> None:
+def check_adaptive(request: Request, others: Mapping[str, bool]) -> None:
     """Check that the run's tolerance can be met; `others` names settings that exclude it.
 
     Raises:
@@ -79,12 +78,7 @@ def check_tolerance(request: Request, others: Mapping[str, bool]) -> None:
 
 def tolerance_of(request: Request, captured: Captured) -> Values:
     """Return the tolerance `[metric, pair of the batch]` in units of each metric."""
-    given = request.spec.tolerance
-    if isinstance(given, str):
-        share = float(given.removesuffix("%")) / 100
-        return (share * np.abs(captured.source - captured.base)).astype(np.float32)
-    assert given is not None
-    return np.full(captured.base.shape, float(given), np.float32)
+    return in_units(request.spec.tolerance, captured.base, captured.source)
 
 
 def adaptive_variables(request: Request) -> tuple[Variable, ...]:
@@ -116,7 +110,8 @@ class _Loaded:
     """A captured batch with the base run's gradients."""
 
     packed: Loaded
-    gradients: BaseGradients
+    estimates: Estimates  # of the swept sites: atp
+    gradients: Gradients
 
     @property
     def batch(self) -> Batch:
@@ -153,7 +148,7 @@ class _Loader:
             source_logits=self.runner.packed.logits_of(loaded, "source"),
         )
         with self.model.frozen():
-            return _Loaded(loaded, base_gradients(work))
+            return _Loaded(loaded, *base_gradients(work))
 
     def references(self, loaded: _Loaded, metrics: Sequence[Metric]) -> tuple[Tensor, Tensor]:
         """See `Runner`."""
@@ -220,7 +215,7 @@ class Adaptive:
         tolerance = tolerance_of(self.request, captured)
         results = self._loader.runner.run(
             loaded.packed,
-            Gradients(loaded.gradients.stream, loaded.gradients.z),
+            loaded.gradients,
             [
                 AdaptiveSet(
                     chosen,
@@ -240,7 +235,7 @@ class Adaptive:
         assert isinstance(plan, SitePlan)
         loaded: _Loaded = captured.loaded
         return check_cells(
-            loaded.gradients.estimates.cells(plan, chosen.patches, captured.batch),
+            loaded.estimates.cells(plan, chosen.patches, captured.batch),
             plan,
             chosen.patches,
             self.request.metrics,

@@ -36,7 +36,7 @@ from patchsweep.spec.spec import (
     as_spec,
     make_request,
 )
-from patchsweep.store.difference import IDENTITY
+from patchsweep.store.difference import ADAPTIVE, IDENTITY
 from patchsweep.store.journal import Journal
 from patchsweep.store.layout import Layout
 from patchsweep.store.store import Store, check_space, recorded_attributes
@@ -44,7 +44,7 @@ from patchsweep.sweeps.adaptive import (
     Adaptive,
     AdaptiveWork,
     adaptive_variables,
-    check_tolerance,
+    check_adaptive,
 )
 from patchsweep.sweeps.bf16 import RecheckedWork, check_proof, recheck_variables
 from patchsweep.sweeps.cost import Cost, estimate
@@ -56,7 +56,7 @@ from patchsweep.sweeps.layout import Memory, make_layout
 from patchsweep.sweeps.means import keep_means
 from patchsweep.sweeps.methods import EXACT, MethodLike, MethodSpec, parse_methods
 from patchsweep.sweeps.screen import ScreenWork
-from patchsweep.sweeps.thresholds import ADAPTIVE, Calibration
+from patchsweep.sweeps.thresholds import Calibration
 
 log = logging.getLogger("patchsweep")
 
@@ -373,7 +373,7 @@ def _check_settings(
             "precision=bf16": precision == "bf16",
             "runner=hooked": runner == "hooked",
         }
-        check_tolerance(request, others)
+        check_adaptive(request, others)
     return method_spec
 
 

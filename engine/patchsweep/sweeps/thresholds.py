@@ -11,10 +11,8 @@ import numpy as np
 from patchsweep.errors import ConfigError
 from patchsweep.spec.plan import Ints
 from patchsweep.spec.spec import Request
-from patchsweep.store.difference import DECIDED
 from patchsweep.sweeps.executor import Values
 
-(ADAPTIVE,) = DECIDED  # the attribute of a store
 EXACTLY = (0.0, 0.0)  # thresholds that leave nothing asleep
 Ran = tuple[Values, Values, Ints]  # values, linear parts, token-layers of one set
 

@@ -191,18 +191,26 @@ class EdgeBatches:
     @cached_property
     def _ready(self) -> tuple[Blocks, Nodes]:
         """Return the model's blocks and nodes, and prepare the intervention."""
-        bridge = self.question.bridge
-        try:
-            blocks = Blocks(bridge, compute_dtype_of(bridge))
-            nodes = nodes_of(bridge, blocks.parallel())
-        except Unsupported as error:
-            raise unfit(bridge, error) from error
-        except PatchsweepError:
-            raise
-        except Exception as error:  # blocks of an unknown kind may raise anything
-            raise unfit(bridge, error) from error
+        blocks, nodes = blocks_and_nodes(self.question.bridge)
         _prepare(self.question, blocks)
         return blocks, nodes
+
+
+def blocks_and_nodes(bridge: TransformerBridge) -> tuple[Blocks, Nodes]:
+    """Return the model's blocks, which run part by part, and its nodes.
+
+    Raises:
+        MethodError: the blocks cannot be split at the residual stream.
+    """
+    try:
+        blocks = Blocks(bridge, compute_dtype_of(bridge))
+        return blocks, nodes_of(bridge, blocks.parallel())
+    except Unsupported as error:
+        raise unfit(bridge, error) from error
+    except PatchsweepError:
+        raise
+    except Exception as error:  # blocks of an unknown kind may raise anything
+        raise unfit(bridge, error) from error
 
 
 def run_batches(

@@ -18,19 +18,15 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.analyses.circuits import exact_edges
-from patchsweep.analyses.circuits.edge_batch import Changes, EdgeBatch, nodes_of
+from patchsweep.analyses.circuits.edge_batch import Changes, EdgeBatch, blocks_and_nodes
 from patchsweep.analyses.circuits.exact import exact
 from patchsweep.analyses.circuits.nodes import Edge, Reader
 from patchsweep.analyses.heads.optimal import Head
 from patchsweep.data.pairs import PromptPairs
-from patchsweep.errors import PatchsweepError
-from patchsweep.forward.blockwise import Blocks, unfit
 from patchsweep.forward.capture import capture, watch
 from patchsweep.forward.grad import frozen
 from patchsweep.forward.site_locations import resolve_site
 from patchsweep.forward.trace import Trace
-from patchsweep.forward.unwrapped import Unsupported
-from patchsweep.models.compute import compute_dtype_of
 from patchsweep.models.offload import device_of
 from patchsweep.spec.batch import Batch, make_batches
 from patchsweep.spec.metrics import METRICS
@@ -57,15 +53,7 @@ class Behaviour:
 
     def __init__(self, model: TransformerBridge, pairs: PromptPairs, read: int) -> None:
         self.model, self.pairs, self.read = model, pairs, read
-        try:
-            self.blocks = Blocks(model, compute_dtype_of(model))
-            self.nodes = nodes_of(model, self.blocks.parallel())
-        except Unsupported as error:
-            raise unfit(model, error) from error
-        except PatchsweepError:
-            raise
-        except Exception as error:  # blocks of an unknown kind may raise anything
-            raise unfit(model, error) from error
+        self.blocks, self.nodes = blocks_and_nodes(model)
         self.shape = (len(pairs), self.nodes.n_layers, self.nodes.n_heads)
         self.points = resolve_site(self.blocks.unwrapped, SITES["z"]).points
 

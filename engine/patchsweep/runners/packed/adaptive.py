@@ -21,22 +21,15 @@ from jaxtyping import Float, Int
 from patchsweep_kernels.replaced import Tokens, attention_change, replaced_attention
 from torch import Tensor
 
+from patchsweep.forward.grad import Gradients
 from patchsweep.forward.unwrapped import UnwrappedModel
 from patchsweep.runners.packed.forward import PackedBlocks, PackedInput
-from patchsweep.runners.packed.packing import Packing
+from patchsweep.runners.packed.packing import PackedTokens
 from patchsweep.runners.packed.schedule import PackedBatch
 
 # a token wakes where its attention output changes by this many tau, and sleeps where its residual
 # changes by less than tau: measured, see docs/design/adaptive.md
 _WAKE = 5.0
-
-
-@dataclass(frozen=True)
-class Gradients:
-    """Gradients of each metric on the base run, one batch of prompts."""
-
-    stream: list[Float[Tensor, "metric pair pos d_model"]]  # at each block's input; + final
-    z: list[Float[Tensor, "metric pair head pos d_v"]]  # at each block's attention output
 
 
 @dataclass(frozen=True)
@@ -199,22 +192,8 @@ class _AdaptiveBlocks(PackedBlocks):
         if patched:
             inside = (packed.start[row] <= pos) & (pos < packed.stop[row])
             write = np.flatnonzero(inside & packed.write_layers[row, layer])
-        nothing = np.empty(0, np.int64)
         self.token_pair, self.token_pos = tokens.pair, tokens.pos
-        self.packing = Packing(
-            layer=layer,
-            rows=nothing,
-            offsets=nothing,
-            start=nothing,
-            pair=nothing,
-            token_pair=packed.pair[row],
-            token_pos=pos,
-            carried_from=nothing,
-            carried_to=nothing,
-            write_token=write,
-            write_row=row[write],
-            same=False,
-        )
+        self.packing = PackedTokens(layer, packed.pair[row], pos, write, row[write])
 
     def _wake(self, layer: int, tokens: Tokens) -> Tokens:
         """Return the asleep tokens that wake, given the new keys of `tokens`; add the others."""

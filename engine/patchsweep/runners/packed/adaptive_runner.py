@@ -10,14 +10,10 @@ import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
+from patchsweep.forward.grad import Gradients
 from patchsweep.forward.site_locations import SiteLocation
 from patchsweep.models.memory import is_out_of_memory
-from patchsweep.runners.packed.adaptive import (
-    Gradients,
-    Thresholds,
-    TooManyAwake,
-    run_adaptive_batch,
-)
+from patchsweep.runners.packed.adaptive import Thresholds, TooManyAwake, run_adaptive_batch
 from patchsweep.runners.packed.forward import PackedInput
 from patchsweep.runners.packed.runner import Loaded, PackedRunner
 from patchsweep.runners.packed.schedule import PackedBatch, make_packed_batches
@@ -53,9 +49,6 @@ class AdaptiveValues:
 class AdaptiveRunner:
     """Runs what a patch changes, and takes the rest to first order, see `adaptive`."""
 
-    name = "packed"
-    joins = True
-
     def __init__(self, packed: PackedRunner) -> None:
         self.packed = packed
 
@@ -82,7 +75,9 @@ class AdaptiveRunner:
         token_layers = np.zeros(values.shape[1], np.int64)
         theta = np.concatenate([s.theta[:, p] for s, p in zip(sets, pair, strict=True)], axis=1)
         tau = np.repeat([s.tau for s in sets], [len(s.patches) for s in chosen])
-        sizes = np.concatenate([self._relative_change(loaded, s) for s in chosen])
+        sizes = np.concatenate(
+            [self._relative_change(loaded, s, p) for s, p in zip(chosen, pair, strict=True)]
+        )
         starts = np.flatnonzero((np.abs(linear) > theta).any(axis=0) | (sizes > tau))
         given = PackedInput(
             loaded.base, [self.packed.patch_values(s, loaded) for s in chosen], local
@@ -155,10 +150,12 @@ class AdaptiveRunner:
         linear = rows.linear.cpu().numpy()
         return values + linear, linear, rows.token_layers.cpu().numpy()
 
-    def _relative_change(self, loaded: Loaded, chosen: PatchSet) -> NDArray[np.float64]:
+    @staticmethod
+    def _relative_change(loaded: Loaded, chosen: PatchSet, pair: Ints) -> NDArray[np.float64]:
         """Return, per patch, the norm of the replaced value's change relative to the value's.
 
-        Infinite where it is unknown: such patches always start.
+        Patch i is of `pair[i]` of the batch. Infinite where it is unknown: such patches always
+        start.
         """
         plan, base = chosen.plan, loaded.base
         site = plan.site
@@ -167,7 +164,6 @@ class AdaptiveRunner:
         sizes = np.full(len(chosen.patches), np.inf)
         if site.is_pattern or site.unit == "neuron" or (site.in_stream and not site.layered):
             return sizes
-        pair = np.array([loaded.batch.local[p] for p in cells.pair.tolist()], np.int64)
         for number, layers in enumerate(plan.axes.layers):
             of_layer = np.flatnonzero(single & (cells.layer_set == number))
             if not len(of_layer):

@@ -18,7 +18,7 @@ from patchsweep.forward.capture import ActivationCache, watch
 from patchsweep.forward.site_locations import SiteLocation
 from patchsweep.forward.unwrapped import Attend, HookLocation, UnwrappedModel, attention_settings
 from patchsweep.models.arithmetic import last_bit_turned
-from patchsweep.runners.packed.packing import Packing, pack
+from patchsweep.runners.packed.packing import PackedTokens, Packing, pack
 from patchsweep.runners.packed.schedule import PackedBatch
 from patchsweep.spec.plan import Column, Ints
 from patchsweep.spec.sites import Site
@@ -76,7 +76,7 @@ class PackedBlocks:
             self.members.setdefault(values.point.site.name, []).append(i)
         sites = {values.point.site.name: values.point.site for values in given.donors}
         self.stream = [name for name, site in sites.items() if site.in_stream]
-        self.packing: Packing
+        self.packing: PackedTokens
         self.rows: Rows
         self.token_pair: Tensor
         self.token_pos: Tensor

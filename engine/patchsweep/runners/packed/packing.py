@@ -12,20 +12,26 @@ from patchsweep.spec.plan import Ints
 
 
 @dataclass(frozen=True)
-class Packing:
-    """The tokens of a packed batch at the input of one block."""
+class PackedTokens:
+    """What the hooks of one block call must know of its packed tokens."""
 
     layer: int  # the block; n_layers: the final residual
+    token_pair: Ints  # [token]
+    token_pos: Ints  # [token] position in the prompt
+    write_token: Ints  # [write] packed index of a token that is patched at this layer
+    write_row: Ints  # [write] its row in the packed batch
+
+
+@dataclass(frozen=True)
+class Packing(PackedTokens):
+    """The tokens of a packed batch at the input of one block."""
+
     rows: Ints  # [active] rows of the packed batch that are present
     offsets: Ints  # [active + 1] cu_seqlens: row i owns packed tokens offsets[i]:offsets[i+1]
     start: Ints  # [active] position of the row's first token
     pair: Ints  # [active]
-    token_pair: Ints  # [token]
-    token_pos: Ints  # [token] position in the prompt
     carried_from: Ints  # [carried] packed index in the previous block
     carried_to: Ints  # [carried] packed index here; all other tokens are copied from the base run
-    write_token: Ints  # [write] packed index of a token that is patched at this layer
-    write_row: Ints  # [write] its row in the packed batch
     same: bool  # no token enters or leaves: the input is the previous block's output
 
     @property
