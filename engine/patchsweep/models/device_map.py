@@ -25,7 +25,7 @@ class Placement:
     """A device map and its limits."""
 
     device_map: str | dict[str, str | int]
-    max_memory: dict[str | int, str | int]  # device -> bytes, or a text such as 60GiB
+    max_memory: dict[str | int, str | int] | None  # device -> bytes or a text such as 60GiB
     offload_folder: str | None  # for weights that cannot stay in the model's own files
 
     def arguments(self) -> dict[str, Any]:
@@ -35,8 +35,12 @@ class Placement:
             "offload_folder": self.offload_folder,
         }
         if isinstance(self.device_map, str):
-            arguments["max_memory"] = self.max_memory
+            arguments["max_memory"] = self.limits()
         return arguments
+
+    def limits(self) -> dict[str | int, str | int]:
+        """Return what each device may hold: `max_memory`, or most of what is free now."""
+        return default_memory() if self.max_memory is None else self.max_memory
 
 
 def as_placement(
@@ -67,7 +71,7 @@ def as_placement(
         return None
     return Placement(
         device_map if isinstance(device_map, str) else dict(device_map),
-        default_memory() if max_memory is None else _numbered(max_memory),
+        None if max_memory is None else _numbered(max_memory),
         None if offload_folder is None else str(offload_folder),
     )
 

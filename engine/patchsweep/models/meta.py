@@ -62,7 +62,7 @@ def mapped(model: PreTrainedModel, placement: Placement) -> dict[str, str | int]
     if not isinstance(placement.device_map, str):
         return placement.device_map
     no_split = model._no_split_modules
-    memory = placement.max_memory
+    memory = placement.limits()
     if placement.device_map != "sequential":
         memory = get_balanced_memory(
             model,
