@@ -78,10 +78,9 @@ def differentiable_run(
         x.register_hook(reduce)
 
     with torch.enable_grad():
-        return work.tape.forward(
+        return work.forward(
             work.batch.base,
             add_hook,
-            work.batch.reads,
             sites=sites,
             gradient=True,
             fixed_pattern=fixed_pattern,

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from patchsweep.attribution.atp import differentiable_run
 from patchsweep.attribution.estimates import Estimates, Found, Work, backward_each
 from patchsweep.errors import MethodError
-from patchsweep.forward.capture import attention_pattern
+from patchsweep.forward.pattern import attention_pattern
 from patchsweep.forward.grad import GradientModel, Heads, Place
 from patchsweep.spec.interventions import Intervention
 from patchsweep.spec.plan import SitePlan
@@ -59,7 +59,7 @@ class AtpStar:
         )
         scores = work.score(logits, logits.detach())
         if self.grad_drop:
-            self._dropped(work.tape.n_layers, estimates, scores, switch)
+            self._dropped(work.gradients.n_layers, estimates, scores, switch)
         else:
             backward_each(scores, estimates)
         return Found(estimates, logits.detach())
@@ -100,7 +100,7 @@ class AtpStar:
 
 
 def check_intervention(
-    tape: GradientModel, sites: Sequence[Site], intervention: Intervention
+    model: GradientModel, sites: Sequence[Site], intervention: Intervention
 ) -> None:
     """Raise unless each patched query and key is also known after rotary, where AtP* needs it.
 
@@ -109,7 +109,7 @@ def check_intervention(
     """
     for site in sites:
         before_rotary = (
-            site.projected and site.side != "value" and not tape.points[site.name].in_attention
+            site.projected and site.side != "value" and not model.points[site.name].in_attention
         )
         if before_rotary and not carries_over(intervention):
             raise MethodError(
@@ -136,13 +136,14 @@ def _watch_pattern(work: Work, estimates: Estimates, layer: int, heads: Heads) -
         for site in query_key_sites:
             after_rotary = SITES["rot_q" if site.side == "query" else "rot_k"]
             place = Place(after_rotary, layer, n_rows, n_pos, True)
-            base = heads.q if site.side == "query" else heads.k
+            base = heads.q if site.side == "query" else heads.k[:, :, -n_pos:]
             values = work.values(after_rotary, layer, place.flat(base))
             patched = values.unflatten(-1, (base.shape[1], -1)).transpose(1, 2)
             if site.side == "query":
                 effect = query_effect(heads, patched, pattern, grad)
             else:
-                effect = key_effect(heads, patched, pattern, grad)
+                patched = torch.cat([heads.k[:, :, :-n_pos], patched], dim=2)
+                effect = key_effect(heads, patched, pattern, grad)[..., -n_pos:]
                 effect = effect.unflatten(1, (base.shape[1], -1)).sum(dim=2)
             estimates.add_units(Place(site, layer, n_rows, n_pos, True), effect.transpose(1, 2))
 
@@ -151,10 +152,10 @@ def _watch_pattern(work: Work, estimates: Estimates, layer: int, heads: Heads) -
 
 def query_effect(
     heads: Heads,
-    patched: Float[Tensor, "row head pos d"],
+    patched: Float[Tensor, "row head dest d"],
     pattern: Float[Tensor, "row head dest src"],
     grad: Float[Tensor, "row head dest src"],
-) -> Float[Tensor, "row head pos"]:
+) -> Float[Tensor, "row head dest"]:
     """Q-fix: the estimate for each query, from the probabilities of its patched value."""
     patched_pattern = attention_pattern(patched, heads.k, **heads.settings)
     return ((patched_pattern - pattern) * grad).sum(dim=-1)
@@ -162,10 +163,10 @@ def query_effect(
 
 def key_effect(
     heads: Heads,
-    patched: Float[Tensor, "row kv_head pos d"],
+    patched: Float[Tensor, "row kv_head src d"],
     pattern: Float[Tensor, "row head dest src"],
     grad: Float[Tensor, "row head dest src"],
-) -> Float[Tensor, "row head pos"]:
+) -> Float[Tensor, "row head src"]:
     """K-fix: the estimate for each key and query head, summed over the queries that attend to it.
 
     A key's new score changes p_t to p'_t and scales all other probabilities by one factor. So
@@ -205,8 +206,8 @@ def log_pattern(
     """Logarithms of attention probabilities, finite where p rounds to 0; -inf where masked."""
     top, best = pattern.max(dim=-1, keepdim=True)
     total = scores.gather(-1, best) - top.log()
-    dest = torch.arange(scores.shape[2], device=scores.device)[:, None]
     src = torch.arange(scores.shape[3], device=scores.device)[None, :]
+    dest = src[:, scores.shape[3] - scores.shape[2] :].T
     hidden = src > dest
     if settings.get("window") is not None:
         hidden |= src <= dest - settings["window"]
@@ -250,7 +251,7 @@ class _Switch:
         """Hook a `_Stop` to every layer's attention and MLP output."""
         with ExitStack() as stack:
             for name in ("attn_out", "mlp_out"):
-                for layer, point in enumerate(work.tape.points[name].points):
+                for layer, point in enumerate(work.gradients.points[name].points):
                     assert point.side == "out"
                     handle = point.module.register_forward_hook(self._hook(layer))
                     stack.callback(handle.remove)

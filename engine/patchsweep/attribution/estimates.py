@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from patchsweep_kernels.attribution import attribution_dot
 from torch import Tensor
 
-from patchsweep.forward.grad import GradientModel, Place
+from patchsweep.forward.grad import Activations, GradientModel, Place, Prefix, Visit
 from patchsweep.spec.batch import Batch
 from patchsweep.spec.interventions import Intervention, values_of
 from patchsweep.spec.metrics import Logits, Metric, compute
@@ -24,15 +25,21 @@ class Estimates:
     """Estimates per site, `[metric, pair, layer, pos, unit]`, fp32; zero without a gradient.
 
     The unit axis holds the plan's sets of heads or neurons. `add` sums each set at once, so that
-    a few neurons do not need a `[pos, d_mlp]` tensor.
+    a few neurons do not need a `[pos, d_mlp]` tensor. What is added begins at position `start`.
     """
 
     def __init__(
-        self, plans: Sequence[SitePlan], shape: ModelShape, batch: Batch, n_metrics: int
+        self,
+        plans: Sequence[SitePlan],
+        shape: ModelShape,
+        batch: Batch,
+        n_metrics: int,
+        start: int = 0,
     ) -> None:
         self.metric = 0  # index of the metric whose backward pass is running
+        self.rows: Sequence[int] | slice = slice(None)  # rows of the batch that are added to
         self.plans = {plan.site.name: plan for plan in plans}
-        self._shape = shape
+        self._shape, self._start = shape, start
         self.values: dict[str, Tensor] = {}
         for plan in plans:
             n_layers = shape.n_layers if plan.site.layered else 1
@@ -76,8 +83,8 @@ class Estimates:
 
     def put(self, place: Place, effect: Tensor, weight: float) -> None:
         """Add `weight` times `effect` `[row, pos, unit set]`, one row per pair."""
-        target = self.values[place.site.name][self.metric, :, place.layer]
-        target += weight * effect.to(target)
+        target = self.values[place.site.name][self.metric, :, place.layer, self._start :]
+        target[self.rows] += weight * effect.to(target)
 
     @staticmethod
     def _by_sets(plan: SitePlan, effect: Tensor) -> Tensor:
@@ -128,16 +135,39 @@ def _sum_sets(effect: Tensor, sets: Sequence[tuple[int, ...]], *, compact: bool)
 
 @dataclass(frozen=True)
 class Work:
-    """One batch with the activations of its source run: the input of `Method.run`."""
+    """One batch with the activations of its source run: the input of `Method.run`.
 
-    tape: GradientModel
+    Tokens before `start` are the same in base and source run. Nothing changes there, so they ran
+    once and all later passes read their keys and values.
+    """
+
+    gradients: GradientModel
     batch: Batch
     plans: tuple[SitePlan, ...]
     shape: ModelShape
     metrics: tuple[Metric, ...]
     intervention: Intervention
-    source: Mapping[str, list[Tensor]]  # site -> per layer, in the shape of `Place.flat`
+    # site -> per layer, in the form of `Place.flat`, from `start` on
+    source: Mapping[str, list[Tensor]]
     source_logits: Float[Tensor, "pair read d_vocab"]
+    prefix: Prefix | None = None
+
+    @property
+    def start(self) -> int:
+        """Position of the first token that passes run."""
+        return 0 if self.prefix is None else self.prefix.length
+
+    def forward(self, tokens: Int[Tensor, "row pos"], visit: Visit, **options: Any) -> Tensor:
+        """Return the logits of a pass over `tokens`, from `start` on; see `GradientModel`."""
+        return self.gradients.forward(
+            tokens, visit, self.batch.reads, prefix=self.prefix, **options
+        )
+
+    def base_run(self, sites: Sequence[Site]) -> Activations:
+        """Return the base run's activations, from `start` on."""
+        return self.gradients.activations(
+            self.batch.base, self.batch.reads, sites, prefix=self.prefix
+        )
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -146,7 +176,20 @@ class Work:
 
     def empty(self) -> Estimates:
         """Return estimates of zero for every site."""
-        return Estimates(self.plans, self.shape, self.batch, len(self.metrics))
+        return Estimates(self.plans, self.shape, self.batch, len(self.metrics), self.start)
+
+    def rows(self, rows: Sequence[int]) -> Work:
+        """Return the work of some rows of the batch."""
+        if [*rows] == [*range(len(self.batch.pairs))]:
+            return self
+        chosen = [*rows]
+        return replace(
+            self,
+            batch=self.batch.rows(chosen),
+            source={name: [x[chosen] for x in xs] for name, xs in self.source.items()},
+            source_logits=self.source_logits[chosen],
+            prefix=None if self.prefix is None else self.prefix.rows(chosen),
+        )
 
     @torch.no_grad()
     def values(self, site: Site, layer: int, base: Tensor) -> Tensor:
@@ -184,6 +227,11 @@ class Found:
 
     estimates: Estimates
     base_logits: Float[Tensor, "pair read d_vocab"]
+    errors: Estimates | None = None  # of the estimates, with a sign; None: not known
+    # (site, layer) of a path, ("", 0) for all at once: what its estimates add up to minus the true
+    # effect `[metric, pair]`, and the number of nodes `[pair]`
+    residuals: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)
+    nodes: Mapping[tuple[str, int], NDArray[np.int64]] = field(default_factory=dict)
 
 
 def backward_each(scores: Float[Tensor, "metric row"], estimates: Estimates) -> None:

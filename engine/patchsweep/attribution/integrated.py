@@ -4,7 +4,7 @@ Two methods differ in the path:
 
 - `ig` interpolates one site of one layer, at all positions and heads together. The estimates of
   a layer sum over positions and heads to the effect of patching the whole layer, exactly in the
-  limit of many steps; so one patch that covers all positions and heads is exact. The division
+  limit of many nodes; so one patch that covers all positions and heads is exact. The division
   of that effect among single patches remains an approximation.
 - `ig_inputs` interpolates the token embeddings and takes the gradient at every site
   (EAP-IG, Hanna et al., arXiv 2403.17806). It is complete only at the embeddings. At any other
@@ -12,126 +12,152 @@ Two methods differ in the path:
   activation itself does not follow in proportion: the sum over a layer is **not** the effect
   of patching that layer.
 
-Nodes and weights are those of Gauss-Legendre quadrature on [0, 1].
+The nodes of an integral are rows of one batch. Every estimate comes with the error of its
+integral, see `attribution.quadrature`, and with a residual: what the estimates of one path add up
+to, minus the effect that a run to the path's end gives.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from patchsweep.arguments import whole_number
-from patchsweep.attribution.estimates import Estimates, Found, Work, backward_each
-from patchsweep.errors import MethodError
-from patchsweep.forward.grad import Place
+from patchsweep.attribution.budget import token_layers_per_pass
+from patchsweep.attribution.estimates import Found, Work
+from patchsweep.attribution.integral import END, Integral, Key
+from patchsweep.attribution.quadrature import Path, Rule, Steps
+from patchsweep.forward.grad import Activations, Place
 from patchsweep.spec.plan import SitePlan
 from patchsweep.spec.sites import SITES, Site
-
-# most tokens of one forward pass; steps are stacked as rows up to this number
-MAX_TOKENS = 4096
-
-
-def nodes(n_steps: int) -> list[tuple[float, float]]:
-    """Return (node in [0, 1], weight) of each of the `n_steps` gradients.
-
-    Raises:
-        MethodError: `n_steps` is not a whole number of at least 1.
-    """
-    whole_number("n_steps", n_steps, least=1, error=MethodError)
-    x, w = np.polynomial.legendre.leggauss(n_steps)
-    return [(float(a), float(b)) for a, b in zip((x + 1) / 2, w / 2, strict=True)]
 
 
 @dataclass(frozen=True)
 class IntegratedSite:
     """`ig`: interpolates each site's own activation, layer by layer.
 
-    For every layer of every site it makes `n_steps` forward and backward passes through the
-    blocks from that layer on: for short prompts about the cost of exact patching of the site.
+    A node of a layer is a row that enters the model at that layer: about the cost of exact patches
+    of as many whole layers.
     """
 
-    n_steps: int = 5
+    n_steps: Steps = 5
+    rule: Rule = "gauss"
+    rtol: float = 1e-2
     name: str = "ig"
     at_base: bool = False
 
     def __post_init__(self) -> None:
-        nodes(self.n_steps)
+        _ = self.path
+
+    @property
+    def path(self) -> Path:
+        """The nodes."""
+        return Path(self.n_steps, self.rule, self.rtol)
 
     def run(self, work: Work) -> Found:
         """See `Method`."""
         sites = {site.name: site for site in (*work.sites, SITES["resid_pre"])}
-        base, logits = work.tape.activations(work.batch.base, work.batch.reads, [*sites.values()])
-        estimates = work.empty()
-        for plan in work.plans:
-            for layer in layers_of(plan):
-                self._layer(work, estimates, plan.site, layer, base, logits)
-        return Found(estimates, logits)
+        base = work.base_run([*sites.values()])
+        keys = [(plan.site.name, layer) for plan in work.plans for layer in layers_of(plan)]
+        keys.sort(key=lambda key: key[1])
+        integral = Integral(work, self.path, keys)
+        for nodes, rows in integral.rounds():
+            pairs = sorted({pair for of_key in rows.values() for pair in of_key})
+            for group in _groups(work, [*rows], nodes, len(pairs)):
+                _site_pass(work, base, integral, group, pairs)
+        return integral.found(base.logits)
 
     def extra_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         """See `Method`."""
         return (SITES["resid_pre"],)
 
     def passes(self, plans: tuple[SitePlan, ...], n_layers: int, n_metrics: int) -> float:
-        """See `Method`: a pass from layer L runs n_layers - L blocks."""
+        """See `Method`: a row from layer L runs n_layers - L blocks."""
         blocks = sum(n_layers - layer for plan in plans for layer in layers_of(plan))
-        return 2 + self.n_steps * (1 + n_metrics) * blocks / n_layers
+        return 2 + (1 + self.path.usual_steps * (1 + n_metrics)) * blocks / n_layers
 
-    def _layer(
-        self,
-        work: Work,
-        estimates: Estimates,
-        site: Site,
-        layer: int,
-        base: dict[str, list[Tensor]],
-        base_logits: Tensor,
-    ) -> None:
-        start = base[site.name][layer]
-        values = work.values(site, layer, start)
-        n_pairs, length = work.batch.base.shape
-        all_nodes = nodes(self.n_steps)
-        per_pass = max(1, MAX_TOKENS // (n_pairs * length))
-        for first in range(0, len(all_nodes), per_pass):
-            part = all_nodes[first : first + per_pass]
-            n = len(part)
 
-            def spread(x: Tensor, n: int = n) -> Tensor:
-                return x.repeat(n, *[1] * (x.ndim - 1))
+def _groups(
+    work: Work, keys: Sequence[Key], nodes: Sequence[int], n_pairs: int
+) -> Iterator[dict[Key, list[int]]]:
+    """Yield the nodes of each key in groups that fit one pass, from the first layer on."""
+    n_layers, n_tokens = work.gradients.n_layers, work.batch.length - work.start
+    most = token_layers_per_pass(work.gradients.bridge, work.batch.length)
+    group: dict[Key, list[int]] = {}
+    held = 0
+    for site, layer in keys:
+        cost = n_pairs * n_tokens * (n_layers - layer)
+        for node in nodes:
+            alone = not SITES[site].layered and (site, layer) not in group  # starts before block 0
+            after = any(not SITES[name].layered for name, _ in group) and SITES[site].layered
+            if group and (held + cost > most or alone or after):
+                yield group
+                group, held = {}, 0
+            group.setdefault((site, layer), []).append(node)
+            held += cost
+    if group:
+        yield group
 
-            fraction = torch.tensor([x for x, _ in part], device=start.device)
-            fraction = fraction.repeat_interleave(n_pairs).view(-1, *[1] * (start.ndim - 1))
-            moved = torch.lerp(spread(start).float(), spread(values).float(), fraction)
-            leaf = moved.to(start.dtype).requires_grad_()
-            place: list[Place] = []
 
-            def visit(
-                here: Place, x: Tensor, leaf: Tensor = leaf, place: list[Place] = place
-            ) -> None:
-                if here.layer == layer:
-                    here.write(x, leaf)
-                    place.append(here)
+def _site_pass(
+    work: Work,
+    base: Activations,
+    integral: Integral,
+    group: Mapping[Key, list[int]],
+    pairs: Sequence[int],
+) -> None:
+    """Run the nodes of a group's keys as rows of one pass, and add their gradients."""
+    part = work.rows(pairs)
+    leaves: dict[Key, Tensor] = {}
+    first_row: dict[Key, int] = {}
+    streams: dict[int, list[Tensor]] = defaultdict(list)
+    n_rows = 0
+    for (name, layer), nodes in group.items():
+        start = base.sites[name][layer][pairs]
+        values = part.values(SITES[name], layer, start)
+        fraction = integral.fraction(nodes, start.float()).view(-1, *[1] * start.ndim)
+        moved = torch.lerp(start.float(), values.float(), fraction).flatten(0, 1)
+        leaves[name, layer] = moved.to(start.dtype).requires_grad_()
+        first_row[name, layer] = n_rows
+        n_rows += len(moved)
+        if SITES[name].layered:
+            stream = base.sites["resid_pre"][layer][pairs]
+            streams[layer].append(stream.repeat(len(nodes), 1, 1))
+    places: dict[Key, Place] = {}
 
-            with torch.enable_grad():
-                logits = work.tape.forward(
-                    spread(work.batch.base),
-                    visit,
-                    work.batch.reads,
-                    sites=[site],
-                    first_layer=layer,
-                    stream=spread(base["resid_pre"][layer]) if site.layered else None,
-                )
-                scores = work.score(logits, base_logits)
-            for metric, row in enumerate(scores):
-                estimates.metric = metric
-                (grad,) = torch.autograd.grad(
-                    row.sum(), leaf, retain_graph=metric + 1 < len(scores), allow_unused=True
-                )
-                if grad is None:  # no metric depends on this activation
-                    continue
-                for (_, weight), g in zip(part, grad.split(n_pairs), strict=True):
-                    estimates.add(place[0], values, start, g, weight)
+    def visit(place: Place, x: Tensor) -> Tensor | None:
+        key = (place.site.name, place.layer)
+        if key not in leaves:
+            return None
+        places[key] = place
+        return place.replaced(x, leaves[key], first_row[key])
+
+    with torch.enable_grad():
+        logits = part.forward(
+            part.batch.base if streams else part.batch.base.repeat(n_rows // len(pairs), 1),
+            visit,
+            sites=[site for site in work.sites if any(name == site.name for name, _ in group)],
+            entries={layer: torch.cat(rows) for layer, rows in streams.items()},
+        )
+        scores = part.score(logits, base.logits[pairs])
+    with torch.no_grad():
+        base_scores = part.score(base.logits[pairs], base.logits[pairs])
+    for metric, row in enumerate(scores):
+        grads = torch.autograd.grad(
+            row.sum(), [*leaves.values()], retain_graph=metric + 1 < len(scores), allow_unused=True
+        )
+        for (key, nodes), grad in zip(group.items(), grads, strict=True):
+            if grad is not None:  # else no metric depends on this activation
+                start = base.sites[key[0]][key[1]]
+                integral.add(key, places[key], start, grad, nodes, metric, pairs, sums=True)
+    for key, nodes in group.items():
+        if END in nodes:
+            at = first_row[key] + nodes.index(END) * len(pairs)
+            effect = scores.detach()[:, at : at + len(pairs)] - base_scores
+            integral.end(key, effect, pairs)
 
 
 def layers_of(plan: SitePlan) -> list[int]:
@@ -141,49 +167,39 @@ def layers_of(plan: SitePlan) -> list[int]:
 
 @dataclass(frozen=True)
 class IntegratedInputs:
-    """`ig_inputs`: interpolates the token embeddings; `n_steps` passes cover all sites.
+    """`ig_inputs`: interpolates the token embeddings; the rows of one batch cover all sites.
 
     Estimates are not complete per component, see the module's docstring.
     """
 
-    n_steps: int = 10
+    n_steps: Steps = 10
+    rule: Rule = "gauss"
+    rtol: float = 1e-2
     name: str = "ig_inputs"
     at_base: bool = False
 
     def __post_init__(self) -> None:
-        nodes(self.n_steps)
+        _ = self.path
+
+    @property
+    def path(self) -> Path:
+        """The nodes."""
+        return Path(self.n_steps, self.rule, self.rtol)
 
     def run(self, work: Work) -> Found:
         """See `Method`."""
         embed = SITES["embed"]
         sites = {site.name: site for site in (*work.sites, embed)}
-        base, base_logits = work.tape.activations(
-            work.batch.base, work.batch.reads, [*sites.values()]
-        )
-        start = base["embed"][0]
-        values = work.values(embed, 0, start)
-        estimates = work.empty()
-        for fraction, weight in nodes(self.n_steps):
-
-            def visit(place: Place, x: Tensor, weight: float = weight) -> None:
-                x.register_hook(lambda grad: add(place, grad, weight))
-
-            def add(place: Place, grad: Tensor, weight: float) -> None:
-                site_base = base[place.site.name][place.layer]
-                site_values = work.values(place.site, place.layer, site_base)
-                estimates.add(place, site_values, site_base, place.flat(grad), weight)
-
-            with torch.enable_grad():
-                logits = work.tape.forward(
-                    work.batch.base,
-                    visit,
-                    work.batch.reads,
-                    sites=work.sites,
-                    gradient=True,
-                    embeds=torch.lerp(start, values, fraction),
-                )
-                backward_each(work.score(logits, base_logits), estimates)
-        return Found(estimates, base_logits)
+        base = work.base_run([*sites.values()])
+        integral = Integral(work, self.path, [ALL])
+        n_layers, n_tokens = work.gradients.n_layers, work.batch.length - work.start
+        most = token_layers_per_pass(work.gradients.bridge, work.batch.length)
+        for nodes, rows in integral.rounds():
+            pairs = rows[ALL]
+            size = max(1, most // (len(pairs) * n_tokens * n_layers))
+            for i in range(0, len(nodes), size):
+                _inputs_pass(work, base, integral, nodes[i : i + size], pairs, [*sites.values()])
+        return integral.found(base.logits)
 
     def extra_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         """See `Method`."""
@@ -191,4 +207,49 @@ class IntegratedInputs:
 
     def passes(self, plans: tuple[SitePlan, ...], n_layers: int, n_metrics: int) -> float:
         """See `Method`."""
-        return 2 + self.n_steps * (1 + n_metrics)
+        return 3 + self.path.usual_steps * (1 + n_metrics)
+
+
+ALL: Key = ("", 0)  # the one path of `ig_inputs`
+
+
+def _inputs_pass(
+    work: Work,
+    base: Activations,
+    integral: Integral,
+    nodes: Sequence[int],
+    pairs: Sequence[int],
+    sites: Sequence[Site],
+) -> None:
+    """Run nodes as rows of one pass, and add their gradients at all sites."""
+    part = work.rows(pairs)
+    start = base.sites["embed"][0][pairs]
+    fraction = integral.fraction(nodes, start).view(-1, 1, 1, 1)
+    metric = [0]
+
+    def visit(place: Place, x: Tensor) -> None:
+        def add(grad: Tensor) -> None:
+            of_all = base.sites[place.site.name][place.layer]
+            integral.add(
+                ALL, place, of_all, place.flat(grad), nodes, metric[0], pairs,
+                sums=place.site.name == "embed",
+            )  # fmt: skip
+
+        x.register_hook(add)
+
+    with torch.enable_grad():
+        logits = part.forward(
+            part.batch.base.repeat(len(nodes), 1),
+            visit,
+            sites=sites,
+            gradient=True,
+            embeds=torch.lerp(start, part.values(SITES["embed"], 0, start), fraction).flatten(0, 1),
+        )
+        scores = part.score(logits, base.logits[pairs])
+        for metric[0], row in enumerate(scores):
+            row.sum().backward(retain_graph=metric[0] + 1 < len(scores))
+    if END in nodes:
+        with torch.no_grad():
+            base_scores = part.score(base.logits[pairs], base.logits[pairs])
+        at = nodes.index(END) * len(pairs)
+        integral.end(ALL, scores.detach()[:, at : at + len(pairs)] - base_scores, pairs)

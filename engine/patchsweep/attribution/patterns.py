@@ -101,7 +101,7 @@ def pattern_scores(
     zero, patch = np.full(size, np.nan, np.float32), np.full(size, np.nan, np.float32)
     batches = request.batches(range(len(pairs)))
     request.intervention.prepare(
-        clean_prompts(batches, request.direction), lambda tokens: gradients.activations(tokens)[0]
+        clean_prompts(batches, request.direction), lambda tokens: gradients.activations(tokens).sites
     )
     for full_batch in batches:
         for pair in full_batch.pairs:  # [head, dest, src] of all layers: one pair at a time
@@ -128,11 +128,11 @@ def pattern_scores(
 
 
 def _one(
-    request: Request, tape: GradientModel, batch: Batch, zero: np.ndarray, patch: np.ndarray
+    request: Request, model: GradientModel, batch: Batch, zero: np.ndarray, patch: np.ndarray
 ) -> None:
     """Fill `zero` and `patch` `[metric, layer, head, dest, src]` of one pair."""
-    source, source_logits = tape.activations(batch.source, batch.reads)
-    work = work_of(request, tape, batch, source, source_logits)
+    source = model.activations(batch.source, batch.reads)
+    work = work_of(request, model, batch, source.sites, source.logits)
     n = batch.length
 
     def visit(metric: int, layer: int, base: Tensor, values: Tensor, grad: Tensor) -> None:
@@ -144,14 +144,14 @@ def _one(
 
 def work_of(
     request: Request,
-    tape: GradientModel,
+    model: GradientModel,
     batch: Batch,
     source: Mapping[str, list[Tensor]],
     source_logits: Tensor,
 ) -> Work:
     """Return the input of `visit_cells`: a batch with its source run's patterns and logits."""
     return Work(
-        tape,
+        model,
         batch,
         request.plans,
         request.shape,
@@ -199,10 +199,9 @@ def visit_cells(
         x.register_hook(on_gradient)
 
     with torch.enable_grad():
-        logits = work.tape.forward(
+        logits = work.forward(
             work.batch.base,
             watch_gradient,
-            work.batch.reads,
             gradient=True,
             on_attention=on_attention,
         )

@@ -46,7 +46,7 @@ class Relp:
     def run(self, work: Work) -> Found:
         """See `Method`."""
         estimates = work.empty()
-        with relevance_rules(work.tape.unwrapped):
+        with relevance_rules(work.gradients.unwrapped):
             logits = differentiable_run(
                 work, estimates, work.sites, fixed_pattern=self.fixed_pattern
             )

@@ -14,7 +14,7 @@ from patchsweep.attribution.method import Method
 from patchsweep.forward.grad import GradientModel
 from patchsweep.spec.batch import Batch, clean_prompts
 from patchsweep.spec.finite import check_cells, check_references
-from patchsweep.spec.interventions import Reader
+from patchsweep.spec.interventions import Reader, Resample, Shuffle
 from patchsweep.spec.plan import SitePlan
 from patchsweep.spec.spec import Request
 
@@ -46,11 +46,11 @@ class Attribution:
         added = [site for site in extra.values() if site not in request.sites]
         self.sites = (*request.sites, *added)
         longest = max(int(plan.full_lengths.max()) for plan in request.plans)
-        self.tape = GradientModel(
+        self.gradients = GradientModel(
             request.bridge, request.sites, added, longest, compute_dtype=request.compute_dtype
         )
         if any(isinstance(method, AtpStar) for method in methods):
-            check_intervention(self.tape, request.sites, request.intervention)
+            check_intervention(self.gradients, request.sites, request.intervention)
         self._prepare()
 
     def _prepare(self) -> None:
@@ -59,7 +59,7 @@ class Attribution:
         numbers = range(len(request.pairs))
         batches = request.batches(numbers)
         clean = clean_prompts(batches, request.direction)
-        reader = Reader("attribution", self.sites, lambda tokens: self.tape.activations(tokens)[0])
+        reader = Reader("attribution", self.sites, lambda tokens: self.gradients.activations(tokens).sites)
         request.intervention.prepare(clean, reader)
 
     def run(self, method: Method, pairs: range) -> BlockOfPairs:
@@ -73,7 +73,7 @@ class Attribution:
         }
         references = np.full((2, len(request.metrics), len(pairs)), np.nan, np.float32)
         for batch in request.batches(pairs):
-            with self.tape.frozen():
+            with self.gradients.frozen():
                 work = self._work(method, batch)
                 result = method.run(work)
             rows = [pair - pairs.start for pair in batch.pairs]
@@ -96,17 +96,33 @@ class Attribution:
     def _work(self, method: Method, batch: Batch) -> Work:
         request = self.request
         needed_sites = {s.name: s for s in (*request.sites, *method.extra_sites(request.sites))}
-        source, logits = self.tape.activations(batch.source, batch.reads, [*needed_sites.values()])
+        source = self.gradients.activations(
+            batch.source,
+            batch.reads,
+            [*needed_sites.values()],
+            keep_from=self._start(batch),
+        )
         return Work(
-            tape=self.tape,
+            gradients=self.gradients,
             batch=batch,
             plans=request.plans,
             shape=request.shape,
             metrics=request.metrics,
             intervention=request.intervention,
-            source=source,
-            source_logits=logits,
+            source=source.sites,
+            source_logits=source.logits,
+            prefix=source.prefix,
         )
+
+    def _start(self, batch: Batch) -> int:
+        """Return the first position at which base and source run can differ, or logits are read.
+
+        Interventions that do not take the source run's values change all tokens.
+        """
+        moves_all = type(self.request.intervention) not in (Resample, Shuffle)
+        if moves_all or not self.gradients.takes_positions:
+            return 0
+        return batch.first_difference()
 
 
 def token_layers(request: Request, method: Method) -> int:

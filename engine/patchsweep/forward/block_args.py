@@ -45,6 +45,20 @@ class BlockArgs:
         args, kwargs = tree_unflatten(taken, structure)
         return BlockArgs(args, kwargs, self.axes)
 
+    def repeated(self, copies: int) -> BlockArgs:
+        """Return the arguments for the batch of prompts, repeated `copies` times."""
+        if copies == 1:
+            return self
+        leaves, structure = tree_flatten((self.args, self.kwargs))
+        more = [
+            torch.cat([value] * copies, dim=axes.prompt)
+            if axes is not None and axes.prompt is not None
+            else value
+            for value, axes in zip(leaves, self.axes, strict=True)
+        ]
+        args, kwargs = tree_unflatten(more, structure)
+        return BlockArgs(args, kwargs, self.axes)
+
     def check(self) -> None:
         """Check that no block stored anything for later ones in a shared argument, such as a dict.
 

@@ -30,7 +30,8 @@ from patchsweep.forward.block_args import (
     split_hidden,
     with_first,
 )
-from patchsweep.forward.capture import attention_pattern, watch
+from patchsweep.forward.capture import watch
+from patchsweep.forward.pattern import attention_pattern, weighted_values
 from patchsweep.forward.site_locations import resolve_site
 from patchsweep.forward.trace import Part, Trace
 from patchsweep.forward.unwrapped import (
@@ -426,4 +427,4 @@ def unpack(x: Tensor, rows: int) -> Float[Tensor, "row head pos d"]:
 def _attended(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, kw: dict[str, Any]) -> Tensor:
     """Return causal attention's output over full prompts, `[row, head, pos, d]`."""
     pattern = attention_pattern(q, k, **attention_settings(module, q.shape[-1], kw))
-    return pattern.to(v) @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    return weighted_values(pattern, v)

@@ -27,6 +27,7 @@ from patchsweep.forward.block_args import (
     with_first,
 )
 from patchsweep.forward.casting import cast_while
+from patchsweep.forward.pattern import attention_pattern
 from patchsweep.forward.site_locations import SiteLocation, resolve_site
 from patchsweep.forward.unwrapped import (
     OWN_ATTENTION,
@@ -232,33 +233,6 @@ def _causal(
     )
     z = prefix_attention(flat_q, flat_k, flat_v, k, v, rows, **settings)
     return rearrange(z, "(pair pos) head d -> pair pos head d", pair=len(q))
-
-
-def attention_pattern(
-    q: Tensor,
-    k: Tensor,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """Return attention patterns `[pair, head, dest, src]` of full prompts, fp32 (fp64 for fp64)."""
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    scores = (q.to(dtype) @ k.to(dtype).transpose(-1, -2)) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    dest = torch.arange(q.shape[2], device=q.device)[:, None]
-    src = torch.arange(k.shape[2], device=q.device)[None, :]
-    hidden = src > dest
-    if window is not None:
-        hidden |= src <= dest - window
-    scores = scores.masked_fill(hidden, float("-inf"))
-    if sinks is None:
-        return scores.softmax(dim=-1)
-    sink = sinks.to(dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-    return torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1]
 
 
 class _FrontDone(Exception):

@@ -7,9 +7,11 @@ Weights take no gradients, which are most of the cost of a plain backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,10 +21,17 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.errors import MethodError
-from patchsweep.forward.block_args import dry_run, split_hidden
-from patchsweep.forward.capture import attention_pattern, check_attention_sites, watch
+from patchsweep.forward.block_args import Axes, BlockArgs, argument_axes, dry_run, split_hidden
+from patchsweep.forward.capture import check_attention_sites, watch
+from patchsweep.forward.pattern import attention_pattern, weighted_values
 from patchsweep.forward.site_locations import resolve_site
-from patchsweep.forward.unwrapped import Attend, Unsupported, UnwrappedModel, attention_settings
+from patchsweep.forward.unwrapped import (
+    Attend,
+    HookLocation,
+    Unsupported,
+    UnwrappedModel,
+    attention_settings,
+)
 from patchsweep.spec.sites import SITES, Site
 
 
@@ -35,6 +44,7 @@ class Place:
     n_rows: int
     n_pos: int
     heads_first: bool  # [row, head, pos, d] as in attention; False: [row, pos, width]
+    carries_on: bool = False  # read by later modules too than the one whose input is visited
 
     @property
     def is_pattern(self) -> bool:
@@ -51,29 +61,54 @@ class Place:
 
     def write(self, x: Tensor, values: Tensor) -> None:
         """Write `values`, shaped as `flat` returns them, into `x` in place."""
+        x.copy_(self._shaped(values, x))
+
+    def replaced(self, x: Tensor, values: Tensor, first: int) -> Tensor:
+        """Return `x` with `values`, shaped as `flat` returns them, in the rows from `first` on."""
+        per_row = x.shape[0] // self.n_rows  # rows and positions may be one axis
+        rows = slice(first * per_row, (first + len(values)) * per_row)
+        if self.carries_on:  # in place, for whatever reads it later
+            x[rows] = self._shaped(values, x)
+            return x
+        return torch.cat([x[: rows.start], self._shaped(values, x), x[rows.stop :]])
+
+    def _shaped(self, values: Tensor, x: Tensor) -> Tensor:
         if self.heads_first and not self.is_pattern:
             values = rearrange(values, "row pos (head d) -> row head pos d", head=x.shape[1])
-        x.copy_(values.reshape(x.shape))
+        return values.to(x.dtype).reshape(-1, *x.shape[1:])
 
 
 @dataclass(frozen=True)
 class Heads:
     """One layer's queries and keys after rotary, values, and attention pattern."""
 
-    q: Float[Tensor, "row head pos d"]
-    k: Float[Tensor, "row kv_head pos d"]
-    v: Float[Tensor, "row kv_head pos d"]
+    q: Float[Tensor, "row head dest d"]
+    k: Float[Tensor, "row kv_head src d"]  # of all tokens; the last query is at the last key
+    v: Float[Tensor, "row kv_head src d"]
     pattern: Float[Tensor, "row head dest src"]  # fp32, part of the graph
     settings: dict[str, Any]  # scale, window, softcap, sinks
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """Keys and values of a run whose first tokens other runs share."""
+    """Keys and values of tokens that come first in every row, and are not run again."""
 
-    start: int  # number of shared tokens
-    keys: list[Float[Tensor, "row kv_head pos d"]]  # per layer; one row per row of the run's tokens
-    values: list[Float[Tensor, "row kv_head pos d"]]
+    length: int  # number of tokens
+    keys: list[Float[Tensor, "prompt kv_head pos d"]]  # per layer; row r reads prompt r % prompts
+    values: list[Float[Tensor, "prompt kv_head pos d"]]
+
+    def rows(self, rows: Sequence[int]) -> Prefix:
+        """Return the prefix of some of the prompts."""
+        return Prefix(self.length, [k[rows] for k in self.keys], [v[rows] for v in self.values])
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What a run of prompts leaves behind."""
+
+    sites: dict[str, list[Tensor]]  # site -> per layer, in the form of `Place.flat`
+    logits: Float[Tensor, "row read d_vocab"]
+    prefix: Prefix | None  # its first tokens, if they are to be shared
 
 
 @dataclass(frozen=True)
@@ -84,8 +119,9 @@ class Gradients:
     z: list[Float[Tensor, "metric pair head pos d_v"]]  # at each block's attention output
 
 
-# called with every watched activation; may write into it if nothing before it takes a gradient
-Visit = Callable[[Place, Tensor], None]
+# called with every watched activation; may return a tensor that replaces it, or write into it if
+# nothing before it takes a gradient
+Visit = Callable[[Place, Tensor], Tensor | None]
 
 
 class GradientModel:
@@ -110,6 +146,7 @@ class GradientModel:
             longest: tokens of the longest prompt, since longer prompts may have another mask.
             compute_dtype: dtype that 16-bit weights are cast to; None: they are not cast.
         """
+        self.bridge = bridge
         try:
             self.unwrapped = UnwrappedModel(bridge, compute_dtype)
             self.points = {site.name: resolve_site(self.unwrapped, site) for site in (*sites, *own)}
@@ -138,6 +175,11 @@ class GradientModel:
             for parameter in trainable:
                 parameter.requires_grad_(True)
 
+    @property
+    def takes_positions(self) -> bool:
+        """Whether the model can run tokens after others that are not run again."""
+        return "position_ids" in inspect.signature(self.unwrapped.model.forward).parameters
+
     def forward(
         self,
         tokens: Int[Tensor, "row pos"],
@@ -147,12 +189,11 @@ class GradientModel:
         sites: Sequence[Site] | None = None,
         gradient: bool = False,
         embeds: Float[Tensor, "row pos d_model"] | None = None,
-        first_layer: int = 0,
-        stream: Float[Tensor, "row pos d_model"] | None = None,
+        entries: Mapping[int, Float[Tensor, "new pos d_model"]] | None = None,
         fixed_pattern: bool = False,
         prefix: Prefix | None = None,
         on_attention: Callable[[int, Heads], None] | None = None,
-        on_output: Callable[[int, Tensor], None] | None = None,
+        on_output: Callable[[int, Tensor], Tensor | None] | None = None,
         after: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> Float[Tensor, "row read d_vocab"]:
         """Return fp32 logits at the positions `reads`; call `visit` at every site and layer.
@@ -161,9 +202,12 @@ class GradientModel:
             sites: the watched sites, of the gradient model's; default all.
             gradient: start a graph at the token embeddings.
             embeds: replace the token embeddings.
-            first_layer, stream: start at this block, with this residual stream as its input.
+            entries: block -> residual streams of rows that enter there. The rows of the first
+                entry replace those of `tokens`, and earlier blocks do not run; later ones are
+                added after the rows that are present. Each entry holds a multiple of the rows of
+                `tokens`.
             fixed_pattern: treat attention patterns as constants in the backward pass.
-            prefix: run only the tokens from `prefix.start` on; `reads` are among them.
+            prefix: run only the tokens after it; `reads` are among them.
             on_attention: called with each layer's queries, keys, values and pattern.
             on_output: called with each layer's attention output `[row, head, pos, d]`.
             after: a context entered once all sites are hooked, for hooks that run after these.
@@ -171,39 +215,43 @@ class GradientModel:
         watched = (
             [self.points[s.name] for s in sites] if sites is not None else [*self.points.values()]
         )
-        skipped = 0 if prefix is None else prefix.start
+        skipped = 0 if prefix is None else prefix.length
         tokens = tokens[:, skipped:]
         inside = {p.site.name: p.site for p in watched if p.in_attention}
+        n_rows = [len(tokens)]  # that the running block has
 
-        def visit_site(site: Site, layer: int, x: Tensor, *, heads_first: bool = False) -> None:
-            visit(Place(site, layer, tokens.shape[0], tokens.shape[1], heads_first), x)
+        def visit_site(site: Site, layer: int, x: Tensor, **axes: bool) -> Tensor | None:
+            place = Place(site, layer, n_rows[0], tokens.shape[1], **{"heads_first": False, **axes})
+            return visit(place, x)
+
+        def seen(x: Tensor, layer: int, *names: str) -> Tensor:
+            for name in names:
+                if name in inside:
+                    new = visit_site(inside[name], layer, x, heads_first=True)
+                    x = x if new is None else new
+            return x
 
         def attention(layer: int) -> Attend:
             def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **kw: Any) -> Tensor:
                 if inside and not gradient:
                     q, k, v = q.clone(), k.clone(), v.clone()  # views of one tensor: not writable
-                for name, x in (("q", q), ("rot_q", q), ("k", k), ("rot_k", k), ("v", v)):
-                    if name in inside:
-                        visit_site(inside[name], layer, x, heads_first=True)
+                q = seen(q, layer, "q", "rot_q")
+                k = seen(k, layer, "k", "rot_k")
+                v = seen(v, layer, "v")
                 settings = attention_settings(module, q.shape[-1], kw)
-                if prefix is not None:
-                    k = torch.cat([prefix.keys[layer][:, :, :skipped], k], dim=2)
-                    v = torch.cat([prefix.values[layer][:, :, :skipped], v], dim=2)
-                    q = nn.functional.pad(q, (0, 0, skipped, 0))  # aligns queries with positions
-                pattern = attention_pattern(q, k, **settings)[:, :, skipped:]
+                before_k = None if prefix is None else prefix.keys[layer]
+                before_v = None if prefix is None else prefix.values[layer]
+                pattern = attention_pattern(q, k, shared=before_k, **settings)
                 if fixed_pattern:
                     pattern = pattern.detach().requires_grad_(torch.is_grad_enabled())
                 if on_attention is not None:
-                    on_attention(
-                        layer, Heads(q.detach(), k.detach(), v.detach(), pattern, settings)
-                    )
-                for site in inside.values():
-                    if site.is_pattern:
-                        visit_site(site, layer, pattern, heads_first=True)
-                values = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-                output = pattern.to(v) @ values
+                    all_k, all_v = _after(before_k, k.detach()), _after(before_v, v.detach())
+                    on_attention(layer, Heads(q.detach(), all_k, all_v, pattern, settings))
+                pattern = seen(pattern, layer, *(s.name for s in inside.values() if s.is_pattern))
+                output = weighted_values(pattern, v, before_v)
                 if on_output is not None:
-                    on_output(layer, output)
+                    new = on_output(layer, output)
+                    output = output if new is None else new
                 return output.transpose(1, 2)
 
             return attend
@@ -214,22 +262,23 @@ class GradientModel:
             if gradient:
                 x.requires_grad_()
 
+        axes = argument_axes(self.unwrapped) if entries else []
         with ExitStack() as stack:
             stack.enter_context(self.unwrapped.graph())
             if gradient or embeds is not None:
                 stack.enter_context(watch(self._embed, start))
+            if entries:
+                self._enter(stack, entries, axes, n_rows)
             for point in watched:
                 for layer, location in enumerate(point.points):
-                    stack.enter_context(
-                        watch(location, lambda x, s=point.site, i=layer: visit_site(s, i, x))  # type: ignore[misc]
-                    )
+                    more = location.side == "in" and point.site.unit is None
+                    see = partial(visit_site, point.site, layer, carries_on=more)
+                    stack.enter_context(watch(location, see))
                 if point.site.in_stream and point.site.layered:
                     self._watch_stream(stack, point.site, visit_site)
             stack.enter_context(after())
             self.unwrapped.attend_with(attention)
             stack.callback(self.unwrapped.attend_with, None)
-            if stream is not None:
-                stack.enter_context(self._starting_at(first_layer, stream))
             kept = torch.tensor(
                 [read - skipped * (read >= 0) for read in reads], device=tokens.device
             )
@@ -243,44 +292,45 @@ class GradientModel:
         logits: Tensor = output.logits.float()
         return logits
 
-    def _watch_stream(self, stack: ExitStack, site: Site, see: Callable[..., None]) -> None:
+    def _watch_stream(
+        self, stack: ExitStack, site: Site, see: Callable[..., Tensor | None]
+    ) -> None:
         """Call `see` at the input of every block, or at its output if the site has a shift."""
         for layer, block in enumerate(self.unwrapped.blocks):
-            if not site.shift:
+            point = HookLocation(block, "out" if site.shift else "in")
+            stack.enter_context(watch(point, partial(see, site, layer)))
 
-                def before(module: nn.Module, args: Any, kwargs: Any, layer: int = layer) -> None:
-                    see(site, layer, split_hidden(args, kwargs)[0])
-
-                handle = block.register_forward_pre_hook(before, with_kwargs=True)
-            else:
-
-                def leaving(module: nn.Module, args: Any, out: Any, layer: int = layer) -> None:
-                    see(site, layer, out[0] if isinstance(out, tuple) else out)
-
-                handle = block.register_forward_hook(leaving)
-            stack.callback(handle.remove)
-
-    @contextmanager
-    def _starting_at(self, layer: int, stream: Tensor) -> Iterator[None]:
-        """Inside, blocks below `layer` are skipped and the block at `layer` gets `stream`."""
-        skipped = self.unwrapped.blocks[:layer]
-        for block in skipped:
+    def _enter(
+        self,
+        stack: ExitStack,
+        entries: Mapping[int, Tensor],
+        axes: Sequence[tuple[Axes | None, ...]],
+        n_rows: list[int],
+    ) -> None:
+        """Make rows enter at their blocks, see `forward`; `n_rows` follows their number."""
+        first, n_prompts = min(entries), n_rows[0]
+        for block in self.unwrapped.blocks[:first]:
             block.__dict__["forward"] = lambda hidden_states, *args, **kwargs: hidden_states
+            stack.callback(block.__dict__.pop, "forward")
 
-        def replace(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            _, rest, named = split_hidden(args, kwargs)
-            return (stream, *rest), named
+        def entering(layer: int) -> Callable[..., Any]:
+            def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
+                hidden, rest, named = split_hidden(args, kwargs)
+                new = entries.get(layer)
+                if new is not None:
+                    hidden = new if layer == first else torch.cat([hidden, new])
+                n_rows[0] = len(hidden)
+                given = BlockArgs(rest, named, axes[layer % len(axes)])
+                given = given.repeated(len(hidden) // n_prompts)
+                return (hidden, *given.args), given.kwargs
 
-        # prepended to the other hooks, so that sites see the stream
-        handle = self.unwrapped.blocks[layer].register_forward_pre_hook(
-            replace, with_kwargs=True, prepend=True
-        )
-        try:
-            yield
-        finally:
-            handle.remove()
-            for block in skipped:
-                del block.__dict__["forward"]
+            return enter
+
+        for layer in range(first, self.n_layers):
+            block = self.unwrapped.blocks[layer]
+            stack.callback(
+                block.register_forward_pre_hook(entering(layer), with_kwargs=True).remove
+            )
 
     @torch.no_grad()
     def activations(
@@ -288,15 +338,46 @@ class GradientModel:
         tokens: Int[Tensor, "row pos"],
         reads: Sequence[int] = (-1,),
         sites: Sequence[Site] | None = None,
-    ) -> tuple[dict[str, list[Tensor]], Tensor]:
-        """Return activations by site and layer, in `Place.flat` form, and the logits at `reads`."""
+        *,
+        prefix: Prefix | None = None,
+        keep_from: int = 0,
+    ) -> Activations:
+        """Run `tokens`; return activations by site and layer, and the logits at `reads`.
+
+        With `prefix`, only tokens after it run. With `keep_from`, activations are of the tokens
+        from there on, and the tokens before are returned as a prefix.
+        """
         kept: dict[str, list[Tensor]] = {}
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
 
         def keep(place: Place, x: Tensor) -> None:
-            kept.setdefault(place.site.name, []).append(place.flat(x))
+            flat = place.flat(x)
+            if keep_from:
+                flat = flat[:, :, keep_from:] if place.is_pattern else flat[:, keep_from:]
+                flat = flat.clone()  # not a view: the other tokens' activations are let go
+            kept.setdefault(place.site.name, []).append(flat)
 
-        logits = self.forward(tokens, keep, reads, sites=sites)
-        return kept, logits
+        def keep_heads(layer: int, heads: Heads) -> None:
+            keys.append(heads.k[:, :, :keep_from].clone())
+            values.append(heads.v[:, :, :keep_from].clone())
+
+        logits = self.forward(
+            tokens,
+            keep,
+            reads,
+            sites=sites,
+            prefix=prefix,
+            on_attention=keep_heads if keep_from else None,
+        )
+        return Activations(kept, logits, Prefix(keep_from, keys, values) if keep_from else None)
+
+
+def _after(before: Tensor | None, own: Tensor) -> Tensor:
+    """Return `own` `[row, kv_head, pos, d]` after the tokens that all rows share."""
+    if before is None:
+        return own
+    return torch.cat([before.repeat(len(own) // len(before), 1, 1, 1), own], dim=2)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Int
@@ -39,6 +39,23 @@ class Batch:
     def differ(self) -> Int[Tensor, " pair"]:
         """Index of the first token in which the right and the wrong answer differ."""
         return (self.answer != self.wrong).int().argmax(dim=1)
+
+    def rows(self, rows: Sequence[int]) -> Batch:
+        """Return the batch of some of the pairs."""
+        return replace(
+            self,
+            pairs=tuple(self.pairs[row] for row in rows),
+            base=self.base[rows],
+            source=self.source[rows],
+            answer=self.answer[rows],
+            wrong=self.wrong[rows],
+            spans=tuple(self.spans[row] for row in rows),
+        )
+
+    def first_difference(self) -> int:
+        """Return the first position at which a base and a source prompt differ, or one is read."""
+        differs = (self.base != self.source).any(dim=0).nonzero()
+        return min([*differs.flatten().tolist(), *self.reads])
 
     @property
     def local(self) -> dict[int, int]:

@@ -135,7 +135,7 @@ class _Loader:
         request = self.request
         loaded = self.runner.load(batch, intervention)
         work = Attributed(
-            tape=self.model,
+            gradients=self.model,
             batch=batch,
             plans=request.plans,
             shape=request.shape,

@@ -86,12 +86,12 @@ class Subsets:
             sites=[site],
             on_attention=keep,
         )
-        source, source_logits = gradient_model.activations(batch.source, batch.reads, [site])
+        source = gradient_model.activations(batch.source, batch.reads, [site])
         patch_values = [
             values_of(self.request.intervention, site, layer, b, s, batch.spans)
-            for layer, (b, s) in enumerate(zip(base, source[site.name], strict=True))
+            for layer, (b, s) in enumerate(zip(base, source.sites[site.name], strict=True))
         ]
-        return BaseRun(patch_values, keys, values, logits, source_logits)
+        return BaseRun(patch_values, keys, values, logits, source.logits)
 
     @torch.no_grad()
     def patched(
@@ -129,10 +129,12 @@ class Subsets:
             hook,
             batch.reads,
             sites=[self.plan.site],
-            prefix=Prefix(
+            prefix=None
+            if start == 0
+            else Prefix(
                 start,
-                [k[row].expand(n, *k.shape[1:]) for k in run.keys],
-                [v[row].expand(n, *v.shape[1:]) for v in run.values],
+                [k[row : row + 1, :, :start] for k in run.keys],
+                [v[row : row + 1, :, :start] for v in run.values],
             ),
         )
         targets = torch.stack([batch.answer[row], batch.wrong[row]])  # [2, read]

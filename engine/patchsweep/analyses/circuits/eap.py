@@ -18,7 +18,7 @@ from torch import Tensor
 
 from patchsweep.analyses.circuits.edge_batch import EdgeBatch, Question
 from patchsweep.arguments import whole_number
-from patchsweep.attribution.integrated import nodes as quadrature
+from patchsweep.attribution.quadrature import gauss
 from patchsweep.errors import MethodError
 from patchsweep.forward.block_args import first_of
 from patchsweep.forward.trace import Trace
@@ -62,7 +62,7 @@ def eap(
     """
     total: Tensor | None = None
     expected: Tensor | None = None
-    for fraction, weight in [(0.0, 1.0)] if steps is None else quadrature(steps):
+    for fraction, weight in [(0.0, 1.0)] if steps is None else zip(gauss(steps).nodes.tolist(), gauss(steps).weights[-1].tolist()):
         trace = edge_batch.base
         if steps is not None:
             stream = torch.lerp(

@@ -95,14 +95,14 @@ class Trainer:
         moments: list[list[Tensor]] = []
         count = 0
         for batch in (*self._batches, *self._rest):
-            activations, logits = self.tape.activations(batch.base, batch.reads)
-            z = torch.stack([x.double() for x in activations["z"]]).unflatten(
+            run = self.tape.activations(batch.base, batch.reads)
+            z = torch.stack([x.double() for x in run.sites["z"]]).unflatten(
                 -1, (self.n_heads, -1)
             )
             moments.append([z.sum(dim=(1, 2)), z.square().sum(dim=(1, 2))])
             count += batch.base.numel()
             if len(self._prompts) < len(self._batches):
-                prompts = _Prompts(batch.base, batch.reads, logits, activations["resid_pre"])
+                prompts = _Prompts(batch.base, batch.reads, run.logits, run.sites["resid_pre"])
                 self._prompts.append(prompts)
         mean, square = (torch.stack(same).sum(dim=0) / count for same in zip(*moments, strict=True))
         self.mean = mean.float()
@@ -172,8 +172,7 @@ class Trainer:
             self._writer(layer, heads, values, n),
             prompts.reads,
             sites=[SITES["z"]],
-            first_layer=layer,
-            stream=prompts.stream[layer].repeat(len(heads), 1, 1),
+            entries={layer: prompts.stream[layer].repeat(len(heads), 1, 1)},
         )
         p = prompts.logits.log_softmax(dim=-1).repeat(len(heads), 1, 1)
         q = logits.log_softmax(dim=-1)
