@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from patchsweep.attribution.atp import differentiable_run
 from patchsweep.attribution.estimates import Estimates, Found, Work, backward_each
 from patchsweep.errors import MethodError
-from patchsweep.forward.pattern import attention_pattern
 from patchsweep.forward.grad import GradientModel, Heads, Place
+from patchsweep.forward.pattern import attention_pattern
 from patchsweep.spec.interventions import Intervention
 from patchsweep.spec.plan import SitePlan
 from patchsweep.spec.sites import SITES, Site

@@ -24,6 +24,6 @@ def bytes_per_token_layer(bridge: TransformerBridge, length: int) -> int:
     heads = int(cfg.n_heads) * int(cfg.d_head)
     d_mlp = int(cfg.d_mlp or 4 * cfg.d_model)
     # the stream, two norms with their fp32 copies and squares; q, k, v before and after rotary and
-    # z; gate, its activation, up and their product; scores, pattern and its copy in the values' dtype
+    # z; gate, its activation, up and their product; scores, pattern and its copy for the values
     width = 12 * int(cfg.d_model) + 8 * heads + 5 * d_mlp + 3 * int(cfg.n_heads) * length
     return 4 * width

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -10,12 +10,49 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from patchsweep.attribution.estimates import Estimates, Found, Work
+from patchsweep.attribution.estimates import Found, Work
 from patchsweep.attribution.quadrature import Path
 from patchsweep.forward.grad import Place
 
 Key = tuple[str, int]  # a site and a layer whose nodes are chosen together; ("", 0): all of them
 END = -1  # the path's end instead of a node: it gives the true effect, and no gradient
+
+
+class Rounds:
+    """Which nodes run for which keys and pairs, and the rule that each of them ends with."""
+
+    def __init__(self, path: Path, n_keys: int, n_pairs: int) -> None:
+        self.path, self.quadrature = path, path.quadrature
+        # [key, pair] the finest rule that ran
+        self.level = np.full((n_keys, n_pairs), self.quadrature.n_rules - 1)
+
+    def __call__(
+        self, converged: Callable[[int], NDArray[np.bool_]]
+    ) -> Iterator[tuple[list[int], NDArray[np.bool_]]]:
+        """Yield nodes to run, and the keys and pairs `[key, pair]` that need them.
+
+        The first round has the path's end too. Nodes are added where `converged`, which gets a
+        rule and returns `[key, pair]`, says that the error is too large.
+        """
+        rules = self.quadrature
+        open_ = np.ones_like(self.level, dtype=bool)
+        first = 1 if self.path.adds_nodes else rules.n_rules - 1
+        for rule in range(first, rules.n_rules):
+            if not open_.any():
+                return
+            if rule == first:
+                yield [*np.flatnonzero(rules.level <= rule).tolist(), END], open_
+            else:
+                yield rules.first(rule).tolist(), open_
+            if self.path.adds_nodes:
+                self.level[open_] = rule
+                open_ &= ~converged(rule)
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """Number of nodes that gave the values, `[key, pair]`."""
+        counts: NDArray[np.int64] = (self.quadrature.weights != 0).sum(axis=1)[self.level]
+        return counts
 
 
 class Integral:
@@ -26,37 +63,30 @@ class Integral:
 
     def __init__(self, work: Work, path: Path, keys: Sequence[Key]) -> None:
         self.work, self.path, self.keys = work, path, [*keys]
-        self._rules = path.quadrature
+        self._rounds = Rounds(path, len(self.keys), len(work.batch.pairs))
+        self._rules = self._rounds.quadrature
         self.by_rule = [work.empty() for _ in range(self._rules.n_rules)]
-        n_metrics, n_pairs = len(work.metrics), len(work.batch.pairs)
-        self.level = np.full((len(self.keys), n_pairs), self._rules.n_rules - 1)
-        shape = (len(self.keys), n_metrics, n_pairs)
+        shape = (len(self.keys), len(work.metrics), len(work.batch.pairs))
         # what the estimates of a key add up to, and what they should
         self._sums = torch.zeros(self._rules.n_rules, *shape, device=work.batch.base.device)
         self._effect = torch.zeros(shape, device=work.batch.base.device)
 
     def rounds(self) -> Iterator[tuple[list[int], dict[Key, list[int]]]]:
-        """Yield nodes to run, and the rows of the pairs that need them by key.
+        """Yield nodes to run, and the rows of the pairs that need them by key; see `Rounds`."""
+        for nodes, open_ in self._rounds(self._converged):
+            yield (
+                nodes,
+                {
+                    key: np.flatnonzero(of_key).tolist()
+                    for key, of_key in zip(self.keys, open_, strict=True)
+                    if of_key.any()
+                },
+            )
 
-        The first round has the path's end too. Nodes are added only where the stated error is too
-        large.
-        """
-        rules = self._rules
-        open_ = np.ones_like(self.level, dtype=bool)
-        first = 1 if self.path.adds_nodes else rules.n_rules - 1
-        for rule in range(first, rules.n_rules):
-            nodes = np.flatnonzero(rules.level <= rule) if rule == first else rules.first(rule)
-            rows = {
-                key: np.flatnonzero(of_key).tolist()
-                for key, of_key in zip(self.keys, open_, strict=True)
-                if of_key.any()
-            }
-            if not rows:
-                return
-            yield [*nodes.tolist(), *([END] if rule == first else [])], rows
-            if self.path.adds_nodes:
-                self.level[open_] = rule
-                open_ &= ~self._converged(rule)
+    @property
+    def level(self) -> NDArray[np.int64]:
+        """The rule of the values, `[key, pair]`."""
+        return self._rounds.level
 
     def fraction(self, nodes: Sequence[int], like: Tensor) -> Tensor:
         """Return how far along the path the nodes are, `[node]`."""
@@ -106,7 +136,6 @@ class Integral:
     def found(self, base_logits: Tensor) -> Found:
         """Return the estimates of the finest rule that ran, their errors, residuals and nodes."""
         values, errors = self.work.empty(), self.work.empty()
-        counts = (self._rules.weights != 0).sum(axis=1)
         for plan in self.work.plans:
             name = plan.site.name
             n_layers = values.values[name].shape[2]
@@ -118,10 +147,10 @@ class Integral:
                 errors.values[name] = torch.where(at, fine - coarse, errors.values[name])
         residuals, nodes = {}, {}
         for i, key in enumerate(self.keys):
-            rule = torch.from_numpy(self.level[i]).to(self._sums.device)
-            sums = self._sums[:, i].gather(0, rule.expand(1, *self._sums.shape[2:]))[0]
+            chosen = torch.from_numpy(self.level[i]).to(self._sums.device)
+            sums = self._sums[:, i].gather(0, chosen.expand(1, *self._sums.shape[2:]))[0]
             residuals[key] = sums - self._effect[i]
-            nodes[key] = counts[self.level[i]]
+            nodes[key] = self._rounds.counts[i]
         return Found(values, base_logits, errors, residuals, nodes)
 
     def _level(self, site: str, layer: int) -> NDArray[np.int64]:

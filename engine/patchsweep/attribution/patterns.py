@@ -101,7 +101,8 @@ def pattern_scores(
     zero, patch = np.full(size, np.nan, np.float32), np.full(size, np.nan, np.float32)
     batches = request.batches(range(len(pairs)))
     request.intervention.prepare(
-        clean_prompts(batches, request.direction), lambda tokens: gradients.activations(tokens).sites
+        clean_prompts(batches, request.direction),
+        lambda tokens: gradients.activations(tokens).sites,
     )
     for full_batch in batches:
         for pair in full_batch.pairs:  # [head, dest, src] of all layers: one pair at a time

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,7 +66,9 @@ class Path:
         if self.steps != "auto":
             whole_number("n_steps", self.steps, least=1, error=MethodError)
         elif self.rule != "gauss":
-            raise MethodError(f"rule={self.rule} has a fixed number of steps; give one instead of auto")
+            raise MethodError(
+                f"rule={self.rule} has a fixed number of steps; give one instead of auto"
+            )
 
     @property
     def quadrature(self) -> Quadrature:
@@ -84,6 +86,34 @@ class Path:
     def usual_steps(self) -> int:
         """A number of nodes, for estimates of the cost."""
         return 17 if self.steps == "auto" else self.steps
+
+
+def path_of(steps: Steps | None, rule: Rule, rtol: float) -> Path | None:
+    """Return the path of the gradients; None: they are those of the base run.
+
+    Raises:
+        MethodError: a setting is out of range, or has no effect.
+    """
+    if steps is not None:
+        return Path(steps, rule, rtol)
+    if (rule, rtol) != (Path.rule, Path.rtol):
+        raise MethodError(
+            f"rule={rule!r} and rtol={rtol!r} are for an integral; give steps=20 or steps='auto', "
+            "or leave them out"
+        )
+    return None
+
+
+def settings_of(path: Path | None) -> dict[str, Any]:
+    """Return the settings of a path for the results' identity; defaults are left out."""
+    if path is None:
+        return {"steps": None}
+    settings: dict[str, Any] = {"steps": path.steps}
+    if path.rule != Path.rule:
+        settings["rule"] = path.rule
+    if path.adds_nodes:
+        settings["rtol"] = path.rtol
+    return settings
 
 
 @cache
@@ -123,4 +153,4 @@ def _interpolating(nodes: NDArray[np.float64]) -> NDArray[np.float64]:
     basis = np.polynomial.legendre.legvander(2 * nodes - 1, len(nodes) - 1)
     moments = np.zeros(len(nodes))
     moments[0] = 1.0  # of Legendre polynomials on [0, 1]
-    return np.linalg.solve(basis.T, moments)
+    return np.asarray(np.linalg.solve(basis.T, moments), dtype=np.float64)

@@ -27,12 +27,10 @@ from torch.overrides import TorchFunctionMode
 from patchsweep.attribution.atp import differentiable_run
 from patchsweep.attribution.estimates import Found, Work, backward_each
 from patchsweep.errors import MethodError
+from patchsweep.forward.norms import is_norm, norm_form
 from patchsweep.forward.unwrapped import UnwrappedModel
 from patchsweep.spec.plan import SitePlan
 from patchsweep.spec.sites import Site
-
-# entries of the probe vector that measures a norm's weights; large, so that epsilon is negligible
-_LARGE = 1e3
 
 
 @dataclass(frozen=True)
@@ -98,14 +96,6 @@ def relevance_rules(unwrapped: UnwrappedModel) -> Iterator[None]:
         yield
 
 
-def is_norm(module: nn.Module) -> bool:
-    """Whether `module` normalises vectors: a LayerNorm, an RMSNorm or a leaf named *Norm."""
-    return isinstance(module, nn.LayerNorm | nn.RMSNorm) or (
-        type(module).__name__.endswith(("Norm", "LayerNorm"))
-        and not any(True for _ in module.children())
-    )
-
-
 def is_activation(module: nn.Module) -> bool:
     """Whether `module` is an elementwise nonlinearity of `transformers` or torch."""
     origin = type(module).__module__
@@ -118,26 +108,16 @@ def _norm_rule(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tens
     if not output.requires_grad:
         return None
     x: Tensor = args[0]
-    if isinstance(module, nn.LayerNorm):
-        centred = x - x.mean(dim=-1, keepdim=True)
-        scale = (x.detach().var(dim=-1, keepdim=True, unbiased=False) + module.eps).rsqrt()
-        weight = module.weight if module.weight is not None else torch.ones_like(x[..., :1])
-        return graft(output, centred * (scale * weight.detach()))
     with torch.no_grad():
-        # an RMS norm is x * weight * scale(x), so its output for a constant vector is its weights
-        weight = module.forward(torch.full_like(x[(0,) * (x.ndim - 1)], _LARGE))
-        weighted = x.float() * weight.float()
-        size = (weighted * weighted).sum(-1, keepdim=True)
-        scale = (output.float() * weighted).sum(-1, keepdim=True) / size.clamp_min(1e-30)
-        largest_error = (scale * weighted - output.float()).abs().amax()
-        tolerance = 1e-3 if x.dtype == torch.float32 else 0.05
-        if largest_error > tolerance * output.float().abs().amax():
+        form = norm_form(module, x)
+        scale = form.scale(x, output)
+        if scale is None:
             raise MethodError(
                 f"{type(module).__name__} is neither a LayerNorm nor an RMS norm, so relp has no "
                 "rule for it; use atp"
             )
-        factor = (scale * weight.float()).to(x)
-    return graft(output, x * factor)
+        factor = (scale * form.weight).to(x)
+    return graft(output, form.centred(x) * factor)
 
 
 def _identity_rule(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:

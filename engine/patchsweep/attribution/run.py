@@ -14,7 +14,7 @@ from patchsweep.attribution.method import Method
 from patchsweep.forward.grad import GradientModel
 from patchsweep.spec.batch import Batch, clean_prompts
 from patchsweep.spec.finite import check_cells, check_references
-from patchsweep.spec.interventions import Reader, Resample, Shuffle
+from patchsweep.spec.interventions import Reader, takes_source
 from patchsweep.spec.plan import SitePlan
 from patchsweep.spec.spec import Request
 
@@ -59,7 +59,9 @@ class Attribution:
         numbers = range(len(request.pairs))
         batches = request.batches(numbers)
         clean = clean_prompts(batches, request.direction)
-        reader = Reader("attribution", self.sites, lambda tokens: self.gradients.activations(tokens).sites)
+        reader = Reader(
+            "attribution", self.sites, lambda tokens: self.gradients.activations(tokens).sites
+        )
         request.intervention.prepare(clean, reader)
 
     def run(self, method: Method, pairs: range) -> BlockOfPairs:
@@ -119,10 +121,8 @@ class Attribution:
 
         Interventions that do not take the source run's values change all tokens.
         """
-        moves_all = type(self.request.intervention) not in (Resample, Shuffle)
-        if moves_all or not self.gradients.takes_positions:
-            return 0
-        return batch.first_difference()
+        shares = takes_source(self.request.intervention) and self.gradients.takes_positions
+        return batch.first_difference() if shares else 0
 
 
 def token_layers(request: Request, method: Method) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -71,6 +72,7 @@ class Blocks:
     def __init__(self, bridge: TransformerBridge, compute_dtype: torch.dtype | None = None) -> None:
         try:
             self.unwrapped = UnwrappedModel(bridge, compute_dtype)
+            self._has_mlp: list[bool] = []  # a module of its own, whose input the MLP reads
             self._o = [point.module for point in resolve_site(self.unwrapped, SITES["z"]).points]
             self._modules = self._find(bridge)
         except Unsupported as reason:
@@ -87,7 +89,8 @@ class Blocks:
         for layer, block in enumerate(self.unwrapped.blocks):
             attn = self.unwrapped.module_of(bridge.blocks[layer].attn)
             mlp = self.unwrapped.module_of(getattr(bridge.blocks[layer], "mlp", None))
-            if mlp is None or mlp is block:  # the block itself calls the MLP's two matrices
+            self._has_mlp.append(mlp is not None and mlp is not block)
+            if not self._has_mlp[-1]:  # the block itself calls the MLP's two matrices
                 mlp = outs["mlp_out"][layer] if outs["mlp_out"] else None
             if attn is None or mlp is None:
                 raise Unsupported(f"block {layer} has no module of its own for attention or MLP")
@@ -117,31 +120,16 @@ class Blocks:
     def n_layers(self) -> int:
         return self.unwrapped.n_layers
 
-    def trace(
-        self,
-        tokens: Int[Tensor, "pair pos"],
-        reads: Sequence[int],
-        *,
-        stream: Float[Tensor, "pair pos d_model"] | None = None,
-        gradient: bool = False,
-    ) -> Trace:
-        """Run one forward pass and return its activations, with fp32 logits at `reads`.
-
-        `stream` replaces the first block's input; with `gradient` a graph starts there.
-        """
+    @torch.no_grad()
+    def trace(self, tokens: Int[Tensor, "pair pos"], reads: Sequence[int]) -> Trace:
+        """Run one forward pass and return its activations, with fp32 logits at `reads`."""
         trace = Trace()
         axes = argument_axes(self.unwrapped)
 
-        def entering(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        def entering(module: nn.Module, args: Any, kwargs: Any) -> None:
             hidden, rest, named = split_hidden(args, kwargs)
-            first = not trace.resid
-            if first and stream is not None:
-                hidden = stream
-            if first:
-                hidden = hidden.detach().requires_grad_(gradient)
             trace.resid.append(hidden)
             trace.calls.append(BlockArgs(rest, named, axes[len(trace.calls) % len(axes)]))
-            return ((hidden, *rest), named) if first else None
 
         def attention(layer: int) -> Attend:
             def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **kw: Any) -> Tensor:
@@ -154,8 +142,6 @@ class Blocks:
             return attend
 
         with ExitStack() as stack:
-            stack.enter_context(torch.set_grad_enabled(gradient))
-            stack.enter_context(self.unwrapped.graph())
             for block in self.unwrapped.blocks:
                 stack.callback(block.register_forward_pre_hook(entering, with_kwargs=True).remove)
             for o in self._o:
@@ -183,8 +169,7 @@ class Blocks:
         Raises:
             Unsupported: the model does not call every block's attention and MLP once.
         """
-        tokens = torch.zeros(1, 2, dtype=torch.long, device=self._device)
-        trace = self.trace(tokens, [-1])
+        trace = self._probe
         if not len(trace.q) == len(trace.z) == len(trace.resid) - 1 == self.n_layers:
             raise Unsupported(
                 "its attention does not go through the attention interface of transformers"
@@ -199,6 +184,50 @@ class Blocks:
             mlp_out = self.mlp_of(layer, trace.resid[layer], trace, pair, held={"attn": nothing})
             flags.append(not bool(mlp_out.isnan().any()))
         return tuple(flags)
+
+    def write_points(self, layer: int) -> dict[str, HookLocation]:
+        """Return where senders write: z before W_O, attention's output, the MLP's last output."""
+        return {
+            "z": HookLocation(self._o[layer], "in"),
+            "attn": HookLocation(self._modules[layer, "attn"], "out"),
+            "mlp_out": HookLocation(self._modules[layer, "mlp_out"], "out"),
+        }
+
+    def mlp_point(self, layer: int) -> HookLocation:
+        """Return the MLP's input, or its output if it is no module with one input."""
+        return HookLocation(self._modules[layer, "mlp"], "in" if self._has_mlp[layer] else "out")
+
+    def norm_after_attention(self, layer: int) -> nn.Module | None:
+        """Return the module between attention's output and the stream."""
+        after = self._modules[layer, "attn_out"]
+        return None if after is self._modules[layer, "attn"] else after
+
+    @torch.no_grad()
+    def scales(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return the factors between `attn_out` and the stream, and between `mlp_out` and it.
+
+        One number, or one for each entry of the stream. Blocks multiply their writes by constants.
+
+        Raises:
+            Unsupported: the block does something else with a write.
+        """
+        trace, factors = self._probe, []
+        for part in ("attn_out", "mlp_out"):
+            known = trace.part(layer, part)
+            rows = torch.stack([torch.ones_like(known[0]), torch.randn_like(known[0])])
+            twice = torch.zeros(2, dtype=torch.long, device=rows.device)
+            ones, drawn = self.push(layer, part, rows, trace, twice)
+            near = 1e-3 if ones.dtype in (torch.float32, torch.float64) else 2e-2
+            if not torch.allclose(ones * rows[1], drawn, rtol=near, atol=near):
+                raise Unsupported(f"block {layer} does not add {part} to the residual stream")
+            factor = ones[-1]
+            factors.append(factor[:1] if bool((factor == factor[0]).all()) else factor)
+        return factors[0].float(), factors[1].float()
+
+    @cached_property
+    def _probe(self) -> Trace:
+        """The activations of two tokens."""
+        return self.trace(torch.zeros(1, 2, dtype=torch.long, device=self._device), [-1])
 
     def qkv_of(
         self,

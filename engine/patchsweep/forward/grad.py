@@ -138,8 +138,9 @@ class GradientModel:
         own: Sequence[Site] = (),
         longest: int = 1,
         compute_dtype: torch.dtype | None = None,
+        unwrapped: UnwrappedModel | None = None,
     ) -> None:
-        """Unwrap the model and locate its sites.
+        """Unwrap the model, unless it is `unwrapped` already, and locate its sites.
 
         Args:
             own: a method's additional sites, which are not compared with the bridge's hooks.
@@ -148,7 +149,7 @@ class GradientModel:
         """
         self.bridge = bridge
         try:
-            self.unwrapped = UnwrappedModel(bridge, compute_dtype)
+            self.unwrapped = unwrapped or UnwrappedModel(bridge, compute_dtype)
             self.points = {site.name: resolve_site(self.unwrapped, site) for site in (*sites, *own)}
             check_attention_sites(self.unwrapped, [self.points[site.name] for site in sites])
             dry_run(self.unwrapped, 1, longest)
@@ -341,6 +342,7 @@ class GradientModel:
         *,
         prefix: Prefix | None = None,
         keep_from: int = 0,
+        after: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> Activations:
         """Run `tokens`; return activations by site and layer, and the logits at `reads`.
 
@@ -369,6 +371,7 @@ class GradientModel:
             sites=sites,
             prefix=prefix,
             on_attention=keep_heads if keep_from else None,
+            after=after,
         )
         return Activations(kept, logits, Prefix(keep_from, keys, values) if keep_from else None)
 

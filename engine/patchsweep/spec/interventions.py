@@ -357,6 +357,11 @@ def check_constant(
             )
 
 
+def takes_source(intervention: Intervention) -> bool:
+    """Whether patch values are the source run's, so that they can differ only where tokens do."""
+    return type(intervention) in (Resample, Shuffle)
+
+
 def values_of(
     intervention: Intervention,
     site: Site,

@@ -103,6 +103,6 @@ class ScreenWork:
     def _bound(self, plan: SitePlan, unit: Unit) -> Values:
         live = plan.live_patches()
         rest = live[~self.foremost.chosen(plan)[live]]
-        gradient_model = self.estimator.attribution.tape
+        gradient_model = self.estimator.attribution.gradients
         subsets = Subsets(self.estimator.request, gradient_model, plan, self.screen)
         return subsets.bounds(rest, unit.pairs)

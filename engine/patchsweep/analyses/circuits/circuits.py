@@ -13,7 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from patchsweep.analyses.circuits.ablate import run_edges, run_nodes
 from patchsweep.analyses.circuits.edge_batch import (
     EdgeBatch,
-    EdgeBatches,
+    ExactBatches,
     Question,
     ask,
     nodes_of,
@@ -140,7 +140,7 @@ def circuit(
             )  # fmt: skip
         else:
             name, ranking = str(scores.attrs.get("method", "given")), scores
-        batches = EdgeBatches(question)
+        batches = ExactBatches(question)
         with frozen(model):  # the first run determines which blocks are parallel
             values = score_values(ranking, batches.nodes, level)
         plan = make_plan(batches.nodes, level, growth, rank_by, sizes, values)
@@ -149,8 +149,8 @@ def circuit(
             stages,
             "circuits",
             batches,
-            {"run": len(plan.rows)},
-            lambda edge_batch: _run(edge_batch, plan, question),
+            {"circuits": {"run": len(plan.rows)}},
+            lambda edge_batch: edge_batch.computed("circuits", _run(edge_batch, plan, question)),
             stage_attrs,
         )
         stages.wait()

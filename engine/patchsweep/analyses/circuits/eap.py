@@ -10,118 +10,315 @@ u. Each run checks this sum and refuses a model where it does not hold.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from patchsweep.analyses.circuits.edge_batch import EdgeBatch, Question
-from patchsweep.arguments import whole_number
-from patchsweep.attribution.quadrature import gauss
+from patchsweep.analyses.circuits.edge_batch import (
+    EdgeBatches,
+    Question,
+    blocks_and_nodes,
+    prepare,
+)
+from patchsweep.analyses.circuits.edge_pass import EdgeModel, EdgePass, run_edge_pass
+from patchsweep.attribution.budget import token_layers_per_pass
+from patchsweep.attribution.estimates import Work
+from patchsweep.attribution.integral import END, Rounds
+from patchsweep.attribution.quadrature import Path
 from patchsweep.errors import MethodError
-from patchsweep.forward.block_args import first_of
-from patchsweep.forward.trace import Trace
+from patchsweep.forward.grad import Activations
+from patchsweep.spec.batch import Batch
 from patchsweep.spec.finite import check_finite, names_of
+from patchsweep.spec.interventions import takes_source
 from patchsweep.spec.metrics import Metric, has_gradient
+from patchsweep.spec.sites import SITES
+from patchsweep.spec.spec import model_shape
 
 # largest rounding difference between a sender's summed edges and its own estimate, as a share of
 # the largest estimate
 TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-6}
 LOW_PRECISION_TOLERANCE = 0.3
-# most tokens of one layer's readers in one backward pass
-MAX_TOKENS = 8192
 
 
 @dataclass(frozen=True)
-class Gradients:
-    """Gradients of one metric, summed over the pairs, at the activations of a trace."""
+class EdgeEstimates:
+    """Estimates of all edges of one batch; NaN where there is no edge."""
 
-    embed: Tensor
-    q: tuple[Tensor, ...]
-    k: tuple[Tensor, ...]
-    v: tuple[Tensor, ...]
-    z: tuple[Tensor, ...]
-    mlp: tuple[Tensor, ...]  # output of the MLP
-    mlp_out: tuple[Tensor, ...]  # output after the MLP's own norm
-    final: Tensor  # output of the last block
+    scores: Float[Tensor, "metric pair sender reader ..."]  # signed, metric(patched) - metric(base)
+    errors: Float[Tensor, "metric pair sender reader ..."]  # of the integrals; NaN: not known
+    # what the scores of the embeddings add up to, minus metric(source) - metric(base)
+    residual: Float[Tensor, "metric pair"]
+    nodes: NDArray[np.int64]  # [pair] number of gradients
+    base_logits: Float[Tensor, "pair read d_vocab"]
+
+
+class EapBatches(EdgeBatches[Work]):
+    """The pairs of `question` in batches, with their source runs; see `EdgeBatches`."""
+
+    model: EdgeModel
+
+    def prepare(self) -> None:
+        """See `EdgeBatches`."""
+        self.model = EdgeModel(*blocks_and_nodes(self.question.bridge))
+        prepare(self.question, lambda tokens: self.model.run(tokens, [-1]).sites)
+
+    def make(self, batch: Batch) -> Work:
+        """See `EdgeBatches`."""
+        question, gradients = self.question, self.model.gradients
+        shares = takes_source(question.intervention) and gradients.takes_positions
+        start = batch.first_difference() if shares else 0
+        source = self.model.run(batch.source, batch.reads, keep_from=start)
+        return Work(
+            gradients=gradients,
+            batch=batch,
+            plans=(),
+            shape=model_shape(question.bridge),
+            metrics=question.metrics,
+            intervention=question.intervention,
+            source=source.sites,
+            source_logits=source.logits,
+            prefix=source.prefix,
+        )
 
 
 def eap(
-    edge_batch: EdgeBatch, *, steps: int | None = None, positions: bool = False
-) -> Float[Tensor, "metric pair sender reader ..."]:
-    """Return signed estimates of metric(patched) - metric(base); NaN where there is no edge.
+    model: EdgeModel, work: Work, path: Path | None = None, *, positions: bool = False
+) -> EdgeEstimates:
+    """Return signed estimates of metric(patched) - metric(base) of every edge.
 
-    With `steps`, gradients are averaged at Gauss-Legendre nodes between the base and the source
-    prompt's embeddings. With `positions` there is a last axis, the position of write and read.
-    Without `steps`, the edge batch must be made with `gradient`.
+    With `path`, gradients are averaged between the base and the source prompt's embeddings. With
+    `positions` there is a last axis, the position of write and read.
 
     Raises:
         MethodError: the scores do not sum to the senders' estimates, so the stream is not a sum
             of the parts.
     """
-    total: Tensor | None = None
-    expected: Tensor | None = None
-    for fraction, weight in [(0.0, 1.0)] if steps is None else zip(gauss(steps).nodes.tolist(), gauss(steps).weights[-1].tolist()):
-        trace = edge_batch.base
-        if steps is not None:
-            stream = torch.lerp(
-                edge_batch.base.resid[0].detach(), edge_batch.source.resid[0], fraction
+    sums = _Sums(model, work, path, positions)
+    for nodes, pairs in sums.passes():
+        sums.add(nodes, pairs)
+    return sums.found()
+
+
+class _Sums:
+    """Sums of scores by the rules of a quadrature."""
+
+    def __init__(self, model: EdgeModel, work: Work, path: Path | None, positions: bool) -> None:
+        self.model, self.work, self.path, self.positions = model, work, path, positions
+        batch, nodes = work.batch, model.nodes
+        self.device = batch.base.device
+        n_pairs = len(batch.pairs)
+        self.rounds = None if path is None else Rounds(path, 1, n_pairs)
+        self.base: Activations | None = None
+        if path is not None:
+            self.base = model.run(batch.base, batch.reads, prefix=work.prefix)
+        self.n_rules = 1 if self.rounds is None else self.rounds.quadrature.n_rules
+        shape = (self.n_rules, len(work.metrics), n_pairs, len(nodes.senders))
+        self.n_pos = (batch.length,) if positions else ()
+        self.scores = torch.zeros(*shape, len(nodes.readers), *self.n_pos, device=self.device)
+        # attribution patching of the senders: what their edges add up to
+        self.senders = torch.zeros(*shape, batch.length, device=self.device)
+
+    def passes(self) -> Iterator[tuple[list[int], list[int]]]:
+        """Yield nodes and pairs of passes that fit in memory."""
+        n_pairs = len(self.work.batch.pairs)
+        if self.rounds is None:
+            yield [0], [*range(n_pairs)]
+            return
+        gradients = self.work.gradients
+        n_tokens = (self.work.batch.length - self.work.start) * gradients.n_layers
+        most = token_layers_per_pass(gradients.bridge, self.work.batch.length)
+        for chosen, open_ in self.rounds(self._converged):
+            pairs = np.flatnonzero(open_[0]).tolist()
+            nodes = [node for node in chosen if node != END]
+            size = max(1, most // (len(pairs) * n_tokens))
+            for i in range(0, len(nodes), size):
+                yield nodes[i : i + size], pairs
+
+    def add(self, nodes: list[int], pairs: list[int]) -> None:
+        """Run the nodes of some pairs, and add their scores to the rules' sums."""
+        work, streams = self.work.rows(pairs), None
+        weights = torch.ones(1, len(nodes), device=self.device)
+        if self.rounds is not None and self.base is not None:
+            rules = self.rounds.quadrature
+            weights = weights.new_tensor(rules.weights[:, nodes])
+            fraction = weights.new_tensor(rules.nodes[nodes]).view(-1, 1, 1, 1)
+            start = self.base.sites["embed"][0][pairs]
+            streams = torch.lerp(start, work.source["embed"][0], fraction.to(start)).flatten(0, 1)
+        found = run_edge_pass(self.model, work, streams, len(nodes))
+        if self.base is None:
+            self.base = found.activations()
+        base = {name: [x[pairs] for x in xs] for name, xs in self.base.sites.items()}
+        changes = {
+            name: [(work.values(SITES[name], layer, x) - x).float() for layer, x in enumerate(xs)]
+            for name, xs in base.items()
+        }
+        with torch.enable_grad():
+            scores = work.score(found.logits, self.base.logits[pairs]).sum(dim=1).unbind()
+        with torch.no_grad():
+            # a norm after attention is linearised at each node; otherwise all nodes share a product
+            each = [[i] for i in range(len(nodes))] if self.model.bends else [[*range(len(nodes))]]
+            gradients = [found.gradients(score) for score in scores]
+            for some in each:
+                writes = _writes(self.model, changes, found, some[0])
+                masked = torch.zeros_like(weights)
+                masked[:, some] = weights[:, some]
+                for metric, of_metric in enumerate(gradients):
+                    for layer in range(self.model.nodes.n_layers + 1):
+                        reads = of_metric.readers(layer, masked)
+                        self._add_layer(metric, pairs, layer, writes, reads)
+            for metric, of_metric in enumerate(gradients):
+                own = of_metric.senders(changes, weights)
+                self.senders[:, metric, pairs, :, self.work.start :] += own
+
+    def _add_layer(
+        self, metric: int, pairs: list[int], layer: int, writes: Tensor, reads: Tensor
+    ) -> None:
+        """Add the products of one layer's readers `[rule, pair, reader, pos, d_model]`."""
+        nodes = self.model.nodes
+        readers = nodes.of_layer(layer)
+        n_seen = max(nodes.n_seen(reader) for reader in nodes.readers[readers])
+        # the product also pairs heads, which the layer's MLP reads, with readers before them
+        possible = self._possible()[:n_seen, readers]
+        for rule in range(self.n_rules):
+            if self.positions:
+                product = torch.einsum("pstd,pvtd->psvt", writes[:, :n_seen], reads[rule])
+                target = self.scores[rule, metric][:, :n_seen, readers, self.work.start :]
+            else:
+                product = writes[:, :n_seen].flatten(2) @ reads[rule].flatten(2).transpose(1, 2)
+                target = self.scores[rule, metric][:, :n_seen, readers]
+            target[pairs] += product * possible
+
+    def found(self) -> EdgeEstimates:
+        """Return the estimates of the finest rules that ran.
+
+        Raises:
+            MethodError: edges do not add up to their senders' estimates.
+            ModelError: an estimate is NaN or infinite.
+        """
+        assert self.base is not None
+        n_pairs = len(self.work.batch.pairs)
+        level = np.zeros(n_pairs, np.int64) if self.rounds is None else self.rounds.level[0]
+        rows = torch.arange(n_pairs, device=self.device)
+        rule = torch.from_numpy(level).to(self.device)
+        scores = self.scores.transpose(1, 2)[rule, rows].transpose(0, 1)
+        senders = self.senders.transpose(1, 2)[rule, rows].transpose(0, 1)
+        errors = torch.full_like(scores, float("nan"))
+        if self.rounds is not None:
+            coarse = self.scores.transpose(1, 2)[rule - 1, rows].transpose(0, 1)
+            errors = (scores - coarse).abs()
+        _check_numbers(self.model, self.work, scores)
+        self._check_sums(scores, senders)
+        with torch.no_grad():
+            base, source = (
+                self.work.score(logits, self.base.logits)
+                for logits in (self.base.logits, self.work.source_logits)
             )
-            trace = edge_batch.blocks.trace(
-                edge_batch.batch.base, edge_batch.batch.reads, stream=stream, gradient=True
+        impossible = self._possible() == 0
+        return EdgeEstimates(
+            scores=scores.masked_fill(impossible, float("nan")),
+            errors=errors.masked_fill(impossible, float("nan")),
+            residual=senders[:, :, 0].sum(dim=-1) - (source - base),
+            nodes=np.ones(n_pairs, np.int64) if self.rounds is None else self.rounds.counts[0],
+            base_logits=self.base.logits,
+        )
+
+    def _possible(self) -> Bool[Tensor, "sender reader ..."]:
+        possible = torch.from_numpy(self.model.nodes.possible).to(self.device)
+        return possible.unsqueeze(-1) if self.positions else possible
+
+    def _converged(self, rule: int) -> NDArray[np.bool_]:
+        """Return `[1, pair]`: the errors of all edges are within the tolerance."""
+        assert self.path is not None
+        fine, coarse = (self.scores[i].flatten(2) for i in (rule, rule - 1))
+        error, largest = (fine - coarse).abs().amax(dim=2), fine.abs().amax(dim=2)
+        done: NDArray[np.bool_] = (
+            (error <= self.path.rtol * largest).all(dim=0, keepdim=True).cpu().numpy()
+        )
+        return done
+
+    def _check_sums(self, scores: Tensor, senders: Tensor) -> None:
+        summed = scores.sum(dim=3)
+        expected = senders if self.positions else senders.sum(dim=-1)
+        scale = float(expected.abs().max())
+        worst = float((summed - expected).abs().max())
+        tolerance = TOLERANCE.get(self.model.blocks.unwrapped.dtype, LOW_PRECISION_TOLERANCE)
+        if not worst <= tolerance * scale:
+            raise MethodError(
+                "the edges of a sender should add up to its own estimate, and differ by "
+                f"{worst:.2g} where the largest estimate is {scale:.2g}: in this model something "
+                "else than heads, MLPs and the logits reads or writes the residual stream; sweep "
+                "its sites instead"
             )
-        gradients = _gradients(edge_batch, trace)
-        scores = weight * _scores(edge_batch, trace, gradients, positions)
-        nodewise = weight * torch.stack([_atp(edge_batch, g) for g in gradients])
-        total = scores if total is None else total + scores
-        expected = nodewise if expected is None else expected + nodewise
-    assert total is not None
-    assert expected is not None
-    impossible = ~_possible(edge_batch, positions)
-    _check_numbers(edge_batch, total.masked_fill(impossible, 0.0))
-    _check_sums(edge_batch, total, expected, positions)
-    return total.masked_fill(impossible, float("nan"))
+
+
+def _writes(
+    model: EdgeModel, changes: dict[str, list[Tensor]], found: EdgePass, node: int
+) -> Float[Tensor, "pair sender pos d_model"]:
+    """Return what each sender's change adds to the residual stream, to first order at a node."""
+    blocks, n_heads = model.blocks, model.nodes.n_heads
+    parts = [changes["embed"][0].unsqueeze(1)]
+    for layer, (z, mlp) in enumerate(zip(changes["z"], changes["mlp_out"], strict=True)):
+        weight = model.output_weight(layer)
+        if weight is None:
+            heads = blocks.head_writes(layer, z.to(blocks.unwrapped.dtype), n_heads).float()
+            heads = heads.transpose(0, 1)
+        else:
+            by_head = z.unflatten(-1, (n_heads, -1))
+            heads = torch.einsum("pthk,hkd->phtd", by_head, weight.unflatten(0, (n_heads, -1)))
+        after = blocks.norm_after_attention(layer)
+        if after is not None:
+            at = found.by_node(found.layers[layer].writes["attn"])[node].unsqueeze(1)
+            dtype = blocks.unwrapped.dtype
+            with blocks.unwrapped.block_at_hand(layer), forward_ad.dual_level():
+                dual = forward_ad.make_dual(at.expand_as(heads).to(dtype).contiguous(), heads.to(dtype))
+                heads = forward_ad.unpack_dual(after.forward(dual)).tangent.float()
+        attn_scale, mlp_scale = model.scales[layer]
+        parts += [heads * attn_scale, (mlp * mlp_scale).unsqueeze(1)]
+    return torch.cat(parts, dim=1)
 
 
 def _check_numbers(
-    edge_batch: EdgeBatch, total: Float[Tensor, "metric pair sender reader ..."]
+    model: EdgeModel, work: Work, scores: Float[Tensor, "metric pair sender reader ..."]
 ) -> None:
     """Raise ModelError if the score of an edge is NaN or infinite."""
 
     def where(pair: int, sender: int, reader: int, *pos: int) -> str:
-        edge = f"{edge_batch.nodes.senders[sender]}->{edge_batch.nodes.readers[reader]}"
+        edge = f"{model.nodes.senders[sender]}->{model.nodes.readers[reader]}"
         at = f" at position {pos[0]}" if pos else ""
-        return f"the estimate of edge {edge}{at} in pair {edge_batch.batch.pairs[pair]}"
+        return f"the estimate of edge {edge}{at} in pair {work.batch.pairs[pair]}"
 
-    check_finite(total.detach().cpu().numpy(), names_of(edge_batch.metrics), where)
+    check_finite(scores.cpu().numpy(), names_of(work.metrics), where)
 
 
-def check_gradients(question: Question, steps: int | None) -> None:
+def check_gradients(question: Question, path: Path | None) -> None:
     """Raise unless gradients can attribute every metric.
 
     Raises:
         MethodError: they cannot; the message names an alternative.
     """
-    if steps is not None:
-        whole_number("steps", steps, least=1, error=MethodError)
-        if not question.intervention.from_source:
-            raise MethodError(
-                f"steps={steps} walks from the base prompt's embeddings to the source prompt's, "
-                f"and intervention={question.intervention.name} has no source prompt; leave "
-                "steps out, or use intervention=resample"
-            )
+    if path is not None and not question.intervention.from_source:
+        raise MethodError(
+            f"steps={path.steps} walks from the base prompt's embeddings to the source prompt's, "
+            f"and intervention={question.intervention.name} has no source prompt; leave steps "
+            "out, or use intervention=resample"
+        )
     for metric in question.metrics:
-        _check_metric(metric, steps)
+        _check_metric(metric, path)
 
 
-def _check_metric(metric: Metric, steps: int | None) -> None:
+def _check_metric(metric: Metric, path: Path | None) -> None:
     if not metric.smooth:
         raise MethodError(
             f"metric {metric.name} changes by jumps, so its gradient is zero or undefined; use "
             "logit_diff, or exact_edges"
         )
-    if metric.flat_at_base and steps is None:
+    if metric.flat_at_base and path is None:
         raise MethodError(
             f"metric {metric.name} is smallest at the base run, where its gradient is zero, so "
             "every edge would get 0; use the metric logit_diff, or steps=5"
@@ -130,153 +327,4 @@ def _check_metric(metric: Metric, steps: int | None) -> None:
         raise MethodError(
             f"metric {metric.name} returns numbers that have no gradient; write it in torch "
             "operations that keep one (no argmax, item or detach), or use exact_edges"
-        )
-
-
-def _possible(edge_batch: EdgeBatch, positions: bool) -> Bool[Tensor, "sender reader ..."]:
-    possible = torch.from_numpy(edge_batch.nodes.possible).to(edge_batch.batch.base.device)
-    return possible.unsqueeze(-1) if positions else possible
-
-
-def _gradients(edge_batch: EdgeBatch, trace: Trace) -> list[Gradients]:
-    """Return the gradients of each metric."""
-    n_layers = edge_batch.nodes.n_layers
-    places = {
-        "embed": [trace.resid[0]],
-        "q": trace.q,
-        "k": trace.k,
-        "v": trace.v,
-        "z": trace.z,
-        "mlp": [first_of(trace.parts[layer, "mlp"]) for layer in range(n_layers)],
-        "mlp_out": [first_of(trace.parts[layer, "mlp_out"]) for layer in range(n_layers)],
-        "final": [trace.resid[-1]],
-    }
-    flat = [x for result in places.values() for x in result]
-    pair = torch.arange(trace.n_pairs, device=trace.logits.device)
-    with torch.enable_grad():
-        scores = edge_batch.score(trace.logits, pair)
-    result = []
-    for i, row in enumerate(scores):
-        grads = iter(
-            torch.autograd.grad(
-                row.sum(), flat, retain_graph=i + 1 < len(scores), materialize_grads=True
-            )
-        )
-        by_place = {name: tuple(next(grads) for _ in xs) for name, xs in places.items()}
-        (embed,), (final,) = by_place.pop("embed"), by_place.pop("final")
-        result.append(Gradients(embed=embed, final=final, **by_place))
-    return result
-
-
-def _scores(
-    edge_batch: EdgeBatch, trace: Trace, gradients: list[Gradients], positions: bool
-) -> Float[Tensor, "metric pair sender reader ..."]:
-    """Return the scores, from one matrix product per layer of readers; 0 where there is no edge."""
-    nodes = edge_batch.nodes
-    writes = edge_batch.writes(trace, exact=False)
-    n_pairs, n_senders, n_pos, _ = writes.shape
-    shape = (len(gradients), n_pairs, n_senders, len(nodes.readers))
-    length = trace.length
-    scores = writes.new_zeros((*shape, length) if positions else shape)
-    for layer in range(nodes.n_layers + 1):
-        readers = nodes.of_layer(layer)
-        n_seen = max(nodes.n_seen(reader) for reader in nodes.readers[readers])
-        for metric, reads in enumerate(_reader_gradients(edge_batch, trace, gradients, layer)):
-            if positions:
-                by_pos = torch.einsum("pstd,prtd->psrt", writes[:, :n_seen], reads)
-                scores[metric, :, :n_seen, readers, length - n_pos :] = by_pos
-            else:
-                product = writes[:, :n_seen].flatten(2) @ reads.flatten(2).transpose(1, 2)
-                scores[metric, :, :n_seen, readers] = product
-    # the product of a layer also pairs its heads, which its MLP reads, with readers before them
-    return scores.masked_fill(~_possible(edge_batch, positions), 0.0)
-
-
-def _reader_gradients(
-    edge_batch: EdgeBatch, trace: Trace, gradients: list[Gradients], layer: int
-) -> list[Float[Tensor, "pair reader pos d_model"]]:
-    """Return per metric its fp32 gradient at each reader's own input stream, from `start` on."""
-    start = edge_batch.start
-    if layer == edge_batch.nodes.n_layers:
-        return [g.final[:, start:].unsqueeze(1).float() for g in gradients]
-    all_pairs = torch.arange(trace.n_pairs, device=trace.logits.device)
-    stream = trace.resid[layer].detach()[:, start:]
-    with torch.enable_grad():
-        x = stream.clone().requires_grad_()
-        y = edge_batch.blocks.mlp_of(layer, x, trace, all_pairs, start)
-    parts = [[] for _ in gradients]  # type: list[list[Tensor]]
-    per_pass = max(1, MAX_TOKENS // stream[..., 0].numel())
-    for part in _head_readers(edge_batch, layer, per_pass):
-        for metric_parts, rows in zip(
-            parts, _head_gradients(edge_batch, trace, gradients, layer, part), strict=True
-        ):
-            metric_parts.append(rows)
-    for i, (metric_parts, g) in enumerate(zip(parts, gradients, strict=True)):
-        cotangent = g.mlp[layer].reshape(trace.n_pairs, trace.length, -1)[:, start:]
-        (grad,) = torch.autograd.grad(y, x, cotangent, retain_graph=i + 1 < len(gradients))
-        metric_parts.append(grad.unsqueeze(1))
-    return [torch.cat(metric_parts, dim=1).float() for metric_parts in parts]
-
-
-def _head_readers(edge_batch: EdgeBatch, layer: int, per_pass: int) -> list[list[tuple[str, int]]]:
-    """Return the attention readers of a layer, in order, in groups of `per_pass`."""
-    readers = edge_batch.nodes.readers[edge_batch.nodes.of_layer(layer)]
-    heads = [(r.kind, r.head) for r in readers if r.head is not None]
-    return [[*heads[i : i + per_pass]] for i in range(0, len(heads), per_pass)]
-
-
-def _head_gradients(
-    edge_batch: EdgeBatch,
-    trace: Trace,
-    gradients: list[Gradients],
-    layer: int,
-    readers: list[tuple[str, int]],
-) -> list[Float[Tensor, "pair reader pos d_model"]]:
-    """Return per metric the gradient of each reader's input, from rows of its own per reader."""
-    start, n_pairs, n = edge_batch.start, trace.n_pairs, len(readers)
-    pair = torch.arange(n_pairs, device=trace.logits.device).repeat(n)
-    with torch.enable_grad():
-        x = trace.resid[layer].detach()[pair, start:].requires_grad_()
-        qkv = edge_batch.blocks.qkv_of(layer, x, trace, pair, start)
-        by_kind = {kind: t.unflatten(0, (n, n_pairs)) for kind, t in zip("qkv", qkv, strict=True)}
-        outputs = [by_kind[kind][i, :, head] for i, (kind, head) in enumerate(readers)]
-    result = []
-    for i, g in enumerate(gradients):
-        gradient_of = {"q": g.q[layer], "k": g.k[layer], "v": g.v[layer]}
-        cotangents = [gradient_of[kind][:, head, start:] for kind, head in readers]
-        (grad,) = torch.autograd.grad(outputs, x, cotangents, retain_graph=i + 1 < len(gradients))
-        result.append(grad.unflatten(0, (n, n_pairs)).transpose(0, 1))
-    return result
-
-
-def _atp(edge_batch: EdgeBatch, g: Gradients) -> Float[Tensor, "pair sender pos"]:
-    """Return the attribution patching estimate for each sender, from gradients at its output."""
-    changes, n_heads = edge_batch.changes, edge_batch.nodes.n_heads
-    estimates = [(changes.embed.float() * g.embed.float()).sum(-1, keepdim=True)]
-    for layer in range(edge_batch.nodes.n_layers):
-        z = changes.z[layer].float() * g.z[layer].float().reshape(changes.z[layer].shape)
-        estimates.append(z.unflatten(-1, (n_heads, -1)).sum(-1))
-        mlp = changes.mlp[layer].float()
-        estimates.append((mlp * g.mlp_out[layer].float().reshape(mlp.shape)).sum(-1, keepdim=True))
-    return torch.cat(estimates, dim=-1).transpose(1, 2)
-
-
-def _check_sums(
-    edge_batch: EdgeBatch,
-    scores: Tensor,
-    expected: Float[Tensor, "metric pair sender pos"],
-    positions: bool,
-) -> None:
-    summed = scores.sum(dim=3)
-    if not positions:
-        expected = expected.sum(dim=-1)
-    scale = float(expected.abs().max())
-    worst = float((summed - expected).abs().max())
-    tolerance = TOLERANCE.get(edge_batch.base.resid[0].dtype, LOW_PRECISION_TOLERANCE)
-    if not worst <= tolerance * scale:
-        raise MethodError(
-            f"the edges of a sender should add up to its own estimate, and differ by {worst:.2g} "
-            f"where the largest estimate is {scale:.2g}: in this model something else than "
-            "heads, MLPs and the logits reads or writes the residual stream; sweep its sites "
-            "instead"
         )

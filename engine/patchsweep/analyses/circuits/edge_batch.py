@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from patchsweep.models.offload import device_of
 from patchsweep.spec.batch import Batch, clean_prompts, make_batches
 from patchsweep.spec.finite import check_references
 from patchsweep.spec.interventions import (
+    Activations,
     Intervention,
     Spans,
     values_of,
@@ -112,6 +113,10 @@ class EdgeBatch:
         base, source = (x.logits.detach()[pair] for x in (self.base, self.source))
         return compute(self.metrics, Logits(answer, wrong, logits, base, source))
 
+    def computed(self, name: str, values: Values) -> Computed:
+        """Return `values` as the variable `name`, with the unpatched metrics; see `run_batches`."""
+        return {name: values}, np.stack([x.cpu().numpy() for x in self.references()])
+
     @torch.no_grad()
     def references(self) -> tuple[Float[Tensor, "metric pair"], Float[Tensor, "metric pair"]]:
         """Return the metrics of the base run and of the source run.
@@ -128,41 +133,77 @@ class EdgeBatch:
         return base, source
 
     @torch.no_grad()
-    def writes(self, trace: Trace, *, exact: bool) -> Float[Tensor, "pair sender pos d_model"]:
-        """Return what each sender's change adds to the residual stream, from `start` on, fp32.
-
-        `exact` applies a norm after attention exactly, otherwise it is linearised at `trace`.
-        Without such a norm both agree.
-        """
+    def writes(self) -> Float[Tensor, "pair sender pos d_model"]:
+        """Return what each sender's change adds to the residual stream, from `start` on, fp32."""
+        trace = self.base
         n_pairs, n_heads = trace.n_pairs, self.nodes.n_heads
         all_pairs = torch.arange(n_pairs, device=trace.resid[0].device)
         rows = all_pairs.repeat(n_heads)
         parts = [self.changes.embed.unsqueeze(1)]
         for layer in range(self.nodes.n_layers):
             gained = self.blocks.head_writes(layer, self.changes.z[layer], n_heads).flatten(0, 1)
-            heads = (
-                self.blocks.exact_head_writes(layer, gained, trace, rows)
-                if exact
-                else self.blocks.push(layer, "attn", gained, trace, rows)
-            )
+            heads = self.blocks.exact_head_writes(layer, gained, trace, rows)
             parts.append(heads.unflatten(0, (n_heads, n_pairs)).transpose(0, 1))
             mlp = self.blocks.push(layer, "mlp_out", self.changes.mlp[layer], trace, all_pairs)
             parts.append(mlp.unsqueeze(1))
         return torch.cat([x[:, :, self.start :].float() for x in parts], dim=1)
 
 
-class EdgeBatches:
-    """The pairs of `question` in batches; the writes of `block` pairs fit `WRITE_BYTES`.
+class HasBatch(Protocol):
+    """What a batch of pairs was made into."""
 
-    With `gradient` base runs build a graph from the first block's input on.
-    """
+    @property
+    def batch(self) -> Batch:
+        """The pairs."""
 
-    def __init__(self, question: Question, *, gradient: bool = False) -> None:
-        self.question, self.gradient = question, gradient
+
+Made = TypeVar("Made", bound=HasBatch)
+
+
+class EdgeBatches(ABC, Generic[Made]):
+    """The pairs of `question` in batches; the writes of `block` pairs fit `WRITE_BYTES`."""
+
+    def __init__(self, question: Question) -> None:
+        self.question = question
+        self._is_ready = False
         self.longest = max(len(pair) for pair in question.pairs)
         n_senders = len(nodes_of(question.bridge).senders)
         size = 4 * n_senders * self.longest * int(question.bridge.cfg.d_model)
         self.block = max(1, WRITE_BYTES // size)
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Take the model apart, and prepare the intervention. Called once, before `make`."""
+
+    @abstractmethod
+    def make(self, batch: Batch) -> Made:
+        """Run a batch's prompts."""
+
+    def of(self, pairs: range) -> Iterator[Made]:
+        """Yield the batches of `pairs`, at most `block` of them.
+
+        Raises:
+            MethodError: the model's blocks cannot be split at the residual stream.
+        """
+        try:
+            self.get_ready()
+            for batch in batches_of(self.question, pairs):
+                yield self.make(batch)
+        except Unsupported as error:
+            raise unfit(self.question.bridge, error) from error
+
+    def get_ready(self) -> None:
+        """Prepare, if that has not been done."""
+        if not self._is_ready:
+            self.prepare()
+            self._is_ready = True
+
+
+class ExactBatches(EdgeBatches[EdgeBatch]):
+    """Batches with the changes of all senders, for exact runs."""
+
+    blocks: Blocks
+    _nodes: Nodes
 
     @property
     def nodes(self) -> Nodes:
@@ -171,29 +212,32 @@ class EdgeBatches:
         Raises:
             MethodError: the model's blocks cannot be split at the residual stream.
         """
-        return self._ready[1]
+        self.get_ready()
+        return self._nodes
 
-    def of(self, pairs: range) -> Iterator[EdgeBatch]:
-        """Yield the batches of `pairs`, at most `block` of them.
+    def prepare(self) -> None:
+        """See `EdgeBatches`."""
+        self.blocks, self._nodes = blocks_and_nodes(self.question.bridge)
+        prepare(
+            self.question,
+            lambda tokens: _activations(self.blocks.trace(tokens, [-1])),
+        )
 
-        Raises:
-            MethodError: the model's blocks cannot be split at the residual stream.
-        """
-        question, device = self.question, device_of(self.question.bridge)
-        try:
-            for batch in make_batches(
-                question.pairs, pairs, question.direction, question.read, device
-            ):
-                yield _edge_batch(question, *self._ready, batch, self.gradient)
-        except Unsupported as error:
-            raise unfit(question.bridge, error) from error
+    def make(self, batch: Batch) -> EdgeBatch:
+        """See `EdgeBatches`."""
+        return _edge_batch(self.question, self.blocks, self._nodes, batch)
 
-    @cached_property
-    def _ready(self) -> tuple[Blocks, Nodes]:
-        """Return the model's blocks and nodes, and prepare the intervention."""
-        blocks, nodes = blocks_and_nodes(self.question.bridge)
-        _prepare(self.question, blocks)
-        return blocks, nodes
+
+def batches_of(question: Question, pairs: range) -> list[Batch]:
+    """Return pairs as batches."""
+    device = device_of(question.bridge)
+    return make_batches(question.pairs, pairs, question.direction, question.read, device)
+
+
+def prepare(question: Question, activations: Activations) -> None:
+    """Prepare the intervention (means, for example) on the clean prompts."""
+    batches = batches_of(question, range(len(question.pairs)))
+    question.intervention.prepare(clean_prompts(batches, question.direction), activations)
 
 
 def blocks_and_nodes(bridge: TransformerBridge) -> tuple[Blocks, Nodes]:
@@ -216,19 +260,23 @@ def blocks_and_nodes(bridge: TransformerBridge) -> tuple[Blocks, Nodes]:
 def run_batches(
     stages: Stages,
     name: str,
-    batches: EdgeBatches,
-    dims: Mapping[str, int],
-    compute: Callable[[EdgeBatch], Values],
+    batches: EdgeBatches[Made],
+    dims: Mapping[str, Mapping[str, int]],
+    compute: Callable[[Made], Computed],
     attrs: Mapping[str, Any],
 ) -> xr.Dataset:
     """Run `compute` on all batches as the stage `name`; see `Stages.run`.
 
-    The Dataset holds `name` [metric, pair, *dims], NaN beyond the last axis of what `compute`
-    returns, `base_metric` and `source_metric`.
+    `dims` are the axes of each variable besides metric and pair. `compute` returns the variables
+    `[metric, pair, ...]` of a batch, and its base and source metrics. The Dataset holds NaN beyond
+    the last axis of what `compute` returns.
     """
     question = batches.question
     n_metrics = len(question.metrics)
-    shapes = {name: {"metric": n_metrics, "pair": len(question.pairs), **dims}}
+    shapes = {
+        variable: {"metric": n_metrics, "pair": len(question.pairs), **more}
+        for variable, more in dims.items()
+    }
 
     def block(pairs: range) -> Computed:
         cells = empty(shapes, pairs)
@@ -236,9 +284,12 @@ def run_batches(
         with frozen(question.bridge):
             for edge_batch in batches.of(pairs):
                 rows = [pair - pairs.start for pair in edge_batch.batch.pairs]
-                values = compute(edge_batch)
-                cells[name][:, rows, ..., : values.shape[-1]] = values
-                references[:, :, rows] = [x.cpu().numpy() for x in edge_batch.references()]
+                values, references[:, :, rows] = compute(edge_batch)
+                for variable, array in values.items():
+                    if array.ndim > 2:
+                        cells[variable][:, rows, ..., : array.shape[-1]] = array
+                    else:
+                        cells[variable][:, rows] = array
         return cells, references
 
     return stages.run(
@@ -252,10 +303,8 @@ def run_batches(
     )
 
 
-def _edge_batch(
-    question: Question, blocks: Blocks, nodes: Nodes, batch: Batch, gradient: bool
-) -> EdgeBatch:
-    base = blocks.trace(batch.base, batch.reads, gradient=gradient)
+def _edge_batch(question: Question, blocks: Blocks, nodes: Nodes, batch: Batch) -> EdgeBatch:
+    base = blocks.trace(batch.base, batch.reads)
     source = blocks.trace(batch.source, batch.reads)
     if base.q[0].shape[1] != nodes.n_heads or base.k[0].shape[1] != nodes.n_kv_heads:
         raise MethodError(
@@ -303,18 +352,3 @@ def _activations(trace: Trace) -> Mapping[str, Sequence[Tensor]]:
         "z": [z.detach() for z in trace.z],
         "mlp_out": [trace.part(layer, "mlp_out").detach() for layer in layers],
     }
-
-
-def _prepare(question: Question, blocks: Blocks) -> None:
-    """Prepare the intervention (means, for example) on the clean prompts."""
-    batches = make_batches(
-        question.pairs,
-        range(len(question.pairs)),
-        question.direction,
-        question.read,
-        device_of(question.bridge),
-    )
-    question.intervention.prepare(
-        clean_prompts(batches, question.direction),
-        lambda tokens: _activations(blocks.trace(tokens, [-1])),
-    )

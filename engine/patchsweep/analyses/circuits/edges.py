@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.analyses.circuits.eap import check_gradients, eap
+from patchsweep.analyses.circuits.eap import EapBatches, check_gradients, eap
 from patchsweep.analyses.circuits.edge_batch import (
     EdgeBatch,
-    EdgeBatches,
+    ExactBatches,
     Question,
     ask,
     nodes_of,
@@ -23,12 +23,15 @@ from patchsweep.analyses.circuits.edge_batch import (
 )
 from patchsweep.analyses.circuits.exact import exact
 from patchsweep.analyses.circuits.nodes import Edge, EdgeLike, Nodes
-from patchsweep.analyses.stages import Stages
+from patchsweep.analyses.stages import Computed, Stages
 from patchsweep.arguments import true_or_false, whole_number
+from patchsweep.attribution.estimates import Work
+from patchsweep.attribution.quadrature import Path, Rule, Steps, path_of, settings_of
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import PlanError
 from patchsweep.models.running import runs_model
 from patchsweep.spec.batch import base_and_source
+from patchsweep.spec.finite import check_references
 from patchsweep.spec.interventions import Direction, Intervention, ValueFn
 from patchsweep.spec.reference import MeansFrom
 from patchsweep.spec.spec import MetricLike, SweepSpec, model_shape
@@ -39,6 +42,12 @@ from patchsweep.sweeps.layout import analysis_attrs
 Values = NDArray[np.float32]
 
 _ENDS = ("edge_sender", "edge_reader")
+# variables of integrals besides the estimates
+_OF_INTEGRALS = {
+    "error": "how far the integral of {} may be from converged",
+    "residual": "what {} of the embeddings adds up to, minus metric(source) - metric(base)",
+    "nodes": "number of gradients in the integral of {}",
+}
 
 
 @runs_model
@@ -49,7 +58,9 @@ def edges(
     *,
     direction: Direction | None = SweepSpec.direction,
     intervention: str | Intervention | float | Tensor | ValueFn = SweepSpec.intervention,
-    steps: int | None = None,
+    steps: Steps | None = None,
+    rule: Rule = Path.rule,
+    rtol: float = Path.rtol,
     positions: bool = False,
     read: int = SweepSpec.read,
     means_from: MeansFrom = SweepSpec.means_from,
@@ -69,7 +80,14 @@ def edges(
     Args:
         steps: number of nodes between the base and the source prompt's embeddings over which to
             average gradients, which gives `edge_eap_ig`. It is complete only at the embeddings:
-            the path of the gradients is not that of other senders' changes.
+            the path of the gradients is not that of other senders' changes. `edge_eap_ig_error`
+            states how far each integral may be from converged, `edge_eap_ig_residual`
+            [metric, pair] what the edges of the embeddings add up to minus the true difference of
+            the two prompts, `edge_eap_ig_nodes` the number of nodes. "auto" adds nodes to a pair
+            until no error is above `rtol` times its largest score.
+        rule: "gauss", or "left": the left Riemann sum of the EAP-IG package, which converges
+            slowly; for comparison with published numbers.
+        rtol: see `steps`.
         positions: keep the position at which an edge is written and read.
         means_from: as in `patchsweep.sweep`.
         stages: as in `screen_edges`.
@@ -89,13 +107,14 @@ def edges(
             means_from=means_from,
         ),
     )
-    check_gradients(question, steps)
+    path = path_of(steps, rule, rtol)
+    check_gradients(question, path)
     true_or_false("positions", positions)
     stages = Stages.of(stages)
     return stages.results(
         model,
-        lambda: _attrs(question, {"steps": steps, "positions": positions}),
-        lambda attrs: _edges(question, steps, positions, attrs, stages).assign_attrs(
+        lambda: _attrs(question, {**settings_of(path), "positions": positions}),
+        lambda attrs: _edges(question, path, positions, attrs, stages).assign_attrs(
             flat_attributes(attrs)
         ),
     )
@@ -183,7 +202,9 @@ def screen_edges(
     top: int = 200,
     direction: Direction | None = SweepSpec.direction,
     intervention: str | Intervention | float | Tensor | ValueFn = SweepSpec.intervention,
-    steps: int | None = None,
+    steps: Steps | None = None,
+    rule: Rule = Path.rule,
+    rtol: float = Path.rtol,
     positions: bool = False,
     read: int = SweepSpec.read,
     means_from: MeansFrom = SweepSpec.means_from,
@@ -197,6 +218,7 @@ def screen_edges(
     (see `exact_edges`), and their `edge_estimate` [metric, pair, chosen].
 
     Args:
+        steps, rule, rtol: as in `edges`.
         positions: rank and run edges at single positions, counted from the start; a pair too
             short for a position counts as 0. The coordinate `edge_pos` holds the positions.
         config: config of the command line, kept in the provenance.
@@ -219,7 +241,8 @@ def screen_edges(
             means_from=means_from,
         ),
     )
-    check_gradients(question, steps)
+    path = path_of(steps, rule, rtol)
+    check_gradients(question, path)
     nodes = nodes_of(model)
     most = nodes.n_edges * (_length(question) if positions else 1)
     whole_number("top", top, least=1, most=most)
@@ -227,8 +250,8 @@ def screen_edges(
     stages = Stages.of(stages)
 
     def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
-        scores = _edges(question, steps, positions, attrs, stages)
-        name = _name(steps)
+        scores = _edges(question, path, positions, attrs, stages)
+        name = _name(path)
         values = scores[name].values
         ranked = _foremost(values[0], top)
         at = np.unravel_index(ranked, values.shape[2:])
@@ -240,12 +263,18 @@ def screen_edges(
         verified = _exact(question, chosen, attrs, stages)
         dims = ("metric", "pair", "chosen")
         estimate = values.reshape(*values.shape[:2], -1)[:, :, ranked]
-        estimates = {"edge_estimate": (dims, estimate), name: scores[name]}
+        of_all = {str(x): scores[x] for x in scores.data_vars if str(x).startswith(name)}
+        estimates = {"edge_estimate": (dims, estimate), **of_all}
         method = f"screen:{scores.attrs['method']}"
-        screen_attrs = {"method": method, "positions": positions, "steps": steps, "top": top}
+        screen_attrs = {
+            "method": method,
+            "positions": positions,
+            "top": top,
+            **settings_of(path),
+        }
         return verified.assign(estimates).assign_attrs(flat_attributes({**attrs, **screen_attrs}))
 
-    settings = {"steps": steps, "positions": positions, "top": top}
+    settings = {"positions": positions, "top": top, **settings_of(path)}
     return stages.results(model, lambda: _attrs(question, settings, config), compute)
 
 
@@ -275,21 +304,33 @@ def _foremost(scores: Values, top: int) -> NDArray[np.intp]:
 
 def _edges(
     question: Question,
-    steps: int | None,
+    path: Path | None,
     positions: bool,
     attrs: Mapping[str, Any],
     stages: Stages,
 ) -> xr.Dataset:
-    batches = EdgeBatches(question, gradient=steps is None)
+    batches = EapBatches(question)
     nodes = nodes_of(question.bridge)
     dims = {"sender": len(nodes.senders), "reader": len(nodes.readers)}
     if positions:
         dims["pos"] = _length(question)
+    shapes: dict[str, dict[str, int]] = {"estimates": dims}
+    if path is not None:
+        shapes |= {"error": dims, "residual": {}, "nodes": {}}
 
-    def estimate(edge_batch: EdgeBatch) -> Values:
-        return eap(edge_batch, steps=steps, positions=positions).cpu().numpy()
+    def estimate(work: Work) -> Computed:
+        got = eap(batches.model, work, path, positions=positions)
+        values = {"estimates": got.scores.cpu().numpy()}
+        if path is not None:
+            values["error"] = got.errors.cpu().numpy()
+            values["residual"] = got.residual.cpu().numpy()
+            values["nodes"] = np.broadcast_to(got.nodes, got.residual.shape).astype(np.float32)
+        references = check_references(
+            *work.references(got.base_logits), work.batch.pairs, question.metrics
+        )
+        return values, np.stack(references)
 
-    found = run_batches(stages, "estimates", batches, dims, estimate, attrs)
+    found = run_batches(stages, "estimates", batches, shapes, estimate, attrs)
     stages.wait()
     coords: dict[str, Any] = {
         "sender": _strings([str(sender) for sender in nodes.senders]),
@@ -298,23 +339,29 @@ def _edges(
         "reader_layer": ("reader", [reader.layer for reader in nodes.readers]),
     }
     words = {"long_name": "estimate of metric(patched) - metric(base) of an edge"}
-    more = {"method": _name(steps)[5:], "positions": positions, "steps": steps}
-    return _dataset(question, _name(steps), found, "estimates", coords, words, more)
+    name = _name(path)
+    more = {"method": name[5:], "positions": positions, **settings_of(path)}
+    result = _dataset(question, name, found, "estimates", coords, words, more)
+    for variable in _OF_INTEGRALS if path is not None else ():
+        long_name = _OF_INTEGRALS[variable].format(name)
+        array = found[variable]
+        result[f"{name}_{variable}"] = (array.dims, array.values, {"long_name": long_name})
+    return result
 
 
 def _exact(
     question: Question, chosen: Sequence[Edge], attrs: Mapping[str, Any], stages: Stages
 ) -> xr.Dataset:
-    def run(edge_batch: EdgeBatch) -> Values:
+    def run(edge_batch: EdgeBatch) -> Computed:
         checked = [edge_batch.nodes.edge(edge) for edge in chosen]  # parallel blocks have fewer
-        return exact(edge_batch, checked).cpu().numpy()
+        return edge_batch.computed("exact", exact(edge_batch, checked).cpu().numpy())
 
     names = list(map(str, chosen))
     found = run_batches(
         stages,
         "exact",
-        EdgeBatches(question),
-        {"chosen": len(chosen)},
+        ExactBatches(question),
+        {"exact": {"chosen": len(chosen)}},
         run,
         {**attrs, "chosen": names},
     )
@@ -390,8 +437,8 @@ def _strings(values: Any) -> NDArray[Any]:
     return np.array(values, dtype=object)
 
 
-def _name(steps: int | None) -> str:
-    return "edge_eap" if steps is None else "edge_eap_ig"
+def _name(path: Path | None) -> str:
+    return "edge_eap" if path is None else "edge_eap_ig"
 
 
 def _length(question: Question) -> int:

@@ -32,7 +32,7 @@ def exact(
     An edge with a position is patched there, others at all positions together. NaN where the
     prompts do not have the position.
     """
-    writes = edge_batch.writes(edge_batch.base, exact=True)
+    writes = edge_batch.writes()
     n_pairs = edge_batch.base.n_pairs
     # an edge whose position is before the first change, or after the last read, has no effect
     base, _ = edge_batch.references()

@@ -16,6 +16,7 @@ from patchsweep.analyses.circuits.nodes import Nodes
 from patchsweep.analyses.stages import Stages
 from patchsweep.arguments import one_of
 from patchsweep.attribution import IntegratedInputs, Method, get_methods
+from patchsweep.attribution.quadrature import Path, settings_of
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import MethodError, PlanError
 from patchsweep.forward.blockwise import Blocks
@@ -76,17 +77,18 @@ def method_settings(level: Level, method: str | Method) -> dict[str, Any]:
     """
     name = method_name(level, method)
     if name == "eap_ig":
-        return {name: {"n_steps": _steps(method)}}
+        path = settings_of(_path(method))
+        return {name: {"n_steps": path.pop("steps"), **path}}
     if level == "edges" or name == "exact":
         return {name: {}}
     return {name: method_identity(get_methods([method])[0])}
 
 
-def _steps(method: str | Method) -> int:
-    """Return the number of steps of EAP-IG; its authors' number for `eap_ig`."""
+def _path(method: str | Method) -> Path:
+    """Return the path of EAP-IG; its authors' number of steps for `eap_ig`."""
     if method == "eap_ig":
-        return IG_STEPS
-    return method.n_steps if isinstance(method, IntegratedInputs) else IntegratedInputs().n_steps
+        return Path(IG_STEPS)
+    return (method if isinstance(method, IntegratedInputs) else IntegratedInputs()).path
 
 
 @runs_model
@@ -115,10 +117,13 @@ def circuit_scores(
         return scores.assign_attrs(method=name)
     if name == "exact":
         return _exact_scores(model, pairs, metric, ablation, read, stages)
-    steps = _steps(method) if name == "eap_ig" else None
+    path = _path(method) if name == "eap_ig" else None
+    along: dict[str, Any] = {}
+    if path is not None:
+        along = {"steps": path.steps, "rule": path.rule, "rtol": path.rtol}
     ds = edges(
-        model, pairs, metric, direction="noising", intervention=ablation, steps=steps, read=read,
-        stages=stages,
+        model, pairs, metric, direction="noising", intervention=ablation, read=read,
+        stages=stages, **along,
     )  # fmt: skip
     values = ds[f"edge_{name}"].values[0].mean(axis=0)
     return _edge_array(ds["sender"].values, ds["reader"].values, values, name)

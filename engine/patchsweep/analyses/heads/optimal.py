@@ -96,9 +96,7 @@ class Trainer:
         count = 0
         for batch in (*self._batches, *self._rest):
             run = self.tape.activations(batch.base, batch.reads)
-            z = torch.stack([x.double() for x in run.sites["z"]]).unflatten(
-                -1, (self.n_heads, -1)
-            )
+            z = torch.stack([x.double() for x in run.sites["z"]]).unflatten(-1, (self.n_heads, -1))
             moments.append([z.sum(dim=(1, 2)), z.square().sum(dim=(1, 2))])
             count += batch.base.numel()
             if len(self._prompts) < len(self._batches):
