@@ -22,6 +22,7 @@ from patchsweep.store.attributes import attributes
 from patchsweep.store.store import Store
 from patchsweep.store.verify import checksums
 from patchsweep.sweeps import adaptive
+from patchsweep.sweeps import saving as saving_module
 from patchsweep.sweeps.adaptive import Adaptive
 from patchsweep.sweeps.thresholds import Calibration
 from subjects import CLEAN, CORRUPTED, demo_pairs, model, reference_pairs
@@ -259,6 +260,38 @@ def test_what_is_refused(
     monkeypatch.setattr(torch.nn.Module, "__call__", lambda *a, **k: pytest.fail("a pass ran"))
     with pytest.raises(ConfigError, match=words):
         ps.sweep(bridge, pairs, **{"sites": "z", "tolerance": 0.01} | arguments)
+
+
+def test_a_plan_estimates_what_the_tolerance_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    bridge, sites = model("tiny:llama"), ["z", "resid_pre"]
+    pairs = ps.load_task(bridge, "ioi", 6)
+    saving = ps.plan(bridge, pairs, sites, tolerance=0.01, sample=True).saving
+    within = ps.sweep(bridge, pairs, sites, tolerance=0.01)
+    recorded = attributes(within)
+    assert saving is not None
+    for name in sites:
+        assert saving.exact_token_layers[name] == recorded["plan"][name]["token_layers"]
+        told = float(np.nansum(within[f"{name}_token_layers"]))
+        assert told / 2 < saving.token_layers[name] < 2 * told
+    of_samples = sum(site["n"] for site in recorded["adaptive"]["sites"].values())
+    assert of_samples < saving.n_patches <= of_samples + 2 * saving_module.N_SPREAD
+    assert 0 < saving.share < 1
+    assert saving.seconds > 0
+    assert ps.plan(bridge, pairs, sites, tolerance=0.01).saving is None
+
+    monkeypatch.setattr(adaptive, "MARGIN", -1.0)  # no thresholds are enough
+    saving = ps.plan(bridge, pairs, sites, tolerance=0.01, sample=True).saving
+    assert saving is not None
+    assert saving.share == 1
+
+
+def test_a_sample_without_a_tolerance_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    bridge, pairs = model("tiny:llama"), demo_pairs("tiny:llama")
+    monkeypatch.setattr(torch.nn.Module, "__call__", lambda *a, **k: pytest.fail("a pass ran"))
+    with pytest.raises(ConfigError, match=r"give one, such as tolerance=0\.01"):
+        ps.plan(bridge, pairs, "z", sample=True)
+    with pytest.raises(ConfigError, match="jumps"):
+        ps.plan(bridge, pairs, "z", "rank", tolerance=0.01, sample=True)
 
 
 def test_experts_hold_their_tolerance() -> None:

@@ -57,3 +57,15 @@ def test_the_tolerance_holds_for_patches_that_calibration_did_not_see() -> None:
     assert (
         float(within.z_token_layers.sum()) < 0.15 * attributes(within)["plan"]["z"]["token_layers"]
     )
+
+
+def test_a_plan_estimates_what_the_run_then_reports() -> None:
+    bridge = model(NAME)
+    pairs = ps.load_task(bridge, "ioi_demo")
+    saving = ps.plan(bridge, pairs, SITES, runner="packed", tolerance=0.01, sample=True).saving
+    within = ps.sweep(bridge, pairs, SITES, runner="packed", tolerance=0.01)
+    assert saving is not None
+    assert saving.n_patches < 400
+    for name in SITES:
+        told = float(np.nansum(within[f"{name}_token_layers"]))
+        assert told / 2 < saving.token_layers[name] < 2 * told, name

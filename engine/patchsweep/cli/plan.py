@@ -1,4 +1,4 @@
-"""`patchsweep plan`: prints the cost of a run without running it."""
+"""`patchsweep plan`: prints the cost of a run without running it, or after a few of its patches."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from transformers.utils import logging as transformers_logging
 
 from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.console import stdout
+from patchsweep.cli.schema.plan import PlanRun
 from patchsweep.data.pairs import PromptPair
 from patchsweep.sweeps.api import plan
 from patchsweep.sweeps.cost import Cost
+from patchsweep.sweeps.saving import Saving
 from patchsweep.sweeps.weight_reads import Weights
 
 SHOWN_TOKENS = 12  # tokens of the first prompt to print: its start and its end
@@ -19,29 +21,25 @@ SHOWN_TOKENS = 12  # tokens of the first prompt to print: its start and its end
 
 def main(arguments: list[str]) -> int:
     """Print the cost of a run with these overrides; return 0."""
-    compose("plan", arguments, job)
+    compose("plan", arguments, job, schema=PlanRun)
     return 0
 
 
 def job(cfg: DictConfig) -> None:
     """Print the plan of one config; Hydra calls this."""
     config = as_config(cfg)
+    assert isinstance(config, PlanRun)
     transformers_logging.disable_progress_bar()
-    model = config.model.sketch()
+    model = config.model.load() if config.sample else config.model.sketch()
     pairs = config.task.load(model)
-    cost = plan(model, pairs, config.spec(model), **config.settings())
+    cost = plan(model, pairs, config.spec(model), sample=config.sample, **config.settings())
     console = stdout()
     show(cost, console)
     if cost.n_slices > 1:
         n = cost.token_layers / cost.n_slices
         tell("slice", f"{config.slice} of {cost.n_slices}: about {n:,.0f} token-layers", console)
     if config.tolerance is not None:
-        tell(
-            "tolerance",
-            f"{config.tolerance}: a sample decides how much of these token-layers is run; they are "
-            "the most that it can take",
-            console,
-        )
+        tell("tolerance", f"{config.tolerance}: {within(cost.saving)}", console)
     tell("first prompt", prompt(pairs[0]), console)
 
 
@@ -96,6 +94,24 @@ def show(cost: Cost, console: Console) -> None:
 def tell(name: str, value: str, console: Console) -> None:
     """Print one line with `name` in a column of 15 characters."""
     console.print(f"{name:15} {value}")
+
+
+def within(saving: Saving | None) -> str:
+    """Return text on the token-layers and seconds that a tolerance leaves."""
+    if saving is None:
+        return (
+            "a sample decides how much of these token-layers is run; they are the most that it can "
+            "take, and sample=true estimates how much it takes"
+        )
+    sites = ", ".join(
+        f"{name} {n / max(1, saving.exact_token_layers[name]):.1%}"
+        for name, n in saving.token_layers.items()
+    )
+    return (
+        f"estimate from {saving.n_patches} patches run both ways: about {saving.share:.1%} of the "
+        f"exact token-layers ({sites}); {saving.seconds:.1f} s where the exact batches take "
+        f"{saving.exact_seconds:.1f} s"
+    )
 
 
 def prompt(pair: PromptPair) -> str:

@@ -19,7 +19,7 @@ from patchsweep.attribution import check_request
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import ConfigError
 from patchsweep.models.compute import ComputeDtype, name_of, sentence
-from patchsweep.models.running import runs_model
+from patchsweep.models.running import running, runs_model
 from patchsweep.runners.packed.runner import PackedRunner
 from patchsweep.runners.select import RunnerChoice, RunnerName, select_runner
 from patchsweep.spec.batch import clean_prompts
@@ -55,6 +55,7 @@ from patchsweep.sweeps.identity import read_weights, refuse_unversioned, request
 from patchsweep.sweeps.layout import Memory, make_layout
 from patchsweep.sweeps.means import keep_means
 from patchsweep.sweeps.methods import EXACT, MethodLike, MethodSpec, parse_methods
+from patchsweep.sweeps.saving import check_sample, estimate_saving
 from patchsweep.sweeps.screen import ScreenWork
 from patchsweep.sweeps.thresholds import Calibration
 
@@ -311,12 +312,15 @@ def plan(
     pairs: PromptPairs,
     sites: SweepSpec | str | Sequence[str] = SweepSpec.sites,
     metrics: MetricLike | Sequence[MetricLike] = SweepSpec.metrics,
+    *,
+    sample: bool = False,
     **settings: Any,
 ) -> Cost:
     """Return the cost of `sweep` with these arguments; checks them all and runs no model.
 
     `settings` are keyword arguments of `sweep`. A store is neither created nor read, and slices
-    need none.
+    need none. `sample=True` does run a few patches, with the tolerance and exactly, and the cost
+    holds the `saving` that they suggest (see `patchsweep.sweeps.saving`).
 
     Raises:
         PatchsweepError: an argument breaks a rule.
@@ -330,7 +334,9 @@ def plan(
     share = Share(arguments["slice_index"], arguments["n_slices"])
     names = ("store", "n_slices", "runner", "max_tokens", "cache_budget")
     method_spec = _check_settings(request, *(arguments[name] for name in names))
-    return estimate(
+    if sample:
+        check_sample(request)
+    cost = estimate(
         request,
         arguments["max_tokens"],
         arguments["cache_budget"],
@@ -339,6 +345,11 @@ def plan(
         proven=spec.precision == "bf16",
         n_slices=share.n,
     )
+    if not sample:
+        return cost
+    with running(model):
+        choice = prepare_runner(request, *(arguments[name] for name in names[2:]))
+        return replace(cost, saving=estimate_saving(request, choice))
 
 
 def _check_settings(

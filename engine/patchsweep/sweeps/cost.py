@@ -19,6 +19,7 @@ from patchsweep.spec.spec import Request, blocks_of, bytes_of, site_groups_of
 from patchsweep.sweeps.bf16 import recheck_cost, recheck_variables
 from patchsweep.sweeps.methods import EXACT, MethodSpec
 from patchsweep.sweeps.noise import null_cost
+from patchsweep.sweeps.saving import Saving
 from patchsweep.sweeps.weight_reads import Weights, bytes_read, count_captures, weights_of
 
 
@@ -62,6 +63,7 @@ class Cost:
     slowdown: float  # relative to products in the weights' dtype, measured now
     n_captures: int  # passes over unpatched prompts
     read_bytes: int  # weights that captures and packed batches fetch from the CPU or from disk
+    saving: Saving | None = None  # of the tolerance, from a sample; None: no patch was run
 
     @property
     def n_patches(self) -> int:
