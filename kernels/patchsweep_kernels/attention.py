@@ -19,6 +19,7 @@ from torch import Tensor
 from patchsweep_kernels import attention_torch
 from patchsweep_kernels.dispatch import (
     check_alike,
+    check_shapes,
     device_of,
     dot_settings,
     jit,
@@ -80,35 +81,46 @@ def _check(
     """Raise a ValueError if an argument does not fit the others; the text names it."""
     n_tokens, n_heads, d = q.shape
     kv_heads, d_v = v.shape[1:]
-    if n_heads % kv_heads:
-        raise ValueError(f"q has {n_heads} heads, which is no multiple of the {kv_heads} of v")
-    if max(d, d_v) > 256:
-        raise ValueError(f"head sizes go up to 256, q has {d} and v has {d_v}")
     if n_tokens != rows.n_tokens:
         raise ValueError(f"rows.offsets ends at {rows.n_tokens}, but q has {n_tokens} tokens")
     n_pairs, _, n_pos, _ = prefix_k.shape
-    for name, tensor, shape in (
+    check_settings(q, n_heads, kv_heads, d, d_v, window, softcap, sinks)
+    check_shapes(
         ("k", k, (n_tokens, kv_heads, d)),
         ("v", v, (n_tokens, kv_heads, d_v)),
         ("prefix_k", prefix_k, (n_pairs, kv_heads, n_pos, d)),
         ("prefix_v", prefix_v, (n_pairs, kv_heads, n_pos, d_v)),
-        ("sinks", sinks, (n_heads,)),
-    ):
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    )
     check_alike(("q", q), ("k", k), ("v", v), ("prefix_k", prefix_k), ("prefix_v", prefix_v))
-    if sinks is not None and sinks.device != q.device:
-        raise ValueError(f"sinks is on {sinks.device}, q on {q.device}")
     if rows.n_pairs > n_pairs:
         raise ValueError(f"rows.pair goes up to {rows.n_pairs - 1}, prefix_k has {n_pairs} pairs")
     if rows.deepest > n_pos:
         raise ValueError(f"rows.start goes up to {rows.deepest}, prefix_k has {n_pos} positions")
+
+
+def check_settings(
+    q: Tensor,
+    n_heads: int,
+    kv_heads: int,
+    d: int,
+    d_v: int,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> None:
+    """Raise a ValueError if attention of `q` cannot have these heads or settings."""
+    if n_heads % kv_heads:
+        raise ValueError(f"q has {n_heads} heads, which is no multiple of the {kv_heads} of v")
+    if max(d, d_v) > 256:
+        raise ValueError(f"head sizes go up to 256, q has {d} and v has {d_v}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
+    if sinks is not None:
+        check_shapes(("sinks", sinks, (n_heads,)))
+        if sinks.device != q.device:
+            raise ValueError(f"sinks is on {sinks.device}, q on {q.device}")
 
 
 @torch.no_grad()
@@ -192,7 +204,7 @@ def launch_settings(share: int, d: int, d_v: int, dtype: torch.dtype) -> dict[st
 
 @jit
 @no_type_check
-def _absorb(
+def absorb(
     query,
     key,
     value,
@@ -327,7 +339,7 @@ def _prefix_kernel(
         seen = j[None, :] < start[:, None]
         if HAS_WINDOW:
             seen = seen & (position[:, None] - j[None, :] < window)
-        top, mass, total = _absorb(
+        top, mass, total = absorb(
             x, key, value, seen, top, mass, total, scale, cap, HAS_CAP, PRECISION
         )
 
@@ -346,7 +358,7 @@ def _prefix_kernel(
         seen = (j[None, :] >= row_first[:, None]) & (j[None, :] <= token[:, None])
         if HAS_WINDOW:
             seen = seen & (token[:, None] - j[None, :] < window)
-        top, mass, total = _absorb(
+        top, mass, total = absorb(
             x, key, value, seen, top, mass, total, scale, cap, HAS_CAP, PRECISION
         )
 

@@ -24,7 +24,7 @@ INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 # Arguments that differ from call to call. Triton would compile a variant whenever one of them is 1
 # or a multiple of 16, and each stops a sweep for seconds. None of them is multiplied into the
 # address of a vector, so specialising them gains nothing.
-_COUNTS = ("n_tokens", "n_targets", "n_rows", "blocks_per_part", "window")
+_COUNTS = ("n_tokens", "n_targets", "n_rows", "first_row", "length", "blocks_per_part", "window")
 
 
 def jit(kernel: Callable[..., Any]) -> Any:
@@ -85,6 +85,17 @@ def check_alike(first: tuple[str, Tensor], *others: tuple[str, Tensor | None]) -
             raise ValueError(f"{other_name} is on {other.device}, {name} on {tensor.device}")
         if other.dtype != tensor.dtype:
             raise ValueError(f"{other_name} is {other.dtype}, {name} is {tensor.dtype}")
+
+
+def check_shapes(*expected: tuple[str, Tensor, tuple[int, ...]]) -> None:
+    """Raise unless each named tensor has its shape.
+
+    Raises:
+        ValueError: a shape differs; the text names the tensor.
+    """
+    for name, tensor, shape in expected:
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
 
 
 def check_indices(name: str, indices: Tensor, limit: int) -> None:

@@ -1,80 +1,35 @@
 """Attention over a base run's keys and values in which a row has replaced some positions.
 
-The rows of an adaptive batch run only some tokens of a prompt. `replaced_attention` gives the
-attention output of tokens that run: they read the base run's keys and values, and their own row's
-at its replaced positions. `attention_change` gives, for the tokens that do not run, how much their
-attention output changes, in O(1) per replaced position and head: queries are the base run's, and
+The rows of an adaptive batch run only some tokens of a prompt. For query i of row r at position t,
 
-    w = exp(q_t . k_new[a] scale - L_t),    w0 = exp(q_t . k_base[a] scale - L_t),
-    Z = 1 + sum_a (w - w0),
-    Z (z_new - z)_t = sum_a w (v_new[a] - v_base[a]) + (w - w0) (v_base[a] - z_t),
+    out_i = sum_j softmax_j(score_ij) v_j,    score_ij = scale * q_i . k_j,
 
-with the base run's log-sum-exp L_t and output z_t, and a over the replaced positions that t sees.
+where j runs over positions 0 .. t. Key and value are those of row r's own token where the row has
+replaced position j, else the base run's, which are stored once per pair.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from typing import no_type_check
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-# elements of one temporary: 8 MB in fp32
-_BUDGET = 1 << 21
-# exponents above this are cut; so large a change wakes its token at any threshold
-_LARGEST = 60.0
+from patchsweep_kernels import replaced_torch
+from patchsweep_kernels.attention import absorb, check_settings, launch_settings
+from patchsweep_kernels.dispatch import (
+    check_alike,
+    check_shapes,
+    device_of,
+    jit,
+    tl,
+    triton,
+    use_triton,
+)
+from patchsweep_kernels.tokens import Tokens
 
 
-@dataclass(frozen=True, eq=False)
-class Tokens:
-    """Packed tokens, sorted by row and position; rows are sorted by pair."""
-
-    row: Int[Tensor, " token"]
-    pos: Int[Tensor, " token"]
-    pair: Int[Tensor, " token"]  # row in the tables of the base run
-
-    def __len__(self) -> int:
-        return len(self.row)
-
-    @cached_property
-    def spans(self) -> list[tuple[int, int, int]]:
-        """(pair, first token, past-last token) of each pair; waits for the device."""
-        pairs, counts = self.pair.unique_consecutive(return_counts=True)
-        spans, first = [], 0
-        for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True):
-            spans.append((pair, first, first + count))
-            first += count
-        return spans
-
-    def at(self, index: Tensor | slice) -> Tokens:
-        """Return the tokens at `index`, which keeps their order."""
-        return Tokens(self.row[index], self.pos[index], self.pair[index])
-
-    def parts(self, n_elements: int) -> Iterator[tuple[int, int, int]]:
-        """Yield spans of whole rows of one pair, whose tokens take `n_elements` each.
-
-        A part keeps within the budget, unless one row alone exceeds it.
-        """
-        most = max(1, _BUDGET // n_elements)
-        for pair, first, stop in self.spans:
-            if stop - first <= most:
-                yield pair, first, stop
-                continue
-            _, counts = self.row[first:stop].unique_consecutive(return_counts=True)
-            low = high = first
-            for count in counts.tolist():
-                if high > low and high + count - low > most:
-                    yield pair, low, high
-                    low = high
-                high += count
-            yield pair, low, high
-
-
-@torch.no_grad()
 def replaced_attention(
     q: Float[Tensor, "query head d"],
     query: Tokens,
@@ -89,187 +44,257 @@ def replaced_attention(
     softcap: float | None = None,
     sinks: Float[Tensor, " head"] | None = None,
 ) -> Float[Tensor, "query head d_v"]:
-    """Return the attention output of `q`, in its dtype.
+    """Return the attention output of `q`, in its dtype, without gradient.
 
     Query i sees positions 0 .. `query.pos[i]` of its pair: where `replaced` holds the position for
     its row, the key and value of that token, else the base run's. `window`, `softcap` and `sinks`
-    as in `prefix_attention`.
+    as in `prefix_attention`. What `query` and `replaced` hold is not checked: that would wait for
+    the device.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or a head size is above 256.
     """
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    n_heads, kv_heads, d_v = q.shape[1], k.shape[1], v.shape[2]
-    share = n_heads // kv_heads
-    out = torch.empty(len(q), n_heads, d_v, dtype=dtype, device=q.device)
-    k_heads, v_heads = (x.repeat_interleave(share, dim=1) if share > 1 else x for x in (k, v))
-    first, count = _by_row(replaced, int(query.row[-1]) + 1 if len(query) else 0)
-    length = base_k.shape[2]
-    for pair, low, high in query.parts(n_heads * length):
-        n, at = high - low, query.at(slice(low, high))
-        seen = int(at.pos.max()) + 1
-        q_part = q[low:high].to(dtype)
-        by_head = (
-            q_part.view(n, kv_heads, share, -1).transpose(0, 1).reshape(kv_heads, n * share, -1)
-        )
-        scores = torch.bmm(by_head, base_k[pair, :, :seen].to(dtype).transpose(1, 2)).mul_(scale)
-        # which query reads which replaced token
-        n_own = count[at.row]
-        reader = torch.repeat_interleave(n_own)
-        within = torch.arange(len(reader), device=q.device) - (n_own.cumsum(0) - n_own)[reader]
-        token = first[at.row][reader] + within
-        sees = replaced.pos[token] <= at.pos[reader]
-        reader, token = reader[sees], token[sees]
-        own_pos = replaced.pos[token]
-        table = scores.view(kv_heads, n, share, seen).permute(1, 3, 0, 2)  # [query, pos, kv, share]
-        own = torch.cat(
-            [
-                (q_part[reader[i : i + step]] * k_heads[token[i : i + step]].to(dtype)).sum(-1)
-                for step in [max(1, _BUDGET // q_part[0].numel())]
-                for i in range(0, len(reader), step)
-            ]
-            or [q_part.new_empty(0, n_heads)]
-        )
-        table[reader, own_pos] = own.mul_(scale).view(-1, kv_heads, share)
-        if softcap is not None:
-            scores.div_(softcap).tanh_().mul_(softcap)
-        column = torch.arange(seen, device=q.device)
-        hidden = column > at.pos[:, None]
-        if window is not None:
-            hidden |= column <= at.pos[:, None] - window
-        scores.view(kv_heads, n, share, seen).masked_fill_(hidden[None, :, None], -torch.inf)
-        if sinks is not None:
-            sink = sinks.to(dtype).view(kv_heads, 1, share, 1).expand(-1, n, -1, -1)
-            with_sink = torch.cat([scores.view(kv_heads, n, share, seen), sink], dim=-1)
-            weights = with_sink.softmax(-1)[..., :-1].reshape(kv_heads, n * share, seen)
-        else:
-            weights = torch.softmax(scores, -1)
-        table = weights.view(kv_heads, n, share, seen).permute(1, 3, 0, 2)
-        own = table[reader, own_pos].reshape(-1, n_heads)
-        table[reader, own_pos] = 0.0
-        z = torch.bmm(weights, base_v[pair, :, :seen].to(dtype))
-        z = z.view(kv_heads, n, share, d_v).transpose(0, 1).reshape(n, n_heads, d_v)
-        step = max(1, _BUDGET // z[0].numel())
-        for i in range(0, len(reader), step):
-            part = own[i : i + step, :, None] * v_heads[token[i : i + step]].to(dtype)
-            z.index_add_(0, reader[i : i + step], part)
-        out[low:high] = z
-    return out.to(q.dtype)
+    n_heads, d = q.shape[1:]
+    kv_heads, d_v = v.shape[1:]
+    n_pairs, _, length, _ = base_k.shape
+    check_settings(q, n_heads, kv_heads, d, d_v, window, softcap, sinks)
+    check_shapes(
+        ("query.row", query.row, (len(q),)),
+        ("replaced.row", replaced.row, (len(k),)),
+        ("k", k, (len(k), kv_heads, d)),
+        ("v", v, (len(k), kv_heads, d_v)),
+        ("base_k", base_k, (n_pairs, kv_heads, length, d)),
+        ("base_v", base_v, (n_pairs, kv_heads, length, d_v)),
+    )
+    check_alike(("q", q), ("k", k), ("v", v), ("base_k", base_k), ("base_v", base_v))
+    compute = _triton if use_triton(q) else replaced_torch.attend
+    return compute(q, query, k, v, replaced, base_k, base_v, scale, window, softcap, sinks)
 
 
 @torch.no_grad()
-def attention_change(
-    base_q: Float[Tensor, "pair head pos d"],
-    base_k: Float[Tensor, "pair kv_head pos d"],
-    base_v: Float[Tensor, "pair kv_head pos d_v"],
-    grad_z: Float[Tensor, "metric pair head pos d_v"],
-    k: Float[Tensor, "token kv_head d"],
-    v: Float[Tensor, "token kv_head d_v"],
+def _triton(
+    q: Tensor,
+    query: Tokens,
+    k: Tensor,
+    v: Tensor,
     replaced: Tokens,
-    n_rows: int,
-    *,
+    base_k: Tensor,
+    base_v: Tensor,
     scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Float[Tensor, " head"] | None = None,
-) -> tuple[Float[Tensor, "metric row pos"], Float[Tensor, "row pos"]]:
-    """Return how the attention output of base queries changes with the replaced keys and values.
-
-    The first result is the change times `grad_z`, summed over heads: to first order, the change of
-    each metric. The second is an upper bound of the change's norm over all heads, relative to the
-    output's. Both are 0 where a token sees no replaced position. fp32, or fp64 for fp64 inputs.
-    """
-    dtype = torch.promote_types(base_q.dtype, torch.float32)
-    n_metrics, _, n_heads, length, _ = grad_z.shape
-    kv_heads = base_k.shape[1]
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    q, k, v, base_k, base_v = (
+        x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, base_k, base_v)
+    )
+    n_tokens, n_heads, d = q.shape
+    kv_heads, d_v = v.shape[1:]
+    out = torch.empty(n_tokens, n_heads, d_v, dtype=q.dtype, device=q.device)
+    if not n_tokens:
+        return out
     share = n_heads // kv_heads
-    effect = torch.zeros(n_metrics, n_rows, length, dtype=dtype, device=k.device)
-    size = torch.zeros(n_rows, length, dtype=dtype, device=k.device)
-    settings = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
-    tables: dict[int, _Base] = {}
-    for pair, low, high in replaced.parts(n_heads * length):
-        if pair not in tables:
-            q, keys, values = (x[pair].to(dtype) for x in (base_q, base_k, base_v))
-            tables = {pair: _Base(q, keys, values, grad_z[:, pair].to(dtype), settings)}
-        base, at = tables[pair], replaced.at(slice(low, high))
-        new_k, new_v = (x[low:high].to(dtype).transpose(0, 1) for x in (k, v))  # [kv, token, d]
-        change_v = new_v - base.v[:, at.pos]
-        new = torch.bmm(new_k, base.q.transpose(1, 2))  # [kv, token, (share pos)]
-        base.finish(new, at.pos)
-        gained = new - base.weight[:, at.pos]
-        # the softmax's sums of each row: tokens of one row are adjacent
-        rows, number = at.row.unique_consecutive(return_inverse=True)
-        n = len(rows)
-
-        def by_row(x: Tensor, n: int = n, number: Tensor = number) -> Tensor:
-            if n == x.shape[1]:
-                return x
-            return x.new_zeros(x.shape[0], n, x.shape[2]).index_add_(1, number, x)
-
-        total = (by_row(gained) + 1.0).clamp_(min=1e-6)
-        for metric in range(n_metrics):
-            along = torch.bmm(change_v, base.grad[metric].transpose(1, 2)).mul_(new)
-            along.addcmul_(gained, base.along[metric][:, at.pos])
-            change = (by_row(along) / total).view(kv_heads, n, share, length).sum((0, 2))
-            effect[metric].index_add_(0, rows, change)
-        bound = new.mul_(change_v.norm(dim=-1, keepdim=True))
-        bound.addcmul_(gained.abs_(), base.distance[:, at.pos])
-        bound = (by_row(bound) / total).view(kv_heads, n, share, length)
-        size.index_add_(0, rows, bound.square_().sum((0, 2)).sqrt_() / base.norm)
-    return effect, size
-
-
-class _Base:
-    """Tables of one pair's base run, `[kv_head, key position, (share query position)]`."""
-
-    def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, settings: dict[str, Any]
-    ) -> None:
-        kv_heads, length, _ = k.shape
-        self.settings, self.length = settings, length
-        self.v = v
-        self.q = q.reshape(kv_heads, -1, q.shape[-1])  # [kv, (share pos), d]
-        self.grad = grad.reshape(len(grad), kv_heads, -1, grad.shape[-1])
-        scores = torch.bmm(k, self.q.transpose(1, 2))
-        self.log_sum: Tensor | None = None
-        position = torch.arange(length, device=k.device)
-        self._mask(self._cap(scores), position)
-        sink = settings["sinks"]
-        self.log_sum = scores.logsumexp(dim=1, keepdim=True)
-        if sink is not None:
-            by_query = sink.to(scores).view(kv_heads, 1, -1, 1).expand(-1, -1, -1, length)
-            self.log_sum = torch.logaddexp(self.log_sum, by_query.reshape(kv_heads, 1, -1))
-        self.weight = (scores - self.log_sum).exp_()
-        z = torch.bmm(self.weight.transpose(1, 2), v)  # [kv, (share pos), d_v]
-        self.norm = z.square().sum(-1).view(-1, length).sum(0).sqrt_().clamp_(min=1e-30)
-        self.along = [
-            torch.bmm(v, g.transpose(1, 2)) - (g * z).sum(-1).unsqueeze(1) for g in self.grad
-        ]
-        square = v.square().sum(-1).unsqueeze(2) + z.square().sum(-1).unsqueeze(1)
-        self.distance = (square - 2 * torch.bmm(v, z.transpose(1, 2))).clamp_(min=0).sqrt_()
-
-    def finish(self, new: Tensor, pos: Tensor) -> None:
-        """Turn products of new keys with the base queries into weights, in place."""
-        assert self.log_sum is not None
-        self._cap(new).sub_(self.log_sum).clamp_(max=_LARGEST)
-        self._mask(new, pos).exp_()
-
-    def _cap(self, scores: Tensor) -> Tensor:
-        scores.mul_(self.settings["scale"])
-        if (softcap := self.settings["softcap"]) is not None:
-            scores.div_(softcap).tanh_().mul_(softcap)
-        return scores
-
-    def _mask(self, scores: Tensor, pos: Tensor) -> Tensor:
-        """Hide keys at `pos` from queries that do not see them."""
-        query = torch.arange(self.length, device=pos.device)
-        hidden = query < pos[:, None]
-        if (window := self.settings["window"]) is not None:
-            hidden |= query >= pos[:, None] + window
-        by_share = scores.view(*scores.shape[:2], -1, self.length)
-        by_share.masked_fill_(hidden[None, :, None], -torch.inf)
-        return scores
+    settings = launch_settings(share, d, d_v, q.dtype)
+    # at most 32 keys: which of them a row has replaced is kept in 32 bits; fewer where wide fp32
+    # heads leave few registers
+    settings["BLOCK_KEYS"] = 16 if q.dtype == torch.float32 and max(d, d_v) > 128 else 32
+    head_blocks = triton.cdiv(share, settings["BLOCK_HEADS"])
+    query_row, replaced_row = query.row.contiguous(), replaced.row.contiguous()
+    with device_of(q):
+        _replaced_kernel[(triton.cdiv(n_tokens, settings["BLOCK_TOKENS"]), kv_heads * head_blocks)](
+            q,
+            k,
+            v,
+            base_k,
+            base_v,
+            q if sinks is None else sinks.contiguous(),
+            out,
+            query.pos.contiguous(),
+            query.pair.contiguous(),
+            torch.searchsorted(replaced_row, query_row),
+            torch.searchsorted(replaced_row, query_row, right=True),
+            replaced.pos.contiguous(),
+            n_tokens,
+            share,
+            head_blocks,
+            d,
+            d_v,
+            *q.stride()[:2],
+            *k.stride()[:2],
+            *v.stride()[:2],
+            *base_k.stride()[:3],
+            *base_v.stride()[:3],
+            *out.stride()[:2],
+            float(scale),
+            float(softcap or 0.0),
+            window or 0,
+            HAS_CAP=softcap is not None,
+            HAS_WINDOW=window is not None,
+            HAS_SINKS=sinks is not None,
+            **settings,
+        )
+    return out
 
 
-def _by_row(tokens: Tokens, n_rows: int) -> tuple[Tensor, Tensor]:
-    """Return, per row number, the first of its tokens and how many it has."""
-    n_rows = max(n_rows, int(tokens.row[-1]) + 1 if len(tokens) else 0)
-    count = torch.bincount(tokens.row, minlength=n_rows)
-    return count.cumsum(0) - count, count
+# Grid (query tokens / BLOCK_TOKENS, kv_head * head_blocks). A program owns adjacent query tokens,
+# of any rows and pairs, and the query heads of one key head, or a block of these heads if one tile
+# cannot hold them all; its query axis is token by head.
+# For each pair among its queries it loops over the base run's keys, up to the last position that a
+# query of the pair sees. In each tile every query finds the keys that its row has replaced, one bit
+# a key, from the positions of its row's tokens, `own_first` to `own_stop`. The program masks these
+# keys, other pairs' queries, later positions and keys outside the window. Then it loops over the
+# replaced tokens from its first row's to its last row's, leaves out tiles without a token of its
+# queries' rows, and masks tokens of other rows. Running maximum, sum and output are fp32. A value
+# that is not finite may spread to the block's other tokens, where its weight is 0.
+@jit
+@no_type_check
+def _replaced_kernel(
+    q,
+    k,
+    v,
+    base_k,
+    base_v,
+    sinks,
+    out,
+    query_pos,
+    query_pair,
+    own_first,
+    own_stop,
+    replaced_pos,
+    n_tokens,
+    share,
+    head_blocks,
+    d,
+    d_v,
+    q_token,
+    q_head,
+    k_token,
+    k_head,
+    v_token,
+    v_head,
+    bk_pair,
+    bk_head,
+    bk_pos,
+    bv_pair,
+    bv_head,
+    bv_pos,
+    out_token,
+    out_head,
+    scale,
+    cap,
+    window,
+    HAS_CAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    NONE: tl.constexpr = 1 << 62
+    kv_head = (tl.program_id(1) // head_blocks).to(tl.int64)
+    query = tl.arange(0, BLOCK_TOKENS * BLOCK_HEADS)
+    token = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + query // BLOCK_HEADS
+    head_in_share = (tl.program_id(1) % head_blocks) * BLOCK_HEADS + query % BLOCK_HEADS
+    head = kv_head * share + head_in_share
+    real = (token < n_tokens) & (head_in_share < share)
+    position = tl.load(query_pos + token, mask=real, other=-1).to(tl.int32)
+    pair = tl.load(query_pair + token, mask=real, other=NONE)
+    # The replaced tokens of the block's rows, and each query's own among them.
+    first = tl.load(own_first + token, mask=real, other=NONE)
+    stop = tl.load(own_stop + token, mask=real, other=0)
+    lowest = tl.min(first, 0)
+    n_own = (tl.max(stop, 0) - lowest).to(tl.int32)
+    first = tl.where(real, first - lowest, 0).to(tl.int32)
+    stop = tl.where(real, stop - lowest, 0).to(tl.int32)
+    longest = tl.max(stop - first, 0)
+
+    element = tl.arange(0, BLOCK_D)
+    element_v = tl.arange(0, BLOCK_DV)
+    in_d = element < d
+    in_dv = element_v < d_v
+    at = (token * q_token + head * q_head)[:, None] + element[None, :]
+    x = tl.load(q + at, mask=real[:, None] & in_d[None, :], other=0.0)
+    if UPCAST:
+        x = x.to(tl.float32)
+
+    top = tl.full((BLOCK_TOKENS * BLOCK_HEADS,), float("-inf"), tl.float32)
+    mass = tl.zeros((BLOCK_TOKENS * BLOCK_HEADS,), tl.float32)
+    if HAS_SINKS:
+        # The sink is a key with value 0 that every query sees.
+        top = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32)
+        mass += 1.0
+    total = tl.zeros((BLOCK_TOKENS * BLOCK_HEADS, BLOCK_DV), tl.float32)
+
+    step = tl.arange(0, BLOCK_KEYS)
+    here = tl.min(pair, 0)
+    while here < NONE:
+        mine = pair == here
+        highest = tl.max(tl.where(mine, position, -1), 0) + 1
+        low = highest * 0
+        if HAS_WINDOW:
+            low = tl.maximum(tl.min(tl.where(mine, position, highest), 0) - window + 1, 0)
+        keys = base_k + here * bk_pair + kv_head * bk_head
+        values = base_v + here * bv_pair + kv_head * bv_head
+        for at_key in range(low, highest, BLOCK_KEYS):
+            taken = tl.zeros((BLOCK_TOKENS * BLOCK_HEADS,), tl.int32)
+            for at_own in range(0, longest, BLOCK_KEYS):
+                own = first[:, None] + at_own + step[None, :]
+                p = tl.load(replaced_pos + lowest + own, mask=own < stop[:, None], other=-1)
+                p = p.to(tl.int32) - at_key
+                inside = (p >= 0) & (p < BLOCK_KEYS)
+                taken += tl.sum(tl.where(inside, 1 << tl.where(inside, p, 0), 0), 1)
+            j = at_key + step
+            there = j < highest
+            far = j.to(tl.int64)
+            mask_k = in_d[:, None] & there[None, :]
+            at_k = (far * bk_pos)[None, :] + element[:, None]
+            key = tl.load(keys + at_k, mask=mask_k, other=0.0)
+            mask_v = there[:, None] & in_dv[None, :]
+            at_v = (far * bv_pos)[:, None] + element_v[None, :]
+            value = tl.load(values + at_v, mask=mask_v, other=0.0)
+            if UPCAST:
+                key = key.to(tl.float32)
+                value = value.to(tl.float32)
+            seen = mine[:, None] & (j[None, :] <= position[:, None])
+            seen = seen & (((taken[:, None] >> step[None, :]) & 1) == 0)
+            if HAS_WINDOW:
+                seen = seen & (position[:, None] - j[None, :] < window)
+            top, mass, total = absorb(
+                x, key, value, seen, top, mass, total, scale, cap, HAS_CAP, PRECISION
+            )
+        here = tl.min(tl.where(pair > here, pair, NONE), 0)
+
+    keys = k + kv_head * k_head
+    values = v + kv_head * v_head
+    for at_own in range(0, n_own, BLOCK_KEYS):
+        own = at_own + step
+        seen = (own[None, :] >= first[:, None]) & (own[None, :] < stop[:, None])
+        if tl.max(tl.max(seen.to(tl.int32), 1), 0) > 0:
+            there = own < n_own
+            far = lowest + own
+            p = tl.load(replaced_pos + far, mask=there, other=0).to(tl.int32)
+            mask_k = in_d[:, None] & there[None, :]
+            at_k = (far * k_token)[None, :] + element[:, None]
+            key = tl.load(keys + at_k, mask=mask_k, other=0.0)
+            mask_v = there[:, None] & in_dv[None, :]
+            at_v = (far * v_token)[:, None] + element_v[None, :]
+            value = tl.load(values + at_v, mask=mask_v, other=0.0)
+            if UPCAST:
+                key = key.to(tl.float32)
+                value = value.to(tl.float32)
+            seen = seen & (p[None, :] <= position[:, None])
+            if HAS_WINDOW:
+                seen = seen & (position[:, None] - p[None, :] < window)
+            top, mass, total = absorb(
+                x, key, value, seen, top, mass, total, scale, cap, HAS_CAP, PRECISION
+            )
+
+    # Every real query saw its own position, so its mass is positive; padding is not stored.
+    total = total / tl.where(real, mass, 1.0)[:, None]
+    at = (token * out_token + head * out_head)[:, None] + element_v[None, :]
+    mask = real[:, None] & in_dv[None, :]
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)

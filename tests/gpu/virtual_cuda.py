@@ -19,7 +19,18 @@ from typing import Any
 from unittest import mock
 
 import torch
-from patchsweep_kernels import answer_logits, attention, attribution, dispatch, scatter, vocab
+from patchsweep_kernels import (
+    answer_logits,
+    attention,
+    attention_change,
+    attribution,
+    dispatch,
+    replaced,
+    replaced_torch,
+    scatter,
+    vocab,
+)
+from patchsweep_kernels.tokens import Tokens
 from patchsweep_kernels.unembedding import Unembedding
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -32,6 +43,8 @@ MODULES = {
     "answer_logits": answer_logits,
     "vocab": vocab,
     "attribution": attribution,
+    "replaced": replaced,
+    "attention_change": attention_change,
 }
 
 
@@ -71,13 +84,16 @@ def guard_cuda() -> None:
         table[cuda] = table[meta]
 
 
-KERNELS = {
-    "attention": "_prefix_kernel",
-    "scatter": "_scatter_kernel",
-    "answer_logits": "_answer_kernel",
-    "vocab": "_vocab_kernel",
-    "attribution": "_dot_kernel",
-}
+KERNELS = [
+    ("attention", "_prefix_kernel"),
+    ("scatter", "_scatter_kernel"),
+    ("answer_logits", "_answer_kernel"),
+    ("vocab", "_vocab_kernel"),
+    ("attribution", "_dot_kernel"),
+    ("replaced", "_replaced_kernel"),
+    ("attention_change", "_base_kernel"),
+    ("attention_change", "_change_kernel"),
+]
 
 
 class _Device:
@@ -107,25 +123,36 @@ def _references(stack: ExitStack) -> None:
             )
         return gpu.wrap(out, q.device)
 
-    def plain(module: Any, reference: Any, name: str) -> Any:
+    def plain(reference: Any, name: str, launches: int = 1) -> Any:
         def run(*args: Any) -> Any:
             gpu = Gpu.current
             assert gpu is not None
-            gpu.launch(f"triton::{name}")
+            gpu.launch(f"triton::{name}", launches)
+            device = args[0].device
             with gpu.quiet():
-                out = reference(*tree_map(bare, args))
-            return gpu.wrap(out, args[0].device) if isinstance(out, Tensor) else out
+                out = reference(*tree_map(_inner, args))
+            return tree_map(lambda x: gpu.wrap(x, device) if isinstance(x, Tensor) else x, out)
 
         return run
 
     stack.enter_context(mock.patch.object(attention, "_triton", attend))
-    for module, name in ((scatter, "scatter"), (attribution, "attribution")):
-        stack.enter_context(
-            mock.patch.object(module, "_triton", plain(module, module._reference, name))
-        )
+    for module, run in (
+        (scatter, plain(scatter._reference, "scatter")),
+        (attribution, plain(attribution._reference, "attribution")),
+        # launches of one call, with those of its tables
+        (replaced, plain(replaced_torch.attend, "replaced", 3)),
+        (attention_change, plain(replaced_torch.change_of_output, "attention_change", 9)),
+    ):
+        stack.enter_context(mock.patch.object(module, "_triton", run))
     stack.enter_context(mock.patch.object(answer_logits, "_triton", _answer(answer_logits)))
     # sums over the vocabulary: torch operations, on the virtual GPU
     stack.enter_context(mock.patch.object(vocab, "use_triton", return_value=False))
+
+
+def _inner(x: Any) -> Any:
+    if isinstance(x, Tokens):
+        return Tokens(bare(x.row), bare(x.pos), bare(x.pair))
+    return bare(x)
 
 
 def _answer(module: Any) -> Any:
@@ -194,9 +221,10 @@ def virtual_cuda(*, gradients: bool = False, **settings: Any) -> Iterator[Gpu]:
         patch(torch.cuda, "device", _Device)
         patch(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
         patch(torch.cuda, "get_device_name", lambda device=None: "Virtual H100")
-        for name, module in MODULES.items():
+        for module in MODULES.values():
             patch(module, "use_triton", use_triton)
-            patch(module, KERNELS[name], Kernel(getattr(module, KERNELS[name]), name))
+        for name, kernel in KERNELS:
+            patch(MODULES[name], kernel, Kernel(getattr(MODULES[name], kernel), name))
         patch(dispatch, "use_triton", use_triton)
         if not dispatch.INTERPRETED:
             _references(stack)

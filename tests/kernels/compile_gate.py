@@ -24,7 +24,16 @@ from typing import Any
 import torch
 import triton
 from naive import make_rows
-from patchsweep_kernels import answer_logits, attention, attribution, scatter, vocab
+from patchsweep_kernels import (
+    answer_logits,
+    attention,
+    attention_change,
+    attribution,
+    replaced,
+    scatter,
+    vocab,
+)
+from patchsweep_kernels.tokens import Tokens
 from patchsweep_kernels.unembedding import FinalNorm, Unembedding
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -98,6 +107,30 @@ def launches() -> Iterator[tuple[str, Any, str, Callable[[], object]]]:
             "_prefix_kernel",
             partial(_attention, share, d, dtype, **variant),
         )
+    adaptive: tuple[tuple[torch.dtype, int, int, dict[str, Any]], ...] = (
+        (fp32, 3, 64, {}),
+        (fp32, 1, 128, {"softcap": 50.0}),
+        (fp32, 2, 256, {"window": 4}),
+        (bf16, 4, 128, {}),
+        (bf16, 8, 64, {"window": 4, "softcap": 50.0, "sinks": torch.zeros(16)}),
+        (bf16, 2, 256, {"window": 4}),
+    )
+    for dtype, share, d, variant in adaptive:
+        name = f"share{share}-d{d}-{'-'.join(variant) or 'plain'}-{_short(dtype)}"
+        arguments = (share, d, dtype)
+        yield (
+            f"replaced-{name}",
+            replaced,
+            "_replaced_kernel",
+            partial(_replaced, *arguments, **variant),
+        )
+        for kernel in ("_base_kernel", "_change_kernel"):
+            yield (
+                f"attention_change{kernel.removesuffix('_kernel')}-{name}",
+                attention_change,
+                kernel,
+                partial(_change, kernel, *arguments, **variant),
+            )
     for dtype, what, key in (
         (fp32, "kl", vocab._KL),
         (bf16, "kl", vocab._KL),
@@ -136,6 +169,30 @@ def _attention(share: int, d: int, dtype: torch.dtype, **variant: Any) -> None:
     prefix = torch.zeros(1, 2, 16, d, dtype=dtype)
     settings: dict[str, Any] = {"window": None, "softcap": None, "sinks": None} | variant
     attention._triton(q, k, k, prefix, prefix, rows, 0.125, **settings)
+
+
+def _replaced(share: int, d: int, dtype: torch.dtype, **variant: Any) -> None:
+    tokens = Tokens(*torch.zeros(3, 56, dtype=torch.int64))
+    q = torch.zeros(56, 2 * share, d, dtype=dtype)
+    k = torch.zeros(56, 2, d, dtype=dtype)
+    base = torch.zeros(1, 2, 16, d, dtype=dtype)
+    settings: dict[str, Any] = {"window": None, "softcap": None, "sinks": None} | variant
+    replaced._triton(q, tokens, k, k, tokens, base, base, 0.125, **settings)
+
+
+def _change(kernel: str, share: int, d: int, dtype: torch.dtype, **variant: Any) -> None:
+    tokens = Tokens(*torch.zeros(3, 56, dtype=torch.int64))
+    q, k = (torch.zeros(2, heads, 16, d, dtype=dtype) for heads in (2 * share, 2))
+    grad, own = q.unsqueeze(0), torch.zeros(56, 2, d, dtype=dtype)
+    settings: dict[str, Any] = {"window": None, "softcap": None, "sinks": None} | variant
+    if kernel == "_base_kernel":
+        attention_change._base_tables(q, k, k, grad, 0.125, **settings)
+        return
+    del settings["sinks"]  # they are in the base run's log-sum-exp
+    small = torch.zeros(2, 2 * share, 16)
+    tables = attention_change._Tables(small, q.float(), small, small.unsqueeze(0))
+    given = (q, k, k, grad, own, own, tokens, torch.zeros(41, dtype=torch.int64))
+    attention_change._change(*given, tables, small[:, 0], 0, 40, 0.125, **settings)
 
 
 def source_of(

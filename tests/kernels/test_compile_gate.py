@@ -14,7 +14,16 @@ import pytest
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
-KERNELS = ["scatter", "attribution", "attention", "vocab", "answer_logits"]
+KERNELS = [
+    "scatter",
+    "attribution",
+    "attention-",
+    "replaced",
+    "attention_change_base",
+    "attention_change_change",
+    "vocab",
+    "answer_logits",
+]
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,14 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-FILES = ["test_scatter", "test_attention", "test_readout", "test_attribution", "test_large_offsets"]
+FILES = [
+    "test_scatter",
+    "test_attention",
+    "test_replaced",
+    "test_readout",
+    "test_attribution",
+    "test_large_offsets",
+]
 
 pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed"),

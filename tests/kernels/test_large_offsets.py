@@ -9,10 +9,14 @@ from __future__ import annotations
 import naive
 import pytest
 import torch
+from patchsweep_kernels import replaced_torch
 from patchsweep_kernels.answer_logits import answer_logits
 from patchsweep_kernels.attention import prefix_attention
+from patchsweep_kernels.attention_change import attention_change
 from patchsweep_kernels.attribution import attribution_dot
+from patchsweep_kernels.replaced import replaced_attention
 from patchsweep_kernels.scatter import scatter_patch
+from patchsweep_kernels.tokens import Tokens
 from patchsweep_kernels.unembedding import Unembedding
 from patchsweep_kernels.vocab import log_z
 from torch import Tensor
@@ -79,3 +83,32 @@ def test_attention_reads_far_apart(far: str, storage: Tensor) -> None:
     out = prefix_attention(q, k, v, prefix_k, prefix_v, rows, scale=0.25)
     expected = naive.attention(q, k, v, prefix_k, prefix_v, rows, scale=0.25)
     torch.testing.assert_close(out.double(), expected, **naive.TOLERANCE[torch.float16])
+
+
+@pytest.mark.parametrize("far", ["tokens", "positions", "pairs"])
+def test_replaced_keys_are_read_far_apart(far: str, storage: Tensor) -> None:
+    q, k, v = (torch.randn(ROWS, 1, 16).half() for _ in range(3))
+    base_q, base_k, base_v = (torch.randn(ROWS, 1, ROWS, 16).half() for _ in range(3))
+    grad = torch.randn(1, ROWS, 1, ROWS, 16).half()
+    apart = [_far_apart(storage, 16, 64 * i) for i in range(4)]
+    if far == "tokens":
+        q, k, v = (x.unsqueeze(1) for x in apart[:3])
+    elif far == "positions":
+        base_q, base_k, base_v, grad = (x[None, None].expand(ROWS, -1, -1, -1) for x in apart)
+    else:
+        base_q, base_k, base_v, grad = (x[:, None, None].expand(-1, -1, ROWS, -1) for x in apart)
+    grad = grad if grad.dim() == 5 else grad.unsqueeze(0)
+    tokens = Tokens(torch.arange(ROWS), torch.tensor([0, 3, 1, 2]), torch.tensor([0, 1, 3, 3]))
+    z = replaced_attention(q, tokens, k, v, tokens, base_k, base_v, scale=0.25)
+    exact = [x.double() for x in (q, k, v, base_q, base_k, base_v, grad)]
+    expected = replaced_torch.attend(
+        exact[0], tokens, *exact[1:3], tokens, *exact[4:6], 0.25, None, None, None
+    )
+    torch.testing.assert_close(z.double(), expected, **naive.TOLERANCE[torch.float16])
+    changed = attention_change(base_q, base_k, base_v, grad, k, v, tokens, ROWS, scale=0.25)
+    expected = replaced_torch.change_of_output(
+        *exact[3:], *exact[1:3], tokens, ROWS, 0.25, None, None, None
+    )
+    for found, wanted in zip(changed, expected, strict=True):
+        # a bound's |v - z| is a root of rounding where z is v, as at position 0
+        torch.testing.assert_close(found.double(), wanted, atol=2e-3, rtol=1e-5)

@@ -15,7 +15,10 @@ import torch
 from patchsweep_kernels.answer_logits import answer_logits
 from patchsweep_kernels.attention import Rows, prefix_attention
 from patchsweep_kernels.attribution import attribution_dot
+from patchsweep_kernels.attention_change import attention_change
+from patchsweep_kernels.replaced import replaced_attention
 from patchsweep_kernels.scatter import scatter_patch
+from patchsweep_kernels.tokens import Tokens
 from patchsweep_kernels.unembedding import FinalNorm, Unembedding
 from patchsweep_kernels.vocab import vocab_kl
 
@@ -29,6 +32,11 @@ answer_logits(x, unembedding, torch.tensor([[0], [1]]), norm=FinalNorm("rms", 1e
 rows = Rows(torch.tensor([0, 1]), torch.tensor([0]), torch.tensor([1]))
 z = torch.ones(1, 1, 4)
 assert torch.equal(prefix_attention(z, z, z, z[None], z[None], rows, scale=1.0), z)
+zero = torch.tensor([0])
+tokens = Tokens(zero, zero, zero)
+assert torch.equal(replaced_attention(z, tokens, z, z, tokens, z[None], z[None], scale=1.0), z)
+base = (z[None], z[None], z[None], z[None, None])
+assert not attention_change(*base, z, z, tokens, 1, scale=1.0)[0].any()
 strangers = {name.split(".")[0] for name in sys.modules} & {"patchsweep", "transformers", "triton"}
 assert strangers == {"triton"}, strangers
 print("stands alone")

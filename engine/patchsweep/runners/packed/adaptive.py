@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from patchsweep_kernels.replaced import Tokens, attention_change, replaced_attention
+from patchsweep_kernels.attention_change import attention_change
+from patchsweep_kernels.replaced import replaced_attention
+from patchsweep_kernels.tokens import Tokens
 from torch import Tensor
 
 from patchsweep.forward.grad import Gradients
