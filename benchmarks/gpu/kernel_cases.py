@@ -7,9 +7,19 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from patchsweep_kernels import answer_logits, attention, attribution, scatter, vocab
+from patchsweep_kernels import (
+    answer_logits,
+    attention,
+    attribution,
+    replaced_torch,
+    scatter,
+    vocab,
+)
 from patchsweep_kernels.attention import Rows
+from patchsweep_kernels.attention_change import attention_change
 from patchsweep_kernels.dispatch import use_triton
+from patchsweep_kernels.replaced import replaced_attention
+from patchsweep_kernels.tokens import Tokens
 from patchsweep_kernels.unembedding import FinalNorm, Unembedding
 from torch import Tensor
 
@@ -203,6 +213,60 @@ def _flex(
     return run
 
 
+def _replaced(
+    n_rows: int, length: int, n_own: int, heads: tuple[int, int, int], dtype: torch.dtype
+) -> tuple[Case, Case]:
+    """Attention of replaced tokens, and the change of all others', in the same rows of one pair."""
+    n_heads, kv_heads, d = heads
+    settings = (d**-0.5, None, None, None)  # scale, window, softcap, sinks
+
+    def inputs(device: torch.device, shrink: int) -> tuple[Tokens, int, int, list[Tensor]]:
+        count, positions = max(2, n_rows // shrink), max(n_own + 2, length // shrink)
+        # position 0 reads itself alone, which leaves the change's bound there to rounding
+        pos = 1 + torch.rand(count, positions - 1).argsort(1)[:, :n_own].sort(1).values
+        row = torch.arange(count).repeat_interleave(n_own)
+        tokens = Tokens(*(x.to(device) for x in (row, pos.flatten(), torch.zeros_like(row))))
+        own = [(len(tokens), h, d) for h in (n_heads, kv_heads, kv_heads)]
+        base = [(1, h, positions, d) for h in (n_heads, kv_heads, kv_heads)]
+        shapes = [*own, *base, (1, *base[0])]
+        return tokens, count, positions, [torch.randn(x, device=device).to(dtype) for x in shapes]
+
+    def attend(device: torch.device, shrink: int) -> Prepared:
+        tokens, _, _, (q, k, v, _, base_k, base_v, _) = inputs(device, shrink)
+        given = (q, tokens, k, v, tokens, base_k, base_v)
+        given64 = [x if isinstance(x, Tokens) else x.double() for x in given]
+        return Prepared(
+            lambda: replaced_attention(*given, scale=settings[0]),
+            lambda: replaced_torch.attend(*given64, *settings),
+            sum(x.numel() for x in (q, q, k, v, base_k, base_v)) * q.element_size(),
+            4 * n_heads * d * int((tokens.pos + 1).sum()),
+            {"torch": lambda: replaced_torch.attend(*given, *settings)},
+        )
+
+    def change(device: torch.device, shrink: int) -> Prepared:
+        tokens, count, positions, (_, k, v, *base) = inputs(device, shrink)
+        given = (*base, k, v, tokens, count)
+        given64 = [x.double() if isinstance(x, Tensor) else x for x in given]
+
+        def both(results: tuple[Tensor, Tensor]) -> Tensor:
+            return torch.cat([results[0], results[1][None]])
+
+        return Prepared(
+            lambda: both(attention_change(*given, scale=settings[0])),
+            lambda: both(replaced_torch.change_of_output(*given64, *settings)),
+            sum(x.numel() for x in (k, v, *base)) * k.element_size() + 8 * count * positions,
+            # products of queries with two keys, of gradients with two values, of outputs with one
+            10 * n_heads * d * int((positions - tokens.pos).sum()),
+            {"torch": lambda: both(replaced_torch.change_of_output(*given, *settings))},
+        )
+
+    name = f"{n_rows} rows, {n_own} of {length} tokens, heads {n_heads}/{kv_heads}x{d}"
+    return (
+        Case(name, "replaced_attention", dtype, attend),
+        Case(name, "attention_change", dtype, change),
+    )
+
+
 CASES = (
     _scatter("set", False, torch.bfloat16),
     _scatter("set", True, torch.bfloat16),
@@ -216,4 +280,7 @@ CASES = (
     _attention(512, 192, 32, (12, 12, 64), torch.float32),
     _attention(512, 1024, 1, (32, 8, 128), torch.bfloat16),
     _attention(512, 16, 7, (9, 3, 64), torch.float32),
+    *_replaced(2048, 320, 8, (32, 8, 128), torch.bfloat16),
+    *_replaced(2048, 320, 8, (12, 12, 64), torch.float32),
+    *_replaced(2048, 17, 4, (9, 3, 64), torch.float32),
 )

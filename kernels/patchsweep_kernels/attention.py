@@ -204,6 +204,34 @@ def launch_settings(share: int, d: int, d_v: int, dtype: torch.dtype) -> dict[st
 
 @jit
 @no_type_check
+def load_keys(
+    keys,
+    values,
+    at,
+    there,
+    stride_k,
+    stride_v,
+    d,
+    d_v,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Return the keys [d, j] and values [j, d_v] of places `at` (int64), 0 where not `there`."""
+    element = tl.arange(0, BLOCK_D)
+    element_v = tl.arange(0, BLOCK_DV)
+    mask_k = (element < d)[:, None] & there[None, :]
+    key = tl.load(keys + (at * stride_k)[None, :] + element[:, None], mask=mask_k, other=0.0)
+    mask_v = there[:, None] & (element_v < d_v)[None, :]
+    value = tl.load(values + (at * stride_v)[:, None] + element_v[None, :], mask=mask_v, other=0.0)
+    if UPCAST:
+        key = key.to(tl.float32)
+        value = value.to(tl.float32)
+    return key, value
+
+
+@jit
+@no_type_check
 def absorb(
     query,
     key,
@@ -329,13 +357,9 @@ def _prefix_kernel(
     for at_key in range(low, highest, BLOCK_KEYS):
         j = at_key + tl.arange(0, BLOCK_KEYS).to(tl.int64)
         there = j < highest
-        mask = in_d[:, None] & there[None, :]
-        key = tl.load(keys + (j * pk_pos)[None, :] + element[:, None], mask=mask, other=0.0)
-        mask = there[:, None] & in_dv[None, :]
-        value = tl.load(values + (j * pv_pos)[:, None] + element_v[None, :], mask=mask, other=0.0)
-        if UPCAST:
-            key = key.to(tl.float32)
-            value = value.to(tl.float32)
+        key, value = load_keys(
+            keys, values, j, there, pk_pos, pv_pos, d, d_v, BLOCK_D, BLOCK_DV, UPCAST
+        )
         seen = j[None, :] < start[:, None]
         if HAS_WINDOW:
             seen = seen & (position[:, None] - j[None, :] < window)
@@ -348,13 +372,9 @@ def _prefix_kernel(
     for at_key in range(own_first, stop, BLOCK_KEYS):
         j = at_key + tl.arange(0, BLOCK_KEYS).to(tl.int64)
         there = j < stop
-        mask = in_d[:, None] & there[None, :]
-        key = tl.load(keys + (j * k_token)[None, :] + element[:, None], mask=mask, other=0.0)
-        mask = there[:, None] & in_dv[None, :]
-        value = tl.load(values + (j * v_token)[:, None] + element_v[None, :], mask=mask, other=0.0)
-        if UPCAST:
-            key = key.to(tl.float32)
-            value = value.to(tl.float32)
+        key, value = load_keys(
+            keys, values, j, there, k_token, v_token, d, d_v, BLOCK_D, BLOCK_DV, UPCAST
+        )
         seen = (j[None, :] >= row_first[:, None]) & (j[None, :] <= token[:, None])
         if HAS_WINDOW:
             seen = seen & (token[:, None] - j[None, :] < window)

@@ -8,20 +8,21 @@ positions of a row that position t sees,
     Z (z_new - z)_t = sum_a w (v_new[a] - v_base[a]) + (w - w0) (v_base[a] - z_t):
 
 O(1) per replaced position and head. No vector of a change is made. Its product with a gradient g_t
-needs g_t . v_new[a], g_t . v_base[a] and g_t . z_t; its norm is bounded, by the triangle inequality,
-with |v_new[a] - v_base[a]| and |v_base[a] - z_t|.
+needs g_t . v_new[a], g_t . v_base[a] and g_t . z_t; its norm is bounded by the triangle inequality
+from |v_new[a] - v_base[a]| and |v_base[a] - z_t|.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, no_type_check
+from typing import no_type_check
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from patchsweep_kernels import replaced_torch
-from patchsweep_kernels.attention import absorb, check_settings, launch_settings
+from patchsweep_kernels.attention import check_settings
+from patchsweep_kernels.base_attention import BaseTables, base_tables
 from patchsweep_kernels.dispatch import (
     check_alike,
     check_shapes,
@@ -90,15 +91,6 @@ def attention_change(
     return compute(*arguments, scale, window, softcap, sinks)
 
 
-class _Tables(NamedTuple):
-    """What the base run's attention leaves, fp32."""
-
-    log_sum: Tensor  # [pair, head, pos]
-    z: Tensor  # [pair, head, pos, d_v]
-    square: Tensor  # [pair, head, pos] z . z
-    along: Tensor  # [metric, pair, head, pos] gradient . z
-
-
 @torch.no_grad()
 def _triton(
     base_q: Tensor,
@@ -121,7 +113,7 @@ def _triton(
     if not n_rows:
         new = base_q.new_zeros(n_metrics + 1, 0, length, dtype=torch.float32)
         return new[:-1], new[-1]
-    tables = _base_tables(base_q, base_k, base_v, grad_z, scale, window, softcap, sinks)
+    tables = base_tables(base_q, base_k, base_v, grad_z, scale, window, softcap, sinks)
     norm = tables.square.sum(1).sqrt_().clamp_(min=1e-30)
     row = torch.arange(n_rows + 1, device=k.device)
     offsets = torch.searchsorted(replaced.row.contiguous(), row)
@@ -135,58 +127,6 @@ def _triton(
     return sums[:-1], sums[-1].sqrt_()
 
 
-def _base_tables(
-    base_q: Tensor,
-    base_k: Tensor,
-    base_v: Tensor,
-    grad_z: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> _Tables:
-    n_pairs, n_heads, length, d = base_q.shape
-    kv_heads, d_v = base_v.shape[1], base_v.shape[3]
-    share = n_heads // kv_heads
-    new = base_q.new_empty(0, dtype=torch.float32).new_empty
-    tables = _Tables(
-        new(n_pairs, n_heads, length),
-        new(n_pairs, n_heads, length, d_v),
-        new(n_pairs, n_heads, length),
-        new(len(grad_z), n_pairs, n_heads, length),
-    )
-    settings = launch_settings(share, d, d_v, base_q.dtype)
-    head_blocks = triton.cdiv(share, settings["BLOCK_HEADS"])
-    grid = (triton.cdiv(length, settings["BLOCK_TOKENS"]), kv_heads * head_blocks, n_pairs)
-    with device_of(base_q):
-        _base_kernel[grid](
-            base_q,
-            base_k,
-            base_v,
-            grad_z,
-            base_q if sinks is None else sinks.contiguous(),
-            *tables,
-            length,
-            len(grad_z),
-            share,
-            head_blocks,
-            d,
-            d_v,
-            *base_q.stride()[:3],
-            *base_k.stride()[:3],
-            *base_v.stride()[:3],
-            *grad_z.stride()[:4],
-            float(scale),
-            float(softcap or 0.0),
-            window or 0,
-            HAS_CAP=softcap is not None,
-            HAS_WINDOW=window is not None,
-            HAS_SINKS=sinks is not None,
-            **settings,
-        )
-    return tables
-
-
 def _change(
     base_q: Tensor,
     base_k: Tensor,
@@ -196,7 +136,7 @@ def _change(
     v: Tensor,
     replaced: Tokens,
     offsets: Tensor,
-    tables: _Tables,
+    tables: BaseTables,
     norm: Tensor,
     first_row: int,
     n_rows: int,
@@ -255,122 +195,6 @@ def _change(
     return out
 
 
-# Grid (positions / BLOCK_TOKENS, kv_head * head_blocks, pair). Causal attention of the base run,
-# with the tiles and the online softmax of `prefix_attention`: a program owns a block of positions
-# and the query heads of one key head, or a block of these heads. It stores log-sum-exp and output,
-# and the output's products with itself and with each metric's gradient, in fp32.
-@jit
-@no_type_check
-def _base_kernel(
-    base_q,
-    base_k,
-    base_v,
-    grad_z,
-    sinks,
-    log_sum,
-    z,
-    square,
-    along,
-    length,
-    n_metrics,
-    share,
-    head_blocks,
-    d,
-    d_v,
-    q_pair,
-    q_head,
-    q_pos,
-    k_pair,
-    k_head,
-    k_pos,
-    v_pair,
-    v_head,
-    v_pos,
-    g_metric,
-    g_pair,
-    g_head,
-    g_pos,
-    scale,
-    cap,
-    window,
-    HAS_CAP: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    pair = tl.program_id(2).to(tl.int64)
-    kv_heads = tl.num_programs(1) // head_blocks
-    kv_head = (tl.program_id(1) // head_blocks).to(tl.int64)
-    query = tl.arange(0, BLOCK_TOKENS * BLOCK_HEADS)
-    first = tl.program_id(0) * BLOCK_TOKENS
-    position = first + query // BLOCK_HEADS
-    head_in_share = (tl.program_id(1) % head_blocks) * BLOCK_HEADS + query % BLOCK_HEADS
-    head = kv_head * share + head_in_share
-    real = (position < length) & (head_in_share < share)
-    far = position.to(tl.int64)
-
-    element = tl.arange(0, BLOCK_D)
-    element_v = tl.arange(0, BLOCK_DV)
-    in_d = element < d
-    in_dv = element_v < d_v
-    at = (pair * q_pair + far * q_pos + head * q_head)[:, None] + element[None, :]
-    x = tl.load(base_q + at, mask=real[:, None] & in_d[None, :], other=0.0)
-    if UPCAST:
-        x = x.to(tl.float32)
-    top = tl.full((BLOCK_TOKENS * BLOCK_HEADS,), float("-inf"), tl.float32)
-    mass = tl.zeros((BLOCK_TOKENS * BLOCK_HEADS,), tl.float32)
-    if HAS_SINKS:
-        top = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32)
-        mass += 1.0
-    total = tl.zeros((BLOCK_TOKENS * BLOCK_HEADS, BLOCK_DV), tl.float32)
-
-    low = first * 0
-    if HAS_WINDOW:
-        low = tl.maximum(first - window + 1, 0)
-    highest = tl.minimum(first + BLOCK_TOKENS, length)
-    keys = base_k + pair * k_pair + kv_head * k_head
-    values = base_v + pair * v_pair + kv_head * v_head
-    for at_key in range(low, highest, BLOCK_KEYS):
-        j = at_key + tl.arange(0, BLOCK_KEYS)
-        there = j < highest
-        far_key = j.to(tl.int64)
-        mask_k = in_d[:, None] & there[None, :]
-        at_k = (far_key * k_pos)[None, :] + element[:, None]
-        key = tl.load(keys + at_k, mask=mask_k, other=0.0)
-        mask_v = there[:, None] & in_dv[None, :]
-        at_v = (far_key * v_pos)[:, None] + element_v[None, :]
-        value = tl.load(values + at_v, mask=mask_v, other=0.0)
-        if UPCAST:
-            key = key.to(tl.float32)
-            value = value.to(tl.float32)
-        seen = real[:, None] & (j[None, :] <= position[:, None])
-        if HAS_WINDOW:
-            seen = seen & (position[:, None] - j[None, :] < window)
-        top, mass, total = absorb(
-            x, key, value, seen, top, mass, total, scale, cap, HAS_CAP, PRECISION
-        )
-
-    mass = tl.where(real, mass, 1.0)
-    total = total / mass[:, None]
-    place = (pair * kv_heads * share + head) * length + position
-    tl.store(log_sum + place, top + tl.log(mass), mask=real)
-    tl.store(square + place, tl.sum(total * total, 1), mask=real)
-    tile = real[:, None] & in_dv[None, :]
-    tl.store(z + (place * d_v)[:, None] + element_v[None, :], total, mask=tile)
-    at = (pair * g_pair + far * g_pos + head * g_head)[:, None] + element_v[None, :]
-    for metric in range(n_metrics):
-        far_metric = tl.full((), metric, tl.int64)
-        g = tl.load(grad_z + far_metric * g_metric + at, mask=tile, other=0.0).to(tl.float32)
-        to = along + far_metric * tl.num_programs(2) * kv_heads * share * length + place
-        tl.store(to, tl.sum(total * g, 1), mask=real)
-
-
 @jit
 @no_type_check
 def _weight(product, log_sum, seen, scale, cap, LARGEST: tl.constexpr, HAS_CAP: tl.constexpr):
@@ -390,9 +214,9 @@ def _weight(product, log_sum, seen, scale, cap, LARGEST: tl.constexpr, HAS_CAP: 
 # new keys and values are summed along d in tiles of BLOCK_D, which keeps registers free. What a
 # token adds to Z, to the effect and to the bound is a tile [pos, token]; a product with
 # [token, row], 1 where the token is of the row, sums it by row.
-# Heads are summed in order, in fp32. Sums by key head are left in `out`: without atomics, results do
-# not depend on the order in which programs run. Programs of metric 0 store the bound, which has no
-# metric. A value that is not finite may spread to the block's other rows.
+# Heads are summed in order, in fp32. Sums by key head are left in `out`: without atomics, results
+# do not depend on the order in which programs run. Programs of metric 0 store the bound, which has
+# no metric. A value that is not finite may spread to the block's other rows.
 @jit
 @no_type_check
 def _change_kernel(

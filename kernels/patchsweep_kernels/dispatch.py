@@ -24,7 +24,16 @@ INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 # Arguments that differ from call to call. Triton would compile a variant whenever one of them is 1
 # or a multiple of 16, and each stops a sweep for seconds. None of them is multiplied into the
 # address of a vector, so specialising them gains nothing.
-_COUNTS = ("n_tokens", "n_targets", "n_rows", "first_row", "length", "blocks_per_part", "window")
+_COUNTS = (
+    "n_tokens",
+    "n_targets",
+    "n_rows",
+    "n_pairs",
+    "first_row",
+    "length",
+    "blocks_per_part",
+    "window",
+)
 
 
 def jit(kernel: Callable[..., Any]) -> Any:

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from patchsweep_kernels import replaced_torch
-from patchsweep_kernels.attention import absorb, check_settings, launch_settings
+from patchsweep_kernels.attention import absorb, check_settings, launch_settings, load_keys
 from patchsweep_kernels.dispatch import (
     check_alike,
     check_shapes,
@@ -250,15 +250,9 @@ def _replaced_kernel(
             j = at_key + step
             there = j < highest
             far = j.to(tl.int64)
-            mask_k = in_d[:, None] & there[None, :]
-            at_k = (far * bk_pos)[None, :] + element[:, None]
-            key = tl.load(keys + at_k, mask=mask_k, other=0.0)
-            mask_v = there[:, None] & in_dv[None, :]
-            at_v = (far * bv_pos)[:, None] + element_v[None, :]
-            value = tl.load(values + at_v, mask=mask_v, other=0.0)
-            if UPCAST:
-                key = key.to(tl.float32)
-                value = value.to(tl.float32)
+            key, value = load_keys(
+                keys, values, far, there, bk_pos, bv_pos, d, d_v, BLOCK_D, BLOCK_DV, UPCAST
+            )
             seen = mine[:, None] & (j[None, :] <= position[:, None])
             seen = seen & (((taken[:, None] >> step[None, :]) & 1) == 0)
             if HAS_WINDOW:
@@ -277,15 +271,9 @@ def _replaced_kernel(
             there = own < n_own
             far = lowest + own
             p = tl.load(replaced_pos + far, mask=there, other=0).to(tl.int32)
-            mask_k = in_d[:, None] & there[None, :]
-            at_k = (far * k_token)[None, :] + element[:, None]
-            key = tl.load(keys + at_k, mask=mask_k, other=0.0)
-            mask_v = there[:, None] & in_dv[None, :]
-            at_v = (far * v_token)[:, None] + element_v[None, :]
-            value = tl.load(values + at_v, mask=mask_v, other=0.0)
-            if UPCAST:
-                key = key.to(tl.float32)
-                value = value.to(tl.float32)
+            key, value = load_keys(
+                keys, values, far, there, k_token, v_token, d, d_v, BLOCK_D, BLOCK_DV, UPCAST
+            )
             seen = seen & (p[None, :] <= position[:, None])
             if HAS_WINDOW:
                 seen = seen & (position[:, None] - p[None, :] < window)

@@ -24,6 +24,7 @@ from patchsweep_kernels import (
     attention,
     attention_change,
     attribution,
+    base_attention,
     dispatch,
     replaced,
     replaced_torch,
@@ -37,15 +38,7 @@ from torch.utils._pytree import tree_map
 
 from gpu.virtual_device import DeviceMix, Gpu, Virtual, bare, tensors
 
-MODULES = {
-    "attention": attention,
-    "scatter": scatter,
-    "answer_logits": answer_logits,
-    "vocab": vocab,
-    "attribution": attribution,
-    "replaced": replaced,
-    "attention_change": attention_change,
-}
+MODULES = (attention, scatter, answer_logits, vocab, attribution, replaced, attention_change)
 
 
 class Kernel:
@@ -84,16 +77,16 @@ def guard_cuda() -> None:
         table[cuda] = table[meta]
 
 
-KERNELS = [
-    ("attention", "_prefix_kernel"),
-    ("scatter", "_scatter_kernel"),
-    ("answer_logits", "_answer_kernel"),
-    ("vocab", "_vocab_kernel"),
-    ("attribution", "_dot_kernel"),
-    ("replaced", "_replaced_kernel"),
-    ("attention_change", "_base_kernel"),
-    ("attention_change", "_change_kernel"),
-]
+KERNELS = (
+    (attention, "_prefix_kernel"),
+    (scatter, "_scatter_kernel"),
+    (answer_logits, "_answer_kernel"),
+    (vocab, "_vocab_kernel"),
+    (attribution, "_dot_kernel"),
+    (replaced, "_replaced_kernel"),
+    (base_attention, "_base_kernel"),
+    (attention_change, "_change_kernel"),
+)
 
 
 class _Device:
@@ -178,7 +171,7 @@ def _answer(module: Any) -> Any:
 def on_cpu() -> Iterator[None]:
     """Inside, the CPU takes the kernels' references, also where Triton interprets."""
     with ExitStack() as stack:
-        for module in MODULES.values():
+        for module in MODULES:
             stack.enter_context(mock.patch.object(module, "use_triton", return_value=False))
         yield
 
@@ -221,10 +214,11 @@ def virtual_cuda(*, gradients: bool = False, **settings: Any) -> Iterator[Gpu]:
         patch(torch.cuda, "device", _Device)
         patch(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
         patch(torch.cuda, "get_device_name", lambda device=None: "Virtual H100")
-        for module in MODULES.values():
+        for module in MODULES:
             patch(module, "use_triton", use_triton)
-        for name, kernel in KERNELS:
-            patch(MODULES[name], kernel, Kernel(getattr(MODULES[name], kernel), name))
+        for module, kernel in KERNELS:
+            name = module.__name__.rpartition(".")[2]
+            patch(module, kernel, Kernel(getattr(module, kernel), name))
         patch(dispatch, "use_triton", use_triton)
         if not dispatch.INTERPRETED:
             _references(stack)

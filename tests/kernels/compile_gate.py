@@ -29,6 +29,7 @@ from patchsweep_kernels import (
     attention,
     attention_change,
     attribution,
+    base_attention,
     replaced,
     scatter,
     vocab,
@@ -109,11 +110,9 @@ def launches() -> Iterator[tuple[str, Any, str, Callable[[], object]]]:
         )
     adaptive: tuple[tuple[torch.dtype, int, int, dict[str, Any]], ...] = (
         (fp32, 3, 64, {}),
-        (fp32, 1, 128, {"softcap": 50.0}),
         (fp32, 2, 256, {"window": 4}),
         (bf16, 4, 128, {}),
         (bf16, 8, 64, {"window": 4, "softcap": 50.0, "sinks": torch.zeros(16)}),
-        (bf16, 2, 256, {"window": 4}),
     )
     for dtype, share, d, variant in adaptive:
         name = f"share{share}-d{d}-{'-'.join(variant) or 'plain'}-{_short(dtype)}"
@@ -124,12 +123,18 @@ def launches() -> Iterator[tuple[str, Any, str, Callable[[], object]]]:
             "_replaced_kernel",
             partial(_replaced, *arguments, **variant),
         )
-        for kernel in ("_base_kernel", "_change_kernel"):
+        yield (
+            f"base_attention-{name}",
+            base_attention,
+            "_base_kernel",
+            partial(_base, *arguments, **variant),
+        )
+        if d == 64:  # its tiles are the same for every size
             yield (
-                f"attention_change{kernel.removesuffix('_kernel')}-{name}",
+                f"attention_change-{name}",
                 attention_change,
-                kernel,
-                partial(_change, kernel, *arguments, **variant),
+                "_change_kernel",
+                partial(_change, *arguments, **variant),
             )
     for dtype, what, key in (
         (fp32, "kl", vocab._KL),
@@ -180,19 +185,21 @@ def _replaced(share: int, d: int, dtype: torch.dtype, **variant: Any) -> None:
     replaced._triton(q, tokens, k, k, tokens, base, base, 0.125, **settings)
 
 
-def _change(kernel: str, share: int, d: int, dtype: torch.dtype, **variant: Any) -> None:
+def _base(share: int, d: int, dtype: torch.dtype, **variant: Any) -> None:
+    q, k = (torch.zeros(2, heads, 16, d, dtype=dtype) for heads in (2 * share, 2))
+    settings: dict[str, Any] = {"window": None, "softcap": None, "sinks": None} | variant
+    base_attention.base_tables(q, k, k, q.unsqueeze(0), 0.125, **settings)
+
+
+def _change(share: int, d: int, dtype: torch.dtype, **variant: Any) -> None:
     tokens = Tokens(*torch.zeros(3, 56, dtype=torch.int64))
     q, k = (torch.zeros(2, heads, 16, d, dtype=dtype) for heads in (2 * share, 2))
-    grad, own = q.unsqueeze(0), torch.zeros(56, 2, d, dtype=dtype)
-    settings: dict[str, Any] = {"window": None, "softcap": None, "sinks": None} | variant
-    if kernel == "_base_kernel":
-        attention_change._base_tables(q, k, k, grad, 0.125, **settings)
-        return
-    del settings["sinks"]  # they are in the base run's log-sum-exp
+    own, offsets = torch.zeros(56, 2, d, dtype=dtype), torch.zeros(41, dtype=torch.int64)
     small = torch.zeros(2, 2 * share, 16)
-    tables = attention_change._Tables(small, q.float(), small, small.unsqueeze(0))
-    given = (q, k, k, grad, own, own, tokens, torch.zeros(41, dtype=torch.int64))
-    attention_change._change(*given, tables, small[:, 0], 0, 40, 0.125, **settings)
+    tables = base_attention.BaseTables(small, q.float(), small, small.unsqueeze(0))
+    given = (q, k, k, q.unsqueeze(0), own, own, tokens, offsets, tables, small[:, 0])
+    window, softcap = variant.get("window"), variant.get("softcap")
+    attention_change._change(*given, 0, 40, 0.125, window, softcap)
 
 
 def source_of(

@@ -19,8 +19,8 @@ KERNELS = [
     "attribution",
     "attention-",
     "replaced",
-    "attention_change_base",
-    "attention_change_change",
+    "base_attention",
+    "attention_change",
     "vocab",
     "answer_logits",
 ]
