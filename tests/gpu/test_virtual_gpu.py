@@ -1,7 +1,7 @@
 """Sweeps and analyses on a virtual GPU: no mix of devices, and the numbers of the CPU.
 
 TRITON_INTERPRET=1 runs the same with the real kernels, in Triton's interpreter: slow, so one test
-here does it for three cases.
+here does it for a few.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ from patchsweep.attribution.patterns import pattern_scores
 from patchsweep.runners.packed import runner as packed
 from patchsweep.store.attributes import attributes
 from patchsweep.sweeps.screen_settings import Screen
+from patchsweep_kernels.attention_change import attention_change
 from patchsweep_kernels.dispatch import INTERPRETED
+from patchsweep_kernels.replaced import replaced_attention
+from patchsweep_kernels.tokens import Tokens
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
-from gpu.virtual_cuda import move, on_cpu, virtual_cuda
+from gpu.virtual_cuda import LAUNCHES, move, on_cpu, virtual_cuda
 from gpu.virtual_device import DeviceMix
 
 HERE = Path(__file__)
@@ -210,9 +213,27 @@ def test_mixes_of_devices_are_seen() -> None:
         assert (there + torch.tensor(1.0)).cpu().tolist() == [1, 1, 1]
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="runs the launchers of the real kernels")
+def test_kernels_of_adaptive_passes_never_wait() -> None:
+    with virtual_cuda() as gpu:
+        at = torch.tensor([[0, 0, 1], [2, 5, 6], [0, 0, 1]]).to("cuda:0")
+        tokens = Tokens(*at.unbind())
+        q, k = (torch.randn(3, heads, 8).to("cuda:0") for heads in (4, 2))
+        base_q, base_k = (torch.randn(2, heads, 8, 8).to("cuda:0") for heads in (4, 2))
+        grad = base_q.unsqueeze(0)
+        gpu.syncs.clear()
+        gpu.launches.clear()
+        replaced_attention(q, tokens, k, k, tokens, base_k, base_k, scale=1.0)
+        assert gpu.launches.total() == LAUNCHES["replaced"]
+        gpu.launches.clear()
+        attention_change(base_q, base_k, base_k, grad, k, k, tokens, 2, scale=1.0)
+        assert gpu.launches.total() == LAUNCHES["attention_change"]
+        assert not gpu.syncs
+
+
 @pytest.mark.skipif(INTERPRETED, reason="the test itself")
 def test_real_kernels_take_what_sweeps_pass_them() -> None:
-    chosen = "on_a_gpu and (llama or vocabulary or tolerance)"
+    chosen = "(on_a_gpu and (llama or vocabulary or tolerance)) or never_wait"
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", str(HERE), "-k", chosen, "-p", "no:cacheprovider"],
         env={**os.environ, "TRITON_INTERPRET": "1"},
@@ -220,4 +241,4 @@ def test_real_kernels_take_what_sweeps_pass_them() -> None:
         text=True,
     )
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-1000:]
-    assert "3 passed" in ran.stdout
+    assert "4 passed" in ran.stdout

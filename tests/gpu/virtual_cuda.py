@@ -88,6 +88,9 @@ KERNELS = (
     (attention_change, "_change_kernel"),
 )
 
+# launches of one call, those of its tables included; other kernels launch once
+LAUNCHES = {"replaced": 3, "attention_change": 9}
+
 
 class _Device:
     """torch.cuda.device"""
@@ -116,11 +119,11 @@ def _references(stack: ExitStack) -> None:
             )
         return gpu.wrap(out, q.device)
 
-    def plain(reference: Any, name: str, launches: int = 1) -> Any:
+    def plain(reference: Any, name: str) -> Any:
         def run(*args: Any) -> Any:
             gpu = Gpu.current
             assert gpu is not None
-            gpu.launch(f"triton::{name}", launches)
+            gpu.launch(f"triton::{name}", LAUNCHES.get(name, 1))
             device = args[0].device
             with gpu.quiet():
                 out = reference(*tree_map(_inner, args))
@@ -132,9 +135,8 @@ def _references(stack: ExitStack) -> None:
     for module, run in (
         (scatter, plain(scatter._reference, "scatter")),
         (attribution, plain(attribution._reference, "attribution")),
-        # launches of one call, with those of its tables
-        (replaced, plain(replaced_torch.attend, "replaced", 3)),
-        (attention_change, plain(replaced_torch.change_of_output, "attention_change", 9)),
+        (replaced, plain(replaced_torch.attend, "replaced")),
+        (attention_change, plain(replaced_torch.change_of_output, "attention_change")),
     ):
         stack.enter_context(mock.patch.object(module, "_triton", run))
     stack.enter_context(mock.patch.object(answer_logits, "_triton", _answer(answer_logits)))
