@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.forward.capture import capture, check_attention_sites
-from patchsweep.forward.site_locations import resolve_site
+from patchsweep.forward.site_locations import SiteLocation, resolve_site
 from patchsweep.forward.unembed import Unembed
 from patchsweep.forward.unwrapped import Unsupported, UnwrappedModel
 from patchsweep.runners.packed.forward import PackedInput, PatchValues, run_packed_batch
@@ -25,15 +26,16 @@ from patchsweep.transformer_lens.cells import Cells, Rows
 # tokens of a packed batch: enough for full matrix-product speed
 MAX_TOKENS = 4096
 
-# a row's prompt, its first position, and its logits from that position on [pos, d_vocab]
-Suffix = tuple[int, int, Tensor]
+# where a run differs, an index into `[prompt, pos]`, and its logits there [token, d_vocab]
+Written = tuple[tuple[Any, Any], Tensor]
 
 
 class PackedCells:
     """Runs the patches `cells` on the prompts `tokens` `[prompt, pos]`.
 
     `base` and `clean` hold the hook's activation of every patched layer. With `in_place` false,
-    only the module right after the hook reads the patch values.
+    only the module right after the hook reads the patch values. The base run's activations of the
+    sites `keep` are kept.
 
     Raises:
         Unsupported: packed batches do not support the model or the site.
@@ -49,12 +51,13 @@ class PackedCells:
         clean: Mapping[int, Tensor],
         *,
         in_place: bool,
+        keep: Sequence[SiteLocation] = (),
     ) -> None:
         self.cells, self.rows, self._base, self._clean = cells, rows, base, clean
         self.unwrapped = UnwrappedModel(model)
         self.point = replace(resolve_site(self.unwrapped, cells.site), in_place=in_place)
         check_attention_sites(self.unwrapped, [self.point])
-        self.run = capture(self.unwrapped, tokens)
+        self.run = capture(self.unwrapped, tokens, keep)
         self.unembed = Unembed(self.unwrapped)
         self._check_shapes()
         self.plan = self._plan(tokens)
@@ -68,21 +71,21 @@ class PackedCells:
             yield np.arange(part.start, part.stop), self.unembed.logits(final[part])
 
     @torch.no_grad()
-    def suffixes(self, cells: Sequence[int]) -> Iterator[list[Suffix]]:
+    def written(self, cells: Sequence[int]) -> Iterator[list[Written]]:
         """Yield for each of `cells`, in order, the logits that its rows change."""
         rows_of_cell = [range(*self.rows.of(cell).indices(len(self.rows))) for cell in cells]
         n_tokens = [int(self.plan.suffix[list(rows)].sum()) for rows in rows_of_cell]
-        for group in _groups(n_tokens, MAX_TOKENS):
+        for group in groups(n_tokens, MAX_TOKENS):
             rows = np.array([row for i in group for row in rows_of_cell[i]], dtype=np.int64)
             resid = self._final_residuals(rows)
             chunk = self.unembed.chunk_rows()
-            for part in _groups([n_tokens[i] for i in group], chunk):
+            for part in groups([n_tokens[i] for i in group], chunk):
                 members = [rows_of_cell[group[i]] for i in part]
                 yield from self._read(members, resid)
 
     def _read(
         self, members: Sequence[range], resid: Mapping[int, Tensor]
-    ) -> Iterator[list[Suffix]]:
+    ) -> Iterator[list[Written]]:
         """Yield the suffix logits of a few cells from one call of the unembedding."""
         rows = [row for member in members for row in member]
         if not rows:
@@ -92,31 +95,38 @@ class PackedCells:
         row_logits = dict(zip(rows, logits.split([len(resid[row]) for row in rows]), strict=True))
         for member in members:
             yield [
-                (int(self.rows.prompt[row]), int(self.rows.start[row]), row_logits[row])
+                (
+                    (int(self.rows.prompt[row]), slice(int(self.rows.start[row]), None)),
+                    row_logits[row],
+                )
                 for row in member
             ]
 
     def _final_residuals(self, rows: Ints) -> dict[int, Tensor]:
         """Return the final residuals of `rows`, each `[pos, d_model]` from its `start` on."""
+        residuals: dict[int, Tensor] = {}
+        if not len(rows):
+            return residuals
+        given = self.given(rows)
+        for packed in make_packed_batches([PatchSet(self.plan, rows)], MAX_TOKENS):
+            hidden = run_packed_batch(self.unwrapped, packed, given)
+            sizes = (packed.length - packed.start).tolist()
+            residuals.update(zip(packed.patch.tolist(), hidden.split(sizes), strict=True))
+        return residuals
+
+    def given(self, rows: Ints) -> PackedInput:
+        """Return what packed batches of `rows` need besides the model."""
         value_row: Ints | None = None
         patch_values = self._donors
         if patch_values is None:
             value_row = np.zeros(len(self.rows), np.int64)
             value_row[rows] = np.arange(len(rows))
             patch_values = self._place(self._entry_values(rows))
-        packed_input = PackedInput(
+        return PackedInput(
             base=self.run,
             donors=[PatchValues(self.point, patch_values, value_row)],
             local={prompt: prompt for prompt in range(self.plan.shape[0])},
         )
-        residuals: dict[int, Tensor] = {}
-        if not len(rows):
-            return residuals
-        for packed in make_packed_batches([PatchSet(self.plan, rows)], MAX_TOKENS):
-            hidden = run_packed_batch(self.unwrapped, packed, packed_input)
-            sizes = (packed.length - packed.start).tolist()
-            residuals.update(zip(packed.patch.tolist(), hidden.split(sizes), strict=True))
-        return residuals
 
     def _plan(self, tokens: Tensor) -> PatchTable:
         cells, rows = self.cells, self.rows
@@ -218,7 +228,7 @@ class PackedCells:
                 raise Unsupported(f"the hook of {site.name} sees a tensor {tuple(x.shape)}")
 
 
-def _groups(sizes: Sequence[int], most: int) -> Iterator[list[int]]:
+def groups(sizes: Sequence[int], most: int) -> Iterator[list[int]]:
     """Yield groups of adjacent indices whose `sizes` sum to about `most`, at least one each."""
     if not sizes:
         return

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.transformer_lens.packed import PackedCells, Suffix
+from patchsweep.transformer_lens.packed import Written
 
 
 class PrecomputedModel:
     """The model interface of `generic_activation_patch` with patched runs from packed batches.
 
-    `base` are the logits of the unpatched run. `batches` yields, in order, the logits that each
-    of the `n_cells` cells changes (None: no cell changes any). Other attributes are `model`'s.
+    `base` are the logits of the unpatched run. `cells` yields, in order, the logits that each cell
+    changes. Other attributes are `model`'s.
     """
 
     def __init__(
-        self, model: TransformerBridge, base: Tensor, batches: PackedCells | None, n_cells: int
+        self, model: TransformerBridge, base: Tensor, cells: Iterator[list[Written]]
     ) -> None:
-        self._model, self._base = model, base
-        self._suffixes: Iterator[list[Suffix]] = (
-            iter([[] for _ in range(n_cells)])
-            if batches is None
-            else batches.suffixes(range(n_cells))
-        )
+        self._model, self._base, self._patched = model, base, cells
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -38,7 +33,11 @@ class PrecomputedModel:
 
         Each call returns a new tensor, since a metric may change or keep it.
         """
+        return self.patched(next(self._patched) if fwd_hooks else ())
+
+    def patched(self, written: Sequence[Written]) -> Tensor:
+        """Return the base run's logits with `written` over them."""
         logits = self._base.clone()
-        for prompt, start, suffix in next(self._suffixes) if fwd_hooks else ():
-            logits[prompt, start:] = suffix
+        for where, values in written:
+            logits[where] = values
         return logits

@@ -14,13 +14,15 @@ from transformer_lens import patching as tl
 from transformer_lens.ActivationCache import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.arguments import check_bridge
+from patchsweep.arguments import check_bridge, check_tolerance
 from patchsweep.errors import ConfigError, MetricError, PlanError, PromptError
 from patchsweep.forward.unwrapped import Unsupported
 from patchsweep.models.arithmetic import autocast_devices
 from patchsweep.models.offload import device_of
 from patchsweep.models.running import alone, training_module, users_hooks
+from patchsweep.transformer_lens.adaptive import QUERIES, AdaptiveModel, within
 from patchsweep.transformer_lens.cells import Cells, differing, live_rows, make_cells
+from patchsweep.transformer_lens.gradients import Metric, check_tolerated
 from patchsweep.transformer_lens.packed import PackedCells
 from patchsweep.transformer_lens.precomputed import PrecomputedModel
 
@@ -32,7 +34,6 @@ N_PROBES = 3
 ROUNDING = {torch.float16: 0.00625, torch.bfloat16: 0.05}
 AXES = get_args(tl.AxisNames)
 
-Metric = Callable[[Tensor], Any]
 Setter = Callable[[Tensor, Sequence[int], Any], Tensor]
 
 
@@ -49,6 +50,7 @@ def generic_activation_patch(
     *,
     reduce: str = "scalar",
     baseline: bool = False,
+    tolerance: float | str | None = None,
 ) -> Tensor | tuple[Tensor, pd.DataFrame] | tl.PatchingResult:
     """Return what `transformer_lens.patching.generic_activation_patch` returns, in less time.
 
@@ -57,12 +59,18 @@ def generic_activation_patch(
     forward passes, and only for TransformerLens's own patch setters. All else runs in its own
     loop; for a built-in sweep a warning then states the reason.
 
+    `tolerance` is the largest error that values may have, in units of the metric, or as a share of
+    |clean - corrupted| such as "1%": what a patch changes is run, the rest is taken to first order
+    (see `adaptive`). Default: every cell runs exactly.
+
     Raises:
-        PatchsweepError: an argument has the wrong type; raised before any forward pass.
+        PatchsweepError: an argument has the wrong type, or the tolerance cannot be met; raised
+            before any forward pass where that can be known.
     """
     check_bridge(model)
     _check_tokens(model, corrupted_tokens)
     _check(clean_cache, patching_metric, patch_setter, index_axis_names, index_df)
+    check_tolerance(tolerance)
     arguments: dict[str, Any] = {
         "activation_name": activation_name,
         "index_axis_names": index_axis_names,
@@ -71,22 +79,49 @@ def generic_activation_patch(
         "reduce": reduce,
         "baseline": baseline,
     }
+    metrics = (
+        dict(patching_metric)
+        if isinstance(patching_metric, Mapping)
+        else {"metric": patching_metric}
+    )
+    if tolerance is not None:
+        check_tolerated(tolerance, model, metrics, corrupted_tokens)
     with alone(model):
         sweep_model: TransformerBridge | PrecomputedModel = model
         try:
             cells = _cells(
                 model, corrupted_tokens, patch_setter, activation_name, index_axis_names, index_df
             )
-            sweep_model = _stand_in(model, corrupted_tokens, clean_cache, patch_setter, cells)
+            sweep_model = _stand_in(
+                model, corrupted_tokens, clean_cache, patch_setter, cells, tolerance, metrics
+            )
         except Unsupported as error:
+            if error.reason and tolerance is not None:
+                raise ConfigError(
+                    f"tolerance={tolerance!r} needs packed batches, and {activation_name} cannot "
+                    f"be patched in them: {error.reason}; leave the tolerance out"
+                ) from error
             if error.reason:
                 warnings.warn(
                     f"{activation_name} is patched by TransformerLens's own loop, not in packed "
                     f"batches: {error.reason}",
                     stacklevel=2,
                 )
+        if isinstance(sweep_model, AdaptiveModel):
+            metrics = sweep_model.metrics
+            if sweep_model.level is None:
+                warnings.warn(
+                    f"{activation_name} is patched exactly: no thresholds met "
+                    f"tolerance={tolerance!r} on a sample of {sweep_model.n_sample} cells",
+                    stacklevel=2,
+                )
         return tl.generic_activation_patch(
-            sweep_model, corrupted_tokens, clean_cache, patching_metric, patch_setter, **arguments
+            sweep_model,
+            corrupted_tokens,
+            clean_cache,
+            metrics if isinstance(patching_metric, Mapping) else metrics["metric"],
+            patch_setter,
+            **arguments,
         )
 
 
@@ -182,6 +217,8 @@ def _stand_in(
     clean_cache: ActivationCache,
     setter: Setter,
     cells: Cells,
+    tolerance: float | str | None,
+    metrics: Mapping[str, Metric],
 ) -> PrecomputedModel:
     """Return a model that knows the logits of all cells, after a self-test against the bridge.
 
@@ -206,28 +243,33 @@ def _stand_in(
     differs = {layer: differing(base[layer], clean[layer], cells) for layer in names}
     rows = live_rows(cells, differs)
     if not len(rows):
-        return PrecomputedModel(model, base_logits, None, len(cells))
-    tolerance = max(1e-3, ROUNDING.get(base_logits.dtype, 0.0) * float(base_logits.abs().max()))
+        return PrecomputedModel(model, base_logits, iter([[] for _ in range(len(cells))]))
+    rounding = max(1e-3, ROUNDING.get(base_logits.dtype, 0.0) * float(base_logits.abs().max()))
     try:
         # a tensor that requires a gradient is copied before the patch, so other readers of the
         # original do not see the patch
-        batches = PackedCells(model, tokens, cells, rows, base, clean, in_place=not needs_grad)
+        keep = () if tolerance is None else QUERIES
+        batches = PackedCells(
+            model, tokens, cells, rows, base, clean, in_place=not needs_grad, keep=keep
+        )
         for indices, part in batches.base_logits():
             expected = base_logits.flatten(0, 1)[torch.from_numpy(indices).to(tokens.device)]
-            _agree(part, expected, tolerance, "the unpatched run")
+            _agree(part, expected, rounding, "the unpatched run")
         live = np.unique(rows.cell)
         probes = live[np.linspace(0, len(live) - 1, N_PROBES).astype(np.int64)]
-        for cell, changed in zip(probes.tolist(), batches.suffixes(probes.tolist()), strict=True):
+        for cell, changed in zip(probes.tolist(), batches.written(probes.tolist()), strict=True):
             hook = _hook(setter, _index(cells, cell), clean[int(cells.layer[cell])])
             name = names[int(cells.layer[cell])]
             patched = model.run_with_hooks(tokens, fwd_hooks=[(name, hook)]).detach()
-            for prompt, start, logits in changed:
-                _agree(logits, patched[prompt, start:], tolerance, "a patched run")
+            for where, logits in changed:
+                _agree(logits, patched[where], rounding, "a patched run")
     except Unsupported:
         raise
     except Exception as error:  # an architecture whose blocks packed batches cannot run
         raise Unsupported(f"{type(error).__name__}: {error}") from error
-    return PrecomputedModel(model, base_logits, batches, len(cells))
+    if tolerance is None:
+        return PrecomputedModel(model, base_logits, batches.written(range(len(cells))))
+    return within(tolerance, model, tokens, clean_cache, base_logits, batches, metrics)
 
 
 def _base_run(
