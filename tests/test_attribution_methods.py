@@ -11,8 +11,8 @@ from patchsweep.attribution import AtpStar, IntegratedInputs, IntegratedSite
 from patchsweep.attribution.atp_star import key_effect, query_effect
 from patchsweep.attribution.patterns import pattern_scores
 from patchsweep.attribution.relp import HalfRule, graft, relevance_rules
-from patchsweep.forward.pattern import attention_pattern
 from patchsweep.forward.grad import Heads
+from patchsweep.forward.pattern import attention_pattern
 from patchsweep.forward.unwrapped import UnwrappedModel
 from subjects import model
 from torch import Tensor, nn

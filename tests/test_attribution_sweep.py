@@ -50,8 +50,13 @@ def test_every_method_has_its_variable_and_dead_cells_are_zero() -> None:
         assert np.abs(values[~dead & ~outside]).max() > 0
     assert np.isfinite(ds.base_metric.values).all()
     assert ds.attrs["method"] == ", ".join(names)
+    # the source run, and forward and backward passes from the first difference on
+    shared = [
+        next(i for i, (a, b) in enumerate(zip(pair.clean, pair.corrupted, strict=True)) if a != b)
+        for pair in _mixed_pairs()
+    ]
     assert attributes(ds)["attribution"]["atp"]["token_layers"] == sum(
-        3 * 3 * len(pair.clean) for pair in _mixed_pairs()
+        3 * (3 * len(pair.clean) - 2 * n) for pair, n in zip(_mixed_pairs(), shared, strict=True)
     )
 
 
@@ -137,9 +142,13 @@ def test_half_precision_accumulates_in_fp32() -> None:
 
 
 def test_cost_counts_passes_and_layers() -> None:
-    request = make_request(model(NAME), pairs_of(NAME, 2), SweepSpec(["resid_pre"], layers=[2]))
-    tokens = sum(len(pair.clean) for pair in pairs_of(NAME, 2))
-    # base and source, then a forward and a backward pass per step through the last block alone
-    assert token_layers(request, IntegratedSite(4)) == round(tokens * 3 * (2 + 4 * 2 / 3))
+    pairs = pairs_of(NAME, 2)
+    request = make_request(model(NAME), pairs, SweepSpec(["resid_pre"], layers=[2]))
+    tokens = sum(len(pair.clean) for pair in pairs)
+    live = tokens - 2 * 10  # the prompts differ from token 10 on
+    # source and base, then through the last block alone: a forward and a backward pass per step,
+    # and the path's end
+    expected = round(3 * (tokens + live * (1 + (1 + 4 * 2) / 3)))
+    assert token_layers(request, IntegratedSite(4)) == expected
     drop = METHODS["atp_star_drop"]()
-    assert token_layers(request, drop) == tokens * 3 * (2 + 3)
+    assert token_layers(request, drop) == 3 * (tokens + live * (1 + 3))

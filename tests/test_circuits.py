@@ -14,7 +14,7 @@ import torch
 import xarray as xr
 from patchsweep.analyses.circuits.ablate import run_edges, run_nodes
 from patchsweep.analyses.circuits.circuits import circuit
-from patchsweep.analyses.circuits.edge_batch import EdgeBatch, EdgeBatches, ask
+from patchsweep.analyses.circuits.edge_batch import EdgeBatch, ExactBatches, ask
 from patchsweep.analyses.circuits.nodes import Nodes, Reader
 from patchsweep.analyses.circuits.scores import circuit_scores
 from patchsweep.analyses.circuits.selection import (
@@ -52,7 +52,7 @@ def scene_of(name: str, pairs: PromptPairs | None = None, ablation: str = "resam
     given = demo_pairs(name) if pairs is None else pairs
     question = ask(model(name), given, SweepSpec(direction="noising", intervention=ablation))
     with frozen(question.bridge):
-        return next(EdgeBatches(question).of(range(len(given))))
+        return next(ExactBatches(question).of(range(len(given))))
 
 
 def random_edges(nodes: Nodes, shares: Sequence[float]) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from patchsweep.attribution.atp import Atp
+from patchsweep.attribution.atp import Atp, AtpEnds
 from patchsweep.attribution.atp_star import AtpStar
 from patchsweep.attribution.check import check_request
 from patchsweep.attribution.integrated import IntegratedInputs, IntegratedSite
@@ -16,6 +16,7 @@ from patchsweep.errors import MethodError
 __all__ = [
     "METHODS",
     "Atp",
+    "AtpEnds",
     "AtpStar",
     "Attribution",
     "IntegratedInputs",
@@ -28,6 +29,7 @@ __all__ = [
 
 METHODS: dict[str, Callable[[], Method]] = {
     "atp": Atp,
+    "atp_ends": AtpEnds,
     "atp_star": AtpStar,
     "atp_star_drop": lambda: AtpStar(name="atp_star_drop", grad_drop=True),
     "ig": IntegratedSite,

@@ -46,6 +46,56 @@ class Atp:
         return 2 + n_metrics
 
 
+@dataclass(frozen=True)
+class AtpEnds:
+    """The mean of the estimates with the gradients of base and source run.
+
+    The gradient of the source run multiplies the same change. Half the difference of the two is
+    stated as the error: where it exceeds the estimate, the two ends dispute the sign.
+    """
+
+    name: str = "atp_ends"
+    at_base: bool = False
+    needs_source: bool = True
+    states: tuple[str, ...] = ("error",)
+
+    def run(self, work: Work) -> Found:
+        """See `Method`. Both prompts are rows of one pass."""
+        estimates, errors = work.empty(), work.empty()
+        n_pairs = len(work.batch.pairs)
+
+        def add_hook(place: Place, x: Tensor) -> None:
+            base = place.flat(x.detach())[:n_pairs]
+
+            def reduce(grad: Tensor) -> None:
+                values = work.values(place.site, place.layer, base)
+                ends = place.flat(grad).float()
+                estimates.add(place, values, base, (ends[:n_pairs] + ends[n_pairs:]) / 2)
+                errors.metric = estimates.metric
+                errors.add(place, values, base, (ends[n_pairs:] - ends[:n_pairs]) / 2)
+
+            x.register_hook(reduce)
+
+        with torch.enable_grad():
+            logits = work.forward(
+                torch.cat([work.batch.base, work.batch.source]),
+                add_hook,
+                sites=work.sites,
+                gradient=True,
+            )
+            base_logits = logits[:n_pairs].detach()
+            backward_each(work.score(logits, base_logits), estimates)
+        return Found(estimates, base_logits, errors)
+
+    def extra_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        """See `Method`."""
+        return ()
+
+    def passes(self, plans: tuple[SitePlan, ...], n_layers: int, n_metrics: int) -> float:
+        """See `Method`."""
+        return 3 + 2 * n_metrics
+
+
 def differentiable_run(
     work: Work,
     estimates: Estimates,

@@ -32,11 +32,11 @@ def check_request(request: Request, methods: Sequence[Method]) -> None:
                     f"{plan.site.written_as}, where method={method.name} works; give them for the "
                     f"site {plan.site.written_as}, or use method=exact"
                 )
-        if method.name == "ig_inputs" and not request.intervention.from_source:
+        if getattr(method, "needs_source", False) and not request.intervention.from_source:
             raise MethodError(
-                f"method=ig_inputs walks from the base prompt's embeddings to the source "
-                f"prompt's, and intervention={request.intervention.name} has no source prompt; "
-                "use ig, or intervention=resample"
+                f"method={method.name} goes from the base prompt to the source prompt, and "
+                f"intervention={request.intervention.name} has no source prompt; use atp or ig, or "
+                "intervention=resample"
             )
 
 

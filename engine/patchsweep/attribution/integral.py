@@ -18,6 +18,21 @@ Key = tuple[str, int]  # a site and a layer whose nodes are chosen together; (""
 END = -1  # the path's end instead of a node: it gives the true effect, and no gradient
 
 
+def stated_error(
+    fine: Float[Tensor, "metric pair ..."], coarse: Float[Tensor, "metric pair ..."]
+) -> Float[Tensor, "metric pair ..."]:
+    """Return how far `fine` may be from converged, from its difference to a coarser rule.
+
+    Two rules may agree in a cell by accident. So the relative difference of all cells of a pair
+    counts besides, as a share of the cell's value.
+    """
+    difference = fine - coarse
+    dims = tuple(range(2, fine.ndim))
+    size = fine.square().sum(dims, keepdim=True).clamp_min(1e-30)
+    relative = (difference.square().sum(dims, keepdim=True) / size).sqrt()
+    return torch.hypot(difference, relative * fine)
+
+
 class Rounds:
     """Which nodes run for which keys and pairs, and the rule that each of them ends with."""
 
@@ -90,7 +105,8 @@ class Integral:
 
     def fraction(self, nodes: Sequence[int], like: Tensor) -> Tensor:
         """Return how far along the path the nodes are, `[node]`."""
-        return like.new_tensor([1.0 if i == END else self._rules.nodes[i] for i in nodes])
+        at = [1.0 if i == END else float(self._rules.nodes[i]) for i in nodes]
+        return torch.tensor(at, dtype=like.dtype, device=like.device)
 
     def add(
         self,
@@ -120,7 +136,8 @@ class Integral:
             weights = self._rules.weights[rule, [nodes[i] for i in taken]]
             if not weights.any():  # NaN counts: a single node has no error
                 continue
-            mean = torch.einsum("n,n...->...", by_node.new_tensor(weights), by_node)
+            on_device = torch.tensor(weights, dtype=by_node.dtype, device=by_node.device)
+            mean = torch.einsum("n,n...->...", on_device, by_node)
             if place.site.name in estimates.plans:
                 estimates.metric, estimates.rows = metric, pairs
                 estimates.add(place, values, base, mean)
@@ -144,7 +161,8 @@ class Integral:
                 at = (level == rule)[None, :, :, None, None].to(values.values[name].device)
                 fine, coarse = (self.by_rule[i].values[name] for i in (rule, rule - 1))
                 values.values[name] = torch.where(at, fine, values.values[name])
-                errors.values[name] = torch.where(at, fine - coarse, errors.values[name])
+                error = stated_error(fine, coarse)
+                errors.values[name] = torch.where(at, error, errors.values[name])
         residuals, nodes = {}, {}
         for i, key in enumerate(self.keys):
             chosen = torch.from_numpy(self.level[i]).to(self._sums.device)
@@ -166,7 +184,7 @@ class Integral:
         for plan in self.work.plans:
             fine, coarse = (self.by_rule[i].values[plan.site.name] for i in (rule, rule - 1))
             largest = fine.abs().flatten(2).amax(dim=2)[:, :, None]  # [metric, pair, 1]
-            error = (fine - coarse).abs().flatten(3).amax(dim=3)  # [metric, pair, layer]
+            error = stated_error(fine, coarse).flatten(3).amax(dim=3)  # [metric, pair, layer]
             within = (error <= self.path.rtol * largest).all(dim=0).cpu().numpy()
             for i, (site, layer) in enumerate(self.keys):
                 if site == plan.site.name:

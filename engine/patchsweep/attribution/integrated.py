@@ -57,6 +57,11 @@ class IntegratedSite:
         """The nodes."""
         return Path(self.n_steps, self.rule, self.rtol)
 
+    @property
+    def states(self) -> tuple[str, ...]:
+        """See `method.states_of`."""
+        return ("error", "residual", *(("nodes",) if self.path.adds_nodes else ()))
+
     def run(self, work: Work) -> Found:
         """See `Method`."""
         sites = {site.name: site for site in (*work.sites, SITES["resid_pre"])}
@@ -177,6 +182,7 @@ class IntegratedInputs:
     rtol: float = 1e-2
     name: str = "ig_inputs"
     at_base: bool = False
+    needs_source: bool = True
 
     def __post_init__(self) -> None:
         _ = self.path
@@ -185,6 +191,11 @@ class IntegratedInputs:
     def path(self) -> Path:
         """The nodes."""
         return Path(self.n_steps, self.rule, self.rtol)
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """See `method.states_of`."""
+        return ("error", "residual", *(("nodes",) if self.path.adds_nodes else ()))
 
     def run(self, work: Work) -> Found:
         """See `Method`."""

@@ -32,3 +32,8 @@ class Method(Protocol):
 
     def passes(self, plans: tuple[SitePlan, ...], n_layers: int, n_metrics: int) -> float:
         """Return the number of full forward passes; a backward pass counts as one forward pass."""
+
+
+def states_of(method: Method) -> tuple[str, ...]:
+    """Return what a method states besides its estimates: "error", "residual", "nodes"."""
+    return tuple(getattr(method, "states", ()))

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchsweep.attribution.atp_star import AtpStar, check_intervention
-from patchsweep.attribution.estimates import Work
+from patchsweep.attribution.estimates import Found, Work
 from patchsweep.attribution.method import Method
 from patchsweep.forward.grad import GradientModel
-from patchsweep.spec.batch import Batch, clean_prompts
+from patchsweep.spec.batch import Batch, base_and_source, clean_prompts
 from patchsweep.spec.finite import check_cells, check_references
 from patchsweep.spec.interventions import Reader, takes_source
 from patchsweep.spec.plan import SitePlan
@@ -28,6 +28,9 @@ class BlockOfPairs:
 
     pairs: range
     cells: Mapping[str, NDArray[np.float32]]  # site -> [metric, pair, layer, pos, unit]
+    # what the method states besides, see `method.states_of`: (site, "error") -> as the cells;
+    # (site, "residual") and (site, "nodes") -> [metric, pair, layer]; "" for all sites together
+    stated: Mapping[tuple[str, str], NDArray[np.float32]]
     base_metric: NDArray[np.float32]  # [metric, pair]
     source_metric: NDArray[np.float32]
 
@@ -73,6 +76,7 @@ class Attribution:
             )
             for plan in request.plans
         }
+        stated = {(site, "error"): np.full_like(x, np.nan) for site, x in cells.items()}
         references = np.full((2, len(request.metrics), len(pairs)), np.nan, np.float32)
         for batch in request.batches(pairs):
             with self.gradients.frozen():
@@ -92,8 +96,14 @@ class Attribution:
                     request.metrics,
                     f"the {method.name} estimate",
                 )
-                cells[plan.site.name][:, pair - pairs.start, layer, pos, unit] = values
-        return BlockOfPairs(pairs, cells, references[0], references[1])
+                at = (slice(None), pair - pairs.start, layer, pos, unit)
+                cells[plan.site.name][at] = values
+                if result.errors is not None:
+                    errors = np.abs(result.errors.cells(plan, patches, batch))
+                    stated[plan.site.name, "error"][at] = errors
+            for plan in request.plans:
+                _put_paths(stated, result, plan, rows, (len(request.metrics), len(pairs)))
+        return BlockOfPairs(pairs, cells, stated, references[0], references[1])
 
     def _work(self, method: Method, batch: Batch) -> Work:
         request = self.request
@@ -125,11 +135,46 @@ class Attribution:
         return batch.first_difference() if shares else 0
 
 
+def _put_paths(
+    stated: dict[tuple[str, str], NDArray[np.float32]],
+    found: Found,
+    plan: SitePlan,
+    rows: Sequence[int],
+    shape: tuple[int, int],
+) -> None:
+    """Put the residuals and numbers of nodes of a batch's paths into `stated`."""
+    site = plan.site.name if ("", 0) not in found.residuals else ""
+    layers = [layers[0] for layers in plan.axes.layers] if site else [0]
+    for i, layer in enumerate(layers):
+        key = (site, layer)
+        if key not in found.residuals:
+            continue
+        for name, values in (
+            ("residual", found.residuals[key].cpu().numpy()),
+            ("nodes", found.nodes[key]),
+        ):
+            empty = np.full((*shape, len(layers)), np.nan, np.float32)
+            stated.setdefault((site, name), empty)[:, rows, i] = values
+
+
 def token_layers(request: Request, method: Method) -> int:
-    """Cost of `method` in tokens times blocks; a backward pass counts as one forward pass."""
+    """Cost of `method` in tokens times blocks; a backward pass counts as one forward pass.
+
+    The source run has all tokens, the others those from the first difference on.
+    """
     n_layers = request.shape.n_layers
     tokens = int(request.plans[0].full_lengths.sum())
-    return round(tokens * n_layers * method.passes(request.plans, n_layers, len(request.metrics)))
+    live = tokens
+    if takes_source(request.intervention):
+        live -= sum(_n_shared(*base_and_source(pair, request.direction)) for pair in request.pairs)
+    passes = method.passes(request.plans, n_layers, len(request.metrics))
+    return round(n_layers * (tokens + live * (passes - 1)))
+
+
+def _n_shared(base: Sequence[int], source: Sequence[int]) -> int:
+    """Return how many tokens come before the first difference."""
+    differs = (i for i, (b, s) in enumerate(zip(base, source, strict=True)) if b != s)
+    return next(differs, len(base) - 1)
 
 
 def pairs_per_block(plan: SitePlan) -> int:

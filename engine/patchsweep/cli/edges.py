@@ -16,6 +16,7 @@ from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.console import stdout
 from patchsweep.cli.schema.edges import EdgesRun
 from patchsweep.report.edges import Row, correlation, rows_of
+from patchsweep.results.stated import stated_errors
 from patchsweep.store.attributes import attributes
 
 N_SHOWN = 12
@@ -49,6 +50,8 @@ def execute(config: EdgesRun) -> None:
         "direction": config.direction,
         "intervention": config.intervention,
         "steps": config.steps,
+        "rule": config.rule,
+        "rtol": config.rtol,
         "positions": config.positions,
         "means_from": config.reference(model),
         "read": config.metric.read,
@@ -63,6 +66,8 @@ def execute(config: EdgesRun) -> None:
     if not known:
         console.print(_done(ds))
     console.print(_table(ds))
+    for stated in stated_errors(ds):
+        console.print(stated.words)
     say_where(console, config.store, known)
 
 

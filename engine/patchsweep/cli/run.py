@@ -12,6 +12,7 @@ from patchsweep.cli.schema.run import RunConfig
 from patchsweep.cli.stop import STOPPER
 from patchsweep.models.compute import sentence
 from patchsweep.results.rounding import noise_of
+from patchsweep.results.stated import stated_errors
 from patchsweep.results.tolerance import tolerance_notes
 from patchsweep.store.attributes import attributes
 from patchsweep.store.backends.credentials import scrub
@@ -55,7 +56,7 @@ def execute(config: RunConfig) -> None:
         f"({provenance['runner_reason']}), computed in "
         + sentence(provenance["dtype"], provenance["compute_dtype"])
     )
-    for note in tolerance_notes(ds):
+    for note in (*tolerance_notes(ds), *(stated.words for stated in stated_errors(ds))):
         console.print(note)
     for noise in noise_of(ds):
         console.print(

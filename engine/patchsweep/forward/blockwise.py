@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from einops import rearrange
@@ -54,6 +55,11 @@ def unfit(bridge: TransformerBridge, reason: Exception) -> MethodError:
         f"edges cannot be taken apart in {bridge.cfg.model_name}: {text}; sweep its sites with "
         "method=exact instead"
     )
+
+
+# by model; whether blocks are parallel, and the factors of their writes
+_PARALLEL: WeakKeyDictionary[nn.Module, tuple[bool, ...]] = WeakKeyDictionary()
+_SCALES: WeakKeyDictionary[nn.Module, list[tuple[Tensor, Tensor]]] = WeakKeyDictionary()
 
 
 class _Stop(Exception):
@@ -162,13 +168,21 @@ class Blocks:
             ).logits.float()
         return trace
 
-    @torch.no_grad()
     def parallel(self) -> tuple[bool, ...]:
         """Return, per layer, whether attention and MLP are parallel: the MLP ignores attention.
+
+        Determined once per model, since it follows from the code of its blocks.
 
         Raises:
             Unsupported: the model does not call every block's attention and MLP once.
         """
+        model = self.unwrapped.bridge.original_model
+        if model not in _PARALLEL:
+            _PARALLEL[model] = self._are_parallel()
+        return _PARALLEL[model]
+
+    @torch.no_grad()
+    def _are_parallel(self) -> tuple[bool, ...]:
         trace = self._probe
         if not len(trace.q) == len(trace.z) == len(trace.resid) - 1 == self.n_layers:
             raise Unsupported(
@@ -202,11 +216,26 @@ class Blocks:
         after = self._modules[layer, "attn_out"]
         return None if after is self._modules[layer, "attn"] else after
 
-    @torch.no_grad()
-    def scales(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Return the factors between `attn_out` and the stream, and between `mlp_out` and it.
+    def scales(self) -> list[tuple[Tensor, Tensor]]:
+        """Return per block the factors between `attn_out`, `mlp_out` and the residual stream.
 
-        One number, or one for each entry of the stream. Blocks multiply their writes by constants.
+        One number, or one for each entry of the stream. Numbers are measured once per model, since
+        they follow from its configuration.
+
+        Raises:
+            Unsupported: a block does something else with a write.
+        """
+        model = self.unwrapped.bridge.original_model
+        if model in _SCALES:
+            return _SCALES[model]
+        scales = [self._scales(layer) for layer in range(self.n_layers)]
+        if all(len(factor) == 1 for factors in scales for factor in factors):
+            _SCALES[model] = scales
+        return scales
+
+    @torch.no_grad()
+    def _scales(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return the factors of one block.
 
         Raises:
             Unsupported: the block does something else with a write.

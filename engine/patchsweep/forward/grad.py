@@ -189,14 +189,14 @@ class GradientModel:
         *,
         sites: Sequence[Site] | None = None,
         gradient: bool = False,
-        embeds: Float[Tensor, "row pos d_model"] | None = None,
-        entries: Mapping[int, Float[Tensor, "new pos d_model"]] | None = None,
+        embeds: Float[Tensor, "row own d_model"] | None = None,
+        entries: Mapping[int, Float[Tensor, "_ own d_model"]] | None = None,
         fixed_pattern: bool = False,
         prefix: Prefix | None = None,
         on_attention: Callable[[int, Heads], None] | None = None,
         on_output: Callable[[int, Tensor], Tensor | None] | None = None,
         after: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    ) -> Float[Tensor, "row read d_vocab"]:
+    ) -> Float[Tensor, "_ read d_vocab"]:
         """Return fp32 logits at the positions `reads`; call `visit` at every site and layer.
 
         Args:

@@ -35,7 +35,10 @@ def compare_panels(ds: xr.Dataset) -> list[Panel]:
     comparable.sort(key=lambda f: summary.sites(ds).index(f[1]))
     panels = []
     for name, site, method in comparable:
-        one = ds[[site, name, "base_metric", "source_metric"]].load()
+        ends = {(method, site), (method, "")}
+        attrs = {str(x): ds[x].attrs for x in ds.data_vars}
+        stated = [x for x, of in attrs.items() if (of.get("method"), of.get("site")) in ends]
+        one = ds[[site, name, *{*stated} - {name}, "base_metric", "source_metric"]].load()
         for metric in (str(m) for m in ds["metric"].values):
             one_metric = one.sel(metric=[metric])
             panels.append(_panel(one_metric, name, compare(one_metric).of(site, method)))

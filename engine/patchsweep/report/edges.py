@@ -15,6 +15,7 @@ from patchsweep.report.html import count, esc, number, plural, token_html, visib
 from patchsweep.report.shell import page, section
 from patchsweep.report.tables import provenance_table
 from patchsweep.report.views import choose_views
+from patchsweep.results.stated import stated_errors
 from patchsweep.store.attributes import attributes
 
 N_DRAWN = 40
@@ -164,6 +165,7 @@ def _header(ds: xr.Dataset, model: str, metrics: Sequence[str]) -> str:
         if math.isfinite(correlation(rows)):
             facts.append(("correlation", number(correlation(rows))))
     shown = "".join(f"<div><dt>{key}</dt><dd>{value}</dd></div>" for key, value in facts)
+    stated = "".join(f'<p class="notice">{esc(x.words)}.</p>' for x in stated_errors(ds))
     return (
         f'<header><h1>Which parts of <span class="name">{esc(model)}</span> listen to which?</h1>'
         f'<p class="lead">An edge leads from a part that writes into the residual stream (a '
@@ -172,7 +174,7 @@ def _header(ds: xr.Dataset, model: str, metrics: Sequence[str]) -> str:
         f"{base} prompt. One reader at a time is shown {change} for one sender, all else stays, "
         f"and {names} is read again: the change is the edge's effect.{where}"
         f"{question.behind_means(attributes(ds).get('means'))}</p>"
-        f'<dl class="facts">{shown}</dl>{prompts}</header>'
+        f'<dl class="facts">{shown}</dl>{stated}{prompts}</header>'
     )
 
 

@@ -11,6 +11,7 @@ import xarray as xr
 from patchsweep.report.html import count, esc, number, percent, plural, token_html
 from patchsweep.report.views import View, has_source
 from patchsweep.results import accessor as summary
+from patchsweep.results.stated import stated_errors
 from patchsweep.results.tolerance import tolerance_notes
 from patchsweep.store.attributes import attributes
 
@@ -151,7 +152,7 @@ def banner(ds: xr.Dataset, names: tuple[str, ...]) -> str:
             f"The unpatched metrics of {plural(without, 'pair')} are missing; effects of these "
             "pairs are in no average."
         )
-    for text in tolerance_notes(ds):
+    for text in (*tolerance_notes(ds), *(stated.words for stated in stated_errors(ds))):
         note += f'<p class="notice">{esc(text)}.</p>'
     if not lacking:
         return note

@@ -50,12 +50,13 @@ def largest_table(ds: xr.Dataset, names: tuple[str, ...], metric: str, view: Vie
     n_pairs = ds.sizes["pair"]
     spread = view.pair is None and n_pairs > 1
     groups = []
-    heads = positions = noisy = False
+    heads = positions = noisy = stated = False
     for site in names:
         effects = summary.largest(ds, site, metric, N_LARGEST, pair=view.pair)
         heads |= any(e.head is not None for e in effects)
         positions |= any(e.pos is not None for e in effects)
         noisy |= any(e.noise is not None for e in effects)
+        stated |= any(e.error is not None for e in effects)
         groups.append((site, effects, _spread(ds, site, metric, effects) if spread else []))
     if not any(effects for _, effects, _ in groups):
         below = any(site + NOISE in ds for site in names) * " by more than the noise floor"
@@ -65,6 +66,7 @@ def largest_table(ds: xr.Dataset, names: tuple[str, ...], metric: str, view: Vie
     columns += [("head", "n")] if heads else []
     columns += [("value", "n"), ("effect", "n")]
     columns += [("noise floor", "n")] if noisy else []
+    columns += [("stated error", "n")] if stated else []
     columns += [("recovered", "n")]
     columns += [("95 % interval", "n"), ("p", "n"), ("pairs", "n")] if spread else []
     top = "".join(f'<th scope="col" class="{kind}">{name}</th>' for name, kind in columns)
@@ -88,6 +90,8 @@ def largest_table(ds: xr.Dataset, names: tuple[str, ...], metric: str, view: Vie
             ]
             if noisy:
                 cells.append(f'<td class="n">{"" if e.noise is None else number(e.noise)}</td>')
+            if stated:
+                cells.append(f'<td class="n">{"" if e.error is None else number(e.error)}</td>')
             cells.append(f'<td class="n">{number(e.recovered)}</td>')
             if spread:
                 low, high, p, ran = extra[index]

@@ -47,6 +47,9 @@ _CELL_DIMS = {"metric", "pair", "layer", "pos", *UNIT_DIMS}
 _FLOATS_PER_BLOCK = 1 << 23  # 32 MiB of resampled effects at a time
 
 
+ERROR = "_error"  # suffix of the variable with the errors that estimates state
+
+
 @dataclass(frozen=True)
 class Effect:
     """The effect of one patch on the metric, for one pair or averaged over pairs."""
@@ -61,6 +64,7 @@ class Effect:
     effect: float  # value - base metric
     recovered: float  # effect / (source metric - base metric); NaN where that gap is zero
     noise: float | None = None  # noise floor of the effect; None: not measured
+    error: float | None = None  # error that an estimate states; None: it states none
 
 
 def estimates(ds: xr.Dataset) -> dict[str, tuple[str, str]]:
@@ -263,6 +267,10 @@ def largest(
     tokens = shared_tokens(ds, pair)
     floor = noise_floor(one, site)
     noise = None if floor is None else floor_of_mean(effect(one, site), floor).values.ravel()
+    errors = None
+    if site + ERROR in one:  # of the mean: at most the mean of the errors
+        mean = one[site + ERROR].mean("pair", skipna=True).squeeze("metric", drop=True)
+        errors = mean.transpose(*effects.dims).values.ravel()
 
     sizes = np.abs(effects.values).ravel()
     order = np.argsort(-np.nan_to_num(sizes, nan=-1.0), kind="stable")
@@ -282,6 +290,7 @@ def largest(
                 effect=float(effects.values.ravel()[cell]),
                 recovered=float(fractions.values.ravel()[cell]),
                 noise=None if noise is None else float(noise[cell]),
+                error=None if errors is None else float(errors[cell]),
             )
         )
     return top

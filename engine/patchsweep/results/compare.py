@@ -24,6 +24,7 @@ from patchsweep.arguments import whole_number
 from patchsweep.errors import StoreError
 from patchsweep.results import accessor as summary
 from patchsweep.results.rounding import floor_of_mean, noise_floor
+from patchsweep.results.stated import stated_errors
 from patchsweep.results.statistics import (
     CalibrationBin,
     Floats,
@@ -92,6 +93,7 @@ class Agreement:
     n_cells: int  # cells where either effect is not zero
     n_exact_missing: int  # cells with an estimate but no exact value
     n_below_noise: int  # cells whose exact effect is below the run's noise floor, if measured
+    stated_error: float  # largest error that the estimates state; NaN: they state none
     pearson: Measure
     spearman: Measure
     kendall: Measure
@@ -282,6 +284,9 @@ def _agree(
             f" {n_below_noise} of the {len(x)} exact effects are below the run's noise floor, and "
             "rounding agrees with nothing."
         )
+    stated = [x for x in stated_errors(ds) if x.method == method]
+    stated = [x for x in stated if x.site in {c.site for c in cells}]
+    words += "".join(f" {x.words}." for x in stated)
     pairwise = [np.concatenate([getattr(c, side).ravel() for c in cells]) for side in _SIDES]
     known = np.isfinite(pairwise[0]) & ((pairwise[0] != 0) | (pairwise[1] != 0))
     attrs = attributes(ds)
@@ -298,6 +303,7 @@ def _agree(
         n_cells=len(x),
         n_exact_missing=sum(c.n_exact_missing for c in cells),
         n_below_noise=n_below_noise,
+        stated_error=max((x.largest for x in stated), default=math.nan),
         pearson=values["pearson"],
         spearman=values["spearman"],
         kendall=values["kendall"],

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from patchsweep.attribution.method import Method
+from patchsweep.attribution.method import Method, states_of
 from patchsweep.attribution.run import Attribution, BlockOfPairs, pairs_per_block, token_layers
 from patchsweep.spec.plan import SitePlan
 from patchsweep.spec.spec import Request
@@ -27,26 +27,93 @@ def is_signed(method: Method) -> bool:
     return not getattr(method, "grad_drop", False)
 
 
-def variables_of(request: Request, methods: Sequence[Method]) -> tuple[Variable, ...]:
-    """Return a variable for each site and method; a shard is some pairs and all layers."""
-    return tuple(
-        Variable(
-            name=variable_name(plan.site.name, method.name),
-            dims=dims_of(plan),
-            shape=shape_of(plan, len(request.metrics)),
-            unit=(pairs_per_block(plan), plan.shape[1]),
-            attrs={
-                "long_name": f"{method.name}: estimate of metric(patched) - metric(base) at "
-                f"{plan.site.name}" + ("" if is_signed(method) else ", absolute"),
+# what a method states besides an estimate, see `attribution.method.states_of`
+_STATED = {
+    "error": "how far {method} may be from the value that it estimates from, at {site}",
+    "residual": "{method}: what the estimates{site} add up to, minus the effect of the whole path",
+    "nodes": "{method}: number of gradients in the integral{site}",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a variable holds: a method's estimates of a plan, or what it states besides them."""
+
+    plan: SitePlan
+    method: Method
+    stated: str | None = None  # None: the estimates
+    site: str = ""  # of what is stated; "": all sites together
+
+    @property
+    def name(self) -> str:
+        """Name of the variable."""
+        names = [self.site or None, self.method.name, self.stated]
+        return "_".join(name for name in names if name)
+
+    @property
+    def by_cell(self) -> bool:
+        """Whether there is one number for each cell."""
+        return self.stated in (None, "error")
+
+    def dims(self) -> tuple[str, ...]:
+        """Axes of the variable."""
+        if self.by_cell:
+            return dims_of(self.plan)
+        by_layer = self.site and self.plan.site.layered
+        return ("metric", "pair", "layer") if by_layer else ("metric", "pair")
+
+    def variable(self, n_metrics: int) -> Variable:
+        """Return the variable; a shard is some pairs and all layers."""
+        sizes = dict(zip(dims_of(self.plan), shape_of(self.plan, n_metrics), strict=True))
+        where = {"error": self.site, "residual": f" at {self.site}", "nodes": f" at {self.site}"}
+        attrs = (
+            {
+                "long_name": _STATED[self.stated].format(
+                    method=self.method.name, site=where[self.stated] if self.site else ""
+                ),
+                "role": self.stated,
+                "site": self.site,
+                "method": self.method.name,
+            }
+            if self.stated
+            else {
+                "long_name": f"{self.method.name}: estimate of metric(patched) - metric(base) at "
+                f"{self.site}" + ("" if is_signed(self.method) else ", absolute"),
                 "role": "estimate",
-                "site": plan.site.name,
-                "method": method.name,
-                "sign": "signed" if is_signed(method) else "absolute",
-            },
+                "site": self.site,
+                "method": self.method.name,
+                "sign": "signed" if is_signed(self.method) else "absolute",
+            }
         )
-        for method in methods
-        for plan in request.plans
-    )
+        return Variable(
+            name=self.name,
+            dims=self.dims(),
+            shape=tuple(sizes[dim] for dim in self.dims()),
+            unit=(pairs_per_block(self.plan), self.plan.shape[1]),
+            attrs=attrs,
+        )
+
+
+def parts_of(request: Request, methods: Sequence[Method]) -> list[Part]:
+    """Return what the variables of `methods` hold."""
+    parts = []
+    for method in methods:
+        states = states_of(method)
+        for plan in request.plans:
+            site = plan.site.name
+            parts.append(Part(plan, method, None, site))
+            if "error" in states:
+                parts.append(Part(plan, method, "error", site))
+            if not getattr(method, "needs_source", False):  # a path of its own for each layer
+                parts += [Part(plan, method, x, site) for x in states if x != "error"]
+        if getattr(method, "needs_source", False):
+            parts += [Part(request.plans[0], method, x) for x in states if x != "error"]
+    return parts
+
+
+def variables_of(request: Request, methods: Sequence[Method]) -> tuple[Variable, ...]:
+    """Return the variables of `methods`."""
+    return tuple(part.variable(len(request.metrics)) for part in parts_of(request, methods))
 
 
 class Estimator:
@@ -60,11 +127,7 @@ class Estimator:
         request = replace(request, intervention=deepcopy(request.intervention))
         self.attribution = Attribution(request, methods)
         self.request = request
-        self._owner = {
-            variable_name(plan.site.name, method.name): (plan, method)
-            for method in methods
-            for plan in request.plans
-        }
+        self._owner = {part.name: part for part in parts_of(request, methods)}
         self._kept: dict[tuple[str, int], BlockOfPairs] = {}
         self._first = methods[0].name
 
@@ -73,29 +136,36 @@ class Estimator:
 
     def cost(self, unit: Unit) -> int:
         """Return the token-layers of the shard: its part of the pass that gives all sites."""
-        _, method = self._owner[unit.variable]
-        total = token_layers(self.request, method)
+        part = self._owner[unit.variable]
+        if part.stated:  # comes with the estimates
+            return 0
+        total = token_layers(self.request, part.method)
         pairs = self.request.plans[0].full_lengths
         share = pairs[unit.pairs.start : unit.pairs.stop].sum() / pairs.sum()
         return round(total * share / len(self.request.plans))
 
     def n_live(self, unit: Unit) -> int:
         """Return the number of live patches that the shard estimates."""
-        plan, _ = self._owner[unit.variable]
-        return plan.totals(unit.pairs).n_live
+        part = self._owner[unit.variable]
+        return 0 if part.stated else part.plan.totals(unit.pairs).n_live
 
     def together(self, unit: Unit) -> Hashable:
         """See `Work`: one pass gives all sites, so their shards are one work item."""
-        _, method = self._owner[unit.variable]
-        return method.name, unit.pair_block
+        return self._owner[unit.variable].method.name, unit.pair_block
 
     def values(self, units: Sequence[Unit]) -> list[NDArray[np.float32]]:
         """See `Work`."""
         return [self._values(unit) for unit in units]
 
     def _values(self, unit: Unit) -> NDArray[np.float32]:
-        plan, method = self._owner[unit.variable]
-        return self.as_stored(plan, self._block(method, unit.pairs).cells[plan.site.name])
+        part = self._owner[unit.variable]
+        block = self._block(part.method, unit.pairs)
+        if part.stated is None:
+            return self.as_stored(part.plan, block.cells[part.site])
+        values = block.stated[part.site, part.stated]
+        if part.by_cell:
+            return self.as_stored(part.plan, values)
+        return values if "layer" in part.dims() else values[..., 0]
 
     def as_stored(self, plan: SitePlan, cells: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return `cells` `[metric, pair, layer, pos, unit]` without axes that the site lacks."""
@@ -113,7 +183,7 @@ class Estimator:
 
         Only the first method gives them: their last bits must not depend on the order of work.
         """
-        _, method = self._owner[unit.variable]
+        method = self._owner[unit.variable].method
         if not self.tells_references or method.name != self._first:
             return None
         block = self._block(method, unit.pairs)

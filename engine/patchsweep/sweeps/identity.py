@@ -278,7 +278,9 @@ def described(value: Any) -> Any:
 
 
 # fields of metrics, interventions and methods that are not parameters
-_NO_PARAMETERS = {"name", "version", "at_base", "from_source", "default_direction"}
+_NO_PARAMETERS = {
+    "name", "version", "at_base", "needs_source", "states", "from_source", "default_direction",
+}  # fmt: skip
 
 
 def _parameters(thing: Any) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from patchsweep.analyses.circuits.edge_batch import (
 from patchsweep.analyses.circuits.edge_pass import EdgeModel, EdgePass, run_edge_pass
 from patchsweep.attribution.budget import token_layers_per_pass
 from patchsweep.attribution.estimates import Work
-from patchsweep.attribution.integral import END, Rounds
+from patchsweep.attribution.integral import END, Rounds, stated_error
 from patchsweep.attribution.quadrature import Path
 from patchsweep.errors import MethodError
 from patchsweep.forward.grad import Activations
@@ -146,8 +146,10 @@ class _Sums:
         weights = torch.ones(1, len(nodes), device=self.device)
         if self.rounds is not None and self.base is not None:
             rules = self.rounds.quadrature
-            weights = weights.new_tensor(rules.weights[:, nodes])
-            fraction = weights.new_tensor(rules.nodes[nodes]).view(-1, 1, 1, 1)
+            weights, fraction = (
+                torch.tensor(x, dtype=torch.float32, device=self.device)
+                for x in (rules.weights[:, nodes], rules.nodes[nodes].reshape(-1, 1, 1, 1))
+            )
             start = self.base.sites["embed"][0][pairs]
             streams = torch.lerp(start, work.source["embed"][0], fraction.to(start)).flatten(0, 1)
         found = run_edge_pass(self.model, work, streams, len(nodes))
@@ -211,7 +213,7 @@ class _Sums:
         errors = torch.full_like(scores, float("nan"))
         if self.rounds is not None:
             coarse = self.scores.transpose(1, 2)[rule - 1, rows].transpose(0, 1)
-            errors = (scores - coarse).abs()
+            errors = stated_error(scores, coarse)
         _check_numbers(self.model, self.work, scores)
         self._check_sums(scores, senders)
         with torch.no_grad():
@@ -236,7 +238,7 @@ class _Sums:
         """Return `[1, pair]`: the errors of all edges are within the tolerance."""
         assert self.path is not None
         fine, coarse = (self.scores[i].flatten(2) for i in (rule, rule - 1))
-        error, largest = (fine - coarse).abs().amax(dim=2), fine.abs().amax(dim=2)
+        error, largest = stated_error(fine, coarse).amax(dim=2), fine.abs().amax(dim=2)
         done: NDArray[np.bool_] = (
             (error <= self.path.rtol * largest).all(dim=0, keepdim=True).cpu().numpy()
         )
@@ -276,7 +278,9 @@ def _writes(
             at = found.by_node(found.layers[layer].writes["attn"])[node].unsqueeze(1)
             dtype = blocks.unwrapped.dtype
             with blocks.unwrapped.block_at_hand(layer), forward_ad.dual_level():
-                dual = forward_ad.make_dual(at.expand_as(heads).to(dtype).contiguous(), heads.to(dtype))
+                dual = forward_ad.make_dual(
+                    at.expand_as(heads).to(dtype).contiguous(), heads.to(dtype)
+                )
                 heads = forward_ad.unpack_dual(after.forward(dual)).tangent.float()
         attn_scale, mlp_scale = model.scales[layer]
         parts += [heads * attn_scale, (mlp * mlp_scale).unsqueeze(1)]

@@ -70,7 +70,7 @@ class EdgeModel:
         self.blocks, self.nodes = blocks, nodes
         own = [SITES["resid_pre"], *(SITES[name] for name in PROJECTED)]
         self.gradients = GradientModel(blocks.unwrapped.bridge, (), own, unwrapped=blocks.unwrapped)
-        self.scales = [blocks.scales(layer) for layer in range(nodes.n_layers)]
+        self.scales = blocks.scales()
         self._forms: dict[nn.Module, NormForm] = {}
         self._weights: dict[tuple[int, str], tuple[Tensor, Tensor] | None] = {}
         # a norm after attention, so that a write is not linear in z
@@ -359,8 +359,9 @@ def run_edge_pass(
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same numbers in memory, perhaps in another shape."""
-    return a.data_ptr() == b.data_ptr() and a.numel() == b.numel()
+    """Whether two tensors are one, or one is the other in another shape."""
+    first, second = (x if x._base is None else x._base for x in (a, b))
+    return first is second and a.numel() == b.numel()
 
 
 def _of_head(grad: Tensor, head: int, n_heads: int) -> Tensor:

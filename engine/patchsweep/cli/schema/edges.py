@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from patchsweep.attribution.quadrature import Path, path_of
 from patchsweep.cli.schema.run import AnalysisRun
 from patchsweep.errors import ConfigError
 
@@ -25,10 +26,12 @@ class EdgesRun(AnalysisRun):
 
     top: int = 200  # foremost edges that are run exactly
     positions: bool = False  # rank and run edges at single positions
-    steps: int | None = None  # of integrated gradients; null: the gradient at the base run alone
+    # nodes of integrated gradients, or auto; null: the gradient at the base run alone
+    steps: Any = None
+    rule: str = Path.rule  # gauss, or left: as the EAP-IG package has it, which converges slowly
+    rtol: float = Path.rtol  # with steps=auto: error over the largest score of each pair
 
     def __post_init__(self) -> None:
         if self.top < 1:
             raise ConfigError(f"top={self.top} must be at least 1; 200 is usual")
-        if self.steps is not None and self.steps < 1:
-            raise ConfigError(f"steps={self.steps} must be at least 1, or null for plain EAP")
+        path_of(self.steps, self.rule, self.rtol)  # type: ignore[arg-type]

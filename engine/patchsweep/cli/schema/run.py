@@ -22,6 +22,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.arguments import check_runner, is_whole, user_path
 from patchsweep.attribution import IntegratedInputs, IntegratedSite
+from patchsweep.attribution.quadrature import Path
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.data.records import PromptRecord
 from patchsweep.errors import ConfigError
@@ -162,7 +163,9 @@ class IntegratedMethod(MethodConfig):
     """Integrated gradients."""
 
     over: str = MISSING  # site: over the site's activation; inputs: over the embedding
-    n_steps: int | None = None  # points of the path; null: the method's own number
+    n_steps: Any = None  # nodes of the path, or auto; null: the method's own number
+    rule: str = Path.rule  # gauss, or left: as the EAP-IG package has it, which converges slowly
+    rtol: float = Path.rtol  # with n_steps=auto: error over the largest estimate of pair and site
 
     def asked(self) -> list[MethodLike]:
         methods: dict[str, IntegratedSite | IntegratedInputs] = {
@@ -171,7 +174,8 @@ class IntegratedMethod(MethodConfig):
         }
         if self.over in methods:
             usual = methods[self.over]
-            return [usual if self.n_steps is None else replace(usual, n_steps=self.n_steps)]
+            steps = usual.n_steps if self.n_steps is None else self.n_steps
+            return [replace(usual, n_steps=steps, rule=self.rule, rtol=self.rtol)]  # type: ignore[arg-type]
         raise ConfigError(f"method.over={self.over!r} is not known; use site or inputs")
 
 
