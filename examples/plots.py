@@ -140,6 +140,23 @@ def lines(
     return _plot(points, title, x_name, y_name, log, size, joined=True)
 
 
+def curves(
+    series: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    title: str,
+    *,
+    x_name: str = "",
+    y_name: str = "",
+    log: bool = False,
+    size: tuple[int, int] = (270, 240),
+) -> Panel:
+    """The points (x, y) of each series, joined in order; `log` draws the y axis in decades."""
+    points = {
+        name: np.stack([np.asarray(axis, dtype=float) for axis in both], axis=1)
+        for name, both in series.items()
+    }
+    return _plot(points, title, x_name, y_name, log, size, joined=True)
+
+
 def scatter(
     series: Mapping[str, tuple[ArrayLike, ArrayLike]],
     title: str,

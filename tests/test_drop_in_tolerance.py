@@ -245,3 +245,23 @@ def test_a_metric_of_some_positions_reads_no_others() -> None:
     assert (read - patching.get_act_patch_resid_pre(bridge, tokens, cache, hinge)).abs().max() <= (
         TOLERANCE
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["get_act_patch_attn_head_out_by_pos", "get_act_patch_mlp_out"])
+def test_smollm2_is_within_the_tolerance(name: str, smollm2: TransformerBridge) -> None:
+    tokens = smollm2.to_tokens(CORRUPTED)
+    _, cache = smollm2.run_with_cache(smollm2.to_tokens(CLEAN))
+    mary, john = (smollm2.to_single_token(text) for text in (" Mary", " John"))
+
+    def logit_diff(logits: Tensor) -> Tensor:
+        return (logits[:, -1, mary] - logits[:, -1, john]).mean()
+
+    exact, within = (
+        getattr(patching, name)(smollm2, tokens, cache, logit_diff, **more)
+        for more in ({}, {"tolerance": 0.01})
+    )
+    assert (within - exact).abs().max() <= 0.01
+    assert exact.std() > 0.1
+    first, second = (x.flatten().sub(exact[0, 0].flatten()[0]).abs() for x in (exact, within))
+    assert set(first.topk(20).indices.tolist()) == set(second.topk(20).indices.tolist())
