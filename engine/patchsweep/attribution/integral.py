@@ -23,14 +23,14 @@ def stated_error(
 ) -> Float[Tensor, "metric pair ..."]:
     """Return how far `fine` may be from converged, from its difference to a coarser rule.
 
-    Two rules may agree in a cell by accident. So the relative difference of all cells of a pair
+    Two rules may agree in a cell by accident. So the relative difference over all cells of a pair
     counts besides, as a share of the cell's value.
     """
     difference = fine - coarse
     dims = tuple(range(2, fine.ndim))
     size = fine.square().sum(dims, keepdim=True).clamp_min(1e-30)
     relative = (difference.square().sum(dims, keepdim=True) / size).sqrt()
-    return torch.hypot(difference, relative * fine)
+    return difference.abs() + relative * fine.abs()
 
 
 class Rounds:
