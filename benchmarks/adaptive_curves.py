@@ -75,8 +75,8 @@ def figure(found: Sequence[tuple[str, int, dict[str, list[Point]]]]) -> str:
                 for site, line in points.items()
             },
             f"{task}, {n_tokens} tokens",
-            x_name="share of the exact token-layers",
-            y_name="largest error, logits",
+            x_name="share of token-layers",
+            y_name="largest error",
             log=True,
         )
         for task, n_tokens, points in found
