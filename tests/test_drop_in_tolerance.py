@@ -229,6 +229,19 @@ def test_models_of_16_bits_are_refused() -> None:
         patching.get_act_patch_attn_out(bridge, tokens, cache, last, tolerance=TOLERANCE)
 
 
+def _finite(logits: Tensor) -> Tensor:
+    if not logits.isfinite().all():
+        raise ValueError("not finite")
+    return last(logits)
+
+
+def test_a_metric_that_takes_no_nan() -> None:
+    arguments = (*prompts("tiny:llama"), _finite)
+    exact = patching.get_act_patch_attn_out(*arguments)
+    within = patching.get_act_patch_attn_out(*arguments, tolerance=TOLERANCE)
+    assert (within - exact).abs().max() <= TOLERANCE
+
+
 def test_a_metric_of_some_positions_reads_no_others() -> None:
     """Patches after the last position that is read are not run."""
     bridge, tokens, cache = prompts("tiny:llama")

@@ -156,10 +156,8 @@ def _read(
     """
     read = (gradients != 0).any(dim=-1).any(dim=0)
     without = torch.where(read[..., None], logits, torch.nan)
-    same = all(
-        torch.equal(
-            torch.as_tensor(metric(without.clone())), torch.as_tensor(metric(logits.clone()))
-        )
-        for metric in metrics.values()
-    )
-    return read if same else torch.ones_like(read)
+    try:
+        pairs = [(metric(without.clone()), metric(logits.clone())) for metric in metrics.values()]
+    except Exception:  # a metric that takes no NaN
+        return torch.ones_like(read)
+    return read if all(torch.equal(*pair) for pair in pairs) else torch.ones_like(read)
