@@ -22,6 +22,7 @@ from patchsweep.analyses.circuits import (
 )
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import ConfigError, MethodError, MetricError, PlanError
+from patchsweep.forward.block_structure import parallel_blocks
 from patchsweep.forward.blockwise import Blocks
 from patchsweep.models import load_model
 from patchsweep.spec.batch import Batch, make_batches
@@ -142,7 +143,7 @@ def at_labels(edge: Edge) -> dict[str, Any]:
 
 def nodes_of(name: str) -> Nodes:
     bridge = model(name)
-    return scene_module.nodes_of(bridge, Blocks(bridge).parallel())
+    return scene_module.nodes_of(bridge, parallel_blocks(Blocks(bridge)))
 
 
 def attribution(name: str, zero: bool = False) -> dict[str, float]:

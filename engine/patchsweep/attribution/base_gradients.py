@@ -17,21 +17,24 @@ def base_gradients(work: Work) -> tuple[Estimates, Gradients]:
     """Return the estimates of `atp`, and the gradients in the stream and at attention's output.
 
     One forward and one backward pass per metric. The gradient model must hold the sites `STREAM`
-    besides the swept ones.
+    besides the swept ones. Gradients before the first token that runs are 0: nothing changes there.
     """
     estimates = work.empty()
     n_metrics, n_layers = len(work.metrics), work.shape.n_layers
     stream: list[list[Tensor]] = [[] for _ in range(n_layers + 1)]
     z: list[list[Tensor]] = [[] for _ in range(n_layers)]
 
+    def padded(grad: Tensor) -> Tensor:  # [..., pos, d]
+        return torch.nn.functional.pad(grad, (0, 0, work.start, 0))
+
     def on_gradient(place: Place, grad: Tensor) -> None:
         layer = place.layer + place.site.shift
         final = place.site.name == "resid_post" and layer == n_layers
         if place.site.name == "resid_pre" or final:
-            stream[layer].append(grad)
+            stream[layer].append(padded(grad))
 
     def on_output(layer: int, x: Tensor) -> None:
-        x.register_hook(lambda grad: z[layer].append(grad.detach()))
+        x.register_hook(lambda grad: z[layer].append(padded(grad.detach())))
 
     logits = differentiable_run(
         work,

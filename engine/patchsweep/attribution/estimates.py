@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from patchsweep_kernels.attribution import attribution_dot
 from torch import Tensor
 
-from patchsweep.forward.grad import Activations, GradientModel, Place, Prefix, Visit
+from patchsweep.forward.grad import Activations, GradientModel, Place, Visit
+from patchsweep.forward.pattern import Prefix
 from patchsweep.spec.batch import Batch
 from patchsweep.spec.interventions import Intervention, values_of
 from patchsweep.spec.metrics import Logits, Metric, compute

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from functools import cached_property
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import torch
 from einops import rearrange
@@ -55,11 +53,6 @@ def unfit(bridge: TransformerBridge, reason: Exception) -> MethodError:
         f"edges cannot be taken apart in {bridge.cfg.model_name}: {text}; sweep its sites with "
         "method=exact instead"
     )
-
-
-# by model; whether blocks are parallel, and the factors of their writes
-_PARALLEL: WeakKeyDictionary[nn.Module, tuple[bool, ...]] = WeakKeyDictionary()
-_SCALES: WeakKeyDictionary[nn.Module, list[tuple[Tensor, Tensor]]] = WeakKeyDictionary()
 
 
 class _Stop(Exception):
@@ -168,36 +161,10 @@ class Blocks:
             ).logits.float()
         return trace
 
-    def parallel(self) -> tuple[bool, ...]:
-        """Return, per layer, whether attention and MLP are parallel: the MLP ignores attention.
-
-        Determined once per model, since it follows from the code of its blocks.
-
-        Raises:
-            Unsupported: the model does not call every block's attention and MLP once.
-        """
-        model = self.unwrapped.bridge.original_model
-        if model not in _PARALLEL:
-            _PARALLEL[model] = self._are_parallel()
-        return _PARALLEL[model]
-
-    @torch.no_grad()
-    def _are_parallel(self) -> tuple[bool, ...]:
-        trace = self._probe
-        if not len(trace.q) == len(trace.z) == len(trace.resid) - 1 == self.n_layers:
-            raise Unsupported(
-                "its attention does not go through the attention interface of transformers"
-            )
-        if len(trace.parts) < len(self._modules):
-            raise Unsupported("a block does not call its attention or its MLP as a module")
-        pair = torch.zeros(1, dtype=torch.long, device=self._device)
-        flags = []
-        for layer in range(self.n_layers):
-            # NaN spreads through zero weights and inactive activations; other values may not
-            nothing = torch.full_like(trace.resid[layer], float("nan"))
-            mlp_out = self.mlp_of(layer, trace.resid[layer], trace, pair, held={"attn": nothing})
-            flags.append(not bool(mlp_out.isnan().any()))
-        return tuple(flags)
+    @property
+    def n_parts(self) -> int:
+        """Number of outputs of parts that a trace of all blocks holds."""
+        return len(self._modules)
 
     def write_points(self, layer: int) -> dict[str, HookLocation]:
         """Return where senders write: z before W_O, attention's output, the MLP's last output."""
@@ -215,48 +182,6 @@ class Blocks:
         """Return the module between attention's output and the stream."""
         after = self._modules[layer, "attn_out"]
         return None if after is self._modules[layer, "attn"] else after
-
-    def scales(self) -> list[tuple[Tensor, Tensor]]:
-        """Return per block the factors between `attn_out`, `mlp_out` and the residual stream.
-
-        One number, or one for each entry of the stream. Numbers are measured once per model, since
-        they follow from its configuration.
-
-        Raises:
-            Unsupported: a block does something else with a write.
-        """
-        model = self.unwrapped.bridge.original_model
-        if model in _SCALES:
-            return _SCALES[model]
-        scales = [self._scales(layer) for layer in range(self.n_layers)]
-        if all(len(factor) == 1 for factors in scales for factor in factors):
-            _SCALES[model] = scales
-        return scales
-
-    @torch.no_grad()
-    def _scales(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Return the factors of one block.
-
-        Raises:
-            Unsupported: the block does something else with a write.
-        """
-        trace, factors = self._probe, []
-        for part in ("attn_out", "mlp_out"):
-            known = trace.part(layer, part)
-            rows = torch.stack([torch.ones_like(known[0]), torch.randn_like(known[0])])
-            twice = torch.zeros(2, dtype=torch.long, device=rows.device)
-            ones, drawn = self.push(layer, part, rows, trace, twice)
-            near = 1e-3 if ones.dtype in (torch.float32, torch.float64) else 2e-2
-            if not torch.allclose(ones * rows[1], drawn, rtol=near, atol=near):
-                raise Unsupported(f"block {layer} does not add {part} to the residual stream")
-            factor = ones[-1]
-            factors.append(factor[:1] if bool((factor == factor[0]).all()) else factor)
-        return factors[0].float(), factors[1].float()
-
-    @cached_property
-    def _probe(self) -> Trace:
-        """The activations of two tokens."""
-        return self.trace(torch.zeros(1, 2, dtype=torch.long, device=self._device), [-1])
 
     def qkv_of(
         self,
@@ -471,10 +396,6 @@ class Blocks:
             yield
         finally:
             self.unwrapped.attend_with(None)
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.unwrapped.model.parameters()).device
 
 
 def unpack(x: Tensor, rows: int) -> Float[Tensor, "row head pos d"]:

@@ -27,7 +27,7 @@ from patchsweep.forward.block_args import (
     with_first,
 )
 from patchsweep.forward.casting import cast_while
-from patchsweep.forward.pattern import attention_pattern
+from patchsweep.forward.pattern import Prefix, attention_pattern
 from patchsweep.forward.site_locations import SiteLocation, resolve_site
 from patchsweep.forward.unwrapped import (
     OWN_ATTENTION,
@@ -64,6 +64,11 @@ class ActivationCache:
         if name == "resid_pre":
             return self.resid[:-1]
         return self.resid[1:] if name == "resid_post" else self.sites[name]
+
+    def prefix(self, length: int) -> Prefix:
+        """Return the keys and values of the first `length` tokens."""
+        keys, values = ([x[:, :, :length] for x in xs] for xs in (self.keys, self.values))
+        return Prefix(length, keys, values)
 
     def half(self, which: slice) -> ActivationCache:
         """Return the cache of the prompts `which` of the batch; the tensors are views."""

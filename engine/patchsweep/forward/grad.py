@@ -23,7 +23,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from patchsweep.errors import MethodError
 from patchsweep.forward.block_args import Axes, BlockArgs, argument_axes, dry_run, split_hidden
 from patchsweep.forward.capture import check_attention_sites, watch
-from patchsweep.forward.pattern import attention_pattern, weighted_values
+from patchsweep.forward.pattern import Prefix, attention_pattern, weighted_values
 from patchsweep.forward.site_locations import resolve_site
 from patchsweep.forward.unwrapped import (
     Attend,
@@ -87,19 +87,6 @@ class Heads:
     v: Float[Tensor, "row kv_head src d"]
     pattern: Float[Tensor, "row head dest src"]  # fp32, part of the graph
     settings: dict[str, Any]  # scale, window, softcap, sinks
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """Keys and values of tokens that come first in every row, and are not run again."""
-
-    length: int  # number of tokens
-    keys: list[Float[Tensor, "prompt kv_head pos d"]]  # per layer; row r reads prompt r % prompts
-    values: list[Float[Tensor, "prompt kv_head pos d"]]
-
-    def rows(self, rows: Sequence[int]) -> Prefix:
-        """Return the prefix of some of the prompts."""
-        return Prefix(self.length, [k[rows] for k in self.keys], [v[rows] for v in self.values])
 
 
 @dataclass(frozen=True)

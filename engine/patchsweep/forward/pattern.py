@@ -7,9 +7,25 @@ prompt r % prompts, so that they are stored and multiplied once per prompt.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Keys and values of tokens that come first in every row, and are not run again."""
+
+    length: int  # number of tokens
+    keys: list[Float[Tensor, "prompt kv_head pos d"]]  # per layer; row r reads prompt r % prompts
+    values: list[Float[Tensor, "prompt kv_head pos d"]]
+
+    def rows(self, rows: Sequence[int]) -> Prefix:
+        """Return the prefix of some of the prompts."""
+        return Prefix(self.length, [k[rows] for k in self.keys], [v[rows] for v in self.values])
 
 
 def attention_pattern(

@@ -31,7 +31,7 @@ from patchsweep.runners.packed.runner import Loaded, PackedRunner
 from patchsweep.runners.select import RunnerChoice
 from patchsweep.spec.batch import Batch
 from patchsweep.spec.finite import check_cells
-from patchsweep.spec.interventions import Intervention
+from patchsweep.spec.interventions import Intervention, takes_source
 from patchsweep.spec.metrics import Metric
 from patchsweep.spec.plan import PatchSet, SitePlan
 from patchsweep.spec.spec import Request, blocks_of, site_groups_of
@@ -134,6 +134,8 @@ class _Loader:
         """Return the batch's captures and gradients."""
         request = self.request
         loaded = self.runner.load(batch, intervention)
+        shares = takes_source(intervention) and self.model.takes_positions
+        start = batch.first_difference() if shares else 0
         work = Attributed(
             gradients=self.model,
             batch=batch,
@@ -142,10 +144,14 @@ class _Loader:
             metrics=request.metrics,
             intervention=intervention,
             source={
-                name: loaded.source.layers_of(name)
-                for name in (plan.site.name for plan in request.plans)
+                site.name: [
+                    x[:, :, start:] if site.is_pattern else x[:, start:]
+                    for x in loaded.source.layers_of(site.name)
+                ]
+                for site in request.sites
             },
             source_logits=self.runner.packed.logits_of(loaded, "source"),
+            prefix=loaded.source.prefix(start) if start else None,
         )
         with self.model.frozen():
             return _Loaded(loaded, *base_gradients(work))

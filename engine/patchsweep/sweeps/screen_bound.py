@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
-from patchsweep.forward.grad import GradientModel, Heads, Place, Prefix
+from patchsweep.forward.grad import GradientModel, Heads, Place
+from patchsweep.forward.pattern import Prefix
 from patchsweep.spec.batch import Batch
 from patchsweep.spec.interventions import values_of
 from patchsweep.spec.metrics import Logits, compute

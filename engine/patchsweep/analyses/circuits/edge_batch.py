@@ -19,6 +19,7 @@ from patchsweep.analyses.stages import Computed, Stages, empty
 from patchsweep.attribution.check import check_model
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import MethodError, PatchsweepError
+from patchsweep.forward.block_structure import parallel_blocks
 from patchsweep.forward.blockwise import Blocks, unfit
 from patchsweep.forward.grad import frozen
 from patchsweep.forward.trace import Trace
@@ -248,7 +249,7 @@ def blocks_and_nodes(bridge: TransformerBridge) -> tuple[Blocks, Nodes]:
     """
     try:
         blocks = Blocks(bridge, compute_dtype_of(bridge))
-        return blocks, nodes_of(bridge, blocks.parallel())
+        return blocks, nodes_of(bridge, parallel_blocks(blocks))
     except Unsupported as error:
         raise unfit(bridge, error) from error
     except PatchsweepError:

@@ -26,10 +26,12 @@ from transformers.pytorch_utils import Conv1D
 
 from patchsweep.analyses.circuits.nodes import Nodes
 from patchsweep.attribution.estimates import Work
+from patchsweep.forward.block_structure import write_scales
 from patchsweep.forward.blockwise import Blocks
 from patchsweep.forward.capture import watch
-from patchsweep.forward.grad import Activations, GradientModel, Place, Prefix
+from patchsweep.forward.grad import Activations, GradientModel, Place
 from patchsweep.forward.norms import NormForm, is_norm, norm_form
+from patchsweep.forward.pattern import Prefix
 from patchsweep.forward.unwrapped import HookLocation
 from patchsweep.spec.sites import SITES
 
@@ -70,7 +72,7 @@ class EdgeModel:
         self.blocks, self.nodes = blocks, nodes
         own = [SITES["resid_pre"], *(SITES[name] for name in PROJECTED)]
         self.gradients = GradientModel(blocks.unwrapped.bridge, (), own, unwrapped=blocks.unwrapped)
-        self.scales = blocks.scales()
+        self.scales = write_scales(blocks)
         self._forms: dict[nn.Module, NormForm] = {}
         self._weights: dict[tuple[int, str], tuple[Tensor, Tensor] | None] = {}
         # a norm after attention, so that a write is not linear in z

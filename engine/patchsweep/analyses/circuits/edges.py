@@ -21,6 +21,7 @@ from patchsweep.analyses.circuits.edge_batch import (
     nodes_of,
     run_batches,
 )
+from patchsweep.analyses.circuits.edge_dataset import edge_dataset, length_of, strings
 from patchsweep.analyses.circuits.exact import exact
 from patchsweep.analyses.circuits.nodes import Edge, EdgeLike, Nodes
 from patchsweep.analyses.stages import Computed, Stages
@@ -30,11 +31,10 @@ from patchsweep.attribution.quadrature import Path, Rule, Steps, path_of, settin
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import PlanError
 from patchsweep.models.running import runs_model
-from patchsweep.spec.batch import base_and_source
 from patchsweep.spec.finite import check_references
 from patchsweep.spec.interventions import Direction, Intervention, ValueFn
 from patchsweep.spec.reference import MeansFrom
-from patchsweep.spec.spec import MetricLike, SweepSpec, model_shape
+from patchsweep.spec.spec import MetricLike, SweepSpec
 from patchsweep.store.attributes import flat_attributes
 from patchsweep.sweeps.identity import identity_of, question_settings
 from patchsweep.sweeps.layout import analysis_attrs
@@ -164,7 +164,7 @@ def exact_edges(
             means_from=means_from,
         ),
     )
-    parsed = _chosen(nodes_of(model), edges, _length(question))
+    parsed = _chosen(nodes_of(model), edges, length_of(question))
     true_or_false("positions", positions)
     if positions and parsed[0].pos is not None:
         raise PlanError(
@@ -176,7 +176,7 @@ def exact_edges(
     def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
         if not positions:
             return _exact(question, parsed, attrs, stages).assign_attrs(flat_attributes(attrs))
-        n_pos = _length(question)
+        n_pos = length_of(question)
         at_positions = [replace(edge, pos=pos) for edge in parsed for pos in range(n_pos)]
         flat = _exact(question, at_positions, attrs, stages)
         ends = {name: ("chosen", flat[name].values[::n_pos]) for name in _ENDS}
@@ -244,7 +244,7 @@ def screen_edges(
     path = path_of(steps, rule, rtol)
     check_gradients(question, path)
     nodes = nodes_of(model)
-    most = nodes.n_edges * (_length(question) if positions else 1)
+    most = nodes.n_edges * (length_of(question) if positions else 1)
     whole_number("top", top, least=1, most=most)
     true_or_false("positions", positions)
     stages = Stages.of(stages)
@@ -313,7 +313,7 @@ def _edges(
     nodes = nodes_of(question.bridge)
     dims = {"sender": len(nodes.senders), "reader": len(nodes.readers)}
     if positions:
-        dims["pos"] = _length(question)
+        dims["pos"] = length_of(question)
     shapes: dict[str, dict[str, int]] = {"estimates": dims}
     if path is not None:
         shapes |= {"error": dims, "residual": {}, "nodes": {}}
@@ -333,15 +333,15 @@ def _edges(
     found = run_batches(stages, "estimates", batches, shapes, estimate, attrs)
     stages.wait()
     coords: dict[str, Any] = {
-        "sender": _strings([str(sender) for sender in nodes.senders]),
-        "reader": _strings([str(reader) for reader in nodes.readers]),
+        "sender": strings([str(sender) for sender in nodes.senders]),
+        "reader": strings([str(reader) for reader in nodes.readers]),
         "sender_layer": ("sender", [sender.layer for sender in nodes.senders]),
         "reader_layer": ("reader", [reader.layer for reader in nodes.readers]),
     }
     words = {"long_name": "estimate of metric(patched) - metric(base) of an edge"}
     name = _name(path)
     more = {"method": name[5:], "positions": positions, **settings_of(path)}
-    result = _dataset(question, name, found, "estimates", coords, words, more)
+    result = edge_dataset(question, name, found, "estimates", coords, words, more)
     for variable in _OF_INTEGRALS if path is not None else ():
         long_name = _OF_INTEGRALS[variable].format(name)
         array = found[variable]
@@ -369,81 +369,18 @@ def _exact(
     positions = chosen[0].pos is not None
     ends = ([getattr(edge, name) for edge in chosen] for name in ("sender", "reader"))
     coords: dict[str, Any] = {
-        name: ("chosen", _strings([str(end) for end in column]))
+        name: ("chosen", strings([str(end) for end in column]))
         for name, column in zip(_ENDS, ends, strict=True)
     }
     if positions:
         coords["edge_pos"] = ("chosen", np.array([edge.pos for edge in chosen]))
     words = {"long_name": "metric with one edge patched"}
     more = {"method": "exact", "positions": positions}
-    return _dataset(question, "edge", found, "exact", coords, words, more)
-
-
-def _dataset(
-    question: Question,
-    name: str,
-    found: xr.Dataset,
-    stage: str,
-    coords: dict[str, Any],
-    words: dict[str, str],
-    attrs: dict[str, Any],
-) -> xr.Dataset:
-    """Return the values of a stage as the variable `name`, with the coordinates of the results."""
-    return xr.Dataset(
-        {
-            name: (found[stage].dims, found[stage].values, words),
-            "base_metric": (("metric", "pair"), found["base_metric"].values),
-            "source_metric": (("metric", "pair"), found["source_metric"].values),
-        },
-        coords={
-            "metric": _strings([metric.name for metric in question.metrics]),
-            "metric_unit": ("metric", _strings([metric.unit for metric in question.metrics])),
-            "pair": np.arange(len(question.pairs)),
-            "answer": ("pair", _strings([pair.answer_text for pair in question.pairs])),
-            "wrong_answer": ("pair", _strings([pair.wrong_answer_text for pair in question.pairs])),
-            **_tokens(question),
-            **coords,
-        },
-        attrs=flat_attributes(
-            {
-                **attrs,
-                "direction": question.direction,
-                "intervention": question.intervention.name,
-                **question.means_attrs(),
-                "read": question.read,
-                "n_heads": model_shape(question.bridge).n_heads,
-                "n_kv_heads": model_shape(question.bridge).n_kv_heads,
-            }
-        ),
-    )
-
-
-def _tokens(question: Question) -> dict[str, Any]:
-    """Return the tokens of both runs by position; "" beyond a prompt's end."""
-    tokenizer: Any = question.bridge.tokenizer
-    runs = [base_and_source(pair, question.direction) for pair in question.pairs]
-    width = max(len(base) for base, _ in runs)
-    coords: dict[str, Any] = {"pos": np.arange(width)}
-    for name, index in (("base_token", 0), ("source_token", 1)):
-        table = [[tokenizer.decode([i]) for i in run[index]] for run in runs]
-        coords[name] = (
-            ("pair", "pos"),
-            _strings([[*row, *[""] * (width - len(row))] for row in table]),
-        )
-    return coords
-
-
-def _strings(values: Any) -> NDArray[Any]:
-    return np.array(values, dtype=object)
+    return edge_dataset(question, "edge", found, "exact", coords, words, more)
 
 
 def _name(path: Path | None) -> str:
     return "edge_eap" if path is None else "edge_eap_ig"
-
-
-def _length(question: Question) -> int:
-    """Return the number of positions of the longest pair, including forced answer tokens."""
-    return max(len(base_and_source(pair, question.direction)[0]) for pair in question.pairs)
 
 
 def _chosen(nodes: Nodes, given: Sequence[EdgeLike], length: int) -> list[Edge]:

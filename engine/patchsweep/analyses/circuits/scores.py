@@ -19,6 +19,7 @@ from patchsweep.attribution import IntegratedInputs, Method, get_methods
 from patchsweep.attribution.quadrature import Path, settings_of
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import MethodError, PlanError
+from patchsweep.forward.block_structure import parallel_blocks
 from patchsweep.forward.blockwise import Blocks
 from patchsweep.models.running import runs_model
 from patchsweep.spec.interventions import Intervention, ValueFn, get_intervention
@@ -205,7 +206,7 @@ def _exact_scores(
     read: int,
     stages: Stages,
 ) -> xr.DataArray:
-    nodes = nodes_of(model, Blocks(model).parallel())
+    nodes = nodes_of(model, parallel_blocks(Blocks(model)))
     at = np.nonzero(nodes.possible)
     all_edges = [(str(nodes.senders[u]), str(nodes.readers[v])) for u, v in zip(*at, strict=True)]
     ds = exact_edges(

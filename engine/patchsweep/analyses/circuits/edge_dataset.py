@@ -1,0 +1,77 @@
+"""Datasets of edges: the coordinates and attributes that all of them share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from patchsweep.analyses.circuits.edge_batch import Question
+from patchsweep.spec.batch import base_and_source
+from patchsweep.spec.spec import model_shape
+from patchsweep.store.attributes import flat_attributes
+
+
+def edge_dataset(
+    question: Question,
+    name: str,
+    found: xr.Dataset,
+    stage: str,
+    coords: dict[str, Any],
+    words: dict[str, str],
+    attrs: dict[str, Any],
+) -> xr.Dataset:
+    """Return the values of a stage as the variable `name`, with the coordinates of the results."""
+    return xr.Dataset(
+        {
+            name: (found[stage].dims, found[stage].values, words),
+            "base_metric": (("metric", "pair"), found["base_metric"].values),
+            "source_metric": (("metric", "pair"), found["source_metric"].values),
+        },
+        coords={
+            "metric": strings([metric.name for metric in question.metrics]),
+            "metric_unit": ("metric", strings([metric.unit for metric in question.metrics])),
+            "pair": np.arange(len(question.pairs)),
+            "answer": ("pair", strings([pair.answer_text for pair in question.pairs])),
+            "wrong_answer": ("pair", strings([pair.wrong_answer_text for pair in question.pairs])),
+            **_tokens(question),
+            **coords,
+        },
+        attrs=flat_attributes(
+            {
+                **attrs,
+                "direction": question.direction,
+                "intervention": question.intervention.name,
+                **question.means_attrs(),
+                "read": question.read,
+                "n_heads": model_shape(question.bridge).n_heads,
+                "n_kv_heads": model_shape(question.bridge).n_kv_heads,
+            }
+        ),
+    )
+
+
+def _tokens(question: Question) -> dict[str, Any]:
+    """Return the tokens of both runs by position; "" beyond a prompt's end."""
+    tokenizer: Any = question.bridge.tokenizer
+    runs = [base_and_source(pair, question.direction) for pair in question.pairs]
+    width = max(len(base) for base, _ in runs)
+    coords: dict[str, Any] = {"pos": np.arange(width)}
+    for name, index in (("base_token", 0), ("source_token", 1)):
+        table = [[tokenizer.decode([i]) for i in run[index]] for run in runs]
+        coords[name] = (
+            ("pair", "pos"),
+            strings([[*row, *[""] * (width - len(row))] for row in table]),
+        )
+    return coords
+
+
+def strings(values: Any) -> NDArray[Any]:
+    return np.array(values, dtype=object)
+
+
+def length_of(question: Question) -> int:
+    """Return the number of positions of the longest pair, including forced answer tokens."""
+    return max(len(base_and_source(pair, question.direction)[0]) for pair in question.pairs)
