@@ -43,7 +43,7 @@ from patchsweep.sweeps.thresholds import EXACTLY, Calibration, Ran, Sample
 
 # (theta in units of the tolerance, tau) from loose to strict; a site gets the loosest one whose
 # largest error on its sample is within `MARGIN` times the tolerance
-LEVELS = ((0.5, 0.03), (0.3, 0.01), (0.1, 0.003), (0.03, 0.001), (0.01, 3e-4), (0.003, 1e-4))
+LEVELS = ((0.3, 0.01), (0.2, 0.006), (0.1, 0.003), (0.03, 0.001), (0.01, 3e-4), (0.003, 1e-4))
 MARGIN = 1 / 3
 N_AT_ONCE = 3  # levels that are tried first, together; the others follow if none is enough
 # patches of the sample, per site: as many of the largest estimates as random live ones
