@@ -10,7 +10,7 @@ u. Each run checks this sum and refuses a model where it does not hold.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +26,12 @@ from patchsweep.analyses.circuits.edge_batch import (
     blocks_and_nodes,
     prepare,
 )
-from patchsweep.analyses.circuits.edge_pass import EdgeModel, EdgePass, run_edge_pass
+from patchsweep.analyses.circuits.edge_pass import (
+    EdgeModel,
+    EdgePass,
+    Gradients,
+    run_edge_pass,
+)
 from patchsweep.attribution.budget import token_layers_per_pass
 from patchsweep.attribution.estimates import Work
 from patchsweep.attribution.integral import END, Rounds, stated_error
@@ -163,20 +168,32 @@ class _Sums:
         with torch.enable_grad():
             scores = work.score(found.logits, self.base.logits[pairs]).sum(dim=1).unbind()
         with torch.no_grad():
-            # a norm after attention is linearised at each node; otherwise all nodes share a product
-            each = [[i] for i in range(len(nodes))] if self.model.bends else [[*range(len(nodes))]]
             gradients = [found.gradients(score) for score in scores]
-            for some in each:
-                writes = _writes(self.model, changes, found, some[0])
-                masked = torch.zeros_like(weights)
-                masked[:, some] = weights[:, some]
-                for metric, of_metric in enumerate(gradients):
-                    for layer in range(self.model.nodes.n_layers + 1):
-                        reads = of_metric.readers(layer, masked)
-                        self._add_layer(metric, pairs, layer, writes, reads)
-            for metric, of_metric in enumerate(gradients):
-                own = of_metric.senders(changes, weights)
+            for metric, of_all in enumerate(gradients):
+                own = of_all.senders(changes, weights)
                 self.senders[:, metric, pairs, :, self.work.start :] += own
+            if not self.model.bends:
+                self._add_products(
+                    pairs, _writes(self.model, changes, found, 0), gradients, weights
+                )
+                return
+            for node in range(len(nodes)):  # a norm after attention is linearised at each node
+                writes = _writes(self.model, changes, found, node)
+                of_node = [of_all.of_node(node) for of_all in gradients]
+                self._add_products(pairs, writes, of_node, weights[:, [node]])
+
+    def _add_products(
+        self,
+        pairs: list[int],
+        writes: Float[Tensor, "pair sender pos d_model"],
+        gradients: Sequence[Gradients],
+        weights: Float[Tensor, "rule node"],
+    ) -> None:
+        """Add the products of writes with the gradients of each metric's readers."""
+        for metric, of_metric in enumerate(gradients):
+            for layer in range(self.model.nodes.n_layers + 1):
+                reads = of_metric.readers(layer, weights)
+                self._add_layer(metric, pairs, layer, writes, reads)
 
     def _add_layer(
         self, metric: int, pairs: list[int], layer: int, writes: Tensor, reads: Tensor

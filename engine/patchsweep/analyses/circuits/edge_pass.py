@@ -198,6 +198,16 @@ class Gradients:
 
     of: EdgePass
     at: Mapping[tuple[int, str], Tensor]
+    node: int | None = None  # the one node that counts, and has a weight; None: all
+
+    def by_node(self, x: Tensor) -> Tensor:
+        """Return `[node, pair, pos, width]` of the nodes that count; see `EdgePass.by_node`."""
+        found = self.of.by_node(x)
+        return found if self.node is None else found[self.node : self.node + 1]
+
+    def of_node(self, node: int) -> Gradients:
+        """Return the gradients of one node."""
+        return replace(self, node=node)
 
     def senders(
         self, changes: Mapping[str, Sequence[Tensor]], weights: Float[Tensor, "rule node"]
@@ -205,7 +215,7 @@ class Gradients:
         """Return change times gradient at each sender's own output, summed over nodes."""
 
         def along(name: str, layer: int, change: Tensor, n_units: int) -> Tensor:
-            grad = torch.einsum("rn,nptd->rptd", weights, self.of.by_node(self.at[layer, name]))
+            grad = torch.einsum("rn,nptd->rptd", weights, self.by_node(self.at[layer, name]))
             return (grad * change).unflatten(-1, (n_units, -1)).sum(dim=-1)
 
         n_heads = self.of.model.nodes.n_heads
@@ -219,7 +229,7 @@ class Gradients:
     ) -> Float[Tensor, "rule pair reader pos d_model"]:
         """Return the gradients at the readers' own streams, summed over nodes, in reader order."""
         if layer == len(self.of.layers):
-            final = self.of.by_node(self.at[layer, "final"])
+            final = self.by_node(self.at[layer, "final"])
             return torch.einsum("rn,nptd->rptd", weights, final).unsqueeze(2)
         parts = [self._projected(layer, kind, weights) for kind in PROJECTED]
         return torch.cat([*parts, self._mlp(layer, weights)], dim=2)
@@ -275,19 +285,19 @@ class Gradients:
         shares: Callable[[Tensor], Tensor],
     ) -> Tensor:
         """Return the gradients before a norm and a linear map `back`, see the module's text."""
-        g = self.of.by_node(grad)
+        g = self.by_node(grad)
         if norm.form is None or norm.scale is None:
             return back(torch.einsum("rn,nptw->rptw", weights, g)).transpose(2, 3)
-        scale = self.of.by_node(norm.scale)
-        x = norm.form.centred(self.of.by_node(norm.x))
+        scale = self.by_node(norm.scale)
+        x = norm.form.centred(self.by_node(norm.x))
         first = back(torch.einsum("rn,nptw->rptw", weights, g * scale)) * norm.form.weight
-        share = shares(g * (self.of.by_node(out) - shift)) * scale.square() / x.shape[-1]
+        share = shares(g * (self.by_node(out) - shift)) * scale.square() / x.shape[-1]
         second = torch.einsum("rn,npth,nptd->rpthd", weights, share, x)
         return norm.form.centred(first - second).transpose(2, 3)
 
     def _autograd(self, out: Tensor, grad: Tensor, start: Tensor, weights: Tensor) -> Tensor:
         (found,) = torch.autograd.grad(out, start, grad, retain_graph=True, materialize_grads=True)
-        return torch.einsum("rn,nptd->rptd", weights, self.of.by_node(found)).unsqueeze(2)
+        return torch.einsum("rn,nptd->rptd", weights, self.by_node(found)).unsqueeze(2)
 
 
 def run_edge_pass(
