@@ -171,6 +171,6 @@ def test_hooked_runs_hold_few_logits_at_once(monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(parts.base_logits, whole.base_logits, atol=TOLERANCE, rtol=0)
     torch.testing.assert_close(parts.source_logits, whole.source_logits, atol=TOLERANCE, rtol=0)
     for site in ("z", "result"):
-        for found, expected in zip(parts.donors[site], whole.donors[site], strict=True):
+        for found, expected in zip(parts.patch_values[site], whole.patch_values[site], strict=True):
             torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
     assert parts.base_logits.untyped_storage().nbytes() == 4 * 2 * 8 * bridge.cfg.d_vocab

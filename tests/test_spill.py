@@ -51,7 +51,7 @@ def test_only_what_exceeds_the_budget_is_spilled_and_the_budget_comes_back() -> 
     assert whole.budget.n_used == 0
     half = PackedRunner(model(NAME), request.sites, cache_budget=n_bytes // 2)
     loaded = half.load(batch, request.intervention)
-    assert loaded.base.shelf is loaded.base.half(slice(0, 1)).shelf
+    assert loaded.base.storage is loaded.base.half(slice(0, 1)).storage
     assert half.budget.n_used <= n_bytes // 2
     assert half.budget.n_used + half.budget.n_spilled == n_bytes
 

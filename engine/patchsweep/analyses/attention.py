@@ -105,7 +105,7 @@ def attention(
         views = _Views(request, gradients, predictions)
         keep = heads
         if keep is None:  # ranks first: the patterns of all heads may not fit in memory
-            keep = _foremost(views.run("ranks", (), attrs, stages)["head_size"].values, top)
+            keep = _top_heads(views.run("ranks", (), attrs, stages)["head_size"].values, top)
         found = views.run("views", keep, attrs, stages)
         ds = views.dataset(found, keep).assign(exact=_exact(request, keep, stages))
         ds.attrs = flat_attributes(
@@ -201,7 +201,7 @@ def _check(request: Request, heads: Sequence[Head] | None, top: int, predictions
         raise PlanError(f"heads={list(heads)} names a head twice; name each once")
 
 
-def _foremost(head_size: Floats, top: int) -> list[Head]:
+def _top_heads(head_size: Floats, top: int) -> list[Head]:
     """Return the `top` heads with the largest mean size by the first metric."""
     size = head_size[0].mean(axis=0)
     order = np.argsort(-size, axis=None, kind="stable")[:top]
@@ -234,8 +234,8 @@ def _exact(request: Request, heads: Sequence[Head], stages: Stages) -> xr.DataAr
 class _Views:
     """The arrays of the result, computed in batches of one length."""
 
-    def __init__(self, request: Request, tape: GradientModel, predictions: int) -> None:
-        self.request, self.tape, self.k = request, tape, predictions
+    def __init__(self, request: Request, gradients: GradientModel, predictions: int) -> None:
+        self.request, self.gradients, self.k = request, gradients, predictions
         self.length = int(request.plans[0].full_lengths.max())
         self.cells: dict[str, Floats] = {}  # of the block of pairs that is computed
         self.keep: dict[int, list[tuple[int, int]]] = {}  # layer -> (rank, head)
@@ -270,7 +270,7 @@ class _Views:
             references = np.zeros((2, len(request.metrics), len(pairs)), np.float32)
             for batch in request.batches(pairs):
                 rows = [pair - pairs.start for pair in batch.pairs]
-                with self.tape.frozen():
+                with self.gradients.frozen():
                     references[:, :, rows] = self._batch(batch, rows)
             return self.cells, references
 
@@ -313,13 +313,13 @@ class _Views:
             source["pattern"].append(x)
 
         with torch.no_grad():
-            source_logits = self.tape.forward(
+            source_logits = self.gradients.forward(
                 batch.source,
                 keep_source,
                 batch.reads,
                 on_attention=lambda layer, heads: keep_heads(1, layer, heads),
             )
-        work = work_of(self.request, self.tape, batch, source, source_logits)
+        work = work_of(self.request, self.gradients, batch, source, source_logits)
         base_logits = visit_cells(work, visit, lambda layer, heads: keep_heads(0, layer, heads))
         for run, logits in enumerate((base_logits, source_logits) if self.keep else ()):
             row = torch.arange(len(rows), device=logits.device)

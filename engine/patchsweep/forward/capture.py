@@ -51,7 +51,7 @@ class ActivationCache:
     """
 
     shape: tuple[int, int]  # prompts, positions
-    shelf: ActivationStore = field(default_factory=ActivationStore)  # keeps the tensors below
+    storage: ActivationStore = field(default_factory=ActivationStore)  # keeps the tensors below
     devices: list[torch.device] = field(default_factory=list)  # per block; + final residual
     resid: list[Tensor] = field(default_factory=list)  # per block [pair, pos, d_model]; + final
     keys: list[Tensor] = field(default_factory=list)  # per block [pair, kv_head, pos, d_head]
@@ -74,7 +74,7 @@ class ActivationCache:
         """Return the cache of the prompts `which` of the batch; the tensors are views."""
         return ActivationCache(
             shape=(len(range(*which.indices(self.shape[0]))), self.shape[1]),
-            shelf=self.shelf,
+            storage=self.storage,
             devices=self.devices,
             resid=[x[which] for x in self.resid],
             keys=[x[which] for x in self.keys],
@@ -89,7 +89,7 @@ def capture(
     unwrapped: UnwrappedModel,
     tokens: Tensor,
     sites: Sequence[SiteLocation] = (),
-    shelf: ActivationStore | None = None,
+    storage: ActivationStore | None = None,
 ) -> ActivationCache:
     """Run `tokens` `[pair, pos]` once; return every block's input, K, V, arguments and `sites`.
 
@@ -97,8 +97,8 @@ def capture(
         Unsupported: the model does not call every block's attention once through the attention
             interface, or passes keys and values on to later blocks.
     """
-    shelf = shelf or ActivationStore()
-    run = ActivationCache((len(tokens), tokens.shape[1]), shelf)
+    storage = storage or ActivationStore()
+    run = ActivationCache((len(tokens), tokens.shape[1]), storage)
     for site in sites:
         if site.points or site.in_attention:
             run.sites[site.site.name] = []
@@ -116,12 +116,12 @@ def capture(
     def keep_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden, rest_args, rest_kwargs = split_hidden(args, kwargs)
         run.devices.append(hidden.device)
-        run.resid.append(shelf.copy(hidden))
+        run.resid.append(storage.copy(hidden))
         run.calls.append(BlockArgs(rest_args, rest_kwargs, axes[len(run.calls) % len(axes)]))
 
     def keep_final(module: nn.Module, args: Any, output: Any) -> None:
         run.devices.append(first_of(output).device)
-        run.resid.append(shelf.copy(first_of(output)))
+        run.resid.append(storage.copy(first_of(output)))
 
     with ExitStack() as stack:
         if not are_known(unwrapped):  # fetch weights outside of the blocks once for dry runs too
@@ -138,7 +138,7 @@ def capture(
 
                 def keep(x: Tensor, kept: list[Tensor] | None = kept) -> None:
                     assert kept is not None
-                    kept.append(shelf.copy(x.reshape(*tokens.shape, -1)))
+                    kept.append(storage.copy(x.reshape(*tokens.shape, -1)))
 
                 stack.enter_context(watch(point, keep))
         unwrapped.attend_with(attention)
@@ -222,17 +222,17 @@ def _causal(
 ) -> Tensor:
     """Return causal attention's output over full prompts; cache K, V and sites in attention."""
     settings = attention_settings(module, q.shape[-1], kw)
-    run.keys.append(run.shelf.keep(k))
-    run.values.append(run.shelf.keep(v))
+    run.keys.append(run.storage.keep(k))
+    run.values.append(run.storage.keep(v))
     for name, x in (("q", q), ("rot_q", q), ("k", k), ("rot_k", k), ("v", v)):
         if name in inside:
             flat = rearrange(x, "pair head pos d -> pair pos (head d)")
-            run.sites[name].append(run.shelf.copy(flat))
+            run.sites[name].append(run.storage.copy(flat))
     patterns = inside & {"pattern", "pattern_cell"}
     if patterns:
         pattern = attention_pattern(q, k, **settings)
         for name in patterns:
-            run.sites[name].append(run.shelf.keep(pattern))
+            run.sites[name].append(run.storage.keep(pattern))
     flat_q, flat_k, flat_v = (
         rearrange(x, "pair head pos d -> (pair pos) head d") for x in (q, k, v)
     )

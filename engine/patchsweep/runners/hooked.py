@@ -47,7 +47,7 @@ class Loaded:
 
     batch: Batch
     # patch values: site -> per layer [pair, pos, width] (pattern: [pair, head, dest, src])
-    donors: dict[str, list[Tensor]]
+    patch_values: dict[str, list[Tensor]]
     base_logits: Float[Tensor, "pair read d_vocab"]
     source_logits: Float[Tensor, "pair read d_vocab"]
 
@@ -152,7 +152,7 @@ class HookedRunner:
         logits, activations = self._run(torch.cat([batch.base, batch.source]), batch.reads)
         return Loaded(
             batch=batch,
-            donors={
+            patch_values={
                 site.name: [
                     values_of(intervention, site, layer, b, s, batch.spans)
                     for layer, (b, s) in enumerate((x[:n], x[n:]) for x in activations[site.name])
@@ -252,7 +252,7 @@ class HookedRunner:
         self, loaded: Loaded, plan: Plan, written: Sequence[_Write], layer: int, null: bool
     ) -> Callable[[Tensor], None]:
         """Return a function that writes the patches `written` into a site's tensor, in place."""
-        values = loaded.donors[plan.site.name][layer]
+        values = loaded.patch_values[plan.site.name][layer]
         units, is_pattern = plan.axes.units, plan.site.is_pattern
         n_units = 1 if units is None else self.shape.n_units(plan.site)
 

@@ -149,7 +149,7 @@ class RecheckedWork:
             for i, recheck in enumerate(rechecks):
                 recheck.put_bf16(low, exact, live[i].patches, results[i].numpy())
                 recheck.put_noise(low, null[i].patches, results[len(live) + i].numpy())
-        selected = [recheck.foremost() for recheck in rechecks]
+        selected = [recheck.top_k() for recheck in rechecks]
         for (_, exact), sets in zip(both, zip(*selected, strict=True), strict=True):
             results = self.exact.runner.run_together(exact.loaded, sets, metrics)
             for recheck, ran, values in zip(rechecks, sets, results, strict=True):
@@ -192,7 +192,7 @@ class _Recheck:
         """Keep the changes by identity patches."""
         self._floor.put(patches, values - low.base_of(self.plan, patches))
 
-    def foremost(self) -> list[PatchSet]:
+    def top_k(self) -> list[PatchSet]:
         """Return the patches to recheck, per batch: the largest effects of each metric over the
         whole shard, and a random sample."""
         effect = np.concatenate([effect for _, effect in self._ran], axis=1)

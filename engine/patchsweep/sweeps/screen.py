@@ -30,7 +30,7 @@ class ScreenWork:
     def __init__(self, request: Request, choice: RunnerChoice, screen: Screen) -> None:
         self.request, self.screen = request, screen
         self.estimator = Estimator(request, (screen.method,), tells_references=False)
-        self.foremost = TopK(
+        self.top_k = TopK(
             request, choice.runner, screen, lambda plan: self._estimates[plan.site.name]
         )
         self._plans = {plan.site.name: plan for plan in request.plans}
@@ -76,12 +76,12 @@ class ScreenWork:
         if unit.variable in self._bounded:
             return self._bound(self._bounded[unit.variable], unit)
         if unit.variable in self._noise:
-            return self.foremost.noise(self._noise[unit.variable], unit)
-        return self.foremost.values(self._plans[unit.variable], unit)
+            return self.top_k.noise(self._noise[unit.variable], unit)
+        return self.top_k.values(self._plans[unit.variable], unit)
 
     def references(self, unit: Unit) -> tuple[Values, Values]:
         """See `Work`."""
-        return self.foremost.references(unit)
+        return self.top_k.references(unit)
 
     @cached_property
     def _estimates(self) -> Mapping[str, Values]:
@@ -102,7 +102,7 @@ class ScreenWork:
 
     def _bound(self, plan: SitePlan, unit: Unit) -> Values:
         live = plan.live_patches()
-        rest = live[~self.foremost.chosen(plan)[live]]
+        rest = live[~self.top_k.chosen(plan)[live]]
         gradient_model = self.estimator.attribution.gradients
         subsets = Subsets(self.estimator.request, gradient_model, plan, self.screen)
         return subsets.bounds(rest, unit.pairs)

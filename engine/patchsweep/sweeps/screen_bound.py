@@ -39,9 +39,9 @@ class Subsets:
     """Random subsets of patches, each patched in one forward pass."""
 
     def __init__(
-        self, request: Request, tape: GradientModel, plan: SitePlan, screen: Screen
+        self, request: Request, gradients: GradientModel, plan: SitePlan, screen: Screen
     ) -> None:
-        self.request, self.tape, self.plan, self.screen = request, tape, plan, screen
+        self.request, self.gradients, self.plan, self.screen = request, gradients, plan, screen
 
     def bounds(self, rest: NDArray[np.int64], pairs: range) -> Values:
         """Return `[metric, pair]`: the bound on |effect| of the patches `rest` of each pair."""
@@ -71,7 +71,7 @@ class Subsets:
     @torch.no_grad()
     def capture(self, batch: Batch) -> BaseRun:
         """Run base and source prompts; keep patch values, keys and values per layer, and logits."""
-        site, gradient_model = self.plan.site, self.tape
+        site, gradient_model = self.plan.site, self.gradients
         keys: list[Tensor] = []
         values: list[Tensor] = []
         base: list[Tensor] = []
@@ -113,7 +113,7 @@ class Subsets:
             if not bool(mask.any()):
                 return
             flat = place.flat(x)
-            patch = run.donors[place.layer][row]
+            patch = run.patch_values[place.layer][row]
             if place.is_pattern:
                 place.write(x, torch.where(mask.transpose(1, 2)[..., None], patch[:, start:], flat))
                 return
@@ -125,7 +125,7 @@ class Subsets:
             )
             place.write(x, new.flatten(-2))
 
-        logits = self.tape.forward(
+        logits = self.gradients.forward(
             batch.base[row].expand(n, -1),
             hook,
             batch.reads,
@@ -175,7 +175,7 @@ class Subsets:
 class BaseRun:
     """Captured activations and logits that all subsets of a batch share."""
 
-    donors: list[Tensor]  # patch values per layer, in the form of `Place.flat`
+    patch_values: list[Tensor]  # patch values per layer, in the form of `Place.flat`
     keys: list[Tensor]
     values: list[Tensor]
     logits: Tensor  # [pair, read, d_vocab] of the base run

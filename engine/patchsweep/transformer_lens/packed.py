@@ -61,7 +61,7 @@ class PackedCells:
         self.unembed = Unembed(self.unwrapped)
         self._check_shapes()
         self.plan = self._plan(tokens)
-        self._donors = None if cells.src is not None else self._place(self._values())
+        self._patch_values = None if cells.src is not None else self._place(self._values())
 
     @torch.no_grad()
     def base_logits(self) -> Iterator[tuple[Ints, Tensor]]:
@@ -117,14 +117,14 @@ class PackedCells:
     def given(self, rows: Ints) -> PackedInput:
         """Return what packed batches of `rows` need besides the model."""
         value_row: Ints | None = None
-        patch_values = self._donors
+        patch_values = self._patch_values
         if patch_values is None:
             value_row = np.zeros(len(self.rows), np.int64)
             value_row[rows] = np.arange(len(rows))
             patch_values = self._place(self._entry_values(rows))
         return PackedInput(
             base=self.run,
-            donors=[PatchValues(self.point, patch_values, value_row)],
+            patch_values=[PatchValues(self.point, patch_values, value_row)],
             local={prompt: prompt for prompt in range(self.plan.shape[0])},
         )
 

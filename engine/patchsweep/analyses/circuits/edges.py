@@ -253,7 +253,7 @@ def screen_edges(
         scores = _edges(question, path, positions, attrs, stages)
         name = _name(path)
         values = scores[name].values
-        ranked = _foremost(values[0], top)
+        ranked = _top_edges(values[0], top)
         at = np.unravel_index(ranked, values.shape[2:])
         labels = [
             [x.item() if dim == "pos" else str(x) for x in scores[dim].values[i]]
@@ -292,7 +292,7 @@ def _attrs(
     return analysis_attrs(question.bridge, identity, config)
 
 
-def _foremost(scores: Values, top: int) -> NDArray[np.intp]:
+def _top_edges(scores: Values, top: int) -> NDArray[np.intp]:
     """Return flat indices of the `top` edges by mean |score| over pairs, the first axis."""
     known = np.isfinite(scores).any(axis=0)
     mean = np.nansum(np.abs(scores), axis=0, dtype=np.float64) / len(scores)

@@ -149,7 +149,7 @@ def ablate(
     extra: dict[str, Any] = {}
     if trainer is not None:
         assert ask.optimal is not None
-        heads = foremost(first, ask.optimal.heads)
+        heads = top_heads(first, ask.optimal.heads)
         tell(f"training the constants of {len(heads)} heads")
         constants = _train(ask, trainer, heads, ask.optimal, attrs, stages)
         values_of[OPTIMAL] = _run_constants(ask, constants, attrs, stages)
@@ -178,7 +178,7 @@ def ablate(
     return ds
 
 
-def foremost(ds: xr.Dataset, n: int) -> list[Head]:
+def top_heads(ds: xr.Dataset, n: int) -> list[Head]:
     """Return the `n` heads with the largest mean |effect| in `ds` on the first metric, in order."""
     effect = (ds["z"] - ds["base_metric"]).isel(metric=0).transpose("pair", "layer", "head")
     strength = np.abs(effect.values).mean(axis=0)

@@ -78,7 +78,7 @@ class Trainer:
         check_model(model)
         self.n_heads = int(model.cfg.n_heads)
         sites = [SITES["z"], SITES["resid_pre"]]
-        self.tape = GradientModel(model, sites, compute_dtype=compute_dtype_of(model))
+        self.gradients = GradientModel(model, sites, compute_dtype=compute_dtype_of(model))
         self.n_prompts = min(n, len(pairs))
         device = device_of(model)
         self._batches = make_batches(pairs, range(self.n_prompts), "noising", read, device)
@@ -95,7 +95,7 @@ class Trainer:
         moments: list[list[Tensor]] = []
         count = 0
         for batch in (*self._batches, *self._rest):
-            run = self.tape.activations(batch.base, batch.reads)
+            run = self.gradients.activations(batch.base, batch.reads)
             z = torch.stack([x.double() for x in run.sites["z"]]).unflatten(-1, (self.n_heads, -1))
             moments.append([z.sum(dim=(1, 2)), z.square().sum(dim=(1, 2))])
             count += batch.base.numel()
@@ -116,7 +116,7 @@ class Trainer:
         adam = torch.optim.Adam([offset], lr=settings.rate)
         best, start = means, torch.empty(0)
         best_loss = torch.full((len(heads),), float("inf"), device=means.device)
-        with self.tape.frozen():
+        with self.gradients.frozen():
             for step in range(settings.steps + 1):
                 values = means + spread * offset
                 trains = step < settings.steps
@@ -165,7 +165,7 @@ class Trainer:
     ) -> Float[Tensor, " head"]:
         """Return the KL of each head's constant, summed over prompts; rows are (head, prompt)."""
         n = len(prompts.tokens)
-        logits = self.tape.forward(
+        logits = self.gradients.forward(
             prompts.tokens.repeat(len(heads), 1),
             self._writer(layer, heads, values, n),
             prompts.reads,

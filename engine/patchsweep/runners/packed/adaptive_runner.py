@@ -170,7 +170,7 @@ class AdaptiveRunner:
                 continue
             written = layers[0] + site.shift
             old = base.resid[written] if site.in_stream else base.sites[site.name][written]
-            new = loaded.donors[site.name][written].to(old)
+            new = loaded.patch_values[site.name][written].to(old)
             units = plan.axes.units
             if units is not None:
                 # a query is as wide as a key, and z as a value

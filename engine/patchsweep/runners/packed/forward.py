@@ -41,7 +41,7 @@ class PackedInput:
     """The inputs of a packed batch besides the model, for prompts of one length."""
 
     base: ActivationCache
-    donors: Sequence[PatchValues]  # for each of the packed batch's sets
+    patch_values: Sequence[PatchValues]  # for each of the packed batch's sets
     local: dict[int, int]  # pair of the plan -> row of `base` and of the values
 
 
@@ -72,9 +72,9 @@ class PackedBlocks:
         self.device = given.base.devices[0]  # of the current block
         self.local = np.array([given.local.get(p, -1) for p in range(packed.n_pairs)])
         self.members: dict[str, list[int]] = {}  # site -> indices of the sets that patch it
-        for i, values in enumerate(given.donors):
+        for i, values in enumerate(given.patch_values):
             self.members.setdefault(values.point.site.name, []).append(i)
-        sites = {values.point.site.name: values.point.site for values in given.donors}
+        sites = {values.point.site.name: values.point.site for values in given.patch_values}
         self.stream = [name for name, site in sites.items() if site.in_stream]
         self.packing: PackedTokens
         self.rows: Rows
@@ -136,7 +136,7 @@ class PackedBlocks:
 
     def _write_set(self, x: Tensor, i: int, token: Ints, row: Ints) -> None:
         """Write the patches of set i in one kernel launch."""
-        packed, patch_values = self.packed, self.given.donors[i]
+        packed, patch_values = self.packed, self.given.patch_values[i]
         plan, patch = packed.sets[i].plan, packed.patch[row]
         flat = x.view(-1, x.shape[-1])
         if patch_values.layers is None:
@@ -187,7 +187,7 @@ class PackedBlocks:
         with ExitStack() as stack:
             locations: list[HookLocation] = []
             for members in self.members.values():
-                point = self.given.donors[members[0]].point
+                point = self.given.patch_values[members[0]].point
                 for layer, location in enumerate(() if point.site.in_stream else point.points):
                     stack.enter_context(watch(location, self._write_at(layer, point)))
                     locations.append(location)
@@ -212,7 +212,7 @@ class PackedBlocks:
     def _attention(self, layer: int) -> Attend:
         inside = {
             patch_values.point.site.name
-            for patch_values in self.given.donors
+            for patch_values in self.given.patch_values
             if patch_values.point.in_attention
         }
 

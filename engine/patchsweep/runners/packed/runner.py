@@ -50,7 +50,7 @@ class Loaded:
     base: ActivationCache
     source: ActivationCache
     # patch values: site -> [pair, pos, width] per layer at which they are written
-    donors: dict[str, Sequence[Tensor]]
+    patch_values: dict[str, Sequence[Tensor]]
     base_resid: Float[Tensor, "pair read d_model"]  # final residuals
     source_resid: Float[Tensor, "pair read d_model"]
     _logits: dict[str, Tensor] = field(default_factory=dict)  # of base and source, made on demand
@@ -134,7 +134,7 @@ class PackedRunner:
             batch=batch,
             base=base,
             source=source,
-            donors={
+            patch_values={
                 name: self._values(point, intervention, base, source, batch.spans)
                 for name, point in self.points.items()
             },
@@ -201,7 +201,7 @@ class PackedRunner:
     def patch_values(self, chosen: PatchSet, loaded: Loaded) -> PatchValues:
         """Return the patch values of the set `chosen`."""
         point = self.points[chosen.plan.site.name]
-        values = loaded.donors[point.site.name]
+        values = loaded.patch_values[point.site.name]
         return PatchValues(point, values, _cell_rows(chosen.plan, loaded.batch))
 
     def _run_packed_batch(
@@ -303,7 +303,7 @@ class PackedRunner:
         for layer, (b, s) in enumerate(pairs):
             value = values_of(intervention, site, layer, b, s, spans)
             # the source run's own values are in its activation store already
-            values.append(s if value is s else base.shelf.keep(value.contiguous()))
+            values.append(s if value is s else base.storage.keep(value.contiguous()))
         if site.shift:  # the first `shift` blocks write nothing; their entries are placeholders
             return [*values[:1] * site.shift, *values]
         if not site.layered:
@@ -313,7 +313,7 @@ class PackedRunner:
         if site.is_pattern:
             # a patched pattern changes only its own token's z, so it is patched as z
             return [
-                base.shelf.keep(_attend(pattern, v))
+                base.storage.keep(_attend(pattern, v))
                 for pattern, v in zip(values, base.values, strict=True)
             ]
         return values
