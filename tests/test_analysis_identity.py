@@ -51,13 +51,21 @@ OTHERS: dict[str, tuple[Any, str]] = {
     ),
 }
 _FOUR = {"means_from": lambda: reference_pairs(NAME)}
-# what else a run and the one before have in common where `means_from` differs
 WITH_MEANS: dict[str, dict[str, Any]] = {
     "edges": {"intervention": "mean", **_FOUR},
     "exact_edges": {"intervention": "mean", **_FOUR},
     "circuit": {"ablation": "mean", **_FOUR},
     "heads": {"ablations": ["resample", "mean"], **_FOUR},
 }
+
+
+def common_of(kind: str, argument: str) -> dict[str, Any]:
+    """What else a run and the one before have in common where `argument` differs."""
+    if argument == "means_from":
+        return WITH_MEANS[kind]
+    return {"steps": 2} if argument in ("rule", "rtol") else {}
+
+
 _BY = "intervention is zero in this run and resample in"
 _PATCH = Patch("z", 1, 15, 0)
 
@@ -72,6 +80,8 @@ ANALYSES: dict[str, tuple[Function, dict[str, Any], dict[str, Any]]] = {
             "direction": ("noising", "direction is noising in"),
             "intervention": ("zero", _BY),
             "steps": (2, "steps is 2 in this run and None in"),
+            "rule": ("left", "rule is left in this run and gauss in"),
+            "rtol": (0.1, "rtol is 0.1 in this run and 0.01 in"),
             "positions": (True, "positions is True in this run and False in"),
         },
     ),
@@ -175,7 +185,7 @@ def test_store_refuses_an_analysis_in_which_one_argument_differs(
     cases = {**OTHERS, **ANALYSES[kind][2]}
     assert argument in cases, f"say what a store of {kind} answers to another {argument}"
     other, words = cases[argument]
-    common = WITH_MEANS[kind] if argument == "means_from" else {}
+    common = common_of(kind, argument)
     expect_refusal(
         tmp_path / "a.zarr",
         xr.Dataset({"x": ("i", np.zeros(2))}, attrs=flat_attributes(described(kind, **common))),
@@ -227,6 +237,8 @@ IN_MEMORY: dict[str, tuple[Callable[..., xr.Dataset], dict[str, Any], dict[str, 
             "direction": ("noising", "direction is"),
             "intervention": ("zero", _BY),
             "steps": (2, "steps is 2 in this run and None in"),
+            "rule": ("left", "rule is left in this run and gauss in"),
+            "rtol": (0.1, "rtol is 0.1 in this run and 0.01 in"),
             "positions": (True, "positions is True"),
         },
     ),
@@ -272,7 +284,7 @@ def test_results_in_memory_say_every_argument(kind: str, argument: str, tmp_path
         given = {**COMMON, **arguments, **more}
         return analysis(**{name: value_of(value) for name, value in given.items()})
 
-    common = WITH_MEANS[kind] if argument == "means_from" else {}
+    common = common_of(kind, argument)
     first = run(**common)
     second = run(**{**common, argument: other})
     expect_refusal(tmp_path / "a.zarr", first, first.attrs, second.attrs, words)

@@ -123,7 +123,11 @@ def test_metric_of_the_user_needs_a_version_and_is_known_by_it(
 
 CONFIGS: dict[str, tuple[type[RunConfig], Callable[..., Any], dict[str, str]]] = {
     # key of the config -> argument of the function
-    "edges": (EdgesRun, screen_edges, {"top": "top", "positions": "positions", "steps": "steps"}),
+    "edges": (
+        EdgesRun,
+        screen_edges,
+        {"top": "top", "positions": "positions", "steps": "steps", "rule": "rule", "rtol": "rtol"},
+    ),
     "circuit": (
         CircuitRun,
         circuit,

@@ -58,8 +58,8 @@ def test_rules_integrate_and_the_stated_error_bounds_the_error(rule: Quadrature)
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"steps": 0}, "n_steps=0 must be a whole number of at least 1"),
-        ({"steps": "many"}, "n_steps='many' must be"),
+        ({"steps": 0}, "steps=0 must be a whole number of at least 1"),
+        ({"steps": "many"}, "steps='many' must be"),
         ({"steps": 5, "rule": "right"}, "rule='right' is not known"),
         ({"steps": "auto", "rule": "left"}, "fixed number of steps"),
         ({"steps": "auto", "rtol": 0.0}, "rtol=0.0 must be a number above 0"),

@@ -12,7 +12,7 @@ error that is stated; it is that of the coarser one, so the value is usually bet
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any, Literal, get_args
 
@@ -64,7 +64,7 @@ class Path:
         one_of("rule", self.rule, get_args(Rule), error=MethodError)
         number("rtol", self.rtol, above=0, below=1, error=MethodError)
         if self.steps != "auto":
-            whole_number("n_steps", self.steps, least=1, error=MethodError)
+            whole_number("steps", self.steps, least=1, error=MethodError)
         elif self.rule != "gauss":
             raise MethodError(
                 f"rule={self.rule} has a fixed number of steps; give one instead of auto"
@@ -105,15 +105,8 @@ def path_of(steps: Steps | None, rule: Rule, rtol: float) -> Path | None:
 
 
 def settings_of(path: Path | None) -> dict[str, Any]:
-    """Return the settings of a path for the results' identity; defaults are left out."""
-    if path is None:
-        return {"steps": None}
-    settings: dict[str, Any] = {"steps": path.steps}
-    if path.rule != Path.rule:
-        settings["rule"] = path.rule
-    if path.adds_nodes:
-        settings["rtol"] = path.rtol
-    return settings
+    """Return the settings of a path for the results' identity."""
+    return {"steps": None} if path is None else asdict(path)
 
 
 @cache
