@@ -23,7 +23,7 @@ from patchsweep.spec.spec import SweepSpec, make_request
 from transformer_lens.model_bridge import TransformerBridge
 
 SITES = ["resid_pre", "attn_out", "mlp_out", "z"]
-N_TIMES = 3
+N_TIMES = 2
 FILLER = "The weather was fine that day and many people walked along the river to see the boats. "
 
 
@@ -154,7 +154,8 @@ def rows(model: TransformerBridge, pairs: ps.PromptPairs, *, slow: bool) -> list
     lines = []
     lengths = "/".join(sorted({f"{length} ({live})" for _, length, live in shapes}))
     for name, run, least in cases:
-        run()
+        if len(pairs) == 1:
+            run()  # what is measured once per model
         times = [(seconds(run), seconds(least)) for _ in range(N_TIMES)]
         here, there = (min(column) for column in zip(*times, strict=True))
         lines.append(
