@@ -27,11 +27,12 @@ def is_signed(method: Method) -> bool:
     return not getattr(method, "grad_drop", False)
 
 
-# what a method states besides an estimate, see `attribution.method.states_of`
-_STATED = {
-    "error": "how far {method} may be from the value that it estimates from, at {site}",
-    "residual": "{method}: what the estimates{site} add up to, minus the effect of the whole path",
-    "nodes": "{method}: number of gradients in the integral{site}",
+# role of a variable -> what it holds
+_WORDS = {
+    "estimate": "{method}: estimate of metric(patched) - metric(base){at}",
+    "error": "{method}: error that the estimate{at} states",
+    "residual": "{method}: what the estimates{at} add up to, minus the effect of the whole path",
+    "nodes": "{method}: number of gradients in the integral{at}",
 }
 
 
@@ -41,54 +42,52 @@ class Part:
 
     plan: SitePlan
     method: Method
-    stated: str | None = None  # None: the estimates
-    site: str = ""  # of what is stated; "": all sites together
+    role: str = "estimate"  # or one of `attribution.method.states_of`
+    of_all: bool = False  # one path for all sites together
+
+    @property
+    def site(self) -> str:
+        """Name of the site; "" if the variable is of all sites."""
+        return "" if self.of_all else self.plan.site.name
 
     @property
     def name(self) -> str:
         """Name of the variable."""
-        names = [self.site or None, self.method.name, self.stated]
-        return "_".join(name for name in names if name)
+        ending = () if self.role == "estimate" else (self.role,)
+        return "_".join(name for name in (self.site, self.method.name, *ending) if name)
 
     @property
     def by_cell(self) -> bool:
         """Whether there is one number for each cell."""
-        return self.stated in (None, "error")
+        return self.role in ("estimate", "error")
 
+    @property
     def dims(self) -> tuple[str, ...]:
         """Axes of the variable."""
         if self.by_cell:
             return dims_of(self.plan)
-        by_layer = self.site and self.plan.site.layered
-        return ("metric", "pair", "layer") if by_layer else ("metric", "pair")
+        by_layer = self.plan.site.layered and not self.of_all
+        return ("metric", "pair", *(("layer",) if by_layer else ()))
 
     def variable(self, n_metrics: int) -> Variable:
         """Return the variable; a shard is some pairs and all layers."""
         sizes = dict(zip(dims_of(self.plan), shape_of(self.plan, n_metrics), strict=True))
-        where = {"error": self.site, "residual": f" at {self.site}", "nodes": f" at {self.site}"}
-        attrs = (
-            {
-                "long_name": _STATED[self.stated].format(
-                    method=self.method.name, site=where[self.stated] if self.site else ""
-                ),
-                "role": self.stated,
-                "site": self.site,
-                "method": self.method.name,
-            }
-            if self.stated
-            else {
-                "long_name": f"{self.method.name}: estimate of metric(patched) - metric(base) at "
-                f"{self.site}" + ("" if is_signed(self.method) else ", absolute"),
-                "role": "estimate",
-                "site": self.site,
-                "method": self.method.name,
-                "sign": "signed" if is_signed(self.method) else "absolute",
-            }
+        absolute = self.role == "estimate" and not is_signed(self.method)
+        words = _WORDS[self.role].format(
+            method=self.method.name, at=f" at {self.site}" if self.site else ""
         )
+        attrs = {
+            "long_name": words + ", absolute" * absolute,
+            "role": self.role,
+            "site": self.site,
+            "method": self.method.name,
+        }
+        if self.role == "estimate":
+            attrs["sign"] = "absolute" if absolute else "signed"
         return Variable(
             name=self.name,
-            dims=self.dims(),
-            shape=tuple(sizes[dim] for dim in self.dims()),
+            dims=self.dims,
+            shape=tuple(sizes[dim] for dim in self.dims),
             unit=(pairs_per_block(self.plan), self.plan.shape[1]),
             attrs=attrs,
         )
@@ -99,15 +98,16 @@ def parts_of(request: Request, methods: Sequence[Method]) -> list[Part]:
     parts = []
     for method in methods:
         states = states_of(method)
+        of_paths = [role for role in states if role != "error"]
+        one_path = getattr(method, "needs_source", False)  # from prompt to prompt, for all sites
         for plan in request.plans:
-            site = plan.site.name
-            parts.append(Part(plan, method, None, site))
+            parts.append(Part(plan, method))
             if "error" in states:
-                parts.append(Part(plan, method, "error", site))
-            if not getattr(method, "needs_source", False):  # a path of its own for each layer
-                parts += [Part(plan, method, x, site) for x in states if x != "error"]
-        if getattr(method, "needs_source", False):
-            parts += [Part(request.plans[0], method, x) for x in states if x != "error"]
+                parts.append(Part(plan, method, "error"))
+            if not one_path:
+                parts += [Part(plan, method, role) for role in of_paths]
+        if one_path:
+            parts += [Part(request.plans[0], method, role, of_all=True) for role in of_paths]
     return parts
 
 
@@ -137,7 +137,7 @@ class Estimator:
     def cost(self, unit: Unit) -> int:
         """Return the token-layers of the shard: its part of the pass that gives all sites."""
         part = self._owner[unit.variable]
-        if part.stated:  # comes with the estimates
+        if part.role != "estimate":  # comes with the estimates
             return 0
         total = token_layers(self.request, part.method)
         pairs = self.request.plans[0].full_lengths
@@ -147,7 +147,7 @@ class Estimator:
     def n_live(self, unit: Unit) -> int:
         """Return the number of live patches that the shard estimates."""
         part = self._owner[unit.variable]
-        return 0 if part.stated else part.plan.totals(unit.pairs).n_live
+        return 0 if part.role != "estimate" else part.plan.totals(unit.pairs).n_live
 
     def together(self, unit: Unit) -> Hashable:
         """See `Work`: one pass gives all sites, so their shards are one work item."""
@@ -160,12 +160,12 @@ class Estimator:
     def _values(self, unit: Unit) -> NDArray[np.float32]:
         part = self._owner[unit.variable]
         block = self._block(part.method, unit.pairs)
-        if part.stated is None:
+        if part.role == "estimate":
             return self.as_stored(part.plan, block.cells[part.site])
-        values = block.stated[part.site, part.stated]
+        values = block.stated[part.site, part.role]
         if part.by_cell:
             return self.as_stored(part.plan, values)
-        return values if "layer" in part.dims() else values[..., 0]
+        return values if "layer" in part.dims else values[..., 0]
 
     def as_stored(self, plan: SitePlan, cells: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return `cells` `[metric, pair, layer, pos, unit]` without axes that the site lacks."""
