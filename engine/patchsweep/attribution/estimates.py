@@ -16,7 +16,7 @@ from torch import Tensor
 from patchsweep.forward.grad import Activations, GradientModel, Place, Visit
 from patchsweep.forward.pattern import Prefix
 from patchsweep.spec.batch import Batch
-from patchsweep.spec.interventions import Intervention, values_of
+from patchsweep.spec.interventions import Intervention, takes_source, values_of
 from patchsweep.spec.metrics import Logits, Metric, compute
 from patchsweep.spec.plan import Ints, ModelShape, SitePlan
 from patchsweep.spec.sites import Site
@@ -222,13 +222,23 @@ class Work:
         return base.cpu().numpy(), source.cpu().numpy()
 
 
+def n_shared(model: GradientModel, batch: Batch, intervention: Intervention) -> int:
+    """Return how many first tokens need no pass but the source run's.
+
+    They are the same in both prompts. Interventions that do not take the source run's values
+    change them all the same, and some models cannot begin behind others' tokens: 0.
+    """
+    shares = takes_source(intervention) and model.takes_positions
+    return batch.first_difference() if shares else 0
+
+
 @dataclass(frozen=True)
 class Found:
     """The result of a method for one batch."""
 
     estimates: Estimates
     base_logits: Float[Tensor, "pair read d_vocab"]
-    errors: Estimates | None = None  # of the estimates, with a sign; None: not known
+    errors: Estimates | None = None  # of the estimates; the sign says nothing; None: not known
     # (site, layer) of a path, ("", 0) for all at once: what its estimates add up to minus the true
     # effect `[metric, pair]`, and the number of nodes `[pair]`
     residuals: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)

@@ -76,7 +76,7 @@ class Integral:
     Rows of a pass are `[node, pair]`. `keys` converge by themselves, pair by pair.
     """
 
-    def __init__(self, work: Work, path: Path, keys: Sequence[Key]) -> None:
+    def __init__(self, work: Work, path: Path, keys: Sequence[Key], base_logits: Tensor) -> None:
         self.work, self.path, self.keys = work, path, [*keys]
         self._rounds = Rounds(path, len(self.keys), len(work.batch.pairs))
         self._rules = self._rounds.quadrature
@@ -85,6 +85,9 @@ class Integral:
         # what the estimates of a key add up to, and what they should
         self._sums = torch.zeros(self._rules.n_rules, *shape, device=work.batch.base.device)
         self._effect = torch.zeros(shape, device=work.batch.base.device)
+        self._base_logits = base_logits
+        with torch.no_grad():
+            self._base_metric = work.score(base_logits, base_logits)
 
     def rounds(self) -> Iterator[tuple[list[int], dict[Key, list[int]]]]:
         """Yield nodes to run, and the rows of the pairs that need them by key; see `Rounds`."""
@@ -146,11 +149,21 @@ class Integral:
                     (change * mean.float()).flatten(1).sum(dim=1)
                 )
 
-    def end(self, key: Key, effect: Float[Tensor, "metric pair"], pairs: Sequence[int]) -> None:
-        """Note the true effect of the path's end on the metrics of `pairs`."""
-        self._effect[self.keys.index(key)][:, pairs] = effect
+    def end(
+        self,
+        key: Key,
+        scores: Float[Tensor, "metric row"],
+        nodes: Sequence[int],
+        pairs: Sequence[int],
+    ) -> None:
+        """Note the true effect of the path's end, if it is among `nodes`; rows as in `add`."""
+        if END not in nodes:
+            return
+        first = nodes.index(END) * len(pairs)
+        at_end = scores.detach()[:, first : first + len(pairs)]
+        self._effect[self.keys.index(key)][:, pairs] = at_end - self._base_metric[:, pairs]
 
-    def found(self, base_logits: Tensor) -> Found:
+    def found(self) -> Found:
         """Return the estimates of the finest rule that ran, their errors, residuals and nodes."""
         values, errors = self.work.empty(), self.work.empty()
         for plan in self.work.plans:
@@ -169,7 +182,7 @@ class Integral:
             sums = self._sums[:, i].gather(0, chosen.expand(1, *self._sums.shape[2:]))[0]
             residuals[key] = sums - self._effect[i]
             nodes[key] = self._rounds.counts[i]
-        return Found(values, base_logits, errors, residuals, nodes)
+        return Found(values, self._base_logits, errors, residuals, nodes)
 
     def _level(self, site: str, layer: int) -> NDArray[np.int64]:
         """Return the rule of each pair at a place."""

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from patchsweep.attribution.budget import token_layers_per_pass
 from patchsweep.attribution.estimates import Found, Work
-from patchsweep.attribution.integral import END, Integral, Key
+from patchsweep.attribution.integral import Integral, Key
 from patchsweep.attribution.quadrature import Path, Rule, Steps
 from patchsweep.forward.grad import Activations, Place
 from patchsweep.spec.plan import SitePlan
@@ -36,18 +36,12 @@ from patchsweep.spec.sites import SITES, Site
 
 
 @dataclass(frozen=True)
-class IntegratedSite:
-    """`ig`: interpolates each site's own activation, layer by layer.
+class _Integrated:
+    """The settings of both methods, see `Path`."""
 
-    A node of a layer is a row that enters the model at that layer: about the cost of exact patches
-    of as many whole layers.
-    """
-
-    n_steps: Steps = 5
+    n_steps: Steps
     rule: Rule = "gauss"
     rtol: float = 1e-2
-    name: str = "ig"
-    at_base: bool = False
 
     def __post_init__(self) -> None:
         _ = self.path
@@ -62,18 +56,31 @@ class IntegratedSite:
         """See `method.states_of`."""
         return ("error", "residual", *(("nodes",) if self.path.adds_nodes else ()))
 
+
+@dataclass(frozen=True)
+class IntegratedSite(_Integrated):
+    """`ig`: interpolates each site's own activation, layer by layer.
+
+    A node of a layer is a row that enters the model at that layer: about the cost of exact patches
+    of as many whole layers.
+    """
+
+    n_steps: Steps = 5
+    name: str = "ig"
+    at_base: bool = False
+
     def run(self, work: Work) -> Found:
         """See `Method`."""
         sites = {site.name: site for site in (*work.sites, SITES["resid_pre"])}
         base = work.base_run([*sites.values()])
         keys = [(plan.site.name, layer) for plan in work.plans for layer in layers_of(plan)]
         keys.sort(key=lambda key: key[1])
-        integral = Integral(work, self.path, keys)
+        integral = Integral(work, self.path, keys, base.logits)
         for nodes, rows in integral.rounds():
             pairs = sorted({pair for of_key in rows.values() for pair in of_key})
             for group in _groups(work, [*rows], nodes, len(pairs)):
                 _site_pass(work, base, integral, group, pairs)
-        return integral.found(base.logits)
+        return integral.found()
 
     def extra_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         """See `Method`."""
@@ -148,8 +155,6 @@ def _site_pass(
             entries={layer: torch.cat(rows) for layer, rows in streams.items()},
         )
         scores = part.score(logits, base.logits[pairs])
-    with torch.no_grad():
-        base_scores = part.score(base.logits[pairs], base.logits[pairs])
     for metric, row in enumerate(scores):
         grads = torch.autograd.grad(
             row.sum(), [*leaves.values()], retain_graph=metric + 1 < len(scores), allow_unused=True
@@ -159,10 +164,7 @@ def _site_pass(
                 start = base.sites[key[0]][key[1]]
                 integral.add(key, places[key], start, grad, nodes, metric, pairs, sums=True)
     for key, nodes in group.items():
-        if END in nodes:
-            at = first_row[key] + nodes.index(END) * len(pairs)
-            effect = scores.detach()[:, at : at + len(pairs)] - base_scores
-            integral.end(key, effect, pairs)
+        integral.end(key, scores[:, first_row[key] :], nodes, pairs)
 
 
 def layers_of(plan: SitePlan) -> list[int]:
@@ -171,38 +173,23 @@ def layers_of(plan: SitePlan) -> list[int]:
 
 
 @dataclass(frozen=True)
-class IntegratedInputs:
+class IntegratedInputs(_Integrated):
     """`ig_inputs`: interpolates the token embeddings; the rows of one batch cover all sites.
 
     Estimates are not complete per component, see the module's docstring.
     """
 
     n_steps: Steps = 10
-    rule: Rule = "gauss"
-    rtol: float = 1e-2
     name: str = "ig_inputs"
     at_base: bool = False
     needs_source: bool = True
-
-    def __post_init__(self) -> None:
-        _ = self.path
-
-    @property
-    def path(self) -> Path:
-        """The nodes."""
-        return Path(self.n_steps, self.rule, self.rtol)
-
-    @property
-    def states(self) -> tuple[str, ...]:
-        """See `method.states_of`."""
-        return ("error", "residual", *(("nodes",) if self.path.adds_nodes else ()))
 
     def run(self, work: Work) -> Found:
         """See `Method`."""
         embed = SITES["embed"]
         sites = {site.name: site for site in (*work.sites, embed)}
         base = work.base_run([*sites.values()])
-        integral = Integral(work, self.path, [ALL])
+        integral = Integral(work, self.path, [ALL], base.logits)
         n_layers, n_tokens = work.gradients.n_layers, work.batch.length - work.start
         most = token_layers_per_pass(work.gradients.bridge, work.batch.length)
         for nodes, rows in integral.rounds():
@@ -210,7 +197,7 @@ class IntegratedInputs:
             size = max(1, most // (len(pairs) * n_tokens * n_layers))
             for i in range(0, len(nodes), size):
                 _inputs_pass(work, base, integral, nodes[i : i + size], pairs, [*sites.values()])
-        return integral.found(base.logits)
+        return integral.found()
 
     def extra_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         """See `Method`."""
@@ -259,8 +246,4 @@ def _inputs_pass(
         scores = part.score(logits, base.logits[pairs])
         for metric[0], row in enumerate(scores):
             row.sum().backward(retain_graph=metric[0] + 1 < len(scores))
-    if END in nodes:
-        with torch.no_grad():
-            base_scores = part.score(base.logits[pairs], base.logits[pairs])
-        at = nodes.index(END) * len(pairs)
-        integral.end(ALL, scores.detach()[:, at : at + len(pairs)] - base_scores, pairs)
+    integral.end(ALL, scores, nodes, pairs)

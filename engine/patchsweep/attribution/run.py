@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchsweep.attribution.atp_star import AtpStar, check_intervention
-from patchsweep.attribution.estimates import Found, Work
+from patchsweep.attribution.estimates import Found, Work, n_shared
 from patchsweep.attribution.method import Method
 from patchsweep.forward.grad import GradientModel
 from patchsweep.spec.batch import Batch, base_and_source, clean_prompts
@@ -112,7 +112,7 @@ class Attribution:
             batch.source,
             batch.reads,
             [*needed_sites.values()],
-            keep_from=self._start(batch),
+            keep_from=n_shared(self.gradients, batch, request.intervention),
         )
         return Work(
             gradients=self.gradients,
@@ -125,14 +125,6 @@ class Attribution:
             source_logits=source.logits,
             prefix=source.prefix,
         )
-
-    def _start(self, batch: Batch) -> int:
-        """Return the first position at which base and source run can differ, or logits are read.
-
-        Interventions that do not take the source run's values change all tokens.
-        """
-        shares = takes_source(self.request.intervention) and self.gradients.takes_positions
-        return batch.first_difference() if shares else 0
 
 
 def _put_paths(

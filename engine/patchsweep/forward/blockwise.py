@@ -310,11 +310,12 @@ class Blocks:
 
         A norm after attention is computed exactly, not to first order.
         """
-        if self._modules[layer, "attn_out"] is self._modules[layer, "attn"]:
+        after = self.norm_after_attention(layer)
+        if after is None:
             return self.push(layer, "attn_out", gained, trace, pair)
         base = trace.part(layer, "attn")[pair]
         seen: list[Tensor] = []
-        point = HookLocation(self._modules[layer, "attn_out"], "out")
+        point = HookLocation(after, "out")
         with watch(point, lambda x: seen.append(x.reshape(gained.shape))):
             x = trace.resid[layer][pair]
             fixed: dict[Part, Tensor] = {"attn": base + gained}

@@ -17,7 +17,7 @@ Part = Literal["attn", "attn_out", "mlp", "mlp_out"]
 
 @dataclass
 class Trace:
-    """The activations of one batch of runs that blockwise passes need; they may carry a graph."""
+    """The activations of one batch of runs that blockwise passes need, without a graph."""
 
     resid: list[Float[Tensor, "pair pos d_model"]] = field(default_factory=list)  # inputs; + final
     q: list[Float[Tensor, "pair head pos d"]] = field(default_factory=list)  # after rotary

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from patchsweep.attribution import Atp, check_request
 from patchsweep.attribution.base_gradients import STREAM, base_gradients
-from patchsweep.attribution.estimates import Estimates
+from patchsweep.attribution.estimates import Estimates, n_shared
 from patchsweep.attribution.estimates import Work as Attributed
 from patchsweep.errors import ConfigError, MethodError
 from patchsweep.forward.grad import GradientModel, Gradients
@@ -31,7 +31,7 @@ from patchsweep.runners.packed.runner import Loaded, PackedRunner
 from patchsweep.runners.select import RunnerChoice
 from patchsweep.spec.batch import Batch
 from patchsweep.spec.finite import check_cells
-from patchsweep.spec.interventions import Intervention, takes_source
+from patchsweep.spec.interventions import Intervention
 from patchsweep.spec.metrics import Metric
 from patchsweep.spec.plan import PatchSet, SitePlan
 from patchsweep.spec.spec import Request, blocks_of, site_groups_of
@@ -134,8 +134,7 @@ class _Loader:
         """Return the batch's captures and gradients."""
         request = self.request
         loaded = self.runner.load(batch, intervention)
-        shares = takes_source(intervention) and self.model.takes_positions
-        start = batch.first_difference() if shares else 0
+        start = n_shared(self.model, batch, intervention)
         work = Attributed(
             gradients=self.model,
             batch=batch,
@@ -193,6 +192,12 @@ def _sample_of(
     return Sample(
         level, share, *(np.concatenate(column, axis=-1) for column in zip(*columns, strict=True))
     )
+
+
+def sampled_pairs(request: Request) -> list[int]:
+    """Return the pairs that samples come from, evenly spread over the run's."""
+    last = len(request.pairs) - 1
+    return sorted({round(i * last / max(1, N_PAIRS - 1)) for i in range(N_PAIRS)})
 
 
 class Adaptive:
@@ -259,8 +264,7 @@ class Adaptive:
 
     def calibrate(self) -> Calibration:
         """Return, per site, the loosest thresholds with sample errors within the tolerance."""
-        last = len(self.request.pairs) - 1
-        pairs = sorted({round(i * last / max(1, N_PAIRS - 1)) for i in range(N_PAIRS)})
+        pairs = sampled_pairs(self.request)
         open_sites: dict[str, list[_Part]] = {}
         for captured in [c for pair in pairs for c in self.captures.of(range(pair, pair + 1))]:
             sets = [self._sample(plan, captured, len(pairs)) for plan in self.request.plans]

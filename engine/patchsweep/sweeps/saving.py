@@ -13,7 +13,7 @@ from patchsweep.errors import ConfigError
 from patchsweep.runners.select import RunnerChoice
 from patchsweep.spec.plan import PatchSet, SitePlan
 from patchsweep.spec.spec import Request, blocks_of, site_groups_of
-from patchsweep.sweeps.adaptive import N_PAIRS, Adaptive
+from patchsweep.sweeps.adaptive import Adaptive, sampled_pairs
 from patchsweep.sweeps.exact import Captured
 from patchsweep.sweeps.thresholds import EXACTLY
 
@@ -50,7 +50,7 @@ def estimate_saving(request: Request, choice: RunnerChoice) -> Saving:
     """Return what the request's tolerance saves, estimated from a few patches of each site.
 
     The thresholds are those that the run will choose, from the same sample. At these, `N_SPREAD`
-    more patches of each site run, from at most `N_PAIRS` pairs, and what they take is scaled to
+    more patches of each site run, from the same pairs, and what they take is scaled to
     all patches.
 
     Raises:
@@ -60,8 +60,7 @@ def estimate_saving(request: Request, choice: RunnerChoice) -> Saving:
     start = time.perf_counter()
     samples = adaptive.calibrate().samples
     calibrating = time.perf_counter() - start
-    last = len(request.pairs) - 1
-    pairs = np.unique(np.linspace(0, last, N_PAIRS).round()).astype(int).tolist()
+    pairs = sampled_pairs(request)
     n_patches = sum(len(sample.patches) for sample in samples.values())
     scaled = dict.fromkeys(samples, 0.0)  # token-layers with the tolerance, of the pairs' patches
     exact_cost, ran = 0, 0

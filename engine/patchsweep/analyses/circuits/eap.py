@@ -33,14 +33,13 @@ from patchsweep.analyses.circuits.edge_pass import (
     run_edge_pass,
 )
 from patchsweep.attribution.budget import token_layers_per_pass
-from patchsweep.attribution.estimates import Work
+from patchsweep.attribution.estimates import Work, n_shared
 from patchsweep.attribution.integral import END, Rounds, stated_error
 from patchsweep.attribution.quadrature import Path
 from patchsweep.errors import MethodError
 from patchsweep.forward.grad import Activations
 from patchsweep.spec.batch import Batch
 from patchsweep.spec.finite import check_finite, names_of
-from patchsweep.spec.interventions import takes_source
 from patchsweep.spec.metrics import Metric, has_gradient
 from patchsweep.spec.sites import SITES
 from patchsweep.spec.spec import model_shape
@@ -76,8 +75,7 @@ class EapBatches(EdgeBatches[Work]):
     def make(self, batch: Batch) -> Work:
         """See `EdgeBatches`."""
         question, gradients = self.question, self.model.gradients
-        shares = takes_source(question.intervention) and gradients.takes_positions
-        start = batch.first_difference() if shares else 0
+        start = n_shared(gradients, batch, question.intervention)
         source = self.model.run(batch.source, batch.reads, keep_from=start)
         return Work(
             gradients=gradients,
@@ -124,8 +122,8 @@ class _Sums:
             self.base = model.run(batch.base, batch.reads, prefix=work.prefix)
         self.n_rules = 1 if self.rounds is None else self.rounds.quadrature.n_rules
         shape = (self.n_rules, len(work.metrics), n_pairs, len(nodes.senders))
-        self.n_pos = (batch.length,) if positions else ()
-        self.scores = torch.zeros(*shape, len(nodes.readers), *self.n_pos, device=self.device)
+        n_pos = (batch.length,) if positions else ()
+        self.scores = torch.zeros(*shape, len(nodes.readers), *n_pos, device=self.device)
         # attribution patching of the senders: what their edges add up to
         self.senders = torch.zeros(*shape, batch.length, device=self.device)
 

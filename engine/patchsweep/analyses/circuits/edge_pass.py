@@ -70,7 +70,7 @@ class EdgeModel:
 
     def __init__(self, blocks: Blocks, nodes: Nodes) -> None:
         self.blocks, self.nodes = blocks, nodes
-        own = [SITES["resid_pre"], *(SITES[name] for name in PROJECTED)]
+        own = [SITES[name] for name in PROJECTED]
         self.gradients = GradientModel(blocks.unwrapped.bridge, (), own, unwrapped=blocks.unwrapped)
         self.scales = write_scales(blocks)
         self._forms: dict[nn.Module, NormForm] = {}
