@@ -1,18 +1,21 @@
 """What a sweep with a tolerance costs and errs by, against the length of the prompt.
 
-    python benchmarks/adaptive.py [LENGTH ...]
+    python benchmarks/adaptive.py [--figure FILE.svg] [LENGTH ...]
 
-Prints a Markdown table. The pair has two names that change places, early and at the end, with a
-filler between them. "Exact" is timed on a random sample of live patches and scaled by token-layers;
-the adaptive sweep is the call that users make, calibration and gradients included. Errors are
-those of random live patches that the calibration did not see, and the top 20 those among these and
-the 100 largest estimates.
+Prints a Markdown table; the figure draws milliseconds a live patch over the tokens. The pair has
+two names that change places, early and at the end, with a filler between them. "Exact" is timed on
+a random sample of live patches and scaled by token-layers; the adaptive sweep is the call that
+users make, calibration and gradients included. Errors are those of random live patches that the
+calibration did not see, and the top 20 those among these and the 100 largest estimates.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import patchsweep as ps
@@ -22,9 +25,25 @@ from patchsweep.spec.spec import SweepSpec, make_request
 from patchsweep.store.attributes import attributes
 from transformer_lens.model_bridge import TransformerBridge
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+import plots
+
 LENGTHS = (17, 40, 80, 160, 320)
 TOLERANCE = 0.01
 N_UNSEEN, N_LARGEST, N_TIMED = 500, 100, 200
+SITES = (["z"], ["resid_pre", "attn_out", "mlp_out", "z"])
+
+
+class Seconds(NamedTuple):
+    """What one pair took: three ways to the same live patches."""
+
+    n_tokens: int
+    n_live: int
+    exact: float
+    tolerance: float
+    atp: float
+
+
 FILLER = "The weather was fine that day and many people walked along the river to see the boats. "
 
 
@@ -51,8 +70,8 @@ def pair_of(model: TransformerBridge, length: int) -> ps.PromptPairs:
     )
 
 
-def row(model: TransformerBridge, length: int, sites: list[str]) -> str:
-    """Return one line of the table."""
+def row(model: TransformerBridge, length: int, sites: list[str]) -> tuple[str, Seconds]:
+    """Return one line of the table, and its times."""
     pairs = pair_of(model, length)
     request = make_request(model, pairs, SweepSpec(sites))
     runner = PackedRunner(model, request.sites)
@@ -101,17 +120,48 @@ def row(model: TransformerBridge, length: int, sites: list[str]) -> str:
     top = len(np.intersect1d(np.argsort(-true)[:20], np.argsort(-mine)[:20]))
     n_live = sum(plan.n_live for plan in request.plans)
     ran = sum(float(np.nansum(within[f"{name}_token_layers"].values)) for name in sites)
-    return (
+    line = (
         f"| {'+'.join(sites)} | {batch.length} | {n_live:,} | {exact:.1f} | {adaptive:.1f} | "
         f"{exact / adaptive:.1f}x | {1e3 * adaptive / n_live:.2f} | {atp:.1f} | "
         f"{ran / token_layers:.2%} | {max(float(e.max()) for e in errors[: len(sites)]):.4f} | "
         f"{max(float(e.max()) for e in errors[len(sites) :]):.4f} | {true.max():.1f} | {top} |"
     )
+    return line, Seconds(batch.length, n_live, exact, adaptive, atp)
+
+
+def figure(panels: dict[str, list[Seconds]]) -> str:
+    """Return an SVG: milliseconds a live patch over tokens, one panel for each list of sites."""
+    drawn = [
+        plots.curves(
+            {
+                name: (
+                    [row.n_tokens for row in rows],
+                    [1e3 * getattr(row, field) / row.n_live for row in rows],
+                )
+                for name, field in (
+                    ("exact", "exact"),
+                    (f"tolerance {TOLERANCE}", "tolerance"),
+                    ("atp", "atp"),
+                )
+            },
+            sites,
+            x_name="tokens of the prompt",
+            y_name="ms a live patch",
+            log=True,
+            size=(330, 240),
+        )
+        for sites, rows in panels.items()
+    ]
+    alt = "Milliseconds a live patch over the tokens of the prompt: exact, with a tolerance, atp"
+    return plots.picture(*drawn, alt=alt).svg
 
 
 def main() -> None:
-    """Print the table."""
-    lengths = [int(word) for word in sys.argv[1:]] or LENGTHS
+    """Print the table and draw the figure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("lengths", nargs="*", type=int, default=LENGTHS)
+    parser.add_argument("--figure", type=Path)
+    arguments = parser.parse_args()
     model = ps.load_model("smollm2-135m")
     ps.sweep(model, pair_of(model, 17), "z", runner="packed", tolerance=TOLERANCE)  # warm
     columns = (
@@ -130,9 +180,14 @@ def main() -> None:
         "of the top 20",
     )
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    for sites in (["z"], ["resid_pre", "attn_out", "mlp_out", "z"]):
-        for length in lengths:
-            print(row(model, length, sites), flush=True)
+    panels: dict[str, list[Seconds]] = {}
+    for sites in SITES:
+        for length in arguments.lengths:
+            line, seconds = row(model, length, sites)
+            panels.setdefault(", ".join(sites), []).append(seconds)
+            print(line, flush=True)
+    if arguments.figure:
+        arguments.figure.write_text(figure(panels))
 
 
 if __name__ == "__main__":
