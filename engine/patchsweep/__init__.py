@@ -14,15 +14,20 @@ if TYPE_CHECKING:
     from patchsweep import attribution
     from patchsweep.analyses.attention import attention
     from patchsweep.analyses.circuits import (
+        bootstrap_circuit,
         circuit,
         circuit_scores,
+        cross_validate_circuit,
         edges,
         exact_edges,
+        read_circuit,
         screen_edges,
+        write_circuit,
     )
     from patchsweep.analyses.heads import study
     from patchsweep.analyses.logit_lens import lens, sublayers
     from patchsweep.data.pairs import PromptPairs
+    from patchsweep.forward.ungroup import ungrouped
     from patchsweep.models import load_model
     from patchsweep.report import write_report
     from patchsweep.results import accessor as summary
@@ -46,9 +51,11 @@ __all__ = [
     "SweepSpec",
     "attention",
     "attribution",
+    "bootstrap_circuit",
     "circuit",
     "circuit_scores",
     "compare",
+    "cross_validate_circuit",
     "edges",
     "exact_edges",
     "lens",
@@ -57,12 +64,15 @@ __all__ = [
     "metrics",
     "open_store",
     "plan",
+    "read_circuit",
     "sample_exact",
     "screen_edges",
     "study",
     "sublayers",
     "summary",
     "sweep",
+    "ungrouped",
+    "write_circuit",
     "write_report",
 ]
 
@@ -73,9 +83,11 @@ _HOME = {
     "Screen": "sweeps.screen_settings",
     "SweepSpec": "spec.spec",
     "attention": "analyses.attention",
+    "bootstrap_circuit": "analyses.circuits",
     "circuit": "analyses.circuits",
     "circuit_scores": "analyses.circuits",
     "compare": "results.compare",
+    "cross_validate_circuit": "analyses.circuits",
     "edges": "analyses.circuits",
     "exact_edges": "analyses.circuits",
     "lens": "analyses.logit_lens",
@@ -83,11 +95,14 @@ _HOME = {
     "load_task": "tasks",
     "open_store": "store.dataset",
     "plan": "sweeps.api",
+    "read_circuit": "analyses.circuits",
     "sample_exact": "sweeps.sample",
     "screen_edges": "analyses.circuits",
     "study": "analyses.heads",
     "sublayers": "analyses.logit_lens",
     "sweep": "sweeps.api",
+    "ungrouped": "forward.ungroup",
+    "write_circuit": "analyses.circuits",
     "write_report": "report",
 }
 _MODULES = {"attribution": "attribution", "metrics": "spec.metrics", "summary": "results.accessor"}

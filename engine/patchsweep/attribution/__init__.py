@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 from patchsweep.attribution.atp import Atp, AtpEnds
 from patchsweep.attribution.atp_star import AtpStar
 from patchsweep.attribution.check import check_request
+from patchsweep.attribution.gim import Gim, gim_rules
 from patchsweep.attribution.integrated import IntegratedInputs, IntegratedSite
 from patchsweep.attribution.method import Method
-from patchsweep.attribution.relp import Relp
+from patchsweep.attribution.relp import Relp, relevance_rules
 from patchsweep.attribution.run import Attribution
 from patchsweep.errors import MethodError
+from patchsweep.forward.unwrapped import UnwrappedModel
 
 __all__ = [
     "METHODS",
+    "RULES",
     "Atp",
     "AtpEnds",
     "AtpStar",
     "Attribution",
+    "Gim",
     "IntegratedInputs",
     "IntegratedSite",
     "Method",
@@ -36,6 +41,13 @@ METHODS: dict[str, Callable[[], Method]] = {
     "ig_inputs": IntegratedInputs,
     "relp": Relp,
     "relp_ah": lambda: Relp(name="relp_ah", fixed_pattern=True),
+    "gim": Gim,
+}
+
+# methods that modify the backward pass -> a context in which graphs are built; for edges too
+RULES: dict[str, Callable[[UnwrappedModel], AbstractContextManager[None]]] = {
+    "relp": relevance_rules,
+    "gim": gim_rules,
 }
 
 

@@ -87,12 +87,21 @@ def relevance_rules(unwrapped: UnwrappedModel) -> Iterator[None]:
         MethodError: a norm of the model is neither a LayerNorm nor an RMS norm.
     """
     with ExitStack() as stack:
+        stack.enter_context(frozen_norms(unwrapped))
+        for module in unwrapped.model.modules():
+            if not is_norm(module) and is_activation(module):
+                stack.callback(module.register_forward_hook(_identity_rule).remove)
+        stack.enter_context(HalfRule())
+        yield
+
+
+@contextmanager
+def frozen_norms(unwrapped: UnwrappedModel) -> Iterator[None]:
+    """Make the scale of every norm a constant of the graphs that are built inside this context."""
+    with ExitStack() as stack:
         for module in unwrapped.model.modules():
             if is_norm(module):
                 stack.callback(module.register_forward_hook(_norm_rule).remove)
-            elif is_activation(module):
-                stack.callback(module.register_forward_hook(_identity_rule).remove)
-        stack.enter_context(HalfRule())
         yield
 
 
@@ -113,8 +122,8 @@ def _norm_rule(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tens
         scale = form.scale(x, output)
         if scale is None:
             raise MethodError(
-                f"{type(module).__name__} is neither a LayerNorm nor an RMS norm, so relp has no "
-                "rule for it; use atp"
+                f"{type(module).__name__} is neither a LayerNorm nor an RMS norm, so there is "
+                "no rule that freezes it; use atp"
             )
         factor = (scale * form.weight).to(x)
     return graft(output, form.centred(x) * factor)

@@ -2,17 +2,23 @@
 
 from patchsweep.analyses.circuits.circuits import circuit
 from patchsweep.analyses.circuits.edges import edges, exact_edges, screen_edges
+from patchsweep.analyses.circuits.exchange import read_circuit, write_circuit
 from patchsweep.analyses.circuits.nodes import Edge, Nodes, Reader, Sender
 from patchsweep.analyses.circuits.scores import circuit_scores
+from patchsweep.analyses.circuits.stability import bootstrap_circuit, cross_validate_circuit
 
 __all__ = [
     "Edge",
     "Nodes",
     "Reader",
     "Sender",
+    "bootstrap_circuit",
     "circuit",
     "circuit_scores",
+    "cross_validate_circuit",
     "edges",
     "exact_edges",
+    "read_circuit",
     "screen_edges",
+    "write_circuit",
 ]

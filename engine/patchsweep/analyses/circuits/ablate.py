@@ -159,7 +159,9 @@ class _Ablated:
         all_pairs = torch.arange(base.n_pairs, device=base.resid[0].device)
         from_start = slice(edge_batch.start, None)
         self.embed = changes.embed[:, from_start].float()  # ablated minus base embeddings
-        self.z = [(z + dz)[:, from_start] for z, dz in zip(base.z, changes.z, strict=True)]
+        self.z = [
+            (z + dz)[:, from_start].contiguous() for z, dz in zip(base.z, changes.z, strict=True)
+        ]
         self.attn: list[Float[Tensor, "pair pos d_model"]] = []  # per layer, before its norm
         self.mlp: list[Float[Tensor, "pair pos d_model"]] = []  # per layer, as added to the stream
         # the stream before each block, and before its MLP; without attention of `normed` layers

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from patchsweep.analyses.circuits.edge_batch import (
@@ -38,6 +38,7 @@ from patchsweep.attribution.integral import END, Rounds, stated_error
 from patchsweep.attribution.quadrature import Path
 from patchsweep.errors import MethodError
 from patchsweep.forward.grad import Activations
+from patchsweep.forward.norms import norm_form
 from patchsweep.spec.batch import Batch
 from patchsweep.spec.finite import check_finite, names_of
 from patchsweep.spec.metrics import Metric, has_gradient
@@ -91,18 +92,24 @@ class EapBatches(EdgeBatches[Work]):
 
 
 def eap(
-    model: EdgeModel, work: Work, path: Path | None = None, *, positions: bool = False
+    model: EdgeModel,
+    work: Work,
+    path: Path | None = None,
+    *,
+    rules: str | None = None,
+    positions: bool = False,
 ) -> EdgeEstimates:
     """Return signed estimates of metric(patched) - metric(base) of every edge.
 
     With `path`, gradients are averaged between the base and the source prompt's embeddings. With
-    `positions` there is a last axis, the position of write and read.
+    `rules` the backward pass is that of relp or gim. With `positions` there is a last axis, the
+    position of write and read.
 
     Raises:
         MethodError: the scores do not sum to the senders' estimates, so the stream is not a sum
             of the parts.
     """
-    sums = _Sums(model, work, path, positions)
+    sums = _Sums(model, work, path, rules, positions)
     for nodes, pairs in sums.passes():
         sums.add(nodes, pairs)
     return sums.found()
@@ -111,8 +118,16 @@ def eap(
 class _Sums:
     """Sums of scores by the rules of a quadrature."""
 
-    def __init__(self, model: EdgeModel, work: Work, path: Path | None, positions: bool) -> None:
+    def __init__(
+        self,
+        model: EdgeModel,
+        work: Work,
+        path: Path | None,
+        rules: str | None,
+        positions: bool,
+    ) -> None:
         self.model, self.work, self.path, self.positions = model, work, path, positions
+        self.rules = rules
         batch, nodes = work.batch, model.nodes
         self.device = batch.base.device
         n_pairs = len(batch.pairs)
@@ -155,7 +170,7 @@ class _Sums:
             )
             start = self.base.sites["embed"][0][pairs]
             streams = torch.lerp(start, work.source["embed"][0], fraction.to(start)).flatten(0, 1)
-        found = run_edge_pass(self.model, work, streams, len(nodes))
+        found = run_edge_pass(self.model, work, streams, len(nodes), self.rules)
         if self.base is None:
             self.base = found.activations()
         base = {name: [x[pairs] for x in xs] for name, xs in self.base.sites.items()}
@@ -293,13 +308,32 @@ def _writes(
             at = found.by_node(found.layers[layer].writes["attn"])[node].unsqueeze(1)
             dtype = blocks.unwrapped.dtype
             with blocks.unwrapped.block_at_hand(layer), forward_ad.dual_level():
-                dual = forward_ad.make_dual(
-                    at.expand_as(heads).to(dtype).contiguous(), heads.to(dtype)
-                )
-                heads = forward_ad.unpack_dual(after.forward(dual)).tangent.float()
+                if found.frozen_norms:
+                    heads = _through_frozen(after, at.to(dtype), heads)
+                else:
+                    dual = forward_ad.make_dual(
+                        at.expand_as(heads).to(dtype).contiguous(), heads.to(dtype)
+                    )
+                    heads = forward_ad.unpack_dual(after.forward(dual)).tangent.float()
         attn_scale, mlp_scale = model.scales[layer]
         parts += [heads * attn_scale, (mlp * mlp_scale).unsqueeze(1)]
     return torch.cat(parts, dim=1)
+
+
+def _through_frozen(norm: nn.Module, at: Tensor, change: Tensor) -> Tensor:
+    """Return what a change before a norm adds behind it, with the scale that the norm has at `at`.
+
+    Raises:
+        MethodError: the norm is neither a LayerNorm nor an RMS norm.
+    """
+    form = norm_form(norm, at)
+    scale = form.scale(at, norm.forward(at))
+    if scale is None:
+        raise MethodError(
+            f"{type(norm).__name__} is neither a LayerNorm nor an RMS norm, so there is no rule "
+            "that freezes it; use eap"
+        )
+    return form.centred(change) * scale * form.weight
 
 
 def _check_numbers(

@@ -14,7 +14,7 @@ weights, other norms) take one backward pass each, through the same graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from patchsweep.analyses.circuits.nodes import Nodes
+from patchsweep.attribution import RULES
 from patchsweep.attribution.estimates import Work
 from patchsweep.forward.block_structure import write_scales
 from patchsweep.forward.blockwise import Blocks
@@ -159,6 +160,7 @@ class EdgePass:
     layers: list[_Layer]
     final: Tensor  # [row, pos, d_model] output of the last block
     logits: Float[Tensor, "row read d_vocab"]
+    frozen_norms: bool = False  # scales of norms are constants
 
     def gradients(self, score: Float[Tensor, ""]) -> Gradients:
         """Return the gradients of one number."""
@@ -291,6 +293,8 @@ class Gradients:
         scale = self.by_node(norm.scale)
         x = norm.form.centred(self.by_node(norm.x))
         first = back(torch.einsum("rn,nptw->rptw", weights, g * scale)) * norm.form.weight
+        if self.of.frozen_norms:
+            return norm.form.centred(first).transpose(2, 3)
         share = shares(g * (self.by_node(out) - shift)) * scale.square() / x.shape[-1]
         second = torch.einsum("rn,npth,nptd->rpthd", weights, share, x)
         return norm.form.centred(first - second).transpose(2, 3)
@@ -301,9 +305,16 @@ class Gradients:
 
 
 def run_edge_pass(
-    model: EdgeModel, work: Work, streams: Float[Tensor, "row pos d_model"] | None, n_nodes: int
+    model: EdgeModel,
+    work: Work,
+    streams: Float[Tensor, "row pos d_model"] | None,
+    n_nodes: int,
+    rules: str | None = None,
 ) -> EdgePass:
-    """Run the base prompts, or `streams` `[(node, pair), ...]` that enter at block 0."""
+    """Run the base prompts, or `streams` `[(node, pair), ...]` that enter at block 0.
+
+    `rules` names the rules of the backward pass (`attribution.RULES`); None: ordinary gradients.
+    """
     n_layers = model.nodes.n_layers
     layers: list[_Layer] = []
     final: list[Tensor] = []
@@ -357,7 +368,8 @@ def run_edge_pass(
         stack.enter_context(watch(HookLocation(blocks.unwrapped.blocks[-1], "out"), final.append))
         return stack
 
-    with torch.enable_grad():
+    under = nullcontext() if rules is None else RULES[rules](model.blocks.unwrapped)
+    with torch.enable_grad(), under:
         logits = work.forward(
             work.batch.base,
             visit,
@@ -367,7 +379,7 @@ def run_edge_pass(
             after=hooks,
         )
     assert len(layers) == n_layers
-    return EdgePass(model, n_nodes, layers, final[0], logits)
+    return EdgePass(model, n_nodes, layers, final[0], logits, rules is not None)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -25,11 +25,12 @@ from patchsweep.analyses.circuits.edge_dataset import edge_dataset, length_of, s
 from patchsweep.analyses.circuits.exact import exact
 from patchsweep.analyses.circuits.nodes import Edge, EdgeLike, Nodes
 from patchsweep.analyses.stages import Computed, Stages
-from patchsweep.arguments import true_or_false, whole_number
+from patchsweep.arguments import one_of, true_or_false, whole_number
+from patchsweep.attribution import RULES
 from patchsweep.attribution.estimates import Work
 from patchsweep.attribution.quadrature import Path, Rule, Steps, path_of, settings_of
 from patchsweep.data.pairs import PromptPairs
-from patchsweep.errors import PlanError
+from patchsweep.errors import MethodError, PlanError
 from patchsweep.models.running import runs_model
 from patchsweep.spec.finite import check_references
 from patchsweep.spec.interventions import Direction, Intervention, ValueFn
@@ -61,6 +62,7 @@ def edges(
     steps: Steps | None = None,
     rule: Rule = Path.rule,
     rtol: float = Path.rtol,
+    rules: str | None = None,
     positions: bool = False,
     read: int = SweepSpec.read,
     means_from: MeansFrom = SweepSpec.means_from,
@@ -88,6 +90,8 @@ def edges(
         rule: "gauss", or "left": the left Riemann sum of the EAP-IG package, which converges
             slowly; for comparison with published numbers.
         rtol: see `steps`.
+        rules: relp or gim: the rules of that method's backward pass, which give `edge_relp` or
+            `edge_gim` (see `patchsweep.attribution`); not with `steps`.
         positions: keep the position at which an edge is written and read.
         means_from: as in `patchsweep.sweep`.
         stages: as in `screen_edges`.
@@ -109,12 +113,19 @@ def edges(
     )
     path = path_of(steps, rule, rtol)
     check_gradients(question, path)
+    if rules is not None:
+        one_of("rules", rules, sorted(RULES), error=MethodError)
+        if path is not None:
+            raise MethodError(f"rules={rules} take one gradient at the base run; leave steps out")
     true_or_false("positions", positions)
     stages = Stages.of(stages)
+    settings = {**settings_of(path), "positions": positions}
+    if rules is not None:
+        settings["rules"] = rules
     return stages.results(
         model,
-        lambda: _attrs(question, {**settings_of(path), "positions": positions}),
-        lambda attrs: _edges(question, path, positions, attrs, stages).assign_attrs(
+        lambda: _attrs(question, settings),
+        lambda attrs: _edges(question, path, rules, positions, attrs, stages).assign_attrs(
             flat_attributes(attrs)
         ),
     )
@@ -250,7 +261,7 @@ def screen_edges(
     stages = Stages.of(stages)
 
     def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
-        scores = _edges(question, path, positions, attrs, stages)
+        scores = _edges(question, path, None, positions, attrs, stages)
         name = _name(path)
         values = scores[name].values
         ranked = _top_edges(values[0], top)
@@ -305,6 +316,7 @@ def _top_edges(scores: Values, top: int) -> NDArray[np.intp]:
 def _edges(
     question: Question,
     path: Path | None,
+    rules: str | None,
     positions: bool,
     attrs: Mapping[str, Any],
     stages: Stages,
@@ -319,7 +331,7 @@ def _edges(
         shapes |= {"error": dims, "residual": {}, "nodes": {}}
 
     def estimate(work: Work) -> Computed:
-        got = eap(batches.model, work, path, positions=positions)
+        got = eap(batches.model, work, path, rules=rules, positions=positions)
         values = {"estimates": got.scores.cpu().numpy()}
         if path is not None:
             values["error"] = got.errors.cpu().numpy()
@@ -339,7 +351,7 @@ def _edges(
         "reader_layer": ("reader", [reader.layer for reader in nodes.readers]),
     }
     words = {"long_name": "estimate of metric(patched) - metric(base) of an edge"}
-    name = _name(path)
+    name = _name(path, rules)
     more = {"method": name[5:], "positions": positions, **settings_of(path)}
     result = edge_dataset(question, name, found, "estimates", coords, words, more)
     for variable in _OF_INTEGRALS if path is not None else ():
@@ -379,7 +391,9 @@ def _exact(
     return edge_dataset(question, "edge", found, "exact", coords, words, more)
 
 
-def _name(path: Path | None) -> str:
+def _name(path: Path | None, rules: str | None = None) -> str:
+    if rules is not None:
+        return f"edge_{rules}"
     return "edge_eap" if path is None else "edge_eap_ig"
 
 

@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.analyses.circuits.edge_batch import nodes_of
+from patchsweep.analyses.circuits.edge_batch import ask, nodes_of
 from patchsweep.analyses.circuits.edges import edges, exact_edges
+from patchsweep.analyses.circuits.flow import flow_scores
 from patchsweep.analyses.circuits.nodes import Nodes
 from patchsweep.analyses.stages import Stages
-from patchsweep.arguments import one_of
-from patchsweep.attribution import IntegratedInputs, Method, get_methods
+from patchsweep.arguments import one_of, true_or_false
+from patchsweep.attribution import RULES, IntegratedInputs, Method, get_methods
 from patchsweep.attribution.quadrature import Path, settings_of
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import MethodError, PlanError
@@ -39,6 +40,9 @@ _OF_EDGES = {
     "eap": "eap",
     "ig_inputs": "eap_ig",
     "eap_ig": "eap_ig",
+    "relp": "relp",
+    "gim": "gim",
+    "ifr": "ifr",
     "exact": "exact",
 }
 
@@ -65,7 +69,8 @@ def method_name(level: Level, method: str | Method) -> str:
     name = method if isinstance(method, str) else method.name
     if name not in _OF_EDGES:
         raise MethodError(
-            f"method={name} does not score edges; use eap, eap_ig or exact, or level=nodes"
+            f"method={name} does not score edges; use eap, eap_ig, relp, gim, ifr or exact, or "
+            "level=nodes"
         )
     return _OF_EDGES[name]
 
@@ -80,7 +85,7 @@ def method_settings(level: Level, method: str | Method) -> dict[str, Any]:
     if name == "eap_ig":
         path = settings_of(_path(method))
         return {name: {"n_steps": path.pop("steps"), **path}}
-    if level == "edges" or name == "exact":
+    if level == "edges" or name in ("exact", "ifr"):
         return {name: {}}
     return {name: method_identity(get_methods([method])[0])}
 
@@ -103,47 +108,70 @@ def circuit_scores(
     ablation: Ablation = "resample",
     read: int = SweepSpec.read,
     means_from: MeansFrom = SweepSpec.means_from,
+    by_pair: bool = False,
     stages: Stages | None = None,
 ) -> xr.DataArray:
     """Return scores [node] or [sender, reader], signed, in the metric's unit.
 
     A score is the mean effect over `pairs` on the metric of ablating the node or edge in the
-    clean run, estimated or exact; NaN where there is no edge. Arguments are those of `circuit`.
+    clean run, estimated or exact; NaN where there is no edge. With `by_pair` there is a first dim
+    `pair`, which `bootstrap_circuit` and `cross_validate_circuit` take. Other arguments are those
+    of `circuit`.
     """
+    true_or_false("by_pair", by_pair)
     stages = Stages.of(stages)
     name = method_name(level, method)
     ablation = with_reference(get_intervention(ablation), means_from, model)
-    if level == "nodes":
+    if name == "ifr":
+        spec = SweepSpec(metrics=metric, direction="noising", intervention="zero", read=read)
+        scores = flow_scores(ask(model, pairs, spec), level, stages)
+        scores = scores.assign_coords(_labels(nodes_of(model), level))
+    elif level == "nodes":
         scores = _node_scores(model, pairs, metric, method, ablation, read, stages)
-        return scores.assign_attrs(method=name)
+    else:
+        scores = _edge_scores(model, pairs, metric, method, name, ablation, read, stages)
+    scores = scores.assign_attrs(method=name)
+    return scores if by_pair else scores.mean("pair", skipna=False, keep_attrs=True)
+
+
+def _edge_scores(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    metric: MetricLike,
+    method: str | Method,
+    name: str,
+    ablation: Ablation,
+    read: int,
+    stages: Stages,
+) -> xr.DataArray:
     if name == "exact":
         return _exact_scores(model, pairs, metric, ablation, read, stages)
-    path = _path(method) if name == "eap_ig" else None
     along: dict[str, Any] = {}
-    if path is not None:
+    if name == "eap_ig":
+        path = _path(method)
         along = {"steps": path.steps, "rule": path.rule, "rtol": path.rtol}
+    elif name in RULES:
+        along = {"rules": name}
     ds = edges(
         model, pairs, metric, direction="noising", intervention=ablation, read=read,
         stages=stages, **along,
     )  # fmt: skip
-    values = ds[f"edge_{name}"].values[0].mean(axis=0)
-    return _edge_array(ds["sender"].values, ds["reader"].values, values, name)
+    return _edge_array(ds["sender"].values, ds["reader"].values, ds[f"edge_{name}"].values[0])
 
 
 def score_values(scores: xr.DataArray, nodes: Nodes, level: Level) -> NDArray[np.float32]:
     """Return `scores` in the order of the model's nodes or edges, NaN where there is no edge.
 
+    Scores by pair are averaged.
+
     Raises:
         PlanError: the scores belong to another level or model, or one is missing.
     """
-    labels = {"node": [str(sender) for sender in nodes.senders[1:]]}
-    if level == "edges":
-        labels = {
-            "sender": [str(sender) for sender in nodes.senders],
-            "reader": [str(reader) for reader in nodes.readers],
-        }
+    labels = {dim: names.tolist() for dim, names in _labels(nodes, level).items()}
     if not isinstance(scores, xr.DataArray):
         raise PlanError(f"scores={scores!r} must be what circuit_scores gives, a DataArray")
+    if "pair" in scores.dims:
+        scores = scores.mean("pair", skipna=False)
     if set(scores.dims) != set(labels):
         raise PlanError(
             f"scores have the dims {', '.join(map(str, scores.dims))}, and circuits of {level} "
@@ -192,10 +220,10 @@ def _node_scores(
             effect = ds[site] - ds["base_metric"]
         else:
             effect = ds[variable_name(site, method_name("nodes", method))]
-        effects[site] = effect.isel(metric=0).mean("pair", skipna=False).values
-    by_layer = np.concatenate([effects["z"], effects["mlp_out"][:, None]], axis=1)
-    labels = [str(sender) for sender in nodes_of(model).senders[1:]]
-    return xr.DataArray(by_layer.ravel(), dims="node", coords={"node": _strings(labels)})
+        effects[site] = effect.isel(metric=0).transpose("pair", ...).values
+    by_layer = np.concatenate([effects["z"], effects["mlp_out"][..., None]], axis=-1)
+    values = by_layer.reshape(len(by_layer), -1)
+    return xr.DataArray(values, dims=("pair", "node"), coords=_labels(nodes_of(model), "nodes"))
 
 
 def _exact_scores(
@@ -213,19 +241,27 @@ def _exact_scores(
         model, pairs, all_edges, metric, direction="noising", intervention=ablation, read=read,
         stages=stages,
     )  # fmt: skip
-    values = np.full(nodes.possible.shape, np.nan, np.float32)
-    values[at] = (ds["edge"] - ds["base_metric"]).values[0].mean(axis=0)
+    effects = (ds["edge"] - ds["base_metric"]).values[0]
+    values = np.full((len(effects), *nodes.possible.shape), np.nan, np.float32)
+    values[:, at[0], at[1]] = effects
     senders, readers = ([str(end) for end in ends] for ends in (nodes.senders, nodes.readers))
-    return _edge_array(senders, readers, values, "exact")
+    return _edge_array(senders, readers, values)
 
 
-def _edge_array(senders: Any, readers: Any, values: Any, method: str) -> xr.DataArray:
+def _edge_array(senders: Any, readers: Any, values: Any) -> xr.DataArray:
     return xr.DataArray(
         values,
-        dims=("sender", "reader"),
+        dims=("pair", "sender", "reader"),
         coords={"sender": _strings(senders), "reader": _strings(readers)},
-        attrs={"method": method},
     )
+
+
+def _labels(nodes: Nodes, level: Level) -> dict[str, NDArray[Any]]:
+    """Return the names of all nodes, or of senders and readers."""
+    senders = _strings([str(sender) for sender in nodes.senders])
+    if level == "nodes":
+        return {"node": senders[1:]}
+    return {"sender": senders, "reader": _strings([str(reader) for reader in nodes.readers])}
 
 
 def _strings(values: Any) -> NDArray[Any]:
