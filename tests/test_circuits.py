@@ -500,7 +500,7 @@ def test_scores_of_other_pairs_rank_these() -> None:
         ({"growth": "random"}, PlanError, "use top or greedy"),
         ({"level": "nodes", "growth": "greedy"}, PlanError, "growth=top"),
         ({"sizes": [2.5]}, PlanError, "2.5"),
-        ({"method": "relp"}, MethodError, "use eap"),
+        ({"method": "atp_star"}, MethodError, "use eap"),
         ({"ablation": "shuffle"}, MethodError, "shuffle"),
         ({"ablation": "noise"}, ConfigError, "noise"),
         ({"ablation": "mean"}, ConfigError, "17 tokens: 1 .pair 0 needs it.*means_from"),
