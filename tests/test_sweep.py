@@ -39,10 +39,10 @@ def test_pairs_of_mixed_length_equal_their_own_sweeps() -> None:
     for i, pair in enumerate(pairs):
         alone = ps.sweep(model(NAME), PromptPairs((pair,)), ["resid_pre", "z"])
         for site in ("resid_pre", "z"):
-            row = together[site].values[0, i][:, : lengths[i]]
+            row = together[site].values[0, i][:, -lengths[i] :]  # aligned at the end
             # another batch shape rounds differently; logits of order 10
             np.testing.assert_allclose(row, alone[site].values[0, 0], atol=1e-4)
-            assert np.isnan(together[site].values[0, i][:, lengths[i] :]).all()
+            assert np.isnan(together[site].values[0, i][:, : -lengths[i]]).all()
         np.testing.assert_allclose(together.base_metric[0, i], alone.base_metric[0, 0], atol=1e-4)
 
 

@@ -19,7 +19,7 @@ def _register() -> None:
 
     @xarray.register_dataset_accessor("patchsweep")
     def accessor(ds: Any) -> Any:
-        return import_module("patchsweep.results.accessor").PatchsweepAccessor(ds)
+        return import_module("patchsweep.notebook.accessor").PatchsweepAccessor(ds)
 
 
 class _Then(Loader):

@@ -39,6 +39,7 @@ from patchsweep.sweeps.executor import (
     Share,
     Values,
     check_progress,
+    name_stage,
     run_work,
 )
 from patchsweep.sweeps.identity import read_weights, refuse_unversioned
@@ -72,7 +73,7 @@ class Stages:
         storage_options: Mapping[str, Any] | None = None,
         slice_index: int = 0,
         n_slices: int = 1,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
     ) -> None:
         """Arguments are those of `patchsweep.sweep`."""
         if store is not None:
@@ -173,6 +174,7 @@ class Stages:
             attrs={**{key: x for key, x in (attrs or {}).items() if key != KIND}, "stage": name},
         )
         work = _BlockWork(compute, cost, len(metrics))
+        name_stage(self.progress, name)
         if self.parts is None:
             memory = Memory(layout)
             run_work([work], memory, self.progress, self.share)
@@ -193,6 +195,7 @@ class Stages:
                 "slice_index": self.share.index,
                 "n_slices": self.share.n,
             }
+        name_stage(self.progress, name)
         return sweep(*args, progress=self.progress, **settings)
 
     def wait(self) -> None:

@@ -18,6 +18,7 @@ from hydra.errors import HydraException
 from patchsweep.cli.keys import refuse_unknown
 from patchsweep.cli.schema.run import RunConfig
 from patchsweep.data.records import REQUIRED
+from patchsweep.data.tables import SUFFIXES
 from patchsweep.errors import ConfigError
 from patchsweep.models.bundled import BUNDLED
 
@@ -93,7 +94,7 @@ def _override(word: str, many: bool, verb: str, schema: type[RunConfig]) -> list
     if name == "model":
         overrides.append(f"model={_kind(_text(value))}")
     if name == "task":
-        if not _text(value).lower().endswith(".jsonl"):
+        if not _text(value).lower().endswith(SUFFIXES):
             return [f"task={value}"]  # Hydra's error then lists the choices
         overrides.append("task=jsonl")
     if name in ("sites", "method", "metric") and not value.startswith("["):

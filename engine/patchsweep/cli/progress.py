@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
@@ -20,6 +21,8 @@ from rich.progress import (
 from patchsweep.cli.stop import STOPPER
 from patchsweep.store.layout import Unit
 from patchsweep.store.lease import EXPIRY_S
+
+_LINE_S = 20.0  # seconds between lines within a unit
 
 
 class Bar:
@@ -47,12 +50,19 @@ class Bar:
         self.n_live = 0
         self.token_layers = 0
         self._to_do = 0
+        self._stage = "patches"
+        self._done = 0  # token-layers of finished units
+        self._total = 0
+        self._told = 0.0  # when a line was printed last
         self._told_waiting: dict[str, int] | None = None
 
     def begin(self, n_units: int, total: int, done: int) -> None:
         """See `work.Progress`."""
         self._to_do = self.n_units + n_units  # an analysis runs several stages in a row
-        self._task = self._bar.add_task("sweep", total=total, completed=done)
+        self._task = self._bar.add_task(self._stage, total=total, completed=done)
+        self._done, self._total, self._told = done, total, time.monotonic()
+        if n_units and not self._console.is_terminal:
+            self._console.print(f"{self._stage}: {n_units} units, {total - done:,} token-layers")
         if done and n_units:
             self._console.print(f"going on: {n_units} units are left")
         self._check()
@@ -63,14 +73,33 @@ class Bar:
         self.n_units += 1
         self.n_live += n_live
         self.token_layers += token_layers
+        self._done += token_layers
         if self._console.is_terminal:
             assert self._task is not None
-            self._bar.advance(self._task, token_layers)
+            self._bar.update(self._task, completed=self._done)
         else:
+            self._told = time.monotonic()
             self._console.print(
                 f"{self.n_units}/{self._to_do} {unit.name}: {token_layers} token-layers, "
                 f"{seconds:.2f} s"
             )
+
+    def stage(self, name: str) -> None:
+        """See `executor.Watching`."""
+        self._stage = name
+
+    def within(self, token_layers: int) -> None:
+        """See `executor.Watching`; a line every `_LINE_S` where there is no terminal."""
+        so_far = self._done + token_layers
+        if self._console.is_terminal:
+            assert self._task is not None
+            self._bar.update(self._task, completed=so_far)
+        elif time.monotonic() - self._told > _LINE_S and self._total:
+            self._told = time.monotonic()
+            self._console.print(f"{self._stage}: {so_far / self._total:.0%} of the token-layers")
+
+    def end(self) -> None:
+        """See `executor.Watching`."""
 
     def item_done(self) -> None:
         """See `work.Progress`."""

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.arguments import is_whole
-from patchsweep.data.records import CharSpan, PromptRecord
+from patchsweep.data.records import CharSpan, Label
 from patchsweep.data.tokenize import char_ranges, token_strings
 from patchsweep.errors import PromptError
 
 
 def place_labels(
-    model: TransformerBridge, record: PromptRecord, ids: tuple[int, ...], where: str
+    model: TransformerBridge,
+    clean: str,
+    labels: Mapping[str, Label],
+    ids: tuple[int, ...],
+    where: str,
 ) -> dict[str, tuple[int, int]]:
-    """Map each label to its [first, past last) tokens of the clean prompt, whose tokens are `ids`.
+    """Map each label to its [first, past last) tokens of the prompt `clean`, whose tokens are `ids`.
 
     Raises:
         PromptError: a label has no place in the prompt; `where` opens the message.
     """
     placed: dict[str, tuple[int, int]] = {}
     ranges: list[tuple[int, int]] | None = None
-    for name, label in record.labels.items():
+    for name, label in labels.items():
         here = f"{where}: label {name!r}"
         if isinstance(label, str | CharSpan):
             if ranges is None:
-                ranges = char_ranges(model, record.clean, ids)
-            placed[name] = _tokens_of(_char_span(record.clean, label, here), ranges, here)
+                ranges = char_ranges(model, clean, ids)
+            placed[name] = _tokens_of(_char_span(clean, label, here), ranges, here)
             continue
         if not (isinstance(label, tuple | list) and len(label) == 2 and all(map(is_whole, label))):
             raise PromptError(

@@ -15,9 +15,13 @@ from typing import Any, overload
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.arguments import check_bridge, true_or_false
+from patchsweep.data.answers import UnfitPair, answer_ids, prompt_ids
+from patchsweep.data.chat import CHAT, render
 from patchsweep.data.labels import place_labels
-from patchsweep.data.records import REQUIRED, CharSpan, Label, PromptRecord, read_jsonl
-from patchsweep.data.tokenize import context_size, token_ids, token_strings
+from patchsweep.data.records import REQUIRED, CharSpan, Label, Prompt, PromptRecord
+from patchsweep.data.show import plural, table_html, token_html
+from patchsweep.data.tables import Columns, Row, read_table, records_of
+from patchsweep.data.tokenize import token_strings
 from patchsweep.errors import PromptError
 
 __all__ = [
@@ -29,14 +33,6 @@ __all__ = [
     "UnfitPair",
     "tokenise_pair",
 ]
-
-
-class UnfitPair(PromptError):
-    """Raised for a pair that this model's tokenizer or context does not allow."""
-
-    def __init__(self, message: str, reason: str = "") -> None:
-        super().__init__(message)
-        self.reason = reason  # the broken rule, in the same words for each pair that breaks it
 
 
 @dataclass(frozen=True)
@@ -64,6 +60,9 @@ class PromptPair:
         return next((i for i, (right, wrong) in enumerate(both) if right != wrong), 0)
 
 
+_SHOWN = 10  # pairs in a notebook
+
+
 @dataclass(frozen=True)
 class PromptPairs(Sequence[PromptPair]):
     """The pairs of one sweep; lengths may differ from pair to pair.
@@ -88,13 +87,14 @@ class PromptPairs(Sequence[PromptPair]):
     def from_strings(
         cls,
         model: TransformerBridge,
-        clean: Sequence[str],
-        corrupted: Sequence[str],
+        clean: Sequence[Prompt],
+        corrupted: Sequence[Prompt],
         answers: Sequence[tuple[str, str]],
         labels: Sequence[Mapping[str, Label]] | None = None,
         *,
         multi_token: bool = False,
         prepend_bos: bool | None = None,
+        template: str | None = None,
     ) -> PromptPairs:
         """Make pairs from parallel lists, one entry per pair.
 
@@ -102,7 +102,10 @@ class PromptPairs(Sequence[PromptPair]):
         the clean prompt: a substring that occurs once, a `CharSpan`, or token positions
         `(first, past_last)`. `multi_token=True` allows answers of several tokens. The model's
         start token goes before each prompt unless the text begins with it (as the output of a
-        chat template does); `prepend_bos=True` or `False` overrides that.
+        chat template does); `prepend_bos=True` or `False` overrides that. `template="chat"`: each
+        prompt is a message of the user, or a list of messages `{"role": ..., "content": ...}`,
+        rendered by the tokenizer's own chat template, whose start token is the only one; the
+        roles become labels, see `patchsweep.data.chat.render`.
 
         Raises:
             PromptError: the lists differ in size or are empty, or as `from_records`.
@@ -149,7 +152,9 @@ class PromptPairs(Sequence[PromptPair]):
             )
             for index in range(len(clean))
         ]
-        return cls.from_records(model, records, multi_token=multi_token, prepend_bos=prepend_bos)
+        return cls.from_records(
+            model, records, multi_token=multi_token, prepend_bos=prepend_bos, template=template
+        )
 
     @classmethod
     def from_records(
@@ -159,27 +164,65 @@ class PromptPairs(Sequence[PromptPair]):
         *,
         multi_token: bool = False,
         prepend_bos: bool | None = None,
+        template: str | None = None,
     ) -> PromptPairs:
         """Make pairs from text records, tokenised one prompt at a time.
+
+        `template` is for records that name none themselves.
 
         Raises:
             PromptError: `records` is empty; a prompt is empty or longer than the context; the
                 prompts of a pair are equal or differ in length; an answer is not one token, does
                 not follow the prompt's tokens in the tokens of the joined text, or equals the
-                other answer; a label has no place in the prompt.
+                other answer; a label has no place in the prompt; there is no such template.
         """
-        return cls(
-            tuple(
-                tokenise_pair(
-                    model,
-                    record,
-                    where=f"pair {index}",
-                    multi_token=multi_token,
-                    prepend_bos=prepend_bos,
-                )
-                for index, record in enumerate(records)
-            )
-        )
+        named = ((f"pair {index}", record) for index, record in enumerate(records))
+        return cls._of(model, named, multi_token, prepend_bos, template)
+
+    @classmethod
+    def from_rows(
+        cls,
+        model: TransformerBridge,
+        rows: Iterable[Row],
+        *,
+        columns: Columns | None = None,
+        multi_token: bool = False,
+        prepend_bos: bool | None = None,
+        template: str | None = None,
+    ) -> PromptPairs:
+        """Make pairs from mappings: a list of dicts, a `datasets.Dataset`, or a pandas DataFrame.
+
+        See `patchsweep.data.tables.record_of` for the columns and how `columns` renames them.
+
+        Raises:
+            PromptError: as `from_records`, or a row lacks a column.
+        """
+        named = records_of(rows, columns)
+        return cls._of(model, named, multi_token, prepend_bos, template)
+
+    @classmethod
+    def from_file(
+        cls,
+        model: TransformerBridge,
+        path: str | Path,
+        *,
+        columns: Columns | None = None,
+        multi_token: bool = False,
+        prepend_bos: bool | None = None,
+        template: str | None = None,
+    ) -> PromptPairs:
+        """Make pairs from a JSONL, CSV, TSV or Parquet file, or a folder that `datasets` saved.
+
+        Columns: `clean`, `corrupted`, `answer`, `wrong_answer`, and optionally `labels`, whose
+        values are substrings of the clean prompt or `[first, past_last]` token positions; see
+        `patchsweep.data.tables`. `columns={"clean": "prompt"}` finds a column by another name.
+
+        Raises:
+            PromptError: as `from_records`, the file cannot be read, or a row is no pair; the
+                message opens with the file and the line or row.
+        """
+        named = read_table(Path(path), columns)
+        return cls._of(model, named, multi_token, prepend_bos, template)
 
     @classmethod
     def from_jsonl(
@@ -189,22 +232,38 @@ class PromptPairs(Sequence[PromptPair]):
         *,
         multi_token: bool = False,
         prepend_bos: bool | None = None,
+        template: str | None = None,
     ) -> PromptPairs:
-        """Make pairs from a file with one JSON object per line; blank lines are skipped.
+        """Make pairs from a file with one JSON object per line, whatever its name ends in.
 
-        Keys: `clean`, `corrupted`, `answer`, `wrong_answer`, and optionally `labels`, whose
-        values are substrings of the clean prompt or `[first, past_last]` token positions.
+        See `from_file` for the keys; unknown ones are refused.
 
         Raises:
-            PromptError: as `from_records`, the file cannot be read, or a line is not such an
-                object; the message opens with the file and the line number.
+            PromptError: as `from_file`.
         """
+        named = read_table(Path(path), kind=".jsonl")
+        return cls._of(model, named, multi_token, prepend_bos, template)
+
+    @classmethod
+    def _of(
+        cls,
+        model: TransformerBridge,
+        records: Iterable[tuple[str, PromptRecord]],
+        multi_token: bool,
+        prepend_bos: bool | None,
+        template: str | None,
+    ) -> PromptPairs:
         return cls(
             tuple(
                 tokenise_pair(
-                    model, record, where=where, multi_token=multi_token, prepend_bos=prepend_bos
+                    model,
+                    record,
+                    where=where,
+                    multi_token=multi_token,
+                    prepend_bos=prepend_bos,
+                    template=template,
                 )
-                for where, record in read_jsonl(Path(path))
+                for where, record in records
             )
         )
 
@@ -219,6 +278,20 @@ class PromptPairs(Sequence[PromptPair]):
         for index, pair in enumerate(self.pairs):
             groups.setdefault(len(pair), []).append(index)
         return {length: tuple(groups[length]) for length in sorted(groups)}
+
+    def _repr_html_(self) -> str:
+        """Return a table of the pairs; tokens that differ between the prompts are marked."""
+        rows = []
+        for number, pair in enumerate(self.pairs[:_SHOWN]):
+            for name, tokens, others, answer in (
+                ("clean", pair.clean_tokens, pair.corrupted_tokens, pair.answer_text),
+                ("corrupted", pair.corrupted_tokens, pair.clean_tokens, pair.wrong_answer_text),
+            ):
+                first = str(number) if name == "clean" else ""
+                rows.append([first, name, _marked(tokens, others), token_html(answer)])
+        more = len(self.pairs) - _SHOWN
+        rest = f"<p>and {plural(more, 'pair')} more</p>" if more > 0 else ""
+        return table_html(["pair", "prompt", "tokens", "answer"], rows) + rest
 
     def content_hash(self) -> str:
         """Return the SHA-256 (hex) of all that a sweep reads: ids, answers and labels."""
@@ -248,6 +321,15 @@ class PromptPairs(Sequence[PromptPair]):
         return iter(self.pairs)
 
 
+def _marked(tokens: Sequence[str], others: Sequence[str]) -> str:
+    """Return tokens as HTML, those that differ from `others` marked."""
+    parts = []
+    for token, other in zip(tokens, others, strict=True):
+        html = token_html(token)
+        parts.append(html if token == other else f"<mark>{html}</mark>")
+    return "<wbr>".join(parts)
+
+
 def tokenise_pair(
     model: TransformerBridge,
     record: PromptRecord,
@@ -255,8 +337,12 @@ def tokenise_pair(
     where: str,
     multi_token: bool = False,
     prepend_bos: bool | None = None,
+    template: str | None = None,
 ) -> PromptPair:
     """Tokenise `record` for `model`; `where` opens each error message.
+
+    `template` is for a record that names none itself. A chat's start token is its template's, so
+    that `prepend_bos=None` adds none there.
 
     Raises:
         PromptError: see `PromptPairs.from_records`; `UnfitPair` where the record could fit
@@ -270,10 +356,19 @@ def tokenise_pair(
             f"{where} must be a PromptRecord, got {record!r}; write "
             "PromptRecord(clean, corrupted, answer, wrong_answer)"
         )
+    template = record.template or template
+    if template not in (None, CHAT):
+        raise PromptError(
+            f"{where}: template={template!r} is not known; use 'chat' or leave it out"
+        )
+    if template == CHAT and record.clean and record.corrupted:
+        record = render(model, record, where)
+        prepend_bos = False if prepend_bos is None else prepend_bos
     for name in REQUIRED:
         text = getattr(record, name)
         if not isinstance(text, str) or not text:
             raise PromptError(f"{where}: {name} must be a text, got {text!r}; write it out")
+    texts = str(record.clean), str(record.corrupted)
     if record.clean == record.corrupted:
         raise PromptError(
             f"{where}: the clean and the corrupted prompt must differ, both are "
@@ -284,8 +379,7 @@ def tokenise_pair(
             f"{where}: answer and wrong_answer must differ, both are {record.answer!r}; "
             "give the right answer of each prompt"
         )
-    clean = _prompt_ids(model, record.clean, where, prepend_bos)
-    corrupted = _prompt_ids(model, record.corrupted, where, prepend_bos)
+    clean, corrupted = (prompt_ids(model, text, where, prepend_bos) for text in texts)
     clean_tokens = token_strings(model, clean)
     corrupted_tokens = token_strings(model, corrupted)
     if len(clean) != len(corrupted):
@@ -302,10 +396,10 @@ def tokenise_pair(
             reason="the prompts are the same tokens",
         )
     answer, wrong_answer = (
-        _answer_ids(model, prompt, ids, name, text, where, multi_token, prepend_bos)
+        answer_ids(model, prompt, ids, name, text, where, multi_token, prepend_bos)
         for prompt, ids, name, text in (
-            (record.clean, clean, "answer", record.answer),
-            (record.corrupted, corrupted, "wrong_answer", record.wrong_answer),
+            (texts[0], clean, "answer", record.answer),
+            (texts[1], corrupted, "wrong_answer", record.wrong_answer),
         )
     )
     if answer == wrong_answer:
@@ -324,78 +418,5 @@ def tokenise_pair(
         corrupted_tokens=corrupted_tokens,
         answer_text=record.answer,
         wrong_answer_text=record.wrong_answer,
-        labels=place_labels(model, record, clean, where),
+        labels=place_labels(model, texts[0], record.labels, clean, where),
     )
-
-
-def _prompt_ids(
-    model: TransformerBridge, text: str, where: str, prepend_bos: bool | None
-) -> tuple[int, ...]:
-    ids = token_ids(model, text, prepend_bos=prepend_bos)
-    n_ctx = context_size(model)
-    if len(ids) > n_ctx:
-        raise UnfitPair(
-            f"{where}: a prompt may have {n_ctx} tokens with this model, this one has "
-            f"{len(ids)}: {text[:60]!r}...; shorten it",
-            reason="a prompt is longer than the context",
-        )
-    return ids
-
-
-def _answer_ids(
-    model: TransformerBridge,
-    prompt: str,
-    prompt_ids: tuple[int, ...],
-    name: str,
-    answer: str,
-    where: str,
-    multi_token: bool,
-    prepend_bos: bool | None,
-) -> tuple[int, ...]:
-    """Return the tokens of `answer` after the prompt's tokens, from the joined text."""
-    joined = token_ids(model, prompt + answer, prepend_bos=prepend_bos)
-    n_prompt = len(prompt_ids)
-    follows = joined[:n_prompt] == prompt_ids and len(joined) > n_prompt
-    ids = joined[n_prompt:]
-    if follows and (multi_token or len(ids) == 1):
-        return ids
-    # the answer with a leading space, if the prompt's tokens stay the same before it
-    spaced = f" {answer}" if not (answer[0].isspace() or prompt[-1].isspace()) else ""
-    if spaced and token_ids(model, prompt + spaced, prepend_bos=prepend_bos)[:-1] != prompt_ids:
-        spaced = ""
-    if follows:
-        remedy = (
-            "choose an answer of one token, or allow more with multi_token=True (on the command "
-            "line: task.multi_token=true)"
-        )
-        if spaced:
-            remedy = f"{spaced!r}, with a leading space, is one token: write that"
-        raise UnfitPair(
-            f"{where}: {name} must be one token, {answer!r} is {len(ids)}: "
-            f"{list(token_strings(model, ids))}; {remedy}",
-            reason="an answer is not one token",
-        )
-    fed = _end_of(model, (*prompt_ids, *token_ids(model, answer, alone=True)))
-    kept, rest = _cut_at(model, joined, prompt + answer, len(answer))
-    raise UnfitPair(
-        f"{where}: {name} {answer!r} must follow the prompt token by token, but prompt and answer "
-        f"one by one are {fed}, and as one text {_end_of(model, joined)}, so the model never reads "
-        f"the first; end the prompt at {kept[-40:]!r} and give the answer {rest!r}"
-        + (f", or give the answer {spaced!r}" if spaced else ""),
-        reason="an answer does not follow the prompt",
-    )
-
-
-def _cut_at(
-    model: TransformerBridge, ids: tuple[int, ...], text: str, n_chars: int
-) -> tuple[str, str]:
-    """Cut `text` (tokens `ids`) between two tokens, at least `n_chars` before its end."""
-    ends = (model.tokenizer.decode(ids[i:]) for i in range(len(ids) - 1, -1, -1))
-    rest = next((end for end in ends if len(end) >= n_chars), text)
-    return text.removesuffix(rest), rest
-
-
-def _end_of(model: TransformerBridge, ids: tuple[int, ...]) -> str:
-    """Show the last tokens of `ids`, such as `[..., ' is', ' happy']`."""
-    shown = ", ".join(map(repr, token_strings(model, ids[-4:])))
-    return f"[{'..., ' if len(ids) > 4 else ''}{shown}]"

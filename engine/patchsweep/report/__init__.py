@@ -11,7 +11,7 @@ import xarray as xr
 
 from patchsweep.errors import ConfigError, StoreError
 from patchsweep.report.page import build_page
-from patchsweep.report.tables import read_journal
+from patchsweep.report.tables import Journal, read_journal
 from patchsweep.store.backends.credentials import scrub
 from patchsweep.store.contents import told
 from patchsweep.store.dataset import open_store
@@ -42,11 +42,21 @@ def write_report(store: str | PathLike[str], out: str | PathLike[str] = "report.
     for name, given, such in (("store", store, "runs/a.zarr"), ("out", out, "report.html")):
         if not isinstance(given, str | PathLike):
             raise ConfigError(f"{name}={given!r} must be a path, such as {such!r}")
-    address, path = fspath(store), Path(out)
-    if not path.name or path.is_dir():
-        raise ConfigError(f"out={str(out)!r} must be a file, such as report.html")
+    address = fspath(store)
+    _check_file(Path(out))
     with told(scrub(address)):
-        page = _page(open_store(address), address)
+        page = page_of(open_store(address), scrub(address), read_journal(address))
+    return write_page(page, out)
+
+
+def write_page(page: str, out: str | PathLike[str]) -> Path:
+    """Write a page to `out` in one step and return its path.
+
+    Raises:
+        ConfigError: it cannot be written there.
+    """
+    path = Path(out)
+    _check_file(path)
     partial = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,14 +73,24 @@ def write_report(store: str | PathLike[str], out: str | PathLike[str] = "report.
     return path
 
 
-def _page(ds: xr.Dataset, address: str) -> str:
+def page_of(ds: xr.Dataset, name: str, journal: Journal | None = None) -> str:
+    """Return the page of `ds`, which errors call `name`.
+
+    Raises:
+        StoreError: its kind has no page.
+    """
     kind = ds.attrs.get("kind")
     if kind is None:
-        return build_page(ds, read_journal(address))
+        return build_page(ds, journal or Journal())
     if kind not in KINDS:
         raise StoreError(
-            f"{scrub(address)} holds results of kind {kind!r}, for which there is no page; "
+            f"{name} holds results of kind {kind!r}, for which there is no page; "
             f"kinds with a page are {', '.join(KINDS)}"
         )
     page: str = import_module(f"patchsweep.report.{KINDS[kind]}").build(ds.load())
     return page
+
+
+def _check_file(path: Path) -> None:
+    if not path.name or path.is_dir():
+        raise ConfigError(f"out={str(path)!r} must be a file, such as report.html")

@@ -159,12 +159,13 @@ def _pack(array: np.ndarray, dtype: str) -> str:
 
 def _unrun(value: np.ndarray, axes: Axes, view: View) -> float:
     """Return the share of drawn cells that have not run, without padding positions."""
-    drawn = value[:, : view.n_pos] if axes.columns == "pos" else value
+    drawn = value[:, view.first : view.n_pos] if axes.columns == "pos" else value
     return float(np.isnan(drawn).mean()) if drawn.size else 0.0
 
 
 def _words(ds: xr.Dataset, site: str, axes: Axes) -> tuple[str, str]:
     """Return (title, note) of the map."""
+    values = ds[site]
     estimated = summary.estimates(ds).get(site)
     plain, method = estimated or (site, "")
     title = summary.SITE_WORDS.get(plain, plain)
@@ -180,6 +181,8 @@ def _words(ds: xr.Dataset, site: str, axes: Axes) -> tuple[str, str]:
             f"Each cell shows the one {esc(axes.hidden)}, of "
             f"{count(ds.sizes[axes.hidden])}, whose effect is largest."
         )
+    if "pos" in values.coords and values["pos"].dtype.kind == "i" and (values["pos"] < 0).any():
+        notes.append("Positions count from the end of each prompt.")
     if axes.columns != "pos" and axes.hidden != "pos":
         notes.append("Each patch covers all positions at once.")
     return title, " ".join(notes)

@@ -1,17 +1,12 @@
-"""Escaping and formatting of text for a page: HTML, embedded JSON, tokens, numbers."""
+"""Text for a page: embedded JSON, and the HTML of tokens and numbers from `data.show`."""
 
 from __future__ import annotations
 
 import json
-import math
-from html import escape
 
-_MARKS = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥"}
+from patchsweep.data.show import count, esc, number, percent, plural, token_html, visible
 
-
-def esc(text: object) -> str:
-    """Return `text` escaped for HTML, inside an element or a quoted attribute."""
-    return escape(str(text), quote=True)
+__all__ = ["count", "embed_json", "esc", "number", "percent", "plural", "token_html", "visible"]
 
 
 def embed_json(value: object) -> str:
@@ -21,50 +16,3 @@ def embed_json(value: object) -> str:
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
-
-
-def visible(token: str) -> str:
-    """Return `token` with white space and unprintable characters made visible; not escaped."""
-    return "".join(_MARKS.get(c) or (c if c.isprintable() else f"\\u{{{ord(c):x}}}") for c in token)
-
-
-def token_html(token: str) -> str:
-    """Return `token` as HTML: visible, escaped, with dimmed marks for white space.
-
-    <bdi> keeps right-to-left text from reordering the text around it.
-    """
-    marks = set(_MARKS.values())
-    inner = "".join(f'<i class="ws">{c}</i>' if c in marks else esc(c) for c in visible(token))
-    return f'<bdi class="token">{inner}</bdi>'
-
-
-def number(x: float, *, sign: bool = False) -> str:
-    """Return `x` with three decimals, fewer if large, an exponent if tiny; a dash for NaN."""
-    if not math.isfinite(x):
-        return "\u2013"
-    size = abs(x)
-    if 0 < size < 5e-4:
-        text = f"{x:+.1e}" if sign else f"{x:.1e}"
-    else:
-        decimals = 0 if size >= 1000 else 1 if size >= 100 else 3
-        text = f"{x:+,.{decimals}f}" if sign else f"{x:,.{decimals}f}"
-    return text.replace("-", "\u2212")
-
-
-def count(n: float) -> str:
-    """Return `n` rounded to a whole number, with thin spaces between thousands."""
-    return f"{round(n):,}".replace(",", "\u202f")
-
-
-def plural(n: int, noun: str) -> str:
-    """Return text such as "1 pair" or "3 pairs"."""
-    return f"{count(n)} {noun}{'' if n == 1 else 's'}"
-
-
-def percent(fraction: float) -> str:
-    """Return a share in per cent; only exact 0 and 1 print as such: "0.3 %", "over 99.9 %"."""
-    if 0 < fraction < 0.001:
-        return "under 0.1 %"
-    if 0.999 < fraction < 1:
-        return "over 99.9 %"
-    return f"{100 * fraction:.1f} %".replace(".0 %", " %")

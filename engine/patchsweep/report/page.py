@@ -48,7 +48,9 @@ def build_page(ds: xr.Dataset, journal: Journal) -> str:
         "views": [
             {
                 "key": v.key,
+                "first": v.first,
                 "n_pos": v.n_pos,
+                "n_pairs": v.n_pairs,
                 "base": v.base_tokens,
                 "source": v.source_tokens,
                 "differs": v.differs,

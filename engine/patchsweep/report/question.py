@@ -209,7 +209,7 @@ def _prompt(ds: xr.Dataset, pair: int) -> str:
 
 def _marked(tokens: list[str], others: list[str], positions: list[int] | list[str]) -> str:
     parts = []
-    following: int | str = 0
+    following: int | str = next((p for p in positions if isinstance(p, int) and p < 0), 0)
     for token, other, pos in zip(tokens, others, positions, strict=True):
         if not token:
             continue

@@ -85,15 +85,19 @@
     const labels = site.columns ? site.labels[site.columns] : ["all"];
     const step = Math.max(1, Math.ceil((n * 13) / Math.max(width - 110, 100)));
     const at = range(n).filter((i) => i % step === 0);
-    const text = at.map((i) => {
-      const label = plain(short(labels[i]));
+    const first = site.columns === "pos" ? view.first : 0;
+    const behind = (i) => (view.n_pairs.length ? ` n=${view.n_pairs[i]}` : "");
+    const text = at.map((column) => {
+      const i = column + first;
+      const label = plain(short(labels[i])) + (site.columns === "pos" ? behind(i) : "");
       if (site.columns !== "pos") return label;
       const shown = plain(short(view.base[i] || ""));
       const name = view.differs[i] ? `<b>${shown || label}</b>` : shown;
       if (!shown) return name || label;
       return `${name} <span style="color:#6b747d">${label}</span>`;
     });
-    const lengths = at.map((i) => [...short(view.base[i] || "")].length + [...short(labels[i])].length);
+    const lengths = at.map((column) => column + first).map((i) => (
+      [...short(view.base[i] || "")].length + [...short(labels[i])].length + behind(i).length));
     return { at, text, longest: Math.max(1, ...lengths) + 1 };
   }
 
@@ -119,6 +123,7 @@
       if (!dim) return;
       lines.push(`${NAMES[dim]} ${plain(site.labels[dim][index])}`);
       if (dim === "pos") lines.push(...tokenLines(view, index));
+      if (dim === "pos" && view.n_pairs.length) lines.push(`mean over ${view.n_pairs[index]} pairs`);
     };
     put(site.rows, row);
     put(site.columns, column);
@@ -142,14 +147,15 @@
     const site = data.sites[index], frame = frameOf(index), view = viewOf();
     const nRows = site.rows ? site.labels[site.rows].length : 1;
     const nAll = site.columns ? site.labels[site.columns].length : 1;
-    const nColumns = site.columns === "pos" ? Math.min(view.n_pos, nAll) : nAll;
+    const first = site.columns === "pos" ? view.first : 0;
+    const nColumns = site.columns === "pos" ? Math.min(view.n_pos, nAll) - first : nAll;
     const nHidden = site.full ? site.labels[site.hidden].length : 1;
     const pick = document.querySelector(`select[data-pick="${index}"]`);
     const fixed = pick && pick.value !== "all" ? Number(pick.value) : null;
     const shown = { z: [], text: [], nRows, nColumns, site, frame, view };
     for (let row = 0; row < nRows; row++) {
       const z = [], text = [];
-      for (let column = 0; column < nColumns; column++) {
+      for (let column = first; column < first + nColumns; column++) {
         const flat = row * nAll + column;
         const hidden = fixed !== null ? fixed : frame.at ? frame.at[flat] : 0;
         const cell = flat * nHidden + (site.full ? hidden : 0);
@@ -320,7 +326,7 @@
       const kept = select.value || "all";
       const options = [new Option("largest of all", "all")];
       site.labels.pos.slice(0, view.n_pos).forEach((label, i) => {
-        options.push(new Option(view.base[i] ? `${label} ${short(view.base[i])}` : `${label}`, String(i)));
+        if (i >= view.first) options.push(new Option(view.base[i] ? `${label} ${short(view.base[i])}` : `${label}`, String(i)));
       });
       select.replaceChildren(...options);
       select.value = options.some((o) => o.value === kept) ? kept : "all";

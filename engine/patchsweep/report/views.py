@@ -29,10 +29,12 @@ class View:
     key: str  # unique in the page: "mean", or the pair's number
     pair: int | None  # pair coordinate; None for the mean over pairs
     label: str  # text in the selector
-    n_pos: int  # number of its prompt's positions in the store
+    first: int  # index of its prompt's first position in the store
+    n_pos: int  # past the last of them
     base_tokens: tuple[str, ...]  # visible text per position; "" where the pairs differ
     source_tokens: tuple[str, ...]  # likewise
     differs: tuple[bool, ...]  # per position: base and source token differ in any of its pairs
+    n_pairs: tuple[int, ...] = ()  # of a mean: pairs per position; () where all have it
 
 
 def has_source(ds: xr.Dataset) -> bool:
@@ -57,23 +59,35 @@ def _mean(ds: xr.Dataset, n_pairs: int) -> View:
         "mean",
         None,
         f"mean over {n_pairs} pairs",
+        0,
         ds.sizes.get("pos", 0),
         base,
         source,
         _differs(ds),
+        _pairs_per_position(ds),
     )
 
 
 def _one(ds: xr.Dataset, pair: int) -> View:
     base, source = _tokens(ds, "base_token", pair), _tokens(ds, "source_token", pair)
-    n_pos = sum(1 for t in base if t) or ds.sizes.get("pos", 0)
+    at = [i for i, token in enumerate(base) if token] or range(ds.sizes.get("pos", 0))
+    first, n_pos = (at[0], at[-1] + 1) if at else (0, 0)
     label = f"pair {pair}"
     if {"answer", "wrong_answer"} <= set(ds.variables):
         right, wrong = (
             visible(str(ds[name].sel(pair=pair).item())) for name in ("answer", "wrong_answer")
         )
         label += f": {right} / {wrong}"
-    return View(str(pair), pair, label, n_pos, base, source, _differs(ds.sel(pair=[pair])))
+    differs = _differs(ds.sel(pair=[pair]))
+    return View(str(pair), pair, label, first, n_pos, base, source, differs)
+
+
+def _pairs_per_position(ds: xr.Dataset) -> tuple[int, ...]:
+    """Return how many pairs have each position; () if all pairs have all of them."""
+    if "base_token" not in ds.variables or "pos" not in ds["base_token"].dims:
+        return ()
+    counts = (ds["base_token"].transpose("pair", "pos").values != "").sum(axis=0).tolist()
+    return () if set(counts) <= {ds.sizes["pair"]} else tuple(counts)
 
 
 def _tokens(ds: xr.Dataset, name: str, pair: int | None) -> tuple[str, ...]:

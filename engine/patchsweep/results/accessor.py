@@ -7,16 +7,37 @@ returns new arrays; the Dataset is not changed. Cells that have not run are NaN 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from patchsweep.arguments import number, whole_number
 from patchsweep.errors import MetricError, PlanError, SiteError, StoreError
+from patchsweep.results.effects import Effect, Effects
 from patchsweep.results.rounding import BF16, NOISE, floor_of_mean, noise_floor
-from patchsweep.store.attributes import attributes
+
+__all__ = [
+    "Effect",
+    "Effects",
+    "effect",
+    "effect_mean",
+    "estimates",
+    "gap",
+    "interval",
+    "is_absolute",
+    "largest",
+    "metric_name",
+    "missing",
+    "n_pairs",
+    "p_value",
+    "recovered",
+    "recovered_mean",
+    "shared_tokens",
+    "sites",
+    "small_gaps",
+    "unit_dim",
+    "value",
+]
 
 SMALL_GAP = 0.1
 """A pair is flagged when its |source - base| is below this fraction of the metric's median."""
@@ -48,23 +69,6 @@ _FLOATS_PER_BLOCK = 1 << 23  # 32 MiB of resampled effects at a time
 
 
 ERROR = "_error"  # suffix of the variable with the errors that estimates state
-
-
-@dataclass(frozen=True)
-class Effect:
-    """The effect of one patch on the metric, for one pair or averaged over pairs."""
-
-    site: str  # variable of the Dataset, e.g. "z" or "z_atp"
-    pair: int | None  # pair coordinate; None for the mean over pairs
-    layer: int | str | None  # layer coordinate; None for the embedding
-    pos: int | str | None  # position, or a span's name; None when a patch covered all positions
-    token: str | None  # base token at `pos`; None where the pairs disagree
-    head: int | str | None  # head, key head or neuron, "0+1" for two together; None without one
-    value: float  # patched metric
-    effect: float  # value - base metric
-    recovered: float  # effect / (source metric - base metric); NaN where that gap is zero
-    noise: float | None = None  # noise floor of the effect; None: not measured
-    error: float | None = None  # error that an estimate states; None: it states none
 
 
 def estimates(ds: xr.Dataset) -> dict[str, tuple[str, str]]:
@@ -171,6 +175,14 @@ def recovered_mean(ds: xr.Dataset, site: str) -> xr.DataArray:
     return (effect_sum / gap_sum.where(gap_sum != 0)).transpose(*dims).rename("recovered")
 
 
+def n_pairs(ds: xr.Dataset, site: str) -> xr.DataArray:
+    """Return the number of pairs behind each cell's mean, with the dims of `site` without pair.
+
+    Pairs whose prompts lack a position, and cells that have not run, do not count.
+    """
+    return effect(ds, site).notnull().sum("pair").rename("n_pairs")
+
+
 def interval(
     ds: xr.Dataset, site: str, confidence: float = 0.95, n_resamples: int = 1000
 ) -> xr.DataArray:
@@ -243,7 +255,7 @@ def largest(
     n: int = 10,
     *,
     pair: int | None = None,
-) -> list[Effect]:
+) -> Effects:
     """Return the `n` cells of `site` with the largest nonzero |effect|, largest first.
 
     If the run has a noise floor (`patchsweep.results.rounding`), cells below it are left out
@@ -255,7 +267,7 @@ def largest(
             `n` is below 1.
     """
     whole_number("n", n, least=1)
-    one = ds.sel(metric=[_metric_name(ds, metric)])
+    one = ds.sel(metric=[metric_name(ds, metric)])
     if pair is not None:
         if pair not in ds["pair"].values:
             raise PlanError(f"pair={pair} is not in the store; it has {ds['pair'].values.tolist()}")
@@ -263,6 +275,7 @@ def largest(
     effects = effect_mean(one, site).squeeze("metric", drop=True)
     values = value(one, site).mean("pair").squeeze("metric", drop=True)
     fractions = recovered_mean(one, site).squeeze("metric", drop=True)
+    behind = n_pairs(one, site).squeeze("metric", drop=True)
     unit = unit_dim(effects)
     tokens = shared_tokens(ds, pair)
     floor = noise_floor(one, site)
@@ -275,7 +288,7 @@ def largest(
     sizes = np.abs(effects.values).ravel()
     order = np.argsort(-np.nan_to_num(sizes, nan=-1.0), kind="stable")
     order = order[sizes[order] > (0 if noise is None else noise[order])]
-    top = []
+    top = Effects()
     for cell in order[:n]:
         at = dict(zip(effects.dims, np.unravel_index(cell, effects.shape), strict=True))
         top.append(
@@ -291,6 +304,7 @@ def largest(
                 recovered=float(fractions.values.ravel()[cell]),
                 noise=None if noise is None else float(noise[cell]),
                 error=None if errors is None else float(errors[cell]),
+                n_pairs=int(behind.values.ravel()[cell]),
             )
         )
     return top
@@ -323,44 +337,6 @@ def sign_flip(effects: np.ndarray, *, n_permutations: int = 1000) -> np.ndarray:
             torch.from_numpy(present), dim=0, n_permutations=n_permutations
         ).numpy()
     return p
-
-
-class PatchsweepAccessor:
-    """`ds.patchsweep`: this module's functions as methods of a Dataset."""
-
-    def __init__(self, ds: xr.Dataset) -> None:
-        self._ds = ds
-
-    @property
-    def attributes(self) -> dict[str, Any]:
-        """See `patchsweep.store.attributes.attributes`."""
-        return attributes(self._ds)
-
-    def effect(self, site: str) -> xr.DataArray:
-        """See `patchsweep.results.accessor.effect`."""
-        return effect(self._ds, site)
-
-    def recovered(self, site: str) -> xr.DataArray:
-        """See `patchsweep.results.accessor.recovered`."""
-        return recovered(self._ds, site)
-
-    def noise_floor(self, site: str) -> xr.DataArray | None:
-        """See `patchsweep.results.rounding.noise_floor`."""
-        return noise_floor(self._ds, site)
-
-    def effect_mean(self, site: str) -> xr.DataArray:
-        """See `patchsweep.results.accessor.effect_mean`."""
-        return effect_mean(self._ds, site)
-
-    def recovered_mean(self, site: str) -> xr.DataArray:
-        """See `patchsweep.results.accessor.recovered_mean`."""
-        return recovered_mean(self._ds, site)
-
-    def largest(
-        self, site: str, n: int = 10, *, metric: str | None = None, pair: int | None = None
-    ) -> list[Effect]:
-        """See `patchsweep.results.accessor.largest`; `pair=None` ranks the mean over pairs."""
-        return largest(self._ds, site, metric, n, pair=pair)
 
 
 def _cell_variables(ds: xr.Dataset) -> list[str]:
@@ -396,7 +372,12 @@ def _metric_array(ds: xr.Dataset, name: str) -> xr.DataArray:
     return ds[name].transpose("metric", "pair")
 
 
-def _metric_name(ds: xr.Dataset, metric: str | None) -> str:
+def metric_name(ds: xr.Dataset, metric: str | None) -> str:
+    """Return `metric`, or the first of `ds`.
+
+    Raises:
+        MetricError: it is not in the Dataset.
+    """
     known = [str(m) for m in ds["metric"].values]
     if metric is None:
         return known[0]

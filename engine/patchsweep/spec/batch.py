@@ -94,6 +94,7 @@ def pair_shape(pair: PromptPair, direction: Direction, read: int) -> PairShape:
         differs=tuple(b != s for b, s in zip(base, source, strict=True)),
         reads=reads_of(pair, read),
         spans=pair.labels,
+        n_forced=len(base) - len(pair),
     )
 
 

@@ -27,10 +27,15 @@ class PairShape:
     differs: tuple[bool, ...]  # per position: base and source hold different tokens
     reads: tuple[int, ...]  # positions whose logits a metric reads, ascending
     spans: Mapping[str, tuple[int, int]]  # label -> [first, past-last) position
+    n_forced: int = 0  # answer tokens after the prompt
 
     @property
     def length(self) -> int:
         return len(self.differs)
+
+    @property
+    def n_prompt(self) -> int:
+        return self.length - self.n_forced
 
     @property
     def first_difference(self) -> int:

@@ -7,9 +7,11 @@ Pure: `plan_site` makes the plan of one site from the shapes of the model and of
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from patchsweep.arguments import position_axis as given_positions
 from patchsweep.errors import PlanError
 from patchsweep.spec.plan import (
     Axes,
@@ -21,6 +23,9 @@ from patchsweep.spec.plan import (
     SitePlan,
 )
 from patchsweep.spec.sites import Site
+
+END = "end"  # the last token of each prompt; needs no label
+LABELS = "labels"  # every label that all pairs have, and END
 
 
 def plan_site(
@@ -100,22 +105,73 @@ def _places(
 
 
 def _spans(positions: Sequence[int | str | None], pairs: Sequence[PairShape]) -> Ints:
-    """Return `[pair, pos, (first, past last)]`, the span of each of `positions` in each pair.
-
-    A position past the end of a pair's prompts has an empty span.
-    """
+    """Return `[pair, pos, (first, past last)]`: `span_of` each of `positions` in each pair."""
     if all(isinstance(position, int) for position in positions):
-        first = np.tile(np.array(positions), (len(pairs), 1))
-        return np.stack([first, first + (first < [[pair.length] for pair in pairs])], axis=-1)
-    return np.array([[_span(position, pair) for position in positions] for pair in pairs])
+        asked = np.tile(np.array(positions), (len(pairs), 1))
+        first = np.where(asked < 0, asked + [[pair.n_prompt] for pair in pairs], asked)
+        inside = (first >= 0) & (first < [[pair.length] for pair in pairs])
+        first = np.where(inside, first, 0)
+        return np.stack([first, first + inside], axis=-1)
+    return np.array([[span_of(position, pair) for position in positions] for pair in pairs])
 
 
-def _span(position: int | str | None, pair: PairShape) -> tuple[int, int]:
+def span_of(position: int | str | None, pair: PairShape) -> tuple[int, int]:
+    """Return the tokens `[first, past last)` of a position, a label, or None, which means all.
+
+    A negative position counts from the end of the prompt. `END` is the prompt's last token, unless
+    the pair has a label of that name. A position outside the pair's prompts has the span (0, 0).
+    """
     if position is None:
         return 0, pair.length
     if isinstance(position, str):
-        return pair.spans[position]
-    return (position, position + 1) if position < pair.length else (0, 0)
+        last = pair.n_prompt - 1
+        return (
+            pair.spans.get(position, (last, last + 1))
+            if position == END
+            else (pair.spans[position])
+        )
+    first = position + pair.n_prompt if position < 0 else position
+    return (first, first + 1) if 0 <= first < pair.length else (0, 0)
+
+
+def position_axis(positions: Any, pairs: Sequence[PairShape]) -> tuple[int | str, ...] | None:
+    """Return the position axis that all sites share; None: one patch over all positions.
+
+    `positions=None` is every position. Prompts of unequal lengths are aligned at their ends, so
+    that a mean over pairs is a mean over like positions: the axis is -longest..-1.
+
+    Raises:
+        PlanError: `positions` is no such axis.
+    """
+    if positions is None:
+        longest = max(pair.n_prompt for pair in pairs)
+        if any(pair.n_prompt != longest for pair in pairs):
+            return tuple(range(-longest, 0))
+        return tuple(range(max(pair.length for pair in pairs)))
+    if not isinstance(positions, str):
+        return given_positions(positions)
+    if positions == LABELS:
+        return _shared_labels(pairs)
+    if positions == END:
+        return (END,)
+    if positions != "all":
+        raise PlanError(
+            f"positions={positions!r} is not known; use 'all', 'labels', 'end', or a list of "
+            "indices or labels"
+        )
+    return None
+
+
+def _shared_labels(pairs: Sequence[PairShape]) -> tuple[str, ...]:
+    """Return the labels that all pairs have, in the order of the first pair's prompt, and `END`."""
+    shared = [name for name in pairs[0].spans if all(name in pair.spans for pair in pairs)]
+    if not shared:
+        raise PlanError(
+            "positions='labels' needs a label that all pairs have, and there is none; label the "
+            "pairs, or count from the end, such as positions=[-2, -1]"
+        )
+    ordered = sorted(shared, key=lambda name: pairs[0].spans[name])
+    return (*ordered, *([] if END in ordered else [END]))
 
 
 def _counts(marks: Bools) -> Ints:
@@ -141,10 +197,14 @@ def _differences(pairs: Sequence[PairShape]) -> Bools:
     return marks
 
 
-def _outside(name: str, index: int, one: str, n: int, of: str = "") -> PlanError:
-    """What is said of an index that is none of `n`."""
-    fault = f"past the last {one} {n - 1}{of}" if index >= n else "and they count from 0"
-    return PlanError(f"{name} has {index}, {fault}; use 0..{n - 1}")
+def _outside(
+    name: str, index: int, one: str, n: int, of: str = "", *, lowest: int = 0
+) -> PlanError:
+    """What is said of an index that is not in lowest..n-1; negative ones count from the end."""
+    if index >= n:
+        return PlanError(f"{name} has {index}, past the last {one} {n - 1}{of}; use 0..{n - 1}")
+    fault = f"before the first {one}{of}" if lowest else "and they count from 0"
+    return PlanError(f"{name} has {index}, {fault}; use {lowest}..{n - 1}")
 
 
 def _check(site: Site, axes: Axes, model: ModelShape, pairs: Sequence[PairShape]) -> None:
@@ -154,12 +214,13 @@ def _check(site: Site, axes: Axes, model: ModelShape, pairs: Sequence[PairShape]
         raise PlanError("layers is empty; choose at least one layer")
     for layer in (layer for layers in axes.layers for layer in layers):
         if not 0 <= layer < model.n_layers:
-            raise _outside("layers", layer, "layer", model.n_layers)
+            raise _outside("layers", layer, "layer", model.n_layers, lowest=-model.n_layers)
     longest = max(pair.length for pair in pairs)
+    lowest = -max(pair.n_prompt for pair in pairs)
     for position in axes.positions or ():
         if isinstance(position, str):
             for i, pair in enumerate(pairs):
-                if position not in pair.spans:
+                if position not in pair.spans and position != END:
                     labels = ", ".join(pair.spans)
                     remedy = (
                         f"use one of {labels}" if labels else "use positions, or label the pairs"
@@ -168,8 +229,9 @@ def _check(site: Site, axes: Axes, model: ModelShape, pairs: Sequence[PairShape]
                         f"positions has the label {position!r}, which pair {i} does not carry; "
                         f"{remedy}"
                     )
-        elif not 0 <= position < longest:
-            raise _outside("positions", position, "position", longest, " of the longest prompt")
+        elif not lowest <= position < longest:
+            of = " of the longest prompt"
+            raise _outside("positions", position, "position", longest, of, lowest=lowest)
     if axes.positions is not None and not axes.positions:
         raise PlanError("positions is empty; choose at least one, or 'all' for one patch over all")
     if axes.units is not None:

@@ -28,17 +28,17 @@ MeansFrom = PromptPairs | str | Path | None
 
 
 def load_reference(means_from: MeansFrom, model: TransformerBridge) -> PromptPairs | None:
-    """Return `means_from` if it holds pairs; read them if it is a path of a JSONL file.
+    """Return `means_from` if it holds pairs; read them if it is a path of a file.
 
     Raises:
-        PromptError: the file does not hold pairs, see `PromptPairs.from_jsonl`.
+        PromptError: the file does not hold pairs, see `PromptPairs.from_file`.
         ConfigError: `means_from` is no path.
     """
     if means_from is None or isinstance(means_from, PromptPairs):
         return means_from
     if not isinstance(means_from, str | Path):
-        raise ConfigError(f"means_from={means_from!r} must be PromptPairs or a JSONL file of them")
-    return PromptPairs.from_jsonl(model, user_path(means_from))
+        raise ConfigError(f"means_from={means_from!r} must be PromptPairs or a file of them")
+    return PromptPairs.from_file(model, user_path(means_from))
 
 
 def with_reference(

@@ -42,12 +42,12 @@ from patchsweep.spec.interventions import (
 )
 from patchsweep.spec.metrics import Metric, MetricLike, check_rows, get_metrics
 from patchsweep.spec.plan import Axes, ModelShape, PairShape, SitePlan
-from patchsweep.spec.planner import plan_site
+from patchsweep.spec.planner import plan_site, position_axis
 from patchsweep.spec.reference import MeansFrom, check_means, with_reference
 from patchsweep.spec.sites import Site, get_sites
 
 Sets = int | Sequence[int | Sequence[int]]
-Positions = int | Sequence[int | str] | Literal["all"] | None
+Positions = int | Sequence[int | str] | Literal["all", "labels", "end"] | None
 # Tokens of live patches in one shard: enough to fill one packed batch on a GPU (GPU_TOKENS in
 # runners.packed.budget) or four on a CPU; no more, so that a killed run loses little.
 UNIT_TOKENS = 16_384
@@ -252,7 +252,7 @@ def _plan(
     resample: bool,
 ) -> SitePlan:
     """Return the plan of one site."""
-    positions = _position_axis(spec.positions, pair_shapes)
+    positions = position_axis(spec.positions, pair_shapes)
     units = _unit_sets(site, shape, spec.heads, spec.neurons)
     n_sources = 0
     if site.cells:
@@ -263,24 +263,9 @@ def _plan(
             )
         n_sources = max(p.length for p in pair_shapes)
         units = tuple(unit for unit in units for _ in range(n_sources))
-    layers = _sets("layers", spec.layers, shape.n_layers) if site.layered else ((0,),)
+    layers = _layer_sets(spec.layers, shape.n_layers) if site.layered else ((0,),)
     axes = Axes(layers, positions, units, n_sources)
     return plan_site(site, axes, shape, pair_shapes, resample=resample)
-
-
-def _position_axis(
-    positions: Positions, pair_shapes: Sequence[PairShape]
-) -> tuple[int | str, ...] | None:
-    """Return the position axis that all sites share; None: one patch over all positions."""
-    if positions is None:
-        return tuple(range(max(p.length for p in pair_shapes)))
-    if not isinstance(positions, str):
-        return given_positions(positions)
-    if positions != "all":
-        raise PlanError(
-            f"positions={positions!r} is not known; use 'all', or a list of indices or labels"
-        )
-    return None
 
 
 def check_pairs(model: TransformerBridge, pairs: PromptPairs) -> None:
@@ -336,6 +321,14 @@ def check_metrics(model: TransformerBridge, pairs: PromptPairs, metrics: Sequenc
 def _sets(name: str, given: Sets | None, n: int) -> tuple[tuple[int, ...], ...]:
     """Return the sets in `given`; None: each of the `n` indices by itself."""
     return tuple((i,) for i in range(n)) if given is None else index_sets(name, given)
+
+
+def _layer_sets(given: Sets | None, n: int) -> tuple[tuple[int, ...], ...]:
+    """Return the sets of layers in `given`; negative layers count from the end."""
+    counted = [
+        tuple(i + n if -n <= i < 0 else i for i in layers) for layers in _sets("layers", given, n)
+    ]
+    return index_sets("layers", counted)  # -1 may name a layer that is there already
 
 
 def _unit_sets(

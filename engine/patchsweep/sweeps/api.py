@@ -89,7 +89,7 @@ def sweep(
     max_tokens: int | None = None,
     cache_budget: int | None = None,
     config: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> xr.Dataset:
     """Run every patch of `sites` on `pairs` exactly and return an `xarray.Dataset`.
 
@@ -106,10 +106,14 @@ def sweep(
         intervention: `resample`, `zero`, `mean`, `shuffle`, a constant (a number, `[width]` or
             `[pos, width]`), or a callable `(site, layer, base, source) -> values` of one pair, all
             three `[1, pos, width]`.
-        layers, heads, neurons: indices, or tuples of indices that are patched together.
-            Default: each separately. `heads="all"`: all heads together, no head dim.
-        positions: indices, labels of the pairs (a label's whole span is one patch), or `"all"`
-            for one patch over all positions, which drops the pos dim. Default: each position.
+        layers, heads, neurons: indices, or tuples of indices that are patched together; negative
+            layers count from the end. Default: each separately. `heads="all"`: all heads together,
+            no head dim.
+        positions: indices and labels of the pairs (a label's whole span is one patch). Negative
+            ones count from the end of each prompt, and `"end"` is its last token. `"labels"`: all
+            labels that every pair has, and the end. `"all"`: one patch over all positions, which
+            drops the pos dim. Default: each position; for prompts of unequal lengths counted from
+            the end, -longest..-1, so that means over pairs are over like positions.
         read: prompt position whose logits the metrics read; default the last.
         means_from: pairs, or a JSONL file of them, whose clean prompts give the means for
             `intervention` mean, mean_all or mean_label. Default: `pairs`. Each mean needs four
@@ -139,6 +143,8 @@ def sweep(
             |source - base| such as "1%". What a patch changes is run, the rest is taken to first
             order, with thresholds from a sample that is run both ways (see
             `patchsweep.sweeps.adaptive`). Default: every patch runs exactly.
+        progress: where progress is reported, a `patchsweep.sweeps.executor.Progress`. Default: a
+            bar in a notebook or a terminal; False: none.
 
     Raises:
         PatchsweepError: an argument breaks a rule; nothing has run then.

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from patchsweep.attribution.run import token_layers
+from patchsweep.data.show import count, esc, number, table_html
 from patchsweep.models.compute import name_of, sentence
 from patchsweep.models.offload import device_of
 from patchsweep.runners.packed.budget import default_cache, default_max_tokens
@@ -82,6 +83,23 @@ class Cost:
     @property
     def loop_token_layers(self) -> int:
         return sum(site.loop_token_layers for site in self.sites)
+
+    def _repr_html_(self) -> str:
+        """Return a table of the cost, one row per site and other part."""
+        rows = [
+            [
+                esc(site.site),
+                *(count(n) for n in (site.n_patches, site.n_live, site.token_layers)),
+                count(site.loop_token_layers),
+            ]
+            for site in self.sites
+        ]
+        rows += [[esc(part.name), "", "", count(part.token_layers), ""] for part in self.parts]
+        names = ["site", "patches", "live", "token-layers", "a loop needs"]
+        return table_html(names, rows) + (
+            f"<p>about {number(self.seconds)} s at this machine's rate, {esc(self.arithmetic)}; "
+            f"{count(self.result_bytes)} bytes of values</p>"
+        )
 
 
 def estimate(

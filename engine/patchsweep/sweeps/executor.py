@@ -16,6 +16,7 @@ from patchsweep.models.heartbeat import beating
 from patchsweep.store.journal import Journal
 from patchsweep.store.layout import Unit
 from patchsweep.store.store import Store
+from patchsweep.sweeps.bar import Bar
 from patchsweep.sweeps.layout import Memory
 
 WAIT_S = 1.0  # between two checks of shards that other processes hold
@@ -70,6 +71,20 @@ class Progress(Protocol):
         `holders`: process name -> number of those shards that it holds."""
 
 
+@runtime_checkable
+class Watching(Protocol):
+    """What a `Progress` may have besides."""
+
+    def stage(self, name: str) -> None:
+        """Report the name of what begins next, such as a stage of an analysis."""
+
+    def within(self, token_layers: int) -> None:
+        """Report, once per block of a forward pass, what the running work item has done so far."""
+
+    def end(self) -> None:
+        """Report that no work item is left, or that the run ended by an error."""
+
+
 class Quiet:
     """A `Progress` that reports nothing."""
 
@@ -82,17 +97,28 @@ class Quiet:
     def waiting(self, n_units: int, holders: Mapping[str, int]) -> None: ...
 
 
-def check_progress(given: Progress | None) -> Progress:
-    """Return `given`; None: one that reports nothing.
+def check_progress(given: Progress | bool | None) -> Progress:
+    """Return `given`; None or True: a bar in a notebook or a terminal; False: nothing is reported.
 
     Raises:
         ConfigError: it lacks methods of `Progress`.
     """
-    if not isinstance(given, Progress | None):
+    if given is None or given is True:
+        return Bar()
+    if given is False:
+        return Quiet()
+    if not isinstance(given, Progress):
         raise ConfigError(
-            f"progress={given!r} must have the methods of patchsweep.sweeps.executor.Progress"
+            f"progress={given!r} must be True, False, or have the methods of "
+            "patchsweep.sweeps.executor.Progress"
         )
-    return given or Quiet()
+    return given
+
+
+def name_stage(progress: Progress, name: str) -> None:
+    """Tell `progress` what begins next, if it listens."""
+    if isinstance(progress, Watching):
+        progress.stage(name)
 
 
 @dataclass(frozen=True)
@@ -142,15 +168,45 @@ def run_work(works: Sequence[Work], sink: Memory | Store, progress: Progress, sh
     Waits for shards that another process holds, and takes them over if that process writes no
     heartbeat for as long as a lease lasts.
     """
-    if isinstance(sink, Memory):
-        _run_work(works, sink, progress, share)
-        return
-    with beating(sink.beat):
-        _run_work(works, sink, progress, share)
+    within = _Within(progress)
+
+    def on_beat(token_layers: int) -> None:
+        if isinstance(sink, Store):
+            sink.beat()
+        within.add(token_layers)
+
+    try:
+        with beating(on_beat):
+            _run_work(works, sink, progress, share, within)
+    finally:
+        if isinstance(progress, Watching):
+            progress.end()
+
+
+class _Within:
+    """Counts the token-layers of the running work item, and tells a `Watching` of them."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._watching = progress if isinstance(progress, Watching) else None
+        self._done = self._cost = 0
+
+    def begin(self, cost: int) -> None:
+        """Start a work item of so many token-layers."""
+        self._done, self._cost = 0, cost
+
+    def add(self, token_layers: int) -> None:
+        """Count what a block of a forward pass did; unpatched runs count too, so it is capped."""
+        if self._watching is not None:
+            self._done += token_layers
+            self._watching.within(min(self._done, self._cost))
 
 
 def _run_work(
-    works: Sequence[Work], sink: Memory | Store, progress: Progress, share: Share
+    works: Sequence[Work],
+    sink: Memory | Store,
+    progress: Progress,
+    share: Share,
+    within: _Within,
 ) -> None:
     all_units = sink.pending() if isinstance(sink, Memory) else sink.units()
     items = work_items_of(works, all_units)[share.index :: share.n]
@@ -162,6 +218,7 @@ def _run_work(
     progress.begin(len(missing), total, total - sum(costs[unit] for unit in missing))
     for item, claimed in _claimed(sink, items, missing, progress):
         start = time.perf_counter()
+        within.begin(sum(costs[unit] for unit in claimed))
         values = dict(zip(item.units, item.work.values(item.units), strict=True))
         seconds = time.perf_counter() - start
         shares = _shares([costs[unit] for unit in claimed])
@@ -247,3 +304,14 @@ class Journalled:
 
     def waiting(self, n_units: int, holders: Mapping[str, int]) -> None:
         self._inner.waiting(n_units, holders)
+
+    def stage(self, name: str) -> None:
+        name_stage(self._inner, name)
+
+    def within(self, token_layers: int) -> None:
+        if isinstance(self._inner, Watching):
+            self._inner.within(token_layers)
+
+    def end(self) -> None:
+        if isinstance(self._inner, Watching):
+            self._inner.end()

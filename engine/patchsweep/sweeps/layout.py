@@ -12,8 +12,9 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.arguments import check_config
 from patchsweep.runners.select import RunnerChoice
-from patchsweep.spec.batch import base_and_source
+from patchsweep.spec.batch import base_and_source, pair_shape
 from patchsweep.spec.plan import SitePlan
+from patchsweep.spec.planner import span_of
 from patchsweep.spec.reference import means_attrs
 from patchsweep.spec.spec import Request, blocks_of
 from patchsweep.store.attributes import flat_attributes
@@ -187,6 +188,7 @@ def _coords(request: Request) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
         all_indices = all(isinstance(position, int) for position in positions)
         labels = np.array(positions) if all_indices else _strings([str(p) for p in positions])
         coords["pos"] = (("pos",), labels)
+    shapes = [pair_shape(pair, request.direction, request.read) for pair in pairs]
     tokens = _token_strings(request)
     width = max(len(base) for base, _ in tokens)
     for name, side in (("base_token", 0), ("source_token", 1)):
@@ -198,19 +200,12 @@ def _coords(request: Request) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
                 ("pair", "pos"),
                 _strings(
                     [
-                        [_token_at(row, p, pair) for p in positions]
-                        for row, pair in zip(table, pairs, strict=True)
+                        ["".join(row[slice(*span_of(p, pair))]) for p in positions]
+                        for row, pair in zip(table, shapes, strict=True)
                     ]
                 ),
             )
     return coords
-
-
-def _token_at(row: Sequence[str], position: int | str, pair: Any) -> str:
-    if isinstance(position, int):
-        return row[position]
-    first, stop = pair.labels[position]
-    return "".join(row[first:stop])
 
 
 def _token_strings(request: Request) -> list[tuple[list[str], list[str]]]:

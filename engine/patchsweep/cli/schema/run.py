@@ -20,18 +20,17 @@ from hydra.utils import get_object, instantiate
 from omegaconf import MISSING, OmegaConf
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.arguments import check_runner, is_whole, user_path
+from patchsweep.arguments import check_runner, is_whole
 from patchsweep.attribution import IntegratedInputs, IntegratedSite
 from patchsweep.attribution.quadrature import Path
+from patchsweep.cli.schema.task import BuiltinTask, FileTask, TaskConfig, TextTask
 from patchsweep.data.pairs import PromptPairs
-from patchsweep.data.records import PromptRecord
 from patchsweep.errors import ConfigError
 from patchsweep.models import load_model, meta_model
 from patchsweep.spec.metrics import Metric
 from patchsweep.spec.spec import MetricLike, Request, SweepSpec, make_request
 from patchsweep.sweeps.methods import MethodLike
 from patchsweep.sweeps.screen_settings import Screen
-from patchsweep.tasks import load_task
 
 # its log of an object that cannot be imported repeats the error that it raises
 logging.getLogger("hydra.utils").disabled = True
@@ -64,77 +63,25 @@ class ModelConfig:
 
 
 @dataclass
-class TaskConfig:
-    """The source of the prompt pairs; one of the classes below."""
-
-    def load(self, model: TransformerBridge) -> PromptPairs:
-        """Return the pairs, in tokens of `model`."""
-        raise ConfigError("a task is needed; give task=<name>, task=jsonl or task=strings")
-
-
-@dataclass
-class BuiltinTask(TaskConfig):
-    """A built-in task: seeded pairs, see `patchsweep task list`."""
-
-    name: str = MISSING
-    n_pairs: int | None = None  # null: the task's own number
-    seed: int = 0  # the same seed gives the same pairs
-    options: dict[str, Any] = field(default_factory=dict)  # the task's own
-
-    def load(self, model: TransformerBridge) -> PromptPairs:
-        return load_task(model, self.name, self.n_pairs, self.seed, **self.options)
-
-
-@dataclass
-class FileTask(TaskConfig):
-    """Pairs from a JSONL file: clean, corrupted, answer, wrong_answer and optional labels."""
-
-    path: str = MISSING
-    multi_token: bool = False  # answers may have several tokens
-    prepend_bos: bool | None = None  # start token: null: unless a prompt begins with it
-
-    def load(self, model: TransformerBridge) -> PromptPairs:
-        path = user_path(self.path)
-        return PromptPairs.from_jsonl(
-            model, path, multi_token=self.multi_token, prepend_bos=self.prepend_bos
-        )
-
-
-@dataclass
-class TextTask(TaskConfig):
-    """One pair, written on the command line."""
-
-    clean: str = MISSING
-    corrupted: str = MISSING
-    answer: str = MISSING  # right after `clean`; one token, its leading space included
-    wrong_answer: str = MISSING  # right after `corrupted`
-    multi_token: bool = False  # answers may have several tokens
-    prepend_bos: bool | None = None  # start token: null: unless a prompt begins with it
-
-    def load(self, model: TransformerBridge) -> PromptPairs:
-        record = PromptRecord(self.clean, self.corrupted, self.answer, self.wrong_answer)
-        return PromptPairs.from_records(
-            model, [record], multi_token=self.multi_token, prepend_bos=self.prepend_bos
-        )
-
-
-@dataclass
 class SitesConfig:
     """The patches of a sweep. Lists hold indices, or lists of indices to patch together."""
 
     names: list[str] = MISSING  # such as [resid_pre, z]
-    layers: Any = None  # null: each layer by itself
-    positions: Any = None  # null: each; a list of indices or labels; or all, for one patch over all
+    layers: Any = None  # null: each layer by itself; negative ones count from the end
+    # null: each; a list of indices or labels, negative ones from the end; labels: all of them; end:
+    # the last; all: one patch over all
+    positions: Any = None
     heads: Any = None  # null: each; or all, for one patch over all heads
     neurons: Any = None  # of mlp_post: a list, or all
 
     def __post_init__(self) -> None:
         for key in ("layers", "positions", "heads", "neurons"):
             value = getattr(self, key)
-            if value is None or is_whole(value) or (value == "all" and key != "layers"):
+            words = {"layers": (), "positions": ("labels", "end", "all")}.get(key, ("all",))
+            if value is None or is_whole(value) or value in words:
                 continue
             if not isinstance(value, list):
-                wanted = "an index or a list" + (", or all" if key != "layers" else "")
+                wanted = ", or ".join(["an index or a list", *words])
                 raise ConfigError(f"sites.{key}={value!r} must be {wanted}, such as [0,1]")
             setattr(self, key, [tuple(v) if isinstance(v, list) else v for v in value])
 
@@ -333,6 +280,8 @@ class RunConfig:
             path=self.means_from,
             multi_token=getattr(self.task, "multi_token", False),
             prepend_bos=getattr(self.task, "prepend_bos", None),
+            template=getattr(self.task, "template", None),
+            columns=getattr(self.task, "columns", {}),
         )
         return read.load(model)
 
@@ -343,6 +292,9 @@ class RunConfig:
             del kept[group][key]
         if self.tolerance is None:  # as in the stores of versions without it
             del kept["tolerance"]
+        for key in ("template", "columns"):
+            if not kept["task"].get(key):
+                kept["task"].pop(key, None)
         if self.model.device is not None:  # cuda, whichever of the GPUs it is
             kept["model"]["device"] = self.model.device.partition(":")[0]
         return kept

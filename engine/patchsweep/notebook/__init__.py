@@ -1,0 +1,1 @@
+"""In a notebook: `dataset.patchsweep`, its figures and its report."""

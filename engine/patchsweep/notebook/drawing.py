@@ -1,0 +1,53 @@
+"""Drawings of edges as SVG, for a notebook and for a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import xarray as xr
+
+from patchsweep.arguments import user_path, whole_number
+from patchsweep.errors import StoreError
+from patchsweep.report.edges import rows_of
+from patchsweep.report.graph import Drawn, draw_graph
+from patchsweep.results import accessor as summary
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """An SVG picture, which a notebook shows."""
+
+    svg: str
+
+    def _repr_html_(self) -> str:
+        return f'<div style="overflow-x:auto;background:#fff;color:#1c2126">{self.svg}</div>'
+
+    def save(self, path: str | PathLike[str]) -> Path:
+        """Write the picture to an SVG file and return its path."""
+        out = user_path(Path(path))
+        svg = self.svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+        out.write_text(self.svg if "xmlns=" in self.svg else svg, encoding="utf-8")
+        return out
+
+
+def plot_edges(ds: xr.Dataset, n: int = 40, *, metric: str | None = None) -> Drawing:
+    """Return a drawing of the `n` largest edges of `ps.edges`, `exact_edges` or `screen_edges`.
+
+    Exact effects if they were run, else estimates; means over pairs. Blue raises the metric (the
+    first, by default), red lowers it; layers run upwards.
+
+    Raises:
+        StoreError: `ds` holds no edges.
+        MetricError, PlanError: it has no such metric; `n` is below 1.
+    """
+    if not any(name in ds for name in ("edge", "edge_eap", "edge_eap_ig")):
+        raise StoreError("the Dataset holds no edges; give what edges or exact_edges returns")
+    whole_number("n", n, least=1)
+    name = summary.metric_name(ds, metric)
+    rows = rows_of(ds, name)[:n]
+    drawn = [Drawn(row.sender, row.reader, row.value) for row in rows]
+    group = int(ds.attrs["n_heads"]) // int(ds.attrs["n_kv_heads"])
+    label = f"The {len(drawn)} largest edges"
+    return Drawing(draw_graph(["embed", "logits"], drawn, group=group, unit=name, label=label))
