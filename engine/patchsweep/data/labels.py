@@ -19,7 +19,7 @@ def place_labels(
     ids: tuple[int, ...],
     where: str,
 ) -> dict[str, tuple[int, int]]:
-    """Map each label to its [first, past last) tokens of the prompt `clean`, whose tokens are `ids`.
+    """Map each label to its [first, past last) tokens of the prompt `clean`, which has the `ids`.
 
     Raises:
         PromptError: a label has no place in the prompt; `where` opens the message.
