@@ -15,6 +15,7 @@ ENGINE = Path(ps.__file__).parent
 NAMES = [
     "Custom",
     "Metric",
+    "Patch",
     "PatchsweepError",
     "PromptPairs",
     "Screen",
@@ -28,6 +29,7 @@ NAMES = [
     "cross_validate_circuit",
     "edges",
     "exact_edges",
+    "interactions",
     "lens",
     "load_model",
     "load_task",
@@ -35,6 +37,7 @@ NAMES = [
     "open_store",
     "plan",
     "read_circuit",
+    "run_patches",
     "sample_exact",
     "screen_edges",
     "study",

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         write_circuit,
     )
     from patchsweep.analyses.heads import study
+    from patchsweep.analyses.joint import Patch, interactions, run_patches
     from patchsweep.analyses.logit_lens import lens, sublayers
     from patchsweep.data.pairs import PromptPairs
     from patchsweep.forward.ungroup import ungrouped
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Custom",
     "Metric",
+    "Patch",
     "PatchsweepError",
     "PromptPairs",
     "Screen",
@@ -58,6 +60,7 @@ __all__ = [
     "cross_validate_circuit",
     "edges",
     "exact_edges",
+    "interactions",
     "lens",
     "load_model",
     "load_task",
@@ -65,6 +68,7 @@ __all__ = [
     "open_store",
     "plan",
     "read_circuit",
+    "run_patches",
     "sample_exact",
     "screen_edges",
     "study",
@@ -79,6 +83,7 @@ __all__ = [
 _HOME = {
     "Custom": "spec.interventions",
     "Metric": "spec.metrics",
+    "Patch": "analyses.joint",
     "PromptPairs": "data.pairs",
     "Screen": "sweeps.screen_settings",
     "SweepSpec": "spec.spec",
@@ -90,12 +95,14 @@ _HOME = {
     "cross_validate_circuit": "analyses.circuits",
     "edges": "analyses.circuits",
     "exact_edges": "analyses.circuits",
+    "interactions": "analyses.joint",
     "lens": "analyses.logit_lens",
     "load_model": "models",
     "load_task": "tasks",
     "open_store": "store.dataset",
     "plan": "sweeps.api",
     "read_circuit": "analyses.circuits",
+    "run_patches": "analyses.joint",
     "sample_exact": "sweeps.sample",
     "screen_edges": "analyses.circuits",
     "study": "analyses.heads",

@@ -104,7 +104,7 @@ class HookedRunner:
         self.check(tokens)
         return self._run(tokens)[1]
 
-    def _rows(self, length: int) -> int:
+    def rows_of(self, length: int) -> int:
         """Return how many prompts of that length have logits within `LOGIT_BYTES`."""
         return max(1, LOGIT_BYTES // (4 * length * self.bridge.cfg.d_vocab))
 
@@ -112,7 +112,7 @@ class HookedRunner:
         self, tokens: Tensor, reads: Sequence[int] = ()
     ) -> tuple[Float[Tensor, "row read d_vocab"], dict[str, list[Tensor]]]:
         """Return fp32 logits at `reads` and the sites' activations; runs some prompts at a time."""
-        rows = tokens.split(self._rows(tokens.shape[1]))
+        rows = tokens.split(self.rows_of(tokens.shape[1]))
         parts = [self._run_rows(prompts, reads) for prompts in rows]
         activations = {
             site.name: [
@@ -169,8 +169,8 @@ class HookedRunner:
         """See `Runner`."""
         pair = torch.arange(len(loaded.batch.base), device=loaded.base_logits.device)
         return (
-            self._metrics(loaded, loaded.base_logits, pair, metrics),
-            self._metrics(loaded, loaded.source_logits, pair, metrics),
+            self.metrics_of(loaded, loaded.base_logits, pair, metrics),
+            self.metrics_of(loaded, loaded.source_logits, pair, metrics),
         )
 
     def run(
@@ -194,7 +194,7 @@ class HookedRunner:
         set_of = np.repeat(np.arange(len(sets)), sizes)  # [patch of all sets] index of its set
         patch = np.concatenate([patch_set.patches for patch_set in sets])
         values = torch.empty(len(metrics), len(patch), device="cpu")
-        size = self._rows(loaded.batch.length)
+        size = self.rows_of(loaded.batch.length)
         for group in self._groups:
             members = [i for i, patch_set in enumerate(sets) if patch_set.plan.site in group]
             rows = np.flatnonzero(np.isin(set_of, members))
@@ -230,7 +230,7 @@ class HookedRunner:
         with cast_while(self.bridge, self.compute_dtype):
             logits = forward(self.bridge, batch.base[index], hooks)
         read = logits[:, list(batch.reads)].float()
-        return self._metrics(loaded, read, index, metrics).cpu()
+        return self.metrics_of(loaded, read, index, metrics).cpu()
 
     def _hooks_of(
         self, loaded: Loaded, plan: Plan, patches: Ints, rows: Ints, *, null: bool
@@ -272,13 +272,14 @@ class HookedRunner:
 
         return write
 
-    def _metrics(
+    def metrics_of(
         self,
         loaded: Loaded,
         full: Float[Tensor, "row read d_vocab"],
         pair: Tensor,
         metrics: Sequence[Metric],
     ) -> Float[Tensor, "metric row"]:
+        """Return the metrics of rows with the logits `full`; row i is of `pair[i]`."""
         batch = loaded.batch
         answer = full.gather(2, batch.answer[pair].unsqueeze(-1)).squeeze(-1)
         wrong = full.gather(2, batch.wrong[pair].unsqueeze(-1)).squeeze(-1)

@@ -81,7 +81,7 @@ class Intervention(Protocol):
         """
 
 
-class _Plain:
+class Plain:
     """An intervention that learns nothing from the prompts."""
 
     def prepare(self, prompts: Sequence[Prompts], activations: Activations) -> None:
@@ -89,7 +89,7 @@ class _Plain:
 
 
 @dataclass
-class Resample(_Plain):
+class Resample(Plain):
     """Patches in the source run's activation at the same place."""
 
     name: str = "resample"
@@ -103,7 +103,21 @@ class Resample(_Plain):
 
 
 @dataclass
-class Zero(_Plain):
+class Base(Plain):
+    """Writes back the base run's own activation, whatever other patches do upstream: freezes it."""
+
+    name: str = "base"
+    from_source: bool = True
+    default_direction: Direction = "denoising"
+
+    def values(
+        self, site: Site, layer: int, base: Tensor, source: Tensor, spans: Sequence[Spans]
+    ) -> Tensor:
+        return base
+
+
+@dataclass
+class Zero(Plain):
     """Patches in zeros. By default the base is the clean run."""
 
     name: str = "zero"
@@ -249,7 +263,7 @@ class Shuffle(Resample):
 
 
 @dataclass
-class Custom(_Plain):
+class Custom(Plain):
     """Patches in a user's values: a constant, or a function of base and source activations.
 
     A constant is one number, `[width]` or `[pos, width]` (`pattern`: up to `[head, dest, src]`).
@@ -280,6 +294,7 @@ class Custom(_Plain):
 
 INTERVENTIONS: dict[str, Callable[[], Intervention]] = {
     "resample": Resample,
+    "base": Base,
     "zero": Zero,
     "mean": Mean,
     "mean_all": partial(Mean, per="all"),
@@ -362,6 +377,11 @@ def takes_source(intervention: Intervention) -> bool:
     return type(intervention) in (Resample, Shuffle)
 
 
+def shuffles(intervention: Intervention) -> bool:
+    """Whether the source run is that of the next pair of the same length."""
+    return isinstance(intervention, Shuffle) or bool(getattr(intervention, "shuffles", False))
+
+
 def values_of(
     intervention: Intervention,
     site: Site,
@@ -378,7 +398,7 @@ def values_of(
     Raises:
         ConfigError: the intervention returns another shape.
     """
-    built_in = type(intervention) in (Resample, Shuffle, Zero, Mean)
+    built_in = type(intervention) in (Resample, Base, Shuffle, Zero, Mean)
     # a wrapper of another intervention may call it pair by pair itself
     if built_in or getattr(intervention, "asks_pair_by_pair", False):
         return intervention.values(site, layer, base, source, spans)

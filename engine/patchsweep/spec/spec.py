@@ -32,6 +32,7 @@ from patchsweep.models.compute import ComputeDtype, check_compute_dtype, compute
 from patchsweep.models.offload import device_of
 from patchsweep.models.quantised import check_each_row, first_packed, n_parameters
 from patchsweep.spec.batch import Batch, make_batches, next_of_length, pair_shape
+from patchsweep.spec.directions import Live, check_directions
 from patchsweep.spec.interventions import (
     Direction,
     Intervention,
@@ -39,6 +40,7 @@ from patchsweep.spec.interventions import (
     check_constant,
     check_labels,
     get_intervention,
+    shuffles,
 )
 from patchsweep.spec.metrics import Metric, MetricLike, check_rows, get_metrics
 from patchsweep.spec.plan import Axes, ModelShape, PairShape, SitePlan
@@ -215,6 +217,14 @@ def make_request(model: TransformerBridge, pairs: PromptPairs, spec: SweepSpec) 
     for site in sites:
         shapes = [found for length in lengths if (found := shape.values(site, length))]
         check_constant(experiment.intervention, site, shapes)
+        sets = _sets("layers", spec.layers, shape.n_layers) if site.layered else ((0,),)
+        check_directions(experiment.intervention, site, shapes, shape.d_head, sets)
+        if isinstance(experiment.intervention, Live) and any(len(layers) > 1 for layers in sets):
+            raise ConfigError(
+                f"intervention={experiment.intervention.name} changes the value that it meets, and "
+                "a sweep makes all values from unpatched runs; patch several layers at once with "
+                "run_patches"
+            )
     _refuse_unused(spec, sites)
     resample = experiment.intervention.from_source
     plans = tuple(_plan(spec, site, shape, pair_shapes, resample=resample) for site in sites)
@@ -225,7 +235,7 @@ def make_request(model: TransformerBridge, pairs: PromptPairs, spec: SweepSpec) 
         plans=plans,
         compute_dtype=dtype,
         noisy=dtype in SIXTEEN_BITS or first_packed(model) is not None,
-        source_of=next_of_length(pairs) if experiment.intervention.name == "shuffle" else None,
+        source_of=next_of_length(pairs) if shuffles(experiment.intervention) else None,
     )
 
 

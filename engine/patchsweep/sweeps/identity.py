@@ -32,6 +32,7 @@ from patchsweep.models.offload import device_of
 from patchsweep.models.weights import known_digest, tensor_digest, weights_digest
 from patchsweep.spec.interventions import (
     MEAN_NAMES,
+    Base,
     Custom,
     Intervention,
     Mean,
@@ -232,7 +233,7 @@ def intervention_words(intervention: Intervention) -> str:
         if reference is None:  # a mean over the run's own prompts, which the identity holds
             return name
         return f"{name} over {len(reference)} prompts, {_hash(prompts_identity(reference))[:16]}"
-    if type(intervention) in (Resample, Zero, Shuffle):
+    if type(intervention) in (Resample, Base, Zero, Shuffle):
         return type(intervention).__name__.lower()
     parameters: dict[str, Any] = {}
     if is_dataclass(intervention) and type(intervention) is not Custom:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
@@ -17,53 +16,13 @@ from patchsweep.runners.hooked import HookedRunner
 from patchsweep.spec.batch import Batch, clean_prompts
 from patchsweep.spec.interventions import (
     Direction,
-    Intervention,
-    ValueFn,
-    get_intervention,
     values_of,
 )
-from patchsweep.spec.reference import means_attrs
 from patchsweep.spec.sites import SITES, Site, get_sites
 from patchsweep.spec.spec import Request, SweepSpec, make_request, model_shape
-from patchsweep.sweeps.identity import intervention_words
+from patchsweep.sweeps.joint import Patch
 
 Sublayer = tuple[Literal["attn", "mlp"], int]
-
-
-@dataclass(frozen=True)
-class Patch:
-    """Patch values for one site and place of a run; several patches may act in one run."""
-
-    site: str  # such as z or mlp_out, see `patchsweep.spec.sites`
-    layer: int | Sequence[int] | None = None  # several: all at once; None: a site without layers
-    pos: int | str = "all"  # a position, a label of the pairs, or "all"
-    head: int | Sequence[int] | None = None  # head, key head, or neuron of mlp_post; None: all
-    intervention: str | Intervention | float | Tensor | ValueFn = SweepSpec.intervention
-
-    def told(self) -> dict[str, Any]:
-        """Return the patch as JSON data; a custom intervention only by its name."""
-        intervention = self.intervention
-        name = (
-            intervention
-            if isinstance(intervention, str | float | int)
-            else getattr(intervention, "name", "custom")
-        )
-        return {
-            "site": self.site,
-            "layer": _plain(self.layer),
-            "pos": self.pos,
-            "head": _plain(self.head),
-            "intervention": name,
-        }
-
-    def means(self, pairs: PromptPairs) -> dict[str, Any]:
-        """See `reference.means_attrs`."""
-        return means_attrs(get_intervention(self.intervention), pairs, get_sites([self.site]))
-
-    def identity(self) -> dict[str, Any]:
-        """Return the patch as JSON data; values by content, or by name and version."""
-        values = intervention_words(get_intervention(self.intervention))
-        return {**self.told(), "intervention": values}
 
 
 def removal(model: TransformerBridge, remove: Any) -> Patch:
@@ -177,6 +136,7 @@ def _request(
         raise PlanError(f"site {site.name} has no heads; leave head out for it")
     if not isinstance(patch.pos, str) and not is_whole(patch.pos):
         raise PlanError(f"pos={patch.pos!r} must be a position, a label of the pairs, or 'all'")
+    positions: Any = "all" if patch.pos == "all" else [patch.pos]
     units: Any = "all" if patch.head is None else [patch.head]
     return make_request(
         model,
@@ -186,7 +146,7 @@ def _request(
             direction=direction,
             intervention=patch.intervention,
             layers=[patch.layer] if patch.layer is not None and site.layered else None,
-            positions="all" if patch.pos == "all" else [patch.pos],
+            positions=positions,
             heads=None if site.unit == "neuron" else units,
             neurons=units if site.unit == "neuron" else None,
         ),
@@ -210,7 +170,3 @@ def _write(
                 write_units(x, row, new[row].to(x), span, selected, n_units)
 
     return write
-
-
-def _plain(given: int | Sequence[int] | None) -> int | list[int] | None:
-    return given if given is None or isinstance(given, int) else list(given)

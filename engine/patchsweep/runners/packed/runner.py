@@ -33,6 +33,7 @@ from patchsweep.runners.packed.budget import default_cache, default_max_tokens, 
 from patchsweep.runners.packed.forward import PackedInput, PatchValues, run_packed_batch
 from patchsweep.runners.packed.schedule import PackedBatch, make_packed_batches
 from patchsweep.spec.batch import Batch
+from patchsweep.spec.directions import Live
 from patchsweep.spec.interventions import Custom, Intervention, Spans, values_of
 from patchsweep.spec.metrics import Logits, Metric, Sum, compute
 from patchsweep.spec.plan import Column, Ints, PatchSet, Plan, SitePlan
@@ -135,7 +136,7 @@ class PackedRunner:
             base=base,
             source=source,
             patch_values={
-                name: self._values(point, intervention, base, source, batch.spans)
+                name: self.values(point, intervention, base, source, batch.spans)
                 for name, point in self.points.items()
             },
             base_resid=base.resid[-1][:, reads].to(base.devices[-1]),
@@ -285,7 +286,7 @@ class PackedRunner:
             loaded._logits[which] = self._full(resid)
         return loaded._logits[which]
 
-    def _values(
+    def values(
         self,
         point: SiteLocation,
         intervention: Intervention,
@@ -295,7 +296,7 @@ class PackedRunner:
     ) -> Sequence[Tensor]:
         """Return the patch values of a site, per layer at which packed batches write them."""
         site = point.site
-        if site.written_as is not None and isinstance(intervention, Custom):
+        if site.written_as is not None and isinstance(intervention, Custom | Live):
             # resample, zero and mean commute with W_O; custom values may not
             raise Unsupported(f"custom values of {site.name} are no values of {site.written_as}")
         pairs = zip(base.layers_of(site.name), source.layers_of(site.name), strict=True)

@@ -1,0 +1,177 @@
+"""`interactions`: the effect of every pair of heads jointly, minus the effects of the two alone."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.analyses.joint.patches import patched_dataset, run_sets, settings_of
+from patchsweep.analyses.stages import Stages
+from patchsweep.arguments import check_runner, is_whole, whole_number
+from patchsweep.data.pairs import PromptPairs
+from patchsweep.errors import PlanError
+from patchsweep.models.compute import ComputeDtype
+from patchsweep.models.running import runs_model
+from patchsweep.runners.select import RunnerName
+from patchsweep.spec.interventions import Direction, Intervention, ValueFn
+from patchsweep.spec.reference import MeansFrom
+from patchsweep.spec.spec import MetricLike, SweepSpec, model_shape
+from patchsweep.sweeps.identity import identity_of
+from patchsweep.sweeps.joint import JointPatches, Patch, joint_request
+from patchsweep.sweeps.layout import analysis_attrs
+
+Head = tuple[int, int]  # layer, head
+
+
+@runs_model
+def interactions(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    metrics: MetricLike | Sequence[MetricLike] = SweepSpec.metrics,
+    *,
+    heads: Sequence[Head] | None = None,
+    direction: Direction | None = SweepSpec.direction,
+    intervention: str | Intervention | float | Tensor | ValueFn = SweepSpec.intervention,
+    read: int = SweepSpec.read,
+    means_from: MeansFrom = SweepSpec.means_from,
+    compute_dtype: ComputeDtype = SweepSpec.compute_dtype,
+    runner: RunnerName = "auto",
+    max_tokens: int | None = None,
+    cache_budget: int | None = None,
+    config: Mapping[str, Any] | None = None,
+    stages: Stages | None = None,
+) -> xr.Dataset:
+    """Patch every two heads jointly, `z` at all positions; all values are exact.
+
+    `interaction` [metric, pair, head, other] is the effect of both minus the sum of the effects of
+    each alone, in the metric's unit; symmetric, and zero on the diagonal. Where each of two heads
+    does the work of the other when that is missing (backups, self-repair), neither has an effect
+    alone and both have one together: the interaction then has the sign of the joint effect. Where
+    one acts through the other, the effect of both is less than the sum.
+
+    `patched` [metric, pair, head, other] is the raw metric with both patched, on its diagonal with
+    the one alone; `base_metric` and `source_metric` are those of the unpatched runs. Heads are
+    named such as a3.h2, head 2 of layer 3.
+
+    Args:
+        heads: pairs (layer, head) to combine; default: all heads of the model.
+        stages: as in `run_patches`; others are those of `sweep`.
+
+    Raises:
+        PlanError: `heads` has fewer than two, names one twice or one that there is not.
+        PatchsweepError: another argument breaks a rule; nothing has run then.
+    """
+    check_runner(runner, max_tokens, cache_budget)
+    chosen = _heads(model, heads)
+    alone = [Patch("z", layer, head=head, intervention=intervention) for layer, head in chosen]
+    first, second = np.triu_indices(len(chosen), k=1)
+    both = [[alone[i], alone[j]] for i, j in zip(first.tolist(), second.tolist(), strict=True)]
+    request = joint_request(
+        model,
+        pairs,
+        [*alone, *both],
+        metrics,
+        direction=direction,
+        read=read,
+        means_from=means_from,
+        compute_dtype=compute_dtype,
+    )
+    stages = Stages.of(stages)
+    names = np.array([f"a{layer}.h{head}" for layer, head in chosen], dtype=object)
+
+    def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
+        joint = JointPatches(request, runner, max_tokens, cache_budget)
+        found, references = run_sets(joint, stages, attrs)
+        n = len(chosen)
+        values = np.empty((*found.shape[:2], n, n), np.float32)
+        values[..., np.arange(n), np.arange(n)] = found[..., :n]
+        values[..., first, second] = values[..., second, first] = found[..., n:]
+        coords = {"head": names, "other": names}
+        ds = patched_dataset(request, values, references, attrs, coords)
+        return ds.assign(interaction=interaction_of(ds)).assign_attrs(
+            runner=joint.choice.runner.name
+        )
+
+    def attrs() -> dict[str, Any]:
+        settings = {"heads": [list(head) for head in chosen], **settings_of(request)}
+        return analysis_attrs(model, identity_of("interactions", model, pairs, settings), config)
+
+    return stages.results(model, attrs, compute)
+
+
+def interaction_of(ds: xr.Dataset) -> xr.DataArray:
+    """Return effect of both - sum of the effects of each alone; zero on the diagonal."""
+    effect = (ds["patched"] - ds["base_metric"]).transpose(*ds["patched"].dims)
+    alone = np.diagonal(effect.values, axis1=-2, axis2=-1)
+    change = effect.values - alone[..., :, None] - alone[..., None, :]
+    index = np.arange(change.shape[-1])
+    change[..., index, index] = 0
+    return effect.copy(data=change).rename("interaction")
+
+
+@dataclass(frozen=True)
+class Interaction:
+    """Two heads and what they do together; effects in the metric's unit, means over pairs."""
+
+    head: str
+    other: str
+    interaction: float  # both - alone - other_alone
+    both: float
+    alone: float
+    other_alone: float
+
+
+def largest_interactions(
+    ds: xr.Dataset, metric: str | None = None, n: int = 10
+) -> list[Interaction]:
+    """Return the `n` pairs of heads with the largest |interaction|, means over prompt pairs.
+
+    `metric` defaults to the first.
+    """
+    whole_number("n", n, least=1)
+    name = str(ds["metric"].values[0]) if metric is None else metric
+    one = ds.sel(metric=name)
+    matrix = one["interaction"].mean("pair").values
+    effect = (one["patched"] - one["base_metric"]).mean("pair").transpose("head", "other").values
+    first, second = np.triu_indices(len(matrix), k=1)
+    order = np.argsort(-np.abs(matrix[first, second]), kind="stable")[:n]
+    names = ds["head"].values
+    return [
+        Interaction(
+            head=str(names[i]),
+            other=str(names[j]),
+            interaction=float(matrix[i, j]),
+            both=float(effect[i, j]),
+            alone=float(effect[i, i]),
+            other_alone=float(effect[j, j]),
+        )
+        for i, j in zip(first[order].tolist(), second[order].tolist(), strict=True)
+    ]
+
+
+def _heads(model: TransformerBridge, heads: Any) -> list[Head]:
+    """Return the heads to combine, in order of layers."""
+    shape = model_shape(model)
+    every = [*itertools.product(range(shape.n_layers), range(shape.n_heads))]
+    if heads is None:
+        return every
+    if isinstance(heads, str) or not isinstance(heads, Sequence):
+        raise PlanError(f"heads={heads!r} must be a list of (layer, head), such as [(9, 6)]")
+    for head in heads:
+        pair = isinstance(head, tuple | list) and len(head) == 2 and all(map(is_whole, head))
+        if not pair or tuple(head) not in every:
+            raise PlanError(
+                f"heads has {head!r}, which is no head of the model; use (layer, head) with layer "
+                f"0..{shape.n_layers - 1} and head 0..{shape.n_heads - 1}"
+            )
+    chosen = sorted({(int(layer), int(head)) for layer, head in heads})
+    if len(chosen) < len(heads) or len(chosen) < 2:
+        raise PlanError(f"heads={[*heads]!r} must name at least two heads, each once")
+    return chosen

@@ -1,0 +1,221 @@
+"""`run_patches`: metrics of sets of patches that act in one run, as an xarray Dataset."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.analyses.stages import Computed, Stages
+from patchsweep.arguments import check_runner
+from patchsweep.data.pairs import PromptPairs
+from patchsweep.errors import PlanError
+from patchsweep.models.compute import ComputeDtype
+from patchsweep.models.running import runs_model
+from patchsweep.runners.select import RunnerName
+from patchsweep.spec.batch import base_and_source
+from patchsweep.spec.interventions import Direction
+from patchsweep.spec.reference import MeansFrom
+from patchsweep.spec.spec import MetricLike, SweepSpec
+from patchsweep.store.attributes import flat_attributes
+from patchsweep.sweeps.identity import identity_of, intervention_words, metric_words
+from patchsweep.sweeps.joint import JointPatches, JointRequest, Patch, joint_request
+from patchsweep.sweeps.layout import analysis_attrs
+
+# sets of patches in one shard: a killed run loses at most the shard in progress
+SETS = 8192
+# sets whose patches are listed in the attributes; a larger number is told by its digest alone
+LISTED = 256
+
+PatchSets = Sequence[Patch | Sequence[Patch]] | Mapping[str, Patch | Sequence[Patch]]
+
+
+@runs_model
+def run_patches(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    patches: PatchSets,
+    metrics: MetricLike | Sequence[MetricLike] = SweepSpec.metrics,
+    *,
+    direction: Direction | None = SweepSpec.direction,
+    read: int = SweepSpec.read,
+    means_from: MeansFrom = SweepSpec.means_from,
+    compute_dtype: ComputeDtype = SweepSpec.compute_dtype,
+    runner: RunnerName = "auto",
+    max_tokens: int | None = None,
+    cache_budget: int | None = None,
+    config: Mapping[str, Any] | None = None,
+    stages: Stages | None = None,
+) -> xr.Dataset:
+    """Run each set of patches jointly, exactly: `patched` [metric, pair, patch], the raw metric.
+
+    An entry of `patches` is a `Patch`, or a list of patches that act in one run:
+
+        run_patches(model, pairs, [
+            Patch("z", layer=9, head=6),
+            [Patch("z", layer=9, head=6), Patch("mlp_out", layer=10, pos="end")],
+        ])
+
+    `base_metric` and `source_metric` [metric, pair] are those of the unpatched runs, and
+    `patched - base_metric` is a set's effect.
+
+    **Order.** All values are made from the unpatched base and source run, before any patch runs. A
+    patch downstream of another overwrites what the other one caused at its place, and nothing else:
+    between the two, the change travels on through everything that no patch holds. Patches of one
+    set have no order of their own; the model's has. To freeze a part, patch it with
+    `intervention="base"`, the base run's own value: then no change passes through it. At
+    `resid_pre`, `resid_mid`, `resid_post` and `embed` a patch replaces the residual stream, and
+    with it all that was written there before.
+
+    Args:
+        patches: sets by number, or a mapping of names to sets; the names become the coordinate.
+        direction: as in `sweep`. Default: that of the interventions, which must then agree.
+        means_from: as in `sweep`, for all interventions that take means.
+        stages: where the shards of the stages "patches" go, see `patchsweep.analyses.stages`.
+            Default: in memory.
+
+    Others are those of `sweep`. A set is run from its lowest layer and its first position on, over
+    the base run's keys and values. Patches that are proven to change nothing do not run, and a set
+    of such patches has the base metric. Sets with equal patches in their lowest layer share the
+    run up to their next one.
+
+    Raises:
+        PlanError: a set is empty, gives one vector two values, or names a place that the model or
+            a pair does not have.
+        PatchsweepError: another argument breaks a rule; nothing has run then.
+    """
+    check_runner(runner, max_tokens, cache_budget)
+    names, sets = _named(patches)
+    request = joint_request(
+        model,
+        pairs,
+        sets,
+        metrics,
+        direction=direction,
+        read=read,
+        means_from=means_from,
+        compute_dtype=compute_dtype,
+    )
+    request.check_overlaps()
+    stages = Stages.of(stages)
+
+    def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
+        joint = JointPatches(request, runner, max_tokens, cache_budget)
+        values, references = run_sets(joint, stages, attrs)
+        coords = {"patch": np.array(names, dtype=object)}
+        ds = patched_dataset(request, values, references, attrs, coords)
+        return ds.assign_attrs(runner=joint.choice.runner.name)
+
+    return stages.results(model, lambda: _attrs(request, sets, config), compute)
+
+
+def run_sets(
+    joint: JointPatches, stages: Stages, attrs: Mapping[str, Any]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the metrics `[metric, pair, set]` of all sets, and `[2, metric, pair]` of base and
+    source runs; computed in stages of `SETS` sets."""
+    request = joint.request
+    n_sets = len(request.sets)
+    found = []
+    for first in range(0, n_sets, SETS):
+        members = range(first, min(first + SETS, n_sets))
+        dims = {"metric": len(request.metrics), "pair": len(request.pairs), "patch": len(members)}
+
+        def block(pairs: range, members: range = members) -> Computed:
+            values, references = joint.run(pairs, members)
+            return {"patched": values}, references
+
+        found.append(
+            stages.run(
+                "patches",
+                {"patched": dims},
+                max(1, SETS // len(members)),
+                block,
+                metrics=[metric.name for metric in request.metrics],
+                attrs={**attrs, "first": first},
+            )
+        )
+    stages.wait()
+    values = np.concatenate([ds["patched"].values for ds in found], axis=2)
+    return values, np.stack([found[0][f"{x}_metric"].values for x in ("base", "source")])
+
+
+def patched_dataset(
+    request: JointRequest,
+    values: np.ndarray,
+    references: np.ndarray,
+    attrs: Mapping[str, Any],
+    coords: Mapping[str, Any],
+) -> xr.Dataset:
+    """Return metrics of patched runs `[metric, pair, *coords]` as a Dataset."""
+    dims = ("metric", "pair", *coords)
+    return xr.Dataset(
+        {
+            "patched": (dims, values),
+            "base_metric": (dims[:2], references[0]),
+            "source_metric": (dims[:2], references[1]),
+        },
+        coords={
+            "metric": np.array([metric.name for metric in request.metrics], dtype=object),
+            "metric_unit": ("metric", np.array([m.unit for m in request.metrics], dtype=object)),
+            "pair": np.arange(len(request.pairs)),
+            "answer": ("pair", _texts([pair.answer_text for pair in request.pairs])),
+            "wrong_answer": ("pair", _texts([pair.wrong_answer_text for pair in request.pairs])),
+            "base_token": (("pair", "pos"), _tokens(request)),
+            **coords,
+        },
+        attrs=flat_attributes({**attrs, "direction": request.direction, "read": request.read}),
+    )
+
+
+def _texts(values: Sequence[str]) -> np.ndarray:
+    return np.array(values, dtype=object)
+
+
+def _tokens(request: JointRequest) -> np.ndarray:
+    """Return the base tokens `[pair, pos]`; "" beyond a prompt's end."""
+    tokenizer: Any = request.bridge.tokenizer
+    runs = [base_and_source(pair, request.direction)[0] for pair in request.pairs]
+    width = max(map(len, runs))
+    rows = [[*(tokenizer.decode([i]) for i in run), *[""] * (width - len(run))] for run in runs]
+    return np.array(rows, dtype=object)
+
+
+def _named(patches: Any) -> tuple[list[Any], Any]:
+    """Return the coordinate of the sets, and the sets."""
+    if isinstance(patches, Mapping):
+        if not all(isinstance(name, str) for name in patches):
+            raise PlanError(f"patches has the names {[*patches]!r}; name each set by a text")
+        return [*patches], [*patches.values()]
+    if isinstance(patches, Sequence) and not isinstance(patches, str):
+        return [*range(len(patches))], patches
+    return [], patches
+
+
+def _attrs(
+    request: JointRequest, sets: Sequence[Any], config: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    told = [[p.identity() for p in ([s] if isinstance(s, Patch) else s)] for s in sets]
+    content: Any = told
+    if len(told) > LISTED:
+        text = json.dumps(told, separators=(",", ":")).encode()
+        content = {"n": len(told), "sha256": hashlib.sha256(text).hexdigest()}
+    settings = {"patches": content, **settings_of(request)}
+    identity = identity_of("patches", request.bridge, request.pairs, settings)
+    return analysis_attrs(request.bridge, identity, config)
+
+
+def settings_of(request: JointRequest) -> dict[str, Any]:
+    """Return what decides the numbers besides the model, the pairs and the sets."""
+    return {
+        "interventions": [intervention_words(x) for x in request.interventions],
+        "direction": request.direction,
+        "metrics": [metric_words(metric) for metric in request.metrics],
+        "read": request.read,
+        "compute_dtype": str(request.compute_dtype).removeprefix("torch."),
+    }
