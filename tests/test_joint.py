@@ -13,8 +13,8 @@ from patchsweep.analyses.joint.interactions import largest_interactions
 from patchsweep.analyses.stages import Stages
 from patchsweep.errors import PatchsweepError, PlanError
 from patchsweep.models import TINY_FAMILIES
-from patchsweep.runners.packed.joint import shared_stems
 from patchsweep.spec.batch import base_and_source
+from patchsweep.spec.joint import shared_stems
 from patchsweep.spec.sites import SITES
 from patchsweep.sweeps.joint import joint_request
 from subjects import demo_pairs, model

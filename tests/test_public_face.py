@@ -13,11 +13,16 @@ from patchsweep._moved import MOVED
 
 ENGINE = Path(ps.__file__).parent
 NAMES = [
+    "Ablate",
+    "Add",
     "Custom",
     "Metric",
+    "Noise",
     "Patch",
     "PatchsweepError",
+    "Project",
     "PromptPairs",
+    "Scale",
     "Screen",
     "SweepSpec",
     "attention",
@@ -27,6 +32,8 @@ NAMES = [
     "circuit_scores",
     "compare",
     "cross_validate_circuit",
+    "difference_of_means",
+    "dose",
     "edges",
     "exact_edges",
     "interactions",
@@ -46,6 +53,7 @@ NAMES = [
     "sweep",
     "ungrouped",
     "write_circuit",
+    "trace",
     "write_report",
 ]
 

@@ -25,8 +25,15 @@ if TYPE_CHECKING:
         write_circuit,
     )
     from patchsweep.analyses.heads import study
-    from patchsweep.analyses.joint import Patch, interactions, run_patches
+    from patchsweep.analyses.joint import (
+        Patch,
+        difference_of_means,
+        dose,
+        interactions,
+        run_patches,
+    )
     from patchsweep.analyses.logit_lens import lens, sublayers
+    from patchsweep.analyses.tracing import Noise, trace
     from patchsweep.data.pairs import PromptPairs
     from patchsweep.forward.ungroup import ungrouped
     from patchsweep.models import load_model
@@ -34,6 +41,7 @@ if TYPE_CHECKING:
     from patchsweep.results import accessor as summary
     from patchsweep.results.compare import compare
     from patchsweep.spec import metrics
+    from patchsweep.spec.directions import Ablate, Add, Project, Scale
     from patchsweep.spec.interventions import Custom
     from patchsweep.spec.metrics import Metric
     from patchsweep.spec.spec import SweepSpec
@@ -44,11 +52,16 @@ if TYPE_CHECKING:
     from patchsweep.tasks import load_task
 
 __all__ = [
+    "Ablate",
+    "Add",
     "Custom",
     "Metric",
+    "Noise",
     "Patch",
     "PatchsweepError",
+    "Project",
     "PromptPairs",
+    "Scale",
     "Screen",
     "SweepSpec",
     "attention",
@@ -58,6 +71,8 @@ __all__ = [
     "circuit_scores",
     "compare",
     "cross_validate_circuit",
+    "difference_of_means",
+    "dose",
     "edges",
     "exact_edges",
     "interactions",
@@ -77,14 +92,20 @@ __all__ = [
     "sweep",
     "ungrouped",
     "write_circuit",
+    "trace",
     "write_report",
 ]
 
 _HOME = {
+    "Ablate": "spec.directions",
+    "Add": "spec.directions",
     "Custom": "spec.interventions",
     "Metric": "spec.metrics",
+    "Noise": "analyses.tracing",
     "Patch": "analyses.joint",
+    "Project": "spec.directions",
     "PromptPairs": "data.pairs",
+    "Scale": "spec.directions",
     "Screen": "sweeps.screen_settings",
     "SweepSpec": "spec.spec",
     "attention": "analyses.attention",
@@ -93,6 +114,8 @@ _HOME = {
     "circuit_scores": "analyses.circuits",
     "compare": "results.compare",
     "cross_validate_circuit": "analyses.circuits",
+    "difference_of_means": "analyses.joint",
+    "dose": "analyses.joint",
     "edges": "analyses.circuits",
     "exact_edges": "analyses.circuits",
     "interactions": "analyses.joint",
@@ -110,6 +133,7 @@ _HOME = {
     "sweep": "sweeps.api",
     "ungrouped": "forward.ungroup",
     "write_circuit": "analyses.circuits",
+    "trace": "analyses.tracing",
     "write_report": "report",
 }
 _MODULES = {"attribution": "attribution", "metrics": "spec.metrics", "summary": "results.accessor"}

@@ -79,6 +79,15 @@ class _Directional(Live):
     def _table(self) -> PerLayer:
         raise NotImplementedError
 
+    def values(
+        self, site: Site, layer: int, base: Tensor, source: Tensor, spans: Sequence[Spans]
+    ) -> Tensor:
+        """See `Intervention`; the base run's at a layer without directions, which none patches."""
+        table = self._table()
+        if isinstance(table, Mapping) and layer not in table:
+            return base
+        return self.applied(site, layer, base, source)
+
     def _at(self, layer: int, x: Tensor) -> Tensor:
         """Return the table's entry of `layer`, on the device and in the dtype of `x`."""
         table = self._table()
@@ -231,15 +240,23 @@ def check_directions(
     site: Site,
     shapes: Iterable[tuple[int, ...]],
     d_head: int,
-    layer_sets: Iterable[Sequence[int]],
+    layer_sets: Sequence[Sequence[int]],
+    *,
+    sweep: bool,
 ) -> None:
     """Check that an intervention of this module fits `site` at these sets of layers.
 
     Raises:
-        ConfigError: directions of another width, or none for a layer.
+        ConfigError: directions of another width, or none for a layer; or a sweep patches several
+            layers at once.
     """
     if not isinstance(intervention, Live):
         return
+    if sweep and any(len(layers) > 1 for layers in layer_sets):
+        raise ConfigError(
+            f"intervention={intervention.name} changes the value that it meets, and a sweep makes "
+            "all values from unpatched runs; patch several layers at once with run_patches"
+        )
     intervention.check_site(site, shapes, d_head)
     if isinstance(intervention, _Directional):
         intervention.check_layers(layer for layers in layer_sets for layer in layers)

@@ -131,6 +131,59 @@ class JointPlan:
         return JointPlan(self.sites, self.n_layers, self.reads, pair, base, n_bases, moved)
 
 
+@dataclass(frozen=True)
+class Stem:
+    """Rows that share the writes of their lowest layer with others."""
+
+    plan: JointPlan  # one row for each set of shared writes
+    rest: JointPlan  # the rows, with their other writes; `base`: the row of `plan` they continue
+    rows: Ints  # [row of rest] row of the plan that was divided
+
+    def part(self, stems: range) -> Stem:
+        """Return the rows that continue some of the stems."""
+        mine = np.flatnonzero((self.rest.base >= stems.start) & (self.rest.base < stems.stop))
+        rest = self.rest.part(mine)
+        number = np.arange(rest.n_rows)
+        rest = rest.with_rows(rest.pair, rest.base - stems.start, len(stems), rest.writes, number)
+        return Stem(self.plan.part(np.arange(stems.start, stems.stop)), rest, self.rows[mine])
+
+
+def shared_stems(plan: JointPlan) -> tuple[Ints, list[Stem]]:
+    """Return the rows that share nothing, and those that share the writes of their lowest layer.
+
+    A row shares only what lies below its second layer, so a row of one layer shares nothing.
+    """
+    writes = plan.writes
+    low = plan.write_layer == plan.entry[writes.row]
+    several = np.bincount(writes.row[~low], minlength=plan.n_rows) > 0
+    # one text for each row's lowest writes: rows with equal texts share them
+    table = np.stack([writes.site, writes.layer, writes.pos, writes.unit, writes.value], axis=1)
+    table, owner = table[low], writes.row[low]
+    order = np.lexsort((*table.T[::-1], owner))
+    table, owner = np.ascontiguousarray(table[order]), owner[order]
+    ends = np.searchsorted(owner, np.arange(plan.n_rows + 1))
+    groups: dict[tuple[int, bytes], list[int]] = {}
+    for row in np.flatnonzero(several).tolist():
+        key = int(plan.pair[row]), table[ends[row] : ends[row + 1]].tobytes()
+        groups.setdefault(key, []).append(row)
+    shared = [rows for rows in groups.values() if len(rows) > 1]
+    if not shared:
+        return np.arange(plan.n_rows), []
+    leaders = np.array([rows[0] for rows in shared], np.int64)
+    rows = np.concatenate([np.array(rows, np.int64) for rows in shared])
+    base = np.repeat(np.arange(len(shared)), [len(rows) for rows in shared])
+    alone = np.setdiff1d(np.arange(plan.n_rows), rows)
+
+    def of(members: Ints, base: Ints, n_bases: int, chosen: Bools) -> JointPlan:
+        number = np.full(plan.n_rows, -1, np.int64)
+        number[members] = np.arange(len(members))
+        mine = chosen & (number[writes.row] >= 0)
+        return plan.with_rows(plan.pair[members], base, n_bases, writes.at(mine), number)
+
+    stems = of(leaders, plan.base[leaders], plan.n_bases, low)
+    return alone, [Stem(stems, of(rows, base, len(shared), ~low), rows)]
+
+
 def plan_joint(
     sites: Sequence[Site],
     n_layers: int,

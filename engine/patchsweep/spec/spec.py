@@ -32,7 +32,7 @@ from patchsweep.models.compute import ComputeDtype, check_compute_dtype, compute
 from patchsweep.models.offload import device_of
 from patchsweep.models.quantised import check_each_row, first_packed, n_parameters
 from patchsweep.spec.batch import Batch, make_batches, next_of_length, pair_shape
-from patchsweep.spec.directions import Live, check_directions
+from patchsweep.spec.directions import check_directions
 from patchsweep.spec.interventions import (
     Direction,
     Intervention,
@@ -218,13 +218,7 @@ def make_request(model: TransformerBridge, pairs: PromptPairs, spec: SweepSpec) 
         shapes = [found for length in lengths if (found := shape.values(site, length))]
         check_constant(experiment.intervention, site, shapes)
         sets = _sets("layers", spec.layers, shape.n_layers) if site.layered else ((0,),)
-        check_directions(experiment.intervention, site, shapes, shape.d_head, sets)
-        if isinstance(experiment.intervention, Live) and any(len(layers) > 1 for layers in sets):
-            raise ConfigError(
-                f"intervention={experiment.intervention.name} changes the value that it meets, and "
-                "a sweep makes all values from unpatched runs; patch several layers at once with "
-                "run_patches"
-            )
+        check_directions(experiment.intervention, site, shapes, shape.d_head, sets, sweep=True)
     _refuse_unused(spec, sites)
     resample = experiment.intervention.from_source
     plans = tuple(_plan(spec, site, shape, pair_shapes, resample=resample) for site in sites)

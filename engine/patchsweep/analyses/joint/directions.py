@@ -26,8 +26,9 @@ from patchsweep.spec.interventions import Direction
 from patchsweep.spec.sites import get_sites
 from patchsweep.spec.spec import MetricLike, SweepSpec, check_pairs, model_shape
 from patchsweep.sweeps.identity import described, identity_of
-from patchsweep.sweeps.joint import JointPatches, Patch, joint_request
+from patchsweep.sweeps.joint import JointPatches, joint_request
 from patchsweep.sweeps.layout import analysis_attrs
+from patchsweep.sweeps.patches import Patch
 
 
 @runs_model
@@ -40,7 +41,7 @@ def difference_of_means(
     Each `[width]`, fp32; of `z` all heads side by side. The mean is over the pairs, at position
     `pos` (a negative one counts from the end) or over the tokens of the label `pos`. Not
     normalised: as `Add`'s direction with coefficient 1 it moves the mean of the corrupted prompts
-    to that of the clean ones.
+    to that of the clean ones. Layers at which the two are equal are left out.
 
     Raises:
         PlanError: the site is an attention pattern, or a pair lacks `pos`.
@@ -60,7 +61,7 @@ def difference_of_means(
             for layer, (clean, corrupted) in enumerate(zip(*runs, strict=True)):
                 change = (clean[row, span] - corrupted[row, span]).double().mean(dim=0)
                 sums[layer] = sums.get(layer, torch.zeros_like(change)) + change
-    return {layer: (total / len(pairs)).float() for layer, total in sums.items()}
+    return {layer: (total / len(pairs)).float() for layer, total in sums.items() if total.any()}
 
 
 def _span(pairs: PromptPairs, number: int, pos: int | str) -> slice:
@@ -84,7 +85,7 @@ def dose(
     coefficients: Sequence[float],
     metrics: MetricLike | Sequence[MetricLike] = SweepSpec.metrics,
     *,
-    layers: int | Sequence[int] | None = SweepSpec.layers,
+    layers: int | Sequence[int] | None = None,
     positions: int | str | Sequence[int | str] = "all",
     controls: int = 0,
     seed: int = 0,

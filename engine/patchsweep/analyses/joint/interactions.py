@@ -24,8 +24,9 @@ from patchsweep.spec.interventions import Direction, Intervention, ValueFn
 from patchsweep.spec.reference import MeansFrom
 from patchsweep.spec.spec import MetricLike, SweepSpec, model_shape
 from patchsweep.sweeps.identity import identity_of
-from patchsweep.sweeps.joint import JointPatches, Patch, joint_request
+from patchsweep.sweeps.joint import JointPatches, joint_request
 from patchsweep.sweeps.layout import analysis_attrs
+from patchsweep.sweeps.patches import Patch
 
 Head = tuple[int, int]  # layer, head
 

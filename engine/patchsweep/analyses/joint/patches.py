@@ -24,8 +24,9 @@ from patchsweep.spec.reference import MeansFrom
 from patchsweep.spec.spec import MetricLike, SweepSpec
 from patchsweep.store.attributes import flat_attributes
 from patchsweep.sweeps.identity import identity_of, intervention_words, metric_words
-from patchsweep.sweeps.joint import JointPatches, JointRequest, Patch, joint_request
+from patchsweep.sweeps.joint import JointPatches, JointRequest, joint_request
 from patchsweep.sweeps.layout import analysis_attrs
+from patchsweep.sweeps.patches import Patch
 
 # sets of patches in one shard: a killed run loses at most the shard in progress
 SETS = 8192

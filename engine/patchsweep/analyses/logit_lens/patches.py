@@ -20,7 +20,7 @@ from patchsweep.spec.interventions import (
 )
 from patchsweep.spec.sites import SITES, Site, get_sites
 from patchsweep.spec.spec import Request, SweepSpec, make_request, model_shape
-from patchsweep.sweeps.joint import Patch
+from patchsweep.sweeps.patches import Patch
 
 Sublayer = tuple[Literal["attn", "mlp"], int]
 

@@ -8,10 +8,9 @@ and values are kept, and the rows continue it as others continue the base run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,15 +24,15 @@ from patchsweep.forward.capture import ActivationCache
 from patchsweep.forward.unwrapped import Unsupported
 from patchsweep.models.memory import is_out_of_memory
 from patchsweep.runners.packed.forward import PackedBlocks, PackedInput, PatchValues
+from patchsweep.runners.packed.joint_batch import JointBatch, joint_batches
 from patchsweep.runners.packed.packing import Packing
 from patchsweep.runners.packed.runner import Loaded, PackedRunner
-from patchsweep.runners.packed.schedule import PackedBatch
 from patchsweep.spec.batch import Batch
 from patchsweep.spec.directions import Live
 from patchsweep.spec.interventions import Intervention, Resample
-from patchsweep.spec.joint import WHOLE, JointPlan
+from patchsweep.spec.joint import WHOLE, JointPlan, shared_stems
 from patchsweep.spec.metrics import Metric
-from patchsweep.spec.plan import Bools, Ints
+from patchsweep.spec.plan import Ints
 
 # most bytes of kept runs that rows continue together
 STEM_BYTES = 256 * 2**20
@@ -135,7 +134,7 @@ class PackedJoint:
             ],
             calls=base.calls,
         )
-        for rows in _batches(plan, self.runner.max_tokens):
+        for rows in joint_batches(plan, self.runner.max_tokens):
             batch = JointBatch.of(plan, rows)
             hidden = self._blocks(loaded, batch, base, plan.pair[:0], kept)
             row, pos = batch.final_tokens()
@@ -152,7 +151,7 @@ class PackedJoint:
         metrics: Sequence[Metric],
     ) -> Float[Tensor, "metric row"]:
         values = torch.empty(len(metrics), plan.n_rows, device="cpu")
-        waiting = list(_batches(plan, self.runner.max_tokens))
+        waiting = list(joint_batches(plan, self.runner.max_tokens))
         while waiting:
             rows = waiting.pop(0)
             try:
@@ -165,7 +164,7 @@ class PackedJoint:
                 tokens = int((plan.length - plan.first[rows, -1]).sum())
                 self.runner.max_tokens = max(1, tokens // 2)
                 rest = np.concatenate([rows, *waiting])
-                waiting = [rest[i] for i in _batches(plan.part(rest), self.runner.max_tokens)]
+                waiting = [rest[i] for i in joint_batches(plan.part(rest), self.runner.max_tokens)]
                 torch.cuda.empty_cache()
                 continue
             values[:, rows] = result.cpu()
@@ -212,87 +211,6 @@ class PackedJoint:
         )
         blocks = JointBlocks(self.runner, batch, given, loaded, pair_of_base, keep)
         return blocks.run()
-
-
-@dataclass(frozen=True)
-class JointBatch(PackedBatch):
-    """Some rows of a plan that run through the blocks together, sorted by base run and start.
-
-    `patch` holds the rows, `pair` the base runs that they continue.
-    """
-
-    plan: JointPlan
-
-    @classmethod
-    def of(cls, plan: JointPlan, rows: Ints) -> JointBatch:
-        """Return the batch of `rows`."""
-        return cls(
-            sets=(),
-            length=plan.length,
-            place=rows,
-            which=np.zeros_like(rows),
-            patch=rows,
-            pair=plan.base[rows],
-            entry=plan.entry[rows],
-            token_entry=plan.entry_stop[rows] < plan.length,
-            start=plan.first[rows, -1],
-            stop=np.full_like(rows, plan.length),
-            plan=plan,
-        )
-
-    @property
-    def n_layers(self) -> int:
-        """Blocks of the model."""
-        return self.plan.n_layers
-
-    @property
-    def n_pairs(self) -> int:
-        """Base runs that rows may continue."""
-        return self.plan.n_bases
-
-    @property
-    def reads(self) -> Bools:
-        """[base run, pos] whether a metric reads the logits there."""
-        return np.broadcast_to(self.plan.reads, (self.plan.n_bases, self.length))
-
-    @cached_property
-    def writes_of(self) -> Ints:
-        """[write] index of each write of the batch's rows in the plan's writes."""
-        return np.flatnonzero(np.isin(self.plan.writes.row, self.patch))
-
-    def final_tokens(self) -> tuple[Ints, Ints]:
-        """Return row of the batch and position of each token behind the last block."""
-        return _tokens(self.start, self.length - self.start)
-
-    def packings(self) -> Iterator[Packing]:
-        """Yield the packings from the first block to the final residual."""
-        plan, rows, base = self.plan, self.patch, self.pair
-        before = np.zeros(len(rows), np.int64)
-        first_before = plan.first[rows, 0]
-        offset_before = np.zeros(len(rows), np.int64)
-        none = np.empty(0, np.int64)
-        for layer in range(int(self.entry.min()), plan.n_layers + 1):
-            first, counts = plan.first[rows, layer], plan.counts(rows, layer)
-            offsets = np.concatenate([[0], np.cumsum(counts)])
-            row, pos = _tokens(first, counts)
-            within = pos - first_before[row]
-            carried = (within >= 0) & (within < before[row])
-            active = np.flatnonzero(counts)
-            yield Packing(
-                layer=layer,
-                rows=active,
-                offsets=np.concatenate([offsets[active], offsets[-1:]]),
-                start=first[active],
-                pair=base[active],
-                token_pair=base[row],
-                token_pos=pos,
-                carried_from=(offset_before[row] + within)[carried],
-                carried_to=np.flatnonzero(carried),
-                write_token=none,
-                write_row=none,
-                same=bool(np.array_equal(before, counts) and np.array_equal(first, first_before)),
-            )
-            before, first_before, offset_before = counts, first, offsets[:-1]
 
 
 class JointBlocks(PackedBlocks):
@@ -410,72 +328,6 @@ class JointBlocks(PackedBlocks):
             scatter_patch(flat, new, _table(target), head=head)
 
 
-@dataclass(frozen=True)
-class Stem:
-    """Rows that share the writes of their lowest layer with others."""
-
-    plan: JointPlan  # one row for each set of shared writes
-    rest: JointPlan  # the rows, with their other writes; `base`: the row of `plan` they continue
-    rows: Ints  # [row of rest] row of the plan that was divided
-
-    def part(self, stems: range) -> Stem:
-        """Return the rows that continue some of the stems."""
-        mine = np.flatnonzero((self.rest.base >= stems.start) & (self.rest.base < stems.stop))
-        rest = self.rest.part(mine)
-        number = np.arange(rest.n_rows)
-        rest = rest.with_rows(rest.pair, rest.base - stems.start, len(stems), rest.writes, number)
-        return Stem(self.plan.part(np.arange(stems.start, stems.stop)), rest, self.rows[mine])
-
-
-def shared_stems(plan: JointPlan) -> tuple[Ints, list[Stem]]:
-    """Return the rows that share nothing, and those that share the writes of their lowest layer.
-
-    A row shares only what lies below its second layer, so a row of one layer shares nothing.
-    """
-    writes = plan.writes
-    low = plan.write_layer == plan.entry[writes.row]
-    several = np.bincount(writes.row[~low], minlength=plan.n_rows) > 0
-    # one text for each row's lowest writes: rows with equal texts share them
-    table = np.stack([writes.site, writes.layer, writes.pos, writes.unit, writes.value], axis=1)
-    table, owner = table[low], writes.row[low]
-    order = np.lexsort((*table.T[::-1], owner))
-    table, owner = np.ascontiguousarray(table[order]), owner[order]
-    ends = np.searchsorted(owner, np.arange(plan.n_rows + 1))
-    groups: dict[tuple[int, bytes], list[int]] = {}
-    for row in np.flatnonzero(several).tolist():
-        key = int(plan.pair[row]), table[ends[row] : ends[row + 1]].tobytes()
-        groups.setdefault(key, []).append(row)
-    shared = [rows for rows in groups.values() if len(rows) > 1]
-    if not shared:
-        return np.arange(plan.n_rows), []
-    leaders = np.array([rows[0] for rows in shared], np.int64)
-    rows = np.concatenate([np.array(rows, np.int64) for rows in shared])
-    base = np.repeat(np.arange(len(shared)), [len(rows) for rows in shared])
-    alone = np.setdiff1d(np.arange(plan.n_rows), rows)
-
-    def of(members: Ints, base: Ints, n_bases: int, chosen: Bools) -> JointPlan:
-        number = np.full(plan.n_rows, -1, np.int64)
-        number[members] = np.arange(len(members))
-        mine = chosen & (number[writes.row] >= 0)
-        return plan.with_rows(plan.pair[members], base, n_bases, writes.at(mine), number)
-
-    stems = of(leaders, plan.base[leaders], plan.n_bases, low)
-    return alone, [Stem(stems, of(rows, base, len(shared), ~low), rows)]
-
-
-def _batches(plan: JointPlan, max_tokens: int) -> Iterator[Ints]:
-    """Yield rows of packed batches of about `max_tokens` tokens and of equal size."""
-    first = plan.first[:, -1]
-    rows = np.lexsort((first, plan.base, plan.entry))
-    total = np.cumsum(plan.length - first[rows])
-    n_batches = max(1, -(-int(total[-1]) // max_tokens))
-    batch = np.minimum((total - 1) * n_batches // total[-1], n_batches - 1)
-    for i in range(n_batches):
-        part = rows[batch == i]
-        if len(part):
-            yield part[np.lexsort((plan.entry[part], first[part], plan.base[part]))]
-
-
 def _check_patterns(plan: JointPlan) -> None:
     """Raise for patterns beside other patches: they are written as z with the base run's values."""
     patterns = np.array([site.is_pattern for site in plan.sites], bool)
@@ -495,13 +347,6 @@ def _chunk_of(base: ActivationCache, n_rows: int) -> int:
     """Return how many kept runs fit `STEM_BYTES`."""
     one = sum(x[:1].numel() * x.element_size() for x in (*base.resid, *base.keys, *base.values))
     return max(1, min(n_rows, STEM_BYTES // one))
-
-
-def _tokens(first: Ints, counts: Ints) -> tuple[Ints, Ints]:
-    """Return row and position of each token, `counts[row]` from `first[row]` on."""
-    row = np.repeat(np.arange(len(counts)), counts)
-    within = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return row, first[row] + within
 
 
 def _same(n: int) -> dict[int, int]:
