@@ -51,9 +51,9 @@ NAMES = [
     "sublayers",
     "summary",
     "sweep",
+    "trace",
     "ungrouped",
     "write_circuit",
-    "trace",
     "write_report",
 ]
 

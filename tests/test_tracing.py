@@ -30,7 +30,7 @@ def pairs_of(name: str) -> ps.PromptPairs:
 
 
 def by_hooks(name: str, pairs, number: int, noise: ps.Noise, window: int, kinds=KINDS):
-    """logit_diff of noised runs `[sample]` and restored ones `[sample, kind, layer, pos]`, at some."""
+    """logit_diff of noised runs `[sample]`, and restored `[sample, kind, layer, pos]` at some."""
     bridge = model(name)
     n_layers = bridge.cfg.n_layers
     sites = {"resid_post": "hook_resid_post", "mlp": "hook_mlp_out", "attn": "hook_attn_out"}

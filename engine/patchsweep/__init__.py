@@ -90,9 +90,9 @@ __all__ = [
     "sublayers",
     "summary",
     "sweep",
+    "trace",
     "ungrouped",
     "write_circuit",
-    "trace",
     "write_report",
 ]
 

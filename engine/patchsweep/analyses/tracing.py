@@ -170,8 +170,19 @@ def trace(
     deviation: dict[str, float] = {}
     samples = [_Sample(corruption, i, deviation, pairs) for i in range(corruption.samples)]
     noises = [Patch("embed", None, corruption.label, intervention=x) for x in samples]
-    settings = {"direction": "noising", "read": read, "means_from": None}
-    ask = partial(joint_request, model, metrics=metrics, compute_dtype=compute_dtype, **settings)
+
+    def ask(one: PromptPairs, sets: Sequence[Patch | Sequence[Patch]]) -> JointRequest:
+        return joint_request(
+            model,
+            one,
+            sets,
+            metrics,
+            direction="noising",
+            read=read,
+            means_from=None,
+            compute_dtype=compute_dtype,
+        )
+
     requests = [
         ask(pairs[i : i + 1], [*noises, *_places(model, pairs[i : i + 1], kinds, window)])
         for i in range(len(pairs))
@@ -182,7 +193,7 @@ def trace(
         found = []
         for i, request in enumerate(requests):
             one = pairs[i : i + 1]
-            sets = [[noise] for noise in noises]
+            sets: list[Patch | Sequence[Patch]] = [*noises]
             if any(kind in _HELD for kind in kinds):
                 joint = JointPatches(request, runner, max_tokens)
                 held = _noised_writes(request, joint, samples, kinds)
