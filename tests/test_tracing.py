@@ -10,7 +10,10 @@ import pytest
 import torch
 from patchsweep.analyses.stages import Stages
 from patchsweep.analyses.tracing import KINDS
+from patchsweep.cli import main
+from patchsweep.cli.main import EXIT_DONE, EXIT_MISTAKE
 from patchsweep.errors import PatchsweepError
+from patchsweep.report import page_of
 from scipy import stats
 from subjects import model
 
@@ -159,3 +162,39 @@ def test_a_trace_of_smollm2_equals_hooks_with_the_same_noise() -> None:
     one = ds.isel(metric=0, pair=0)
     assert np.nanmax(np.abs(one["restored"].values - restored.mean(axis=0))) < TOLERANCE
     assert np.abs(one["effect"].values).max() > 0.5
+
+
+def test_the_verb_traces_stores_and_shows(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PATCHSWEEP_DEBUG", raising=False)
+    words = ["trace", "model=tiny", "task=ioi_demo", "noise.label=S2", "noise.samples=2"]
+    kinds = "kinds=[state,'state without mlp']"
+    assert main([*words, kinds, "window=2", "store=t.zarr"]) == EXIT_DONE
+    said = " ".join(capsys.readouterr().out.split())
+    assert "prob: " in said
+    assert "state without mlp" in said
+    assert "patchsweep report t.zarr" in said
+    pairs = ps.load_task(model("tiny:llama"), "ioi_demo")
+    noise = ps.Noise("S2", samples=2)
+    expected = ps.trace(model("tiny:llama"), pairs, noise, kinds=["state", "state without mlp"])
+    ds = ps.open_store("t.zarr")
+    np.testing.assert_array_equal(ds["effect"], expected["effect"])
+    assert main(["report", "t.zarr"]) == EXIT_DONE
+    page = (tmp_path / "report.html").read_text()
+    assert "One state restored, later MLP writes held" in page
+    assert "<mark>" in page
+    capsys.readouterr()
+    assert main([*words, "store=t.zarr", "noise.label=nobody"]) == EXIT_MISTAKE
+    assert "which pair 0 does not carry" in capsys.readouterr().err
+    assert main([*words, "sites=heads"]) == EXIT_MISTAKE
+    assert "a trace has no sites" in capsys.readouterr().err
+
+
+def test_dose_curves_have_a_page() -> None:
+    name = "tiny:llama"
+    pairs = pairs_of(name)
+    towards = ps.difference_of_means(model(name), pairs, "resid_pre")
+    ds = ps.dose(model(name), pairs, "resid_pre", towards, [-1, 0, 1], layers=[1, 2], controls=1)
+    page = page_of(ds, "d.zarr")
+    assert page.count("data-figure") >= 2
+    assert "1 random vector" in page

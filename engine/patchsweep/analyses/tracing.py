@@ -362,3 +362,40 @@ def _dataset(
         },
         attrs=flat_attributes({**attrs, "deviation": deviation["sigma"]}),
     )
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A restored place of one pair and its effect, in the metric's unit."""
+
+    layer: int
+    pos: int
+    token: str
+    effect: float
+    low: float
+    high: float
+
+
+def largest_effects(
+    ds: xr.Dataset, kind: str, metric: str | None = None, pair: int = 0, n: int = 5
+) -> list[Traced]:
+    """Return the `n` places of `kind` with the largest |effect| in one pair, largest first.
+
+    `metric` defaults to the first.
+    """
+    name = str(ds["metric"].values[0]) if metric is None else metric
+    one = ds.sel(metric=name, pair=pair, kind=kind)
+    effect = one["effect"].transpose("layer", "pos").values
+    order = np.argsort(-np.abs(np.nan_to_num(effect)), axis=None, kind="stable")[:n]
+    places = [np.unravel_index(i, effect.shape) for i in order]
+    return [
+        Traced(
+            layer=int(layer),
+            pos=int(pos),
+            token=str(one["token"].values[pos]),
+            effect=float(effect[layer, pos]),
+            low=float(one["effect_low"].isel(layer=layer, pos=pos)),
+            high=float(one["effect_high"].isel(layer=layer, pos=pos)),
+        )
+        for layer, pos in places
+    ]

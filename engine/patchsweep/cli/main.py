@@ -25,6 +25,7 @@ VERBS = {
     "edges": "score every edge between components, run the foremost exactly, store both",
     "circuit": "grow circuits from node or edge scores, run each without the rest; store it",
     "lens": "what the model would say at each layer, of a patched run too; store it",
+    "trace": "noise a subject, restore states one by one: where a fact passes; store it",
     "attention": "rank heads by attention attribution, store their patterns and predictions",
     "heads": "ablate every head in several ways, class the heads, compare the ways; store it",
     "compare": "how far the attribution in a store agrees with its exact effects",
@@ -32,7 +33,7 @@ VERBS = {
     "task": "list the built-in tasks, or score a model on one",
     "demo": "sweep a real model, check the values against a TransformerLens loop, write a report",
 }
-RESUMABLE = ("run", "edges", "circuit", "lens", "attention", "heads")
+RESUMABLE = ("run", "edges", "circuit", "lens", "trace", "attention", "heads")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -25,6 +25,8 @@ KINDS = {
     "lens": "lens",
     "heads": "heads",
     "attention": "attention",
+    "trace": "trace",
+    "dose": "dose",
 }
 
 
