@@ -26,7 +26,7 @@ from patchsweep.store.verify import checksums
 from patchsweep.sweeps.api import prepare_runner
 from patchsweep.sweeps.bf16 import RecheckedWork, recheck_variables
 from patchsweep.sweeps.exact import ExactWork
-from patchsweep.sweeps.executor import Quiet, Share, run_work, work_items_of
+from patchsweep.sweeps.executor import Quiet, Slice, run_work, work_items_of
 from patchsweep.sweeps.layout import make_layout
 from subjects import demo_pairs, model
 from test_sweep import mixed_pairs
@@ -201,6 +201,6 @@ def test_a_bundle_whose_first_unit_is_held_is_left_to_its_holder(
                 theirs.release(bundle.units)
 
         monkeypatch.setattr("patchsweep.sweeps.executor.WAIT_S", 0.0)
-        run_work([work], ours, HandOver(), Share())
+        run_work([work], ours, HandOver(), Slice())
     assert len(computed) == 1
     assert checksums(path) == whole

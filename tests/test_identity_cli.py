@@ -182,8 +182,8 @@ def test_command_line_has_the_defaults_of_python(verb: str, here: Path) -> None:
 
 @pytest.mark.parametrize("name", ["ig", "ig_inputs", "screen"])
 def test_method_means_the_same_however_it_is_written(name: str, here: Path) -> None:
-    (asked,) = composed("run", f"method={name}").method.asked()
-    assert composed("run", f"method=[{name}]").method.asked() == [name]
+    (asked,) = composed("run", f"method={name}").method.methods()
+    assert composed("run", f"method=[{name}]").method.methods() == [name]
     if name == "screen":
         assert asked == Screen()
     else:

@@ -106,8 +106,8 @@ def attention(
         keep = heads
         if keep is None:  # ranks first: the patterns of all heads may not fit in memory
             keep = _top_heads(views.run("ranks", (), attrs, stages)["head_size"].values, top)
-        found = views.run("views", keep, attrs, stages)
-        ds = views.dataset(found, keep).assign(exact=_exact(request, keep, stages))
+        results = views.run("views", keep, attrs, stages)
+        ds = views.dataset(results, keep).assign(exact=_exact(request, keep, stages))
         ds.attrs = flat_attributes(
             {
                 **attrs,
@@ -274,7 +274,7 @@ class _Views:
                     references[:, :, rows] = self._batch(batch, rows)
             return self.cells, references
 
-        found = stages.run(
+        results = stages.run(
             stage,
             shapes,
             max(1, MAX_TOKENS // n),
@@ -284,7 +284,7 @@ class _Views:
             attrs={**attrs, "keep": [list(head) for head in keep]},
         )
         stages.wait()
-        return found
+        return results
 
     def _batch(self, batch: Batch, rows: list[int]) -> Floats:
         """Fill `rows` of the cells; return base and source metrics [2, metric, pair]."""
@@ -330,17 +330,17 @@ class _Views:
         """Store the most probable tokens of `logits` [pair, d_vocab], and the answers'."""
         prob = logits.softmax(dim=-1)
         best, ids = logits.topk(self.k, dim=-1)
-        found = {"top_id": ids, "top_logit": best, "top_prob": prob.gather(1, ids)}
+        results = {"top_id": ids, "top_logit": best, "top_prob": prob.gather(1, ids)}
         for name, answer in (("answer_prob", batch.answer), ("wrong_prob", batch.wrong)):
-            found[name] = prob.gather(1, answer.gather(1, batch.differ.unsqueeze(1)))[:, 0]
-        for name, values in found.items():
+            results[name] = prob.gather(1, answer.gather(1, batch.differ.unsqueeze(1)))[:, 0]
+        for name, values in results.items():
             self.cells[name][run, rows] = values.cpu().numpy()
 
-    def dataset(self, found: xr.Dataset, heads: Sequence[Head]) -> xr.Dataset:
+    def dataset(self, results: xr.Dataset, heads: Sequence[Head]) -> xr.Dataset:
         """Return the Dataset of all arrays."""
         request = self.request
         model, pairs = request.bridge, request.pairs
-        top_ids = found["top_id"].values.astype(np.int64)
+        top_ids = results["top_id"].values.astype(np.int64)
         ids, inverse = np.unique(top_ids, return_inverse=True)
         names = np.array(token_strings(model, tuple(ids.tolist())), dtype=object)
         tokens = np.full((2, len(pairs), self.length), "", dtype=object)
@@ -349,10 +349,10 @@ class _Views:
                 tokens[run, row, : len(members)] = token_strings(model, tuple(members))
         return xr.Dataset(
             {
-                "top_token": (found["top_id"].dims, names[inverse.reshape(top_ids.shape)]),
+                "top_token": (results["top_id"].dims, names[inverse.reshape(top_ids.shape)]),
                 **{
-                    name: (found[name].dims, found[name].values)
-                    for name in found.data_vars
+                    name: (results[name].dims, results[name].values)
+                    for name in results.data_vars
                     if name != "top_id"
                 },
             },

@@ -36,7 +36,7 @@ from patchsweep.sweeps.executor import (
     WAIT_S,
     Journalled,
     Progress,
-    Share,
+    Slice,
     Values,
     check_progress,
     name_stage,
@@ -80,7 +80,7 @@ class Stages:
             check_store_path(store)
         elif n_slices != 1:
             raise ConfigError(f"n_slices={n_slices} needs a store, where the slices meet; give one")
-        self.share = Share(slice_index, n_slices)
+        self.slice = Slice(slice_index, n_slices)
         self.progress = check_progress(progress)
         self.store, self.storage_options = store, storage_options
         self.parts = None if store is None else os.fspath(store).rstrip("/") + PARTS
@@ -89,15 +89,15 @@ class Stages:
         self._inner = False  # whether `results` is running
 
     @staticmethod
-    def of(given: Stages | None) -> Stages:
-        """Return `given`; None: stages in memory.
+    def of(stages: Stages | None) -> Stages:
+        """Return `stages`; None: stages in memory.
 
         Raises:
             ConfigError: it is something else.
         """
-        if not isinstance(given, Stages | None):
-            raise ConfigError(f"stages={given!r} must be Stages('runs/edges.zarr'), say")
-        return given or Stages()
+        if not isinstance(stages, Stages | None):
+            raise ConfigError(f"stages={stages!r} must be Stages('runs/edges.zarr'), say")
+        return stages or Stages()
 
     def results(
         self,
@@ -177,13 +177,13 @@ class Stages:
         name_stage(self.progress, name)
         if self.parts is None:
             memory = Memory(layout)
-            run_work([work], memory, self.progress, self.share)
+            run_work([work], memory, self.progress, self.slice)
             return memory.dataset()
         place: dict[str, Any] = {"storage_options": self.storage_options}
         url = self._begin(name)
         with Store.create_or_resume(url, layout, **place) as sink, Journal(url, **place) as journal:
-            progress = Journalled(self.progress, journal, self.share, {})
-            run_work([work], sink, progress, self.share)
+            progress = Journalled(self.progress, journal, self.slice, {})
+            run_work([work], sink, progress, self.slice)
             return sink.dataset()
 
     def sweep(self, name: str, *args: Any, **settings: Any) -> xr.Dataset:
@@ -192,8 +192,8 @@ class Stages:
             settings |= {
                 "store": self._begin(name),
                 "storage_options": self.storage_options,
-                "slice_index": self.share.index,
-                "n_slices": self.share.n,
+                "slice_index": self.slice.index,
+                "n_slices": self.slice.n,
             }
         name_stage(self.progress, name)
         return sweep(*args, progress=self.progress, **settings)
@@ -213,13 +213,13 @@ class Stages:
                 holders.update(process_of(lease.owner) for lease in held if lease.live)
             if not holders:
                 raise Unfinished(
-                    f"slice {self.share.index} of {self.share.n} has done its units; "
+                    f"slice {self.slice.index} of {self.slice.n} has done its units; "
                     f"{n_missing} units of other slices are missing, and no process computes them: "
                     "start those slices, and the last of them does what follows"
                 )
             self.progress.waiting(n_missing, holders)
             time.sleep(WAIT_S)
-        self.share = Share()
+        self.slice = Slice()
 
     def _begin(self, name: str) -> str:
         assert self.parts is not None
@@ -235,8 +235,8 @@ class Stages:
     def _missing(self) -> list[tuple[Store, list[Unit]]]:
         """Return the stores with missing or damaged shards, and these."""
         stores = [Store.open(url, storage_options=self.storage_options) for url in self._begun]
-        found = [(store, store.survey().to_do) for store in stores]
-        return [(store, units) for store, units in found if units]
+        to_do = [(store, store.survey().to_do) for store in stores]
+        return [(store, units) for store, units in to_do if units]
 
 
 class _BlockWork:

@@ -97,12 +97,12 @@ def execute(config: AttentionRun) -> None:
         "config": config.identity(),
     }
 
-    found = stored(
+    results = stored(
         console, config, lambda stages: attention(model, pairs, **settings, stages=stages)
     )
-    if found is None:
+    if results is None:
         return
-    ds, known = found
+    ds, known = results
     for run in ("base", "source"):
         console.print(_guess(ds, run))
     console.print(_table(ds))

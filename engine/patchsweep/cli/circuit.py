@@ -59,10 +59,12 @@ def execute(config: CircuitRun) -> None:
         "config": config.identity(),
     }
 
-    found = stored(console, config, lambda stages: circuit(model, pairs, **settings, stages=stages))
-    if found is None:
+    results = stored(
+        console, config, lambda stages: circuit(model, pairs, **settings, stages=stages)
+    )
+    if results is None:
         return
-    ds, known = found
+    ds, known = results
     attrs = attributes(ds)
     for metric in map(str, ds["metric"].values):
         console.print(_table(ds, metric))

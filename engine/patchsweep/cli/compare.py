@@ -15,7 +15,7 @@ from patchsweep.results.compare import compare
 from patchsweep.results.render import as_dict, render
 from patchsweep.results.tolerance import tolerance_notes
 from patchsweep.store.backends.credentials import scrub
-from patchsweep.store.contents import told
+from patchsweep.store.contents import understood
 from patchsweep.store.dataset import open_store
 from patchsweep.store.store import Store
 from patchsweep.sweeps.sample import draw
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
     store: str | xr.Dataset = options.store
     if options.sample:
         store = with_sample(options.store, options.words, options.sample, options.seed)
-    with told(scrub(options.store)):
+    with understood(scrub(options.store)):
         ds = store if isinstance(store, xr.Dataset) else open_store(store)
         if notes := tolerance_notes(ds):  # such a run has no estimates beside its values
             stdout().print("\n".join(notes))

@@ -57,12 +57,12 @@ def execute(config: EdgesRun) -> None:
         "read": config.metric.read,
         "config": config.identity(),
     }
-    found = stored(
+    results = stored(
         console, config, lambda stages: screen_edges(model, pairs, **settings, stages=stages)
     )
-    if found is None:
+    if results is None:
         return
-    ds, known = found
+    ds, known = results
     if not known:
         console.print(_done(ds))
     console.print(_table(ds))

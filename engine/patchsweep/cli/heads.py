@@ -55,7 +55,7 @@ def execute(config: HeadsRun) -> None:
         "config": config.identity(),
     }
 
-    found = stored(
+    results = stored(
         console,
         config,
         lambda stages: study(
@@ -66,9 +66,9 @@ def execute(config: HeadsRun) -> None:
             stage=lambda words: console.print(f"{words} ..."),
         ),
     )
-    if found is None:
+    if results is None:
         return
-    ds, known = found
+    ds, known = results
     console.print(_classes(ds))
     if ds.attrs["task_classes"] != "measured":
         console.print(f"no classes by behaviour on the task: {ds.attrs['task_classes']}")

@@ -47,7 +47,7 @@ def execute(config: LensRun) -> None:
     transformers_logging.disable_progress_bar()
     model = config.model.load()
     pairs = config.task.load(model)
-    settings = {**config.asked(), "config": config.identity()}
+    settings = {**config.settings(), "config": config.identity()}
 
     def described() -> dict[str, Any]:
         attrs = {**describe(model, pairs, **settings), "sublayers": config.sublayers}
@@ -75,10 +75,10 @@ def execute(config: LensRun) -> None:
 
         return stages.results(model, described, compute)
 
-    found = stored(console, config, analyse)
-    if found is None:
+    results = stored(console, config, analyse)
+    if results is None:
         return
-    ds, known = found
+    ds, known = results
     for line in _ends(ds):
         console.print(line)
     console.print(_layers(ds))

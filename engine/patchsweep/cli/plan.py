@@ -134,10 +134,10 @@ def arithmetic(cost: Cost) -> str:
     )
 
 
-def weights(found: Weights) -> str:
+def weights(weights: Weights) -> str:
     """Return text such as `16.1 GB: 9.2 GB on cuda:0, 6.9 GB on disk`."""
-    places = ", ".join(f"{size(n)} on {place}" for place, n in sorted(found.places.items()))
-    return f"{size(found.n_bytes)}: {places}"
+    places = ", ".join(f"{size(n)} on {place}" for place, n in sorted(weights.places.items()))
+    return f"{size(weights.n_bytes)}: {places}"
 
 
 def reading(cost: Cost) -> str:

@@ -79,7 +79,7 @@ def _scales(blocks: Blocks, trace: Trace, layer: int) -> Factors:
         near = 1e-3 if ones.dtype in (torch.float32, torch.float64) else 2e-2
         if not torch.allclose(ones * rows[1], drawn, rtol=near, atol=near):
             raise Unsupported(f"block {layer} does not add {part} to the residual stream")
-        found = ones[-1].float()
-        return found[:1] if bool((found == found[0]).all()) else found
+        scale = ones[-1].float()
+        return scale[:1] if bool((scale == scale[0]).all()) else scale
 
     return factor("attn_out"), factor("mlp_out")

@@ -239,22 +239,22 @@ class Blocks:
     def writes(
         self,
         layer: int,
-        given: Mapping[Part, Float[Tensor, "row pos d_model"]],
+        outputs: Mapping[Part, Float[Tensor, "row pos d_model"]],
         trace: Trace,
         pair: Tensor,
         start: int = 0,
     ) -> Float[Tensor, "row pos d_model"]:
-        """Return what the block writes into a zero stream when parts output `given`, others zero.
+        """Return what the block writes into a zero stream when parts output `outputs`, others zero.
 
         Norms and factors between the parts and the stream are applied.
         """
-        empty = torch.zeros_like(next(iter(given.values())))
+        empty = torch.zeros_like(next(iter(outputs.values())))
         fixed: dict[Part, Tensor] = {"attn": empty, "mlp": empty}
-        if "attn" not in given:
+        if "attn" not in outputs:
             fixed["attn_out"] = empty
-        if "mlp" not in given:
+        if "mlp" not in outputs:
             fixed["mlp_out"] = empty
-        with self._fixed(layer, fixed | dict(given), trace):
+        with self._fixed(layer, fixed | dict(outputs), trace):
             return self._call(layer, empty, trace, pair, start)
 
     @torch.no_grad()
@@ -374,10 +374,10 @@ class Blocks:
         return first_of(out).reshape(x.shape)
 
     @contextmanager
-    def _fixed(self, layer: int, given: Mapping[Part, Tensor], trace: Trace) -> Iterator[None]:
-        """Inside, the modules of the parts `given` return these outputs for any input."""
+    def _fixed(self, layer: int, outputs: Mapping[Part, Tensor], trace: Trace) -> Iterator[None]:
+        """Inside, the modules of the parts in `outputs` return these for any input."""
         modules = []
-        for part, value in given.items():
+        for part, value in outputs.items():
             raw = trace.parts[layer, part]
             flat = value.reshape(1, -1, value.shape[-1])
             output = with_first(raw, flat[0] if first_of(raw).ndim == 2 else flat)

@@ -70,17 +70,17 @@ class ActivationCache:
         keys, values = ([x[:, :, :length] for x in xs] for xs in (self.keys, self.values))
         return Prefix(length, keys, values)
 
-    def half(self, which: slice) -> ActivationCache:
-        """Return the cache of the prompts `which` of the batch; the tensors are views."""
+    def half(self, prompts: slice) -> ActivationCache:
+        """Return the cache of the prompts at `prompts` of the batch; the tensors are views."""
         return ActivationCache(
-            shape=(len(range(*which.indices(self.shape[0]))), self.shape[1]),
+            shape=(len(range(*prompts.indices(self.shape[0]))), self.shape[1]),
             storage=self.storage,
             devices=self.devices,
-            resid=[x[which] for x in self.resid],
-            keys=[x[which] for x in self.keys],
-            values=[x[which] for x in self.values],
+            resid=[x[prompts] for x in self.resid],
+            keys=[x[prompts] for x in self.keys],
+            values=[x[prompts] for x in self.values],
             calls=self.calls,
-            sites={name: [x[which] for x in xs] for name, xs in self.sites.items()},
+            sites={name: [x[prompts] for x in xs] for name, xs in self.sites.items()},
         )
 
 

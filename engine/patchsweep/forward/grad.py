@@ -308,9 +308,9 @@ class GradientModel:
                 if new is not None:
                     hidden = new if layer == first else torch.cat([hidden, new])
                 n_rows[0] = len(hidden)
-                given = BlockArgs(rest, named, axes[layer % len(axes)])
-                given = given.repeated(len(hidden) // n_prompts)
-                return (hidden, *given.args), given.kwargs
+                block_args = BlockArgs(rest, named, axes[layer % len(axes)])
+                block_args = block_args.repeated(len(hidden) // n_prompts)
+                return (hidden, *block_args.args), block_args.kwargs
 
             return enter
 

@@ -166,9 +166,9 @@ def check_causal(bridge: TransformerBridge, wrapping: Wrapping) -> None:
         )
 
 
-def _relative(found: Float[Tensor, "pos v"], expected: Float[Tensor, "pos v"]) -> float:
+def _relative(values: Float[Tensor, "pos v"], expected: Float[Tensor, "pos v"]) -> float:
     """Return the largest norm of a position's centred change over that of its centred logits."""
-    change, spread = (x - x.mean(dim=-1, keepdim=True) for x in (found - expected, expected))
+    change, spread = (x - x.mean(dim=-1, keepdim=True) for x in (values - expected, expected))
     return float((change.norm(dim=-1) / spread.norm(dim=-1)).max())
 
 

@@ -13,7 +13,7 @@ from patchsweep.errors import ConfigError, StoreError
 from patchsweep.report.page import build_page
 from patchsweep.report.tables import Journal, read_journal
 from patchsweep.store.backends.credentials import scrub
-from patchsweep.store.contents import told
+from patchsweep.store.contents import understood
 from patchsweep.store.dataset import open_store
 
 __all__ = ["write_report"]
@@ -46,7 +46,7 @@ def write_report(store: str | PathLike[str], out: str | PathLike[str] = "report.
             raise ConfigError(f"{name}={given!r} must be a path, such as {such!r}")
     address = fspath(store)
     _check_file(Path(out))
-    with told(scrub(address)):
+    with understood(scrub(address)):
         page = page_of(open_store(address), scrub(address), read_journal(address))
     return write_page(page, out)
 

@@ -173,7 +173,7 @@ def printable(text: str) -> str:
 
 
 @contextmanager
-def told(shown: str) -> Iterator[None]:
+def understood(shown: str) -> Iterator[None]:
     """Convert unexpected errors while reading the store `shown` into StoreErrors.
 
     Untrusted metadata may cause errors of any type.
@@ -280,28 +280,28 @@ def read_contents(folder: Folder) -> Contents:
     return Contents(folder.shown, attrs, names, files, tuple(problems))
 
 
-def _strange(found: Mapping[str, Any]) -> str:
+def _strange(metadata: Mapping[str, Any]) -> str:
     """Describe something in a `zarr.json` that this package never writes; empty if nothing."""
-    if found.get("zarr_format") != 3:
-        return f"zarr_format is {found.get('zarr_format')!r}, not 3"
-    if not isinstance(found.get("attributes", {}), dict):
+    if metadata.get("zarr_format") != 3:
+        return f"zarr_format is {metadata.get('zarr_format')!r}, not 3"
+    if not isinstance(metadata.get("attributes", {}), dict):
         return "its attributes are no object"
-    if found.get("node_type") == "group":
-        extra = set(found) - {"attributes", "zarr_format", "node_type"}
+    if metadata.get("node_type") == "group":
+        extra = set(metadata) - {"attributes", "zarr_format", "node_type"}
         return f"a group has {', '.join(sorted(extra))}" if extra else ""
-    if found.get("node_type") != "array":
-        return f"node_type is {found.get('node_type')!r}"
-    if str(found.get("data_type")) not in _TYPES:
-        return f"data_type is {found.get('data_type')!r}"
-    if found.get("storage_transformers"):
+    if metadata.get("node_type") != "array":
+        return f"node_type is {metadata.get('node_type')!r}"
+    if str(metadata.get("data_type")) not in _TYPES:
+        return f"data_type is {metadata.get('data_type')!r}"
+    if metadata.get("storage_transformers"):
         return "it has storage_transformers"
-    shape = found.get("shape")
+    shape = metadata.get("shape")
     if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**40 for n in shape):
         return "its shape is no list of lengths"
-    names = found.get("dimension_names")
+    names = metadata.get("dimension_names")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return "its dimension_names are no names"
-    return _strange_codecs(found.get("codecs"))
+    return _strange_codecs(metadata.get("codecs"))
 
 
 def _strange_codecs(codecs: Any) -> str:
@@ -318,19 +318,19 @@ def _strange_codecs(codecs: Any) -> str:
     return ""
 
 
-def _strange_values(found: Mapping[str, Any], whole: bool) -> str:
+def _strange_values(metadata: Mapping[str, Any], whole: bool) -> str:
     """Describe array metadata that `ShardForm` cannot decode; empty if none. `whole`: unsharded."""
-    shape, dims = found["shape"], found["dimension_names"]
-    shard = found["chunk_grid"]["configuration"]["chunk_shape"]
-    if found["data_type"] != "float32" or found["fill_value"] != "NaN":
+    shape, dims = metadata["shape"], metadata["dimension_names"]
+    shard = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+    if metadata["data_type"] != "float32" or metadata["fill_value"] != "NaN":
         return "its values are no float32 with NaN for what is missing"
     if not len(shape) == len(dims) == len(shard) == len(set(dims)) or "pair" not in dims:
         return f"dims {dims} with shape {shape} and shards {shard}"
     if not all(type(n) is int and 0 < n <= size for n, size in zip(shard, shape, strict=True)):
         return f"shards {shard} in shape {shape}"
-    if found["chunk_key_encoding"]["configuration"]["separator"] != ".":
+    if metadata["chunk_key_encoding"]["configuration"]["separator"] != ".":
         return "its files have other names"
-    codecs = found["codecs"]
+    codecs = metadata["codecs"]
     if not whole:
         (sharding,) = codecs
         configuration = sharding["configuration"]

@@ -58,21 +58,21 @@ def check_adaptive(request: Request, others: Mapping[str, bool]) -> None:
     Raises:
         ConfigError: a setting excludes it, or a metric, site or weight has no gradient.
     """
-    given = f"tolerance={request.spec.tolerance!r}"
+    setting = f"tolerance={request.spec.tolerance!r}"
     for name, is_set in others.items():
         if is_set:
-            raise ConfigError(f"{given} is for method=exact, not {name}; leave one of them out")
+            raise ConfigError(f"{setting} is for method=exact, not {name}; leave one of them out")
     if request.compute_dtype in SIXTEEN_BITS:
         raise ConfigError(
-            f"{given} needs numbers without 16-bit rounding, and this sweep computes in "
+            f"{setting} needs numbers without 16-bit rounding, and this sweep computes in "
             f"{name_of(request.compute_dtype)}; use compute_dtype=float32"
         )
     try:
         check_request(request, (Atp(),))
     except MethodError as error:
         raise ConfigError(
-            f"{given} takes to first order what a patch hardly changes, and cannot here: {error}; "
-            "leave the tolerance out to run every patch exactly"
+            f"{setting} takes to first order what a patch hardly changes, and cannot here: "
+            f"{error}; leave the tolerance out to run every patch exactly"
         ) from error
 
 
@@ -256,10 +256,10 @@ class Adaptive:
     def exact(self, captured: Captured, sets: Sequence[PatchSet]) -> list[Values]:
         """Return exact values `[metric, patch]` of each set."""
         loaded: _Loaded = captured.loaded
-        found = self.packed.run_together(loaded.packed, sets, self.request.metrics)
+        results = self.packed.run_together(loaded.packed, sets, self.request.metrics)
         return [
             check_cells(values.numpy(), chosen.plan, chosen.patches, self.request.metrics)  # type: ignore[arg-type]
-            for values, chosen in zip(found, sets, strict=True)
+            for values, chosen in zip(results, sets, strict=True)
         ]
 
     def calibrate(self) -> Calibration:
@@ -374,10 +374,10 @@ class AdaptiveWork:
                 for name, block in blocks.items()
                 if name in self.plans
             ]
-            for chosen, found in zip(live, self._run(captured, live), strict=True):
+            for chosen, result in zip(live, self._run(captured, live), strict=True):
                 plan, patches = chosen.plan, chosen.patches
                 name = plan.site.name
-                values, linear, token_layers = found
+                values, linear, token_layers = result
                 assert isinstance(plan, SitePlan)
                 blocks[name].put(patches, check_cells(values, plan, patches, metrics))
                 for suffix, numbers in ((LINEAR, linear), (TOKEN_LAYERS, token_layers)):
@@ -391,24 +391,24 @@ class AdaptiveWork:
         samples = [self.calibration.samples[chosen.plan.site.name] for chosen in live]
         loose = [i for i, sample in enumerate(samples) if sample.level != EXACTLY]
         strict = [i for i, sample in enumerate(samples) if sample.level == EXACTLY]
-        found: dict[int, Ran] = {}
+        results: dict[int, Ran] = {}
         if loose:
             sets, levels = [live[i] for i in loose], [samples[i].level for i in loose]
-            found.update(zip(loose, self.adaptive.run(captured, sets, levels), strict=True))
+            results.update(zip(loose, self.adaptive.run(captured, sets, levels), strict=True))
         if strict:
             for i, values in zip(
                 strict, self.adaptive.exact(captured, [live[i] for i in strict]), strict=True
             ):
                 cost = live[i].plan.cost[live[i].patches]
-                found[i] = (values, np.zeros_like(values), cost)
+                results[i] = (values, np.zeros_like(values), cost)
         for i, (chosen, sample) in enumerate(zip(live, samples, strict=True)):
-            values, linear, token_layers = found[i]
+            values, linear, token_layers = results[i]
             _, at, of_sample = np.intersect1d(
                 chosen.patches, sample.patches, assume_unique=True, return_indices=True
             )
             values[:, at], linear[:, at] = sample.values[:, of_sample], 0.0
             token_layers[at] = chosen.plan.cost[chosen.patches[at]]
-        return [found[i] for i in range(len(live))]
+        return [results[i] for i in range(len(live))]
 
 
 def site_of(variable: str) -> str:

@@ -50,7 +50,7 @@ from patchsweep.sweeps.bf16 import RecheckedWork, check_proof, recheck_variables
 from patchsweep.sweeps.cost import Cost, estimate
 from patchsweep.sweeps.estimates import Estimator
 from patchsweep.sweeps.exact import ExactWork
-from patchsweep.sweeps.executor import Journalled, Progress, Share, Work, check_progress, run_work
+from patchsweep.sweeps.executor import Journalled, Progress, Slice, Work, check_progress, run_work
 from patchsweep.sweeps.identity import read_weights, refuse_unversioned, request_settings
 from patchsweep.sweeps.layout import Memory, make_layout
 from patchsweep.sweeps.means import keep_means
@@ -166,7 +166,7 @@ def sweep(
         tolerance=tolerance,
     )
     request = make_request(model, pairs, spec)
-    share = Share(slice_index, n_slices)
+    own = Slice(slice_index, n_slices)
     method_spec = _check_settings(request, store, n_slices, runner, max_tokens, cache_budget)
     check_config(config)
     progress = check_progress(progress)
@@ -223,7 +223,7 @@ def sweep(
         thresholds = None if adaptive is None else adaptive.calibrate()
         memory = Memory(layout_of(choice, thresholds))
         works = _works(request, method_spec, choice, recheck, adaptive, thresholds)
-        run_work(works, memory, progress, share)
+        run_work(works, memory, progress, own)
         return memory.dataset()
     # another process may have created the store meanwhile, with packed batches of another size
     if recorded is None:
@@ -245,15 +245,15 @@ def sweep(
         works = _works(request, method_spec, choice, recheck, adaptive, thresholds)
         journal = stack.enter_context(Journal(store, storage_options=storage_options))
         journalled = Journalled(
-            progress, journal, share, config or {}, self_test_error=choice.difference
+            progress, journal, own, config or {}, self_test_error=choice.difference
         )
-        run_work(works, sink, journalled, share)
+        run_work(works, sink, journalled, own)
         return sink.dataset()
 
 
 def _works(
     request: Request,
-    asked: MethodSpec,
+    method_spec: MethodSpec,
     choice: RunnerChoice,
     proven: bool,
     adaptive: Adaptive | None,
@@ -263,15 +263,17 @@ def _works(
     if adaptive is not None:
         assert thresholds is not None
         return [AdaptiveWork(adaptive, thresholds)]
-    if asked.screen is not None:
-        return [ScreenWork(request, choice, asked.screen)]
+    if method_spec.screen is not None:
+        return [ScreenWork(request, choice, method_spec.screen)]
     works: list[Work] = []
     if proven:
         works.append(RecheckedWork(request, choice))
-    elif asked.exact:
+    elif method_spec.exact:
         works.append(ExactWork(request, choice.runner))
-    if asked.methods:
-        works.append(Estimator(request, asked.methods, tells_references=not asked.exact))
+    if method_spec.methods:
+        works.append(
+            Estimator(request, method_spec.methods, tells_references=not method_spec.exact)
+        )
     return works
 
 
@@ -337,7 +339,7 @@ def plan(
     arguments = bound.arguments
     spec = as_spec(sites, **{name: arguments[name] for name in SPEC_FIELDS if name != "sites"})
     request = make_request(model, pairs, spec)
-    share = Share(arguments["slice_index"], arguments["n_slices"])
+    own = Slice(arguments["slice_index"], arguments["n_slices"])
     names = ("store", "n_slices", "runner", "max_tokens", "cache_budget")
     method_spec = _check_settings(request, *(arguments[name] for name in names))
     if sample:
@@ -346,10 +348,10 @@ def plan(
         request,
         arguments["max_tokens"],
         arguments["cache_budget"],
-        asked=method_spec,
+        method_spec=method_spec,
         runner=arguments["runner"],
         proven=spec.precision == "bf16",
-        n_slices=share.n,
+        n_slices=own.n,
     )
     if not sample:
         return cost

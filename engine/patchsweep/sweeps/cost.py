@@ -107,26 +107,26 @@ def estimate(
     max_tokens: int | None = None,
     cache_budget: int | None = None,
     *,
-    asked: MethodSpec = EXACT,
+    method_spec: MethodSpec = EXACT,
     runner: str = "auto",
     proven: bool = False,
     n_slices: int = 1,
 ) -> Cost:
     """Return the cost of `request` in packed batches of `max_tokens` tokens; runs no model.
 
-    `asked` holds the methods. `runner="auto"` counts as packed; the hooked runner needs a whole
+    `runner="auto"` counts as packed; the hooked runner needs a whole
     forward pass per patch. `proven`: bf16 products with a recheck in fp32.
     """
     if max_tokens is None:
         max_tokens = default_max_tokens(request.bridge)
     if cache_budget is None:
         cache_budget = default_cache(request.bridge)
-    is_packed = asked.exact and runner != "hooked"
+    is_packed = method_spec.exact and runner != "hooked"
     batches = _count_batches(request, max_tokens) if is_packed else Counter[int]()
-    sites = tuple(_site_cost(request, plan, asked, is_packed) for plan in request.plans)
-    parts = _parts(request, asked, proven)
+    sites = tuple(_site_cost(request, plan, method_spec, is_packed) for plan in request.plans)
+    parts = _parts(request, method_spec, proven)
     weights = weights_of(request)
-    n_captures = count_captures(request) if asked.exact else 0
+    n_captures = count_captures(request) if method_spec.exact else 0
     n_passed = sum(site.token_layers for site in sites) + sum(part.token_layers for part in parts)
     flops = 2.0 * n_passed * request.shape.block_parameters
     shape = request.shape
@@ -145,7 +145,7 @@ def estimate(
         n_batches=sum(batches.values()),
         flops=flops,
         seconds=flops / rate,
-        result_bytes=_result_bytes(request, asked, proven),
+        result_bytes=_result_bytes(request, method_spec, proven),
         cache_bytes=2 * longest * per_token * dtype.itemsize,
         cache_budget=cache_budget,
         weights=weights,
@@ -194,9 +194,17 @@ def _count_batches(request: Request, max_tokens: int) -> Counter[int]:
     return counts
 
 
-def _site_cost(request: Request, plan: SitePlan, asked: MethodSpec, is_packed: bool) -> SiteCost:
+def _site_cost(
+    request: Request, plan: SitePlan, method_spec: MethodSpec, is_packed: bool
+) -> SiteCost:
     pairs, layers = blocks_of(request.plans)[plan.site.name]
-    share = 0.0 if not asked.exact else 1.0 if asked.screen is None else asked.screen.share_of(plan)
+    share = (
+        0.0
+        if not method_spec.exact
+        else 1.0
+        if method_spec.screen is None
+        else method_spec.screen.share_of(plan)
+    )
     token_layers = plan.token_layers
     if not is_packed:  # the hooked runner: whole forward passes
         live = plan.live_by_layer()[0].sum(axis=1)  # [pair]
@@ -212,22 +220,22 @@ def _site_cost(request: Request, plan: SitePlan, asked: MethodSpec, is_packed: b
     )
 
 
-def _parts(request: Request, asked: MethodSpec, proven: bool) -> tuple[Part, ...]:
-    parts = [Part(method.name, token_layers(request, method)) for method in asked.methods]
-    if asked.screen is not None and asked.screen.subsets:
+def _parts(request: Request, method_spec: MethodSpec, proven: bool) -> tuple[Part, ...]:
+    parts = [Part(method.name, token_layers(request, method)) for method in method_spec.methods]
+    if method_spec.screen is not None and method_spec.screen.subsets:
         pairs = range(len(request.pairs))
-        bound = sum(asked.screen.bound_cost(plan, pairs) for plan in request.plans)
+        bound = sum(method_spec.screen.bound_cost(plan, pairs) for plan in request.plans)
         parts.append(Part("bound on the rest", bound))
     if proven:
         parts.append(Part("again in fp32", recheck_cost(request)))
-    elif request.noisy and asked.exact:
+    elif request.noisy and method_spec.exact:
         parts.append(Part("noise floor", null_cost(request)))
     return tuple(parts)
 
 
-def _result_bytes(request: Request, asked: MethodSpec, proven: bool) -> int:
-    more = (*asked.variables(request), *(recheck_variables(request) if proven else ()))
-    exact = bytes_of(request) if asked.exact else 0
+def _result_bytes(request: Request, method_spec: MethodSpec, proven: bool) -> int:
+    more = (*method_spec.variables(request), *(recheck_variables(request) if proven else ()))
+    exact = bytes_of(request) if method_spec.exact else 0
     return exact + 4 * sum(math.prod(variable.shape) for variable in more)
 
 

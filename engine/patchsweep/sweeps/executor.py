@@ -97,22 +97,22 @@ class Quiet:
     def waiting(self, n_units: int, holders: Mapping[str, int]) -> None: ...
 
 
-def check_progress(given: Progress | bool | None) -> Progress:
-    """Return `given`; None or True: a bar in a notebook or a terminal; False: nothing is reported.
+def check_progress(progress: Progress | bool | None) -> Progress:
+    """Return `progress`; None or True: a bar in a notebook or a terminal; False: nothing is reported.
 
     Raises:
         ConfigError: it lacks methods of `Progress`.
     """
-    if given is None or given is True:
+    if progress is None or progress is True:
         return Bar()
-    if given is False:
+    if progress is False:
         return Quiet()
-    if not isinstance(given, Progress):
+    if not isinstance(progress, Progress):
         raise ConfigError(
-            f"progress={given!r} must be True, False, or have the methods of "
+            f"progress={progress!r} must be True, False, or have the methods of "
             "patchsweep.sweeps.executor.Progress"
         )
-    return given
+    return progress
 
 
 def name_stage(progress: Progress, name: str) -> None:
@@ -122,7 +122,7 @@ def name_stage(progress: Progress, name: str) -> None:
 
 
 @dataclass(frozen=True)
-class Share:
+class Slice:
     """The slice of a run's work items that one process runs: every n-th.
 
     Raises:
@@ -162,7 +162,7 @@ def work_items_of(works: Sequence[Work], units: Sequence[Unit]) -> list[WorkItem
     return [WorkItem(works[i], tuple(members)) for (i, _), members in groups.items()]
 
 
-def run_work(works: Sequence[Work], sink: Memory | Store, progress: Progress, share: Share) -> None:
+def run_work(works: Sequence[Work], sink: Memory | Store, progress: Progress, own: Slice) -> None:
     """Compute the missing and damaged shards of the slice's work items and write them to `sink`.
 
     Waits for shards that another process holds, and takes them over if that process writes no
@@ -209,7 +209,7 @@ def _run_work(
     within: _Within,
 ) -> None:
     all_units = sink.pending() if isinstance(sink, Memory) else sink.units()
-    items = work_items_of(works, all_units)[share.index :: share.n]
+    items = work_items_of(works, all_units)[own.index :: own.n]
     costs = {unit: item.work.cost(unit) for item in items for unit in item.units}
     missing = set(sink.pending() if isinstance(sink, Memory) else sink.pending(costs))
     # pairs whose unpatched metrics are pending
@@ -277,11 +277,11 @@ class Journalled:
         self,
         inner: Progress,
         journal: Journal,
-        share: Share,
+        own: Slice,
         config: Mapping[str, Any],
         **details: Any,
     ) -> None:
-        self._inner, self._journal, self._share = inner, journal, share
+        self._inner, self._journal, self._slice = inner, journal, own
         self._config, self._details = dict(config), details
 
     def begin(self, n_units: int, total: int, done: int) -> None:
@@ -289,8 +289,8 @@ class Journalled:
             self._config,
             n_units=n_units,
             token_layers=total - done,
-            slice=self._share.index,
-            n_slices=self._share.n,
+            slice=self._slice.index,
+            n_slices=self._slice.n,
             **self._details,
         )
         self._inner.begin(n_units, total, done)

@@ -90,14 +90,14 @@ class MethodSpec:
 EXACT = MethodSpec(exact=True, methods=(), screen=None)
 
 
-def parse_methods(given: MethodLike | Sequence[MethodLike]) -> MethodSpec:
-    """Parse `method=given`.
+def parse_methods(method: MethodLike | Sequence[MethodLike]) -> MethodSpec:
+    """Parse the argument `method`.
 
     Raises:
         MethodError: a method is unknown or repeated, or a screen comes with other methods.
     """
     methods: list[MethodLike] = (
-        list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+        list(method) if isinstance(method, Sequence) and not isinstance(method, str) else [method]
     )
     screens = [m for m in methods if m == "screen" or isinstance(m, Screen)]
     if screens:

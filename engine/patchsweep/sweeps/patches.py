@@ -40,7 +40,7 @@ class Patch:
     head: int | Sequence[int] | None = None  # head, key head, or neuron of mlp_post; None: all
     intervention: str | Intervention | float | Tensor | ValueFn = "resample"
 
-    def told(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """Return the patch as JSON data; a custom intervention only by its name."""
         intervention = self.intervention
         name = (
@@ -63,7 +63,7 @@ class Patch:
     def identity(self) -> dict[str, Any]:
         """Return the patch as JSON data; values by content, or by name and version."""
         values = intervention_words(get_intervention(self.intervention))
-        return {**self.told(), "intervention": values}
+        return {**self.as_json(), "intervention": values}
 
 
 def _plain(given: Any) -> Any:

@@ -88,9 +88,9 @@ class AdaptiveCells:
             linear.index_add_(1, row, torch.einsum("tc,mtc->mt", change, last))
             parts.append(linear.abs())
         linear = torch.cat(parts, dim=1)
-        found = linear.new_zeros(len(linear), len(cells))
-        found.index_add_(1, torch.from_numpy(cell).to(linear.device), linear)
-        return found.cpu().numpy()
+        totals = linear.new_zeros(len(linear), len(cells))
+        totals.index_add_(1, torch.from_numpy(cell).to(linear.device), linear)
+        return totals.cpu().numpy()
 
     @torch.no_grad()
     def _of_group(self, rows: Ints, level: NDArray[np.float64], first: Ints) -> Iterator[Patched]:
@@ -122,7 +122,7 @@ class AdaptiveCells:
         base = self.exact.run.resid[-1]
         none = torch.zeros(0, dtype=torch.int64, device=base.device)
         parts = [(none, none, base.new_zeros(0, base.shape[-1]))]
-        given = self.exact.given(rows)
+        packed_input = self.exact.packed_input(rows)
         waiting = [np.arange(len(rows))] if len(rows) else []
         while waiting:
             places = waiting.pop(0)
@@ -136,7 +136,7 @@ class AdaptiveCells:
                 ran = run_adaptive_batch(
                     self.exact.unwrapped,
                     packed,
-                    given,
+                    packed_input,
                     self.gradients,
                     thresholds,
                     MAX_TOKENS,
@@ -180,11 +180,11 @@ class AdaptiveModel(PrecomputedModel):
         self.level, self.n_sample = self._calibrate(cells)
 
     def _cells(self, cells: AdaptiveCells) -> Iterator[list[Written]]:
-        every = range(len(cells.exact.cells))
+        cells_of_sweep = range(len(cells.exact.cells))
         if self.level is None:
-            yield from cells.exact.written(every)
+            yield from cells.exact.written(cells_of_sweep)
             return
-        for written, linear in cells.patched(every, [self.level] * len(every)):
+        for written, linear in cells.patched(cells_of_sweep, [self.level] * len(cells_of_sweep)):
             self.linear = linear
             yield written
 

@@ -97,8 +97,8 @@ def base_gradients(
             seeds.append(seed)
         for i, seed in enumerate(seeds, start=1):
             logits.backward(seed, retain_graph=i < len(seeds))
-    found = Gradients([torch.stack(x) for x in stream], [torch.stack(x) for x in z])
-    return found, _read(metrics, base, torch.stack(seeds))
+    gradients = Gradients([torch.stack(x) for x in stream], [torch.stack(x) for x in z])
+    return gradients, _read(metrics, base, torch.stack(seeds))
 
 
 def _gradient(

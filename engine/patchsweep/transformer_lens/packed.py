@@ -107,14 +107,14 @@ class PackedCells:
         residuals: dict[int, Tensor] = {}
         if not len(rows):
             return residuals
-        given = self.given(rows)
+        packed_input = self.packed_input(rows)
         for packed in make_packed_batches([PatchSet(self.plan, rows)], MAX_TOKENS):
-            hidden = run_packed_batch(self.unwrapped, packed, given)
+            hidden = run_packed_batch(self.unwrapped, packed, packed_input)
             sizes = (packed.length - packed.start).tolist()
             residuals.update(zip(packed.patch.tolist(), hidden.split(sizes), strict=True))
         return residuals
 
-    def given(self, rows: Ints) -> PackedInput:
+    def packed_input(self, rows: Ints) -> PackedInput:
         """Return what packed batches of `rows` need besides the model."""
         value_row: Ints | None = None
         patch_values = self._patch_values

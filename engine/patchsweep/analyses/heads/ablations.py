@@ -249,8 +249,8 @@ def _train(
 
     def train(_: range) -> Computed:
         trainer.run()
-        found = trainer.train(heads, settings)
-        parts = {"start": found.start, "loss": found.loss, "constant": found.values}
+        trained = trainer.train(heads, settings)
+        parts = {"start": trained.start, "loss": trained.loss, "constant": trained.values}
         return {name: part.cpu().numpy()[None] for name, part in parts.items()}, None
 
     chosen = [list(head) for head in heads]

@@ -104,7 +104,7 @@ class Behaviour:
                         self.blocks.trace(tokens, batch.reads)
                         for tokens in (batch.base, batch.source)
                     )
-                edge_batch = self._scene(batch, base, source)
+                edge_batch = self._edge_batch(batch, base, source)
                 patched = exact(edge_batch, [Edge(head, logits) for head in heads])[0]
                 ends = torch.stack([x[0] for x in edge_batch.references()])
                 effect = (ends[0].unsqueeze(1) - patched).float().cpu().numpy()
@@ -159,7 +159,7 @@ class Behaviour:
                 stack.enter_context(watch(self.points[layer], visit))
             yield
 
-    def _scene(self, batch: Batch, base: Trace, source: Trace) -> EdgeBatch:
+    def _edge_batch(self, batch: Batch, base: Trace, source: Trace) -> EdgeBatch:
         layers = range(self.nodes.n_layers)
         return EdgeBatch(
             blocks=self.blocks,

@@ -87,14 +87,14 @@ def lens(
         MethodError: final norm and unembedding do not give the model's own predictions.
     """
     check_config(config)
-    spec = _asked(model, pairs, which, direction, remove, patch, top)
+    spec = make_spec(model, pairs, which, direction, remove, patch, top)
     stages = Stages.of(stages)
 
     def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
         # the lens calls the unembedding itself, so that it must stay cast
         with cast_while(model, compute_dtype_of(model), hold=[model.unembed]):
-            found = _read(model, pairs, spec, remove, top, attrs, stages)
-        return _dataset(model, pairs, spec, found, attrs)
+            results = _read(model, pairs, spec, remove, top, attrs, stages)
+        return _dataset(model, pairs, spec, results, attrs)
 
     return stages.results(model, lambda: _attrs(model, pairs, spec, remove, top, config), compute)
 
@@ -102,7 +102,7 @@ def lens(
 def _read(
     model: TransformerBridge,
     pairs: PromptPairs,
-    asked: _Asked,
+    spec: LensSpec,
     remove: Sublayer | None,
     top: int,
     attrs: Mapping[str, Any],
@@ -110,32 +110,34 @@ def _read(
 ) -> xr.Dataset:
     """Run the prompts and read their streams; `top_id` holds -1 where there is no token."""
     n_layers, longest = int(model.cfg.n_layers), max(len(pair) for pair in pairs)
-    length = max(len(base_and_source(pair, asked.direction)[0]) for pair in pairs)
-    dims = {"run": asked.n_runs, "pair": len(pairs), "layer": n_layers}
+    length = max(len(base_and_source(pair, spec.direction)[0]) for pair in pairs)
+    dims = {"run": spec.n_runs, "pair": len(pairs), "layer": n_layers}
     dims |= {"point": len(POINTS), "pos": length}
     shapes = {**dict.fromkeys(NUMBERS, dims), **{name: {**dims, "top": top} for name in TOP}}
-    patching = asked.patching
+    patching = spec.patching
     prepare = cache(patching.prepare) if patching is not None else None
 
     def read(block: range) -> Computed:
         cells = empty(shapes, block)
         cells["top_id"][:] = -1
-        for batch in make_batches(pairs, block, asked.direction, -1, device_of(model)):
+        for batch in make_batches(pairs, block, spec.direction, -1, device_of(model)):
             rows = [pair - block.start for pair in batch.pairs]
             _put(cells, 0, rows, model, batch, run_streams(model, batch.base))
             if patching is None or prepare is None:
                 continue
             prepare()
             streams = run_streams(model, batch.base, patching.hooks(batch))
-            if remove is not None and not asked.more:
+            if remove is not None and not spec.more:
                 check_removed(streams, remove, n_layers)
             _put(cells, 1, rows, model, batch, streams)
         return cells, None
 
-    cost = longest * n_layers * asked.n_runs
-    found = stages.run("lens", shapes, max(1, MAX_TOKENS // longest), read, cost=cost, attrs=attrs)
+    cost = longest * n_layers * spec.n_runs
+    results = stages.run(
+        "lens", shapes, max(1, MAX_TOKENS // longest), read, cost=cost, attrs=attrs
+    )
     stages.wait()
-    return found
+    return results
 
 
 def _put(
@@ -181,7 +183,7 @@ def describe(
         PatchsweepError: an argument breaks a rule.
     """
     check_config(config)
-    spec = _asked(model, pairs, which, direction, remove, patch, top)
+    spec = make_spec(model, pairs, which, direction, remove, patch, top)
     return _attrs(model, pairs, spec, remove, top, config)
 
 
@@ -209,7 +211,7 @@ def base_direction(
 
 
 @dataclass(frozen=True)
-class _Asked:
+class LensSpec:
     """The checked arguments of a lens."""
 
     prompt: str  # clean or corrupted
@@ -223,7 +225,7 @@ class _Asked:
         return 1 if self.patching is None else 2
 
 
-def _asked(
+def make_spec(
     model: TransformerBridge,
     pairs: PromptPairs,
     which: Any,
@@ -231,7 +233,7 @@ def _asked(
     remove: Any,
     patch: Any,
     top: Any,
-) -> _Asked:
+) -> LensSpec:
     shape = model_shape(model)
     check_pairs(model, pairs)
     whole_number("top", top, least=1, most=shape.d_vocab)
@@ -243,28 +245,28 @@ def _asked(
     direction, prompt = base_direction(which, direction, default)
     patching = Patching(model, pairs, patches, direction) if patches else None
     check_readable(model)
-    return _Asked(prompt, direction, patches, patching, bool(user_patches))
+    return LensSpec(prompt, direction, patches, patching, bool(user_patches))
 
 
 def _attrs(
     model: TransformerBridge,
     pairs: PromptPairs,
-    asked: _Asked,
+    spec: LensSpec,
     remove: Sublayer | None,
     top: int,
     config: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     settings = {
-        "prompt": f"{asked.prompt}, the base of {asked.direction}",
-        "patches": [patch.identity() for patch in asked.patches],
+        "prompt": f"{spec.prompt}, the base of {spec.direction}",
+        "patches": [patch.identity() for patch in spec.patches],
         "top": top,
     }
     identity = identity_of("lens", model, pairs, settings)
     return {
         **analysis_attrs(model, identity, config),
-        "prompt": asked.prompt,
+        "prompt": spec.prompt,
         "removed": "" if remove is None else f"{remove[0]} {remove[1]}",
-        "patches": [{**patch.told(), **patch.means(pairs)} for patch in asked.patches],
+        "patches": [{**patch.as_json(), **patch.means(pairs)} for patch in spec.patches],
         "top": top,
     }
 
@@ -272,23 +274,23 @@ def _attrs(
 def _dataset(
     model: TransformerBridge,
     pairs: PromptPairs,
-    asked: _Asked,
-    found: xr.Dataset,
+    spec: LensSpec,
+    results: xr.Dataset,
     attrs: Mapping[str, Any],
 ) -> xr.Dataset:
     """Return the results from the values of the stage."""
     tokenizer: Any = model.tokenizer
-    ids = found["top_id"].values.astype(np.int64)
+    ids = results["top_id"].values.astype(np.int64)
     names = {i: tokenizer.decode([i]) for i in np.unique(ids).tolist() if i >= 0} | {-1: ""}
     n_runs, n_pairs, n_layers, _, length = ids.shape[:-1]
     token = np.full((n_pairs, length), "", dtype=object)
     for row, pair in enumerate(pairs):
-        members = base_and_source(pair, asked.direction)[0]
+        members = base_and_source(pair, spec.direction)[0]
         token[row, : len(members)] = [tokenizer.decode([i]) for i in members]
     return xr.Dataset(
         {
-            "top_token": (found["top_id"].dims, np.vectorize(names.get, otypes=[object])(ids)),
-            **{name: (found[name].dims, found[name].values) for name in (*NUMBERS, "top_prob")},
+            "top_token": (results["top_id"].dims, np.vectorize(names.get, otypes=[object])(ids)),
+            **{name: (results[name].dims, results[name].values) for name in (*NUMBERS, "top_prob")},
         },
         coords={
             "run": _strings(["unpatched", "patched"][:n_runs]),

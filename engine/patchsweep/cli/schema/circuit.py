@@ -50,7 +50,7 @@ class CircuitRun(AnalysisRun):
         Raises:
             ConfigError: there are several methods, or the method does not score all of them.
         """
-        methods = self.method.asked()
+        methods = self.method.methods()
         if len(methods) != 1 or not isinstance(methods[0], str | Method):
             raise ConfigError(
                 "a circuit is ranked by one method that scores all; give method=atp, ig or exact "

@@ -50,7 +50,7 @@ class LensRun(AnalysisRun):
         if self.patch.site is None and self.patch != PatchConfig():
             raise ConfigError("patch needs a site; give patch.site=z, or leave the patch out")
 
-    def asked(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """Return the arguments of `lens` other than model, pairs and config."""
         removed: Sublayer | None = None
         if self.remove is not None:

@@ -90,7 +90,7 @@ class SitesConfig:
 class MethodConfig:
     """The method that computes effects; one of the classes below."""
 
-    def asked(self) -> list[MethodLike]:
+    def methods(self) -> list[MethodLike]:
         """Return the argument `method` of `sweep`."""
         raise ConfigError("a method is needed; give method=exact, method=screen or method=atp")
 
@@ -101,7 +101,7 @@ class NamedMethods(MethodConfig):
 
     names: list[str] = MISSING
 
-    def asked(self) -> list[MethodLike]:
+    def methods(self) -> list[MethodLike]:
         return list(self.names)
 
 
@@ -114,7 +114,7 @@ class IntegratedMethod(MethodConfig):
     rule: str = Path.rule  # gauss, or left: as the EAP-IG package has it, which converges slowly
     rtol: float = Path.rtol  # with n_steps=auto: error over the largest estimate of pair and site
 
-    def asked(self) -> list[MethodLike]:
+    def methods(self) -> list[MethodLike]:
         methods: dict[str, IntegratedSite | IntegratedInputs] = {
             "site": IntegratedSite(),
             "inputs": IntegratedInputs(),
@@ -138,7 +138,7 @@ class ScreenMethod(MethodConfig):
     level: float = Screen.level  # of the bound's test
     seed: int = Screen.seed
 
-    def asked(self) -> list[MethodLike]:
+    def methods(self) -> list[MethodLike]:
         return [Screen(**asdict(self))]
 
 
@@ -254,7 +254,7 @@ class RunConfig:
             neurons=self.sites.neurons,
             read=self.metric.read,
             means_from=self.reference(model),
-            method=self.method.asked(),
+            method=self.method.methods(),
             precision=self.precision,  # type: ignore[arg-type]
             compute_dtype=self.compute_dtype,  # type: ignore[arg-type]
             tolerance=self.tolerance,
