@@ -166,7 +166,7 @@ def sweep(
         tolerance=tolerance,
     )
     request = make_request(model, pairs, spec)
-    own = Slice(slice_index, n_slices)
+    work_slice = Slice(slice_index, n_slices)
     method_spec = _check_settings(request, store, n_slices, runner, max_tokens, cache_budget)
     check_config(config)
     progress = check_progress(progress)
@@ -223,7 +223,7 @@ def sweep(
         thresholds = None if adaptive is None else adaptive.calibrate()
         memory = Memory(layout_of(choice, thresholds))
         works = _works(request, method_spec, choice, recheck, adaptive, thresholds)
-        run_work(works, memory, progress, own)
+        run_work(works, memory, progress, work_slice)
         return memory.dataset()
     # another process may have created the store meanwhile, with packed batches of another size
     if recorded is None:
@@ -245,9 +245,9 @@ def sweep(
         works = _works(request, method_spec, choice, recheck, adaptive, thresholds)
         journal = stack.enter_context(Journal(store, storage_options=storage_options))
         journalled = Journalled(
-            progress, journal, own, config or {}, self_test_error=choice.difference
+            progress, journal, work_slice, config or {}, self_test_error=choice.difference
         )
-        run_work(works, sink, journalled, own)
+        run_work(works, sink, journalled, work_slice)
         return sink.dataset()
 
 
@@ -339,7 +339,7 @@ def plan(
     arguments = bound.arguments
     spec = as_spec(sites, **{name: arguments[name] for name in SPEC_FIELDS if name != "sites"})
     request = make_request(model, pairs, spec)
-    own = Slice(arguments["slice_index"], arguments["n_slices"])
+    work_slice = Slice(arguments["slice_index"], arguments["n_slices"])
     names = ("store", "n_slices", "runner", "max_tokens", "cache_budget")
     method_spec = _check_settings(request, *(arguments[name] for name in names))
     if sample:
@@ -351,7 +351,7 @@ def plan(
         method_spec=method_spec,
         runner=arguments["runner"],
         proven=spec.precision == "bf16",
-        n_slices=own.n,
+        n_slices=work_slice.n,
     )
     if not sample:
         return cost

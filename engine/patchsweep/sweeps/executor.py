@@ -98,7 +98,7 @@ class Quiet:
 
 
 def check_progress(progress: Progress | bool | None) -> Progress:
-    """Return `progress`; None or True: a bar in a notebook or a terminal; False: nothing is reported.
+    """Return `progress`; None or True: a bar on a terminal or in a notebook; False: silence.
 
     Raises:
         ConfigError: it lacks methods of `Progress`.
@@ -162,7 +162,9 @@ def work_items_of(works: Sequence[Work], units: Sequence[Unit]) -> list[WorkItem
     return [WorkItem(works[i], tuple(members)) for (i, _), members in groups.items()]
 
 
-def run_work(works: Sequence[Work], sink: Memory | Store, progress: Progress, own: Slice) -> None:
+def run_work(
+    works: Sequence[Work], sink: Memory | Store, progress: Progress, work_slice: Slice
+) -> None:
     """Compute the missing and damaged shards of the slice's work items and write them to `sink`.
 
     Waits for shards that another process holds, and takes them over if that process writes no
@@ -177,7 +179,7 @@ def run_work(works: Sequence[Work], sink: Memory | Store, progress: Progress, ow
 
     try:
         with beating(on_beat):
-            _run_work(works, sink, progress, share, within)
+            _run_work(works, sink, progress, work_slice, within)
     finally:
         if isinstance(progress, Watching):
             progress.end()
@@ -205,11 +207,11 @@ def _run_work(
     works: Sequence[Work],
     sink: Memory | Store,
     progress: Progress,
-    share: Share,
+    work_slice: Slice,
     within: _Within,
 ) -> None:
     all_units = sink.pending() if isinstance(sink, Memory) else sink.units()
-    items = work_items_of(works, all_units)[own.index :: own.n]
+    items = work_items_of(works, all_units)[work_slice.index :: work_slice.n]
     costs = {unit: item.work.cost(unit) for item in items for unit in item.units}
     missing = set(sink.pending() if isinstance(sink, Memory) else sink.pending(costs))
     # pairs whose unpatched metrics are pending
@@ -277,11 +279,11 @@ class Journalled:
         self,
         inner: Progress,
         journal: Journal,
-        own: Slice,
+        work_slice: Slice,
         config: Mapping[str, Any],
         **details: Any,
     ) -> None:
-        self._inner, self._journal, self._slice = inner, journal, own
+        self._inner, self._journal, self._slice = inner, journal, work_slice
         self._config, self._details = dict(config), details
 
     def begin(self, n_units: int, total: int, done: int) -> None:
