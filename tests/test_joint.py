@@ -348,3 +348,21 @@ def test_a_planted_redundant_pair_is_the_largest_interaction() -> None:
 def test_bad_heads_are_refused_before_anything_runs(heads, says) -> None:
     with pytest.raises(PlanError, match=says):
         ps.interactions(model("tiny:llama"), demo_pairs("tiny:llama"), heads=heads)
+
+
+@pytest.mark.slow
+def test_200_pairs_of_smollm2s_heads_equal_hooks() -> None:
+    from benchmarks.joint_patches import by_hooks
+
+    name = "smollm2-135m"
+    pairs = demo_pairs(name)
+    rng = np.random.default_rng(0)
+    first, second = np.triu_indices(270, k=1)
+    chosen = rng.choice(len(first), size=200, replace=False)
+    first, second = first[chosen], second[chosen]
+    expected = by_hooks(model(name), pairs[0], first, second)
+    head = [Patch("z", i // 9, "all", i % 9) for i in range(270)]
+    sets = [[head[i], head[j]] for i, j in zip(first.tolist(), second.tolist(), strict=True)]
+    ds = ps.run_patches(model(name), pairs, sets)
+    assert np.abs(ds["patched"].values[0, 0] - expected).max() < TOLERANCE
+    assert np.abs(expected - ds["base_metric"].values[0, 0]).max() > 0.5

@@ -12,6 +12,7 @@ import xarray as xr
 from patchsweep.errors import ConfigError, StoreError
 from patchsweep.report.page import build_page
 from patchsweep.report.tables import Journal, read_journal
+from patchsweep.report.views import by_intervention
 from patchsweep.store.backends.credentials import scrub
 from patchsweep.store.contents import understood
 from patchsweep.store.dataset import open_store
@@ -83,7 +84,7 @@ def page_of(ds: xr.Dataset, name: str, journal: Journal | None = None) -> str:
     """
     kind = ds.attrs.get("kind")
     if kind is None:
-        return build_page(ds, journal or Journal())
+        return build_page(by_intervention(ds), journal or Journal())
     if kind not in KINDS:
         raise StoreError(
             f"{name} holds results of kind {kind!r}, for which there is no page; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import xarray as xr
 
 from patchsweep.report.html import visible
@@ -35,6 +36,21 @@ class View:
     source_tokens: tuple[str, ...]  # likewise
     differs: tuple[bool, ...]  # per position: base and source token differ in any of its pairs
     n_pairs: tuple[int, ...] = ()  # of a mean: pairs per position; () where all have it
+
+
+def by_intervention(ds: xr.Dataset) -> xr.Dataset:
+    """Return the Dataset of several interventions with each metric once for each of them.
+
+    The page's selector of metrics then chooses both. Another Dataset is returned as it is.
+    """
+    if "intervention" not in ds.dims:
+        return ds
+    parts = []
+    for name in ds["intervention"].values:
+        one = ds.sel(intervention=name, drop=True)
+        labels = [f"{metric}, {name}" for metric in one["metric"].values]
+        parts.append(one.assign_coords(metric=np.array(labels, dtype=object)))
+    return xr.concat(parts, "metric", data_vars="minimal", combine_attrs="override")
 
 
 def has_source(ds: xr.Dataset) -> bool:

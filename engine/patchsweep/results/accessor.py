@@ -64,7 +64,7 @@ SITE_WORDS = {
 }
 """Site names and what they are, in words, in the order in which reports show them."""
 
-_CELL_DIMS = {"metric", "pair", "layer", "pos", *UNIT_DIMS}
+_CELL_DIMS = {"metric", "pair", "intervention", "layer", "pos", *UNIT_DIMS}
 _FLOATS_PER_BLOCK = 1 << 23  # 32 MiB of resampled effects at a time
 
 
@@ -273,6 +273,11 @@ def largest(
             raise PlanError(f"pair={pair} is not in the store; it has {ds['pair'].values.tolist()}")
         one = one.sel(pair=[pair])
     effects = effect_mean(one, site).squeeze("metric", drop=True)
+    if "intervention" in effects.dims:
+        raise PlanError(
+            "ds holds several interventions; choose one, such as "
+            f"ds.sel(intervention={str(ds['intervention'].values[0])!r})"
+        )
     values = value(one, site).mean("pair").squeeze("metric", drop=True)
     fractions = recovered_mean(one, site).squeeze("metric", drop=True)
     behind = n_pairs(one, site).squeeze("metric", drop=True)
@@ -362,7 +367,7 @@ def _variable(ds: xr.Dataset, site: str) -> xr.DataArray:
     if site not in known:
         raise SiteError(f"site={site!r} is not in the store; it has {', '.join(known) or 'none'}")
     unit = unit_dim(ds[site])
-    dims = ["metric", "pair", "layer", "pos", *([unit] if unit else [])]
+    dims = ["metric", "pair", "intervention", "layer", "pos", *([unit] if unit else [])]
     return ds[site].transpose(*dims, missing_dims="ignore")
 
 

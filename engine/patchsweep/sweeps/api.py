@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,6 +53,12 @@ from patchsweep.sweeps.estimates import Estimator
 from patchsweep.sweeps.exact import ExactWork
 from patchsweep.sweeps.executor import Journalled, Progress, Slice, Work, check_progress, run_work
 from patchsweep.sweeps.identity import read_weights, refuse_unversioned, request_settings
+from patchsweep.sweeps.interventions import (
+    check_stored,
+    choose_runner,
+    requests_of,
+    sweep_interventions,
+)
 from patchsweep.sweeps.layout import Memory, make_layout
 from patchsweep.sweeps.means import keep_means
 from patchsweep.sweeps.methods import EXACT, MethodLike, MethodSpec, parse_methods
@@ -60,6 +67,7 @@ from patchsweep.sweeps.screen import ScreenWork
 from patchsweep.sweeps.thresholds import Calibration
 
 log = logging.getLogger("patchsweep")
+InterventionLike = str | Intervention | float | Tensor | ValueFn
 
 
 @runs_model
@@ -70,7 +78,7 @@ def sweep(
     metrics: MetricLike | Sequence[MetricLike] = SweepSpec.metrics,
     *,
     direction: Direction | None = SweepSpec.direction,
-    intervention: str | Intervention | float | Tensor | ValueFn = SweepSpec.intervention,
+    intervention: InterventionLike | Mapping[str, InterventionLike] = SweepSpec.intervention,
     layers: Sets | None = SweepSpec.layers,
     positions: Positions = SweepSpec.positions,
     heads: Sets | Literal["all"] | None = SweepSpec.heads,
@@ -105,7 +113,8 @@ def sweep(
             values into the clean run. Default: denoising for resample, noising for zero and mean.
         intervention: `resample`, `zero`, `mean`, `shuffle`, a constant (a number, `[width]` or
             `[pos, width]`), or a callable `(site, layer, base, source) -> values` of one pair, all
-            three `[1, pos, width]`.
+            three `[1, pos, width]`. A mapping of names to interventions runs all of them and adds
+            the dim `intervention` after `pair`; they share the captured runs.
         layers, heads, neurons: indices, or tuples of indices that are patched together; negative
             layers count from the end. Default: each separately. `heads="all"`: all heads together,
             no head dim.
@@ -149,11 +158,12 @@ def sweep(
     Raises:
         PatchsweepError: an argument breaks a rule; nothing has run then.
     """
+    several = isinstance(intervention, Mapping)
     spec = as_spec(
         sites,
         metrics=metrics,
         direction=direction,
-        intervention=intervention,
+        intervention=SweepSpec.intervention if several else intervention,
         layers=layers,
         positions=positions,
         heads=heads,
@@ -167,12 +177,24 @@ def sweep(
     )
     request = make_request(model, pairs, spec)
     work_slice = Slice(slice_index, n_slices)
+    requests = requests_of(model, pairs, intervention, spec) if several else None
+    request = next(iter(requests.values())) if requests else make_request(model, pairs, spec)
+    share = Share(slice_index, n_slices)
     method_spec = _check_settings(request, store, n_slices, runner, max_tokens, cache_budget)
     check_config(config)
     progress = check_progress(progress)
     recheck = spec.precision == "bf16"
     if store is None and n_slices > 1:
         raise ConfigError(f"n_slices={n_slices} needs a store, where the slices meet; give one")
+    if requests is not None:
+        stored = check_stored(requests, store, storage_options)
+        begun = _recorded_choice(stored, runner, max_tokens)
+        most = max_tokens if begun is None else begun.runner.max_tokens  # type: ignore[attr-defined]
+        chosen = choose_runner(
+            requests, runner, partial(prepare_runner, max_tokens=most, cache_budget=cache_budget)
+        )
+        place = (store, storage_options, share, config or {}, progress)
+        return sweep_interventions(requests, chosen, *place)
     own = model.cfg.dtype
     if request.compute_dtype != own:
         log.info(
