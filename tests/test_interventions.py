@@ -78,7 +78,9 @@ def test_a_store_of_several_goes_on_and_its_page_chooses(tmp_path) -> None:
         model(NAME), pairs_of(NAME, 1), "z", intervention=several, store=place, **options
     )
     np.testing.assert_array_equal(first["z"].values, again["z"].values)
-    with pytest.raises(PatchsweepError, match=r"another run: intervention\.half is scale, factor=0\.25"):
+    with pytest.raises(
+        PatchsweepError, match=r"another run: intervention\.half is scale, factor=0\.25"
+    ):
         ps.sweep(
             model(NAME), pairs_of(NAME, 1), "z",
             intervention={**several, "half": ps.Scale(0.25)}, store=place, **options,

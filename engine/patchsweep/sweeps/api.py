@@ -175,11 +175,9 @@ def sweep(
         compute_dtype=compute_dtype,
         tolerance=tolerance,
     )
-    request = make_request(model, pairs, spec)
-    work_slice = Slice(slice_index, n_slices)
     requests = requests_of(model, pairs, intervention, spec) if several else None
     request = next(iter(requests.values())) if requests else make_request(model, pairs, spec)
-    share = Share(slice_index, n_slices)
+    work_slice = Slice(slice_index, n_slices)
     method_spec = _check_settings(request, store, n_slices, runner, max_tokens, cache_budget)
     check_config(config)
     progress = check_progress(progress)
@@ -190,10 +188,9 @@ def sweep(
         stored = check_stored(requests, store, storage_options)
         begun = _recorded_choice(stored, runner, max_tokens)
         most = max_tokens if begun is None else begun.runner.max_tokens  # type: ignore[attr-defined]
-        chosen = choose_runner(
-            requests, runner, partial(prepare_runner, max_tokens=most, cache_budget=cache_budget)
-        )
-        place = (store, storage_options, share, config or {}, progress)
+        prepare = partial(prepare_runner, max_tokens=most, cache_budget=cache_budget)
+        chosen = choose_runner(requests, runner, prepare)
+        place = (store, storage_options, work_slice, config or {}, progress)
         return sweep_interventions(requests, chosen, *place)
     own = model.cfg.dtype
     if request.compute_dtype != own:

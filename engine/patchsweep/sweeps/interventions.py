@@ -30,7 +30,7 @@ from patchsweep.store.journal import Journal
 from patchsweep.store.layout import Layout, Unit
 from patchsweep.store.store import Store, recorded_attributes
 from patchsweep.sweeps.exact import ExactWork
-from patchsweep.sweeps.executor import Journalled, Progress, Share, Values, run_work
+from patchsweep.sweeps.executor import Journalled, Progress, Slice, Values, run_work
 from patchsweep.sweeps.identity import (
     intervention_words,
     read_weights,
@@ -89,7 +89,7 @@ def sweep_interventions(
     choice: RunnerChoice,
     store: str | Path | None,
     storage_options: Mapping[str, Any] | None,
-    share: Share,
+    work_slice: Slice,
     config: Mapping[str, Any],
     progress: Progress,
 ) -> xr.Dataset:
@@ -98,14 +98,14 @@ def sweep_interventions(
     layout = layout_of(requests, choice, config)
     if store is None:
         memory = Memory(layout)
-        run_work([work], memory, progress, share)
+        run_work([work], memory, progress, work_slice)
         return memory.dataset()
     with ExitStack() as stack:
         place: dict[str, Any] = {"storage_options": storage_options}
         sink = stack.enter_context(Store.create_or_resume(store, layout, **place))
         journal = stack.enter_context(Journal(store, **place))
-        journalled = Journalled(progress, journal, share, dict(config))
-        run_work([work], sink, journalled, share)
+        journalled = Journalled(progress, journal, work_slice, dict(config))
+        run_work([work], sink, journalled, work_slice)
         return sink.dataset()
 
 
