@@ -54,9 +54,12 @@ bench: setup ## beside a TransformerLens loop, on this machine; writes runs/benc
 	$(BIN)/python -m pytest benchmarks -q --benchmark-json=runs/bench.json
 	$(BIN)/python benchmarks/table.py runs/bench.json
 
-bench-gpu: setup ## kernels and whole sweeps on this machine's GPU; writes docs/gpu.md
-	$(BIN)/python benchmarks/gpu/run_kernels.py
-	$(BIN)/python benchmarks/gpu/run_sweeps.py
+# needs no registry: a Python with torch for the GPU, Triton and what is installed beside them
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+bench-gpu: ## kernels and whole sweeps on this machine's GPU, ten minutes a call; writes docs/gpu.md
+	PYTHONPATH=engine:kernels $(GPU_PYTHON) benchmarks/gpu/run_kernels.py --minutes 3
+	PYTHONPATH=engine:kernels $(GPU_PYTHON) benchmarks/gpu/run_sweeps.py --minutes 5
+	PYTHONPATH=engine:kernels $(GPU_PYTHON) benchmarks/gpu/kernel_table.py
 
 wheel: setup ## dist/patchsweep-*.whl
 	$(PIP) wheel --quiet --no-deps --wheel-dir dist .

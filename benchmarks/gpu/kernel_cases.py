@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -192,22 +194,27 @@ def _flex(
     q: Tensor, k: Tensor, v: Tensor, p_k: Tensor, p_v: Tensor, suffix: int, scale: float
 ) -> Callable[[], Tensor]:
     """FlexAttention over the prefix and all packed keys, with the rows as its block mask."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
     n_tokens, prefix = len(q), p_k.shape[2]
 
     def seen(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         own = j - prefix
         return (own < 0) | ((own // suffix == i // suffix) & (own <= i))
 
-    mask = create_block_mask(seen, None, None, n_tokens, prefix + n_tokens, device=str(q.device))
-    compiled = torch.compile(flex_attention)
+    @cache
+    def compiled() -> tuple[Any, Any]:
+        # at the first call: what fails here is FlexAttention's failure
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        make_mask = torch.compile(create_block_mask)  # in eager mode it needs gigabytes
+        mask = make_mask(seen, None, None, n_tokens, prefix + n_tokens, device=str(q.device))
+        return torch.compile(flex_attention), mask
 
     def run() -> Tensor:
         keys = torch.cat([p_k, k.transpose(0, 1)[None]], 2)
         values = torch.cat([p_v, v.transpose(0, 1)[None]], 2)
         queries = q.transpose(0, 1)[None]
-        z = compiled(queries, keys, values, block_mask=mask, scale=scale, enable_gqa=True)
+        attend, mask = compiled()
+        z = attend(queries, keys, values, block_mask=mask, scale=scale, enable_gqa=True)
         return z[0].transpose(0, 1)
 
     return run

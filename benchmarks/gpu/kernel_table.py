@@ -19,7 +19,8 @@ KERNELS = (
 )
 SWEEPS = (
     "| model | site | dtype | device | sweep | TransformerLens loop | sweep is | GPU busy | "
-    "launches | peak memory | largest error, sweep and loop |"
+    "launches | peak memory | largest error, sweep and loop | with 1 % tolerance | attribution | "
+    "nnsight, scaled up |"
 )
 SITES = ("resid_pre", "z")
 INTRODUCTION = """\
@@ -37,23 +38,23 @@ ceiling is a large copy, or a large product of square matrices of the same type,
 SWEEPS_INTRODUCTION = """\
 ## Whole sweeps
 
-All patches of one site on one pair of {n_pos} tokens, from prompts to the array, by `ps.sweep`;
-random weights. The loop is `transformer_lens.patching` on the same model object: a sample of its
-patches is timed, and the time scaled up. Errors are those of a few patches of each, against the
-loop in the next wider type. While the GPU is not busy it waits for the host
-([launches](design/launches.md)).
+All patches of one site on one pair of 17 tokens (or as said), from prompts to the array, by
+`ps.sweep` in the model's own dtype; random weights. The loop is `transformer_lens.patching` on the
+same model object: a sample of its patches is timed, and the time scaled up. Errors are those of a
+few patches of each, against the loop in the next wider type. While the GPU is not busy it waits for
+the host ([launches](design/launches.md)). Behind it the same sweep with a tolerance, by attribution
+(`atp`), and by nnsight, of which one layer's positions are timed, where it is installed.
 """
 
 
 def page(results: Path = RESULTS) -> str:
     """The whole page."""
-    n_pos = ", ".join(sorted({str(case.n_pos) for case in sweep_cases.CASES}))
     return "\n".join(
         (
             INTRODUCTION,
             "## Kernels\n",
             render(results),
-            SWEEPS_INTRODUCTION.format(n_pos=n_pos),
+            SWEEPS_INTRODUCTION,
             render_sweeps(results),
         )
     )
@@ -147,7 +148,15 @@ def _found(entries: list[dict[str, Any]], **wanted: str) -> dict[str, Any] | Non
     return None
 
 
+def _failed(result: dict[str, Any], header: str, n_before: int) -> str:
+    """Return the cells of a measurement that failed: why, and empty ones."""
+    why = result["failed"].replace("|", "/").replace("\n", " ")[:120]
+    return f"| failed: {why}" + " |" * (header.count("|") - 2 - n_before)
+
+
 def _cells(result: dict[str, Any]) -> str:
+    if "failed" in result:
+        return _failed(result, KERNELS, 4)
     seconds = result["seconds"]["median"]
     rate = result["rate"]
     shown = f"{rate / 1e12:.1f} TFLOP/s" if result["unit"] == "flop/s" else f"{rate / 1e9:.0f} GB/s"
@@ -162,16 +171,22 @@ def _cells(result: dict[str, Any]) -> str:
 
 
 def _sweep_cells(result: dict[str, Any]) -> str:
+    if "failed" in result:
+        return _failed(result, SWEEPS, 4)
     seconds, loop = result["seconds"]["median"], result["loop_seconds"]
     launches, peak = result["launches"], result["peak_bytes"]
     busy = "-" if launches is None else f"{launches['busy_seconds'] / seconds:.0%}"
     count = "-" if launches is None else f"{launches['n_launches']:,}"
     timed = f"{result['loop_patches_timed']} of {result['n_patches']:,} patches timed"
     errors = f"{result['largest_error']:.1e}, {result['loop_largest_error']:.1e}"
+    ways = [
+        f"{way['seconds']:.2f} s" if "seconds" in way else "refuses"
+        for way in (result["ways"][name] for name in ("tolerance", "attribution", "nnsight"))
+    ]
     memory = "-" if peak is None else f"{peak / 2**30:.1f} GiB"
     return (
         f"| {seconds:.2f} s | {loop:.0f} s ({timed}) | {loop / seconds:.0f}x as fast | {busy} | "
-        f"{count} | {memory} | {errors}"
+        f"{count} | {memory} | {errors} | {' | '.join(ways)}"
     )
 
 

@@ -2,15 +2,19 @@
 
 Same model object, same prompts. A sample of the loop's patches is timed and scaled up: all of
 them would take hours. Some patches of both are held against the same model in a wider type; a
-sweep that is further off than the loop is an error, not a fast one.
+sweep that is further off than the loop is an error, not a fast one. The same sweep is timed with a
+tolerance and by attribution, and nnsight beside it where it is installed. Entries are written one
+by one, failures too, and those that a file of this commit has are not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,6 @@ import patchsweep as ps
 import record
 import torch
 import transformer_lens.patching as tl_patching
-from kernel_table import write_page
 from numpy.typing import NDArray
 from patchsweep.data.pairs import PromptPairs
 from sweep_cases import CASES, SweepCase, make_model, make_pairs
@@ -32,6 +35,11 @@ WIDER = {torch.float32: torch.float64, torch.bfloat16: torch.float32}
 SETTERS = {
     "resid_pre": tl_patching.layer_pos_patch_setter,
     "z": tl_patching.layer_pos_head_vector_patch_setter,
+}
+# other ways to the same sweep
+WAYS: dict[str, dict[str, Any]] = {
+    "tolerance": {"tolerance": "1%", "compute_dtype": "float32"},
+    "attribution": {"method": "atp"},
 }
 CHECKED = 8  # patches that are run again in the wider type
 # The sweep sums in another order than the loop, so single cells may be a few times as far off; a
@@ -91,8 +99,10 @@ def measure_sweep(
     sample = every.sample(min(len(every), case.loop_sample), random_state=0)
     sample = sample.sort_values(names).reset_index(drop=True)
 
-    def sweep() -> NDArray[np.float32]:
-        found: NDArray[np.float32] = ps.sweep(model, pairs, site)[site].values[0, 0]
+    # the loop computes in the model's own dtype, so the sweep does
+    def sweep(**settings: Any) -> NDArray[np.float32]:
+        ds = ps.sweep(model, pairs, site, **{"compute_dtype": "model"} | settings)
+        found: NDArray[np.float32] = next(iter(ds.data_vars.values())).values[0, 0]
         return found
 
     sweep()  # tests the runner, compiles the kernels
@@ -106,6 +116,8 @@ def measure_sweep(
     checked = sample.iloc[np.linspace(0, len(sample) - 1, min(CHECKED, len(sample))).astype(int)]
     ours, theirs = sweep()[tuple(checked.to_numpy().T)], loop(checked)
     launches = _launches(sweep, device)
+    ways = {name: _way(partial(sweep, **settings), device) for name, settings in WAYS.items()}
+    ways["nnsight"] = _way(partial(_nnsight, loop, site, sample, len(every)), device)
     wider = WIDER[case.dtype]
     model.original_model.to(wider)
     model.cfg.dtype = wider
@@ -129,7 +141,54 @@ def measure_sweep(
         "loop_largest_error": their_error,
         "peak_bytes": peak,
         "launches": launches,
+        "ways": ways,
     }
+
+
+def _way(run: Callable[[], Any], device: torch.device) -> dict[str, Any]:
+    """Return the seconds of another way's second run, or why it gives none.
+
+    What `run` returns is the factor by which its time is scaled up, if it is a float.
+    """
+    try:
+        run()
+        scale: list[Any] = []
+        seconds = _seconds(lambda: scale.append(run()), device)
+        factor = scale[0] if isinstance(scale[0], float) else 1.0
+    except Exception as error:  # it may refuse a model or not be installed
+        return {"refuses": f"{type(error).__name__}: {error}"[:300]}
+    return {"seconds": seconds * factor}
+
+
+def _nnsight(loop: Loop, site: str, sample: pd.DataFrame, n_patches: int) -> float:
+    """Run a layer's positions by nnsight, one invoke each; return how many times that is the sweep.
+
+    Raises:
+        ImportError: nnsight is not installed.
+        NotImplementedError: the site has no case here.
+    """
+    import nnsight
+
+    if site != "resid_pre":
+        raise NotImplementedError("only resid_pre is measured beside nnsight")
+    model = nnsight.LanguageModel(loop.model.original_model, tokenizer=loop.model.tokenizer)
+    inner = loop.model.original_model
+    blocks = "transformer.h" if hasattr(inner, "transformer") else "model.layers"
+    block = model
+    for name in (*blocks.split("."), 0):
+        block = block[name] if isinstance(name, int) else getattr(block, name)
+    length = loop.clean.shape[1]
+    with torch.no_grad():
+        with model.trace(loop.clean):
+            source = block.input.save()
+        with model.trace() as tracer:
+            logits = list().save()  # noqa: C408  # a call, so that nnsight can keep it
+            for pos in range(length):
+                with tracer.invoke(loop.corrupted):
+                    block.input[:, pos] = source[:, pos]
+                    logits.append(model.lm_head.output[:, -1])
+    assert len(logits) == length
+    return n_patches / length
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
@@ -161,20 +220,49 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder of the JSON")
     parser.add_argument("--rounds", type=int, default=5, help="sweeps that are timed")
+    parser.add_argument("--minutes", type=float, default=5.0, help="no case is begun after them")
     given = parser.parse_args()
     if not torch.cuda.is_available():
         print(record.NO_GPU, file=sys.stderr)
         return 2
     device = torch.device("cuda")
-    sweeps = []
-    for case in CASES:
-        for site in SETTERS:
-            print(f"{case.name}: {site}", file=sys.stderr, flush=True)
-            sweeps.append(measure_sweep(case, site, device, rounds=given.rounds))
-            torch.cuda.empty_cache()
-    record.add(given.results, torch.cuda.get_device_name(device), {"sweeps": sweeps})
-    write_page(given.results)
+    kept = record.Record(given.results, torch.cuda.get_device_name(device))
+    until = time.monotonic() + 60 * given.minutes
+    measure_all(CASES, device, kept, until, rounds=given.rounds)
     return 0
+
+
+def measure_all(
+    cases: Sequence[SweepCase],
+    device: torch.device,
+    kept: record.Record,
+    until: float,
+    *,
+    trial: bool = False,
+    rounds: int = 5,
+) -> None:
+    """Put an entry into `kept` for each case and site that it lacks, until that time."""
+    for case in cases:
+        for site in SETTERS:
+            key = {
+                "name": case.name,
+                "site": site,
+                "dtype": str(case.dtype).removeprefix("torch."),
+            }
+            if kept.has("sweeps", **key):
+                continue
+            if time.monotonic() > until:
+                print("time is up; the same command goes on", file=sys.stderr)
+                return
+            print(f"{case.name}: {site}", file=sys.stderr, flush=True)
+            try:
+                entry = measure_sweep(case, site, device, trial=trial, rounds=rounds)
+            except Exception as error:
+                entry = record.failure(error)
+            kept.add("sweeps", entry, **key)
+            gc.collect()  # bridges and their modules are cycles
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -32,12 +32,13 @@ def answer_logits(
     tokens: Int[Tensor, "row answer"],
     *,
     norm: FinalNorm | None = None,
+    checked: bool = False,
 ) -> Float[Tensor, "row answer"]:
     """Return fp32 logits of `tokens[r]` for the final residual `resid[r]` (fp64 for fp64).
 
     `norm` is applied first; None: `resid` is normalised already. Norm and products are fp32 for
     any dtype of the inputs. `tokens` is int64; keep it on the CPU, where checking it does not wait
-    for the GPU.
+    for the GPU, or say that it is `checked`.
 
     Raises:
         ValueError: devices, dtypes or shapes do not fit, or a token is outside the vocabulary.
@@ -47,7 +48,8 @@ def answer_logits(
         norm.check(resid)
     if tokens.dim() != 2 or len(tokens) != len(resid):
         raise ValueError(f"tokens must be [{len(resid)}, answer], got {tuple(tokens.shape)}")
-    check_indices("tokens", tokens, unembedding.d_vocab)
+    if not checked:
+        check_indices("tokens", tokens, unembedding.d_vocab)
     tokens = tokens.to(resid.device)
     compute = _triton if use_triton(resid) else _reference
     return compute(resid, unembedding, tokens, norm)

@@ -179,6 +179,12 @@ def _triton(
     return out
 
 
+def block_tokens(share: int, d: int, d_v: int, dtype: torch.dtype) -> int:
+    """Return the `size` of the `Rows.block_table` that the kernel reads for such heads."""
+    size: int = launch_settings(share, d, d_v, dtype)["BLOCK_TOKENS"]
+    return size
+
+
 def launch_settings(share: int, d: int, d_v: int, dtype: torch.dtype) -> dict[str, Any]:
     """Return the kernel's tile sizes for `share` query heads per key head and these head sizes."""
     width = max(16, next_power_of_2(max(d, d_v)))

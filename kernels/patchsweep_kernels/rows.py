@@ -129,6 +129,16 @@ class Rows:
             self._on_device[key] = torch.stack(columns, 1).to(device, non_blocking=True)
         return self._on_device[key]
 
+    def keep_tables(
+        self, size: int, tokens: Int[Tensor, "2 token"], blocks: Int[Tensor, "block 6"]
+    ) -> None:
+        """Keep `token_table` and `block_table(size)`, which were moved from the CPU to a device.
+
+        The kernel then finds them there, and copies nothing.
+        """
+        self._on_device[tokens.device] = tokens
+        self._on_device[size, blocks.device] = blocks
+
     def blocks(self, size: int, window: int | None, device: torch.device) -> Blocks:
         """Return the blocks of `block_table`, padded to one shape, with the keys that each reads.
 

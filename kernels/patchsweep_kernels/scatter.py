@@ -9,6 +9,7 @@ Resample, constant and mean patches use `set`, with different `values`; a steeri
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, no_type_check
 
 import torch
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from patchsweep_kernels.dispatch import (
     check_alike,
-    check_indices,
     device_of,
     jit,
     next_power_of_2,
@@ -26,8 +26,71 @@ from patchsweep_kernels.dispatch import (
     use_triton,
 )
 
+Mode = Literal["set", "add"]
 
-@torch.no_grad()
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """Checked tables of one scatter: target i is `x[token[i]]`, or `x[token[i], head[i]]`.
+
+    Tables are checked where they lie, so make `Targets` of tables on the CPU and move the checked
+    ones: that waits for no device.
+    """
+
+    token: Int[Tensor, " target"]
+    source: Int[Tensor, " target"] | None  # cell of the values; None: target i takes cell i
+    head: Int[Tensor, " target"] | None
+    n_tokens: int  # fewest tokens that `x` must have
+    n_cells: int  # fewest cells that the values must have
+    n_heads: int  # fewest heads that `x` must have
+
+    @classmethod
+    def of(
+        cls,
+        token: Int[Tensor, " target"],
+        source: Int[Tensor, " target"] | None = None,
+        head: Int[Tensor, " target"] | None = None,
+    ) -> Targets:
+        """Check int64 tables.
+
+        Raises:
+            ValueError: dtypes or lengths do not fit, an index is negative, or a target is named
+                twice.
+        """
+        n_targets = len(token)
+        for name, table in (("source", source), ("head", head)):
+            if table is not None and table.shape != (n_targets,):
+                raise ValueError(f"{name} must have {n_targets} entries, got {tuple(table.shape)}")
+        n_tokens = _reach("token", token)
+        n_cells = n_targets if source is None else _reach("source", source)
+        n_heads = 1 if head is None else max(1, _reach("head", head))
+        target = token if head is None else token * n_heads + head
+        ordered = target.sort().values
+        repeated = (ordered[1:] == ordered[:-1]).nonzero()
+        if len(repeated):
+            at = int(ordered[repeated[0, 0]])
+            where = f"token {at}" if head is None else f"token {at // n_heads}, head {at % n_heads}"
+            raise ValueError(
+                f"token names the same vector of x twice ({where}); targets must not overlap"
+            )
+        return cls(token, source, head, n_tokens, n_cells, n_heads)
+
+    def __len__(self) -> int:
+        return len(self.token)
+
+
+def _reach(name: str, table: Tensor) -> int:
+    """Return one past the highest index of `table`, after checks of its dtype and lowest."""
+    if table.dtype != torch.int64:
+        raise ValueError(f"{name} must be int64, got {table.dtype}")
+    if not table.numel():
+        return 0
+    low, high = (int(bound) for bound in table.aminmax())
+    if low < 0:
+        raise ValueError(f"{name} holds {low}; indices count from 0")
+    return high + 1
+
+
 def scatter_patch(
     x: Float[Tensor, "token ..."],
     values: Float[Tensor, "cell ..."],
@@ -35,23 +98,43 @@ def scatter_patch(
     *,
     source: Int[Tensor, " target"] | None = None,
     head: Int[Tensor, " target"] | None = None,
-    mode: Literal["set", "add"] = "set",
+    mode: Mode = "set",
 ) -> None:
     """Write `values[source[i]]` into `x[token[i]]`, or into `x[token[i], head[i]]`, in place.
 
     Without `source`, target i takes `values[i]`. With `head`, `x` is `[token, head, d]` and
     `values` is `[cell, d]`; without it both have the same axes after the first. Tables are int64;
     keep them on the CPU, where checking them does not wait for the GPU. They are moved to the
-    device of `x`.
+    device of `x`, which waits; `scatter_targets` takes tables that are there.
 
     Raises:
         ValueError: devices, dtypes or shapes do not fit, an index is out of range, a vector of `x`
             is targeted twice, or vectors of `x` or `values` are not contiguous.
     """
+    if source is None and len(values) != len(token):
+        raise ValueError(f"values has {len(values)} cells for {len(token)} targets; give source")
+    scatter_targets(x, values, Targets.of(token, source, head), mode)
+
+
+@torch.no_grad()
+def scatter_targets(
+    x: Float[Tensor, "token ..."],
+    values: Float[Tensor, "cell ..."],
+    targets: Targets,
+    mode: Mode = "set",
+) -> None:
+    """Write `values` at `targets`, as `scatter_patch` does with their tables, in place.
+
+    Waits for no device if the tables lie where `x` does.
+
+    Raises:
+        ValueError: devices, dtypes or shapes do not fit, a table reaches past `x` or `values`, or
+            vectors of `x` or `values` are not contiguous.
+    """
     check_alike(("x", x), ("values", values))
     if mode not in ("set", "add"):
         raise ValueError(f"mode must be 'set' or 'add', got {mode!r}")
-    if head is None:
+    if targets.head is None:
         x, values = _as_vectors("x", x).unsqueeze(1), _as_vectors("values", values)
     elif x.dim() != 3 or values.dim() != 2:
         raise ValueError(
@@ -65,13 +148,21 @@ def scatter_patch(
             raise ValueError(
                 f"{name} must be contiguous along d, its stride is {tensor.stride(-1)}"
             )
-    _check_targets(x, values, token, source, head)
-    if not len(token):
+    for name, reach, limit in (
+        ("token", targets.n_tokens, len(x)),
+        ("source", targets.n_cells, len(values)),
+        ("head", targets.n_heads, x.shape[1]),
+    ):
+        if reach > limit:
+            raise ValueError(f"{name} holds {reach - 1}, outside 0..{limit - 1}")
+    if not len(targets):
         return
     # the kernel assumes stride 1: a column of a larger table would be read wrongly
-    token = token.to(x.device).contiguous()
-    source = None if source is None else source.to(x.device).contiguous()
-    head = None if head is None else head.to(x.device).contiguous()
+    token, source, head = (
+        None if table is None else table.to(x.device).contiguous()
+        for table in (targets.token, targets.source, targets.head)
+    )
+    assert token is not None
     write = _triton if use_triton(x) else _reference
     write(x, values, token, source, head, mode)
 
@@ -84,35 +175,6 @@ def _as_vectors(name: str, x: Tensor) -> Tensor:
         raise ValueError(
             f"{name} must be contiguous in all axes after the first, its strides are {x.stride()}"
         ) from None
-
-
-def _check_targets(
-    x: Tensor, values: Tensor, token: Tensor, source: Tensor | None, head: Tensor | None
-) -> None:
-    """Raise a ValueError if a table is out of range or targets overlap; it names the table."""
-    check_indices("token", token, x.shape[0])
-    n_targets = len(token)
-    if source is None:
-        if len(values) != n_targets:
-            raise ValueError(f"values has {len(values)} cells for {n_targets} targets; give source")
-    else:
-        check_indices("source", source, len(values))
-    if head is not None:
-        check_indices("head", head, x.shape[1])
-    for name, table in (("source", source), ("head", head)):
-        if table is not None and table.shape != (n_targets,):
-            raise ValueError(f"{name} must have {n_targets} entries, got {tuple(table.shape)}")
-    target = token if head is None else token * x.shape[1] + head
-    ordered = target.sort().values
-    repeated = (ordered[1:] == ordered[:-1]).nonzero()
-    if len(repeated):
-        at = int(ordered[repeated[0, 0]])
-        where = (
-            f"token {at}" if head is None else f"token {at // x.shape[1]}, head {at % x.shape[1]}"
-        )
-        raise ValueError(
-            f"token names the same vector of x twice ({where}); targets must not overlap"
-        )
 
 
 def _reference(

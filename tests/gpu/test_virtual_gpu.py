@@ -35,8 +35,8 @@ from gpu.virtual_device import DeviceMix
 
 HERE = Path(__file__)
 NAMES = [("John", "Mary"), ("Paul", "Anna"), ("Tom", "Lucy"), ("James", "Emma")]
-# a GPU's packed batches are larger, so products round otherwise; kernels sum in another order
-TOLERANCE = 1e-4 if INTERPRETED else 1e-5
+# a GPU's packed batches are larger and its norms are other kernels, so both round otherwise
+TOLERANCE = 1e-4 if INTERPRETED else 3e-5
 
 
 def loaded(name: str, **more: Any) -> TransformerBridge:

@@ -19,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from patchsweep.forward import fused_layers
 from patchsweep_kernels import (
     answer_logits,
     attention,
@@ -26,8 +27,11 @@ from patchsweep_kernels import (
     attribution,
     base_attention,
     dispatch,
+    gate,
     replaced,
     replaced_torch,
+    rms_norm,
+    rotary,
     scatter,
     vocab,
 )
@@ -38,7 +42,19 @@ from torch.utils._pytree import tree_map
 
 from gpu.virtual_device import DeviceMix, Gpu, Virtual, bare, tensors
 
-MODULES = (attention, scatter, answer_logits, vocab, attribution, replaced, attention_change)
+MODULES = (
+    attention,
+    scatter,
+    answer_logits,
+    vocab,
+    attribution,
+    replaced,
+    attention_change,
+    rms_norm,
+    gate,
+    rotary,
+    fused_layers,
+)
 
 
 class Kernel:
@@ -86,6 +102,9 @@ KERNELS = (
     (replaced, "_replaced_kernel"),
     (base_attention, "_base_kernel"),
     (attention_change, "_change_kernel"),
+    (rms_norm, "_norm_kernel"),
+    (gate, "_gate_kernel"),
+    (rotary, "_rotary_kernel"),
 )
 
 # launches of one call, those of its tables included; other kernels launch once
@@ -135,6 +154,9 @@ def _references(stack: ExitStack) -> None:
     for module, run in (
         (scatter, plain(scatter._reference, "scatter")),
         (attribution, plain(attribution._reference, "attribution")),
+        (rms_norm, plain(rms_norm._reference, "rms_norm")),
+        (gate, plain(gate._reference, "gate")),
+        (rotary, plain(rotary._reference, "rotary")),
         (replaced, plain(replaced_torch.attend, "replaced")),
         (attention_change, plain(replaced_torch.change_of_output, "attention_change")),
     ):
@@ -240,6 +262,7 @@ def virtual_cuda(*, gradients: bool = False, **settings: Any) -> Iterator[Gpu]:
 
 def _phases(stack: ExitStack, gpu: Gpu) -> None:
     """Tell the parts of a sweep apart."""
+    from patchsweep.runners.packed import adaptive, adaptive_runner
     from patchsweep.runners.packed import forward as replay
     from patchsweep.runners.packed import runner as batches
 
@@ -254,10 +277,13 @@ def _phases(stack: ExitStack, gpu: Gpu) -> None:
 
     within(batches.PackedRunner, "load", "load (capture)")
     within(batches.PackedRunner, "references", "references")
+    within(batches.PackedRunner, "run_together", "packed batches: before and after")
     within(batches.PackedRunner, "_run_packed_batch", "packed batch: around the blocks")
     within(batches.PackedRunner, "metrics_of", "packed batch: unembedding")
     within(replay.PackedBlocks, "enter", "packed batch: enter a block")
     within(replay.PackedBlocks, "replay", "packed batch: the block itself")
+    within(adaptive_runner.AdaptiveRunner, "_run_batch", "adaptive batch: around the blocks")
+    within(adaptive._AdaptiveBlocks, "run_block", "adaptive batch: around a block")
 
 
 def move(

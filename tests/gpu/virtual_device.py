@@ -126,6 +126,7 @@ class Gpu(TorchDispatchMode):
         self.syncs: Counter[tuple[str, str, str]] = Counter()  # (phase, why, where)
         self.copies: Counter[tuple[str, str, str]] = Counter()  # (phase, kind, where)
         self.copied_bytes: Counter[str] = Counter()
+        self.wide: Counter[tuple[str, str, str]] = Counter()  # fp64 results: (phase, op, where)
         self.visits: Counter[str] = Counter()
         self.phase = ["other"]
         self.suspended = 0
@@ -168,6 +169,10 @@ class Gpu(TorchDispatchMode):
     def sync(self, why: str) -> None:
         if not self.suspended:
             self.syncs[self.phase[-1], why, self._where()] += 1
+
+    def _note_wide(self, name: str, result: Any) -> None:
+        if not self.suspended and any(x.dtype == torch.float64 for x in tensors(result)):
+            self.wide[self.phase[-1], name, self._where()] += 1
 
     def copy(self, kind: str, n_bytes: int) -> None:
         if not self.suspended:
@@ -213,6 +218,11 @@ class Gpu(TorchDispatchMode):
             self.pinned.add(result.untyped_storage()._cdata)
             self._kept_pinned.append(result)  # its address is not used again
             return result
+        if kwargs.get("pin_memory") and torch.device(kwargs.get("device") or CPU).type == "cpu":
+            result = func(*args, **{**kwargs, "pin_memory": False})
+            self.pinned.add(result.untyped_storage()._cdata)
+            self._kept_pinned.append(result)
+            return result
         wanted = kwargs.get("device")
         wanted = None if wanted is None else torch.device(wanted)
         if wanted is not None and (
@@ -252,6 +262,7 @@ class Gpu(TorchDispatchMode):
         returned = self._returned(func, args, kwargs, result, device)
         if not _is_view(func) and name not in FREE and name != "aten::_local_scalar_dense":
             self.launch(name)
+            self._note_wide(name, result)
         return returned
 
     def _returned(self, func: Any, args: Any, kwargs: Any, result: Any, device: Any) -> Any:
@@ -382,6 +393,8 @@ class Gpu(TorchDispatchMode):
             k: v for k, v in kwargs.items() if k not in ("device", "pin_memory", "non_blocking")
         }
         result = func(bare(source), device=CPU, **inside)
+        if target.type == "cuda":
+            self._note_wide(name, result)
         return self.wrap(result, target) if target.type == "cuda" else result
 
     @contextmanager

@@ -30,7 +30,10 @@ from patchsweep_kernels import (
     attention_change,
     attribution,
     base_attention,
+    gate,
     replaced,
+    rms_norm,
+    rotary,
     scatter,
     vocab,
 )
@@ -161,6 +164,15 @@ def launches() -> Iterator[tuple[str, Any, str, Callable[[], object]]]:
                 "_answer_kernel",
                 partial(answer_logits._triton, rows, capped, answers, norm),
             )
+    for dtype in (fp32, bf16):
+        x, table = torch.zeros(1, 40, 4096, dtype=dtype), torch.zeros(1, 40, 128, dtype=dtype)
+        heads = [torch.zeros(1, n, 40, 128, dtype=dtype) for n in (32, 8)]
+        for name, module, kernel, launch in (
+            ("rms_norm", rms_norm, "_norm_kernel", (x, x[0, 0], 1e-5, 0.0, True)),
+            ("gate", gate, "_gate_kernel", (x, x, "silu")),
+            ("rotary", rotary, "_rotary_kernel", (*heads, table, table)),
+        ):
+            yield f"{name}-{_short(dtype)}", module, kernel, partial(module._triton, *launch)
 
 
 def _short(dtype: torch.dtype) -> str:

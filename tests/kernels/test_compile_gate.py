@@ -23,6 +23,9 @@ KERNELS = [
     "attention_change",
     "vocab",
     "answer_logits",
+    "rms_norm",
+    "gate",
+    "rotary",
 ]
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ import sweep_cases
 import torch
 from kernel_cases import CASES, Case
 from kernel_table import render, render_sweeps
-from run_kernels import measure_case
+from run_kernels import measure_all, measure_case
+from run_sweeps import measure_all as measure_sweeps
 from run_sweeps import measure_sweep
 from sweep_cases import SweepCase
 from timing import Ceilings
@@ -89,7 +92,9 @@ def test_sweep_is_right_before_it_counts(case: SweepCase, site: str, tmp_path: P
     _write(tmp_path, "aaa", "2030-01-01", sweeps=[result])
     table = render_sweeps(tmp_path)
     assert "| 300x as fast | 25% | 12,345 |" in table
-    assert table.count("not measured") == 3
+    assert result["ways"].keys() == {"tolerance", "attribution", "nnsight"}
+    assert all("seconds" in result["ways"][way] for way in ("tolerance", "attribution"))
+    assert table.count("not measured") == 2 * len(sweep_cases.CASES) - 1
 
 
 def test_wrong_sweep_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,10 +109,49 @@ def test_wrong_sweep_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         measure_sweep(sweep_cases.CASES[0], "z", torch.device("cpu"), trial=True, rounds=1)
 
 
-def test_scripts_add_to_one_file_of_a_device_and_commit(tmp_path: Path) -> None:
-    first = record.add(tmp_path, "Some GPU", {"results": []})
-    assert record.add(tmp_path, "Some GPU", {"sweeps": []}) == first
-    assert json.loads(first.read_text()).keys() >= {"results", "sweeps", "commit", "device"}
+def test_failures_are_entries_and_are_tried_again(tmp_path: Path) -> None:
+    def fails(device: torch.device, shrink: int) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    good = CASES[3]
+    bad = replace(good, name="too large", prepare=fails)
+    kept = record.Record(tmp_path, "Some GPU")
+    kept.put("ceilings", {"copy_bytes_per_s": 1e9, "matmul_flop_per_s": {"float32": 1e12}})
+    measure_all([bad, good], torch.device("cpu"), ONE, kept, math.inf, shrink=256)
+    again = record.Record(tmp_path, "Some GPU")
+    key = {"kernel": good.kernel, "dtype": "bfloat16"}
+    assert not again.has("results", name="too large", **key)
+    assert again.has("results", name=good.name, **key)
+    assert "out of memory" in again.content["results"][0]["failed"]
+    measure_all(
+        [replace(good, name="too large"), replace(good, prepare=fails)],
+        torch.device("cpu"),
+        ONE,
+        again,
+        math.inf,
+        shrink=256,
+    )
+    assert again.has("results", name="too large", **key)
+    assert len(again.content["results"]) == 2
+
+
+def test_no_case_is_begun_when_time_is_up(tmp_path: Path) -> None:
+    kept = record.Record(tmp_path, "Some GPU")
+    measure_all(CASES, torch.device("cpu"), ONE, kept, 0.0, shrink=256)
+    measure_sweeps(sweep_cases.CASES, torch.device("cpu"), kept, 0.0, trial=True)
+    assert not kept.path.exists()
+
+
+def test_failed_measurements_are_shown(tmp_path: Path) -> None:
+    case, swept = CASES[3], sweep_cases.CASES[0]
+    failed = {"failed": "OutOfMemoryError: a | b\nc"}
+    key = {"name": case.name, "kernel": case.kernel, "dtype": "bfloat16"}
+    sweep_key = {"name": swept.name, "site": "z", "dtype": "float32"}
+    _write(tmp_path, "aaa", "2030-01-01", results=[key | failed], sweeps=[sweep_key | failed])
+    for table in (render(tmp_path), render_sweeps(tmp_path)):
+        (line,) = [line for line in table.splitlines() if "failed" in line]
+        assert "failed: OutOfMemoryError: a / b c |" in line
+        assert line.count("|") == table.splitlines()[0].count("|")
 
 
 def test_page_is_what_the_files_give() -> None:

@@ -22,6 +22,7 @@ FILES = [
     "test_replaced",
     "test_readout",
     "test_attribution",
+    "test_elementwise",
     "test_large_offsets",
 ]
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from naive import DTYPES, refused
-from patchsweep_kernels.scatter import scatter_patch
+from patchsweep_kernels.scatter import Targets, scatter_patch, scatter_targets
 from torch import Tensor
 
 
@@ -110,3 +110,20 @@ def test_scatter_refuses_whole_tokens_that_are_not_contiguous() -> None:
     x = torch.zeros(4, 8, 3).transpose(1, 2)
     with refused("x must be contiguous in all axes after the first"):
         scatter_patch(x, torch.zeros(2, 3, 8), _TOKEN)
+
+
+def test_checked_targets_are_written_and_held_against_what_they_reach() -> None:
+    x, values = torch.zeros(4, 3, 8), torch.randn(2, 8)
+    token, source, head = torch.tensor([[0, 3], [1, 0], [2, 2]])
+    targets = Targets.of(token, source, head)
+    scatter_targets(x, values, targets)
+    assert torch.equal(x[0, 2], values[1])
+    assert torch.equal(x[3, 2], values[0])
+    assert x.count_nonzero() == 16
+    for smaller, message in (
+        ((x[:3], values), "token holds 3, outside 0..2"),
+        ((x, values[:1]), "source holds 1, outside 0..0"),
+        ((x[:, :2], values), "head holds 2, outside 0..1"),
+    ):
+        with refused(message):
+            scatter_targets(*smaller, targets)

@@ -6,7 +6,8 @@ without its blocks, on batches of different sizes, and the axes are those whose 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -35,15 +36,31 @@ class BlockArgs:
     kwargs: dict[str, Any]
     axes: tuple[Axes | None, ...]  # one per argument, nested ones flattened; None: no tensor
 
-    def at(self, token_pair: Tensor, token_pos: Tensor) -> BlockArgs:
-        """Return the arguments for packed tokens: i is of `token_pair[i]`, at `token_pos[i]`."""
+    def at(
+        self, token_pair: Tensor, token_pos: Tensor, known: dict[int, Tensor] | None = None
+    ) -> BlockArgs:
+        """Return the arguments for packed tokens: i is of `token_pair[i]`, at `token_pos[i]`.
+
+        `known`: results of earlier calls for the same tokens, by the id of the argument.
+        """
         leaves, structure = tree_flatten((self.args, self.kwargs))
-        taken = [
-            value if axes is None else _take(value, axes, token_pair, token_pos)
-            for value, axes in zip(leaves, self.axes, strict=True)
-        ]
+        known = {} if known is None else known
+        taken = []
+        for value, axes in zip(leaves, self.axes, strict=True):
+            if axes is None or axes.position is None:
+                taken.append(value)
+                continue
+            if id(value) not in known:
+                known[id(value)] = _take(value, axes, token_pair, token_pos)
+            taken.append(known[id(value)])
         args, kwargs = tree_unflatten(taken, structure)
         return BlockArgs(args, kwargs, self.axes)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield the arguments that have an axis of positions."""
+        for value, axes in zip(tree_flatten((self.args, self.kwargs))[0], self.axes, strict=True):
+            if axes is not None and axes.position is not None:
+                yield value
 
     def repeated(self, copies: int) -> BlockArgs:
         """Return the arguments for the batch of prompts, repeated `copies` times."""
@@ -70,9 +87,33 @@ class BlockArgs:
                 raise Unsupported("its blocks hand keys and values on to later ones")
 
 
+class SharedArguments:
+    """The arguments of all blocks for packed tokens.
+
+    What several blocks take, such as rotary tables, is gathered once while the tokens stay.
+    """
+
+    def __init__(self, calls: Sequence[BlockArgs]) -> None:
+        self._calls = calls
+        uses = Counter(id(leaf) for call in calls for leaf in call.tensors())
+        self._shared = {key for key, n in uses.items() if n > 1}
+        self._tokens: tuple[Tensor, Tensor] | None = None
+        self._known: dict[int, Tensor] = {}
+
+    def at(self, layer: int, token_pair: Tensor, token_pos: Tensor) -> BlockArgs:
+        """Return the arguments of block `layer`, see `BlockArgs.at`."""
+        tokens = (token_pair, token_pos)
+        if self._tokens is None or any(
+            a is not b for a, b in zip(tokens, self._tokens, strict=True)
+        ):
+            self._tokens, self._known = tokens, {}
+        taken = self._calls[layer].at(*tokens, self._known)
+        self._known = {key: x for key, x in self._known.items() if key in self._shared}
+        return taken
+
+
 def _take(x: Tensor, axes: Axes, token_pair: Tensor, token_pos: Tensor) -> Tensor:
-    if axes.position is None:
-        return x
+    assert axes.position is not None
     if axes.prompt is None:
         return x.index_select(axes.position, token_pos.to(x.device))
     first = x.movedim((axes.prompt, axes.position), (0, 1))

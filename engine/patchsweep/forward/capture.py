@@ -56,6 +56,7 @@ class ActivationCache:
     resid: list[Tensor] = field(default_factory=list)  # per block [pair, pos, d_model]; + final
     keys: list[Tensor] = field(default_factory=list)  # per block [pair, kv_head, pos, d_head]
     values: list[Tensor] = field(default_factory=list)  # per block [pair, kv_head, pos, d_head]
+    heads: list[int] = field(default_factory=list)  # per block: heads of a query
     calls: list[BlockArgs] = field(default_factory=list)  # per block
     sites: dict[str, list[Tensor]] = field(default_factory=dict)  # per block [pair, pos, width]
 
@@ -79,6 +80,7 @@ class ActivationCache:
             resid=[x[prompts] for x in self.resid],
             keys=[x[prompts] for x in self.keys],
             values=[x[prompts] for x in self.values],
+            heads=self.heads,
             calls=self.calls,
             sites={name: [x[prompts] for x in xs] for name, xs in self.sites.items()},
         )
@@ -224,6 +226,7 @@ def _causal(
     settings = attention_settings(module, q.shape[-1], kw)
     run.keys.append(run.storage.keep(k))
     run.values.append(run.storage.keep(v))
+    run.heads.append(q.shape[1])
     for name, x in (("q", q), ("rot_q", q), ("k", k), ("rot_k", k), ("v", v)):
         if name in inside:
             flat = rearrange(x, "pair head pos d -> pair pos (head d)")

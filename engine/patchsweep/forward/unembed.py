@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from patchsweep_kernels.answer_logits import answer_logits
+from patchsweep_kernels.dispatch import check_indices
 from patchsweep_kernels.unembedding import Unembedding
 from patchsweep_kernels.vocab import log_z, total_variation, vocab_kl
 from torch import Tensor, nn
@@ -48,6 +49,15 @@ class Unembed:
         logits: Tensor = output.logits[:, 0].to(resid.device)
         return logits
 
+    def checked(self, tokens: Tensor) -> Tensor:
+        """Return `tokens`, once they are known to be in the vocabulary; waits for their device.
+
+        Raises:
+            ValueError: a token is not.
+        """
+        check_indices("tokens", tokens, self.d_vocab)
+        return tokens
+
     def chunk_rows(self, n_reads: int = 1) -> int:
         """Return the number of rows whose fp32 logits fit `CHUNK_BYTES`."""
         return max(1, CHUNK_BYTES // (4 * self.d_vocab * n_reads))
@@ -59,13 +69,16 @@ class Unembed:
             yield slice(first, min(first + size, n_rows))
 
     @torch.no_grad()
-    def token_logits(self, resid: Tensor, tokens: Tensor) -> Tensor:
-        """Return fp32 logits `[row, k]` of `tokens` `[row, k]` for residuals `[row, d_model]`."""
+    def token_logits(self, resid: Tensor, tokens: Tensor, *, checked: bool = False) -> Tensor:
+        """Return fp32 logits `[row, k]` of `tokens` `[row, k]` for residuals `[row, d_model]`.
+
+        `checked`: `tokens` are known to be in the vocabulary, see `checked`.
+        """
         if self.is_direct(resid):
             # the model's own norm module, of any kind
             final = self._final(resid)
             unembedding, rows = self._rows_of(tokens, final.device, final.dtype)
-            return answer_logits(final, unembedding, rows).to(resid.device)
+            return answer_logits(final, unembedding, rows, checked=checked).to(resid.device)
         with self.unwrapped.unembed_in_memory():
             parts = [
                 self.logits(resid[rows]).float().gather(1, tokens[rows])
@@ -90,7 +103,9 @@ class Unembed:
                 return log_z(final, unembedding).to(resid.device)
             compare = vocab_kl if name.startswith("kl") else total_variation
             base = self._final(reference).to(device)
-            reduced = compare(base, final, unembedding, base_row=reference_row.to(device))
+            reduced = compare(
+                base, final, unembedding, base_row=reference_row.to(device), checked=True
+            )
             return reduced.to(resid.device)
 
     @torch.no_grad()

@@ -266,7 +266,6 @@ def _make_mask(
     kv_length: int,
     mask_function: Callable[..., Tensor],
     attention_mask: Tensor | None = None,
-    device: torch.device | None = None,
     **_: Any,
 ) -> CausalMask:
     """Return the mask that `mask_function` describes; blocks pass it to their attention.
@@ -274,11 +273,13 @@ def _make_mask(
     Raises:
         Unsupported: the mask is neither causal nor a sliding window.
     """
-    row = torch.arange(batch_size, device=device).view(-1, 1, 1)
-    head = torch.zeros((), dtype=torch.long, device=device)
-    query = torch.arange(q_length, device=device).unsqueeze(1)
-    key = torch.arange(kv_length, device=device).unsqueeze(0)
-    seen = mask_function(row, head, query, key).expand(batch_size, q_length, kv_length)
+    # on the CPU: what a mask shows is read here, and on a GPU each reading would wait
+    row = torch.arange(batch_size, device="cpu").view(-1, 1, 1)
+    head = torch.zeros((), dtype=torch.long, device="cpu")
+    query = torch.arange(q_length, device="cpu").unsqueeze(1)
+    key = torch.arange(kv_length, device="cpu").unsqueeze(0)
+    seen = mask_function(row, head, query, key).cpu()
+    seen = seen.expand(batch_size, q_length, kv_length)
     window = int(seen[0].sum(dim=1).max())
     known = (key <= query) & (key > query - window)
     if attention_mask is not None or not bool((seen == known).all()):

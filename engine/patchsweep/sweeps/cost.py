@@ -118,7 +118,7 @@ def estimate(
     forward pass per patch. `proven`: bf16 products with a recheck in fp32.
     """
     if max_tokens is None:
-        max_tokens = default_max_tokens(request.bridge)
+        max_tokens = default_max_tokens(request.bridge, request.compute_dtype)
     if cache_budget is None:
         cache_budget = default_cache(request.bridge)
     is_packed = method_spec.exact and runner != "hooked"

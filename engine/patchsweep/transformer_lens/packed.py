@@ -17,8 +17,9 @@ from patchsweep.forward.capture import capture, check_attention_sites
 from patchsweep.forward.site_locations import SiteLocation, resolve_site
 from patchsweep.forward.unembed import Unembed
 from patchsweep.forward.unwrapped import Unsupported, UnwrappedModel
-from patchsweep.runners.packed.forward import PackedInput, PatchValues, run_packed_batch
+from patchsweep.runners.packed.forward import run_packed_batch
 from patchsweep.runners.packed.schedule import make_packed_batches
+from patchsweep.runners.packed.tables import PackedInput, PatchValues
 from patchsweep.spec.plan import Axes, Ints, PatchSet, PatchTable
 from patchsweep.spec.plan import Cells as PlanCells
 from patchsweep.transformer_lens.cells import Cells, Rows

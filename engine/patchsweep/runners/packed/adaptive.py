@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,9 +25,11 @@ from torch import Tensor
 
 from patchsweep.forward.grad import Gradients
 from patchsweep.forward.unwrapped import UnwrappedModel
-from patchsweep.runners.packed.forward import PackedBlocks, PackedInput
+from patchsweep.runners.packed.forward import PackedBlocks
+from patchsweep.runners.packed.moves import Moves, move_together, on_cpu
 from patchsweep.runners.packed.packing import PackedTokens
 from patchsweep.runners.packed.schedule import PackedBatch
+from patchsweep.runners.packed.tables import PackedInput, TokenTables, Writes, tables_of, there
 
 # a token wakes where its attention output changes by this many tau, and sleeps where its residual
 # changes by less than tau: measured, see docs/design/adaptive.md
@@ -99,9 +101,13 @@ class _AdaptiveBlocks(PackedBlocks):
         super().__init__(unwrapped, packed, given)
         self.gradients, self.thresholds = gradients, thresholds
         n_rows = len(packed.patch)
-        device = self.device
-        self.row_pair = torch.from_numpy(self.local[packed.pair]).to(device)
-        self.reads = torch.from_numpy(packed.reads[packed.pair][:, : packed.length]).to(device)
+        self.device = device = given.base.devices[0]
+        self._writes = Writes(packed, given)
+        reads = packed.reads[packed.pair][:, : packed.length].astype(np.int64)
+        self.row_pair, read = move_together(
+            [on_cpu(self._writes.local[packed.pair]), on_cpu(reads)], device
+        )
+        self.reads = read.bool()  # [row, pos]
         self.linear = torch.zeros(len(thresholds.theta), n_rows, device=device)
         self.token_layers = torch.zeros(n_rows, dtype=torch.int64, device=device)
         empty = torch.zeros(0, dtype=torch.int64, device=device)
@@ -125,7 +131,7 @@ class _AdaptiveBlocks(PackedBlocks):
                 base = self.given.base.resid[layer].to(self.device)
                 self.replaced = part
                 more = self._call(layer, woken, base[woken.pair, woken.pos], patched=False)
-                part, out = _merged(part, out, woken, more)
+                part, out = self._merged(part, out, woken, more)
             kept.append(self._sleep(layer, part, out))
         if kept:
             self.awake = _joined([part for part, _ in kept])
@@ -139,17 +145,17 @@ class _AdaptiveBlocks(PackedBlocks):
             row = np.repeat(rows, count)
             pos = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
             pos += np.repeat(self.packed.start[rows], count)
-            row_t, pos_t = (torch.from_numpy(x).to(self.device) for x in (row, pos))
+            row_t, pos_t = move_together([on_cpu(row), on_cpu(pos)], self.device)
             tokens = Tokens(row_t, pos_t, self.row_pair[row_t])
             base = self.given.base.resid[layer].to(self.device)
             hidden = base[tokens.pair, tokens.pos]
-            self._place(layer, tokens, patched=True)
+            self.tables = self._tables(layer, tokens, (row, pos))
             self.write(hidden, *self.stream)
-            self.awake, self.hidden = _merged(self.awake, self.hidden, tokens, hidden)
+            self.awake, self.hidden = self._merged(self.awake, self.hidden, tokens, hidden)
 
     def result(self) -> AdaptiveRows:
         """Return what is left after the last block."""
-        read = self.reads[self.awake.row, self.awake.pos]
+        read = self.reads[self.awake.row, self.awake.pos].nonzero().squeeze(1)
         return AdaptiveRows(
             self.awake.row[read],
             self.awake.pos[read],
@@ -182,33 +188,47 @@ class _AdaptiveBlocks(PackedBlocks):
         if patched:
             self.replaced = None
         self.readers = tokens
-        self._place(layer, tokens, patched=patched)
-        self.token_layers += torch.bincount(tokens.row, minlength=len(self.token_layers))
+        on_host = None
+        if patched and self.packed.write_layers[:, layer].any():
+            on_host = tuple(torch.stack((tokens.row, tokens.pos)).cpu().numpy())  # waits
+        self.tables = self._tables(layer, tokens, on_host)
+        self.token_layers.index_add_(0, tokens.row, torch.ones_like(tokens.row))
         return self.replay(hidden)
 
-    def _place(self, layer: int, tokens: Tokens, *, patched: bool) -> None:
-        """Describe `tokens` to the hooks that write patches and read block arguments."""
-        row, pos = tokens.row.cpu().numpy(), tokens.pos.cpu().numpy()
+    def _tables(self, layer: int, tokens: Tokens, on_host: Any) -> TokenTables:
+        """Return the tables of `tokens`, for hooks that write patches and read block arguments.
+
+        `on_host`: their rows and positions; None: no patch is written into them.
+        """
+        read = None
+        if layer == self.unwrapped.n_layers - 1:
+            # of adaptive rows none may be read; modules need not take zero tokens
+            read = self.reads[tokens.row, tokens.pos].nonzero().squeeze(1)
+            read = read if len(read) else read.new_zeros(1)
+        tables = TokenTables(layer, tokens.pair, tokens.pos, {}, read)
+        if on_host is None:
+            return tables
+        row, pos = on_host
         packed = self.packed
-        write = np.empty(0, np.int64)
-        if patched:
-            inside = (packed.start[row] <= pos) & (pos < packed.stop[row])
-            write = np.flatnonzero(inside & packed.write_layers[row, layer])
-        self.token_pair, self.token_pos = tokens.pair, tokens.pos
-        self.packing = PackedTokens(layer, packed.pair[row], pos, write, row[write])
+        inside = (packed.start[row] <= pos) & (pos < packed.stop[row])
+        write = np.flatnonzero(inside & packed.write_layers[row, layer])
+        writes = self._writes.at(PackedTokens(layer, packed.pair[row], pos, write, row[write]))
+        moves = Moves()
+        moves.add(*(table for targets in writes.values() for table in tables_of(targets)))
+        moves.start(self.device)
+        return replace(tables, writes={i: there(to, moves) for i, to in writes.items()})
 
     def _wake(self, layer: int, tokens: Tokens) -> Tokens:
         """Return the asleep tokens that wake, given the new keys of `tokens`; add the others."""
         packed, base = self.packed, self.given.base
-        changed = torch.ones(len(tokens), dtype=torch.bool, device=self.device)
         by_token = packed.token_entry & (packed.entry == layer)
+        sources, index = tokens, None
         if by_token.any():  # their keys are the base run's
-            changed = ~torch.from_numpy(by_token).to(self.device)[tokens.row]
-        index = changed.nonzero().squeeze(1)
-        if not len(index):
-            return tokens.at(index)
-        whole = len(index) == len(tokens)
-        sources = tokens if whole else tokens.at(index)
+            (entered,) = move_together([on_cpu(by_token.astype(np.int64))], self.device)
+            index = (entered[tokens.row] == 0).nonzero().squeeze(1)
+            sources = tokens.at(index)
+        if not len(sources):
+            return sources
         rows, local = sources.row.unique_consecutive(return_inverse=True)
         q = base.sites["rot_q"][layer].to(self.device)
         effect, size = attention_change(
@@ -216,8 +236,8 @@ class _AdaptiveBlocks(PackedBlocks):
             base.keys[layer].to(self.device),
             base.values[layer].to(self.device),
             self.gradients.z[layer].to(self.device),
-            self.keys if whole else self.keys[index],
-            self.values if whole else self.values[index],
+            self.keys if index is None else self.keys[index],
+            self.values if index is None else self.values[index],
             Tokens(local, sources.pos, sources.pair),
             len(rows),
             **self.settings,
@@ -225,10 +245,7 @@ class _AdaptiveBlocks(PackedBlocks):
         length = self.packed.length
         effect, size = effect[..., :length], size[..., :length]
         asleep = torch.ones(len(rows), length, dtype=torch.bool, device=self.device)
-        number = torch.full((len(packed.patch),), -1, device=self.device, dtype=torch.int64)
-        number[rows] = torch.arange(len(rows), device=self.device)
-        of_token = number[tokens.row]
-        asleep[of_token[of_token >= 0], tokens.pos[of_token >= 0]] = False
+        asleep[local, sources.pos] = False
         if layer == self.unwrapped.n_layers - 1:
             asleep &= self.reads[rows]
         theta, tau = self.thresholds.theta[:, rows], self.thresholds.tau[rows]
@@ -241,7 +258,7 @@ class _AdaptiveBlocks(PackedBlocks):
     def _sleep(self, layer: int, tokens: Tokens, out: Tensor) -> tuple[Tokens, Tensor]:
         """Return the tokens that stay awake after `layer`; add the others."""
         if layer == self.unwrapped.n_layers - 1:
-            stays = self.reads[tokens.row, tokens.pos]
+            stays = self.reads[tokens.row, tokens.pos].nonzero().squeeze(1)
             return tokens.at(stays), out[stays]
         base = self.given.base.resid[layer + 1].to(self.device)[tokens.pair, tokens.pos]
         gradient = self.gradients.stream[layer + 1].to(self.device)[:, tokens.pair, tokens.pos]
@@ -249,9 +266,15 @@ class _AdaptiveBlocks(PackedBlocks):
         effect = torch.einsum("tc,mtc->mt", delta, gradient)
         stays = (effect.abs() > self.thresholds.theta[:, tokens.row]).any(0)
         stays |= delta.norm(dim=-1) > self.thresholds.tau[tokens.row] * base.norm(dim=-1)
-        sleeps = ~stays
-        self.linear.index_add_(1, tokens.row[sleeps], effect[:, sleeps].to(self.linear))
-        return tokens.at(stays), out[stays]
+        self.linear.index_add_(1, tokens.row, effect.masked_fill(stays, 0.0).to(self.linear))
+        kept = stays.nonzero().squeeze(1)
+        return tokens.at(kept), out[kept]
+
+    def _merged(self, a: Tokens, x: Tensor, b: Tokens, y: Tensor) -> tuple[Tokens, Tensor]:
+        """Return the tokens of both, in order, with their vectors."""
+        both = _joined([a, b])
+        order = torch.argsort(both.row * self.packed.length + both.pos)
+        return both.at(order), torch.cat([x, y])[order]
 
 
 def _parts(row: Tensor, max_tokens: int) -> list[tuple[int, int]]:
@@ -266,14 +289,6 @@ def _parts(row: Tensor, max_tokens: int) -> list[tuple[int, int]]:
             bounds.append(cut)
     bounds.append(n)
     return list(itertools.pairwise(bounds))
-
-
-def _merged(a: Tokens, x: Tensor, b: Tokens, y: Tensor) -> tuple[Tokens, Tensor]:
-    """Return the tokens of both, in order, with their vectors."""
-    both = _joined([a, b])
-    length = int(both.pos.max()) + 1
-    order = torch.argsort(both.row * length + both.pos)
-    return both.at(order), torch.cat([x, y])[order]
 
 
 def _joined(parts: list[Tokens]) -> Tokens:

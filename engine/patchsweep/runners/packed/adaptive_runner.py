@@ -9,14 +9,16 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
+from torch import Tensor
 
 from patchsweep.forward.grad import Gradients
 from patchsweep.forward.site_locations import SiteLocation
 from patchsweep.models.memory import is_out_of_memory
 from patchsweep.runners.packed.adaptive import Thresholds, TooManyAwake, run_adaptive_batch
-from patchsweep.runners.packed.forward import PackedInput
+from patchsweep.runners.packed.moves import move_together, on_cpu, sent
 from patchsweep.runners.packed.runner import Loaded, PackedRunner
 from patchsweep.runners.packed.schedule import PackedBatch, make_packed_batches
+from patchsweep.runners.packed.tables import PackedInput
 from patchsweep.spec.batch import Batch
 from patchsweep.spec.interventions import Intervention
 from patchsweep.spec.metrics import Metric
@@ -66,7 +68,8 @@ class AdaptiveRunner:
         """Return the values of each of `sets`, which share batches."""
         chosen = [adaptive.chosen for adaptive in sets]
         local = loaded.batch.local
-        base = self.packed.references(loaded, metrics)[0].cpu().numpy()  # [metric, pair]
+        references = self.packed.references(loaded, metrics)[0]
+        base = references.cpu().numpy()  # [metric, pair]
         pair = [
             np.array([local[p] for p in s.plan.pair[s.patches].tolist()], np.int64) for s in chosen
         ]
@@ -90,15 +93,17 @@ class AdaptiveRunner:
                 for packed in make_packed_batches(chosen, np.iinfo(np.int64).max, places):
                     at = packed.place
                     values[:, at], linear[:, at], token_layers[at] = self._run_batch(
-                        loaded, packed, given, gradients, theta[:, at], tau[at], base, metrics
+                        loaded, packed, given, gradients, theta[:, at], tau[at], references, metrics
                     )
+                continue
             except (TooManyAwake, RuntimeError, MemoryError) as error:
                 if len(places) == 1 or not (
                     isinstance(error, TooManyAwake) or is_out_of_memory(error)
                 ):
                     raise
-                waiting[:0] = _divided(places, -(-len(places) // 2))
-                torch.cuda.empty_cache()  # does nothing without CUDA
+            # here the error is gone, and with it its traceback, which held the batch's tensors
+            torch.cuda.empty_cache()  # does nothing without CUDA
+            waiting[:0] = _divided(places, -(-len(places) // 2))
         ends = np.cumsum([len(s.patches) for s in chosen])[:-1]
         return [
             AdaptiveValues(*parts)
@@ -118,37 +123,38 @@ class AdaptiveRunner:
         gradients: Gradients,
         theta: NDArray[np.float32],
         tau: NDArray[np.float64],
-        base: NDArray[np.float32],
+        base: Float[Tensor, "metric pair"],
         metrics: Sequence[Metric],
     ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
         """Return values, linear parts and token-layers of the rows of one batch."""
         device = loaded.base_resid.device
         room = _ROOM * self.packed.max_tokens if len(packed.patch) > 1 else None
+        which = np.zeros(packed.length, np.int64)
+        which[list(loaded.batch.reads)] = np.arange(len(loaded.batch.reads))
+        pair, read = move_together(
+            [on_cpu([loaded.batch.local[p] for p in packed.pair.tolist()]), on_cpu(which)], device
+        )
         rows = run_adaptive_batch(
             self.packed.unwrapped,
             packed,
             given,
             gradients,
             Thresholds(
-                torch.from_numpy(theta).float().to(device), torch.from_numpy(tau).float().to(device)
+                sent(torch.from_numpy(theta).float(), device),
+                sent(torch.from_numpy(tau).float(), device),
             ),
             self.packed.max_tokens,
             room,
         )
-        pair = np.array([loaded.batch.local[p] for p in packed.pair.tolist()])
-        values = base[:, pair].copy()
+        values = base.to(device)[:, pair]
         awake, row = rows.row.unique_consecutive(return_inverse=True)
         if len(awake):
-            pairs = torch.from_numpy(pair).to(device)[awake]
+            pairs = pair[awake]
             resid = loaded.base_resid[pairs]
-            which = torch.zeros(packed.length, dtype=torch.int64, device=device)
-            reads = torch.tensor(loaded.batch.reads, device=device)
-            which[reads] = torch.arange(len(reads), device=device)
-            resid[row, which[rows.pos]] = rows.resid.to(resid)
-            ran = self.packed.metrics_of(loaded, resid, pairs, metrics)
-            values[:, awake.cpu().numpy()] = ran.cpu().numpy()
-        linear = rows.linear.cpu().numpy()
-        return values + linear, linear, rows.token_layers.cpu().numpy()
+            resid[row, read[rows.pos]] = rows.resid.to(resid)
+            values[:, awake] = self.packed.metrics_of(loaded, resid, pairs, metrics)
+        both = torch.stack((values + rows.linear.to(device), rows.linear.to(device))).cpu().numpy()
+        return both[0], both[1], rows.token_layers.cpu().numpy()
 
     @staticmethod
     def _relative_change(loaded: Loaded, chosen: PatchSet, pair: Ints) -> NDArray[np.float64]:

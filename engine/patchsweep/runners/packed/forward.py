@@ -4,45 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from patchsweep_kernels.attention import Rows, prefix_attention
-from patchsweep_kernels.scatter import scatter_patch
+from patchsweep_kernels.scatter import Targets, scatter_targets
 from torch import Tensor, nn
 
-from patchsweep.forward.block_args import first_of, split_hidden, with_first
-from patchsweep.forward.capture import ActivationCache, watch
+from patchsweep.forward.block_args import SharedArguments, first_of, split_hidden, with_first
+from patchsweep.forward.capture import watch
 from patchsweep.forward.site_locations import SiteLocation
 from patchsweep.forward.unwrapped import Attend, HookLocation, UnwrappedModel, attention_settings
 from patchsweep.models.arithmetic import last_bit_turned
-from patchsweep.runners.packed.packing import PackedTokens, Packing, pack
 from patchsweep.runners.packed.schedule import PackedBatch
-from patchsweep.spec.plan import Column, Ints
-from patchsweep.spec.sites import Site
-
-
-@dataclass(frozen=True)
-class PatchValues:
-    """The patch values of one set, and where they are written."""
-
-    point: SiteLocation
-    # values [pair, pos, width] per layer at which they are written; None: identity patches, which
-    # flip the last bit
-    layers: Sequence[Tensor] | None
-    # [patch] row of its one vector in the values, which are [row, width] then; None: see `layers`
-    row: Column | Ints | None = None
-
-
-@dataclass(frozen=True)
-class PackedInput:
-    """The inputs of a packed batch besides the model, for prompts of one length."""
-
-    base: ActivationCache
-    patch_values: Sequence[PatchValues]  # for each of the packed batch's sets
-    local: dict[int, int]  # pair of the plan -> row of `base` and of the values
+from patchsweep.runners.packed.tables import (
+    BlockTables,
+    PackedInput,
+    TokenTables,
+    make_tables,
+    n_units,
+)
 
 
 @torch.no_grad()
@@ -53,12 +34,14 @@ def run_packed_batch(unwrapped: UnwrappedModel, packed: PackedBatch, given: Pack
     the tokens of row i+1 follow.
     """
     current = PackedBlocks(unwrapped, packed, given)
+    tables = make_tables(packed, given)
     hidden: Tensor | None = None
     with ExitStack() as stack:
         stack.enter_context(current.hooks())
-        for packing in pack(packed):
-            hidden = current.enter(packing, hidden)
-            if packing.layer < unwrapped.n_layers:
+        while tables:
+            block = tables.popleft()
+            hidden = current.enter(block, hidden)
+            if block.layer < unwrapped.n_layers:
                 hidden = current.replay(hidden)
     assert hidden is not None
     return hidden
@@ -69,117 +52,69 @@ class PackedBlocks:
 
     def __init__(self, unwrapped: UnwrappedModel, packed: PackedBatch, given: PackedInput) -> None:
         self.unwrapped, self.packed, self.given = unwrapped, packed, given
-        self.device = given.base.devices[0]  # of the current block
-        self.local = np.array([given.local.get(p, -1) for p in range(packed.n_pairs)])
         self.members: dict[str, list[int]] = {}  # site -> indices of the sets that patch it
         for i, values in enumerate(given.patch_values):
             self.members.setdefault(values.point.site.name, []).append(i)
         sites = {values.point.site.name: values.point.site for values in given.patch_values}
         self.stream = [name for name, site in sites.items() if site.in_stream]
-        self.packing: PackedTokens
+        self.tables: TokenTables
         self.rows: Rows
-        self.token_pair: Tensor
-        self.token_pos: Tensor
+        self._arguments = SharedArguments(given.base.calls)
 
-    def enter(self, packing: Packing, carried: Tensor | None) -> Tensor:
-        """Return the tokens `[token, d_model]` at the input of the packing's block, patched."""
-        device = self.given.base.devices[packing.layer]
-        if carried is None or not packing.same or device != self.device:
-            self.device = device
-            self.token_pair = self._index(self.local[packing.token_pair])
-            self.token_pos = self._index(packing.token_pos)
-            self.rows = Rows(
-                offsets=torch.from_numpy(packing.offsets),
-                pair=torch.from_numpy(self.local[packing.pair]),
-                start=torch.from_numpy(packing.start),
-            )
-        self.packing = packing
-        hidden = self._carry(packing, None if carried is None else carried.to(device))
+    def enter(self, tables: BlockTables, carried: Tensor | None) -> Tensor:
+        """Return the tokens `[token, d_model]` at the input of the tables' block, patched."""
+        self.tables, self.rows = tables, tables.rows
+        hidden = self._carry(tables, None if carried is None else carried.to(tables.device))
         self.write(hidden, *self.stream)
         return hidden
 
-    def _carry(self, packing: Packing, carried: Tensor | None) -> Tensor:
+    def _carry(self, tables: BlockTables, carried: Tensor | None) -> Tensor:
         """Return the previous block's tokens, completed by the base run's for new ones."""
-        if carried is not None and packing.same:
+        change = tables.change
+        if carried is not None and change is None:
             return carried
-        base = self.given.base.resid[packing.layer].to(self.device)
-        if carried is None:
-            return base[self.token_pair, self.token_pos]
-        hidden = base.new_empty(packing.n_tokens, base.shape[-1])
-        if len(packing.carried_from) < len(carried):
-            carried = carried.index_select(0, self._index(packing.carried_from))
-        hidden.index_copy_(0, self._index(packing.carried_to), carried)
-        fresh = np.ones(packing.n_tokens, dtype=bool)
-        fresh[packing.carried_to] = False
-        new = self._index(np.flatnonzero(fresh))
-        hidden.index_copy_(0, new, base[self.token_pair[new], self.token_pos[new]])
+        base = self.given.base.resid[tables.layer].to(tables.device)
+        if carried is None or change is None:
+            return base[tables.token_pair, tables.token_pos]
+        hidden = base.new_empty(len(tables.token_pos), base.shape[-1])
+        if change.carried_from is not None:
+            carried = carried.index_select(0, change.carried_from)
+        hidden.index_copy_(0, change.carried_to, carried)
+        hidden.index_copy_(0, change.new, base[change.new_pair, change.new_pos])
         return hidden
 
     def replay(self, hidden: Tensor) -> Tensor:
-        """Return the output of the packing's block for `hidden` `[token, d_model]`."""
-        layer = self.packing.layer
-        block_args = self.given.base.calls[layer].at(self.token_pair, self.token_pos)
-        output = self.unwrapped.blocks[layer](
+        """Return the output of the tables' block for `hidden` `[token, d_model]`."""
+        tables = self.tables
+        block_args = self._arguments.at(tables.layer, tables.token_pair, tables.token_pos)
+        output = self.unwrapped.blocks[tables.layer](
             hidden.unsqueeze(0), *block_args.args, **block_args.kwargs
         )
         return first_of(output).squeeze(0)
 
     def write(self, x: Tensor, *sites: str) -> None:
         """Write the patches at `sites` into `x` `[.., token, width]`, in place."""
-        packing = self.packing
-        if not len(packing.write_token):
+        writes = self.tables.writes
+        if not writes:
             return
         for i in (i for site in sites for i in self.members.get(site, ())):
-            of_set = self.packed.which[packing.write_row] == i
-            if of_set.any():
-                self._write_set(x, i, packing.write_token[of_set], packing.write_row[of_set])
+            if i in writes:
+                self._write_set(x, i, writes[i])
 
-    def _write_set(self, x: Tensor, i: int, token: Ints, row: Ints) -> None:
+    def _write_set(self, x: Tensor, i: int, targets: Targets) -> None:
         """Write the patches of set i in one kernel launch."""
-        packed, patch_values = self.packed, self.given.patch_values[i]
-        plan, patch = packed.sets[i].plan, packed.patch[row]
+        patch_values = self.given.patch_values[i]
         flat = x.view(-1, x.shape[-1])
         if patch_values.layers is None:
-            values, source = last_bit_turned(flat), token
+            values = last_bit_turned(flat)
         else:
-            layer_values = patch_values.layers[self.packing.layer].to(x)
-            length, width = layer_values.shape[-2:]
-            values = layer_values.reshape(-1, width)
-            if patch_values.row is None:
-                source = self.local[packed.pair[row]] * length + self.packing.token_pos[token]
-            else:
-                source = patch_values.row[patch]
-        units, width = plan.axes.units, x.shape[-1]
-        if units is None:
-            scatter_patch(flat, values, _table(token), source=_table(source))
-            return
-        n_units = self._n_units(plan.site, width)
-        unit_sets = plan.unit_set[patch]
-        sizes = np.array([len(unit) for unit in units])
-        flat_units = np.concatenate([np.array(unit) for unit in units])
-        first = np.concatenate([[0], np.cumsum(sizes)])
-        repeat = np.repeat(np.arange(len(unit_sets)), sizes[unit_sets])
-        within = np.arange(len(repeat)) - np.repeat(
-            np.cumsum(sizes[unit_sets]) - sizes[unit_sets], sizes[unit_sets]
-        )
-        unit = flat_units[first[unit_sets[repeat]] + within]
-        scatter_patch(
-            flat.view(len(flat), n_units, -1),
-            values.view(len(values) * n_units, -1),
-            _table(token[repeat]),
-            source=_table(source[repeat] * n_units + unit),
-            head=_table(unit),
-        )
-
-    def _n_units(self, site: Site, width: int) -> int:
-        """Return the number of heads (or neurons) in one vector of `site`."""
-        base, layer = self.given.base, self.packing.layer
-        if site.unit == "head":  # a query is as wide as a key, and z as a value
-            like = base.keys if site.side == "query" else base.values
-            return width // like[layer].shape[-1]
-        if site.unit == "kv_head":
-            return base.keys[layer].shape[1]
-        return width
+            layer_values = patch_values.layers[self.tables.layer].to(x)
+            values = layer_values.reshape(-1, layer_values.shape[-1])
+        if targets.head is not None:
+            units = n_units(self.given, i, self.tables.layer)
+            flat = flat.view(len(flat), units, -1)
+            values = values.view(len(values) * units, -1)
+        scatter_targets(flat, values, targets)
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -198,7 +133,7 @@ class PackedBlocks:
 
     def _write_at(self, layer: int, point: SiteLocation) -> Any:
         def write(x: Tensor) -> Tensor | None:
-            if self.packing.layer != layer:
+            if self.tables.layer != layer:
                 return None
             if point.in_place:
                 self.write(x, point.site.name)
@@ -256,35 +191,23 @@ class PackedBlocks:
         inside = set(mlp.modules()) - {mlp}
         if any(place.module in inside for place in places):
             return
-        reads = self.packed.reads
 
         def gather(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if self.packing.layer != last:
+            token = self.tables.read
+            if token is None:
                 return None
             hidden, args, kwargs = split_hidden(args, kwargs)
-            packing = self.packing
-            read = np.flatnonzero(reads[packing.token_pair, packing.token_pos])
-            # of adaptive rows none may be read; modules need not take zero tokens
-            token = self._index(read if len(read) else np.zeros(1, np.int64))
-            self._kept = (hidden.shape, token)
+            self._whole = hidden.shape
             return (hidden[:, token], *args), kwargs
 
         def put_back(module: nn.Module, args: Any, output: Any) -> Any:
-            if self.packing.layer != last:
+            token = self.tables.read
+            if token is None:
                 return None
-            shape, token = self._kept
             kept = first_of(output)
-            full = kept.new_zeros(shape)
+            full = kept.new_zeros(self._whole)
             full[:, token] = kept.view(1, len(token), -1)
             return with_first(output, full)
 
         stack.callback(mlp.register_forward_pre_hook(gather, with_kwargs=True).remove)
         stack.callback(mlp.register_forward_hook(put_back, prepend=True).remove)
-
-    def _index(self, array: Any) -> Tensor:
-        return _table(array).to(self.device)
-
-
-def _table(array: Any) -> Tensor:
-    """Return `array` as a CPU tensor, which `scatter_patch` checks without waiting for the GPU."""
-    return torch.from_numpy(np.ascontiguousarray(array))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -48,29 +48,36 @@ def pack(packed: PackedBatch) -> Iterator[Packing]:
     n_rows = len(packed.patch)
     before = np.zeros(n_rows, dtype=np.int64)  # tokens per row in the block before
     before_offsets = np.zeros(n_rows + 1, dtype=np.int64)
+    last: Packing | None = None
     for layer in range(int(packed.entry.min()), packed.n_layers + 1):
         only_patched = packed.token_entry & (packed.entry == layer)
         counts = np.where(only_patched, packed.stop - packed.start, packed.length - packed.start)
         counts[packed.entry > layer] = 0
-        offsets = np.concatenate([[0], np.cumsum(counts)])
-        row = np.repeat(np.arange(len(counts)), counts)
-        within = np.arange(offsets[-1]) - offsets[row]
-        carried = within < before[row]
-        position = packed.start[row] + within
-        write = packed.write_layers[row, layer] & (position < packed.stop[row])
-        active = np.flatnonzero(counts)
-        yield Packing(
-            layer=layer,
-            rows=active,
-            offsets=np.concatenate([offsets[active], offsets[-1:]]),
-            start=packed.start[active],
-            pair=packed.pair[active],
-            token_pair=packed.pair[row],
-            token_pos=position,
-            carried_from=(before_offsets[row] + within)[carried],
-            carried_to=np.flatnonzero(carried),
-            write_token=np.flatnonzero(write),
-            write_row=row[write],
-            same=bool(np.array_equal(before, counts)),
-        )
-        before, before_offsets = counts, offsets
+        if last is None or not np.array_equal(before, counts):
+            offsets = np.concatenate([[0], np.cumsum(counts)])
+            row = np.repeat(np.arange(len(counts)), counts)
+            within = np.arange(offsets[-1]) - offsets[row]
+            position = packed.start[row] + within
+            patched = position < packed.stop[row]
+            carried = within < before[row]
+            active = np.flatnonzero(counts)
+            last = Packing(
+                layer=layer,
+                token_pair=packed.pair[row],
+                token_pos=position,
+                write_token=np.empty(0, np.int64),
+                write_row=np.empty(0, np.int64),
+                rows=active,
+                offsets=np.concatenate([offsets[active], offsets[-1:]]),
+                start=packed.start[active],
+                pair=packed.pair[active],
+                carried_from=(before_offsets[row] + within)[carried],
+                carried_to=np.flatnonzero(carried),
+                same=False,
+            )
+            before, before_offsets = counts, offsets
+        elif not last.same:
+            every = np.arange(last.n_tokens)
+            last = replace(last, carried_from=every, carried_to=every, same=True)
+        write = np.flatnonzero(packed.write_layers[row, layer] & patched)
+        yield replace(last, layer=layer, write_token=write, write_row=row[write])

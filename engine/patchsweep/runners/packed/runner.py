@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from einops import einsum, rearrange, repeat
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -30,8 +30,10 @@ from patchsweep.forward.unwrapped import Unsupported, UnwrappedModel
 from patchsweep.models.memory import is_out_of_memory
 from patchsweep.runners.packed.bf16 import use_bf16_products
 from patchsweep.runners.packed.budget import default_cache, default_max_tokens, keep_batch_memory
-from patchsweep.runners.packed.forward import PackedInput, PatchValues, run_packed_batch
+from patchsweep.runners.packed.forward import run_packed_batch
+from patchsweep.runners.packed.moves import move_together, on_cpu
 from patchsweep.runners.packed.schedule import PackedBatch, make_packed_batches
+from patchsweep.runners.packed.tables import PackedInput, PatchValues
 from patchsweep.spec.batch import Batch
 from patchsweep.spec.directions import Live
 from patchsweep.spec.interventions import Custom, Intervention, Spans, values_of
@@ -54,6 +56,7 @@ class Loaded:
     patch_values: dict[str, Sequence[Tensor]]
     base_resid: Float[Tensor, "pair read d_model"]  # final residuals
     source_resid: Float[Tensor, "pair read d_model"]
+    targets: Int[Tensor, "pair read 2"]  # right and wrong answers, of the vocabulary
     _logits: dict[str, Tensor] = field(default_factory=dict)  # of base and source, made on demand
 
 
@@ -91,7 +94,9 @@ class PackedRunner:
         }
         check_attention_sites(self.unwrapped, [*self.points.values()])
         self.unembed = Unembed(self.unwrapped)
-        self.max_tokens = default_max_tokens(bridge) if max_tokens is None else max_tokens
+        self.max_tokens = (
+            default_max_tokens(bridge, self.unwrapped.dtype) if max_tokens is None else max_tokens
+        )
         self.budget = Budget(default_cache(bridge) if cache_budget is None else cache_budget)
 
     def check(self, plans: Sequence[SitePlan]) -> None:
@@ -141,6 +146,9 @@ class PackedRunner:
             },
             base_resid=base.resid[-1][:, reads].to(base.devices[-1]),
             source_resid=source.resid[-1][:, reads].to(base.devices[-1]),
+            targets=self.unembed.checked(
+                torch.stack([batch.answer, batch.wrong], dim=-1).to(base.devices[-1])
+            ),
         )
 
     def references(
@@ -177,26 +185,30 @@ class PackedRunner:
             PatchValues(self.points[patch_set.plan.site.name], None) for patch_set in null
         ]
         sizes = [len(patch_set.patches) for patch_set in all_sets]
-        values = torch.empty(len(metrics), sum(sizes), device="cpu")
+        done: list[tuple[Ints, Tensor]] = []  # results stay on the device: a copy would wait
         packed_input = PackedInput(loaded.base, patch_values, loaded.batch.local)
         batches = deque(make_packed_batches(all_sets, self.max_tokens))
         while batches:
             packed = batches.popleft()
             try:
-                result = self._run_packed_batch(loaded, packed, packed_input, metrics)
+                done.append(
+                    (packed.place, self._run_packed_batch(loaded, packed, packed_input, metrics))
+                )
+                continue
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or len(packed.patch) == 1:
                     raise
-                # later packed batches are as small; finished ones are kept
-                self.max_tokens = max(1, packed.n_tokens // 2)
-                log.warning(
-                    "out of memory: packed batches are halved to %d tokens", self.max_tokens
-                )
-                waiting = np.concatenate([w.place for w in (packed, *batches)])
-                batches = deque(make_packed_batches(all_sets, self.max_tokens, waiting))
-                torch.cuda.empty_cache()  # does nothing without CUDA
-                continue
-            values[:, packed.place] = result.cpu()
+            # here the error is gone, and with it its traceback, which held the batch's tensors
+            torch.cuda.empty_cache()  # does nothing without CUDA
+            # later packed batches are as small; finished ones are kept
+            self.max_tokens = max(1, packed.n_tokens // 2)
+            log.warning("out of memory: packed batches are halved to %d tokens", self.max_tokens)
+            waiting = np.concatenate([w.place for w in (packed, *batches)])
+            batches = deque(make_packed_batches(all_sets, self.max_tokens, waiting))
+        values = torch.empty(len(metrics), sum(sizes), device="cpu")
+        if done:
+            places, results = zip(*done, strict=True)
+            values[:, np.concatenate(places)] = torch.cat(results, dim=1).cpu()
         return list(values.split(sizes, dim=1))
 
     def patch_values(self, chosen: PatchSet, loaded: Loaded) -> PatchValues:
@@ -210,18 +222,19 @@ class PackedRunner:
     ) -> Float[Tensor, "metric row"]:
         local = loaded.batch.local
         hidden = run_packed_batch(self.unwrapped, packed, given)
-        device = hidden.device
-        pair = torch.tensor([local[p] for p in packed.pair.tolist()], device=device)
+        pair = np.array([local[p] for p in packed.pair.tolist()])
         # a row ends at the last position read; positions before its start equal the base run's
         end = np.cumsum(packed.length - packed.start)
-        resid = loaded.base_resid[pair]
-        for i, read in enumerate(loaded.batch.reads):
-            inside = np.flatnonzero(packed.start <= read)
-            token = end[inside] - (packed.length - read)
-            resid[torch.from_numpy(inside).to(device), i] = hidden[
-                torch.from_numpy(token).to(device)
-            ]
-        return self.metrics_of(loaded, resid, pair, metrics)
+        inside = [np.flatnonzero(packed.start <= read) for read in loaded.batch.reads]
+        tokens = [
+            end[rows] - (packed.length - read)
+            for rows, read in zip(inside, loaded.batch.reads, strict=True)
+        ]
+        pairs, *tables = move_together(map(on_cpu, (pair, *inside, *tokens)), hidden.device)
+        resid = loaded.base_resid[pairs]
+        for i in range(len(inside)):
+            resid[tables[i], i] = hidden[tables[len(inside) + i]]
+        return self.metrics_of(loaded, resid, pairs, metrics)
 
     def metrics_of(
         self,
@@ -233,14 +246,14 @@ class PackedRunner:
         """Return the metrics of rows with the final residuals `resid`; row i is of `pair[i]`."""
         batch = loaded.batch
         n_reads = len(batch.reads)
-        targets = torch.stack([batch.answer, batch.wrong], dim=-1).to(resid.device)
+        targets = loaded.targets.to(resid.device)
         flat = resid.flatten(0, 1)
         sums = sorted({name for metric in metrics for name in metric.sums})
         reducible = all(metric.needs == "answers" or metric.sums for metric in metrics)
         # each reduction computes all logits again, block by block: for two, storing them is cheaper
         if reducible and (not sums or (len(sums) == 1 and self.unembed.is_direct(flat))):
             chosen = rearrange(targets[pair], "row read k -> (row read) k")
-            logits = self.unembed.token_logits(flat, chosen)
+            logits = self.unembed.token_logits(flat, chosen, checked=True)
             answers = rearrange(logits, "(row read) k -> k row read", read=n_reads)
             reductions = {
                 name: self._sum(name, loaded, flat, pair).view(-1, n_reads) for name in sums

@@ -1,0 +1,210 @@
+"""Launches and waits of packed batches on a virtual GPU, ten families, against their budgets.
+
+A wait in the middle of a packed batch leaves the GPU idle, and forbids capturing its blocks. The
+table of docs/design/launches.md is what `table()` gives.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import patchsweep as ps
+import pytest
+import torch
+from patchsweep.runners.packed import forward, runner
+from patchsweep.runners.packed.budget import (
+    MOST_GPU_TOKENS,
+    WAVE_SHARE,
+    default_max_tokens,
+    gpu_bytes_per_token,
+    gpu_tokens,
+)
+
+from gpu.test_virtual_gpu import PLAIN, loaded, pairs
+from gpu.virtual_cuda import move, virtual_cuda
+from gpu.virtual_device import DeviceMix, Gpu
+
+BLOCKS = ("packed batch: enter a block", "packed batch: the block itself")
+PAGE = Path(__file__).parents[2] / "docs" / "design" / "launches.md"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of the packed batches of one sweep."""
+
+    n_batches: int
+    n_visits: int  # of blocks
+    launches: float  # per block visit, entering rows included
+    waits: float  # per block visit
+    batch_waits: float  # per packed batch: in its blocks, around them, and for its results
+    wide: tuple[str, ...]  # operations with fp64 results
+
+    @classmethod
+    def of(cls, gpu: Gpu) -> Counts:
+        n_visits = gpu.visits["packed batch: the block itself"]
+        n_batches = gpu.visits["packed batch: around the blocks"]
+        launched = sum(n for (phase, _), n in gpu.launches.items() if phase in BLOCKS)
+        waits = sum(n for (phase, _, _), n in gpu.syncs.items() if phase in BLOCKS)
+        of_batches = sum(n for (phase, _, _), n in gpu.syncs.items() if phase.startswith("packed"))
+        return cls(
+            n_batches,
+            n_visits,
+            launched / n_visits,
+            waits / n_visits,
+            of_batches / n_batches,
+            tuple(f"{op} at {where}" for (phase, op, where) in gpu.wide if phase[:6] == "packed"),
+        )
+
+
+def counted(family: str, sites: Any = PLAIN, **settings: Any) -> tuple[Counts, Gpu]:
+    """The counts of a sweep in packed batches of about 64 tokens."""
+    dtype = settings.pop("dtype", "float32")
+    model = loaded(f"tiny:{family}", dtype=dtype)
+    given = pairs(model)
+    with virtual_cuda() as gpu:
+        move(model)
+        model.cfg.device = "cuda:0"
+        ps.sweep(model, given, sites, runner="packed", max_tokens=64, **settings)
+    return Counts.of(gpu), gpu
+
+
+# launches a block visit, as in the table of docs/design/launches.md
+BUDGETS = {
+    "llama": 21.1,
+    "gpt2": 15.3,
+    "gemma2": 23.1,
+    "gemma3": 25.3,
+    "mixtral": 38.1,
+    "qwen3": 23.1,
+    "phi3": 18.1,
+    "gpt_neox": 18.1,
+    "opt": 17.1,
+    "mistral": 21.1,
+}
+# results come back once for all batches of a unit of work; the first batch of a model tries out
+# whether its unembedding can be used directly
+BATCH_WAITS = 1
+
+
+def check_budget(counts: Counts, launches: float) -> None:
+    assert counts.n_batches > 3
+    assert counts.waits == 0
+    assert counts.batch_waits <= BATCH_WAITS
+    assert not counts.wide
+    assert round(counts.launches, 1) <= launches
+
+
+@pytest.mark.parametrize("family", BUDGETS)
+def test_packed_batches_keep_their_budget(family: str) -> None:
+    check_budget(counted(family)[0], BUDGETS[family])
+
+
+def test_page_says_the_budgets() -> None:
+    rows = [line.split("|")[1:-1] for line in PAGE.read_text().splitlines() if "| `tiny:" in line]
+    said = {row[0].strip(" `").removeprefix("tiny:"): float(row[2]) for row in rows}
+    assert said == BUDGETS
+
+
+@contextmanager
+def planted(fault: Callable[[forward.PackedBlocks, torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Inside, `fault` sees the output of every block of a packed batch, and replaces it."""
+    replay = forward.PackedBlocks.replay
+
+    def faulty(self: forward.PackedBlocks, hidden: torch.Tensor) -> torch.Tensor:
+        return fault(self, replay(self, hidden))
+
+    with mock.patch.object(forward.PackedBlocks, "replay", faulty):
+        yield
+
+
+def stray_item(blocks: forward.PackedBlocks, x: torch.Tensor) -> torch.Tensor:
+    return x * x.abs().sum().ne(0).item()
+
+
+def table_of_the_cpu(blocks: forward.PackedBlocks, x: torch.Tensor) -> torch.Tensor:
+    return x[torch.arange(len(x), device="cpu")]
+
+
+def mixed_where(blocks: forward.PackedBlocks, x: torch.Tensor) -> torch.Tensor:
+    return torch.where(x == x, x, torch.zeros(x.shape, device="cpu"))
+
+
+def fp64_temporary(blocks: forward.PackedBlocks, x: torch.Tensor) -> torch.Tensor:
+    return x.double().to(x.dtype)
+
+
+def more_launches(blocks: forward.PackedBlocks, x: torch.Tensor) -> torch.Tensor:
+    return x.clone().add_(0).mul_(1).clone()
+
+
+@pytest.mark.parametrize(
+    "fault", [stray_item, table_of_the_cpu, mixed_where, fp64_temporary, more_launches]
+)
+def test_planted_fault_breaks_the_budget(fault: Any) -> None:
+    with planted(fault), pytest.raises((AssertionError, DeviceMix)):
+        check_budget(counted("llama", "z")[0], BUDGETS["llama"])
+
+
+def test_results_of_all_batches_come_back_at_once() -> None:
+    _, gpu = counted("llama")
+    home = [where for (phase, kind, where) in gpu.copies if kind == "D2H" and phase[:6] == "packed"]
+    assert len(home) == 1
+
+
+def test_adaptive_batches_wait_where_tokens_are_chosen_alone() -> None:
+    model = loaded("tiny:llama")
+    given = pairs(model)
+    with virtual_cuda(gradients=True) as gpu:
+        move(model)
+        model.cfg.device = "cuda:0"
+        ps.sweep(model, given, ["z", "resid_pre", "k"], tolerance=0.02)
+    waits = Counter[str]()
+    for (phase, _, _), n in gpu.syncs.items():
+        waits[phase] += n
+    block, batch = "adaptive batch: around a block", "adaptive batch: around the blocks"
+    assert gpu.visits[block] > 4
+    assert waits["packed batch: the block itself"] == 0
+    assert waits[block] <= 6 * gpu.visits[block]
+    assert waits[batch] <= 4 * gpu.visits[batch]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_estimated_memory_of_a_batch_is_what_it_takes(family: str) -> None:
+    """The widest sites aside, which keep their patch values."""
+    peaks = []
+    run = runner.run_packed_batch
+
+    def measured(unwrapped: Any, packed: Any, given: Any) -> torch.Tensor:
+        gpu = Gpu.current
+        assert gpu is not None
+        gpu.peak = before = gpu.in_use
+        hidden = run(unwrapped, packed, given)
+        peaks.append((gpu.peak - before) / packed.n_tokens)
+        return hidden
+
+    model = loaded(f"tiny:{family}")
+    given = pairs(model, 4)
+    with virtual_cuda(), mock.patch.object(runner, "run_packed_batch", measured):
+        move(model)
+        model.cfg.device = "cuda:0"
+        ps.sweep(model, given, "resid_pre", runner="packed")
+        estimate = gpu_bytes_per_token(model, torch.float32)
+    assert max(peaks) < 1.15 * estimate
+    assert max(peaks) > 0.4 * estimate
+
+
+def test_batches_of_a_gpu_hide_the_hosts_work_and_fit() -> None:
+    model = loaded("tiny:llama")
+    assert gpu_tokens(model, torch.float32) == MOST_GPU_TOKENS  # a tiny block is done at once
+    with virtual_cuda(total_bytes=2**30):
+        move(model)
+        model.cfg.device = "cuda:0"
+        fits = default_max_tokens(model, torch.float32)
+    assert fits * gpu_bytes_per_token(model, torch.float32) <= WAVE_SHARE * 2**30
+    assert fits == MOST_GPU_TOKENS or 2 * fits * gpu_bytes_per_token(model, torch.float32) > 2e8
