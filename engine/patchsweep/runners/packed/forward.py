@@ -111,7 +111,8 @@ class PackedBlocks:
             layer_values = patch_values.layers[self.tables.layer].to(x)
             values = layer_values.reshape(-1, layer_values.shape[-1])
         if targets.head is not None:
-            units = n_units(self.given, i, self.tables.layer)
+            site = patch_values.point.site
+            units = n_units(self.given.base, site, self.tables.layer, x.shape[-1])
             flat = flat.view(len(flat), units, -1)
             values = values.view(len(values) * units, -1)
         scatter_targets(flat, values, targets)

@@ -23,10 +23,11 @@ from patchsweep.forward.block_args import first_of
 from patchsweep.forward.capture import ActivationCache
 from patchsweep.forward.unwrapped import Unsupported
 from patchsweep.models.memory import is_out_of_memory
-from patchsweep.runners.packed.forward import PackedBlocks, PackedInput, PatchValues
+from patchsweep.runners.packed.forward import PackedBlocks
 from patchsweep.runners.packed.joint_batch import JointBatch, joint_batches
 from patchsweep.runners.packed.packing import Packing
 from patchsweep.runners.packed.runner import Loaded, PackedRunner
+from patchsweep.runners.packed.tables import PackedInput, PatchValues, make_tables, n_units
 from patchsweep.spec.batch import Batch
 from patchsweep.spec.directions import Live
 from patchsweep.spec.interventions import Intervention, Resample
@@ -132,6 +133,7 @@ class PackedJoint:
             values=[
                 x[pair.to(x.device)].to(d) for x, d in zip(base.values, base.devices, strict=False)
             ],
+            heads=base.heads,
             calls=base.calls,
         )
         for rows in joint_batches(plan, self.runner.max_tokens):
@@ -227,6 +229,7 @@ class JointBlocks(PackedBlocks):
     ) -> None:
         super().__init__(runner.unwrapped, batch, given)
         self.batch, self.loaded, self.keep = batch, loaded, keep
+        self.packing: Packing
         # pair of the captured batch of each base run; empty: they are the same
         self.pair_of_base = torch.from_numpy(pair_of_base)
         names = [site.name for site in batch.plan.sites]
@@ -248,10 +251,13 @@ class JointBlocks(PackedBlocks):
         hidden: Tensor | None = None
         with ExitStack() as stack:
             stack.enter_context(self.hooks())
-            for packing in self.batch.packings():
+            packings = list(self.batch.packings())
+            tables = make_tables(self.batch, self.given, packings)
+            for packing in packings:
+                self.packing = packing
                 self.offsets = np.zeros(len(self.batch.patch), np.int64)
                 self.offsets[packing.rows] = packing.offsets[:-1]
-                hidden = self.enter(packing, hidden)
+                hidden = self.enter(tables.popleft(), hidden)
                 if packing.layer < self.unwrapped.n_layers:
                     self._keep_tokens(None if self.keep is None else self.keep.resid, hidden)
                     hidden = self.replay(hidden)
@@ -263,8 +269,9 @@ class JointBlocks(PackedBlocks):
         if not len(self.pair_of_base):
             return super().replay(hidden)
         layer = self.packing.layer
-        pair = self.pair_of_base.to(self.token_pair.device)[self.token_pair]
-        block_args = self.given.base.calls[layer].at(pair, self.token_pos)
+        tables = self.tables
+        pair = self.pair_of_base.to(tables.token_pair.device)[tables.token_pair]
+        block_args = self.given.base.calls[layer].at(pair, tables.token_pos)
         output = self.unwrapped.blocks[layer](
             hidden.unsqueeze(0), *block_args.args, **block_args.kwargs
         )
@@ -284,7 +291,6 @@ class JointBlocks(PackedBlocks):
         if kept is None:
             return
         packing = self.packing
-        assert isinstance(packing, Packing)
         counts = np.diff(packing.offsets)
         row = np.repeat(self.batch.patch[packing.rows], counts)
         into = kept[packing.layer]
@@ -314,10 +320,10 @@ class JointBlocks(PackedBlocks):
                 continue
             target, cell, unit = token[part], source[part], writes.unit[part]
             if part is not whole:
-                n_units = self._n_units(site, x.shape[-1])
-                flat = flat.view(len(flat), n_units, -1)
-                values = values.view(len(values) * n_units, -1)
-                cell = cell * n_units + unit
+                units = n_units(self.given.base, site, layer, x.shape[-1])
+                flat = flat.view(len(flat), units, -1)
+                values = values.view(len(values) * units, -1)
+                cell = cell * units + unit
             head = None if part is whole else _table(unit)
             if live is None:
                 scatter_patch(flat, values, _table(target), source=_table(cell), head=head)

@@ -7,7 +7,7 @@ nothing in the batch waits for them.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from patchsweep.runners.packed.moves import Moves, on_cpu
 from patchsweep.runners.packed.packing import PackedTokens, Packing, pack
 from patchsweep.runners.packed.schedule import PackedBatch
 from patchsweep.spec.plan import Column, Ints
+from patchsweep.spec.sites import Site
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,12 @@ class Writes:
             source = patch_values.row[patch]
         if plan.axes.units is None:
             return Targets.of(on_cpu(token), on_cpu(source))
-        n = n_units(self.given, i, packing.layer)
+        base, site = self.given.base, patch_values.point.site
+        width = 0
+        if site.unit == "neuron":
+            layers = base.sites[site.name] if patch_values.layers is None else patch_values.layers
+            width = layers[packing.layer].shape[-1]
+        n = n_units(base, site, packing.layer, width)
         unit_sets = plan.unit_set[patch]
         first, sizes, members = self._units_of(i)
         repeat = np.repeat(np.arange(len(unit_sets)), sizes[unit_sets])
@@ -170,27 +176,26 @@ class Writes:
         return self._members[i]
 
 
-def n_units(given: PackedInput, i: int, layer: int) -> int:
-    """Return the number of heads (or neurons) in one vector of the site of set i."""
-    base, values = given.base, given.patch_values[i]
-    site = values.point.site
+def n_units(base: ActivationCache, site: Site, layer: int, width: int) -> int:
+    """Return the number of heads (or neurons) in one vector of `site`, which is `width` wide."""
     if site.unit == "head":
         return base.heads[layer]
-    if site.unit == "kv_head":
-        return base.keys[layer].shape[1]
-    layers = base.sites[site.name] if values.layers is None else values.layers
-    return layers[layer].shape[-1]
+    return base.keys[layer].shape[1] if site.unit == "kv_head" else width
 
 
-def make_tables(packed: PackedBatch, given: PackedInput) -> deque[BlockTables]:
+def make_tables(
+    packed: PackedBatch, given: PackedInput, packings: Iterable[Packing] | None = None
+) -> deque[BlockTables]:
     """Return the tables of all blocks of `packed`, and of the final residual, in order.
+
+    `packings`: where its tokens lie; None: as `pack` says.
 
     Take each off before its block runs: on a CPU its rows gather the masks of their attention.
     """
     base, writes = given.base, Writes(packed, given)
     tables: list[BlockTables] = []
     sizes: dict[Rows, set[int]] = defaultdict(set)  # of attention blocks
-    for packing in pack(packed):
+    for packing in pack(packed) if packings is None else packings:
         device = base.devices[packing.layer]
         before = tables[-1] if tables else None
         if before is not None and packing.same and before.device == device:
