@@ -25,6 +25,7 @@ NAMES = [
     "Scale",
     "Screen",
     "SweepSpec",
+    "acdc",
     "attention",
     "attribution",
     "bootstrap_circuit",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from patchsweep import attribution
     from patchsweep.analyses.attention import attention
     from patchsweep.analyses.circuits import (
+        acdc,
         bootstrap_circuit,
         circuit,
         circuit_scores,
@@ -64,6 +65,7 @@ __all__ = [
     "Scale",
     "Screen",
     "SweepSpec",
+    "acdc",
     "attention",
     "attribution",
     "bootstrap_circuit",
@@ -108,6 +110,7 @@ _HOME = {
     "Scale": "spec.directions",
     "Screen": "sweeps.screen_settings",
     "SweepSpec": "spec.spec",
+    "acdc": "analyses.circuits",
     "attention": "analyses.attention",
     "bootstrap_circuit": "analyses.circuits",
     "circuit": "analyses.circuits",

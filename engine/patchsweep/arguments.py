@@ -21,13 +21,19 @@ def check_bridge(model: Any) -> None:
     """Raise unless `model` looks like a TransformerBridge, which `load_model` returns.
 
     Raises:
-        ModelError: `model` is something else, such as a name.
+        ModelError: `model` is something else, such as a name, or wraps no transformers model.
     """
     # by attributes instead of the class, so that reading a store need not load torch
     if not all(hasattr(model, name) for name in ("cfg", "tokenizer", "original_model")):
         raise ModelError(
             f"model must be a TransformerBridge, got {_brief(model)}; give what "
             "patchsweep.load_model(name) returns"
+        )
+    if not hasattr(model.original_model, "config"):
+        raise ModelError(
+            f"model wraps a {type(model.original_model).__name__}, which is no model of "
+            "transformers (boot_native makes such bridges); write its weights into a transformers "
+            "model, such as GPT2LMHeadModel, and give TransformerBridge.boot_transformers that"
         )
 
 

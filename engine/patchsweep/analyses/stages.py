@@ -161,10 +161,45 @@ class Stages:
             metrics: names of the metrics of `base_metric` and `source_metric`.
             attrs: all that decides the values, as attributes of an analysis.
         """
+        work = _BlockWork(lambda pairs, _: compute(pairs), lambda _: cost, len(metrics))
+        return self._run(name, shapes, (block, max(_n_layers(shapes), 1)), work, metrics, attrs)
+
+    def run_by_layer(
+        self,
+        name: str,
+        shapes: Shapes,
+        block: int,
+        compute: Callable[[range, int], Computed],
+        cost: Callable[[int], int],
+        *,
+        metrics: Sequence[str],
+        attrs: Mapping[str, Any],
+    ) -> xr.Dataset:
+        """Run a stage whose shards hold one layer each of `block` pairs; see `run`.
+
+        Every variable has the dim `layer`. `compute` and `cost` take a layer too.
+        """
+        work = _BlockWork(
+            lambda pairs, layers: compute(pairs, layers.start),
+            lambda layers: cost(layers.start),
+            len(metrics),
+            by_layer=True,
+        )
+        return self._run(name, shapes, (block, 1), work, metrics, attrs)
+
+    def _run(
+        self,
+        name: str,
+        shapes: Shapes,
+        unit: tuple[int, int],
+        work: _BlockWork,
+        metrics: Sequence[str],
+        attrs: Mapping[str, Any] | None,
+    ) -> xr.Dataset:
         sizes = {dim: n for shape in shapes.values() for dim, n in shape.items()}
         layout = Layout(
             variables=tuple(
-                Variable(key, tuple(dims), tuple(dims.values()), (block, dims.get("layer", 1)), {})
+                Variable(key, tuple(dims), tuple(dims.values()), unit, {})
                 for key, dims in shapes.items()
             ),
             coords={
@@ -173,7 +208,6 @@ class Stages:
             },
             attrs={**{key: x for key, x in (attrs or {}).items() if key != KIND}, "stage": name},
         )
-        work = _BlockWork(compute, cost, len(metrics))
         name_stage(self.progress, name)
         if self.parts is None:
             memory = Memory(layout)
@@ -239,19 +273,30 @@ class Stages:
         return [(store, units) for store, units in to_do if units]
 
 
-class _BlockWork:
-    """A `Work` that computes all variables of a block of pairs together."""
+def _n_layers(shapes: Shapes) -> int:
+    return max(dims.get("layer", 0) for dims in shapes.values())
 
-    def __init__(self, compute: Callable[[range], Computed], cost: int, n_metrics: int) -> None:
+
+class _BlockWork:
+    """A `Work` that computes all variables of a block of pairs, and of layers, together."""
+
+    def __init__(
+        self,
+        compute: Callable[[range, range], Computed],
+        cost: Callable[[range], int],
+        n_metrics: int,
+        by_layer: bool = False,
+    ) -> None:
         self.compute, self.n_metrics, self._cost = compute, n_metrics, cost
-        self._kept: dict[range, Computed] = {}
+        self._by_layer = by_layer
+        self._kept: dict[Hashable, Computed] = {}
 
     def __contains__(self, variable: str) -> bool:
         return True
 
     def cost(self, unit: Unit) -> int:
         """See `Work`."""
-        return self._cost * len(unit.pairs)
+        return self._cost(unit.layers) * len(unit.pairs)
 
     def n_live(self, unit: Unit) -> int:
         """See `Work`."""
@@ -259,22 +304,23 @@ class _BlockWork:
 
     def together(self, unit: Unit) -> Hashable:
         """See `Work`."""
-        return unit.pair_block
+        return (unit.pair_block, unit.layer_block) if self._by_layer else unit.pair_block
 
     def values(self, units: Sequence[Unit]) -> list[Values]:
         """See `Work`."""
-        values, _ = self._of(units[0].pairs)
+        values, _ = self._of(units[0])
         return [values[unit.variable] for unit in units]
 
     def references(self, unit: Unit) -> tuple[Values, Values]:
         """See `Work`; NaN for a stage that has none."""
-        _, references = self._of(unit.pairs)
+        _, references = self._of(unit)
         if references is None:
             references = np.full((2, self.n_metrics, len(unit.pairs)), np.nan, np.float32)
         return references[0], references[1]
 
-    def _of(self, pairs: range) -> Computed:
-        """Return what `compute` returns for `pairs`; the last result is kept."""
-        if pairs not in self._kept:
-            self._kept = {pairs: self.compute(pairs)}
-        return self._kept[pairs]
+    def _of(self, unit: Unit) -> Computed:
+        """Return what `compute` returns for the shard; the last result is kept."""
+        key = self.together(unit)
+        if key not in self._kept:
+            self._kept = {key: self.compute(unit.pairs, unit.layers)}
+        return self._kept[key]

@@ -76,10 +76,23 @@ def _done(ds: xr.Dataset) -> str:
     scored = int(np.isfinite(ds[name].values[0, 0]).sum())
     position_words = " at single positions" if attributes(ds)["positions"] else ""
     agreement = correlation(rows_of(ds, str(ds["metric"].values[0])))
+    if "edge_dead" in ds:
+        run = f"all of them run exactly{_dead(ds)}; estimates"
+    else:
+        run = f"the foremost {ds.sizes['chosen']:,} of them run exactly; over those, estimates"
     return (
-        f"{scored:,} edges{position_words} scored, the foremost {ds.sizes['chosen']:,} of them run "
-        f"exactly; over those, estimates and exact effects correlate at {agreement:.2f}"
+        f"{scored:,} edges{position_words} scored, {run} and exact effects correlate at "
+        f"{agreement:.2f}"
     )
+
+
+def _dead(ds: xr.Dataset) -> str:
+    """Return how many edges were proved dead and why, in words."""
+    counts = {text: n for text, n in attributes(ds)["dead"].items() if n}
+    if not counts:
+        return ""
+    reasons = "; ".join(f"{n:,}: {text}" for text, n in counts.items())
+    return f" but {sum(counts.values()):,} that were proved dead ({reasons})"
 
 
 def _table(ds: xr.Dataset) -> Table:
@@ -93,7 +106,7 @@ def _table(ds: xr.Dataset) -> Table:
         table.add_column(name)
     for name in ("estimate", "exact"):
         table.add_column(name, justify="right")
-    for row in rows_of(ds, metric)[:N_SHOWN]:
+    for row in rows_of(ds, metric, N_SHOWN):
         position = [_where(row)] if positions else []
         table.add_row(
             row.sender, row.reader, *position, f"{row.estimate:+.3f}", f"{row.exact:+.3f}"

@@ -24,6 +24,7 @@ VERBS = {
     "verify": "check a store: its files, and a sample of its values run again",
     "edges": "score every edge between components, run the foremost exactly, store both",
     "circuit": "grow circuits from node or edge scores, run each without the rest; store it",
+    "acdc": "prune edges one by one while the metric stays; store what is left",
     "lens": "what the model would say at each layer, of a patched run too; store it",
     "trace": "noise a subject, restore states one by one: where a fact passes; store it",
     "attention": "rank heads by attention attribution, store their patterns and predictions",
@@ -33,7 +34,7 @@ VERBS = {
     "task": "list the built-in tasks, or score a model on one",
     "demo": "sweep a real model, check the values against a TransformerLens loop, write a report",
 }
-RESUMABLE = ("run", "edges", "circuit", "lens", "trace", "attention", "heads")
+RESUMABLE = ("run", "edges", "circuit", "acdc", "lens", "trace", "attention", "heads")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -53,20 +53,37 @@ def _probe(blocks: Blocks) -> Trace:
     return blocks.trace(torch.zeros(1, 2, dtype=torch.long, device=device), [-1])
 
 
-@torch.no_grad()
 def _are_parallel(blocks: Blocks, trace: Trace) -> tuple[bool, ...]:
     if not len(trace.q) == len(trace.z) == len(trace.resid) - 1 == blocks.n_layers:
         raise Unsupported(OWN_ATTENTION)
     if len(trace.parts) < blocks.n_parts:
         raise Unsupported("a block does not call its attention or its MLP as a module")
-    pair = torch.zeros(1, dtype=torch.long, device=trace.logits.device)
-    flags = []
-    for layer in range(blocks.n_layers):
-        # NaN spreads through zero weights and inactive activations; other values may not
-        nothing = torch.full_like(trace.resid[layer], float("nan"))
-        mlp_out = blocks.mlp_of(layer, trace.resid[layer], trace, pair, held={"attn": nothing})
-        flags.append(not bool(mlp_out.isnan().any()))
-    return tuple(flags)
+    return tuple(not _hears(blocks, trace, layer) for layer in range(blocks.n_layers))
+
+
+def _hears(blocks: Blocks, trace: Trace, layer: int) -> bool:
+    """Return whether the MLP of a block reads its attention's output, for any weights and inputs.
+
+    A random vector takes the attention's place, and the graph of the MLP's output tells whether it
+    is computed from it. Code that torch does not differentiate shows it by NaN in its place. The
+    values themselves cannot tell: weights may be zero, and activations inactive.
+    """
+    x = trace.resid[layer]
+    pair = torch.zeros(1, dtype=torch.long, device=x.device)
+
+    def mlp_of(attention: Tensor) -> Tensor:
+        return blocks.mlp_of(layer, x, trace, pair, held={"attn": attention})
+
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(x.shape, generator=generator).to(x).requires_grad_()
+    with torch.enable_grad():
+        out = mlp_of(drawn)
+        if out.requires_grad:
+            (grad,) = torch.autograd.grad(out.sum(), drawn, allow_unused=True)
+            if grad is not None:
+                return True
+    with torch.no_grad():
+        return bool(mlp_of(torch.full_like(x, float("nan"))).isnan().any())
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ from patchsweep.forward.block_args import (
 )
 from patchsweep.forward.capture import watch
 from patchsweep.forward.pattern import attention_pattern, weighted_values
+from patchsweep.forward.row_attention import attend_rows
 from patchsweep.forward.site_locations import resolve_site
 from patchsweep.forward.trace import Part, Trace
 from patchsweep.forward.unwrapped import (
@@ -135,6 +136,7 @@ class Blocks:
                 trace.q.append(q)
                 trace.k.append(k)
                 trace.v.append(v)
+                trace.settings.append(attention_settings(module, q.shape[-1], kw))
                 # models assume that it is contiguous
                 return _attended(module, q, k, v, kw).transpose(1, 2).contiguous()
 
@@ -333,32 +335,47 @@ class Blocks:
         trace: Trace,
         pair: Tensor,
         start: int,
-        replace: Callable[[Literal["q", "k", "v", "mlp"], Tensor], None],
+        replace: Callable[[Literal["q", "k", "v", "mlp"], Tensor], None] | None = None,
     ) -> Float[Tensor, "row pos d_model"]:
-        """Return the block's output for `x`, whose rows begin at position `start`.
+        """Return the block's output for `x`, whose rows begin at position `start`, without graph.
 
         Before `start` the rows read the trace's keys and values. `replace` may write into q, k, v
         `[row, head, pos, d]` and into the MLP's output `[row, pos, d_model]`.
         """
 
         def attend(module: nn.Module, *qkv: Tensor, **kw: Any) -> Tensor:
-            q, k, v = (unpack(t, len(x)).clone() for t in qkv)
-            for name, t in (("q", q), ("k", k), ("v", v)):
-                replace(name, t)  # type: ignore[arg-type]
-            if start:
-                k = torch.cat([trace.k[layer][pair, :, :start], k], dim=2)
-                v = torch.cat([trace.v[layer][pair, :, :start], v], dim=2)
-                q = nn.functional.pad(q, (0, 0, start, 0))  # aligns queries with their positions
-            z = _attended(module, q, k, v, kw)[:, :, start:]
-            return rearrange(z, "row head pos d -> 1 (row pos) head d")
+            q, k, v = (unpack(t, len(x)) for t in qkv)
+            if replace is not None:
+                q, k, v = q.clone(), k.clone(), v.clone()
+                for name, t in (("q", q), ("k", k), ("v", v)):
+                    replace(name, t)  # type: ignore[arg-type]
+            return attend_rows(trace, layer, q, k, v, pair, start).flatten(0, 1).unsqueeze(0)
 
         def leave(y: Tensor) -> Tensor:
+            assert replace is not None
             rows = y.reshape(*x.shape[:2], -1).clone()
             replace("mlp", rows)
             return rows.reshape(y.shape)
 
-        mlp = HookLocation(self._modules[layer, "mlp"], "out")
-        with self._attending(lambda _: attend), watch(mlp, leave):
+        with ExitStack() as stack:
+            stack.enter_context(self._attending(lambda _: attend))
+            if replace is not None:
+                mlp = HookLocation(self._modules[layer, "mlp"], "out")
+                stack.enter_context(watch(mlp, leave))
+            return self._call(layer, x, trace, pair, start)
+
+    @torch.no_grad()
+    def finish(
+        self,
+        layer: int,
+        x: Float[Tensor, "row pos d_model"],
+        given: Mapping[Part, Float[Tensor, "row pos d_model"]],
+        trace: Trace,
+        pair: Tensor,
+        start: int = 0,
+    ) -> Float[Tensor, "row pos d_model"]:
+        """Return the block's output for input `x` when the parts `given` have these outputs."""
+        with self._fixed(layer, given, trace):
             return self._call(layer, x, trace, pair, start)
 
     def _call(self, layer: int, x: Tensor, trace: Trace, pair: Tensor, start: int) -> Tensor:

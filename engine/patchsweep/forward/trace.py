@@ -26,6 +26,8 @@ class Trace:
     z: list[Float[Tensor, "pair pos width"]] = field(default_factory=list)  # before W_O
     parts: dict[tuple[int, Part], Any] = field(default_factory=dict)  # as the module returned it
     calls: list[BlockArgs] = field(default_factory=list)  # per block
+    # per block, of its attention: scale, window, soft-cap, sinks
+    settings: list[dict[str, Any]] = field(default_factory=list)
     logits: Float[Tensor, "pair read d_vocab"] = field(default_factory=lambda: torch.empty(0))
 
     @property

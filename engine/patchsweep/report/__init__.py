@@ -23,6 +23,7 @@ __all__ = ["write_report"]
 KINDS = {
     "edges": "edges",
     "circuit": "circuit",
+    "acdc": "acdc",
     "lens": "lens",
     "heads": "heads",
     "attention": "attention",

@@ -21,6 +21,7 @@ from patchsweep.store.attributes import attributes
 N_DRAWN = 40
 N_LISTED = 40  # rows of the table before the fold
 N_ESTIMATED = 200  # most rows if no edge was run exactly
+N_ROWS = 2000  # most rows of a page, if every edge was run
 
 # kind of reader -> its name, and its colour in the scatter plot
 _KINDS = {
@@ -66,33 +67,31 @@ class Row:
         return "mlp" if self.reader.startswith("m") else self.reader[-1]
 
 
-def rows_of(ds: xr.Dataset, metric: str) -> list[Row]:
-    """Return the edges run exactly, or else the top-k estimates; largest first."""
+def rows_of(ds: xr.Dataset, metric: str, most: int | None = None) -> list[Row]:
+    """Return the edges run exactly, or else the top-k estimates; largest first, at most `most`."""
     one = ds.sel(metric=metric)
+    name = next((n for n in ("edge_estimate", "edge_eap", "edge_eap_ig") if n in one), None)
+    listed = "edge_sender" in one.coords
     if "edge" in one:
         exact = _over_pairs(one["edge"] - one["base_metric"])
-        estimate = exact * np.nan
-        if "edge_estimate" in one:
-            estimate = _over_pairs(one["edge_estimate"])
-        ends = [one[name].values for name in ("edge_sender", "edge_reader")]
+        estimate = exact * np.nan if name is None else _over_pairs(one[name])
     else:
-        estimate = _over_pairs(one["edge_eap" if "edge_eap" in one else "edge_eap_ig"])
+        estimate = _over_pairs(one[name])
         exact = estimate * np.nan
-        ends = [one[name].values for name in ("sender", "reader")]
+        most = min(most or N_ESTIMATED, N_ESTIMATED)
+    ends = [one[f"edge_{end}" if listed else end].values for end in ("sender", "reader")]
     x, y = exact.values.ravel(), estimate.values.ravel()
     size = np.abs(np.where(np.isfinite(x), x, y))
     order = np.argsort(-np.nan_to_num(size, nan=-1.0), kind="stable")
-    shown = [i for i in order if np.isfinite(size[i])]
-    if "edge" not in one:
-        shown = shown[:N_ESTIMATED]
+    shown = order[np.isfinite(size[order])][:most]
     tokens = _tokens(one)
     rows = []
     for i in shown:
         at = dict(zip(exact.dims, np.unravel_index(i, exact.shape), strict=True))
-        if "chosen" in at:
-            sender, reader = (end[at["chosen"]] for end in ends)
-        else:
-            sender, reader = ends[0][at["sender"]], ends[1][at["reader"]]
+        sender, reader = (
+            end[at["chosen" if listed else name]]
+            for name, end in zip(("sender", "reader"), ends, strict=True)
+        )
         pos = int(at["pos"]) if "pos" in at else None
         if "edge_pos" in one.coords:
             pos = int(one["edge_pos"].values[at["chosen"]])
@@ -119,7 +118,7 @@ def build(ds: xr.Dataset) -> str:
     parts = [_header(ds, model, metrics)]
     for n, metric in enumerate(metrics):
         unit = str(ds["metric_unit"].values[n])
-        rows = rows_of(ds, metric)
+        rows = rows_of(ds, metric, N_ROWS)
         suffix = f": <code>{esc(metric)}</code>" if len(metrics) > 1 else ""
         parts += [
             section(f"graph-{n}", f"The foremost edges{suffix}", _graph(ds, rows, unit)),
@@ -154,14 +153,18 @@ def _header(ds: xr.Dataset, model: str, metrics: Sequence[str]) -> str:
     names = " and ".join(f"<code>{esc(metric)}</code>" for metric in metrics)
     view = choose_views(ds, ())[0]
     prompts = "".join(question.prompts(ds, metric, view) for metric in metrics[:1])
-    rows = rows_of(ds, metrics[0])
+    rows = rows_of(ds, metrics[0], N_ROWS)
     facts = [("model", esc(model)), ("pairs", count(ds.sizes["pair"]))]
     name = next((n for n in ("edge_eap", "edge_eap_ig") if n in ds), None)
     if name is not None:
         scored = int(np.isfinite(ds[name].values[0]).any(axis=0).sum())
         facts.append(("edges scored", count(scored)))
     if "edge" in ds:
-        facts.append(("run exactly", count(len(rows))))
+        found = np.isfinite(ds["edge"].values[0]).any(axis=0)
+        dead = sum(attributes(ds).get("dead", {}).values())
+        facts.append(("run exactly", count(int(found.sum()) - dead)))
+        if dead:
+            facts.append(("proved dead", count(dead)))
         if math.isfinite(correlation(rows)):
             facts.append(("correlation", number(correlation(rows))))
     shown = "".join(f"<div><dt>{key}</dt><dd>{value}</dd></div>" for key, value in facts)

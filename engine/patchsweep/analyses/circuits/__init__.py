@@ -1,5 +1,6 @@
 """Edges between the components of a model, estimated and exact, and circuits of nodes or edges."""
 
+from patchsweep.analyses.circuits.acdc import acdc
 from patchsweep.analyses.circuits.circuits import circuit
 from patchsweep.analyses.circuits.edges import edges, exact_edges, screen_edges
 from patchsweep.analyses.circuits.exchange import read_circuit, write_circuit
@@ -12,6 +13,7 @@ __all__ = [
     "Nodes",
     "Reader",
     "Sender",
+    "acdc",
     "bootstrap_circuit",
     "circuit",
     "circuit_scores",

@@ -154,7 +154,7 @@ class _Ablated:
             edge_batch.base,
             edge_batch.changes,
         )
-        self.ways = [_way_of(edge_batch, layer) for layer in range(nodes.n_layers)]
+        self.ways = [way_of(edge_batch, layer) for layer in range(nodes.n_layers)]
         self.normed = [layer for layer, way in enumerate(self.ways) if way == "normed"]
         all_pairs = torch.arange(base.n_pairs, device=base.resid[0].device)
         from_start = slice(edge_batch.start, None)
@@ -315,7 +315,7 @@ def _z_points(edge_batch: EdgeBatch) -> tuple[HookLocation, ...]:
     return resolve_site(edge_batch.blocks.unwrapped, SITES["z"]).points
 
 
-def _way_of(edge_batch: EdgeBatch, layer: int) -> Way:
+def way_of(edge_batch: EdgeBatch, layer: int) -> Way:
     """Return how the heads' writes reach the stream, measured with a probe."""
     # a rolled output, since a norm is invariant to multiples of the output itself
     probe = edge_batch.base.part(layer, "attn")[:1].roll(1, dims=-1)

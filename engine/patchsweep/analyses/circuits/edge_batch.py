@@ -23,6 +23,7 @@ from patchsweep.forward.block_structure import parallel_blocks
 from patchsweep.forward.blockwise import Blocks, unfit
 from patchsweep.forward.grad import frozen
 from patchsweep.forward.trace import Trace
+from patchsweep.forward.unembed import Unembed
 from patchsweep.forward.unwrapped import Unsupported
 from patchsweep.models.compute import compute_dtype_of
 from patchsweep.models.offload import device_of
@@ -113,6 +114,23 @@ class EdgeBatch:
         )
         base, source = (x.logits.detach()[pair] for x in (self.base, self.source))
         return compute(self.metrics, Logits(answer, wrong, logits, base, source))
+
+    @torch.no_grad()
+    def metrics_of(
+        self, unembed: Unembed, final: Float[Tensor, "row read d_model"], pair: Tensor
+    ) -> Float[Tensor, "metric row"]:
+        """Return every metric of runs with these final residuals; row i is of `pair[i]`."""
+        n_reads = final.shape[1]
+        if all(metric.needs == "answers" for metric in self.metrics):
+            targets = torch.stack([self.batch.answer, self.batch.wrong], dim=-1)[pair]
+            logits = unembed.token_logits(final.flatten(0, 1), targets.flatten(0, 1))
+            answer, wrong = logits.unflatten(0, (-1, n_reads)).unbind(-1)
+            return compute(self.metrics, Logits(answer, wrong))
+        parts = []
+        for rows in unembed.chunks(len(final), n_reads):
+            full = unembed.logits(final[rows].flatten(0, 1)).float()
+            parts.append(self.score(full.unflatten(0, (-1, n_reads)), pair[rows]))
+        return torch.cat(parts, dim=1)
 
     def computed(self, name: str, values: Values) -> Computed:
         """Return `values` as the variable `name`, with the unpatched metrics; see `run_batches`."""

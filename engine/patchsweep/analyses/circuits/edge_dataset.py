@@ -9,6 +9,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from patchsweep.analyses.circuits.edge_batch import Question
+from patchsweep.analyses.circuits.nodes import Nodes
 from patchsweep.spec.batch import base_and_source
 from patchsweep.spec.spec import model_shape
 from patchsweep.store.attributes import flat_attributes
@@ -66,6 +67,16 @@ def _tokens(question: Question) -> dict[str, Any]:
             strings([[*row, *[""] * (width - len(row))] for row in table]),
         )
     return coords
+
+
+def node_coords(nodes: Nodes) -> dict[str, Any]:
+    """Return the coordinates of the axes `sender` and `reader`."""
+    return {
+        "sender": strings([str(sender) for sender in nodes.senders]),
+        "reader": strings([str(reader) for reader in nodes.readers]),
+        "sender_layer": ("sender", [sender.layer for sender in nodes.senders]),
+        "reader_layer": ("reader", [reader.layer for reader in nodes.readers]),
+    }
 
 
 def strings(values: Any) -> NDArray[Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
@@ -21,7 +22,8 @@ from patchsweep.analyses.circuits.edge_batch import (
     nodes_of,
     run_batches,
 )
-from patchsweep.analyses.circuits.edge_dataset import edge_dataset, length_of, strings
+from patchsweep.analyses.circuits.edge_dataset import edge_dataset, length_of, node_coords, strings
+from patchsweep.analyses.circuits.every_edge import every_edge
 from patchsweep.analyses.circuits.exact import exact
 from patchsweep.analyses.circuits.nodes import Edge, EdgeLike, Nodes
 from patchsweep.analyses.stages import Computed, Stages
@@ -42,6 +44,7 @@ from patchsweep.sweeps.layout import analysis_attrs
 
 Values = NDArray[np.float32]
 
+ALL = "all"
 _ENDS = ("edge_sender", "edge_reader")
 # variables of integrals besides the estimates
 _OF_INTEGRALS = {
@@ -135,7 +138,7 @@ def edges(
 def exact_edges(
     model: TransformerBridge,
     pairs: PromptPairs,
-    edges: Sequence[EdgeLike],
+    edges: Sequence[EdgeLike] | Literal["all"],
     metrics: MetricLike | Sequence[MetricLike] = SweepSpec.metrics,
     *,
     direction: Direction | None = SweepSpec.direction,
@@ -153,6 +156,10 @@ def exact_edges(
 
     An edge may have a position: `("a3.h2", "a7.h1.q", 16)` or `"m5->logits@16"` change the
     reader's input only at that position, and the coordinate `edge_pos` holds it.
+
+    `edges="all"` runs every edge: `edge` is [metric, pair, sender, reader(, pos)] then, NaN where
+    there is no such edge. Edges that are proved dead are not run; `edge_dead`
+    [pair, sender, reader(, pos)] says why, and the attribute `dead` counts them.
 
     Args:
         positions: run every edge at every single position; NaN beyond a pair's length.
@@ -175,14 +182,22 @@ def exact_edges(
             means_from=means_from,
         ),
     )
-    parsed = _chosen(nodes_of(model), edges, length_of(question))
     true_or_false("positions", positions)
+    stages = Stages.of(stages)
+    if isinstance(edges, str) and edges == ALL:
+        return stages.results(
+            model,
+            lambda: _attrs(question, {"edges": ALL, "positions": positions}),
+            lambda attrs: every_edge(question, positions, attrs, stages).assign_attrs(
+                flat_attributes(attrs)
+            ),
+        )
+    parsed = _chosen(nodes_of(model), edges, length_of(question))
     if positions and parsed[0].pos is not None:
         raise PlanError(
             f"edge {edges[0]!r} has a position of its own, and positions=True runs each edge at "
             "every position; leave one of them out"
         )
-    stages = Stages.of(stages)
 
     def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
         if not positions:
@@ -210,7 +225,7 @@ def screen_edges(
     pairs: PromptPairs,
     metrics: MetricLike | Sequence[MetricLike] = SweepSpec.metrics,
     *,
-    top: int = 200,
+    top: int | Literal["all"] = 200,
     direction: Direction | None = SweepSpec.direction,
     intervention: str | Intervention | float | Tensor | ValueFn = SweepSpec.intervention,
     steps: Steps | None = None,
@@ -229,6 +244,8 @@ def screen_edges(
     (see `exact_edges`), and their `edge_estimate` [metric, pair, chosen].
 
     Args:
+        top: how many are run; "all" runs every edge, and `edge` has the layout of
+            `exact_edges(edges="all")`.
         steps, rule, rtol: as in `edges`.
         positions: rank and run edges at single positions, counted from the start; a pair too
             short for a position counts as 0. The coordinate `edge_pos` holds the positions.
@@ -256,15 +273,26 @@ def screen_edges(
     check_gradients(question, path)
     nodes = nodes_of(model)
     most = nodes.n_edges * (length_of(question) if positions else 1)
-    whole_number("top", top, least=1, most=most)
+    n_exact = most if top == ALL else whole_number("top", top, least=1, most=most)
     true_or_false("positions", positions)
     stages = Stages.of(stages)
 
     def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
         scores = _edges(question, path, None, positions, attrs, stages)
         name = _name(path)
+        screen_attrs = {
+            **attrs,
+            "method": f"screen:{scores.attrs['method']}",
+            "positions": positions,
+            "top": top,
+            **settings_of(path),
+        }
+        of_all = {str(x): scores[x] for x in scores.data_vars if str(x).startswith(name)}
+        if top == ALL:
+            found = every_edge(question, positions, attrs, stages)
+            return found.assign(of_all).assign_attrs(flat_attributes(screen_attrs))
         values = scores[name].values
-        ranked = _top_edges(values[0], top)
+        ranked = _top_edges(values[0], n_exact)
         at = np.unravel_index(ranked, values.shape[2:])
         labels = [
             [x.item() if dim == "pos" else str(x) for x in scores[dim].values[i]]
@@ -274,16 +302,8 @@ def screen_edges(
         verified = _exact(question, chosen, attrs, stages)
         dims = ("metric", "pair", "chosen")
         estimate = values.reshape(*values.shape[:2], -1)[:, :, ranked]
-        of_all = {str(x): scores[x] for x in scores.data_vars if str(x).startswith(name)}
         estimates = {"edge_estimate": (dims, estimate), **of_all}
-        method = f"screen:{scores.attrs['method']}"
-        screen_attrs = {
-            "method": method,
-            "positions": positions,
-            "top": top,
-            **settings_of(path),
-        }
-        return verified.assign(estimates).assign_attrs(flat_attributes({**attrs, **screen_attrs}))
+        return verified.assign(estimates).assign_attrs(flat_attributes(screen_attrs))
 
     settings = {"positions": positions, "top": top, **settings_of(path)}
     return stages.results(model, lambda: _attrs(question, settings, config), compute)
@@ -344,16 +364,10 @@ def _edges(
 
     found = run_batches(stages, "estimates", batches, shapes, estimate, attrs)
     stages.wait()
-    coords: dict[str, Any] = {
-        "sender": strings([str(sender) for sender in nodes.senders]),
-        "reader": strings([str(reader) for reader in nodes.readers]),
-        "sender_layer": ("sender", [sender.layer for sender in nodes.senders]),
-        "reader_layer": ("reader", [reader.layer for reader in nodes.readers]),
-    }
     words = {"long_name": "estimate of metric(patched) - metric(base) of an edge"}
     name = _name(path, rules)
     more = {"method": name[5:], "positions": positions, **settings_of(path)}
-    result = edge_dataset(question, name, found, "estimates", coords, words, more)
+    result = edge_dataset(question, name, found, "estimates", node_coords(nodes), words, more)
     for variable in _OF_INTEGRALS if path is not None else ():
         long_name = _OF_INTEGRALS[variable].format(name)
         array = found[variable]
@@ -401,12 +415,12 @@ def _chosen(nodes: Nodes, given: Sequence[EdgeLike], length: int) -> list[Edge]:
     """Return the checked edges; edges of parallel blocks are checked later, when they are known."""
     if isinstance(given, str) or not isinstance(given, Sequence) or not given:
         raise PlanError(
-            f"edges={given!r} is no list of edges; write [('a3.h2', 'a7.h1.q'), 'm5->logits']"
+            f"edges={given!r} is no list of edges; write [('a3.h2', 'a7.h1.q'), 'm5->logits'], "
+            "or 'all'"
         )
     parsed = [nodes.edge(edge) for edge in given]
-    names = [str(edge) for edge in parsed]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
+    twice, count = Counter(map(str, parsed)).most_common(1)[0]
+    if count > 1:
         raise PlanError(f"edges names {twice} twice; name each edge once")
     if len({edge.pos is None for edge in parsed}) > 1:
         raise PlanError(

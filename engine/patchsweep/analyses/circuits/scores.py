@@ -20,8 +20,6 @@ from patchsweep.attribution import RULES, IntegratedInputs, Method, get_methods
 from patchsweep.attribution.quadrature import Path, settings_of
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import MethodError, PlanError
-from patchsweep.forward.block_structure import parallel_blocks
-from patchsweep.forward.blockwise import Blocks
 from patchsweep.models.running import runs_model
 from patchsweep.spec.interventions import Intervention, ValueFn, get_intervention
 from patchsweep.spec.reference import MeansFrom, with_reference
@@ -234,18 +232,12 @@ def _exact_scores(
     read: int,
     stages: Stages,
 ) -> xr.DataArray:
-    nodes = nodes_of(model, parallel_blocks(Blocks(model)))
-    at = np.nonzero(nodes.possible)
-    all_edges = [(str(nodes.senders[u]), str(nodes.readers[v])) for u, v in zip(*at, strict=True)]
     ds = exact_edges(
-        model, pairs, all_edges, metric, direction="noising", intervention=ablation, read=read,
+        model, pairs, "all", metric, direction="noising", intervention=ablation, read=read,
         stages=stages,
     )  # fmt: skip
-    effects = (ds["edge"] - ds["base_metric"]).values[0]
-    values = np.full((len(effects), *nodes.possible.shape), np.nan, np.float32)
-    values[:, at[0], at[1]] = effects
-    senders, readers = ([str(end) for end in ends] for ends in (nodes.senders, nodes.readers))
-    return _edge_array(senders, readers, values)
+    values = (ds["edge"] - ds["base_metric"]).values[0]
+    return _edge_array(ds["sender"].values, ds["reader"].values, values)
 
 
 def _edge_array(senders: Any, readers: Any, values: Any) -> xr.DataArray:

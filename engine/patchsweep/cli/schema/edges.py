@@ -24,7 +24,7 @@ class EdgesRun(AnalysisRun):
         "tolerance",
     )
 
-    top: int = 200  # foremost edges that are run exactly
+    top: Any = 200  # foremost edges that are run exactly; all: every edge
     positions: bool = False  # rank and run edges at single positions
     # nodes of integrated gradients, or auto; null: the gradient at the base run alone
     steps: Any = None
@@ -32,6 +32,8 @@ class EdgesRun(AnalysisRun):
     rtol: float = Path.rtol  # with steps=auto: error over the largest score of each pair
 
     def __post_init__(self) -> None:
-        if self.top < 1:
-            raise ConfigError(f"top={self.top} must be at least 1; 200 is usual")
+        if self.top != "all" and not (type(self.top) is int and self.top >= 1):
+            raise ConfigError(
+                f"top={self.top} must be a whole number of at least 1, or all; 200 is usual"
+            )
         path_of(self.steps, self.rule, self.rtol)  # type: ignore[arg-type]

@@ -1,0 +1,92 @@
+"""The page of pruned circuits: sizes by threshold, and drawings of the edges that are left."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+
+from patchsweep.report.graph import Drawn, draw_graph
+from patchsweep.report.html import count, esc, number, plural
+from patchsweep.report.shell import page, section
+from patchsweep.report.tables import provenance_table
+from patchsweep.store.attributes import attributes
+
+N_DRAWN = 60  # most edges in one picture
+
+_STYLE = """
+.graph { display: block; }
+.scroll.figure { border: 1px solid var(--line); border-radius: 4px; padding: .5rem; }
+"""
+
+
+def build(ds: xr.Dataset) -> str:
+    """Return the page of a store of pruned circuits as self-contained HTML."""
+    model = str(attributes(ds)["provenance"]["model"]).rstrip("/").rpartition("/")[2]
+    parts = [_header(ds, model), section("sizes", "Threshold by threshold", _sizes(ds))]
+    for i, threshold in enumerate(ds["threshold"].values):
+        title = f"The circuit at {number(float(threshold))}"
+        parts.append(section(f"circuit-{i}", title, _drawing(ds.isel(threshold=i))))
+    parts.append(section("provenance", "Where the numbers come from", provenance_table(ds)))
+    return page(f"Pruned circuits of {model}", parts, style=_STYLE)
+
+
+def _header(ds: xr.Dataset, model: str) -> str:
+    metric = f"<code>{esc(ds.attrs['metric'])}</code>"
+    facts = [
+        ("model", esc(model)),
+        ("pairs", count(ds.sizes["pair"])),
+        ("edges", count(int(ds["n_candidates"][0]))),
+        ("ablation", esc(ds.attrs["ablation"])),
+    ]
+    shown = "".join(f"<div><dt>{key}</dt><dd>{value}</dd></div>" for key, value in facts)
+    return (
+        f'<header><h1>Which edges of <span class="name">{esc(model)}</span> can go?</h1>'
+        '<p class="lead">An <b>edge</b> is what one part writes into the residual stream, as far '
+        "as one other part reads it. From the logits down each edge is tried: it goes if that adds "
+        f"less than the threshold to the distance from the model, the mean of |{metric} of the "
+        f"circuit &minus; {metric} of the model| over the pairs.</p>"
+        f'<dl class="facts">{shown}</dl></header>'
+    )
+
+
+def _sizes(ds: xr.Dataset) -> str:
+    names = ("n_edges", "n_connected", "distance", "n_dead", "n_runs")
+    titles = ("threshold", "edges left", "on a way to the logits", "distance", "dead", "runs")
+    head = "".join(f'<th scope="col" class="n">{title}</th>' for title in titles)
+    body = []
+    for i, threshold in enumerate(ds["threshold"].values):
+        one = ds.isel(threshold=i)
+        cells = [number(float(threshold))]
+        for name in names:
+            value = one[name].item()
+            cells.append(number(value) if name == "distance" else count(int(value)))
+        body.append("<tr>" + "".join(f'<td class="n">{cell}</td>' for cell in cells) + "</tr>")
+    return (
+        "<p>Dead edges went without a run: no metric depends on them any more.</p>"
+        '<div class="scroll">'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def _drawing(one: xr.Dataset) -> str:
+    change = np.where(one["kept"].values, one["change"].values, np.nan)
+    if "pos" in one["kept"].dims:  # the position that matters most
+        change = np.nan_to_num(change, nan=-np.inf).max(axis=-1)
+        change[~np.isfinite(change)] = np.nan
+    order = np.argsort(-np.nan_to_num(change, nan=-np.inf), axis=None, kind="stable")
+    at = [np.unravel_index(i, change.shape) for i in order[:N_DRAWN]]
+    senders, readers = one["sender"].values, one["reader"].values
+    drawn = [
+        Drawn(str(senders[u]), str(readers[v]), float(change[u, v]), number(float(change[u, v])))
+        for u, v in at
+        if np.isfinite(change[u, v])
+    ]
+    if not drawn:
+        return '<p class="empty">No edge is left.</p>'
+    group = int(one.attrs["n_heads"]) // int(one.attrs["n_kv_heads"])
+    svg = draw_graph(["embed", "logits"], drawn, group=group, label="The edges that are left")
+    return (
+        f"<p>The {plural(len(drawn), 'edge')} whose removal would add most, of "
+        f"{count(int(one['n_edges']))} that are left. The wider, the more.</p>"
+        f'<div class="scroll figure">{svg}</div>'
+    )

@@ -1,0 +1,135 @@
+"""All edges in one table: each equals its own run, and those proved dead change nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray as xr
+from patchsweep.analyses.circuits import Edge, exact_edges, screen_edges
+from patchsweep.analyses.circuits import every_edge as every_module
+from patchsweep.analyses.circuits.dead_edges import UNCHANGED, UNREAD
+from patchsweep.analyses.stages import Stages, Unfinished
+from patchsweep.cli.main import EXIT_DONE, main
+from patchsweep.data.pairs import PromptPairs
+from patchsweep.errors import PlanError
+from patchsweep.store.attributes import attributes
+from subjects import CLEAN, CORRUPTED, demo_pairs, model
+from test_paths import batch_of, edge_by_hooks, hooked, nodes_of
+
+NAMES = ["tiny:llama", "tiny:gpt_neox"]
+
+
+def all_edges(name: str, **settings: Any) -> xr.Dataset:
+    return exact_edges(model(name), demo_pairs(name), "all", **settings)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_edge_is_there_and_equals_hooks(name: str) -> None:
+    found, nodes = all_edges(name), nodes_of(name)
+    values = found["edge"].values[0, 0]
+    assert (np.isfinite(values) == nodes.possible).all()
+    assert ((found["edge_dead"].values[0] >= 0) == nodes.possible).all()
+    rng = np.random.default_rng(0)
+    at = np.argwhere(nodes.possible)
+    some = at[rng.permutation(len(at))[:24]]
+    edges = [Edge(nodes.senders[u], nodes.readers[v]) for u, v in some]
+    expected = [edge_by_hooks(model(name), edge, batch_of(name)) for edge in edges]
+    assert np.ptp(expected) > 0.1
+    np.testing.assert_allclose(values[tuple(some.T)], expected, atol=1e-4)
+
+
+def test_dead_edges_change_nothing_and_say_why() -> None:
+    name = "tiny:llama"
+    found = all_edges(name, positions=True)
+    codes = found["edge_dead"].sel(pair=0)
+    base = hooked(model(name), batch_of(name).base)
+    first = int((found["base_token"] != found["source_token"])[0].argmax())
+    assert (codes.sel(sender="m0", reader="logits").values[:first] == UNCHANGED).all()
+    assert codes.sel(sender="m0", reader="logits", pos=first) == UNREAD
+    assert codes.sel(sender="m0", reader="a2.h1.q", pos=first) == UNREAD
+    assert codes.sel(sender="m0", reader="a2.h1.k", pos=first) == 0
+    assert codes.sel(sender="embed", reader="m1", pos=first + 1) == UNCHANGED
+    nodes = nodes_of(name)
+    for label in (f"m0->logits@{first}", f"a1.h2->a2.h1.q@{first + 1}", f"embed->m1@{first + 1}"):
+        assert edge_by_hooks(model(name), nodes.edge(label), batch_of(name)) == pytest.approx(
+            base, abs=1e-5
+        )
+    dead = codes.values > 0
+    assert (found["edge"].values[0, 0][dead] == found["base_metric"].item()).all()
+    assert sum(attributes(found)["dead"].values()) == dead.sum()
+    # of the rest nearly all do something; what is left is lost in rounding
+    alive = found["edge"].values[0, 0][codes.values == 0]
+    assert (alive != found["base_metric"].item()).mean() > 0.9
+
+
+def test_an_edge_alone_equals_its_cell() -> None:
+    name = "tiny:llama"
+    table = all_edges(name, positions=True)["edge"]
+    labels = ["a0.h1->a1.h0.k@12", "m1->m2@14", "embed->a2.h1.v@11", "a1.h3->logits@16"]
+    alone = exact_edges(model(name), demo_pairs(name), labels)
+    for i, (sender, reader, pos) in enumerate(
+        zip(alone.edge_sender.values, alone.edge_reader.values, alone.edge_pos.values, strict=True)
+    ):
+        cell = table.sel(sender=sender, reader=reader, pos=pos).item()
+        assert cell == pytest.approx(alone.edge[0, 0, i].item(), abs=1e-5)
+
+
+def test_pairs_of_two_lengths_and_two_metrics() -> None:
+    bridge = model("tiny:llama")
+    pairs = PromptPairs.from_strings(
+        bridge,
+        clean=[CLEAN, f"Then {CLEAN}"],
+        corrupted=[CORRUPTED, f"Then {CORRUPTED}"],
+        answers=[(" Mary", " John")] * 2,
+    )
+    together = exact_edges(bridge, pairs, "all", ["logit_diff", "kl_base"], positions=True)
+    alone = exact_edges(bridge, PromptPairs((pairs[0],)), "all", ["logit_diff", "kl_base"])
+    last = len(pairs[1]) - 1
+    assert np.isnan(together["edge"].values[:, 0, ..., last]).all()
+    np.testing.assert_allclose(together["base_metric"][:, 0], alone["base_metric"][:, 0], atol=1e-4)
+
+
+def test_slices_and_an_interruption_give_the_same_table(tmp_path: Path) -> None:
+    name = "tiny:llama"
+    whole = all_edges(name)
+    store = tmp_path / "all.zarr"
+
+    def slice_of(index: int) -> xr.Dataset:
+        stages = Stages(store, slice_index=index, n_slices=2)
+        return all_edges(name, stages=stages)
+
+    with pytest.raises(Unfinished, match="units of other slices"):
+        slice_of(0)
+    ran: list[int] = []
+    fill = every_module._fill
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(every_module, "_fill", lambda *x: (ran.append(x[2]), fill(*x))[1])
+        found = slice_of(1)
+    assert ran == [1, 3]  # layers of the other slice are done
+    xr.testing.assert_equal(found["edge"], whole["edge"])
+    xr.testing.assert_equal(found["edge_dead"], whole["edge_dead"])
+
+
+def test_the_command_runs_all_edges_and_says_what_was_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["edges", "model=tiny", "task=ioi_demo", "top=all", "store=e.zarr"]) == EXIT_DONE
+    said = " ".join(capsys.readouterr().out.split())
+    assert "190 edges scored, all of them run exactly but" in said
+    assert "proved dead" in said
+    assert main(["report", "e.zarr"]) == EXIT_DONE
+    assert "proved dead" in Path("report.html").read_text()
+    ds = xr.open_zarr("e.zarr", consolidated=False)
+    np.testing.assert_array_equal(ds["edge"], all_edges("tiny:llama")["edge"])
+    assert ds["edge_eap"].dims == ds["edge"].dims
+
+
+def test_words_that_are_no_list_are_refused() -> None:
+    with pytest.raises(PlanError, match="or 'all'"):
+        exact_edges(model("tiny:llama"), demo_pairs("tiny:llama"), "every")
+    with pytest.raises(PlanError, match="top='most'"):
+        screen_edges(model("tiny:llama"), demo_pairs("tiny:llama"), top="most")
