@@ -84,7 +84,7 @@ def test_the_same_command_again_computes_nothing_and_another_is_refused(
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["top=0"], "top=0 must be at least 1"),
+        (["top=0"], "top=0 must be a whole number of at least 1"),
         (["top=191"], "from 1 to 190"),
         (["steps=0"], "steps=0 must be a whole number of at least 1"),
         (["steps=2", "intervention=zero"], "leave steps out"),
