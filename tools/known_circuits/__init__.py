@@ -1,0 +1,1 @@
+"""Transformers compiled from known programs, and how well each method finds their circuits."""
