@@ -180,7 +180,9 @@ def test_auto_circuit_pickles_of_its_own_kind_are_read(tmp_path: Path) -> None:
 # --- ungrouped heads ---
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "mixtral"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma2", pytest.param("mixtral", marks=pytest.mark.slow)]
+)
 def test_ungrouped_models_compute_the_same_and_split_the_edges_of_shared_heads(
     family: str,
 ) -> None:

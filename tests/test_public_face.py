@@ -42,6 +42,7 @@ NAMES = [
     "load_model",
     "load_task",
     "metrics",
+    "multiverse",
     "open_store",
     "plan",
     "read_circuit",

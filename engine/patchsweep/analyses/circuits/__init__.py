@@ -4,6 +4,7 @@ from patchsweep.analyses.circuits.acdc import acdc
 from patchsweep.analyses.circuits.circuits import circuit
 from patchsweep.analyses.circuits.edges import edges, exact_edges, screen_edges
 from patchsweep.analyses.circuits.exchange import read_circuit, write_circuit
+from patchsweep.analyses.circuits.multiverse import multiverse
 from patchsweep.analyses.circuits.nodes import Edge, Nodes, Reader, Sender
 from patchsweep.analyses.circuits.scores import circuit_scores
 from patchsweep.analyses.circuits.stability import bootstrap_circuit, cross_validate_circuit
@@ -20,6 +21,7 @@ __all__ = [
     "cross_validate_circuit",
     "edges",
     "exact_edges",
+    "multiverse",
     "read_circuit",
     "screen_edges",
     "write_circuit",

@@ -41,18 +41,26 @@ Way = Literal["as it is", "linear", "normed"]
 
 @torch.no_grad()
 def run_nodes(
-    edge_batch: EdgeBatch, keep: Bool[Tensor, "row node"], pair: Int[Tensor, " row"]
+    edge_batch: EdgeBatch,
+    keep: Bool[Tensor, "row node"],
+    pair: Int[Tensor, " row"],
+    at: Bool[Tensor, "row pos"] | None = None,
 ) -> Float[Tensor, "metric row"]:
     """Return the metrics of runs on `pair` with all nodes outside `keep` ablated.
 
-    Nodes have the order of `Nodes.senders` without embed, which every circuit keeps.
+    Nodes have the order of `Nodes.senders` without embed, which every circuit keeps. `at` says per
+    row at which positions, from the batch's start on; None: at all.
     """
     width = edge_batch.base.resid[0][0, edge_batch.start :].numel()
     # 16 activations of stream width: the stream, q, k, v, z and those inside the MLP
     size = max(1, ROW_BYTES // (4 * 16 * width))
     ablation = _Nodes(edge_batch)
     parts = [
-        _score(edge_batch, ablation.run(keep[rows], pair[rows]), pair[rows])
+        _score(
+            edge_batch,
+            ablation.run(keep[rows], pair[rows], None if at is None else at[rows]),
+            pair[rows],
+        )
         for rows in _chunks(len(pair), size)
     ]
     return torch.cat(parts, dim=1)
@@ -60,9 +68,15 @@ def run_nodes(
 
 @torch.no_grad()
 def run_edges(
-    edge_batch: EdgeBatch, keep: Bool[Tensor, "row sender reader"], pair: Int[Tensor, " row"]
+    edge_batch: EdgeBatch,
+    keep: Bool[Tensor, "row sender reader"],
+    pair: Int[Tensor, " row"],
+    at: Bool[Tensor, "row pos"] | None = None,
 ) -> Float[Tensor, "metric row"]:
-    """Return the metrics of runs on `pair` with all edges outside `keep` ablated."""
+    """Return the metrics of runs on `pair` with all edges outside `keep` ablated.
+
+    `at`: as in `run_nodes`.
+    """
     width = edge_batch.base.resid[0][0].numel()
     nodes = edge_batch.nodes
     n_readers = nodes.n_heads + 2 * nodes.n_kv_heads
@@ -70,7 +84,7 @@ def run_edges(
     ablated = _Ablated(edge_batch)
     parts = []
     for rows in _chunks(len(pair), size):
-        final = _Edges(ablated, keep[rows], pair[rows]).run()
+        final = _Edges(ablated, keep[rows], pair[rows], None if at is None else at[rows]).run()
         parts.append(_score(edge_batch, final, pair[rows]))
     return torch.cat(parts, dim=1)
 
@@ -111,30 +125,38 @@ class _Nodes:
                 edge_batch.blocks.push(layer, "mlp_out", rest, edge_batch.base, all_pairs)
             )
 
-    def run(self, keep: Bool[Tensor, "row node"], pair: Tensor) -> Float[Tensor, "row pos d_model"]:
+    def run(
+        self,
+        keep: Bool[Tensor, "row node"],
+        pair: Tensor,
+        at: Bool[Tensor, "row pos"] | None,
+    ) -> Float[Tensor, "row pos d_model"]:
         """Return the final residual of every row, from `start` on."""
         edge_batch, start = self.edge_batch, self.edge_batch.start
         n_heads = edge_batch.nodes.n_heads
         by_layer = keep.unflatten(1, (edge_batch.nodes.n_layers, n_heads + 1))
         x = edge_batch.base.resid[0][pair, start:]
+        spared = torch.zeros_like(x[..., 0], dtype=torch.bool) if at is None else ~at
         for layer in range(edge_batch.nodes.n_layers):
-            heads, ablated_mlp = by_layer[:, layer, :n_heads], ~by_layer[:, layer, n_heads]
+            heads = by_layer[:, layer, :n_heads].unsqueeze(1) | spared.unsqueeze(-1)
+            ablated_mlp = ~(by_layer[:, layer, n_heads, None] | spared)  # [row, pos]
             new_z = (edge_batch.base.z[layer] + edge_batch.changes.z[layer])[pair, start:]
 
             def replace_z(z: Tensor, heads: Tensor = heads, new_z: Tensor = new_z) -> Tensor:
                 own = z.reshape(*new_z.shape[:2], n_heads, -1)
-                mixed = torch.where(heads[:, None, :, None], own, new_z.view_as(own))
+                mixed = torch.where(heads.unsqueeze(-1), own, new_z.view_as(own))
                 return mixed.reshape(z.shape)
 
             def replace(
                 kind: Kind, y: Tensor, layer: int = layer, ablated_mlp: Tensor = ablated_mlp
             ) -> None:
                 if kind == "mlp":
-                    y[ablated_mlp] = edge_batch.source.part(layer, "mlp")[pair[ablated_mlp], start:]
+                    new = edge_batch.source.part(layer, "mlp")[pair, start:]
+                    y.copy_(torch.where(ablated_mlp.unsqueeze(-1), new, y))
 
             with watch(self.z_points[layer], replace_z):
                 x = edge_batch.blocks.run(layer, x, edge_batch.base, pair, start, replace)
-            x = x + ablated_mlp[:, None, None] * self.beyond[layer][pair, start:]
+            x = x + ablated_mlp.unsqueeze(-1) * self.beyond[layer][pair, start:]
         return x
 
 
@@ -201,10 +223,14 @@ class _Edges:
     """Runs rows of edge circuits through the blocks."""
 
     def __init__(
-        self, ablated: _Ablated, keep: Bool[Tensor, "row sender reader"], pair: Tensor
+        self,
+        ablated: _Ablated,
+        keep: Bool[Tensor, "row sender reader"],
+        pair: Tensor,
+        at: Bool[Tensor, "row pos"] | None,
     ) -> None:
         self.ablated, self.edge_batch, self.pair = ablated, ablated.edge_batch, pair
-        self.keep = keep.to(ablated.embed)
+        self.keep, self.at = keep.to(ablated.embed), at
         # per sender its write in this row minus its ablated write
         n_senders = len(self.edge_batch.nodes.senders)
         self.more = ablated.embed.new_zeros(len(pair), n_senders, *ablated.embed.shape[1:])
@@ -226,23 +252,28 @@ class _Edges:
         reader = edge_batch.nodes.readers[readers.start]
         n_seen = edge_batch.nodes.n_seen(reader)
         removed = ablated.stream(reader)
-        kept_writes = self.keep[:, :n_seen, readers].transpose(1, 2) @ self.more[
-            :, :n_seen
-        ].flatten(2)
-        streams = removed[pair].unsqueeze(1) + kept_writes.unflatten(-1, removed.shape[1:])
+        kept_writes = self._kept(slice(0, n_seen), readers, self.more[:, :n_seen])
+        streams = removed[pair].unsqueeze(1) + kept_writes
         rows = pair.repeat_interleave(streams.shape[1])
         for layer in ablated.normed:
             heads = ablated.heads(layer)
             if heads.stop > n_seen:
                 break
-            head_writes = self.keep[:, heads, readers].transpose(1, 2) @ self.gained[layer].flatten(
-                2
-            )
-            attn = ablated.attn[layer][pair].unsqueeze(1) + head_writes.unflatten(
-                -1, removed.shape[1:]
-            )
+            head_writes = self._kept(heads, readers, self.gained[layer])
+            attn = ablated.attn[layer][pair].unsqueeze(1) + head_writes
             streams += ablated.written(layer, "attn", attn.flatten(0, 1), rows).view_as(streams)
         return streams.to(edge_batch.base.resid[0])
+
+    def _kept(
+        self, senders: slice, readers: slice, writes: Float[Tensor, "row sender pos d"]
+    ) -> Float[Tensor, "row reader pos d"]:
+        """Return per reader the sum of the writes whose edges are kept; all where none acts."""
+        flat = self.keep[:, senders, readers].transpose(1, 2) @ writes.flatten(2)
+        kept = flat.unflatten(-1, writes.shape[2:])
+        if self.at is None:
+            return kept
+        everything = writes.sum(dim=1, keepdim=True)
+        return torch.where(self.at[:, None, :, None], kept, everything)
 
     def _attention(self, layer: int) -> None:
         """Run attention of `layer` with q, k and v each from its reader's own stream."""

@@ -1,0 +1,349 @@
+"""`multiverse`: one circuit's faithfulness under every combination of how it can be measured.
+
+What a circuit scores depends on choices that papers make in passing (Miller et al., arXiv
+2407.08734): what the rest is replaced by and from which prompts, where, node by node or edge by
+edge, by removing the rest or by restoring the circuit, and the metric. All combinations run in
+packed batches, one for each kind of ablation; metrics share their runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Bool
+from numpy.typing import NDArray
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.analyses.circuits.ablate import run_edges, run_nodes
+from patchsweep.analyses.circuits.edge_batch import (
+    EdgeBatch,
+    ExactBatches,
+    Question,
+    ask,
+    nodes_of,
+    run_batches,
+)
+from patchsweep.analyses.circuits.faithfulness import LOW_PRECISION_ROUNDING, ROUNDING
+from patchsweep.analyses.circuits.nodes import Nodes
+from patchsweep.analyses.circuits.scores import score_values
+from patchsweep.analyses.circuits.selection import connected, rank_top
+from patchsweep.analyses.stages import Computed, Stages
+from patchsweep.arguments import one_of, whole_number
+from patchsweep.data.pairs import PromptPairs
+from patchsweep.errors import PlanError
+from patchsweep.forward.grad import frozen
+from patchsweep.models.running import runs_model
+from patchsweep.spec.interventions import Direction
+from patchsweep.spec.spec import MetricLike, SweepSpec
+
+Kind = Literal["resample", "zero", "mean", "mean_all"]
+MeanSet = Literal["clean", "corrupted", "both"]
+Where = Literal["all", "changed", "read"]
+Level = Literal["edges", "nodes"]
+CHOICES = ("ablation", "mean_set", "direction", "positions", "level", "metric")
+METRICS = ("logit_diff", "logit", "log_prob", "prob")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one stage runs: a kind of ablation, the prompts of its means, a direction."""
+
+    ablation: Kind
+    mean_set: str  # "" for ablations without means
+    direction: Direction
+
+    def __str__(self) -> str:
+        return "-".join(filter(None, (self.ablation, self.mean_set, self.direction)))
+
+
+@runs_model
+def multiverse(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    scores: xr.DataArray,
+    count: int,
+    metrics: Sequence[MetricLike] = METRICS,
+    *,
+    ablations: Sequence[Kind] = get_args(Kind),
+    mean_sets: Sequence[MeanSet] = get_args(MeanSet),
+    directions: Sequence[Direction] = ("noising", "denoising"),
+    positions: Sequence[Where] = get_args(Where),
+    levels: Sequence[Level] = get_args(Level),
+    read: int = SweepSpec.read,
+    stages: Stages | None = None,
+) -> xr.Dataset:
+    """Return `faithfulness` [variant, metric] of the circuit of the `count` strongest edges.
+
+    A variant is a combination of the coordinates `ablation`, `mean_set`, `direction`, `positions`
+    and `level`. Faithfulness is (m(circuit) - m(nothing)) / (m(everything) - m(nothing)), m a mean
+    over the pairs; NaN where ablation moves the metric by no more than rounding. `moves` [choice]
+    is how far it moves on average when that choice alone changes (the largest minus the least, all
+    else equal), `moves_most` [choice] the largest such move; the attribute `most` names the choice
+    with the largest average. `undefined` in the attributes counts the NaN.
+
+    Args:
+        scores: of edges, as from `circuit_scores`; the circuit holds the largest by size.
+        ablations: resample, zero, mean (position by position) and mean_all (over positions).
+        mean_sets: the prompts of means: clean, corrupted, or both together.
+        directions: `noising` reads the clean prompt and ablates everything outside the circuit;
+            `denoising` reads the corrupted one and restores the circuit's values of the clean one,
+            which exists for resample alone.
+        positions: where ablated values act: `all`, those from the first token that differs between
+            the prompts (`changed`), or those that the metric reads (`read`).
+        levels: `edges`, or `nodes`: all edges of the nodes that the circuit's edges leave or enter.
+
+    Raises:
+        PlanError: an option is unknown or named twice, or there are fewer than `count` edges.
+        PatchsweepError: another argument breaks a rule, see `circuit`.
+    """
+    options: dict[str, tuple[Sequence[str], tuple[str, ...]]] = {
+        "ablations": (ablations, get_args(Kind)),
+        "mean_sets": (mean_sets, get_args(MeanSet)),
+        "directions": (directions, get_args(Direction)),
+        "positions": (positions, get_args(Where)),
+        "levels": (levels, get_args(Level)),
+    }
+    for name, (given, known) in options.items():
+        _check(name, given, known)
+    nodes = nodes_of(model)
+    whole_number("count", count, least=1, most=nodes.n_edges)
+    score_values(scores, nodes, "edges")
+    settings = _settings(ablations, mean_sets, directions)
+    sets = {"": None, **_sets(pairs)}
+    questions = {
+        setting: ask(
+            model,
+            pairs,
+            SweepSpec(
+                metrics=metrics,
+                direction=setting.direction,
+                intervention=setting.ablation,
+                means_from=sets[setting.mean_set],
+                read=read,
+            ),
+        )
+        for setting in settings
+    }
+    stages = Stages.of(stages)
+    variants: list[tuple[str, ...]] = []
+    found: list[NDArray[np.float64]] = []
+    for setting, question in questions.items():
+        batches = ExactBatches(question)
+        with frozen(model):
+            own = batches.nodes
+        ranks = rank_top(np.abs(score_values(scores, own, "edges")))
+        circuit = connected(own, ((ranks >= 0) & (ranks < count))[None])[0]
+        values = _run(setting, question, batches, own, circuit, positions, levels, stages)
+        for i, (where, level) in enumerate(product(positions, levels)):
+            variants.append((setting.ablation, setting.mean_set, setting.direction, where, level))
+            found.append(_faithfulness(values[:, :, 3 * i : 3 * i + 3], question))
+    stages.wait()
+    names = [metric.name for metric in questions[settings[0]].metrics]
+    return _dataset(variants, np.array(found), names, count, len(pairs))
+
+
+def _check(name: str, given: Sequence[str], known: tuple[str, ...]) -> None:
+    if isinstance(given, str) or not isinstance(given, Sequence) or not given:
+        raise PlanError(f"{name}={given!r} must be a list of some of {', '.join(known)}")
+    for option in given:
+        one_of(name, option, known, error=PlanError)
+    if len(set(given)) < len(given):
+        raise PlanError(f"{name}={list(given)} names an option twice; name each once")
+
+
+def _settings(
+    ablations: Sequence[Kind], mean_sets: Sequence[MeanSet], directions: Sequence[Direction]
+) -> list[Setting]:
+    found = []
+    for direction, ablation in product(directions, ablations):
+        if ablation == "resample":
+            found.append(Setting(ablation, "", direction))
+        elif direction == "noising":
+            sets = mean_sets if ablation.startswith("mean") else ("",)
+            found += [Setting(ablation, mean_set, direction) for mean_set in sets]
+    if not found:
+        raise PlanError("directions=['denoising'] runs with the ablation resample alone; add it")
+    return found
+
+
+def _sets(pairs: PromptPairs) -> dict[str, PromptPairs]:
+    """Return the prompts of means, as the clean ones of pairs."""
+    turned = [
+        replace(
+            pair,
+            clean=pair.corrupted,
+            corrupted=pair.clean,
+            clean_tokens=pair.corrupted_tokens,
+            corrupted_tokens=pair.clean_tokens,
+            answer=pair.wrong_answer,
+            wrong_answer=pair.answer,
+            answer_text=pair.wrong_answer_text,
+            wrong_answer_text=pair.answer_text,
+        )
+        for pair in pairs
+    ]
+    return {
+        "clean": pairs,
+        "corrupted": PromptPairs(tuple(turned)),
+        "both": PromptPairs((*pairs, *turned)),
+    }
+
+
+def _run(
+    setting: Setting,
+    question: Question,
+    batches: ExactBatches,
+    nodes: Nodes,
+    circuit: NDArray[np.bool_],
+    positions: Sequence[Where],
+    levels: Sequence[Level],
+    stages: Stages,
+) -> NDArray[np.float32]:
+    """Return metrics [metric, pair, run]; three runs a variant: circuit, nothing, everything."""
+    masks = {level: _masks(nodes, circuit, level, setting.direction) for level in levels}
+    n_runs = 3 * len(positions) * len(levels)
+
+    def run(edge_batch: EdgeBatch) -> Computed:
+        device, n_pairs = edge_batch.batch.base.device, edge_batch.base.n_pairs
+        values = np.empty((len(question.metrics), n_pairs, n_runs), np.float32)
+        pair = torch.arange(n_pairs, device=device).repeat(3 * len(positions))
+        where = torch.stack([_where(edge_batch, place) for place in positions])
+        at = where.repeat_interleave(3, dim=0).repeat_interleave(n_pairs, dim=0)
+        for i, level in enumerate(levels):
+            keep = (
+                torch.from_numpy(masks[level])
+                .to(device)
+                .repeat(len(positions), *[1] * (masks[level].ndim - 1))
+            )
+            runner = run_edges if level == "edges" else run_nodes
+            got = runner(edge_batch, keep.repeat_interleave(n_pairs, dim=0), pair, at)
+            by_run = got.unflatten(1, (len(positions), 3, n_pairs)).permute(0, 3, 1, 2)
+            slots = np.arange(n_runs).reshape(len(positions), len(levels), 3)[:, i].ravel()
+            values[:, :, slots] = by_run.flatten(2).cpu().numpy()
+        return edge_batch.computed("runs", values)
+
+    found = run_batches(stages, f"variants {setting}", batches, {"runs": {"run": n_runs}}, run, {})
+    return np.asarray(found["runs"].values)
+
+
+def _masks(
+    nodes: Nodes, circuit: NDArray[np.bool_], level: Level, direction: Direction
+) -> NDArray[np.bool_]:
+    """Return what is kept [run, ...] in the runs of the circuit, of nothing and of everything.
+
+    In a denoising run what is not kept is restored.
+    """
+    own: NDArray[np.bool_] = circuit
+    whole: NDArray[np.bool_] = nodes.possible
+    if level == "nodes":
+        inside = np.asarray(circuit.any(axis=1))
+        for i, reader in enumerate(nodes.readers[:-1]):
+            if circuit[:, i].any():
+                inside |= _entered(nodes, reader.kind, reader.layer, reader.head)
+        own, whole = inside[1:], np.ones(len(nodes.senders) - 1, dtype=bool)
+    if direction == "denoising":
+        return np.stack([whole & ~own, whole, np.zeros_like(whole)])
+    return np.stack([own, np.zeros_like(whole), whole])
+
+
+def _entered(nodes: Nodes, kind: str, layer: int, head: int | None) -> NDArray[np.bool_]:
+    """Return [sender]: the nodes that read through a reader; a key head belongs to several."""
+    group = nodes.n_heads // nodes.n_kv_heads
+
+    def belongs(sender: Any) -> bool:
+        if sender.layer != layer or (sender.kind == "mlp") != (kind == "mlp"):
+            return False
+        return kind == "mlp" or (sender.head if kind == "q" else sender.head // group) == head
+
+    return np.array([sender.kind != "embed" and belongs(sender) for sender in nodes.senders])
+
+
+def _where(edge_batch: EdgeBatch, place: Where) -> Bool[Tensor, " pos"]:
+    """Return the positions, from the batch's start on, where ablated values act."""
+    batch = edge_batch.batch
+    at = torch.ones(batch.length, dtype=torch.bool, device=batch.base.device)
+    if place == "changed":
+        at[: batch.first_difference()] = False
+    elif place == "read":
+        at[:] = False
+        at[list(batch.reads)] = True
+    return at[edge_batch.start :]
+
+
+def _faithfulness(values: NDArray[np.float32], question: Question) -> NDArray[np.float64]:
+    """Return [metric] of the runs [metric, pair, (circuit, nothing, everything)]."""
+    circuit, nothing, everything = values.mean(axis=1, dtype=np.float64).T
+    dtype = next(question.bridge.original_model.parameters()).dtype
+    rounding = ROUNDING.get(dtype, LOW_PRECISION_ROUNDING) * np.abs(values).max(axis=(1, 2))
+    span = everything - nothing
+    defined = np.abs(span) > rounding
+    result: NDArray[np.float64] = np.where(
+        defined, (circuit - nothing) / np.where(defined, span, 1), np.nan
+    )
+    return result
+
+
+def _dataset(
+    variants: list[tuple[str, ...]],
+    values: NDArray[np.float64],
+    metrics: list[str],
+    count: int,
+    n_pairs: int,
+) -> xr.Dataset:
+    cells = {
+        (*variant, metric): float(values[i, j])
+        for i, variant in enumerate(variants)
+        for j, metric in enumerate(metrics)
+    }
+    moves = np.array([_moves(cells, choice) for choice in range(len(CHOICES))])
+    known = {key: value for key, value in cells.items() if np.isfinite(value)}
+    attrs: dict[str, Any] = {
+        "kind": "circuit multiverse",
+        "count": count,
+        "n_pairs": n_pairs,
+        "n_variants": len(cells),
+        "undefined": len(cells) - len(known),
+        "most": CHOICES[int(np.nanargmax(np.append(moves[:, 0], 0)[: len(CHOICES)]))]
+        if np.isfinite(moves[:, 0]).any()
+        else "",
+    }
+    coords: dict[str, Any] = {
+        name: ("variant", np.array([v[i] for v in variants], dtype=object))
+        for i, name in enumerate(CHOICES[:-1])
+    }
+    return xr.Dataset(
+        {
+            "faithfulness": (("variant", "metric"), values),
+            "moves": ("choice", moves[:, 0]),
+            "moves_most": ("choice", moves[:, 1]),
+        },
+        coords={
+            **coords,
+            "metric": np.array(metrics, dtype=object),
+            "choice": np.array(CHOICES, dtype=object),
+        },
+        attrs=attrs,
+    )
+
+
+def _moves(cells: Mapping[tuple[str, ...], float], choice: int) -> tuple[float, float]:
+    """Return the mean and the largest range of values that differ in one choice alone, or NaN."""
+    groups: dict[tuple[str, ...], list[float]] = {}
+    for key, value in cells.items():
+        if np.isfinite(value):
+            groups.setdefault((*key[:choice], *key[choice + 1 :]), []).append(value)
+    # ablations differ in the prompts of their means too, which is a choice of its own
+    if CHOICES[choice] == "ablation":
+        groups = {}
+        for key, value in cells.items():
+            if np.isfinite(value):
+                groups.setdefault(key[2:], []).append(value)
+    ranges = [max(group) - min(group) for group in groups.values() if len(group) > 1]
+    return (float(np.mean(ranges)), max(ranges)) if ranges else (np.nan, np.nan)
