@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,11 +103,15 @@ def auroc(size: NDArray[Any], truth: NDArray[Any]) -> float:
     return float((ranks[positive].sum() - n_true * (n_true + 1) / 2) / (n_true * n_false))
 
 
-def grade(name: str, edge_methods: Any = EDGE_METHODS, node_methods: Any = NODE_METHODS) -> Grade:
-    """Grade the methods by one program."""
-    of = read(name)
-    model = model_of(of)
-    pairs = pairs_of(of, model)
+def grade(
+    of: Compiled,
+    model: Any,
+    edge_methods: Sequence[str] = EDGE_METHODS,
+    node_methods: Sequence[str] = NODE_METHODS,
+    n_pairs: int = N_PAIRS,
+) -> Grade:
+    """Grade the methods by one program, whose model is `model`."""
+    pairs = pairs_of(of, model, n_pairs)
     exact = ps.circuit_scores(model, pairs, method="exact", by_pair=True)
     truth = truth_of(of, exact.isel(pair=0, drop=True))
     known = truth.notnull().values
@@ -120,7 +125,7 @@ def grade(name: str, edge_methods: Any = EDGE_METHODS, node_methods: Any = NODE_
     size = np.abs(exact).max("pair")
     missed = (truth == 1) & (size < 1e-4)
     result = Grade(
-        name, len(wanted), n_true, bool(of.about["copies"]), faithfulness(truth),
+        of.name, len(wanted), n_true, bool(of.about["copies"]), faithfulness(truth),
         [
             f"{size.sender.values[i]}->{size.reader.values[j]}"
             for i, j in np.argwhere(missed.values)
@@ -148,7 +153,8 @@ def main(chosen: list[str]) -> None:
     print("| program | edges | true | of the truth | " + " | ".join(EDGE_METHODS) + " | unseen |")
     print("|---|---:|---:|---:|" + "---:|" * (len(EDGE_METHODS) + 1))
     for name in chosen or names():
-        found = grade(name)
+        of = read(name)
+        found = grade(of, model_of(of))
         grades.append(found)
         cells = [f"{a:.3f} ({f:.2f})" for a, f in found.edges.values()]
         print(

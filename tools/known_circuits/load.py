@@ -179,9 +179,9 @@ def save_gpt2(of: Compiled, folder: Path) -> Path:
 
     One direction is added to the stream, in which every component writes minus the sum of what it
     writes elsewhere, so that the mean over directions is zero and a LayerNorm subtracts nothing.
-    Outputs have tokens of their own, called =NAME. The logits of input tokens read their embeddings,
-    so that no prompt has equal logits only; further tokens are copies of the program's. Neither
-    enters a metric of outputs.
+    Outputs have tokens of their own, called =NAME. The logits of input tokens read their
+    embeddings, so that no prompt has equal logits only; further tokens are copies of the program's.
+    Neither enters a metric of outputs.
     """
     n_heads, size = of.about["n_heads"], of.about["key_size"]
     d = of.width
