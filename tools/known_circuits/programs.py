@@ -13,7 +13,6 @@ from tracr.compiler import lib
 from tracr.rasp import rasp
 
 LETTERS = ("a", "b", "c")
-NUMBERS = (1, 2, 3)
 NEXT = {"a": "b", "b": "c", "c": "a"}
 tokens, indices = rasp.tokens, rasp.indices
 
@@ -125,18 +124,6 @@ PROGRAMS: dict[str, Program] = {
     "count_b": Program(lambda: count("b")),
     "histogram": Program(lambda: lib.make_hist()),
     "is_repeated": Program(lambda: mapped(lambda n: n > 1, lib.make_hist(), "repeated")),
-    "count_smaller": Program(
-        lambda: rasp.SelectorWidth(
-            rasp.Select(tokens, tokens, rasp.Comparison.LT)
-        ).named("smaller"),
-        NUMBERS,
-    ),
-    "count_larger": Program(
-        lambda: rasp.SelectorWidth(
-            rasp.Select(tokens, tokens, rasp.Comparison.GT)
-        ).named("larger"),
-        NUMBERS,
-    ),
     "more_a_than_b": Program(lambda: both(lambda x, y: x > y, count("a"), count("b"), "more")),
     "most_of_a_and_own": Program(
         lambda: both(max, count("a"), lib.make_hist(), "most")
