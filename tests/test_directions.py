@@ -235,3 +235,9 @@ def test_directions_that_do_not_fit_are_refused_before_anything_runs(
             model("tiny:llama"), demo_pairs("tiny:llama"), site, intervention=intervention,
             **options,
         )  # fmt: skip
+
+
+def test_edges_refuse_them() -> None:
+    for intervention in (ps.Scale(0.5), ps.Project(torch.eye(8), placebo=True)):
+        with pytest.raises(PatchsweepError, match=intervention.name):
+            ps.edges(model("tiny:llama"), pairs_of("tiny:llama", 2), intervention=intervention)

@@ -272,6 +272,15 @@ def test_bad_sets_are_refused_before_anything_runs(patches, says, monkeypatch) -
         ps.run_patches(model(name), pairs, patches)
 
 
+def test_a_pattern_beside_another_patch_runs_by_hooks() -> None:
+    name = "tiny:llama"
+    sets = [[Patch("pattern", 1, [12], 0), Patch("z", 0, [11], 1)], [Patch("pattern", 2)]]
+    ds = ps.run_patches(model(name), demo_pairs(name), sets)
+    assert ds.attrs["runner"] == "hooked"
+    with pytest.raises(PatchsweepError, match="attention pattern is patched beside"):
+        ps.run_patches(model(name), demo_pairs(name), sets, runner="packed")
+
+
 def test_a_store_keeps_the_sets_and_refuses_others(tmp_path) -> None:
     name = "tiny:gpt2"
     pairs = demo_pairs(name)

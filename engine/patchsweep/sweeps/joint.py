@@ -231,7 +231,12 @@ class JointPatches:
         self, runner: RunnerName, max_tokens: int | None, cache_budget: int | None
     ) -> RunnerChoice:
         request = self.request
-        if runner == "auto" and any(map(self._needs_hooks, request.sets)):
+        if runner != "hooked" and any(map(self._needs_hooks, request.sets)):
+            if runner == "packed":
+                raise ConfigError(
+                    "runner=packed cannot run this: an attention pattern is patched beside "
+                    "something else, or result by what it meets; use runner=auto or runner=hooked"
+                )
             runner = "hooked"
         others = [x for x in request.interventions if not takes_source(x)]
         intervention = others[0] if others else request.interventions[0]

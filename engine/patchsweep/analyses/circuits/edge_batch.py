@@ -28,11 +28,13 @@ from patchsweep.forward.unwrapped import Unsupported
 from patchsweep.models.compute import compute_dtype_of
 from patchsweep.models.offload import device_of
 from patchsweep.spec.batch import Batch, clean_prompts, make_batches
+from patchsweep.spec.directions import Live
 from patchsweep.spec.finite import check_references
 from patchsweep.spec.interventions import (
     Activations,
     Intervention,
     Spans,
+    shuffles,
     values_of,
 )
 from patchsweep.spec.metrics import Logits, Metric, compute
@@ -62,10 +64,15 @@ def ask(model: TransformerBridge, pairs: PromptPairs, spec: SweepSpec) -> Questi
         PatchsweepError: an argument breaks a rule; the text states the rule and a remedy.
     """
     experiment = make_experiment(model, pairs, spec, [SITES[name] for name in SENDER_SITES])
-    if experiment.intervention.name == "shuffle":
+    if shuffles(experiment.intervention):
         raise MethodError(
-            "intervention=shuffle mixes the pairs of a batch, and edges take each pair by "
-            "itself; use resample with other pairs, zero or mean"
+            f"intervention={experiment.intervention.name} mixes the pairs of a batch, and edges "
+            "take each pair by itself; use resample with other pairs, zero or mean"
+        )
+    if isinstance(experiment.intervention, Live):
+        raise MethodError(
+            f"intervention={experiment.intervention.name} changes vectors of one width, and the "
+            "senders of edges have several; use resample, zero or mean"
         )
     check_model(model)
     return Question(**vars(experiment))
