@@ -18,6 +18,7 @@ from torch import Tensor
 
 from patchsweep_kernels import attention_torch
 from patchsweep_kernels.dispatch import (
+    capability_of,
     check_alike,
     check_shapes,
     device_of,
@@ -143,7 +144,7 @@ def _triton(
     kv_heads, d_v = v.shape[1:]
     out = torch.empty(n_tokens, n_heads, d_v, dtype=q.dtype, device=q.device)
     share = n_heads // kv_heads
-    settings = launch_settings(share, d, d_v, q.dtype)
+    settings = launch_settings(share, d, d_v, q.dtype, q.device)
     blocks = rows.block_table(settings["BLOCK_TOKENS"], q.device)
     head_blocks = triton.cdiv(share, settings["BLOCK_HEADS"])
     with device_of(q):
@@ -179,33 +180,51 @@ def _triton(
     return out
 
 
-def block_tokens(share: int, d: int, d_v: int, dtype: torch.dtype) -> int:
+def block_tokens(share: int, d: int, d_v: int, dtype: torch.dtype, device: torch.device) -> int:
     """Return the `size` of the `Rows.block_table` that the kernel reads for such heads."""
-    size: int = launch_settings(share, d, d_v, dtype)["BLOCK_TOKENS"]
+    size: int = launch_settings(share, d, d_v, dtype, device)["BLOCK_TOKENS"]
     return size
 
 
-def launch_settings(share: int, d: int, d_v: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the kernel's tile sizes for `share` query heads per key head and these head sizes."""
+def launch_settings(
+    share: int, d: int, d_v: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """Return the kernel's tile sizes for `share` query heads per key head and these head sizes.
+
+    Query i of a tile is head `i % share` of token `i // share`, so no query is lost but those after
+    the tile's last whole token.
+    """
     width = max(16, next_power_of_2(max(d, d_v)))
-    # Queries, keys and warps: the largest tiles whose sums stay in registers, by compiling them.
-    if dtype == torch.float32:
-        queries, keys, warps = (32, 32, 4) if width <= 64 else (16, 32, 4)
-    elif width <= 64:
-        queries, keys, warps = 64, 64, 4
-    else:
-        queries, keys, warps = (64, 32, 4) if width == 128 else (32, 32, 8)
-    heads = min(queries, next_power_of_2(share))
+    queries, keys, warps, stages = _tile(width, dtype, capability_of(device))
+    heads = min(queries, share)
     return {
         "BLOCK_TOKENS": queries // heads,
         "BLOCK_HEADS": heads,
+        "BLOCK_QUERIES": queries,
         "BLOCK_KEYS": keys,
         "BLOCK_D": max(16, next_power_of_2(d)),
         "BLOCK_DV": max(16, next_power_of_2(d_v)),
         "num_warps": warps,
-        "num_stages": 1 if width == 256 and dtype == torch.float32 else 2,
+        "num_stages": stages,
         **dot_settings(dtype),
     }
+
+
+def _tile(width: int, dtype: torch.dtype, capability: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return queries, keys, warps and stages for heads of `width`, a power of two.
+
+    The largest tiles whose sums stay in registers, by compiling them: docs/design/kernels.md.
+    """
+    if dtype == torch.float32:
+        queries, keys = (32, 32) if width <= 64 else (16, 32)
+        return queries, keys, 4, 1 if width == 256 else 2
+    # On these a warp group multiplies 64 queries at once; smaller tiles take the slower
+    # instructions. Others have less shared memory.
+    if capability[0] in (9, 10):
+        return (128, 64, 8, 3) if width <= 128 else (64, 32, 8, 2)
+    if width <= 64:
+        return 64, 64, 4, 2
+    return (64, 32, 4, 2) if width == 128 else (32, 32, 8, 2)
 
 
 @jit
@@ -250,16 +269,23 @@ def absorb(
     cap,
     HAS_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
+    MASKED: tl.constexpr = True,
 ):
-    """Return the online softmax's running sums after adding `key` [d, j] and `value` [j, d_v]."""
+    """Return the online softmax's running sums after adding `key` [d, j] and `value` [j, d_v].
+
+    `seen` is read if `MASKED`; else every query sees every key.
+    """
     score = tl.dot(query, key, input_precision=PRECISION) * scale
     if HAS_CAP:
         # tanh(y) = 2 * sigmoid(2y) - 1
         score = cap * (2.0 / (1.0 + tl.exp(-2.0 * score / cap)) - 1.0)
-    score = tl.where(seen, score, float("-inf"))
+    if MASKED:
+        score = tl.where(seen, score, float("-inf"))
     new_top = tl.maximum(top, tl.max(score, 1))
-    # A query that has seen no key yet has top -inf; -inf minus -inf would be NaN.
-    safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+    safe = new_top
+    if MASKED:
+        # A query that has seen no key yet has top -inf; -inf minus -inf would be NaN.
+        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
     weight = tl.exp(score - safe[:, None])
     shrink = tl.exp(top - safe)
     total = total * shrink[:, None]
@@ -271,8 +297,9 @@ def absorb(
 # and the query heads of one key head, or a block of these heads if one tile cannot hold them all.
 # Its query axis is token by head, so each key that it loads serves all of them.
 # It loops over the pair's prefix up to the highest start in the block, then over the packed keys
-# from the block's first row to its last token. It masks keys that a query may not see: prefix
-# positions from its own start on, other rows, later tokens, keys outside the window. Running
+# from the block's first row to its last token. Whole tiles below the lowest start need no mask
+# where there is no window. Elsewhere it masks keys that a query may not see: prefix positions from
+# its own start on, other rows, later tokens, keys outside the window. Running
 # maximum, sum and output are fp32. A value that is not finite may spread to the block's other
 # tokens, where its weight is 0.
 @jit
@@ -314,6 +341,7 @@ def _prefix_kernel(
     HAS_SINKS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -329,7 +357,7 @@ def _prefix_kernel(
     lowest = tl.load(block + 4)
     highest = tl.load(block + 5)
 
-    query = tl.arange(0, BLOCK_TOKENS * BLOCK_HEADS)
+    query = tl.arange(0, BLOCK_QUERIES)
     token = first + query // BLOCK_HEADS
     head_in_share = (tl.program_id(1) % head_blocks) * BLOCK_HEADS + query % BLOCK_HEADS
     head = kv_head * share + head_in_share
@@ -347,20 +375,32 @@ def _prefix_kernel(
     if UPCAST:
         x = x.to(tl.float32)
 
-    top = tl.full((BLOCK_TOKENS * BLOCK_HEADS,), float("-inf"), tl.float32)
-    mass = tl.zeros((BLOCK_TOKENS * BLOCK_HEADS,), tl.float32)
+    top = tl.full((BLOCK_QUERIES,), float("-inf"), tl.float32)
+    mass = tl.zeros((BLOCK_QUERIES,), tl.float32)
     if HAS_SINKS:
         # The sink is a key with value 0 that every query sees.
         top = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32)
         mass += 1.0
-    total = tl.zeros((BLOCK_TOKENS * BLOCK_HEADS, BLOCK_DV), tl.float32)
+    total = tl.zeros((BLOCK_QUERIES, BLOCK_DV), tl.float32)
 
     low = lowest * 0
     if HAS_WINDOW:
         low = tl.maximum(lowest - window + 1, 0)
     keys = prefix_k + pair * pk_pair + kv_head * pk_head
     values = prefix_v + pair * pv_pair + kv_head * pv_head
-    for at_key in range(low, highest, BLOCK_KEYS):
+    everyone = low
+    if not HAS_WINDOW:
+        everyone = lowest // BLOCK_KEYS * BLOCK_KEYS
+        for at_key in range(0, everyone, BLOCK_KEYS):
+            j = at_key + tl.arange(0, BLOCK_KEYS).to(tl.int64)
+            there = j >= 0
+            key, value = load_keys(
+                keys, values, j, there, pk_pos, pv_pos, d, d_v, BLOCK_D, BLOCK_DV, UPCAST
+            )
+            top, mass, total = absorb(
+                x, key, value, there, top, mass, total, scale, cap, HAS_CAP, PRECISION, False
+            )
+    for at_key in range(everyone, highest, BLOCK_KEYS):
         j = at_key + tl.arange(0, BLOCK_KEYS).to(tl.int64)
         there = j < highest
         key, value = load_keys(

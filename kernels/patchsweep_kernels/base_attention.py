@@ -44,7 +44,7 @@ def base_tables(
         new(n_pairs, n_heads, length),
         new(len(grad_z), n_pairs, n_heads, length),
     )
-    settings = launch_settings(share, d, d_v, base_q.dtype)
+    settings = launch_settings(share, d, d_v, base_q.dtype, base_q.device)
     head_blocks = triton.cdiv(share, settings["BLOCK_HEADS"])
     grid = (triton.cdiv(length, settings["BLOCK_TOKENS"]), kv_heads * head_blocks, n_pairs)
     with device_of(base_q):
@@ -119,6 +119,7 @@ def _base_kernel(
     HAS_SINKS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -128,12 +129,12 @@ def _base_kernel(
     pair = tl.program_id(2).to(tl.int64)
     kv_heads = tl.num_programs(1) // head_blocks
     kv_head = (tl.program_id(1) // head_blocks).to(tl.int64)
-    query = tl.arange(0, BLOCK_TOKENS * BLOCK_HEADS)
+    query = tl.arange(0, BLOCK_QUERIES)
     first = tl.program_id(0) * BLOCK_TOKENS
     position = first + query // BLOCK_HEADS
     head_in_share = (tl.program_id(1) % head_blocks) * BLOCK_HEADS + query % BLOCK_HEADS
     head = kv_head * share + head_in_share
-    real = (position < length) & (head_in_share < share)
+    real = (query < BLOCK_TOKENS * BLOCK_HEADS) & (position < length) & (head_in_share < share)
     far = position.to(tl.int64)
 
     element = tl.arange(0, BLOCK_D)
@@ -144,12 +145,12 @@ def _base_kernel(
     x = tl.load(base_q + at, mask=real[:, None] & in_d[None, :], other=0.0)
     if UPCAST:
         x = x.to(tl.float32)
-    top = tl.full((BLOCK_TOKENS * BLOCK_HEADS,), float("-inf"), tl.float32)
-    mass = tl.zeros((BLOCK_TOKENS * BLOCK_HEADS,), tl.float32)
+    top = tl.full((BLOCK_QUERIES,), float("-inf"), tl.float32)
+    mass = tl.zeros((BLOCK_QUERIES,), tl.float32)
     if HAS_SINKS:
         top = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32)
         mass += 1.0
-    total = tl.zeros((BLOCK_TOKENS * BLOCK_HEADS, BLOCK_DV), tl.float32)
+    total = tl.zeros((BLOCK_QUERIES, BLOCK_DV), tl.float32)
 
     low = first * 0
     if HAS_WINDOW:

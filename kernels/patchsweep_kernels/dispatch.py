@@ -59,6 +59,13 @@ def device_of(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """Return the compute capability of an NVIDIA GPU; for other devices that of an A100."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 8, 0
+    return torch.cuda.get_device_capability(device)
+
+
 def dot_settings(dtype: torch.dtype) -> dict[str, Any]:
     """Return the constants UPCAST and PRECISION with which a kernel multiplies tiles of `dtype`.
 

@@ -94,7 +94,7 @@ def _triton(
     if not n_tokens:
         return out
     share = n_heads // kv_heads
-    settings = launch_settings(share, d, d_v, q.dtype)
+    settings = launch_settings(share, d, d_v, q.dtype, q.device)
     # at most 32 keys: which of them a row has replaced is kept in 32 bits; fewer where wide fp32
     # heads leave few registers
     settings["BLOCK_KEYS"] = 16 if q.dtype == torch.float32 and max(d, d_v) > 128 else 32
@@ -188,6 +188,7 @@ def _replaced_kernel(
     HAS_SINKS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -196,11 +197,11 @@ def _replaced_kernel(
 ):
     NONE: tl.constexpr = 1 << 62
     kv_head = (tl.program_id(1) // head_blocks).to(tl.int64)
-    query = tl.arange(0, BLOCK_TOKENS * BLOCK_HEADS)
+    query = tl.arange(0, BLOCK_QUERIES)
     token = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + query // BLOCK_HEADS
     head_in_share = (tl.program_id(1) % head_blocks) * BLOCK_HEADS + query % BLOCK_HEADS
     head = kv_head * share + head_in_share
-    real = (token < n_tokens) & (head_in_share < share)
+    real = (query < BLOCK_TOKENS * BLOCK_HEADS) & (token < n_tokens) & (head_in_share < share)
     position = tl.load(query_pos + token, mask=real, other=-1).to(tl.int32)
     pair = tl.load(query_pair + token, mask=real, other=NONE)
     # The replaced tokens of the block's rows, and each query's own among them.
@@ -221,13 +222,13 @@ def _replaced_kernel(
     if UPCAST:
         x = x.to(tl.float32)
 
-    top = tl.full((BLOCK_TOKENS * BLOCK_HEADS,), float("-inf"), tl.float32)
-    mass = tl.zeros((BLOCK_TOKENS * BLOCK_HEADS,), tl.float32)
+    top = tl.full((BLOCK_QUERIES,), float("-inf"), tl.float32)
+    mass = tl.zeros((BLOCK_QUERIES,), tl.float32)
     if HAS_SINKS:
         # The sink is a key with value 0 that every query sees.
         top = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32)
         mass += 1.0
-    total = tl.zeros((BLOCK_TOKENS * BLOCK_HEADS, BLOCK_DV), tl.float32)
+    total = tl.zeros((BLOCK_QUERIES, BLOCK_DV), tl.float32)
 
     step = tl.arange(0, BLOCK_KEYS)
     here = tl.min(pair, 0)
@@ -240,7 +241,7 @@ def _replaced_kernel(
         keys = base_k + here * bk_pair + kv_head * bk_head
         values = base_v + here * bv_pair + kv_head * bv_head
         for at_key in range(low, highest, BLOCK_KEYS):
-            taken = tl.zeros((BLOCK_TOKENS * BLOCK_HEADS,), tl.int32)
+            taken = tl.zeros((BLOCK_QUERIES,), tl.int32)
             for at_own in range(0, longest, BLOCK_KEYS):
                 own = first[:, None] + at_own + step[None, :]
                 p = tl.load(replaced_pos + lowest + own, mask=own < stop[:, None], other=-1)

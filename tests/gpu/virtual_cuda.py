@@ -126,7 +126,7 @@ def _references(stack: ExitStack) -> None:
         gpu = Gpu.current
         assert gpu is not None
         settings = attention.launch_settings(
-            q.shape[1] // k.shape[1], q.shape[2], v.shape[2], q.dtype
+            q.shape[1] // k.shape[1], q.shape[2], v.shape[2], q.dtype, q.device
         )
         rows.block_table(settings["BLOCK_TOKENS"], q.device)
         rows.token_table(q.device)

@@ -1,8 +1,8 @@
 """Compile every kernel for GPUs that need not be present, as its launcher would launch it.
 
-Run as a script: prints a JSON object, launch name -> target -> registers, shared memory, spills;
-exits with 1 if a kernel does not compile, asks for more shared memory than the GPU has, or spills
-more than a few registers.
+Run as a script, for all launches or for those whose name begins as given. Prints a JSON object,
+launch name -> target -> registers, shared memory, spills; exits with 1 if a kernel does not compile,
+asks for more shared memory than the GPU has, or spills more than a few registers.
 
 The launchers run on CPU tensors with the kernel replaced by a recorder, so types, tile sizes and
 options are the real ones.
@@ -270,18 +270,34 @@ def resources(compiled: Any) -> dict[str, int]:
     }
 
 
+def record(
+    launch: Callable[[], object], module: Any, kernel_name: str, target: GPUTarget
+) -> Recorder:
+    """Return what `launch` hands to the kernel on a GPU like `target`."""
+    kernel, recorder = getattr(module, kernel_name), Recorder()
+    capability = attention.capability_of
+    setattr(module, kernel_name, recorder)
+    if target.backend == "cuda":
+        attention.capability_of = lambda device: divmod(target.arch, 10)
+    try:
+        launch()
+    finally:
+        setattr(module, kernel_name, kernel)
+        attention.capability_of = capability
+    return recorder
+
+
 def main() -> int:
+    chosen = sys.argv[1] if len(sys.argv) > 1 else ""  # beginning of the launches' names
     report: dict[str, dict[str, Any]] = {}
     failed = False
     for name, module, kernel_name, launch in launches():
-        kernel, recorder = getattr(module, kernel_name), Recorder()
-        setattr(module, kernel_name, recorder)
-        try:
-            launch()
-        finally:
-            setattr(module, kernel_name, kernel)
+        if not name.startswith(chosen):
+            continue
+        kernel = getattr(module, kernel_name)
         report[name] = {}
         for target_name, (target, shared_limit) in TARGETS.items():
+            recorder = record(launch, module, kernel_name, target)
             try:
                 source, options = source_of(kernel, recorder, target)
                 used = resources(triton.compile(source, target=target, options=options))

@@ -8,7 +8,7 @@ import naive
 import pytest
 import torch
 from naive import DTYPES, TOLERANCE, make_rows, refused
-from patchsweep_kernels import attention_torch
+from patchsweep_kernels import attention, attention_torch
 from patchsweep_kernels.attention import Rows, prefix_attention
 from torch import Tensor
 
@@ -120,6 +120,23 @@ def test_attention_reads_a_prefix_longer_than_a_tile() -> None:
     inputs = _inputs(make_rows([2, 3], [1, 0], [9, 9]), 2, 1, 16, 16, torch.float32)
     inputs |= {name: torch.randn(2, 1, 150, 16) for name in ("prefix_k", "prefix_v")}
     _assert_matches(inputs, rows, {})
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)], ids=str)
+@pytest.mark.parametrize(("n_heads", "d"), [(7, 16), (3, 200)])
+def test_attention_in_the_tiles_of_each_gpu(
+    n_heads: int, d: int, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads that divide no tile, and prefixes of tiles that need no mask and tiles that do."""
+    monkeypatch.setattr(attention, "capability_of", lambda device: capability)
+    settings = attention.launch_settings(n_heads, d, d, torch.bfloat16, torch.device("cpu"))
+    queries = settings["BLOCK_TOKENS"] * settings["BLOCK_HEADS"]
+    assert settings["BLOCK_QUERIES"] - n_heads < queries <= settings["BLOCK_QUERIES"]
+    rows = make_rows([2, 3, 30], [1, 0, 0], [150, 131, 140])
+    inputs = _inputs(make_rows([2, 3, 30], [1, 0, 0], [9, 9, 9]), n_heads, 1, d, d, torch.bfloat16)
+    inputs |= {name: torch.randn(2, 1, 150, d).bfloat16() for name in ("prefix_k", "prefix_v")}
+    for variant in ({}, {"softcap": 1.5}, {"window": 40}):
+        _assert_matches(inputs, rows, variant)
 
 
 def _in_groups(**arguments: Any) -> Tensor:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -58,3 +60,19 @@ def test_kernel_compiles_and_fits(
     errors = {name: used["error"] for name, used in launches.items() if "error" in used}
     assert not errors
     assert all(used["registers"] > 0 for used in launches.values())
+
+
+def test_page_says_what_was_compiled(report: dict[str, dict[str, Any]]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "design" / "kernels.md").read_text()
+    triton = import_module("triton")
+    if f"Triton {triton.__version__} " not in text:
+        pytest.skip("the page is of another Triton")
+    rows = [line.split(" | ") for line in text.splitlines() if re.match(r"\| [a-z_]+-", line)]
+    assert len(rows) > 20
+    for row in rows:
+        for target, said in zip(("sm_80", "sm_90", "gfx942"), row[1:4], strict=True):
+            if said.strip():
+                used = report[row[0].strip("| ")][target]
+                shared = f"{used['shared_bytes'] / 1024:.0f} KB"
+                found = f"{used['registers']}, {shared}, {used['spilled_bytes']} B"
+                assert said.strip() == found, (row[0], target)

@@ -206,7 +206,7 @@ def make_tables(
         if packing.layer == packed.n_layers - 1:
             block = replace(block, read=read_tokens(packed, packing))
         if packing.layer < packed.n_layers and device.type == "cuda":
-            sizes[block.rows].add(_block_size(base, packing.layer))
+            sizes[block.rows].add(_block_size(base, packing.layer, device))
         tables.append(block)
     return deque(_moved(tables, sizes))
 
@@ -251,10 +251,10 @@ def read_tokens(packed: PackedBatch, packing: PackedTokens) -> Tensor:
     return on_cpu(read if len(read) else np.zeros(1, np.int64))
 
 
-def _block_size(base: ActivationCache, layer: int) -> int:
+def _block_size(base: ActivationCache, layer: int, device: torch.device) -> int:
     keys, values = base.keys[layer], base.values[layer]
     share = base.heads[layer] // keys.shape[1]
-    return block_tokens(share, keys.shape[-1], values.shape[-1], keys.dtype)
+    return block_tokens(share, keys.shape[-1], values.shape[-1], keys.dtype, device)
 
 
 def _moved(tables: Sequence[BlockTables], sizes: Mapping[Rows, set[int]]) -> list[BlockTables]:
