@@ -1,8 +1,8 @@
 """Compile every kernel for GPUs that need not be present, as its launcher would launch it.
 
 Run as a script, for all launches or for those whose name begins as given. Prints a JSON object,
-launch name -> target -> registers, shared memory, spills; exits with 1 if a kernel does not compile,
-asks for more shared memory than the GPU has, or spills more than a few registers.
+launch name -> target -> registers, shared memory, spills. Exits with 1 if a kernel does not
+compile, asks for more shared memory than the GPU has, or spills more than a few registers.
 
 The launchers run on CPU tensors with the kernel replaced by a recorder, so types, tile sizes and
 options are the real ones.
