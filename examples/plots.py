@@ -1,20 +1,24 @@
 """Pictures for the examples: heat maps, bars, lines and scatters as small SVGs.
 
 They need numpy alone. A notebook shows the `Picture` that ends a cell; `make_pages.py` writes it
-beside the page.
+beside the page. A script that runs by itself writes its pictures into runs/examples.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 COLOURS = ("#1d5c9e", "#a8152a", "#3a7d34", "#8a5a00", "#6b3fa0", "#4d5761")
 INK, SOFT, LINE = "#1c2126", "#545d66", "#d9dee3"
+FOLDER = Path(__file__).resolve().parent
+_kept: list[Path] = []  # pictures written so far
 FONT = "system-ui, 'Segoe UI', 'Liberation Sans', Arial, sans-serif"
 
 
@@ -185,13 +189,28 @@ def picture(*panels: Panel, alt: str, columns: int | None = None) -> Picture:
         width = max(width, x - gap + 8)
         y += max(panel.height for panel in row) + gap
     height = y - gap + 8
-    return Picture(
+    made = Picture(
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" '
         f'width="{width:.0f}" height="{height:.0f}" font-family="{FONT}" role="img">'
         f"<title>{escape(alt)}</title>"
         f'<rect width="100%" height="100%" fill="#fff"/>{"".join(body)}</svg>\n',
         alt,
     )
+    _keep(made)
+    return made
+
+
+def _keep(made: Picture) -> None:
+    """Write a picture of a script that runs by itself into runs/examples, and say where."""
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    of_examples = script is not None and Path(script).resolve().parent == FOLDER
+    if not of_examples or Path(script).stem.startswith("make_"):
+        return  # a notebook shows its pictures, and make_pages.py keeps those of the pages
+    drawn = FOLDER.parent / "runs" / "examples"
+    drawn.mkdir(parents=True, exist_ok=True)
+    _kept.append(drawn / f"{Path(script).stem}-{len(_kept) + 1}.svg")
+    _kept[-1].write_text(made.svg)
+    print(f"picture: {_kept[-1].relative_to(FOLDER.parent)}")
 
 
 def _plot(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import resource
@@ -34,6 +35,7 @@ def load(name: str) -> ModuleType:
 
 
 make_pages = load("make_pages")
+make_notebooks = load("make_notebooks")
 SCRIPTS: tuple[str, ...] = make_pages.SCRIPTS
 
 
@@ -45,9 +47,38 @@ def page(name: str) -> str:
     return (PAGES / f"{name}.md").read_text()
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_notebook_is_in_step_with_its_script(name: str) -> None:
+    made = make_notebooks.notebook_of(name)
+    there = (make_notebooks.FOLDER / f"{name}.ipynb").read_text(encoding="utf-8")
+    assert made == there, "run: python examples/make_notebooks.py"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_notebook_runs_from_top_to_bottom_and_shows_its_pictures(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("nbconvert")
+    pytest.importorskip("ipykernel")
+    words = "-m nbconvert --to notebook --execute --ExecutePreprocessor.timeout=1500".split()
+    done = subprocess.run(
+        [sys.executable, *words, "--output-dir", tmp_path, make_notebooks.FOLDER / f"{name}.ipynb"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    notebook = json.loads((tmp_path / f"{name}.ipynb").read_text(encoding="utf-8"))
+    outputs = [out for cell in notebook["cells"] for out in cell.get("outputs", ())]
+    pictures = [out for out in outputs if "image/svg+xml" in out.get("data", {})]
+    assert len(pictures) == len(list(IMAGES.glob(f"{name}-*.svg")))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_example_finds_what_it_says_within_three_minutes(name: str) -> None:
+    if name != SCRIPTS[0] and importlib.util.find_spec("nbconvert"):
+        pytest.skip("its notebook runs the same cells")
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, ROOT / "examples" / f"{name}.py"],
@@ -58,6 +89,9 @@ def test_example_finds_what_it_says_within_three_minutes(name: str) -> None:
         timeout=1500,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    drawn = [ROOT / line.split()[-1] for line in done.stdout.splitlines() if "picture:" in line]
+    assert len(drawn) == len(list(IMAGES.glob(f"{name}-*.svg")))
+    assert all(path.read_text().startswith("<svg") for path in drawn)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     # of one thread, so that what else the machine does counts little
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import html
 import json
@@ -23,9 +24,9 @@ from patchsweep.report import comparison, write_report
 from patchsweep.report.heatmap import colour_limit
 from patchsweep.report.html import embed_json, number, percent, token_html, visible
 from patchsweep.report.page import build_page
+from patchsweep.report.shell import get_plotlyjs
 from patchsweep.report.tables import Journal, read_journal
 from patchsweep.results import accessor as summary
-from plotly.offline import get_plotlyjs
 from report_data import synthetic, write
 
 HOSTILE = '</script></template><img src=x onerror="alert(1)"><b>&amp;'
@@ -122,24 +123,24 @@ def test_page_has_every_part_and_closes_every_element(tmp_path: Path) -> None:
 def test_nothing_is_fetched_and_only_the_two_known_scripts_may_run() -> None:
     text = build_page(synthetic(n_layers=4, methods=["atp"]), Journal())
     page = Reader(text)
-    plotly = get_plotlyjs()
-    assert text.count(plotly) == 1
-    assert not re.findall(r"https?:", text.replace(plotly, ""))
+    _, packed, own, unpack = page.scripts
+    assert gzip.decompress(base64.b64decode(packed)).decode() == get_plotlyjs()
+    assert not re.findall(r"https?:", text)
     assert not [a for _, a in page.seen if {"src", "href", "style", "onload"} & set(a)]
 
     policy = next(a["content"] for t, a in page.seen if "http-equiv" in a and t == "meta")
     assert policy is not None
     assert "default-src 'none'" in policy
     allowed = set(re.findall(r"'sha256-([^']+)'", policy))
-    assert len(page.scripts) == 3
     digests = {
-        base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in page.scripts[1:]
+        base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()
+        for s in (get_plotlyjs(), own, unpack)
     }
     assert digests == allowed
 
 
-def test_page_without_plotly_stays_small() -> None:
-    assert len(build_page(synthetic(), Journal()).encode()) - len(get_plotlyjs().encode()) < 150_000
+def test_page_stays_small() -> None:
+    assert len(build_page(synthetic(), Journal()).encode()) < 800_000  # 630,000 of them plotly
 
 
 def test_same_store_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -555,12 +556,14 @@ def in_browser(page: str, steps: str, folder: Path) -> list:
         select.value = value;
         select.dispatchEvent(new Event("change"));
       };
-      setTimeout(() => {
+      const look = () => {
+        if (!document.body.dataset.ready) { setTimeout(look, 20); return; }
         try { STEPS } catch (error) { out.push(String(error)); }
         document.head.innerHTML = "";
         document.body.innerHTML = "<pre></pre>";
         document.querySelector("pre").textContent = JSON.stringify(out);
-      }, 500);
+      };
+      look();
     </script></body>"""
     # the policy would stop this script too
     open_page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)
@@ -629,7 +632,7 @@ def test_hostile_text_runs_nothing_in_a_browser(tmp_path: Path) -> None:
         """,
         tmp_path,
     )
-    assert (images, scripts) == (0, 4)  # three of the page, and the one that looks
+    assert (images, scripts) == (0, 7)  # data, two and what runs them twice, and the one that looks
     assert tick.startswith("<b>&lt;/script&gt;")
     assert drawn.startswith("</script></te")
 

@@ -69,7 +69,7 @@ def _panel(ds: xr.Dataset, name: str, found: Agreement) -> Panel:
         f"Pearson {_measure(found.pearson)}, Spearman {_measure(found.spearman)}, slope "
         f"{_measure(found.slope)} ({over}{plural(found.n_cells, 'cell')} where either effect is "
         f"not zero{drawn}). Of the {found.top_k} largest exact effects "
-        f"{number(found.recall.value * found.top_k)} are among the first {2 * found.top_k} "
+        f"{count(found.recall.value * found.top_k)} are among the first {2 * found.top_k} "
         f"estimates{_cost(found)}; the largest misses are marked."
     )
     key = f"{found.metric}|{name}"
@@ -103,7 +103,7 @@ def _measure(found: Measure) -> str:
 def _cost(found: Agreement) -> str:
     if not math.isfinite(found.cost_ratio):
         return ""
-    return f"; all of the method's sites cost 1/{number(found.cost_ratio)} of this exact sweep"
+    return f"; all of the method's sites cost 1/{count(found.cost_ratio)} of this exact sweep"
 
 
 def _sample(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from plotly.offline import get_plotlyjs
 
 from patchsweep.report.html import embed_json, esc
-from patchsweep.report.shell import resource
+from patchsweep.report.shell import get_plotlyjs, resource
 
 # ColorBrewer scales, as in the maps of sweeps: blue positive, red negative; BLUES if all positive
 RED_BLUE = [

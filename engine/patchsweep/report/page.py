@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import xarray as xr
-from plotly.offline import get_plotlyjs
 
 from patchsweep.errors import StoreError
 from patchsweep.report import comparison, question
 from patchsweep.report.heatmap import Figure, draw_site
 from patchsweep.report.html import esc, plural
-from patchsweep.report.shell import page, resource, section
+from patchsweep.report.shell import get_plotlyjs, page, resource, section
 from patchsweep.report.tables import (
     Journal,
     bf16_table,

@@ -26,11 +26,15 @@ the sections. Style rules of a kind go to `style.css` or the argument `style`.
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 from collections.abc import Sequence
+from functools import cache
 from importlib import resources
 
 from patchsweep.report.html import embed_json, esc
+
+_LONG = 100_000  # characters from which a script is packed
 
 
 def page(
@@ -65,9 +69,7 @@ def page(
         f"<title>{esc(title)}</title><style>{resource('style.css')}{style}</style></head>\n"
         "<body><main>\n"
         + "\n".join(s for s in sections if s)
-        + f"\n</main>{templates}\n{embedded}"
-        + "\n".join(f"<script>{script}</script>" for script in scripts)
-        + "\n</body></html>\n"
+        + f"\n</main>{templates}\n{embedded}{_scripts(scripts)}\n</body></html>\n"
     )
 
 
@@ -81,11 +83,36 @@ def resource(name: str) -> str:
     return resources.files("patchsweep.report").joinpath(name).read_text(encoding="utf-8")
 
 
+@cache
+def get_plotlyjs() -> str:
+    """Return plotly.js 4.1.1 with the traces of plots on two axes alone (MIT licence)."""
+    packed = resources.files("patchsweep.report").joinpath("plotly-cartesian.min.js.gz")
+    return gzip.decompress(packed.read_bytes()).decode("utf-8")
+
+
+def _scripts(scripts: Sequence[str]) -> str:
+    """Return the scripts as HTML; where one is long, all are run by unpack.js, in order."""
+    if not any(len(script) > _LONG for script in scripts):
+        return "\n".join(f"<script>{script}</script>" for script in scripts)
+    parts = [
+        f'<script type="text/plain" data-script="gzip">{_packed(script)}</script>'
+        if len(script) > _LONG
+        else f'<script type="text/plain" data-script="text">{script}</script>'
+        for script in scripts
+    ]
+    return "\n".join([*parts, f"<script>{resource('unpack.js')}</script>"])
+
+
+@cache
+def _packed(script: str) -> str:
+    return base64.b64encode(gzip.compress(script.encode("utf-8"), 9, mtime=0)).decode("ascii")
+
+
 def _policy(scripts: Sequence[str]) -> str:
     """Return a content security policy that runs only these inline scripts and fetches nothing."""
+    run = [*scripts, *([resource("unpack.js")] if any(len(s) > _LONG for s in scripts) else [])]
     hashes = " ".join(
-        f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'"
-        for s in scripts
+        f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in run
     )
     # plotly adds a style element and draws maps as images with data: URLs
     return (
