@@ -75,7 +75,7 @@ class Reader(HTMLParser):
 
 
 def read(ds: xr.Dataset, journal: Journal | None = None) -> Reader:
-    """The page on `ds`, plotly's five megabytes left out so that parsing takes milliseconds."""
+    """The page on `ds`, plotly left out so that parsing takes milliseconds."""
     with patch("patchsweep.report.page.get_plotlyjs", return_value="/* plotly */"):
         return Reader(build_page(ds, journal or Journal()))
 

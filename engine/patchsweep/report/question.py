@@ -209,7 +209,9 @@ def _prompt(ds: xr.Dataset, pair: int) -> str:
 
 def _marked(tokens: list[str], others: list[str], positions: list[int] | list[str]) -> str:
     parts = []
-    following: int | str = next((p for p in positions if isinstance(p, int) and p < 0), 0)
+    first = next((p for token, p in zip(tokens, positions, strict=True) if token), 0)
+    # one that counts from the end may be the first token of its prompt
+    following: int | str = first if isinstance(first, int) and first < 0 else 0
     for token, other, pos in zip(tokens, others, positions, strict=True):
         if not token:
             continue
