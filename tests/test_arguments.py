@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +15,7 @@ import pytest
 import torch
 from patchsweep.arguments import (
     check_store_path,
+    head_places,
     index_sets,
     number,
     position_axis,
@@ -130,3 +132,15 @@ def test_a_path_may_begin_with_a_tilde_that_is_no_users(
     assert Path("~x.zarr").is_dir()
     with pytest.raises(ModelError, match=r"'~x' does not exist"):
         load_model("~x")
+
+
+def test_heads_are_pairs_or_names_and_their_layers_may_count_from_the_end() -> None:
+    assert head_places(["a2.h3", (0, 1), (-1, 0)], 3, 4) == ((2, 3), (0, 1), (2, 0))
+    for given, words in (
+        (["a3.h0"], "'a3.h0' is no head of 3 layers of 4; the last is a2.h3"),
+        ([(-4, 0)], "is no head of 3 layers of 4"),
+        (["m1"], "heads has 'm1'; give"),
+        (["a2.h1", (-1, 1)], "names a head twice"),
+    ):
+        with pytest.raises(PlanError, match=re.escape(words)):
+            head_places(given, 3, 4)

@@ -94,7 +94,9 @@ def test_rows_sum_to_the_attribution_of_the_pattern_site(direction: str) -> None
     name = "tiny:llama"
     pairs, metrics = mixed_pairs(name), ["logit_diff", "log_prob"]
     ds = attention(model(name), pairs, metrics, direction=direction, top=5)
-    swept = ps.sweep(model(name), pairs, "pattern", metrics, direction=direction, method="atp")
+    positions = range(max(len(pair) for pair in pairs))  # from the start, as the rows are
+    asked = {"direction": direction, "method": "atp", "positions": positions}
+    swept = ps.sweep(model(name), pairs, "pattern", metrics, **asked)
     for rank in range(5):
         layer, head = int(ds.rank_layer[rank]), int(ds.rank_head[rank])
         rows = ds.attribution.isel(rank=rank).sum("src")
@@ -353,7 +355,7 @@ def test_verb_writes_once_and_says_what_it_found(
     assert main(words) == 0
     said = capsys.readouterr().out
     ds = xr.open_zarr(store, consolidated=False)
-    assert f"L{int(ds.rank_layer[0])} H{int(ds.rank_head[0])}" in said
+    assert f"a{int(ds.rank_layer[0])}.h{int(ds.rank_head[0])}" in said
     assert (ds.sizes["rank"], ds.sizes["top"]) == (2, 3)
     assert f"patchsweep report {store}" in said
     with patch("patchsweep.analyses.stages.run_work", side_effect=AssertionError):

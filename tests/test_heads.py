@@ -15,7 +15,7 @@ from patchsweep.analyses.heads.behaviour import Behaviour
 from patchsweep.analyses.heads.classes import detected_classes, member_table, task_classes
 from patchsweep.analyses.heads.findings import ALL, TRAINED
 from patchsweep.analyses.heads.optimal import Trainer
-from patchsweep.analyses.heads.scores import DETECTED, detect, texts
+from patchsweep.analyses.heads.scores import DETECTED, detect_heads, texts
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import ConfigError, ModelError, PatchsweepError
 from patchsweep.store.attributes import attributes
@@ -218,14 +218,14 @@ def test_training_finds_what_another_optimiser_finds() -> None:
 @pytest.mark.parametrize("name", ["tiny:llama", "tiny:gpt2"])
 def test_scores_are_those_of_detect_head(name: str) -> None:
     model = subjects.model(name)
-    scores = detect(model)
+    scores = detect_heads(model)
     for ours, theirs in DETECTED.items():
         expected = detect_head(model, texts(model), theirs, exclude_bos=True)
         np.testing.assert_allclose(scores.sel(pattern=ours).values, expected.numpy(), rtol=1e-5)
 
 
 def test_smollm2_has_induction_and_previous_token_heads() -> None:
-    found = detected_classes(detect(subjects.model("smollm2-135m")), Thresholds())
+    found = detected_classes(detect_heads(subjects.model("smollm2-135m")), Thresholds())
     assert found["induction"][18, 6]
     assert found["induction"][17, 3]
     assert found["previous_token"][1, 2]
@@ -237,7 +237,7 @@ def test_a_context_that_is_too_short_is_refused(monkeypatch: pytest.MonkeyPatch)
     model = subjects.model("tiny:llama")
     monkeypatch.setattr(model.cfg, "n_ctx", 8)
     with pytest.raises(ModelError, match="8 tokens; use a model with a longer one"):
-        detect(model)
+        detect_heads(model)
 
 
 def direct_by_hooks(name: str, pair: int, held: tuple[tuple[int, int], ...]) -> np.ndarray:

@@ -276,7 +276,7 @@ def test_named_spans_and_joined_heads_label_their_axes() -> None:
     page = read(ds)
     assert page.data["sites"][1]["labels"]["head"] == ["0+1", "2+3"]
     assert page.data["sites"][1]["labels"]["pos"] == ["subject", "end"]
-    assert "layer 28 head 2+3 at position end ␣to" in page.text
+    assert "a28.h2+3 at position end ␣to" in page.text
     assert "z28end␣to2+3" in page.text  # the table
     assert "basecorrupted…␣Mary…␣to → ␣John" in page.text
 
@@ -557,13 +557,14 @@ def in_browser(page: str, steps: str, folder: Path) -> list:
         select.dispatchEvent(new Event("change"));
       };
       const look = () => {
-        if (!document.body.dataset.ready) { setTimeout(look, 20); return; }
+        const packed = document.querySelector("script[data-script]");
+        if (packed && !document.body.dataset.ready) { setTimeout(look, 20); return; }
         try { STEPS } catch (error) { out.push(String(error)); }
         document.head.innerHTML = "";
         document.body.innerHTML = "<pre></pre>";
         document.querySelector("pre").textContent = JSON.stringify(out);
       };
-      look();
+      setTimeout(look, 100);
     </script></body>"""
     # the policy would stop this script too
     open_page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)
@@ -615,7 +616,7 @@ def test_selectors_change_maps_captions_and_tables(tmp_path: Path) -> None:
     expected = summary.recovered(ds, "resid_pre").sel({**cell, "pair": 1}).item()
     assert one == pytest.approx(expected, abs=1e-6)  # float32 against double
     assert hover.startswith("layer 5<br>position 11<br>token ␣Anna<br>in source ␣Tom<br><b>recov")
-    assert "layer 28 head 8 at position 16 ␣to" in caption
+    assert "a28.h8 at position 16 ␣to" in caption
     assert shown == "prob|1"
     z = summary.recovered(ds, "z").sel(metric="prob", pair=1, layer=28, pos=11, head=8)
     assert picked == pytest.approx(z.item(), abs=1e-6)

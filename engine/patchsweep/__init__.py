@@ -26,7 +26,8 @@ if TYPE_CHECKING:
         screen_edges,
         write_circuit,
     )
-    from patchsweep.analyses.heads import study
+    from patchsweep.analyses.generation import continuations
+    from patchsweep.analyses.heads import detect_heads, study
     from patchsweep.analyses.joint import (
         Patch,
         difference_of_means,
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from patchsweep.sweeps.api import plan, sweep
     from patchsweep.sweeps.sample import sample_exact
     from patchsweep.sweeps.screen_settings import Screen
-    from patchsweep.tasks import load_task
+    from patchsweep.tasks import check_pairs, load_task, text_pairs
 
 __all__ = [
     "Ablate",
@@ -70,10 +71,13 @@ __all__ = [
     "attention",
     "attribution",
     "bootstrap_circuit",
+    "check_pairs",
     "circuit",
     "circuit_scores",
     "compare",
+    "continuations",
     "cross_validate_circuit",
+    "detect_heads",
     "difference_of_means",
     "dose",
     "edges",
@@ -94,6 +98,7 @@ __all__ = [
     "sublayers",
     "summary",
     "sweep",
+    "text_pairs",
     "trace",
     "ungrouped",
     "write_circuit",
@@ -115,10 +120,13 @@ _HOME = {
     "acdc": "analyses.circuits",
     "attention": "analyses.attention",
     "bootstrap_circuit": "analyses.circuits",
+    "check_pairs": "tasks",
     "circuit": "analyses.circuits",
     "circuit_scores": "analyses.circuits",
     "compare": "results.compare",
+    "continuations": "analyses.generation",
     "cross_validate_circuit": "analyses.circuits",
+    "detect_heads": "analyses.heads",
     "difference_of_means": "analyses.joint",
     "dose": "analyses.joint",
     "edges": "analyses.circuits",
@@ -137,6 +145,7 @@ _HOME = {
     "study": "analyses.heads",
     "sublayers": "analyses.logit_lens",
     "sweep": "sweeps.api",
+    "text_pairs": "tasks",
     "ungrouped": "forward.ungroup",
     "write_circuit": "analyses.circuits",
     "trace": "analyses.tracing",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 from patchsweep.errors import ConfigError, ModelError, PatchsweepError, PlanError
 
 Sets = tuple[tuple[int, ...], ...]
+_HEAD = re.compile(r"\s*a(\d+)\.h(\d+)\s*")
 RUNNERS = ("auto", "packed", "hooked")
 
 
@@ -138,6 +140,37 @@ def position_axis(given: Any) -> tuple[int | str, ...]:
         axis.append(entry if isinstance(entry, str) else int(entry))
     _refuse_twice("positions", axis, axis)
     return tuple(axis)
+
+
+def head_places(
+    given: Sequence[Any], n_layers: int, n_heads: int, name: str = "heads"
+) -> tuple[tuple[int, int], ...]:
+    """Return heads as (layer, head); an entry is such a pair, or a name such as `a23.h3`.
+
+    A negative layer counts from the end.
+
+    Raises:
+        PlanError: an entry names no head of a model of that size, or one twice.
+    """
+    found = []
+    for entry in given:
+        named = _HEAD.fullmatch(entry) if isinstance(entry, str) else None
+        place = [int(number) for number in named.groups()] if named else entry
+        if not (isinstance(place, list | tuple) and len(place) == 2 and all(map(is_whole, place))):
+            raise PlanError(
+                f"{name} has {entry!r}; give (layer, head) pairs, such as (3, 1), or names, such "
+                "as 'a3.h1'"
+            )
+        layer, head = (int(number) for number in place)
+        if not (-n_layers <= layer < n_layers and 0 <= head < n_heads):
+            raise PlanError(
+                f"{name}: {entry!r} is no head of {n_layers} layers of {n_heads}; the last is "
+                f"a{n_layers - 1}.h{n_heads - 1}"
+            )
+        found.append((layer % n_layers, head))
+    if len(set(found)) < len(found):
+        raise PlanError(f"{name}={list(given)} names a head twice; name each once")
+    return tuple(found)
 
 
 def user_path(path: str | Path) -> Path:

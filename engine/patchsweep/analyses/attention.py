@@ -21,7 +21,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.analyses.stages import Computed, Stages, empty
-from patchsweep.arguments import is_whole, whole_number
+from patchsweep.arguments import head_places, whole_number
 from patchsweep.attribution.atp import Atp
 from patchsweep.attribution.check import check_request
 from patchsweep.attribution.patterns import visit_cells, work_of
@@ -37,6 +37,7 @@ from patchsweep.spec.spec import MetricLike, Request, SweepSpec, make_request
 from patchsweep.store.attributes import flat_attributes
 from patchsweep.sweeps.identity import identity_of, question_settings
 from patchsweep.sweeps.layout import analysis_attrs
+from patchsweep.tasks.plain import is_text, pairs_of
 
 KIND = "attention"
 RUNS = ("base", "source")
@@ -49,12 +50,12 @@ Floats = NDArray[np.float32]
 @runs_model
 def attention(
     model: TransformerBridge,
-    pairs: PromptPairs,
+    pairs: PromptPairs | str | Sequence[str],
     metrics: MetricLike | Sequence[MetricLike] = SweepSpec.metrics,
     *,
     direction: Direction | None = SweepSpec.direction,
     read: int = SweepSpec.read,
-    heads: Sequence[Head] | None = None,
+    heads: Sequence[Head | str] | None = None,
     top: int = 16,
     predictions: int = 10,
     config: Mapping[str, Any] | None = None,
@@ -79,10 +80,12 @@ def attention(
     wrong sign; compare them with `exact`.
 
     Args:
+        pairs: prompt pairs, or plain texts with `heads`: their patterns, without attributions.
         metrics: the first one ranks the heads.
         direction: `denoising` (default): the corrupted prompt is the base.
         read: prompt position whose logits are read; default the last.
-        heads: (layer, head) of the heads to keep, in this order. Default: the `top` heads with
+        heads: the heads to keep, in this order: (layer, head), of which a negative layer counts
+            from the end, or names such as `a23.h3`. Default: the `top` heads with
             the largest mean `head_size` over pairs.
         predictions: number of next tokens to keep.
         config: config of the command line, kept in the provenance.
@@ -93,17 +96,23 @@ def attention(
         PatchsweepError: an argument breaks a rule, or the model has no gradient at its patterns;
             raised before any forward pass.
     """
+    if heads is None and is_text(pairs):
+        raise PlanError(
+            "a plain text has one run, and no attributions to rank heads by; name heads=[...], "
+            "such as ['a3.h1']"
+        )
+    pairs = pairs_of(model, pairs)
     request = make_request(
         model, pairs, SweepSpec("pattern", metrics, direction=direction, read=read)
     )
     check_request(request, [Atp()])
-    _check(request, heads, top, predictions)
+    chosen = _check(request, heads, top, predictions)
     stages = Stages.of(stages)
 
     def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
         gradients = GradientModel(model, [SITES["pattern"]], compute_dtype=request.compute_dtype)
         views = _Views(request, gradients, predictions)
-        keep = heads
+        keep: Sequence[Head] | None = chosen
         if keep is None:  # ranks first: the patterns of all heads may not fit in memory
             keep = _top_heads(views.run("ranks", (), attrs, stages)["head_size"].values, top)
         results = views.run("views", keep, attrs, stages)
@@ -118,7 +127,7 @@ def attention(
         )
         return ds
 
-    return stages.results(model, lambda: _attrs(request, heads, top, predictions, config), compute)
+    return stages.results(model, lambda: _attrs(request, chosen, top, predictions, config), compute)
 
 
 def _attrs(
@@ -182,23 +191,16 @@ def ranked_heads(ds: xr.Dataset, metric: str | None = None, pair: int = 0) -> li
     return ranked
 
 
-def _check(request: Request, heads: Sequence[Head] | None, top: int, predictions: int) -> None:
+def _check(request: Request, heads: Any, top: int, predictions: int) -> tuple[Head, ...] | None:
+    """Check the arguments and return the heads to keep; None: the top-k heads."""
     shape = request.shape
     whole_number("top", top, least=1)
     whole_number("predictions", predictions, least=1, most=shape.d_vocab)
-    if heads is not None and not heads:
+    if heads is None:
+        return None
+    if isinstance(heads, str) or not isinstance(heads, Sequence) or not heads:
         raise PlanError("heads is empty; give (layer, head) pairs, or leave it out")
-    for entry in heads or ():
-        if not (isinstance(entry, Sequence) and len(entry) == 2 and all(map(is_whole, entry))):
-            raise PlanError(f"heads has {entry!r}; give (layer, head) pairs, such as (3, 1)")
-        layer, head = entry
-        if not (0 <= layer < shape.n_layers and 0 <= head < shape.n_heads):
-            raise PlanError(
-                f"heads: ({layer}, {head}) is no head of {shape.n_layers} layers of "
-                f"{shape.n_heads}; layers and heads count from 0"
-            )
-    if heads is not None and len(set(map(tuple, heads))) < len(heads):
-        raise PlanError(f"heads={list(heads)} names a head twice; name each once")
+    return head_places(heads, shape.n_layers, shape.n_heads)
 
 
 def _top_heads(head_size: Floats, top: int) -> list[Head]:

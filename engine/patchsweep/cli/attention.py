@@ -48,8 +48,8 @@ class AttentionRun(AnalysisRun):
                 )
         self.chosen()
 
-    def chosen(self) -> list[tuple[int, int]] | None:
-        """Return the heads of the config as (layer, head); None: the top-k heads.
+    def chosen(self) -> list[tuple[int, int] | str] | None:
+        """Return the heads of the config, (layer, head) or `a23.h3`; None: the top-k heads.
 
         Raises:
             ConfigError: `heads` is not a list of pairs of whole numbers.
@@ -57,11 +57,19 @@ class AttentionRun(AnalysisRun):
         if self.heads is None:
             return None
         try:
-            return [(int(layer), int(head)) for layer, head in self.heads]
+            return [self._head(entry) for entry in self.heads]
         except (TypeError, ValueError):
             raise ConfigError(
-                f"heads={self.heads} must be pairs of layer and head, such as [[24,4],[17,4]]"
+                f"heads={self.heads} must be pairs of layer and head or names, such as "
+                "[[24,4],[17,4]] or [a24.h4]"
             ) from None
+
+    @staticmethod
+    def _head(entry: Any) -> tuple[int, int] | str:
+        if isinstance(entry, str):
+            return entry
+        layer, head = entry
+        return int(layer), int(head)
 
 
 def main(arguments: list[str]) -> int:
@@ -135,7 +143,7 @@ def _table(ds: xr.Dataset) -> Table:
     tokens = ds["token"].sel(run="base").isel(pair=0).values
     for head in ranked_heads(ds):
         table.add_row(
-            f"L{head.layer} H{head.head}",
+            f"a{head.layer}.h{head.head}",
             f"{head.attribution:+.3f}",
             f"{head.exact:+.3f}",
             f"{head.size:.3f}",

@@ -88,7 +88,7 @@ def _classes(ds: xr.Dataset) -> Table:
         member = ds["member"].sel(head_class=name).transpose("layer", "head").values.astype(bool)
         heads = sorted(np.argwhere(member).tolist(), key=lambda at: -size[tuple(at)])
         more = " ..." if len(heads) > N_SHOWN else ""
-        named = ", ".join(f"L{layer} H{head}" for layer, head in heads[:N_SHOWN]) + more
+        named = ", ".join(f"a{layer}.h{head}" for layer, head in heads[:N_SHOWN]) + more
         table.add_row(str(name), str(len(heads)), named if heads else "none")
     return table
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rich.table import Table
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
+from patchsweep.arguments import user_path
 from patchsweep.cli.console import stdout
 from patchsweep.cli.parser import Parser, at_least
+from patchsweep.data.pairs import PromptPairs
+from patchsweep.data.show import count, number, visible
+from patchsweep.data.tables import SUFFIXES
+from patchsweep.errors import ConfigError
 from patchsweep.models import load_model
-from patchsweep.tasks import TASKS, TaskCheck, check_task, find_task
+from patchsweep.tasks import TASKS, TaskCheck, check_pairs, check_task, find_task
 
 
 def main(arguments: list[str]) -> int:
@@ -20,7 +27,8 @@ def main(arguments: list[str]) -> int:
     check = verbs.add_parser(
         "check", help="how well a model does a task: a sweep of a task it fails explains nothing"
     )
-    check.add_argument("names", nargs="*", metavar="NAME", help="tasks (all)")
+    check.add_argument("names", nargs="*", metavar="NAME", help="tasks (all), or files of pairs")
+    check.add_argument("--template", choices=["chat"], help="of the files' prompts")
     check.add_argument("--model", default="smollm2-135m", help="as load_model takes it")
     check.add_argument("--n-pairs", type=at_least(1), help="pairs (the task's own number)")
     check.add_argument("--seed", type=at_least(0), default=0, help="of the pairs (0)")
@@ -29,11 +37,21 @@ def main(arguments: list[str]) -> int:
     if options.verb == "list":
         console.print(_listed())
         return 0
-    names = [find_task(name).name for name in options.names or TASKS]
+    words = options.names or list(TASKS)
+    files = [word for word in words if word.lower().endswith(SUFFIXES)]
+    names = [find_task(name).name for name in words if name not in files]
+    for file in files:
+        if not user_path(file).is_file():
+            raise ConfigError(f"there is no file {file}; give a table of pairs, or a task's name")
     transformers_logging.disable_progress_bar()
     model = load_model(options.model)
     checks = [check_task(model, name, options.n_pairs, options.seed) for name in names]
+    for file in files:
+        pairs = PromptPairs.from_file(model, user_path(file), template=options.template)
+        checks.append(replace(check_pairs(model, pairs), task=file))
     console.print(_scored(options.model, checks))
+    for one in checks[len(names) :]:
+        console.print(_answers(one))
     return 0
 
 
@@ -44,6 +62,26 @@ def _listed() -> Table:
     for task in TASKS.values():
         options = "\n".join(f"{name}={value}" for name, value in task.options().items())
         table.add_row(task.name, Text(task.description), Text(options), Text(task.source))
+    return table
+
+
+def _answers(check: TaskCheck) -> Table:
+    """Return both answers of each pair of a file, after both prompts."""
+    table = Table(title=Text(f"{check.task}: probability and rank of both answers"))
+    for column in ("pair", "prompt", "right answer"):
+        table.add_column(column)
+    for column in ("probability", "rank", "of the wrong", "rank"):
+        table.add_column(column, justify="right")
+    for one in check.answers:
+        table.add_row(
+            str(one.pair),
+            one.prompt,
+            Text(visible(one.right)),
+            number(one.right_prob),
+            count(one.right_rank),
+            number(one.wrong_prob),
+            count(one.wrong_rank),
+        )
     return table
 
 

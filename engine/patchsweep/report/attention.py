@@ -155,7 +155,7 @@ def _guesses(ds: xr.Dataset, run: str, pair: int) -> str:
 def _ranking(ds: xr.Dataset, metric: str, pair: int) -> str:
     tokens = _tokens(ds, "base", pair)
     rows = "".join(
-        f"<tr><th>{rank + 1}</th><td>L{head.layer} H{head.head}</td>"
+        f"<tr><th>{rank + 1}</th><td>a{head.layer}.h{head.head}</td>"
         f'<td class="n {_side(head.attribution)}">{number(head.attribution, sign=True)}</td>'
         f'<td class="n {_side(head.exact)}">{number(head.exact, sign=True)}</td>'
         f'<td class="n">{number(head.size)}</td>'
@@ -191,7 +191,7 @@ def _side(value: float) -> str:
 def _cards(ds: xr.Dataset) -> str:
     cards = []
     for rank in range(ds.sizes["rank"]):
-        name = f"L{int(ds['rank_layer'][rank])} H{int(ds['rank_head'][rank])}"
+        name = f"a{int(ds['rank_layer'][rank])}.h{int(ds['rank_head'][rank])}"
         maps = "".join(
             f'<figure><figcaption data-caption="{kind}"></figcaption><div class="map">'
             f'<canvas data-map="{kind}" role="img" aria-label="{name}, {words}"></canvas>'

@@ -86,13 +86,17 @@ def _where(axes: Axes, view: View, cells: Sequence[tuple[int, int]], at: np.ndar
 
 
 def _cell(axes: Axes, view: View, cell: tuple[int, int], at: np.ndarray) -> str:
-    """Return text such as "layer 28 head 8 at position 16 ␣to"."""
+    """Return text such as "a28.h8 at position 16 ␣to", or "layer 3 at position 11"."""
     index = {axes.rows: cell[0], axes.columns: cell[1], axes.hidden: int(at[cell])}
     parts = [
         f"{DIM_WORDS[d]} {_place(axes, view, d, index[d])}"
         for d in ("layer", *summary.UNIT_DIMS)
         if d in index
     ]
+    unit = next((d for d in ("head", "kv_head") if d in index), None)
+    if unit is not None and "layer" in index:  # the names of graphs and edges
+        layer, head = (_place(axes, view, d, index[d]) for d in ("layer", unit))
+        parts = [f"a{layer}.{'h' if unit == 'head' else 'kv'}{head}"]
     if "pos" in index:
         parts += ["at"] * bool(parts) + [f"position {_place(axes, view, 'pos', index['pos'])}"]
     return " ".join(parts) or "the one patch"

@@ -201,7 +201,7 @@ def _map(found: Heads, ablation: int) -> str:
 
 def _told(found: Heads, ablation: int, i: int, j: int) -> str:
     layer, head = found.layers[i], found.heads[j]
-    lines = [f"L{layer} H{head}, {found.ablations[ablation]}"]
+    lines = [f"a{layer}.h{head}, {found.ablations[ablation]}"]
     value = found.effect[ablation, i, j]
     if math.isfinite(value):
         lines.append(f"effect {number(value, sign=True)} {found.unit}".rstrip())
@@ -222,14 +222,15 @@ def _classes(ds: xr.Dataset, found: Heads) -> str:
             continue
         members = [at for at, names in found.classes.items() if name in names]
         members.sort(key=lambda at: -abs(strength[at]))
-        listed = ", ".join(f"L{layer} H{head}" for layer, head in members[:N_LISTED])
+        listed = ", ".join(f"a{layer}.h{head}" for layer, head in members[:N_LISTED])
         if len(members) > N_LISTED:
             listed += f" and {len(members) - N_LISTED} more"
         rule = ", ".join(_rule(name, key, thresholds[key]) for key in RULES.get(name, ()))
         rows.append(
             f'<tr><th scope="row">{esc(class_name(name))}</th><td class="n">{len(members)}</td>'
             f'<td class="wide">{esc(listed) or "none"}</td>'
-            f'<td class="wide">{esc(CLASSES.get(name, ""))}</td><td>{esc(rule)}</td></tr>'
+            f'<td class="wide">{esc(CLASSES.get(name, "heads of your own choice"))}</td>'
+            f"<td>{esc(rule)}</td></tr>"
         )
     gap = ds.attrs.get("gap")
     shares = (
@@ -386,7 +387,7 @@ def _single(ds: xr.Dataset, found: Heads) -> str:
             for name, column in zip(names, columns, strict=True)
         )
         rows.append(
-            f'<tr><th scope="row">L{at[0]} H{at[1]}</th>{cells}<td>{esc(classes)}</td></tr>'
+            f'<tr><th scope="row">a{at[0]}.h{at[1]}</th>{cells}<td>{esc(classes)}</td></tr>'
         )
     head = "".join(f'<th class="n">{esc(name)}</th>' for name in names)
     more = (
@@ -422,7 +423,7 @@ def _optimal(ds: xr.Dataset) -> str:
         cells = "".join(f'<td class="n">{number(float(x))}</td>' for x in losses.values[:, i, j])
         ends = "".join(f'<td class="n">{number(float(x))}</td>' for x in trained[:, i, j])
         layer, head = int(ds["layer"].values[i]), int(ds["head"].values[j])
-        rows.append(f'<tr><th scope="row">L{layer} H{head}</th>{cells}{ends}</tr>')
+        rows.append(f'<tr><th scope="row">a{layer}.h{head}</th>{cells}{ends}</tr>')
     head_cells = "".join(f'<th class="n">{esc(name)}</th>' for name in names)
     settings = attributes(ds)["optimal"]
     n_prompts = min(int(settings["prompts"]), ds.sizes["pair"])

@@ -123,9 +123,18 @@ def prompts(ds: xr.Dataset, metric: str, view: View) -> str:
     if len(lengths) > 1:
         blocks.append(
             f'<p class="notice">Prompts are {min(lengths)} to {max(lengths)} tokens long. '
-            "Positions count from the start, and the later ones average fewer pairs.</p>"
+            f"{_alignment(ds)}</p>"
         )
     return "".join(blocks) + _ends(ds, metric, view)
+
+
+def _alignment(ds: xr.Dataset) -> str:
+    """Return how prompts of unequal lengths share positions, in words."""
+    if "pos" not in ds.coords or ds["pos"].dtype.kind != "i":
+        return "Positions are those of their labels."
+    if (ds["pos"] < 0).any():
+        return "Positions count from the end of each, and the first ones average fewer pairs."
+    return "Positions count from the start, and the later ones average fewer pairs."
 
 
 def banner(ds: xr.Dataset, names: tuple[str, ...]) -> str:

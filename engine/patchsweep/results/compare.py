@@ -73,7 +73,7 @@ class Measure:
 class Miss:
     """A cell with a large difference between estimate and exact effect."""
 
-    place: str  # such as "L12 H3 @16 ␣to"
+    place: str  # such as "a12.h3 @16 ␣to"
     layer: int | str | None
     pos: int | str | None
     head: int | str | None  # head, key head or neuron
@@ -375,13 +375,17 @@ def at(template: xr.DataArray, cell: int, tokens: Sequence[str | None]) -> dict[
         return int(value) if isinstance(value, np.integer) else str(value)
 
     letters = {"layer": "L", "head": "H", "kv_head": "KV", "neuron": "N", "pos": "@"}
-    parts = [f"{letters[d]}{label(d)}" for d in letters if d in index]
+    unit = next((d for d in summary.UNIT_DIMS if d in index), None)
+    if unit in ("head", "kv_head") and "layer" in index:  # as in graphs and edges
+        parts = [f"a{label('layer')}.{'h' if unit == 'head' else 'kv'}{label(unit)}"]
+        parts += [f"@{label('pos')}"] if "pos" in index else []
+    else:
+        parts = [f"{letters[d]}{label(d)}" for d in letters if d in index]
     token = None
     if "pos" in index and index["pos"] < len(tokens):
         token = tokens[int(index["pos"])] or None
     if token:
         parts.append(printable(token.replace(" ", "␣").replace("\n", "⏎")))
-    unit = next((d for d in summary.UNIT_DIMS if d in index), None)
     return {
         "place": " ".join(parts),
         "layer": label("layer") if "layer" in index else None,

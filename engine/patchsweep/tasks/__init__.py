@@ -16,16 +16,27 @@ from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import PromptError
 from patchsweep.tasks.addition import ADDITION
 from patchsweep.tasks.base import Task, load_pairs
-from patchsweep.tasks.check import TaskCheck, check_pairs
+from patchsweep.tasks.check import TaskCheck, check_pairs, check_task_pairs
 from patchsweep.tasks.docstring import DOCSTRING
 from patchsweep.tasks.facts import FACTS
 from patchsweep.tasks.greater_than import GREATER_THAN
 from patchsweep.tasks.induction import INDUCTION
 from patchsweep.tasks.ioi import DEMO_PAIR, IOI, IOI_DEMO
+from patchsweep.tasks.plain import text_pairs
 from patchsweep.tasks.pronouns import PRONOUNS
 from patchsweep.tasks.sva import SVA
 
-__all__ = ["DEMO_PAIR", "TASKS", "Task", "TaskCheck", "check_task", "find_task", "load_task"]
+__all__ = [
+    "DEMO_PAIR",
+    "TASKS",
+    "Task",
+    "TaskCheck",
+    "check_pairs",
+    "check_task",
+    "find_task",
+    "load_task",
+    "text_pairs",
+]
 
 TASKS: Mapping[str, Task] = MappingProxyType(
     {
@@ -87,4 +98,4 @@ def check_task(
     Raises:
         PromptError: as `load_task`.
     """
-    return check_pairs(model, find_task(name), n_pairs, seed, **options)
+    return check_task_pairs(model, find_task(name), n_pairs, seed, **options)

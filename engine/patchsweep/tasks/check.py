@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.data.pairs import PromptPair, PromptPairs
+from patchsweep.data.show import count, number, table_html, token_html
+from patchsweep.errors import PromptError
 from patchsweep.models.offload import device_of
 from patchsweep.models.running import runs_model
 from patchsweep.tasks.base import Task, load_pairs
@@ -19,29 +21,74 @@ _ROWS = 8  # prompts per batch: their logits over the whole vocabulary must fit 
 
 
 @dataclass(frozen=True)
-class TaskCheck:
-    """A model's score on the pairs of a task, without any patch."""
+class AnswerCheck:
+    """Both answers after one prompt of a pair; of answers of several tokens, their first tokens."""
 
-    task: str  # name of the task
+    pair: int
+    prompt: str  # clean or corrupted
+    right: str  # text of the answer that is right after this prompt
+    right_prob: float  # probability of its token
+    right_rank: int  # number of more probable tokens; 0: the model's first guess
+    wrong_prob: float  # of the answer that is right after the other prompt
+    wrong_rank: int
+
+
+@dataclass(frozen=True)
+class TaskCheck:
+    """A model's score on prompt pairs, without any patch."""
+
+    task: str  # name of the task, or "pairs"
     n_pairs: int  # pairs measured
-    seed: int  # of the pairs
+    seed: int  # of the pairs; 0 for pairs of the user's own
     clean_accuracy: float  # share of clean prompts where `answer` outscores `wrong_answer`
     corrupted_accuracy: float  # share of corrupted prompts where `wrong_answer` outscores `answer`
     clean_logit_diff: float  # mean logit of `answer` minus that of `wrong_answer`, clean prompts
     corrupted_logit_diff: float  # the same on corrupted prompts; below zero when right
     clean_top1: float  # share of clean prompts whose likeliest token is `answer`
     corrupted_top1: float  # share of corrupted prompts whose likeliest token is `wrong_answer`
+    answers: tuple[AnswerCheck, ...] = ()  # two for each pair: after its clean prompt and the other
+
+    def _repr_html_(self) -> str:
+        """Return a table of both answers after each prompt."""
+        names = ["pair", "prompt", "right answer", "probability", "rank", "of the wrong", "rank"]
+        rows = [
+            [
+                str(a.pair),
+                a.prompt,
+                token_html(a.right),
+                number(a.right_prob),
+                count(a.right_rank),
+                number(a.wrong_prob),
+                count(a.wrong_rank),
+            ]
+            for a in self.answers
+        ]
+        return table_html(names, rows)
 
 
-def check_pairs(
+def check_task_pairs(
     model: TransformerBridge, task: Task, n_pairs: int | None, seed: int, **options: Any
 ) -> TaskCheck:
-    """Score `model` on pairs of `task`, at the last position of each prompt.
+    """Score `model` on pairs of `task`; see `check_pairs`.
 
     Raises:
         PromptError: as `load_pairs`.
     """
     pairs = load_pairs(model, task, n_pairs, seed, **options)
+    return replace(check_pairs(model, pairs), task=task.name, seed=seed)
+
+
+def check_pairs(model: TransformerBridge, pairs: PromptPairs) -> TaskCheck:
+    """Score `model` on pairs, at the last position of each prompt, without any patch.
+
+    A sweep of pairs that the model fails explains nothing. Probabilities are over the whole
+    vocabulary; ranks count the tokens that are more probable.
+
+    Raises:
+        PromptError: `pairs` are no PromptPairs.
+    """
+    if not isinstance(pairs, PromptPairs):
+        raise PromptError(f"pairs must be PromptPairs, got a {type(pairs).__name__}")
     clean = last_logits(model, pairs, "clean")
     corrupted = last_logits(model, pairs, "corrupted")
     rows = torch.arange(len(pairs), device=clean.device)
@@ -50,16 +97,38 @@ def check_pairs(
     clean_diff = clean[rows, answer] - clean[rows, wrong_answer]
     corrupted_diff = corrupted[rows, answer] - corrupted[rows, wrong_answer]
     return TaskCheck(
-        task=task.name,
+        task="pairs",
         n_pairs=len(pairs),
-        seed=seed,
+        seed=0,
         clean_accuracy=_mean(clean_diff > 0),
         corrupted_accuracy=_mean(corrupted_diff < 0),
         clean_logit_diff=_mean(clean_diff),
         corrupted_logit_diff=_mean(corrupted_diff),
         clean_top1=_mean(clean.argmax(dim=1) == answer),
         corrupted_top1=_mean(corrupted.argmax(dim=1) == wrong_answer),
+        answers=tuple(
+            one
+            for index, pair in enumerate(pairs)
+            for one in (
+                _answers(index, "clean", pair.answer_text, clean, answer, wrong_answer),
+                _answers(
+                    index, "corrupted", pair.wrong_answer_text, corrupted, wrong_answer, answer
+                ),
+            )
+        ),
     )
+
+
+def _answers(
+    pair: int, prompt: str, text: str, logits: Tensor, right: Tensor, wrong: Tensor
+) -> AnswerCheck:
+    """Return the numbers of one prompt from its `logits[pair]`."""
+    row = logits[pair]
+    probs = row.double().softmax(dim=0)
+    (right_prob, right_rank), (wrong_prob, wrong_rank) = (
+        (float(probs[token]), int((row > row[token]).sum())) for token in (right[pair], wrong[pair])
+    )
+    return AnswerCheck(pair, prompt, text, right_prob, right_rank, wrong_prob, wrong_rank)
 
 
 @runs_model

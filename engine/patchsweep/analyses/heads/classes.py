@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -11,8 +13,9 @@ from numpy.typing import NDArray
 from patchsweep.analyses.heads.behaviour import METRIC, Behaviour
 from patchsweep.analyses.heads.optimal import Head
 from patchsweep.analyses.heads.scores import DETECTED
-from patchsweep.arguments import number, whole_number
+from patchsweep.arguments import head_places, number, whole_number
 from patchsweep.errors import ConfigError
+from patchsweep.spec.plan import ModelShape
 from patchsweep.store.attributes import flat_attributes
 
 Mask = NDArray[np.bool_]  # [layer, head]
@@ -114,9 +117,42 @@ def task_classes(
     return dict(zip(ON_TASK, masks, strict=True)), measured
 
 
+def own_classes(
+    given: Mapping[str, Sequence[Any]] | None, shape: ModelShape
+) -> dict[str, tuple[Head, ...]]:
+    """Return a user's own classes, name -> heads.
+
+    Raises:
+        ConfigError: a name is that of a measured class, or no text.
+        PlanError: an entry names no head of the model.
+    """
+    if not isinstance(given, Mapping | None):
+        raise ConfigError(f"classes={given!r} must map names to heads, {{'mine': [(9, 9)]}}")
+    found = {}
+    for name, heads in (given or {}).items():
+        if not isinstance(name, str) or not name.strip() or name in CLASSES:
+            raise ConfigError(
+                f"classes has {name!r}; give a name of your own, none of {', '.join(CLASSES)}"
+            )
+        places = [heads] if isinstance(heads, str) else list(heads)
+        found[name] = head_places(places, shape.n_layers, shape.n_heads, f"classes[{name!r}]")
+    return found
+
+
+def own_masks(own: Mapping[str, Sequence[Head]], scores: xr.DataArray) -> dict[str, Mask]:
+    """Return the masks of a user's own classes, of the size of `scores` [.., layer, head]."""
+    masks = {}
+    for name, heads in own.items():
+        masks[name] = np.zeros((scores.sizes["layer"], scores.sizes["head"]), dtype=bool)
+        for layer, head in heads:
+            masks[name][layer, head] = True
+    return masks
+
+
 def member_table(masks: dict[str, Mask]) -> xr.DataArray:
     """Return membership [head_class, layer, head]; `other` holds heads without a class."""
-    names = [name for name in CLASSES if name in masks or name == OTHER]
+    own = [name for name in masks if name not in CLASSES]
+    names = [*(name for name in CLASSES[:-1] if name in masks), *own, OTHER]
     other = ~np.any(list(masks.values()), axis=0)
     table = np.stack([masks.get(name, other) for name in names])
     return xr.DataArray(

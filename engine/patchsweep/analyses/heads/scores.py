@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,14 @@ from numpy.typing import NDArray
 from transformer_lens.head_detector import detect_head
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.errors import ModelError
+from patchsweep.arguments import check_bridge
+from patchsweep.data.answers import prompt_ids
+from patchsweep.errors import ModelError, PromptError
 from patchsweep.forward.casting import cast_while
 from patchsweep.models.compute import compute_dtype_of
 from patchsweep.models.running import runs_model
 from patchsweep.tasks.ioi import NAMES, OBJECTS, PLACES
+from patchsweep.tasks.plain import is_text
 
 # class -> the name of its pattern in TransformerLens
 DETECTED = {
@@ -50,20 +54,29 @@ def texts(model: TransformerBridge) -> list[str]:
 
 @runs_model
 @torch.no_grad()
-def detect(model: TransformerBridge) -> xr.DataArray:
-    """Return the scores [pattern, layer, head] of TransformerLens's `detect_head` over `texts`.
+def detect_heads(model: TransformerBridge, text: str | Sequence[str] | None = None) -> xr.DataArray:
+    """Return the scores [pattern, layer, head] of TransformerLens's `detect_head` on texts.
 
-    A score is the mean share of a head's attention to the tokens that an induction,
+    `text` is one text or several, over which scores are averaged; default: four texts of random
+    words, each said twice. Patterns are `induction`, `previous_token` and `duplicate_token`. A
+    score is the mean share of a head's attention to the tokens that an induction,
     previous-token or duplicate-token head attends to, without the first position, where heads
     rest. Only the second half of a text has targets for induction and duplicate-token heads.
 
     Raises:
         ModelError: the model shows no attention patterns, or its context is too short.
+        PromptError: `text` is none, or longer than the context.
     """
+    check_bridge(model)
+    given = texts(model) if text is None else [text] if isinstance(text, str) else text
+    if not is_text(given):
+        raise PromptError(f"text={text!r} must be a text, or a list of them")
+    for number, one in enumerate(given):
+        prompt_ids(model, one, f"text {number}", None)
     scores_of: dict[str, list[Scores]] = {name: [] for name in DETECTED}
-    for text in texts(model):
+    for one in given:
         with cast_while(model, compute_dtype_of(model)):
-            scores = _detect(model, text)
+            scores = _detect(model, one)
         for name in DETECTED:
             scores_of[name].append(scores[name])
     values = np.stack([np.mean(scores, axis=0) for scores in scores_of.values()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -22,14 +23,17 @@ from patchsweep.analyses.heads.ablations import (
 )
 from patchsweep.analyses.heads.behaviour import LABELS, PLACES, Behaviour, has_labels
 from patchsweep.analyses.heads.classes import (
+    ON_TASK,
     Thresholds,
     detected_classes,
     member_table,
+    own_classes,
+    own_masks,
     task_classes,
 )
 from patchsweep.analyses.heads.findings import disagreement
-from patchsweep.analyses.heads.optimal import OptimalSettings
-from patchsweep.analyses.heads.scores import detect
+from patchsweep.analyses.heads.optimal import Head, OptimalSettings
+from patchsweep.analyses.heads.scores import detect_heads
 from patchsweep.analyses.stages import Stages
 from patchsweep.arguments import check_config, check_runner, position_axis
 from patchsweep.data.pairs import PromptPairs
@@ -38,10 +42,12 @@ from patchsweep.models.running import runs_model
 from patchsweep.runners.select import RunnerName
 from patchsweep.spec.metrics import get_metrics
 from patchsweep.spec.reference import MeansFrom, load_reference
-from patchsweep.spec.spec import MetricLike, Positions, SweepSpec
+from patchsweep.spec.spec import MetricLike, Positions, SweepSpec, model_shape
 from patchsweep.store.attributes import flat_attributes
 from patchsweep.sweeps.identity import identity_of, intervention_words, metric_words
 from patchsweep.sweeps.layout import analysis_attrs
+
+log = logging.getLogger("patchsweep")
 
 KIND = "heads"
 TRAINED = OptimalSettings()
@@ -58,6 +64,7 @@ def study(
     positions: Positions = "all",
     optimal: OptimalSettings | None = TRAINED,
     thresholds: Thresholds = USUAL,
+    classes: Mapping[str, Sequence[Any]] | None = None,
     read: int = SweepSpec.read,
     means_from: MeansFrom = SweepSpec.means_from,
     runner: RunnerName = "auto",
@@ -84,6 +91,7 @@ def study(
         optimal: settings of training; None leaves optimal ablation out. Optimal ablation adds the
             metric `kl_base`, which it minimises, for all ablations.
         thresholds: minimal scores for membership in a class.
+        classes: classes of your own beside those, name to heads: `{"mine": [(9, 9), "a10.h0"]}`.
         read, means_from, runner, max_tokens: as in `patchsweep.sweep`. Optimal constants
             always start from the mean over `pairs`.
         config: config of the command line, kept in the provenance.
@@ -98,6 +106,7 @@ def study(
         raise ConfigError(f"optimal={optimal!r} must be OptimalSettings(...), or None")
     if not isinstance(thresholds, Thresholds):
         raise ConfigError(f"thresholds={thresholds!r} must be Thresholds(...)")
+    own = own_classes(classes, model_shape(model))
     check_config(config)
     check_runner(runner, max_tokens)
     ask = _ask(
@@ -109,7 +118,7 @@ def study(
     def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
         tell = stage or (lambda words: None)
         tell("attention on repeated words")
-        scores = detect(model)  # before the sweeps, since it may refuse the model
+        scores = detect_heads(model)  # before the sweeps, since it may refuse the model
         ds = ablate(ask, trainer, attrs, stages, tell)
         sweep_attrs = ds.attrs
         masks = detected_classes(scores, thresholds)
@@ -126,6 +135,8 @@ def study(
                 measured = measured.assign_coords(place=np.array(PLACES, dtype=object))
         else:
             reason = f"not every pair has the labels {', '.join(LABELS)}"
+            log.warning("no %s heads are told: %s", ", ".join(ON_TASK), reason)
+        masks |= own_masks(own, scores)
         ds = ds.assign(detected=scores, member=member_table(masks))
         ds = ds.assign({str(name): values for name, values in measured.data_vars.items()})
         ds = ds.merge(disagreement(ds))
@@ -134,7 +145,7 @@ def study(
         )
         return ds
 
-    return stages.results(model, lambda: _attrs(ask, thresholds, config), compute)
+    return stages.results(model, lambda: _attrs(ask, thresholds, own, config), compute)
 
 
 def _ask(
@@ -168,6 +179,7 @@ def _ask(
 def _attrs(
     ask: Ask,
     thresholds: Thresholds,
+    own: Mapping[str, Sequence[Head]],
     config: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Return the attributes that are known before any run: identity, provenance and settings."""
@@ -177,6 +189,8 @@ def _attrs(
         "optimal": asdict(ask.optimal) if ask.optimal and OPTIMAL in ask.ablations else None,
         "thresholds": asdict(thresholds),
     }
+    if own:  # a study without any has the identity that it always had
+        more["classes"] = {name: [list(head) for head in heads] for name, heads in own.items()}
     settings = {
         "metrics": [metric_words(metric) for metric in ask.metrics],
         "read": ask.read,

@@ -37,6 +37,7 @@ from patchsweep.spec.spec import SweepSpec, check_direction, check_pairs, model_
 from patchsweep.store.attributes import flat_attributes
 from patchsweep.sweeps.identity import identity_of
 from patchsweep.sweeps.layout import analysis_attrs
+from patchsweep.tasks.plain import pairs_of
 
 Floats = NDArray[np.float32]
 Which = Literal["clean", "corrupted", "base", "source"]
@@ -49,7 +50,7 @@ NUMBERS = tuple(f"{k}_{n}" for k in ("answer", "wrong") for n in ("prob", "log_p
 @runs_model
 def lens(
     model: TransformerBridge,
-    pairs: PromptPairs,
+    pairs: PromptPairs | str | Sequence[str],
     *,
     which: Which | None = None,
     direction: Direction | None = SweepSpec.direction,
@@ -70,6 +71,8 @@ def lens(
     are NaN, or "", beyond a prompt's end and where the model has no such point.
 
     Args:
+        pairs: prompt pairs, or plain texts, see `patchsweep.text_pairs`: the answers are then the
+            two tokens that the model finds most probable after each.
         which: the prompt to read, `clean` or `corrupted`, or `base` or `source` under
             `direction`. Default: the base run.
         direction: `denoising`: the base is the corrupted prompt; `noising`: the clean one.
@@ -87,6 +90,7 @@ def lens(
         MethodError: final norm and unembedding do not give the model's own predictions.
     """
     check_config(config)
+    pairs = pairs_of(model, pairs)
     spec = make_spec(model, pairs, which, direction, remove, patch, top)
     stages = Stages.of(stages)
 
