@@ -26,6 +26,7 @@ from hydra._internal.hydra import Hydra
 from patchsweep import PatchsweepError
 from patchsweep.analyses.attention import attention
 from patchsweep.analyses.circuits import (
+    acdc,
     circuit,
     circuit_scores,
     edges,
@@ -74,6 +75,7 @@ FACE = (
     Store,
     SweepSpec,
     Thresholds,
+    acdc,
     attention,
     check_task,
     circuit,

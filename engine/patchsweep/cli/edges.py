@@ -28,7 +28,16 @@ def main(arguments: list[str]) -> int:
     Raises:
         ConfigError: an override sets a key that only sweeps use.
     """
-    refuse_unused("edges", "edges have", arguments, EdgesRun.unused)
+    refuse_unused(
+        "edges",
+        "edges have",
+        arguments,
+        EdgesRun.unused,
+        instead={
+            "tolerance": "a tolerance is for patches of sites, and an edge changes a stream of its "
+            "own; leave it out, or run fewer edges with top=200"
+        },
+    )
     compose("edges", arguments, job, schema=EdgesRun)
     return 0
 

@@ -34,6 +34,6 @@ class EdgesRun(AnalysisRun):
     def __post_init__(self) -> None:
         if self.top != "all" and not (type(self.top) is int and self.top >= 1):
             raise ConfigError(
-                f"top={self.top} must be a whole number of at least 1, or all; 200 is usual"
+                f"top={self.top!r} must be a whole number of at least 1, or all; 200 is usual"
             )
         path_of(self.steps, self.rule, self.rtol)  # type: ignore[arg-type]
