@@ -17,6 +17,8 @@ from unittest import mock
 import patchsweep as ps
 import pytest
 import torch
+from patchsweep.forward.unembed import CHUNK_BYTES, Unembed
+from patchsweep.forward.unwrapped import UnwrappedModel
 from patchsweep.runners.packed import forward, runner
 from patchsweep.runners.packed.budget import (
     MOST_GPU_TOKENS,
@@ -208,3 +210,15 @@ def test_batches_of_a_gpu_hide_the_hosts_work_and_fit() -> None:
         fits = default_max_tokens(model, torch.float32)
     assert fits * gpu_bytes_per_token(model, torch.float32) <= WAVE_SHARE * 2**30
     assert fits == MOST_GPU_TOKENS or 2 * fits * gpu_bytes_per_token(model, torch.float32) > 2e8
+
+
+def test_chunks_of_logits_are_larger_on_a_gpu_and_fit() -> None:
+    model = loaded("tiny:llama")
+    unembed = Unembed(UnwrappedModel(model))
+    on_cpu, row = unembed.chunk_rows(), 4 * unembed.d_vocab
+    assert (on_cpu + 1) * row > CHUNK_BYTES >= on_cpu * row
+    for total in (2**30, 80 * 2**30):
+        with virtual_cuda(total_bytes=total):
+            move(model)
+            n_rows = unembed.chunk_rows()
+        assert on_cpu < n_rows <= min(0.1 * total, 2**30) / row

@@ -13,10 +13,15 @@ from patchsweep_kernels.vocab import log_z, total_variation, vocab_kl
 from torch import Tensor, nn
 
 from patchsweep.forward.unwrapped import UnwrappedModel
+from patchsweep.models.memory import free_memory
+from patchsweep.models.offload import device_of
 from patchsweep.spec.metrics import Sum
 
-# a chunk of logits stays within this many bytes
+# a chunk of logits stays within this many bytes; on a GPU, where each chunk reads the whole
+# unembedding, within more, but no more than this share of the free memory
 CHUNK_BYTES = 32 * 2**20
+GPU_CHUNK_BYTES = 2**30
+CHUNK_SHARE = 0.1
 
 
 class Unembed:
@@ -59,11 +64,14 @@ class Unembed:
         return tokens
 
     def chunk_rows(self, n_reads: int = 1) -> int:
-        """Return the number of rows whose fp32 logits fit `CHUNK_BYTES`."""
-        return max(1, CHUNK_BYTES // (4 * self.d_vocab * n_reads))
+        """Return the number of rows whose fp32 logits fit a chunk."""
+        device, most = device_of(self.unwrapped.bridge), CHUNK_BYTES
+        if device.type == "cuda":
+            most = min(GPU_CHUNK_BYTES, max(most, int(CHUNK_SHARE * free_memory(device))))
+        return max(1, most // (4 * self.d_vocab * n_reads))
 
     def chunks(self, n_rows: int, n_reads: int = 1) -> Iterator[slice]:
-        """Yield slices of rows whose fp32 logits fit `CHUNK_BYTES`."""
+        """Yield slices of rows whose fp32 logits fit a chunk."""
         size = self.chunk_rows(n_reads)
         for first in range(0, n_rows, size):
             yield slice(first, min(first + size, n_rows))
