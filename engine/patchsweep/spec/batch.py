@@ -12,7 +12,7 @@ from torch import Tensor
 
 from patchsweep.data.pairs import PromptPair
 from patchsweep.errors import PlanError, PromptError
-from patchsweep.spec.interventions import Direction, Prompts, Spans
+from patchsweep.spec.interventions import Direction, Intervention, Prompts, Spans, shuffles
 from patchsweep.spec.plan import PairShape
 
 
@@ -143,19 +143,29 @@ def make_batches(
     return batches
 
 
-def next_of_length(pairs: Sequence[PromptPair]) -> dict[int, int]:
-    """Map each pair to the next pair whose prompts and answers have the same number of tokens.
+def sources_of(
+    pairs: Sequence[PromptPair], interventions: Sequence[Intervention]
+) -> dict[int, int] | None:
+    """Map each pair to the one whose source run a shuffling intervention takes; None: its own.
+
+    It is the next pair whose prompts and answers have the same number of tokens.
 
     Raises:
         PromptError: no other pair has the same number of tokens.
     """
+    shuffling = [x.name for x in interventions if shuffles(x)]
+    return _next_of_length(pairs, shuffling[0]) if shuffling else None
+
+
+def _next_of_length(pairs: Sequence[PromptPair], name: str) -> dict[int, int]:
+    """Map each pair to the next of its length; `name` is the intervention's, for the error."""
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
     for number, pair in enumerate(pairs):
         groups[len(pair.clean), len(pair.answer)].append(number)
     for (length, _), members in groups.items():
         if len(members) < 2:
             raise PromptError(
-                "intervention=shuffle takes values from another pair of the same length, but only "
+                f"intervention={name} takes values from another pair of the same length, but only "
                 f"pair {members[0]} has {length} tokens; add pairs or use resample"
             )
     return {

@@ -31,7 +31,7 @@ from patchsweep.models.arithmetic import SIXTEEN_BITS
 from patchsweep.models.compute import ComputeDtype, check_compute_dtype, compute_dtype_of
 from patchsweep.models.offload import device_of
 from patchsweep.models.quantised import check_each_row, first_packed, n_parameters
-from patchsweep.spec.batch import Batch, make_batches, next_of_length, pair_shape
+from patchsweep.spec.batch import Batch, make_batches, pair_shape, sources_of
 from patchsweep.spec.directions import check_directions
 from patchsweep.spec.interventions import (
     Direction,
@@ -40,7 +40,6 @@ from patchsweep.spec.interventions import (
     check_constant,
     check_labels,
     get_intervention,
-    shuffles,
 )
 from patchsweep.spec.metrics import Metric, MetricLike, check_rows, get_metrics
 from patchsweep.spec.plan import Axes, ModelShape, PairShape, SitePlan
@@ -229,7 +228,7 @@ def make_request(model: TransformerBridge, pairs: PromptPairs, spec: SweepSpec) 
         plans=plans,
         compute_dtype=dtype,
         noisy=dtype in SIXTEEN_BITS or first_packed(model) is not None,
-        source_of=next_of_length(pairs) if shuffles(experiment.intervention) else None,
+        source_of=sources_of(pairs, [experiment.intervention]),
     )
 
 

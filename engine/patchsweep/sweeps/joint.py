@@ -18,7 +18,7 @@ from patchsweep.models.offload import device_of
 from patchsweep.models.quantised import check_each_row
 from patchsweep.runners.joint import JointRunner, joint_runner
 from patchsweep.runners.select import RunnerChoice, RunnerName, select_runner
-from patchsweep.spec.batch import Batch, clean_prompts, make_batches, next_of_length, pair_shape
+from patchsweep.spec.batch import Batch, clean_prompts, make_batches, pair_shape, sources_of
 from patchsweep.spec.directions import Live
 from patchsweep.spec.finite import check_finite, check_references, names_of
 from patchsweep.spec.interventions import (
@@ -192,7 +192,7 @@ def joint_request(
         used=tuple(checking.used),
         shape=shape,
         compute_dtype=compute_dtype_of(model, compute_dtype),
-        source_of=next_of_length(pairs) if any(map(shuffles, interventions)) else None,
+        source_of=sources_of(pairs, interventions),
     )
 
 
