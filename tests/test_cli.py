@@ -131,7 +131,7 @@ def test_run_leaves_nothing_but_its_store(here: Path, capsys: pytest.CaptureFixt
     assert os.listdir(here) == ["runs"]
     assert sorted(os.listdir(here / "runs")) == [name, f"{name}.journal", f"{name}.leases"]
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4, "a line a unit, and two in the end"
+    assert len(lines) == 5, "a line of what begins, one a unit, and two in the end"
     events = [event["event"] for event in read_journal(here / "runs" / name)]
     assert events == ["started", "unit", "unit", "finished"]
     with xr.open_zarr(here / "runs" / name, consolidated=False) as ds:
@@ -358,7 +358,7 @@ def test_report_that_cannot_be_written_is_told(
     out: str,
     part: str,
 ) -> None:
-    monkeypatch.setattr("patchsweep.report._page", lambda ds, address: "page")
+    monkeypatch.setattr("patchsweep.report.page_of", lambda *of: "page")
     (here / "folder").mkdir()
     save_dataset(xr.Dataset(attrs={"kind": "lens"}), here / "a.zarr")
     assert part in refused(capsys, "report", "a.zarr", "-o", out)
@@ -371,7 +371,7 @@ def test_report_on_a_full_disk_is_told(
         path.touch()
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("patchsweep.report._page", lambda ds, address: "page")
+    monkeypatch.setattr("patchsweep.report.page_of", lambda *of: "page")
     monkeypatch.setattr(Path, "write_text", full)
     save_dataset(xr.Dataset(attrs={"kind": "lens"}), here / "a.zarr")
     assert "No space left on device" in refused(capsys, "report", "a.zarr", "-o", "r.html")
