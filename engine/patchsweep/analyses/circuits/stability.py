@@ -35,6 +35,8 @@ from patchsweep.spec.spec import MetricLike, SweepSpec
 
 # resamples whose mean scores are held at a time
 _BLOCK = 64
+# edges looked at for each edge of the circuit, if the others are proved too weak
+_CANDIDATES = 8
 
 
 def bootstrap_circuit(
@@ -66,22 +68,19 @@ def bootstrap_circuit(
     check_rank_by(rank_by, "")
     plan = sizes_of(sizes, int(known.sum()), "edges" if "sender" in dims else "nodes")
     values = given[:, known]
-    rng = np.random.default_rng(seed)
-    whole = _members(strength_of(values.mean(axis=0), rank_by), plan.counts)
-    counts = np.zeros((len(plan.counts), values.shape[1]), dtype=np.int32)
-    jaccard = np.empty((len(plan.counts), n_resamples))
-    for first in range(0, n_resamples, _BLOCK):
-        n = min(_BLOCK, n_resamples - first)
-        weights = rng.multinomial(len(values), [1 / len(values)] * len(values), size=n)
-        means = (weights.astype(np.float32) / np.float32(len(values))) @ values
-        for i, strength in enumerate(strength_of(means, rank_by)):
-            members = _members(strength, plan.counts)
-            counts += members
-            both = (members & whole).sum(axis=1)
-            size = np.array(plan.counts)
-            jaccard[:, first + i] = np.where(size > 0, both / np.maximum(2 * size - both, 1), 1)
+    # |mean| of a draw is at most the largest |score| of a pair: edges that are weak in every pair
+    # cannot be in a small circuit, and few are strong in one
+    few = [count for count in plan.counts if count * _CANDIDATES < values.shape[1]]
+    drawn = np.zeros((len(plan.counts), values.shape[1]), dtype=np.int32)
+    jaccard = np.ones((len(plan.counts), n_resamples))
+    for counts in (few, [count for count in plan.counts if count not in few]):
+        rows = np.array([plan.counts.index(count) for count in counts], dtype=int)
+        if any(0 < count < values.shape[1] for count in counts):
+            drawn[rows], jaccard[rows] = _draw(values, counts, rank_by, n_resamples, seed)
+        else:
+            drawn[rows] = n_resamples * (np.array(counts)[:, None] > 0)
     share = np.full((len(plan.counts), *known.shape), np.nan)
-    share[:, known] = counts / n_resamples
+    share[:, known] = drawn / n_resamples
     coords = {dim: scores[dim].values for dim in dims}
     return xr.Dataset(
         {
@@ -100,6 +99,54 @@ def bootstrap_circuit(
             "method": str(scores.attrs.get("method", "given")),
         },
     )  # fmt: skip
+
+
+def _draw(
+    values: NDArray[np.float32],
+    counts: Sequence[int],
+    rank_by: RankBy,
+    n_resamples: int,
+    seed: int,
+) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
+    """Return how many resamples hold an edge [size, edge], and the overlaps [size, resample]."""
+    n_pairs, n = values.shape
+    largest = max(count for count in counts if count < n)
+    bound = strength_of(values, rank_by).max(axis=0)  # of the strength in any resample
+    n_near = min(n, _CANDIDATES * largest)
+    near = np.sort(np.argpartition(bound, n - n_near)[n - n_near :])
+    beyond = np.delete(bound, near).max(initial=-np.inf)
+    whole = _members(strength_of(values.mean(axis=0), rank_by), counts)
+    whole_near, values_near = whole[:, near], np.ascontiguousarray(values[:, near])
+    size = np.array(counts)
+    drawn = np.zeros((len(counts), n), dtype=np.int32)
+    drawn_near = np.zeros((len(counts), n_near), dtype=np.int32)
+    jaccard = np.ones((len(counts), n_resamples))
+    rng = np.random.default_rng(seed)
+    inner = sorted({n_near - count for count in counts if 0 < count < n_near})
+    for first in range(0, n_resamples, _BLOCK):
+        block = min(_BLOCK, n_resamples - first)
+        draws = rng.multinomial(n_pairs, [1 / n_pairs] * n_pairs, size=block)
+        weights = draws.astype(np.float32) / np.float32(n_pairs)
+        strength = strength_of(weights @ values_near, rank_by)
+        parted = np.partition(strength, inner, axis=1) if inner else strength
+        sure = np.ones(block, dtype=bool) if n_near == n else parted[:, inner[0]] > beyond
+        members = np.empty((len(counts), block, n_near), dtype=bool)
+        for row, count in zip(members, counts, strict=True):
+            if 0 < count < n_near:
+                np.greater_equal(strength, parted[:, n_near - count, None], out=row)
+                sure &= np.count_nonzero(row, axis=1) == count  # without ties
+            else:
+                row[:] = count >= n_near
+        drawn_near += np.count_nonzero(members[:, sure], axis=1)
+        both = np.count_nonzero(members & whole_near[:, None], axis=2)
+        for i in np.flatnonzero(~sure):  # ties, or an edge that was left out might belong to it
+            own = _members(strength_of(weights[i] @ values, rank_by), counts)
+            drawn += own
+            both[:, i] = np.count_nonzero(own & whole, axis=1)
+        jaccard[:, first : first + block] = both / np.maximum(2 * size[:, None] - both, 1)
+    drawn[:, near] += drawn_near
+    jaccard[size == 0] = 1
+    return drawn, jaccard
 
 
 @runs_model
