@@ -41,7 +41,7 @@ def execute(config: TraceRun) -> None:
     transformers_logging.disable_progress_bar()
     model = config.model.load()
     pairs = config.task.load(model)
-    settings = {**config.asked(), "config": config.identity()}
+    settings = {**config.settings(), "config": config.identity()}
     found = stored(
         console,
         config,

@@ -43,7 +43,7 @@ class TraceRun(AnalysisRun):
         noise = self.noise
         return Noise(noise.label, noise.scale, noise.samples, noise.seed)
 
-    def asked(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """Return the arguments of `trace` other than model, pairs, noise and config."""
         return {
             "metrics": self.metric.metrics(),
