@@ -65,7 +65,7 @@ def test_pruning_equals_a_plain_loop_at_three_thresholds(family: str) -> None:
         assert int(ds["n_edges"][i]) == sizes[-1]
         assert int(ds["n_dead"][i]) > 0
     assert len(set(sizes)) == 3
-    assert sizes[-1] > 0
+    assert sizes[0] > 0  # the largest threshold may let all go
 
 
 def nodes_of(family: str) -> Nodes:
