@@ -207,6 +207,19 @@ def test_stems_run_shared_blocks_once() -> None:
     assert stem.plan.token_layers + stem.rest.token_layers == (3 + 4 * 2) * suffix
 
 
+def test_sets_that_differ_in_dead_patches_alone_run_once() -> None:
+    name = "tiny:llama"
+    noise = Patch("resid_pre", 0, [12], None, 0.5)
+    sets = [[noise, Patch("mlp_out", 1, [pos], None, "base")] for pos in (3, 5, 13)] + [noise]
+    request = joint_request(
+        model(name), demo_pairs(name), sets, "logit_diff", direction="noising", read=-1,
+        means_from=None, compute_dtype="auto",
+    )  # fmt: skip
+    first, of = request.plan(request.batches([0])[0], range(4)).distinct()
+    assert first.tolist() == [0, 2]
+    assert of.tolist() == [0, 0, 1, 0]
+
+
 def test_a_base_value_freezes_what_no_other_patch_reaches_for_nothing() -> None:
     """Dead beside patches that come later or at later positions, live behind an earlier one."""
     name = "tiny:gpt2"

@@ -112,6 +112,24 @@ class JointPlan:
         rows = np.flatnonzero(self.live)
         return sum(int(self.counts(rows, layer).sum()) for layer in range(self.n_layers))
 
+    def distinct(self) -> tuple[Ints, Ints]:
+        """Return the first of each group of rows with the same live writes, and `[row]` which of
+        these each row equals. Sets that differ in dead writes alone are such rows."""
+        table = np.stack([getattr(self.writes, f.name) for f in fields(Writes)[1:]], axis=1)
+        order = np.lexsort((*table.T[::-1], self.writes.row))
+        table = np.ascontiguousarray(table[order])
+        ends = np.searchsorted(self.writes.row[order], np.arange(self.n_rows + 1))
+        number: dict[tuple[int, bytes], int] = {}
+        first: list[int] = []
+        of = np.empty(self.n_rows, np.int64)
+        for row in range(self.n_rows):
+            key = int(self.pair[row]), table[ends[row] : ends[row + 1]].tobytes()
+            if key not in number:
+                number[key] = len(first)
+                first.append(row)
+            of[row] = number[key]
+        return np.array(first, np.int64), of
+
     def part(self, rows: Ints) -> JointPlan:
         """Return the plan of `rows` alone, in that order."""
         number = np.full(self.n_rows, -1, np.int64)

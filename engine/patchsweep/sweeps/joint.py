@@ -280,7 +280,9 @@ class JointPatches:
             found = np.repeat(base, len(sets), axis=1)
             live = np.flatnonzero(plan.live)
             if len(live):
-                found[:, live] = self._metrics(loaded, plan.part(live))
+                part = plan.part(live)
+                first, of = part.distinct()
+                found[:, live] = self._metrics(loaded, part.part(first))[:, of]
 
             def where(row: int, batch: Batch = batch) -> str:
                 return f"patches[{sets[row % len(sets)]}] in pair {batch.pairs[row // len(sets)]}"
