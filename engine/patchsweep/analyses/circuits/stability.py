@@ -237,8 +237,9 @@ def _validation(
     for name, curve in (("", in_sample), ("held_out_", held_out)):
         if np.isfinite(curve).all():
             attrs[f"{name}cpr"], attrs[f"{name}cmd"] = areas(shares, curve.tolist())
-    distance = np.abs(1 - by_fold[np.isfinite(by_fold).all(axis=1)])
-    if len(distance) > 1:
+    parts_of_it = np.array(shares) < 1  # the whole model is faithful to itself
+    distance = np.abs(1 - by_fold[np.isfinite(by_fold).all(axis=1)])[:, parts_of_it]
+    if len(distance) > 1 and parts_of_it.any():
         mean = distance.mean(axis=0)
         error = distance.std(axis=0, ddof=1) / np.sqrt(len(distance))
         least = int(mean.argmin())
