@@ -47,7 +47,7 @@ def write_report(store: str | PathLike[str], out: str | PathLike[str] = "report.
         if not isinstance(given, str | PathLike):
             raise ConfigError(f"{name}={given!r} must be a path, such as {such!r}")
     address = fspath(store)
-    _check_file(Path(out))
+    _check_file(out)
     with understood(scrub(address)):
         page = page_of(open_store(address), scrub(address), read_journal(address))
     return write_page(page, out)
@@ -59,8 +59,7 @@ def write_page(page: str, out: str | PathLike[str]) -> Path:
     Raises:
         ConfigError: it cannot be written there.
     """
-    path = Path(out)
-    _check_file(path)
+    path = _check_file(out)
     partial = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,6 +94,8 @@ def page_of(ds: xr.Dataset, name: str, journal: Journal | None = None) -> str:
     return page
 
 
-def _check_file(path: Path) -> None:
+def _check_file(out: str | PathLike[str]) -> Path:
+    path = Path(out)
     if not path.name or path.is_dir():
-        raise ConfigError(f"out={str(path)!r} must be a file, such as report.html")
+        raise ConfigError(f"out={fspath(out)!r} must be a file, such as report.html")
+    return path

@@ -27,6 +27,7 @@ from patchsweep.forward.unembed import Unembed
 from patchsweep.forward.unwrapped import Unsupported
 from patchsweep.models.compute import compute_dtype_of
 from patchsweep.models.offload import device_of
+from patchsweep.runners.packed.budget import keep_batch_memory
 from patchsweep.spec.batch import Batch, clean_prompts, make_batches
 from patchsweep.spec.directions import Live
 from patchsweep.spec.finite import check_references
@@ -243,6 +244,7 @@ class ExactBatches(EdgeBatches[EdgeBatch]):
 
     def prepare(self) -> None:
         """See `EdgeBatches`."""
+        keep_batch_memory(self.question.bridge)
         self.blocks, self._nodes = blocks_and_nodes(self.question.bridge)
         prepare(
             self.question,
