@@ -12,7 +12,7 @@ import pytest
 import torch
 from patchsweep.analyses.circuits.flow import importance
 from patchsweep.attribution.gim import HalvedProducts, TemperedSoftmax
-from patchsweep.attribution.relp import frozen_norms
+from patchsweep.attribution.relp import frozen_norms, is_activation
 from patchsweep.errors import MethodError
 from patchsweep.forward.unwrapped import UnwrappedModel
 from patchsweep.models.tiny import tiny_model
@@ -280,3 +280,9 @@ def test_wrong_rules_are_refused() -> None:
         ps.edges(bridge, pairs, rules="gim", steps=5)
     with pytest.raises(MethodError, match="does not score edges"):
         ps.circuit_scores(bridge, pairs, method="atp_star")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "gpt_neox"])
+def test_activation_functions_are_known_in_their_fused_form(family: str) -> None:
+    plain = UnwrappedModel(model(f"tiny:{family}"))
+    assert sum(map(is_activation, plain.model.modules())) == len(plain.blocks)

@@ -107,8 +107,9 @@ def frozen_norms(unwrapped: UnwrappedModel) -> Iterator[None]:
 
 def is_activation(module: nn.Module) -> bool:
     """Whether `module` is an elementwise nonlinearity of `transformers` or torch."""
-    origin = type(module).__module__
-    return origin.startswith(("transformers.activations", "torch.nn.modules.activation")) and not (
+    origins = ("transformers.activations", "torch.nn.modules.activation")
+    # a fused layer is of a class of its own, below the model's
+    return any(cls.__module__.startswith(origins) for cls in type(module).__mro__) and not (
         isinstance(module, nn.MultiheadAttention | nn.Softmax)
     )
 
