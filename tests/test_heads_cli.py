@@ -108,7 +108,7 @@ def test_the_config_has_the_defaults_of_the_library() -> None:
 def test_the_page_shows_every_head_under_every_ablation() -> None:
     ds = dataset()
     page = build(ds)
-    cells = re.findall(r"<rect [^>]*><title>L(\d+) H(\d+), (\w+)\n", page)
+    cells = re.findall(r"<rect [^>]*><title>a(\d+)\.h(\d+), (\w+)\n", page)
     n_heads = ds.sizes["layer"] * ds.sizes["head"]
     assert len(cells) == len(set(cells)) * ds.sizes["metric"]
     assert len(set(cells)) == n_heads * len(ABLATIONS)

@@ -181,7 +181,7 @@ def _map(found: Heads, ablation: int) -> str:
                 f'<rect x="{_LEFT + j * width + 0.5:.1f}" y="{y + 0.5:.1f}" '
                 f'width="{width - 1:.1f}" height="{_SIZE - 1}" '
                 f'fill="{colour_of(value, found.limit)}"{edge}>'
-                f"<title>{esc(_told(found, ablation, i, j))}</title></rect>"
+                f"<title>{esc(_tooltip(found, ablation, i, j))}</title></rect>"
             )
         if layer % 5 == 0 or n_layers < 10:
             cells.append(
@@ -199,7 +199,7 @@ def _map(found: Heads, ablation: int) -> str:
     )
 
 
-def _told(found: Heads, ablation: int, i: int, j: int) -> str:
+def _tooltip(found: Heads, ablation: int, i: int, j: int) -> str:
     layer, head = found.layers[i], found.heads[j]
     lines = [f"a{layer}.h{head}, {found.ablations[ablation]}"]
     value = found.effect[ablation, i, j]
@@ -354,7 +354,7 @@ def _points(found: Heads, ablation: int, reference: int, colours: dict[str, str]
         names = found.classes.get((found.layers[i], found.heads[j]), [])
         colour, radius = (colours[names[0]], 4) if names else ("#9aa4ad", 2.5)
         tooltip = (
-            f"{_told(found, ablation, i, j)}\nunder resample {number(float(x[i, j]), sign=True)}"
+            f"{_tooltip(found, ablation, i, j)}\nunder resample {number(float(x[i, j]), sign=True)}"
         )
         shapes.append(
             f'<circle cx="{place(x[i, j]):.1f}" cy="{side - place(y[i, j]):.1f}" r="{radius}" '
