@@ -285,7 +285,14 @@ def _sweeps(
         while waiting:
             sites = waiting.pop()
             try:
-                ds = sweep(bridge, pairs, sites, direction="denoising", intervention=given)
+                ds = sweep(
+                    bridge,
+                    pairs,
+                    sites,
+                    direction="denoising",
+                    intervention=given,
+                    positions=range(max(map(len, pairs))),
+                )
             except PatchsweepError as error:
                 refused = one_line(error)
                 waiting += [(site,) for site in sites if len(sites) > 1]
