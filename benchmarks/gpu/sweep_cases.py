@@ -27,6 +27,16 @@ class SweepCase:
     loop_sample: int = 60  # patches of the loop that are timed; its time is scaled up from them
 
 
+# the Llama shapes as a test can run them
+SMALL_LLAMA = {
+    "vocab_size": 311,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
 CASES = (
     SweepCase(
         "gpt2-small shape",
@@ -56,14 +66,7 @@ CASES = (
             "num_key_value_heads": 8,
             "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
         },
-        {
-            "vocab_size": 311,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-        },
+        SMALL_LLAMA,
         loop_sample=30,
     ),
     SweepCase(
@@ -79,14 +82,7 @@ CASES = (
             "num_key_value_heads": 8,
             "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
         },
-        {
-            "vocab_size": 311,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-        },
+        SMALL_LLAMA,
         loop_sample=30,
     ),
 )

@@ -36,7 +36,7 @@ from patchsweep.spec.sites import SITES
 from patchsweep.spec.spec import MetricLike, Request, SweepSpec, make_request
 from patchsweep.store.attributes import flat_attributes
 from patchsweep.sweeps.identity import identity_of, question_settings
-from patchsweep.sweeps.layout import analysis_attrs
+from patchsweep.sweeps.layout import analysis_attrs, strings
 from patchsweep.tasks.plain import is_text, pairs_of
 
 KIND = "attention"
@@ -359,20 +359,16 @@ class _Views:
                 },
             },
             coords={
-                "metric": _texts([metric.name for metric in request.metrics]),
-                "metric_unit": ("metric", _texts([metric.unit for metric in request.metrics])),
-                "run": _texts(RUNS),
+                "metric": strings([metric.name for metric in request.metrics]),
+                "metric_unit": ("metric", strings([metric.unit for metric in request.metrics])),
+                "run": strings(RUNS),
                 "pair": np.arange(len(pairs)),
                 "layer": np.arange(request.shape.n_layers),
                 "head": np.arange(request.shape.n_heads),
                 "rank_layer": ("rank", np.array([layer for layer, _ in heads])),
                 "rank_head": ("rank", np.array([head for _, head in heads])),
                 "token": (("run", "pair", "pos"), tokens),
-                "answer": ("pair", _texts([pair.answer_text for pair in pairs])),
-                "wrong_answer": ("pair", _texts([pair.wrong_answer_text for pair in pairs])),
+                "answer": ("pair", strings([pair.answer_text for pair in pairs])),
+                "wrong_answer": ("pair", strings([pair.wrong_answer_text for pair in pairs])),
             },
         )
-
-
-def _texts(values: Sequence[str]) -> NDArray[Any]:
-    return np.array(list(values), dtype=object)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.errors import PromptError
@@ -79,6 +82,14 @@ def token_strings(model: TransformerBridge, ids: tuple[int, ...]) -> tuple[str, 
     # one id per row, or the tokenizer would join them into one string
     rows = [[token] for token in ids]
     return tuple(model.tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False))
+
+
+def token_table(model: TransformerBridge, runs: Sequence[Sequence[int]]) -> NDArray[Any]:
+    """Return the text of each id, `[run, position]`; "" beyond a run's end."""
+    table = np.full((len(runs), max(map(len, runs))), "", dtype=object)
+    for row, ids in zip(table, runs, strict=True):
+        row[: len(ids)] = [model.tokenizer.decode([i]) for i in ids]
+    return table
 
 
 def char_ranges(model: TransformerBridge, text: str, ids: tuple[int, ...]) -> list[tuple[int, int]]:

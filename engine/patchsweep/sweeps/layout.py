@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from numpy.typing import NDArray
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.arguments import check_config
+from patchsweep.data.pairs import PromptPairs
 from patchsweep.runners.select import RunnerChoice
 from patchsweep.spec.batch import base_and_source, pair_shape
+from patchsweep.spec.metrics import Metric
 from patchsweep.spec.plan import SitePlan
 from patchsweep.spec.planner import span_of
 from patchsweep.spec.reference import means_attrs
@@ -164,15 +167,22 @@ def _variable(request: Request, plan: SitePlan, unit: tuple[int, int]) -> Variab
     )
 
 
+def metric_and_pair_coords(
+    metrics: Sequence[Metric], pairs: PromptPairs
+) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+    """Return the coordinates of the axes `metric` and `pair`."""
+    return {
+        "metric": (("metric",), strings([metric.name for metric in metrics])),
+        "metric_unit": (("metric",), strings([metric.unit for metric in metrics])),
+        "pair": (("pair",), np.arange(len(pairs))),
+        "answer": (("pair",), strings([pair.answer_text for pair in pairs])),
+        "wrong_answer": (("pair",), strings([pair.wrong_answer_text for pair in pairs])),
+    }
+
+
 def _coords(request: Request) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
     pairs = request.pairs
-    coords: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
-        "metric": (("metric",), _strings([metric.name for metric in request.metrics])),
-        "metric_unit": (("metric",), _strings([metric.unit for metric in request.metrics])),
-        "pair": (("pair",), np.arange(len(pairs))),
-        "answer": (("pair",), _strings([pair.answer_text for pair in pairs])),
-        "wrong_answer": (("pair",), _strings([pair.wrong_answer_text for pair in pairs])),
-    }
+    coords = metric_and_pair_coords(request.metrics, pairs)
     for plan in request.plans:
         axes = plan.axes
         if plan.site.layered:
@@ -186,7 +196,7 @@ def _coords(request: Request) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
     positions = request.plans[0].axes.positions
     if positions is not None:
         all_indices = all(isinstance(position, int) for position in positions)
-        labels = np.array(positions) if all_indices else _strings([str(p) for p in positions])
+        labels = np.array(positions) if all_indices else strings([str(p) for p in positions])
         coords["pos"] = (("pos",), labels)
     shapes = [pair_shape(pair, request.direction, request.read) for pair in pairs]
     tokens = _token_strings(request)
@@ -194,11 +204,11 @@ def _coords(request: Request) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
     for name, side in (("base_token", 0), ("source_token", 1)):
         table = [[*row[side], *[""] * (width - len(row[side]))] for row in tokens]
         if positions is None:
-            coords[name] = (("pair", "token"), _strings(table))
+            coords[name] = (("pair", "token"), strings(table))
         else:
             coords[name] = (
                 ("pair", "pos"),
-                _strings(
+                strings(
                     [
                         ["".join(row[slice(*span_of(p, pair))]) for p in positions]
                         for row, pair in zip(table, shapes, strict=True)
@@ -225,10 +235,11 @@ def _labels(sets: Sequence[tuple[int, ...]]) -> np.ndarray:
     """Return indices if each set has one member, else strings such as `0+1`."""
     if all(len(members) == 1 for members in sets):
         return np.array([members[0] for members in sets])
-    return _strings(["+".join(map(str, members)) for members in sets])
+    return strings(["+".join(map(str, members)) for members in sets])
 
 
-def _strings(values: Any) -> np.ndarray:
+def strings(values: Any) -> NDArray[Any]:
+    """Return texts as the array of objects in which results hold them."""
     return np.array(values, dtype=object)
 
 

@@ -20,7 +20,7 @@ from patchsweep.analyses.circuits.edge_batch import (
     Question,
     ask,
 )
-from patchsweep.analyses.circuits.edge_dataset import node_coords, strings
+from patchsweep.analyses.circuits.edge_dataset import node_coords
 from patchsweep.analyses.circuits.nodes import Edge, Nodes
 from patchsweep.analyses.circuits.pruning import Pruning, prune
 from patchsweep.analyses.circuits.selection import connected
@@ -36,7 +36,7 @@ from patchsweep.spec.reference import MeansFrom
 from patchsweep.spec.spec import MetricLike, SweepSpec
 from patchsweep.store.attributes import flat_attributes
 from patchsweep.sweeps.identity import identity_of, question_settings
-from patchsweep.sweeps.layout import analysis_attrs
+from patchsweep.sweeps.layout import analysis_attrs, strings
 
 THRESHOLDS = (0.01, 0.03, 0.1)
 _NUMBERS = ("distance", "n_candidates", "n_dead", "n_runs")

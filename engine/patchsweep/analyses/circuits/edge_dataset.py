@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from numpy.typing import NDArray
 
 from patchsweep.analyses.circuits.edge_batch import Question
 from patchsweep.analyses.circuits.nodes import Nodes
+from patchsweep.data.tokenize import token_table
 from patchsweep.spec.batch import base_and_source
 from patchsweep.spec.spec import model_shape
 from patchsweep.store.attributes import flat_attributes
+from patchsweep.sweeps.layout import strings
 
 
 def edge_dataset(
@@ -56,17 +57,13 @@ def edge_dataset(
 
 def _tokens(question: Question) -> dict[str, Any]:
     """Return the tokens of both runs by position; "" beyond a prompt's end."""
-    tokenizer: Any = question.bridge.tokenizer
     runs = [base_and_source(pair, question.direction) for pair in question.pairs]
-    width = max(len(base) for base, _ in runs)
-    coords: dict[str, Any] = {"pos": np.arange(width)}
-    for name, index in (("base_token", 0), ("source_token", 1)):
-        table = [[tokenizer.decode([i]) for i in run[index]] for run in runs]
-        coords[name] = (
-            ("pair", "pos"),
-            strings([[*row, *[""] * (width - len(row))] for row in table]),
-        )
-    return coords
+    base, source = (token_table(question.bridge, side) for side in zip(*runs, strict=True))
+    return {
+        "pos": np.arange(base.shape[1]),
+        "base_token": (("pair", "pos"), base),
+        "source_token": (("pair", "pos"), source),
+    }
 
 
 def node_coords(nodes: Nodes) -> dict[str, Any]:
@@ -77,10 +74,6 @@ def node_coords(nodes: Nodes) -> dict[str, Any]:
         "sender_layer": ("sender", [sender.layer for sender in nodes.senders]),
         "reader_layer": ("reader", [reader.layer for reader in nodes.readers]),
     }
-
-
-def strings(values: Any) -> NDArray[Any]:
-    return np.array(values, dtype=object)
 
 
 def length_of(question: Question) -> int:

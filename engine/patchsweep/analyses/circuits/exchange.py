@@ -38,6 +38,7 @@ from patchsweep.arguments import check_bridge, user_path, whole_number
 from patchsweep.errors import ConfigError, ModelError, PlanError
 from patchsweep.forward.grad import frozen
 from patchsweep.models.running import runs_model
+from patchsweep.sweeps.layout import strings
 
 SUFFIXES = (".json", ".pt", ".pkl")
 _READER = re.compile(r"(?P<head>a\d+\.h\d+)<(?P<kind>[qkv])>")
@@ -84,9 +85,9 @@ def read_circuit(model: TransformerBridge, path: str | Path) -> xr.Dataset:
         values["node_score"] = ("node", found.node_score)
         values["node_member"] = ("node", found.node_member)
     coords = {
-        "sender": _strings(nodes.senders),
-        "reader": _strings(nodes.readers),
-        "node": _strings(nodes.senders[1:]),
+        "sender": strings(list(map(str, nodes.senders))),
+        "reader": strings(list(map(str, nodes.readers))),
+        "node": strings(list(map(str, nodes.senders[1:]))),
     }
     ds = xr.Dataset(values, coords=coords, attrs={"kind": "circuit file", "file": file.name})
     return ds if found.node_score is not None else ds.drop_vars("node")
@@ -430,7 +431,3 @@ def _to_auto_circuit(made: _File, nodes: Nodes) -> dict[str, torch.Tensor]:
         values = torch.from_numpy(-made.score[:n_seen, readers].T)
         data[module] = values[0].clone() if len(readers) == 1 else values.clone()
     return data
-
-
-def _strings(values: Any) -> NDArray[Any]:
-    return np.array([str(value) for value in values], dtype=object)

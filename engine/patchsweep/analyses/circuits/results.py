@@ -26,6 +26,7 @@ from patchsweep.analyses.circuits.selection import (
     strength_of,
 )
 from patchsweep.store.attributes import flat_attributes
+from patchsweep.sweeps.layout import strings
 
 Growth = Literal["top", "greedy"]
 
@@ -153,11 +154,11 @@ def circuit_dataset(
             **_membership(plan),
         },
         coords={
-            "metric": _strings(names),
-            "metric_unit": ("metric", _strings([metric.unit for metric in question.metrics])),
+            "metric": strings(names),
+            "metric_unit": ("metric", strings([metric.unit for metric in question.metrics])),
             "pair": np.arange(len(question.pairs)),
-            "answer": ("pair", _strings([pair.answer_text for pair in question.pairs])),
-            "wrong_answer": ("pair", _strings([pair.wrong_answer_text for pair in question.pairs])),
+            "answer": ("pair", strings([pair.answer_text for pair in question.pairs])),
+            "wrong_answer": ("pair", strings([pair.wrong_answer_text for pair in question.pairs])),
             **_tokens(question),
             "size": shares,
             "count": ("size", np.array(plan.sizes.counts)),
@@ -189,12 +190,12 @@ def _dims(plan: Plan) -> tuple[tuple[str, ...], dict[str, Any]]:
     senders = plan.nodes.senders
     if plan.level == "nodes":
         return ("node",), {
-            "node": _strings([str(node) for node in senders[1:]]),
+            "node": strings([str(node) for node in senders[1:]]),
             "node_layer": ("node", [node.layer for node in senders[1:]]),
         }
     return ("sender", "reader"), {
-        "sender": _strings([str(sender) for sender in senders]),
-        "reader": _strings([str(reader) for reader in plan.nodes.readers]),
+        "sender": strings([str(sender) for sender in senders]),
+        "reader": strings([str(reader) for reader in plan.nodes.readers]),
         "sender_layer": ("sender", [sender.layer for sender in senders]),
         "reader_layer": ("reader", [reader.layer for reader in plan.nodes.readers]),
     }
@@ -207,7 +208,7 @@ def _tokens(question: Question) -> dict[str, Any]:
     coords: dict[str, Any] = {"pos": np.arange(width)}
     for name, attribute in (("base_token", "clean_tokens"), ("source_token", "corrupted_tokens")):
         table = [[*getattr(pair, attribute), *[""] * (width - len(pair))] for pair in pairs]
-        coords[name] = (("pair", "pos"), _strings(table))
+        coords[name] = (("pair", "pos"), strings(table))
     return coords
 
 
@@ -217,7 +218,3 @@ def _membership(plan: Plan) -> dict[str, Any]:
     alive = plan.rows[: len(plan.sizes.counts)].sum(axis=(1, 2))
     text = "edges of the circuit on a way from embed to the logits"
     return {"n_connected": (("size",), alive, {"long_name": text})}
-
-
-def _strings(values: Any) -> NDArray[Any]:
-    return np.array(values, dtype=object)

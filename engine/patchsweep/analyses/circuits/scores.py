@@ -26,6 +26,7 @@ from patchsweep.spec.reference import MeansFrom, with_reference
 from patchsweep.spec.spec import MetricLike, SweepSpec
 from patchsweep.sweeps.estimates import variable_name
 from patchsweep.sweeps.identity import method_identity
+from patchsweep.sweeps.layout import strings
 
 Level = Literal["nodes", "edges"]
 Ablation = str | Intervention | float | Tensor | ValueFn
@@ -244,17 +245,13 @@ def _edge_array(senders: Any, readers: Any, values: Any) -> xr.DataArray:
     return xr.DataArray(
         values,
         dims=("pair", "sender", "reader"),
-        coords={"sender": _strings(senders), "reader": _strings(readers)},
+        coords={"sender": strings(senders), "reader": strings(readers)},
     )
 
 
 def _labels(nodes: Nodes, level: Level) -> dict[str, NDArray[Any]]:
     """Return the names of all nodes, or of senders and readers."""
-    senders = _strings([str(sender) for sender in nodes.senders])
+    senders = strings([str(sender) for sender in nodes.senders])
     if level == "nodes":
         return {"node": senders[1:]}
-    return {"sender": senders, "reader": _strings([str(reader) for reader in nodes.readers])}
-
-
-def _strings(values: Any) -> NDArray[Any]:
-    return np.array(values, dtype=object)
+    return {"sender": senders, "reader": strings([str(reader) for reader in nodes.readers])}

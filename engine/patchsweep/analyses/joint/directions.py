@@ -17,6 +17,7 @@ from patchsweep.arguments import check_runner, index_sets, number, position_axis
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import PlanError
 from patchsweep.models.compute import ComputeDtype
+from patchsweep.models.offload import device_of
 from patchsweep.models.running import runs_model
 from patchsweep.runners.hooked import HookedRunner
 from patchsweep.runners.select import RunnerName
@@ -53,8 +54,7 @@ def difference_of_means(
     check_pairs(model, pairs)
     runner = HookedRunner(model, [chosen])
     sums: dict[int, Tensor] = {}
-    device = next(iter(model.original_model.parameters())).device
-    for batch in make_batches(pairs, range(len(pairs)), "noising", -1, device):
+    for batch in make_batches(pairs, range(len(pairs)), "noising", -1, device_of(model)):
         runs = [runner.activations(tokens)[site] for tokens in (batch.base, batch.source)]
         for row, pair in enumerate(batch.pairs):
             span = _span(pairs, pair, pos)

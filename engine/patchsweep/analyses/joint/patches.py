@@ -14,6 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from patchsweep.analyses.stages import Computed, Stages
 from patchsweep.arguments import check_runner
 from patchsweep.data.pairs import PromptPairs
+from patchsweep.data.tokenize import token_table
 from patchsweep.errors import PlanError
 from patchsweep.models.compute import ComputeDtype
 from patchsweep.models.running import runs_model
@@ -25,7 +26,7 @@ from patchsweep.spec.spec import MetricLike, SweepSpec
 from patchsweep.store.attributes import flat_attributes
 from patchsweep.sweeps.identity import identity_of, intervention_words, metric_words
 from patchsweep.sweeps.joint import JointPatches, JointRequest, joint_request
-from patchsweep.sweeps.layout import analysis_attrs
+from patchsweep.sweeps.layout import analysis_attrs, metric_and_pair_coords, strings
 from patchsweep.sweeps.patches import Patch
 
 # sets of patches in one shard: a killed run loses at most the shard in progress
@@ -108,7 +109,7 @@ def run_patches(
     def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
         joint = JointPatches(request, runner, max_tokens, cache_budget)
         values, references = run_sets(joint, stages, attrs)
-        coords = {"patch": np.array(names, dtype=object)}
+        coords = {"patch": strings(names)}
         ds = patched_dataset(request, values, references, attrs, coords)
         return ds.assign_attrs(runner=joint.choice.runner.name)
 
@@ -155,6 +156,7 @@ def patched_dataset(
 ) -> xr.Dataset:
     """Return metrics of patched runs `[metric, pair, *coords]` as a Dataset."""
     dims = ("metric", "pair", *coords)
+    runs = [base_and_source(pair, request.direction)[0] for pair in request.pairs]
     return xr.Dataset(
         {
             "patched": (dims, values),
@@ -162,29 +164,12 @@ def patched_dataset(
             "source_metric": (dims[:2], references[1]),
         },
         coords={
-            "metric": np.array([metric.name for metric in request.metrics], dtype=object),
-            "metric_unit": ("metric", np.array([m.unit for m in request.metrics], dtype=object)),
-            "pair": np.arange(len(request.pairs)),
-            "answer": ("pair", _texts([pair.answer_text for pair in request.pairs])),
-            "wrong_answer": ("pair", _texts([pair.wrong_answer_text for pair in request.pairs])),
-            "base_token": (("pair", "pos"), _tokens(request)),
+            **metric_and_pair_coords(request.metrics, request.pairs),
+            "base_token": (("pair", "pos"), token_table(request.bridge, runs)),
             **coords,
         },
         attrs=flat_attributes({**attrs, "direction": request.direction, "read": request.read}),
     )
-
-
-def _texts(values: Sequence[str]) -> np.ndarray:
-    return np.array(values, dtype=object)
-
-
-def _tokens(request: JointRequest) -> np.ndarray:
-    """Return the base tokens `[pair, pos]`; "" beyond a prompt's end."""
-    tokenizer: Any = request.bridge.tokenizer
-    runs = [base_and_source(pair, request.direction)[0] for pair in request.pairs]
-    width = max(map(len, runs))
-    rows = [[*(tokenizer.decode([i]) for i in run), *[""] * (width - len(run))] for run in runs]
-    return np.array(rows, dtype=object)
 
 
 def _named(patches: Any) -> tuple[list[Any], Any]:

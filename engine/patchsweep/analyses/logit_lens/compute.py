@@ -25,6 +25,7 @@ from patchsweep.analyses.logit_lens.stream import (
 from patchsweep.analyses.stages import Computed, Stages, empty
 from patchsweep.arguments import check_config, whole_number
 from patchsweep.data.pairs import PromptPairs
+from patchsweep.data.tokenize import token_table
 from patchsweep.errors import PlanError
 from patchsweep.forward.casting import cast_while
 from patchsweep.models.compute import compute_dtype_of
@@ -36,7 +37,7 @@ from patchsweep.spec.interventions import Direction, get_intervention
 from patchsweep.spec.spec import SweepSpec, check_direction, check_pairs, model_shape
 from patchsweep.store.attributes import flat_attributes
 from patchsweep.sweeps.identity import identity_of
-from patchsweep.sweeps.layout import analysis_attrs
+from patchsweep.sweeps.layout import analysis_attrs, strings
 from patchsweep.tasks.plain import pairs_of
 
 Floats = NDArray[np.float32]
@@ -287,29 +288,22 @@ def _dataset(
     ids = results["top_id"].values.astype(np.int64)
     names = {i: tokenizer.decode([i]) for i in np.unique(ids).tolist() if i >= 0} | {-1: ""}
     n_runs, n_pairs, n_layers, _, length = ids.shape[:-1]
-    token = np.full((n_pairs, length), "", dtype=object)
-    for row, pair in enumerate(pairs):
-        members = base_and_source(pair, spec.direction)[0]
-        token[row, : len(members)] = [tokenizer.decode([i]) for i in members]
+    token = token_table(model, [base_and_source(pair, spec.direction)[0] for pair in pairs])
     return xr.Dataset(
         {
             "top_token": (results["top_id"].dims, np.vectorize(names.get, otypes=[object])(ids)),
             **{name: (results[name].dims, results[name].values) for name in (*NUMBERS, "top_prob")},
         },
         coords={
-            "run": _strings(["unpatched", "patched"][:n_runs]),
+            "run": strings(["unpatched", "patched"][:n_runs]),
             "pair": np.arange(n_pairs),
             "layer": np.arange(n_layers),
-            "point": _strings(POINTS),
+            "point": strings(POINTS),
             "pos": np.arange(length),
             "token": (("pair", "pos"), token),
-            "answer": ("pair", _strings([p.answer_text for p in pairs])),
-            "wrong_answer": ("pair", _strings([p.wrong_answer_text for p in pairs])),
+            "answer": ("pair", strings([p.answer_text for p in pairs])),
+            "wrong_answer": ("pair", strings([p.wrong_answer_text for p in pairs])),
             "answer_pos": ("pair", np.array([len(p) - 1 + p.differ for p in pairs])),
         },
         attrs=flat_attributes(attrs),
     )
-
-
-def _strings(values: Any) -> NDArray[Any]:
-    return np.array(values, dtype=object)
