@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -88,8 +91,10 @@ def test_wheel_carries_configs_report_and_kernels(wheel: Path) -> None:
         assert f"patchsweep/conf/{path.relative_to(ROOT / 'conf')}" in names
     for name in (
         "patchsweep/py.typed",
+        "patchsweep/report/plotly-cartesian.min.js.gz",
         "patchsweep/report/report.js",
         "patchsweep/report/style.css",
+        "patchsweep/report/unpack.js",
     ):
         assert name in names
     assert any(name.startswith("patchsweep_kernels/") for name in names)
@@ -119,7 +124,11 @@ def test_wheel_runs_the_demo_sweep_by_its_command_line(environment: Path, tmp_pa
     assert "sound and complete" in run(command, "verify", "a.zarr", cwd=tmp_path)
     assert "complete" in run(command, "status", "a.zarr", cwd=tmp_path)
     run(command, "report", "a.zarr", cwd=tmp_path)
-    assert (tmp_path / "report.html").stat().st_size > 1_000_000, "plotly is inside"
+    plotly = (ROOT / "engine/patchsweep/report/plotly-cartesian.min.js.gz").read_bytes()
+    page = (tmp_path / "report.html").read_text()
+    packed = re.findall(r'data-script="gzip">([^<]+)<', page)
+    scripts = [gzip.decompress(base64.b64decode(script)) for script in packed]
+    assert gzip.decompress(plotly) in scripts, "the page draws without a network"
     assert "All is well" in run(command, "demo", "--model", "tiny:gpt2", cwd=tmp_path)
 
 
