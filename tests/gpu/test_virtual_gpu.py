@@ -19,7 +19,9 @@ import numpy as np
 import patchsweep as ps
 import pytest
 import torch
+from patchsweep.attribution.estimates import Work
 from patchsweep.attribution.patterns import pattern_scores
+from patchsweep.attribution.run import Attribution
 from patchsweep.runners.packed import runner as packed
 from patchsweep.store.attributes import attributes
 from patchsweep.sweeps.screen_settings import Screen
@@ -146,6 +148,29 @@ def test_sweep_on_a_gpu_equals_the_cpus(name: str) -> None:
 @pytest.mark.parametrize("name", WITH_GRADIENTS)
 def test_analysis_on_a_gpu_equals_the_cpus(name: str) -> None:
     check_equal(*both(WITH_GRADIENTS[name], gradients=True), tolerance=10 * TOLERANCE)
+
+
+def test_a_gpu_captures_the_next_batch_before_results_are_read() -> None:
+    order: list[str] = []
+
+    def told(word: str, call: Any) -> Any:
+        def inner(*args: Any, **more: Any) -> Any:
+            order.append(word)
+            return call(*args, **more)
+
+        return inner
+
+    with (
+        mock.patch.object(Attribution, "_work", told("capture", Attribution._work)),
+        mock.patch.object(Work, "references", told("read", Work.references)),
+    ):
+        call = sweep(["resid_pre", "z"], method="atp")
+        check_equal(*both(call, n=2, several_lengths=True, gradients=True))
+    alone, overlapped = (
+        ["capture", "read", "capture", "read"],
+        ["capture", "capture", "read", "read"],
+    )
+    assert order == alone + overlapped
 
 
 @pytest.mark.parametrize("runner", ["packed", "hooked", "auto"])

@@ -12,6 +12,7 @@ from patchsweep.attribution.atp_star import AtpStar, check_intervention
 from patchsweep.attribution.estimates import Found, Work, n_shared
 from patchsweep.attribution.method import Method
 from patchsweep.forward.grad import GradientModel
+from patchsweep.models.offload import device_of
 from patchsweep.spec.batch import Batch, base_and_source, clean_prompts
 from patchsweep.spec.finite import check_cells, check_references
 from patchsweep.spec.interventions import Reader, takes_source
@@ -78,10 +79,16 @@ class Attribution:
         }
         stated = {(site, "error"): np.full_like(x, np.nan) for site, x in cells.items()}
         references = np.full((2, len(request.metrics), len(pairs)), np.nan, np.float32)
-        for batch in request.batches(pairs):
+        # while the host reads a batch's results, a GPU captures the next one; a CPU gains nothing
+        # by it and would hold two captures
+        overlaps = device_of(request.bridge).type != "cpu"
+        ahead: Work | None = None
+        batches = request.batches(pairs)
+        for batch, following in zip(batches, [*batches[1:], None], strict=True):
             with self.gradients.frozen():
-                work = self._work(method, batch)
+                work = ahead or self._work(method, batch)
                 result = method.run(work)
+                ahead = self._work(method, following) if overlaps and following else None
             rows = [pair - pairs.start for pair in batch.pairs]
             references[:, :, rows] = check_references(
                 *work.references(result.base_logits), batch.pairs, request.metrics
