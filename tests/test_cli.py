@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib
 import json
 import os
 import re
@@ -392,8 +391,7 @@ def test_interrupt_says_what_the_same_command_will_do(
     def interrupt(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    module = importlib.import_module(f"patchsweep.cli.{verb}")
-    monkeypatch.setattr(module, "compose", interrupt)
+    monkeypatch.setattr("patchsweep.cli.app.expand", interrupt)
     assert patchsweep(verb) == EXIT_STOPPED
     assert capsys.readouterr().err == f"patchsweep: interrupted{then}\n"
 

@@ -1,67 +1,89 @@
-"""Shared by the verbs of analyses: refusal of keys that only sweeps use, and stored results."""
+"""What the verbs of analyses share: one of them is an `AnalysisVerb`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar, cast
 
 import xarray as xr
+from omegaconf import DictConfig
 from rich.console import Console
+from transformer_lens.model_bridge import TransformerBridge
+from transformers.utils import logging as transformers_logging
 
 from patchsweep.analyses.stages import Stages, Unfinished
+from patchsweep.cli.app import as_config, compose
+from patchsweep.cli.console import stdout
 from patchsweep.cli.progress import Bar
-from patchsweep.cli.schema.run import AnalysisRun, StoreConfig
+from patchsweep.cli.schema.run import AnalysisRun
 from patchsweep.cli.stop import STOPPER
+from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import ConfigError
 from patchsweep.store.backends.credentials import scrub
 
+Run = TypeVar("Run", bound=AnalysisRun)
 
-def refuse_unused(
-    verb: str,
-    subject: str,
-    arguments: list[str],
-    unused: Collection[str],
-    instead: Mapping[str, str] | None = None,
-) -> None:
-    """Refuse overrides of keys that `verb` does not use.
 
-    `subject` begins the message, such as `edges have`; `instead` maps keys to other messages.
+@dataclass(frozen=True)
+class AnalysisVerb(Generic[Run]):
+    """A verb that runs one analysis into a store and shows the results.
 
-    Raises:
-        ConfigError: an override sets such a key.
+    Call it with overrides: it returns 0 when the results are in the store.
     """
-    for word in arguments:
-        key = word.lstrip("+~").partition("=")[0].partition(".")[0]
-        if instead and key in instead:
-            raise ConfigError(f"{word}: {instead[key]}")
-        if key in unused:
-            raise ConfigError(f"{word}: {subject} no {key}; leave it out (`patchsweep {verb} -h`)")
 
+    name: str
+    schema: type[Run]
+    subject: str  # begins the message that refuses a key of sweeps, such as `edges have`
+    analyse: Callable[[Run, TransformerBridge, PromptPairs, Stages], xr.Dataset]
+    show: Callable[[Console, xr.Dataset, bool], None]  # the flag: nothing was run
+    instead: Mapping[str, str] = field(default_factory=dict)  # key -> another message
 
-def stored(
-    console: Console, config: AnalysisRun, analyse: Callable[[Stages], xr.Dataset]
-) -> tuple[xr.Dataset, bool] | None:
-    """Return (the results of `analyse`, whether they were stored before); see `Stages`.
+    def __call__(self, arguments: list[str]) -> int:
+        """Run with these overrides.
 
-    None, with a line on the console, if what remains needs units of other slices.
-    """
-    STOPPER.listen()
-    with Bar(console) as bar:
-        stages = Stages(
-            config.store.path,
-            storage_options=config.store.storage_options,
-            slice_index=config.slice,
-            n_slices=config.n_slices,
-            progress=bar,
-        )
-        try:
-            return analyse(stages), stages.known
-        except Unfinished as told:
-            console.print(f"{scrub(config.store.path)}: {told}")
-            return None
+        Raises:
+            ConfigError: an override sets a key that only sweeps use.
+        """
+        self._refuse_unused(arguments)
+        compose(self.name, arguments, self.job, schema=self.schema)
+        return 0
 
+    def job(self, cfg: DictConfig) -> None:
+        """Run one config; Hydra calls this in this process or in a launcher's.
 
-def say_where(console: Console, store: StoreConfig, known: bool) -> None:
-    """Print the last lines: the store's path and the command that reports it."""
-    path = scrub(store.path)
-    console.print(f"{path}: {'already there, nothing was run' if known else 'written'}")
-    console.print(f"patchsweep report {path}")
+        Stored results are shown and not computed again. What remains may need units of other
+        slices; then a line says so.
+        """
+        config, console = cast(Run, as_config(cfg)), stdout()
+        store = scrub(config.store.path)
+        transformers_logging.disable_progress_bar()
+        model = config.model.load()
+        pairs = config.task.load(model)
+        STOPPER.listen()
+        with Bar(console) as bar:
+            stages = Stages(
+                config.store.path,
+                storage_options=config.store.storage_options,
+                slice_index=config.slice,
+                n_slices=config.n_slices,
+                progress=bar,
+            )
+            try:
+                ds = self.analyse(config, model, pairs, stages)
+            except Unfinished as told:
+                console.print(f"{store}: {told}")
+                return
+        self.show(console, ds, stages.known)
+        console.print(f"{store}: {'already there, nothing was run' if stages.known else 'written'}")
+        console.print(f"patchsweep report {store}")
+
+    def _refuse_unused(self, arguments: list[str]) -> None:
+        for word in arguments:
+            key = word.lstrip("+~").partition("=")[0].partition(".")[0]
+            if key in self.instead:
+                raise ConfigError(f"{word}: {self.instead[key]}")
+            if key in self.schema.unused:
+                raise ConfigError(
+                    f"{word}: {self.subject} no {key}; leave it out (`patchsweep {self.name} -h`)"
+                )

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import xarray as xr
-from omegaconf import DictConfig
+from rich.console import Console
 from rich.table import Table
-from transformers.utils import logging as transformers_logging
+from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.analyses.attention import attention, ranked_heads
-from patchsweep.cli.analysis import refuse_unused, say_where, stored
-from patchsweep.cli.app import as_config, compose
-from patchsweep.cli.console import stdout
+from patchsweep.analyses.stages import Stages
+from patchsweep.cli.analysis import AnalysisVerb
 from patchsweep.cli.schema.run import AnalysisRun
+from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import ConfigError
 
 N_SHOWN = 5  # number of next tokens to print
@@ -71,50 +71,34 @@ class AttentionRun(AnalysisRun):
         layer, head = entry
         return int(layer), int(head)
 
-
-def main(arguments: list[str]) -> int:
-    """Run the analysis with these overrides; return 0 when the results are in the store.
-
-    Raises:
-        ConfigError: an override sets a key that only sweeps use.
-    """
-    refuse_unused("attention", "attention views have", arguments, AttentionRun.unused)
-    compose("attention", arguments, job, schema=AttentionRun)
-    return 0
-
-
-def job(cfg: DictConfig) -> None:
-    """Run one config; Hydra calls this in this process or in a launcher's."""
-    execute(cast(AttentionRun, as_config(cfg)))
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments of `attention` other than model and pairs."""
+        return {
+            "metrics": self.metric.metrics(),
+            "direction": self.direction,
+            "read": self.metric.read,
+            "heads": self.chosen(),
+            "top": self.top,
+            "predictions": self.predictions,
+        }
 
 
-def execute(config: AttentionRun) -> None:
-    """Run the analysis and print its results; stored results are not computed again."""
-    console = stdout()
-    transformers_logging.disable_progress_bar()
-    model = config.model.load()
-    pairs = config.task.load(model)
-
-    settings: dict[str, Any] = {
-        "metrics": config.metric.metrics(),
-        "direction": config.direction,
-        "read": config.metric.read,
-        "heads": config.chosen(),
-        "top": config.top,
-        "predictions": config.predictions,
-        "config": config.identity(),
-    }
-
-    results = stored(
-        console, config, lambda stages: attention(model, pairs, **settings, stages=stages)
+def _analyse(
+    config: AttentionRun, model: TransformerBridge, pairs: PromptPairs, stages: Stages
+) -> xr.Dataset:
+    return attention(
+        model,
+        pairs,
+        **config.settings(),
+        config=config.identity(),
+        stages=stages,
     )
-    if results is None:
-        return
-    ds, known = results
+
+
+def _show(console: Console, ds: xr.Dataset, known: bool) -> None:
     for run in ("base", "source"):
         console.print(_guess(ds, run))
     console.print(_table(ds))
-    say_where(console, config.store, known)
 
 
 def _guess(ds: xr.Dataset, run: str) -> str:
@@ -152,3 +136,6 @@ def _table(ds: xr.Dataset) -> Table:
             f"{head.base:.3f} to {head.source:.3f}",
         )
     return table
+
+
+main = AnalysisVerb("attention", AttentionRun, "attention views have", _analyse, _show)

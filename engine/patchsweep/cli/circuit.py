@@ -2,69 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import xarray as xr
-from omegaconf import DictConfig
+from rich.console import Console
 from rich.table import Table
-from transformers.utils import logging as transformers_logging
+from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.analyses.circuits.circuits import circuit
-from patchsweep.cli.analysis import refuse_unused, say_where, stored
-from patchsweep.cli.app import as_config, compose
-from patchsweep.cli.console import stdout
+from patchsweep.analyses.stages import Stages
+from patchsweep.cli.analysis import AnalysisVerb
 from patchsweep.cli.schema.circuit import CircuitRun
+from patchsweep.data.pairs import PromptPairs
 from patchsweep.store.attributes import attributes
 
 
-def main(arguments: list[str]) -> int:
-    """Select and run circuits with these overrides; return 0 when the results are in the store.
-
-    Raises:
-        ConfigError: an override sets a key that only sweeps use.
-    """
-    refuse_unused(
-        "circuit",
-        "circuits have",
-        arguments,
-        CircuitRun.unused,
-        instead={"intervention": "circuits call it ablation; give ablation=mean, say"},
+def _analyse(
+    config: CircuitRun, model: TransformerBridge, pairs: PromptPairs, stages: Stages
+) -> xr.Dataset:
+    return circuit(
+        model,
+        pairs,
+        **config.settings(),
+        means_from=config.reference(model),
+        config=config.identity(),
+        stages=stages,
     )
-    compose("circuit", arguments, job, schema=CircuitRun)
-    return 0
 
 
-def job(cfg: DictConfig) -> None:
-    """Run one config; Hydra calls this in this process or in a launcher's."""
-    execute(cast(CircuitRun, as_config(cfg)))
-
-
-def execute(config: CircuitRun) -> None:
-    """Run the analysis and print its results; stored results are not computed again."""
-    console = stdout()
-    transformers_logging.disable_progress_bar()
-    method = config.scored_by()
-    model = config.model.load()
-    pairs = config.task.load(model)
-    settings: dict[str, Any] = {
-        "metrics": config.metric.metrics(),
-        "level": config.level,
-        "method": method,
-        "growth": config.growth,
-        "sizes": config.sizes,
-        "ablation": config.ablation,
-        "rank_by": config.rank_by,
-        "means_from": config.reference(model),
-        "read": config.metric.read,
-        "config": config.identity(),
-    }
-
-    results = stored(
-        console, config, lambda stages: circuit(model, pairs, **settings, stages=stages)
-    )
-    if results is None:
-        return
-    ds, known = results
+def _show(console: Console, ds: xr.Dataset, known: bool) -> None:
     attrs = attributes(ds)
     for metric in map(str, ds["metric"].values):
         console.print(_table(ds, metric))
@@ -73,7 +37,6 @@ def execute(config: CircuitRun) -> None:
             console.print(f"{metric}: CPR {cpr:.3f} (more is better), CMD {cmd:.3f} (0 is best)")
         if reason := attrs.get("undefined", {}).get(metric):
             console.print(f"{metric}: faithfulness is not defined: {reason}")
-    say_where(console, config.store, known)
 
 
 def _table(ds: xr.Dataset, metric: str) -> Table:
@@ -93,3 +56,13 @@ def _table(ds: xr.Dataset, metric: str) -> Table:
         ]
         table.add_row(f"{fraction:.4g}", *(f"{int(n):,}" for n in counts), *curves)
     return table
+
+
+main = AnalysisVerb(
+    "circuit",
+    CircuitRun,
+    "circuits have",
+    _analyse,
+    _show,
+    instead={"intervention": "circuits call it ablation; give ablation=mean, say"},
+)

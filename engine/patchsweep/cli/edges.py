@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import numpy as np
 import xarray as xr
-from omegaconf import DictConfig
+from rich.console import Console
 from rich.table import Table
-from transformers.utils import logging as transformers_logging
+from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.analyses.circuits.edges import screen_edges
-from patchsweep.cli.analysis import refuse_unused, say_where, stored
-from patchsweep.cli.app import as_config, compose
-from patchsweep.cli.console import stdout
+from patchsweep.analyses.stages import Stages
+from patchsweep.cli.analysis import AnalysisVerb
 from patchsweep.cli.schema.edges import EdgesRun
+from patchsweep.data.pairs import PromptPairs
 from patchsweep.report.edges import Row, correlation, rows_of
 from patchsweep.results.stated import stated_errors
 from patchsweep.store.attributes import attributes
@@ -22,62 +20,25 @@ from patchsweep.store.attributes import attributes
 N_SHOWN = 12
 
 
-def main(arguments: list[str]) -> int:
-    """Estimate and run edges with these overrides; return 0 when the results are in the store.
-
-    Raises:
-        ConfigError: an override sets a key that only sweeps use.
-    """
-    refuse_unused(
-        "edges",
-        "edges have",
-        arguments,
-        EdgesRun.unused,
-        instead={
-            "tolerance": "a tolerance is for patches of sites, and an edge changes a stream of its "
-            "own; leave it out, or run fewer edges with top=200"
-        },
+def _analyse(
+    config: EdgesRun, model: TransformerBridge, pairs: PromptPairs, stages: Stages
+) -> xr.Dataset:
+    return screen_edges(
+        model,
+        pairs,
+        **config.settings(),
+        means_from=config.reference(model),
+        config=config.identity(),
+        stages=stages,
     )
-    compose("edges", arguments, job, schema=EdgesRun)
-    return 0
 
 
-def job(cfg: DictConfig) -> None:
-    """Run one config; Hydra calls this in this process or in a launcher's."""
-    execute(cast(EdgesRun, as_config(cfg)))
-
-
-def execute(config: EdgesRun) -> None:
-    """Run the analysis and print its results; stored results are not computed again."""
-    console = stdout()
-    transformers_logging.disable_progress_bar()
-    model = config.model.load()
-    pairs = config.task.load(model)
-    settings: dict[str, Any] = {
-        "metrics": config.metric.metrics(),
-        "top": config.top,
-        "direction": config.direction,
-        "intervention": config.intervention,
-        "steps": config.steps,
-        "rule": config.rule,
-        "rtol": config.rtol,
-        "positions": config.positions,
-        "means_from": config.reference(model),
-        "read": config.metric.read,
-        "config": config.identity(),
-    }
-    results = stored(
-        console, config, lambda stages: screen_edges(model, pairs, **settings, stages=stages)
-    )
-    if results is None:
-        return
-    ds, known = results
+def _show(console: Console, ds: xr.Dataset, known: bool) -> None:
     if not known:
         console.print(_done(ds))
     console.print(_table(ds))
     for stated in stated_errors(ds):
         console.print(stated.words)
-    say_where(console, config.store, known)
 
 
 def _done(ds: xr.Dataset) -> str:
@@ -125,3 +86,16 @@ def _table(ds: xr.Dataset) -> Table:
 
 def _where(row: Row) -> str:
     return f"{row.pos} {row.token!r}" if row.token else str(row.pos)
+
+
+main = AnalysisVerb(
+    "edges",
+    EdgesRun,
+    "edges have",
+    _analyse,
+    _show,
+    instead={
+        "tolerance": "a tolerance is for patches of sites, and an edge changes a stream of its "
+        "own; leave it out, or run fewer edges with top=200"
+    },
+)

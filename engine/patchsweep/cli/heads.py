@@ -2,78 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import numpy as np
 import xarray as xr
-from omegaconf import DictConfig
+from rich.console import Console
 from rich.table import Table
-from transformers.utils import logging as transformers_logging
+from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.analyses.heads import effects, study
 from patchsweep.analyses.heads.findings import ALL, TRAINED
-from patchsweep.cli.analysis import refuse_unused, say_where, stored
-from patchsweep.cli.app import as_config, compose
+from patchsweep.analyses.stages import Stages
+from patchsweep.cli.analysis import AnalysisVerb
 from patchsweep.cli.console import stdout
 from patchsweep.cli.schema.heads import HeadsRun
+from patchsweep.data.pairs import PromptPairs
 
 N_SHOWN = 8  # number of heads to list per class
 
 
-def main(arguments: list[str]) -> int:
-    """Run the study with these overrides; return 0 when it is in the store.
-
-    Raises:
-        ConfigError: an override sets a key that only sweeps use.
-    """
-    refuse_unused("heads", "heads have", arguments, HeadsRun.unused)
-    compose("heads", arguments, job, schema=HeadsRun)
-    return 0
-
-
-def job(cfg: DictConfig) -> None:
-    """Run one config; Hydra calls this in this process or in a launcher's."""
-    execute(cast(HeadsRun, as_config(cfg)))
-
-
-def execute(config: HeadsRun) -> None:
-    """Run the study and print its results; stored results are not computed again."""
-    console = stdout()
-    transformers_logging.disable_progress_bar()
-    model = config.model.load()
-    pairs = config.task.load(model)
-    settings: dict[str, Any] = {
-        "metrics": config.metric.metrics(),
-        "ablations": config.ablations,
-        "positions": config.sites.positions,
-        "optimal": config.optimal,
-        "thresholds": config.thresholds,
-        "read": config.metric.read,
-        "means_from": config.reference(model),
-        "runner": config.runner.name,
-        "max_tokens": config.runner.max_tokens,
-        "config": config.identity(),
-    }
-
-    results = stored(
-        console,
-        config,
-        lambda stages: study(
-            model,
-            pairs,
-            **settings,
-            stages=stages,
-            stage=lambda words: console.print(f"{words} ..."),
-        ),
+def _analyse(
+    config: HeadsRun, model: TransformerBridge, pairs: PromptPairs, stages: Stages
+) -> xr.Dataset:
+    return study(
+        model,
+        pairs,
+        **config.settings(),
+        means_from=config.reference(model),
+        config=config.identity(),
+        stages=stages,
+        stage=lambda words: stdout().print(f"{words} ..."),
     )
-    if results is None:
-        return
-    ds, known = results
+
+
+def _show(console: Console, ds: xr.Dataset, known: bool) -> None:
     console.print(_classes(ds))
     if ds.attrs["task_classes"] != "measured":
         console.print(f"no classes by behaviour on the task: {ds.attrs['task_classes']}")
     console.print(_ablations(ds))
-    say_where(console, config.store, known)
 
 
 def _classes(ds: xr.Dataset) -> Table:
@@ -121,3 +85,6 @@ def _ablations(ds: xr.Dataset) -> Table:
         ]
         table.add_row(str(c), f"{float(row['mean_effect'].values[0]):+.3f}", *cells)
     return table
+
+
+main = AnalysisVerb("heads", HeadsRun, "heads have", _analyse, _show)

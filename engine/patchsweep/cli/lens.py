@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import xarray as xr
-from omegaconf import DictConfig
+from rich.console import Console
 from rich.table import Table
-from transformers.utils import logging as transformers_logging
+from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.analyses.logit_lens import describe, lens, sublayers
 from patchsweep.analyses.logit_lens import findings as lens_findings
 from patchsweep.analyses.stages import Stages
-from patchsweep.cli.analysis import refuse_unused, say_where, stored
-from patchsweep.cli.app import as_config, compose
-from patchsweep.cli.console import stdout
+from patchsweep.cli.analysis import AnalysisVerb
 from patchsweep.cli.schema.lens import LensRun
+from patchsweep.data.pairs import PromptPairs
 from patchsweep.store.attributes import attributes, flat_attributes
 from patchsweep.store.difference import IDENTITY
 from patchsweep.sweeps.identity import sealed
@@ -25,28 +24,9 @@ from patchsweep.sweeps.identity import sealed
 N_SHOWN = 10
 
 
-def main(arguments: list[str]) -> int:
-    """Run the lens with these overrides; return 0 when the results are in the store.
-
-    Raises:
-        ConfigError: an override sets a key that only sweeps use.
-    """
-    refuse_unused("lens", "a lens has", arguments, LensRun.unused)
-    compose("lens", arguments, job, schema=LensRun)
-    return 0
-
-
-def job(cfg: DictConfig) -> None:
-    """Run one config; Hydra calls this in this process or in a launcher's."""
-    execute(cast(LensRun, as_config(cfg)))
-
-
-def execute(config: LensRun) -> None:
-    """Run the lens and print its results; stored results are not computed again."""
-    console = stdout()
-    transformers_logging.disable_progress_bar()
-    model = config.model.load()
-    pairs = config.task.load(model)
+def _analyse(
+    config: LensRun, model: TransformerBridge, pairs: PromptPairs, stages: Stages
+) -> xr.Dataset:
     settings = {**config.settings(), "config": config.identity()}
 
     def described() -> dict[str, Any]:
@@ -56,35 +36,31 @@ def execute(config: LensRun) -> None:
             attrs[IDENTITY] = sealed({**attrs[IDENTITY], "sublayers": removed_by})
         return attrs
 
-    def analyse(stages: Stages) -> xr.Dataset:
-        def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
-            ds = lens(model, pairs, **settings, stages=stages)
-            if config.sublayers:
-                removed = sublayers(
-                    model,
-                    pairs,
-                    which=ds.attrs["prompt"],
-                    runner=config.runner.name,  # type: ignore[arg-type]  # RunnerConfig's check
-                    max_tokens=config.runner.max_tokens,
-                    stages=stages,
-                )
-                ds = ds.merge(removed, compat="no_conflicts", combine_attrs="override")
-                used = attributes(removed)["provenance"]
-                ds.attrs |= {key: used[key] for key in ("runner", "runner_reason")}
-            return ds.assign_attrs(flat_attributes(attrs))
+    def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
+        ds = lens(model, pairs, **settings, stages=stages)
+        if config.sublayers:
+            removed = sublayers(
+                model,
+                pairs,
+                which=ds.attrs["prompt"],
+                runner=config.runner.name,  # type: ignore[arg-type]  # RunnerConfig's check
+                max_tokens=config.runner.max_tokens,
+                stages=stages,
+            )
+            ds = ds.merge(removed, compat="no_conflicts", combine_attrs="override")
+            used = attributes(removed)["provenance"]
+            ds.attrs |= {key: used[key] for key in ("runner", "runner_reason")}
+        return ds.assign_attrs(flat_attributes(attrs))
 
-        return stages.results(model, described, compute)
+    return stages.results(model, described, compute)
 
-    results = stored(console, config, analyse)
-    if results is None:
-        return
-    ds, known = results
+
+def _show(console: Console, ds: xr.Dataset, known: bool) -> None:
     for line in _ends(ds):
         console.print(line)
     console.print(_layers(ds))
     if "without" in ds:
         console.print(_removals(ds))
-    say_where(console, config.store, known)
 
 
 def _ends(ds: xr.Dataset) -> list[str]:
@@ -157,3 +133,6 @@ def _removals(ds: xr.Dataset) -> Table:
             f"{removal.changes['logit_diff']:+.2f}",
         )
     return table
+
+
+main = AnalysisVerb("lens", LensRun, "a lens has", _analyse, _show)

@@ -2,59 +2,33 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import numpy as np
 import xarray as xr
-from omegaconf import DictConfig
+from rich.console import Console
 from rich.table import Table
-from transformers.utils import logging as transformers_logging
+from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.analyses.stages import Stages
 from patchsweep.analyses.tracing import largest_effects, trace
-from patchsweep.cli.analysis import refuse_unused, say_where, stored
-from patchsweep.cli.app import as_config, compose
-from patchsweep.cli.console import stdout
+from patchsweep.cli.analysis import AnalysisVerb
 from patchsweep.cli.schema.trace import TraceRun
+from patchsweep.data.pairs import PromptPairs
 
 N_SHOWN = 5
 
 
-def main(arguments: list[str]) -> int:
-    """Trace with these overrides; return 0 when the results are in the store.
-
-    Raises:
-        ConfigError: an override sets a key that only sweeps use.
-    """
-    refuse_unused("trace", "a trace has", arguments, TraceRun.unused)
-    compose("trace", arguments, job, schema=TraceRun)
-    return 0
-
-
-def job(cfg: DictConfig) -> None:
-    """Run one config; Hydra calls this in this process or in a launcher's."""
-    execute(cast(TraceRun, as_config(cfg)))
-
-
-def execute(config: TraceRun) -> None:
-    """Run the trace and print its results; stored results are not computed again."""
-    console = stdout()
-    transformers_logging.disable_progress_bar()
-    model = config.model.load()
-    pairs = config.task.load(model)
+def _analyse(
+    config: TraceRun, model: TransformerBridge, pairs: PromptPairs, stages: Stages
+) -> xr.Dataset:
     settings = {**config.settings(), "config": config.identity()}
-    found = stored(
-        console,
-        config,
-        lambda stages: trace(model, pairs, config.corruption(), **settings, stages=stages),
-    )
-    if found is None:
-        return
-    ds, known = found
+    return trace(model, pairs, config.corruption(), **settings, stages=stages)
+
+
+def _show(console: Console, ds: xr.Dataset, known: bool) -> None:
     name = str(ds["metric"].values[0])
     clean, noised = (float(ds[f"{x}_metric"][0].mean()) for x in ("clean", "noised"))
     console.print(f"{name}: {clean:.4g} on the clean prompt, {noised:.4g} under noise")
     console.print(_table(ds))
-    say_where(console, config.store, known)
 
 
 def _table(ds: xr.Dataset) -> Table:
@@ -72,3 +46,6 @@ def _table(ds: xr.Dataset) -> Table:
                 str(kind), str(place.layer), where, f"{place.effect:+.4f}", f"{low} to {high}"
             )
     return table
+
+
+main = AnalysisVerb("trace", TraceRun, "a trace has", _analyse, _show)

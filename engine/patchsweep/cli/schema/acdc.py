@@ -35,3 +35,13 @@ class AcdcRun(AnalysisRun):
         given = self.thresholds
         if not (isinstance(given, list) and all(type(x) in (int, float) for x in given)):
             raise ConfigError(f"thresholds={given!r} must be a list, such as [0.01,0.1]")
+
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments of `acdc` other than model, pairs and means."""
+        return {
+            "metric": self.metric.metrics(),
+            "thresholds": self.thresholds,
+            "ablation": self.ablation,
+            "positions": self.positions,
+            "read": self.metric.read,
+        }

@@ -43,6 +43,7 @@ class CircuitRun(AnalysisRun):
                 f"sizes={self.sizes!r} must be a list of shares or numbers, such as [0.01,0.1,1] "
                 "or [50,200]; null takes those of the MIB benchmark"
             )
+        self.scored_by()
 
     def scored_by(self) -> str | Method:
         """Return the one method that ranks nodes or edges.
@@ -57,3 +58,16 @@ class CircuitRun(AnalysisRun):
                 "for nodes, method=eap, eap_ig or exact for edges"
             )
         return methods[0]
+
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments of `circuit` other than model, pairs and means."""
+        return {
+            "metrics": self.metric.metrics(),
+            "level": self.level,
+            "method": self.scored_by(),
+            "growth": self.growth,
+            "sizes": self.sizes,
+            "ablation": self.ablation,
+            "rank_by": self.rank_by,
+            "read": self.metric.read,
+        }

@@ -37,3 +37,17 @@ class EdgesRun(AnalysisRun):
                 f"top={self.top!r} must be a whole number of at least 1, or all; 200 is usual"
             )
         path_of(self.steps, self.rule, self.rtol)  # type: ignore[arg-type]
+
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments of `screen_edges` other than model, pairs and means."""
+        return {
+            "metrics": self.metric.metrics(),
+            "top": self.top,
+            "direction": self.direction,
+            "intervention": self.intervention,
+            "steps": self.steps,
+            "rule": self.rule,
+            "rtol": self.rtol,
+            "positions": self.positions,
+            "read": self.metric.read,
+        }

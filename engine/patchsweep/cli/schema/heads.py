@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from patchsweep.analyses.heads.ablations import ABLATIONS, check_ablations
 from patchsweep.analyses.heads.classes import Thresholds
@@ -38,3 +38,16 @@ class HeadsRun(AnalysisRun):
                     "out"
                 )
         check_ablations(self.ablations, self.sites.positions, self.optimal)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments of `study` other than model, pairs and means."""
+        return {
+            "metrics": self.metric.metrics(),
+            "ablations": self.ablations,
+            "positions": self.sites.positions,
+            "optimal": self.optimal,
+            "thresholds": self.thresholds,
+            "read": self.metric.read,
+            "runner": self.runner.name,
+            "max_tokens": self.runner.max_tokens,
+        }
