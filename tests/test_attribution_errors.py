@@ -121,7 +121,7 @@ def test_screen_with_k_larger_than_the_plan_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"k": 0}, {"subsets": 3}, {"share": 1.0}, {"level": 0.7}, {"margin": -1.0}]
+    "wrong", [{"k": 0}, {"subsets": 3}, {"inclusion": 1.0}, {"alpha": 0.7}, {"margin": -1.0}]
 )
 def test_screen_numbers_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(MethodError, match=next(iter(wrong))):

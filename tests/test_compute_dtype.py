@@ -79,7 +79,7 @@ ANALYSES: dict[str, Callable[[TransformerBridge, ps.PromptPairs], Any]] = {
     "bf16": lambda m, p: ps.sweep(m, p, "z", precision="bf16", runner="packed")[
         ["z", "base_metric"]
     ],
-    "screen": lambda m, p: ps.sweep(m, p, "z", method=Screen(k=5, share=0.3)),
+    "screen": lambda m, p: ps.sweep(m, p, "z", method=Screen(k=5, inclusion=0.3)),
     "sample": lambda m, p: sample_exact(m, p, "z", n=5),
     "edges": edges,
     "exact_edges": lambda m, p: exact_edges(m, p, ["a0.h1->m1"]),

@@ -19,7 +19,7 @@ def work():
 for _ in range(10):  # until the heap has found its shape
     work()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(40):
+for _ in range(10):
     work()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """

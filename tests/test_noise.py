@@ -130,7 +130,7 @@ def test_screens_and_samples_have_a_floor_too(kind: str) -> None:
     low, _ = bridges("llama")
     arguments: dict[str, Any] = {"compute_dtype": "model", "runner": "packed"}
     if kind == "screen":
-        method = Screen(k=5, share=0.3)
+        method = Screen(k=5, inclusion=0.3)
         ds = ps.sweep(low, pairs_of(low), "z", method=method, **arguments)
     else:
         ds = sample_exact(low, pairs_of(low), "z", n=5, **arguments)

@@ -134,7 +134,7 @@ def test_bound_of_an_additive_metric_holds_as_often_as_it_says() -> None:
     assert violated <= binom.ppf(0.99, 400, 0.05)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_bound_is_violated_no_more_often_than_its_level(family: str) -> None:
     name = f"tiny:{family}"
     options = {"sites": ["z"]}
@@ -160,7 +160,7 @@ def test_screen_finds_the_top_of_the_z_sweep_of_smollm2(smollm2) -> None:
     exact = ps.sweep(smollm2, pairs, ["z"])
     effects = np.abs(_effects(exact, "z")).ravel()
     top = set(np.argsort(-effects)[:20].tolist())
-    screen = Screen(by="atp", k=60, subsets=32, share=0.1)
+    screen = Screen(by="atp", k=60, subsets=32, inclusion=0.1)
     ds = ps.sweep(smollm2, pairs, ["z"], method=screen, runner="packed")
     ran = np.nan_to_num(np.abs(_effects(ds, "z")).ravel())
     assert len(top & set(np.argsort(-ran)[:20].tolist())) >= 19

@@ -77,8 +77,8 @@ class MethodSpec:
                 "k": screen.k,
                 "margin": screen.margin,
                 "subsets": screen.subsets,
-                "share": screen.share,
-                "level": screen.level,
+                "inclusion": screen.inclusion,
+                "alpha": screen.alpha,
                 "seed": screen.seed,
                 "assumption": ASSUMPTION,
                 "cells": "<site> holds exact values where a patch was run or is known to change "

@@ -58,7 +58,7 @@ class Subsets:
         self, batch: Batch, row: int, patches: NDArray[np.int64], run: BaseRun
     ) -> NDArray[np.float64]:
         rng = np.random.default_rng([self.screen.seed, batch.pairs[row]])
-        member = draw_members(rng, self.screen.subsets, len(patches), self.screen.share)
+        member = draw_members(rng, self.screen.subsets, len(patches), self.screen.inclusion)
         start = int(min(self.plan.start[patches].min(), batch.reads[0]))
         rows = max(1, MAX_TOKENS // (batch.length - start))
         parts = [
@@ -66,7 +66,7 @@ class Subsets:
             for i in range(0, len(member), rows)
         ]
         effects = np.concatenate(parts, axis=1)
-        return np.array([upper_bound(effect, member, self.screen.level) for effect in effects])
+        return np.array([upper_bound(effect, member, self.screen.alpha) for effect in effects])
 
     @torch.no_grad()
     def capture(self, batch: Batch) -> BaseRun:
@@ -183,20 +183,20 @@ class BaseRun:
 
 
 def draw_members(
-    rng: np.random.Generator, n_subsets: int, n_patches: int, share: float
+    rng: np.random.Generator, n_subsets: int, n_patches: int, inclusion: float
 ) -> NDArray[np.bool_]:
     """Draw `[subset, patch]` memberships at random, with the same number of subsets per patch: at
-    least two with it and two without it. `share` is the inclusion probability."""
-    n_in = min(max(2, round(share * n_subsets)), n_subsets - 2)
+    least two with it and two without it. `inclusion`: probability that a subset has a patch."""
+    n_in = min(max(2, round(inclusion * n_subsets)), n_subsets - 2)
     ranks = rng.random((n_subsets, n_patches)).argsort(axis=0)
     member: NDArray[np.bool_] = ranks < n_in
     return member
 
 
-def upper_bound(metric: NDArray[np.float64], member: NDArray[np.bool_], level: float) -> float:
+def upper_bound(metric: NDArray[np.float64], member: NDArray[np.bool_], alpha: float) -> float:
     """Return the smallest theta for which "some patch has |effect| >= theta" is rejected.
 
-    `metric` `[subset]` of the patched runs, `member` `[subset, patch]`, `level`: alpha of the
+    `metric` `[subset]` of the patched runs, `member` `[subset, patch]`, `alpha`: level of the
     one-sided Welch test.
     """
     inside = member.astype(np.float64)
@@ -208,5 +208,5 @@ def upper_bound(metric: NDArray[np.float64], member: NDArray[np.bool_], level: f
     a, b = var_in / n_in, var_out / n_out
     error = np.sqrt(a + b)
     freedom = (a + b) ** 2 / np.maximum(a**2 / (n_in - 1) + b**2 / (n_out - 1), 1e-300)
-    quantile = stats.t.ppf(1 - level, np.maximum(freedom, 1.0))
+    quantile = stats.t.ppf(1 - alpha, np.maximum(freedom, 1.0))
     return float((np.abs(mean_in - mean_out) + quantile * error).max())

@@ -32,15 +32,15 @@ class Screen:
     subsets: int = 64  # random subsets per pair and site; 0: no bound
     # probability that a subset includes a patch; with fewer other patches in the subset, the
     # patch's effect there is closer to its effect alone
-    share: float = 0.05
-    level: float = 0.05  # alpha of the one-sided test
+    inclusion: float = 0.05
+    alpha: float = 0.05  # level of the one-sided test
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("k", "subsets", "seed"):
             least = 0 if name == "seed" else None
             whole_number(f"screen's {name}", getattr(self, name), least=least, error=MethodError)
-        for name in ("margin", "share", "level"):
+        for name in ("margin", "inclusion", "alpha"):
             value = getattr(self, name)
             if not isinstance(value, int | float) and not (name == "margin" and value is None):
                 raise MethodError(f"screen has {name}={value!r}; use a number")
@@ -49,8 +49,8 @@ class Screen:
             "k": (self.k >= 1, "k >= 1"),
             "margin": (self.margin is None or self.margin >= 0, "margin >= 0"),
             "subsets": (self.subsets == 0 or self.subsets >= 8, "subsets >= 8, or 0 for no bound"),
-            "share": (0 < self.share < 1, "0 < share < 1"),
-            "level": (0 < self.level < 0.5, "0 < level < 0.5"),
+            "inclusion": (0 < self.inclusion < 1, "0 < inclusion < 1"),
+            "alpha": (0 < self.alpha < 0.5, "0 < alpha < 0.5"),
         }
         for name, (kept, rule) in rules.items():
             if not kept:

@@ -134,8 +134,8 @@ class ScreenMethod(MethodConfig):
     k: int = Screen.k  # patches of each site that run exactly
     margin: float | None = Screen.margin  # until the k-th effect is so much above what remains
     subsets: int = Screen.subsets  # random subsets per pair and site, for the bound; 0: no bound
-    share: float = Screen.share  # of the subsets hold a patch
-    level: float = Screen.level  # of the bound's test
+    inclusion: float = Screen.inclusion  # probability that a subset holds a patch
+    alpha: float = Screen.alpha  # level of the bound's test
     seed: int = Screen.seed
 
     def methods(self) -> list[MethodLike]:
