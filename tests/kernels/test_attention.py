@@ -84,8 +84,15 @@ def _tolerance(dtype: torch.dtype) -> dict[str, Any]:
     return TOLERANCE[dtype] if dtype != torch.bfloat16 else {"atol": 2e-3, "rtol": 2**-7}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(
+    ("rows", "variant"),
+    [
+        (rows, variant)
+        for rows in ROWS
+        for variant in VARIANTS
+        if rows != "tokens224" or variant in ("plain", "window3", "all")  # slow if interpreted
+    ],
+)
 def test_attention_equals_row_by_row(rows: str, variant: str) -> None:
     _assert_matches(
         _inputs(ROWS[rows], 6, 2, 16, 16, torch.float32), ROWS[rows], _settings(variant, 6)
