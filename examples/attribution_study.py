@@ -3,7 +3,7 @@
     python examples/attribution_study.py --pairs 32 --stores runs/study > study.md
 
 For each task, on the embedded SmolLM2-135M: exact patching, atp, atp_ends, atp_star, relp, relp_ah,
-ig_inputs and ig over the same pairs, their agreement and their cost, as Markdown tables.
+gim, ig_inputs and ig over the same pairs, their agreement and their cost, as Markdown tables.
 
 - resid_pre, attn_out and mlp_out are patched at every position;
 - z is patched head by head at the task's named positions, where prompts of different lengths
@@ -30,7 +30,7 @@ from patchsweep.tasks import load_task
 
 WHOLE = ["resid_pre", "attn_out", "mlp_out"]
 INPUT_STEPS = 5
-CHEAP = ["atp", "atp_ends", "relp", "relp_ah", IntegratedInputs(INPUT_STEPS)]
+CHEAP = ["atp", "atp_ends", "relp", "relp_ah", "gim", IntegratedInputs(INPUT_STEPS)]
 # named positions at which single heads are patched: from the first token that differs on
 POSITIONS = {
     "ioi": ["S2", "end"],

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 from patchsweep.analyses.circuits import Edge, exact_edges, screen_edges
 from patchsweep.analyses.circuits import every_edge as every_module
@@ -14,10 +15,13 @@ from patchsweep.analyses.circuits.dead_edges import UNCHANGED, UNREAD
 from patchsweep.analyses.stages import Stages, Unfinished
 from patchsweep.cli.main import EXIT_DONE, main
 from patchsweep.data.pairs import PromptPairs
-from patchsweep.errors import PlanError
+from patchsweep.errors import MethodError, PlanError
+from patchsweep.models import load_model
 from patchsweep.store.attributes import attributes
 from subjects import CLEAN, CORRUPTED, demo_pairs, model
 from test_paths import batch_of, edge_by_hooks, hooked, nodes_of
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 NAMES = ["tiny:llama", "tiny:gpt_neox"]
 
@@ -133,3 +137,113 @@ def test_words_that_are_no_list_are_refused() -> None:
         exact_edges(model("tiny:llama"), demo_pairs("tiny:llama"), "every")
     with pytest.raises(PlanError, match="top='most'"):
         screen_edges(model("tiny:llama"), demo_pairs("tiny:llama"), top="most")
+
+
+class Formulas:
+    """SmolLM2 on the demo pair by the Llama formulas written out, with one reader's input moved."""
+
+    def __init__(self, bridge: TransformerBridge) -> None:
+        model = bridge.original_model
+        config, state = model.config, model.state_dict()
+        # the bridge puts its own name before each module's
+        weights = {name.replace("_original_component.", ""): w for name, w in state.items()}
+        self.w = {name.removeprefix("model."): w.float() for name, w in weights.items()}
+        self.n_layers, self.d = config.num_hidden_layers, config.hidden_size
+        self.n_heads, self.n_kv = config.num_attention_heads, config.num_key_value_heads
+        self.d_head, self.eps = self.d // self.n_heads, config.rms_norm_eps
+        batch = batch_of("smollm2-135m")
+        self.answers = [int(x[0, 0]) for x in (batch.answer, batch.wrong)]
+        length = batch.base.shape[1]
+        powers = torch.arange(0, self.d_head, 2) / self.d_head
+        theta = float(config.rope_parameters["rope_theta"])
+        turns = torch.arange(length)[:, None] * theta**-powers
+        self.cos, self.sin = (f(torch.cat([turns, turns], -1)) for f in (torch.cos, torch.sin))
+        self.causal = torch.ones(length, length).tril().bool()
+        self.base, self.source = ([self.w["embed_tokens.weight"][tokens[0]]] for tokens in
+                                  (batch.base, batch.source))  # fmt: skip
+        self.writes: list[list[Tensor]] = []  # of both runs: what embed, heads and MLPs write
+        for stream in (self.base, self.source):
+            written = [stream[0]]
+            for layer in range(self.n_layers):
+                heads, mlp = self.block(layer, stream[-1])
+                written += [*heads, mlp]
+                stream.append(stream[-1] + sum(heads) + mlp)
+            self.writes.append(written)
+
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.w[name]
+
+    def project(self, layer: int, kind: str, x: Tensor) -> Tensor:
+        """q (or k, v) of every head, [head, pos, d_head]."""
+        x = self.norm(x, f"layers.{layer}.input_layernorm.weight")
+        made = x @ self.w[f"layers.{layer}.self_attn.{kind}_proj.weight"].T
+        heads = made.unflatten(-1, (-1, self.d_head)).transpose(0, 1)
+        if kind == "v":
+            return heads
+        first, second = heads.chunk(2, -1)
+        return heads * self.cos + torch.cat([-second, first], -1) * self.sin
+
+    def block(
+        self, layer: int, x: Tensor, kind: str = "", head: int | None = None, more: Any = 0
+    ) -> tuple[list[Tensor], Tensor]:
+        """What heads and MLP write; the reader `kind` of `head` sees `more` in its input."""
+        qkv = {name: self.project(layer, name, x) for name in "qkv"}
+        if kind in qkv:
+            qkv[kind] = qkv[kind].clone()
+            qkv[kind][head] = self.project(layer, kind, x + more)[head]
+        k, v = (qkv[name].repeat_interleave(self.n_heads // self.n_kv, 0) for name in "kv")
+        scores = qkv["q"] @ k.transpose(1, 2) / self.d_head**0.5
+        z = scores.masked_fill(~self.causal, float("-inf")).softmax(-1) @ v
+        w_o = self.w[f"layers.{layer}.self_attn.o_proj.weight"].unflatten(1, (self.n_heads, -1))
+        heads = [*torch.einsum("hpd,mhd->hpm", z, w_o)]
+        seen = self.norm(
+            x + sum(heads) + (more if kind == "mlp" else 0),
+            f"layers.{layer}.post_attention_layernorm.weight",
+        )
+        gate, up, down = (self.w[f"layers.{layer}.mlp.{n}_proj.weight"] for n in
+                          ("gate", "up", "down"))  # fmt: skip
+        return heads, (torch.nn.functional.silu(seen @ gate.T) * (seen @ up.T)) @ down.T
+
+    def metric(self, edge: Edge, sender: int) -> float:
+        more, layer = self.writes[1][sender] - self.writes[0][sender], edge.reader.layer
+        x = self.base[layer]
+        if edge.reader.kind == "logits":
+            x = x + more
+        for at in range(layer, self.n_layers):
+            own = (edge.reader.kind, edge.reader.head, more) if at == layer else ()
+            heads, mlp = self.block(at, x, *own)
+            x = x + sum(heads) + mlp
+        final = self.norm(x[-1], "norm.weight")
+        answer, wrong = (self.w["embed_tokens.weight"][i] for i in self.answers)
+        return float(final @ (answer - wrong))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_three_hundred_edges_of_smollm2_equal_the_formulas() -> None:
+    name = "smollm2-135m"
+    nodes, plain = nodes_of(name), Formulas(model(name))
+    at = np.argwhere(nodes.possible)
+    chosen = at[np.random.default_rng(7).permutation(len(at))[:300]]
+    edges = [Edge(nodes.senders[u], nodes.readers[v]) for u, v in chosen]
+    found = exact_edges(model(name), demo_pairs(name), edges)["edge"].values[0, 0]
+    wanted = [plain.metric(edge, int(u)) for edge, (u, _) in zip(edges, chosen, strict=True)]
+    assert np.ptp(wanted) > 0.1
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+def test_attention_that_adds_more_than_its_heads_is_refused() -> None:
+    bridge = load_model("tiny:llama", device="cpu")
+    attention = bridge.blocks[1].attn.original_component
+
+    class Doubled(type(attention)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out, *rest = super().forward(*args, **kwargs)
+            return 2 * out, *rest
+
+    attention.__class__ = Doubled
+    pairs = PromptPairs.from_strings(
+        bridge, clean=[CLEAN], corrupted=[CORRUPTED], answers=[(" Mary", " John")]
+    )
+    with pytest.raises(MethodError, match=r"attention of block 1 .* W_O"):
+        exact_edges(bridge, pairs, ["a0.h1->logits"])

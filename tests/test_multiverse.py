@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,12 +13,14 @@ import torch
 import xarray as xr
 from patchsweep.analyses.circuits.ablate import run_edges, run_nodes
 from patchsweep.analyses.circuits.multiverse import _moves
+from patchsweep.cli.main import EXIT_DONE, EXIT_MISTAKE, EXIT_STOPPED, main
 from patchsweep.errors import PlanError
 from subjects import demo_pairs, model
 from test_circuits import Hooked, random_edges, scene_of
 from test_stability import pairs
 
 NAME = "tiny:gpt2"
+module = import_module("patchsweep.analyses.circuits.multiverse")
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +145,51 @@ def test_denoising_restores_the_circuit(scores: xr.DataArray) -> None:
     )
     wanted = float((circuit - nothing) / (everything - nothing))
     assert ds["faithfulness"].item() == pytest.approx(wanted, abs=1e-4)
+
+
+def test_the_command_goes_on_stores_and_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [
+        "multiverse", "model=tiny", "task=ioi", "task.n_pairs=2", "count=30", "method=eap",
+        "metric=[logit_diff,prob]", "ablations=[zero,resample]", "store=m.zarr",
+    ]  # fmt: skip
+    run, seen = module._run, []
+
+    def stopped(plan: Any, *args: Any) -> Any:
+        seen.append(str(plan.setting))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return run(plan, *args)
+
+    monkeypatch.setattr(module, "_run", stopped)
+    assert main(words) == EXIT_STOPPED
+    kept = sorted(path.name for path in Path("m.zarr.parts").iterdir())
+    assert "2-variants-resample-denoising" in kept
+    assert main(words) == EXIT_DONE
+    said = " ".join(capsys.readouterr().out.split())
+    assert "faithfulness of 30 edges, 36 variants" in said
+    assert "how far one choice alone moves it" in said
+    assert main(words) == EXIT_DONE
+    assert "already there, nothing was run" in capsys.readouterr().out
+    ds = xr.open_zarr("m.zarr", consolidated=False)
+    bridge = model("tiny:llama")
+    own = ps.multiverse(
+        bridge, ps.load_task(bridge, "ioi", 2), "eap", 30, ["logit_diff", "prob"],
+        ablations=["zero", "resample"],
+    )  # fmt: skip
+    np.testing.assert_allclose(ds["faithfulness"], own["faithfulness"], atol=1e-6)
+    assert main(["report", "m.zarr"]) == EXIT_DONE
+    assert "What moves it" in Path("report.html").read_text()
+    for more, told in (
+        (["intervention=mean"], "ablations=[resample,mean]"),
+        (["method=[eap,relp]"], "one method"),
+        (["positions=[where]"], "positions='where' is not known"),
+        (["count=9"], "another"),
+    ):
+        assert main([*words, *more]) == EXIT_MISTAKE
+        assert told in capsys.readouterr().err
 
 
 def test_moves_are_ranges_of_one_choice() -> None:

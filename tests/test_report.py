@@ -442,6 +442,8 @@ def test_largest_effects_carry_their_interval_over_pairs() -> None:
     assert row in text
     assert f"{number(low, sign=True)} … {number(high, sign=True)}" in text
     assert "p: sign-flip test" in text
+    assert f"{number(top.q)}" in text
+    assert "q: the same, adjusted" in text
 
 
 def test_one_pair_has_no_interval() -> None:

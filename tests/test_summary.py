@@ -10,6 +10,7 @@ import torch
 import xarray as xr
 from patchsweep.errors import MetricError, PlanError, SiteError, StoreError
 from patchsweep.results import accessor as summary
+from patchsweep.results import resampling
 from report_data import synthetic, write
 from transformer_lens.utilities.statistics import bootstrap_ci, sign_flip_permutation_pvalue
 
@@ -208,6 +209,34 @@ def test_interval_and_p_value_equal_transformer_lens_on_the_pairs_that_ran() -> 
     assert np.isnan(p[2])
 
 
+def test_drawn_sign_flips_are_those_of_transformer_lens() -> None:
+    effects = np.random.default_rng(2).normal(0.2, 1.0, size=(20, 30))
+    wanted = sign_flip_permutation_pvalue(torch.from_numpy(effects), dim=0, n_permutations=700)
+    found = resampling.sign_flip(effects, n_permutations=700)
+    np.testing.assert_allclose(found, wanted)
+    assert np.ptp(found) > 0.1
+
+
+def test_means_over_pairs_have_a_q_value_and_single_pairs_have_none() -> None:
+    values = np.array([[3.0, 0.1, 0.0], [3.1, -0.1, 0.0], [2.9, 0.1, 0.0], [3.0, 0.1, 0.0]])
+    ds = tiny(values, base=np.zeros(4), source=np.ones(4))
+    p = summary.p_value(ds, "resid_pre").values[0]
+    found = summary.largest(ds, "resid_pre")
+    assert [e.q for e in found] == pytest.approx([2 * p[0], max(p[1], 2 * p[0])])
+    assert summary.largest(ds, "resid_pre", pair=0)[0].q is None
+    assert "<th>q</th>" in found._repr_html_().replace(' class="n"', "")
+
+
+def test_a_placebo_ends_the_list_at_its_control_level() -> None:
+    ds = tiny([[3.0, 0.1, 1.0], [3.0, 0.1, 1.0]], base=np.zeros(2), source=np.ones(2))
+    placebo = tiny([[0.5, 0.2, 0.0], [0.5, 0.2, 0.0]], base=np.zeros(2), source=np.ones(2))
+    found = summary.largest(ds, "resid_pre", placebo=placebo)
+    assert [e.effect for e in found] == [3.0, 1.0]
+    assert found[0].control == pytest.approx(np.quantile([0.5, 0.2], 0.95))
+    with pytest.raises(PlanError, match="leave pair out"):
+        summary.largest(ds, "resid_pre", pair=0, placebo=placebo)
+
+
 def test_p_value_of_three_pairs_that_agree_is_a_quarter() -> None:
     # two of the eight sign patterns are as extreme
     ds = tiny([[1.0], [2.0], [3.0]], base=np.zeros(3), source=np.ones(3))
@@ -217,7 +246,7 @@ def test_p_value_of_three_pairs_that_agree_is_a_quarter() -> None:
 def test_blocks_of_cells_do_not_change_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     effects = np.random.default_rng(1).normal(size=(5, 63))
     whole = summary.bootstrap(effects), summary.sign_flip(effects)
-    monkeypatch.setattr(summary, "_FLOATS_PER_BLOCK", 5 * 256 * 7)
+    monkeypatch.setattr(resampling, "_FLOATS_PER_BLOCK", 5 * 256 * 7)
     parts = summary.bootstrap(effects), summary.sign_flip(effects)
     np.testing.assert_array_equal(whole[0], parts[0])
     np.testing.assert_array_equal(whole[1], parts[1])

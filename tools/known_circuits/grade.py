@@ -3,7 +3,8 @@
     python -m tools.known_circuits.grade [NAME ...]     # the tables of docs/known_circuits.md
 
 AUROC: how often a true edge scores higher by size than a false one, ties count half. Faithfulness:
-that of the circuit of as many edges as are true, the best by score.
+that of the circuit of as many edges as are true, the best by score. The score of ACDC is the number
+of thresholds at which it leaves an edge in.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from scipy.stats import rankdata
 
 from tools.known_circuits.load import Compiled, names, read, save_gpt2, true_edges
 
-EDGE_METHODS = ("exact", "eap", "eap_ig", "relp", "gim", "ifr")
+EDGE_METHODS = ("exact", "acdc", "eap", "eap_ig", "relp", "gim", "ifr")
 NODE_METHODS = ("exact", "atp", "ig_inputs", "relp", "gim", "ifr")
 N_PAIRS = 16
+# of ACDC, as shares of the mean |metric(clean) - metric(corrupted)|
+THRESHOLDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 
 
 @dataclass
@@ -103,6 +106,14 @@ def auroc(size: NDArray[Any], truth: NDArray[Any]) -> float:
     return float((ranks[positive].sum() - n_true * (n_true + 1) / 2) / (n_true * n_false))
 
 
+def pruned(model: Any, pairs: ps.PromptPairs) -> xr.DataArray:
+    """Return how many thresholds of ACDC leave each edge in, NaN where there is none."""
+    ends = ps.acdc(model, pairs, "logit_diff", thresholds=[1e9])
+    gap = float(abs(ends["base_metric"] - ends["source_metric"]).mean())
+    found = ps.acdc(model, pairs, "logit_diff", thresholds=[gap * share for share in THRESHOLDS])
+    return found["kept"].sum("threshold").astype(np.float32)
+
+
 def grade(
     of: Compiled,
     model: Any,
@@ -133,7 +144,9 @@ def grade(
     )  # fmt: skip
     for method in edge_methods:
         scores = exact.mean("pair", skipna=False)
-        if method != "exact":
+        if method == "acdc":
+            scores = pruned(model, pairs).where(truth.notnull())
+        elif method != "exact":
             scores = ps.circuit_scores(model, pairs, method=method)
         result.edges[method] = (
             auroc(np.abs(scores.values[known]), wanted), faithfulness(scores)
@@ -164,6 +177,9 @@ def main(chosen: list[str]) -> None:
             flush=True,
         )
     print("\n| | " + " | ".join(EDGE_METHODS) + " |")
+    for i, what in enumerate(("AUROC", "faithfulness")):
+        good = [sum(g.edges[m][i] >= 0.99 for g in grades) for m in EDGE_METHODS]
+        print(f"| {what} of 0.99 or above | " + " | ".join(map(str, good)) + " |")
     for label, of in (("median", np.median), ("least", np.min)):
         for i, what in enumerate(("AUROC", "faithfulness")):
             values = [of([g.edges[m][i] for g in grades]) for m in EDGE_METHODS]

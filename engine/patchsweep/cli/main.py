@@ -25,6 +25,7 @@ VERBS = {
     "edges": "score every edge between components, run the foremost exactly, store both",
     "circuit": "grow circuits from node or edge scores, run each without the rest; store it",
     "acdc": "prune edges one by one while the metric stays; store what is left",
+    "multiverse": "measure a circuit's faithfulness in every way there is; store the range",
     "lens": "what the model would say at each layer, of a patched run too; store it",
     "trace": "noise a subject, restore states one by one: where a fact passes; store it",
     "attention": "rank heads by attention attribution, store their patterns and predictions",
@@ -34,7 +35,7 @@ VERBS = {
     "task": "list the built-in tasks, or score a model on one",
     "demo": "sweep a real model, check the values against a TransformerLens loop, write a report",
 }
-RESUMABLE = ("run", "edges", "circuit", "acdc", "lens", "trace", "attention", "heads")
+RESUMABLE = ("run", "edges", "circuit", "acdc", "multiverse", "lens", "trace", "attention", "heads")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def usage() -> str:
     """Return the usage text with all verbs."""
-    lines = "\n".join(f"  {verb:10}{what}" for verb, what in VERBS.items())
+    lines = "\n".join(f"  {verb:12}{what}" for verb, what in VERBS.items())
     return (
         f"usage: patchsweep VERB ...\n\n{lines}\n\n"
         "patchsweep VERB --help says more; patchsweep --version says the version."

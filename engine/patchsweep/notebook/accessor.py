@@ -62,10 +62,16 @@ class PatchsweepAccessor:
         return summary.n_pairs(self._ds, site)
 
     def largest(
-        self, site: str, n: int = 10, *, metric: str | None = None, pair: int | None = None
+        self,
+        site: str,
+        n: int = 10,
+        *,
+        metric: str | None = None,
+        pair: int | None = None,
+        placebo: xr.Dataset | None = None,
     ) -> summary.Effects:
         """See `patchsweep.results.accessor.largest`; `pair=None` ranks the mean over pairs."""
-        return summary.largest(self._ds, site, metric, n, pair=pair)
+        return summary.largest(self._ds, site, metric, n, pair=pair, placebo=placebo)
 
     def to_dataframe(self, site: str | None = None) -> pd.DataFrame:
         """See `patchsweep.results.export.to_dataframe`."""

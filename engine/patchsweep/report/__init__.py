@@ -24,6 +24,7 @@ KINDS = {
     "edges": "edges",
     "circuit": "circuit",
     "acdc": "acdc",
+    "multiverse": "multiverse",
     "lens": "lens",
     "heads": "heads",
     "attention": "attention",

@@ -68,7 +68,7 @@ def largest_table(ds: xr.Dataset, names: tuple[str, ...], metric: str, view: Vie
     columns += [("noise floor", "n")] if noisy else []
     columns += [("stated error", "n")] if stated else []
     columns += [("recovered", "n")]
-    columns += [("95 % interval", "n"), ("p", "n"), ("pairs", "n")] if spread else []
+    columns += [("95 % interval", "n"), ("p", "n"), ("q", "n"), ("pairs", "n")] if spread else []
     top = "".join(f'<th scope="col" class="{kind}">{name}</th>' for name, kind in columns)
     bodies = []
     for site, effects, extra in groups:
@@ -98,6 +98,7 @@ def largest_table(ds: xr.Dataset, names: tuple[str, ...], metric: str, view: Vie
                 cells += [
                     f'<td class="n">{number(low, sign=True)} … {number(high, sign=True)}</td>',
                     f'<td class="n">{number(p)}</td>',
+                    f'<td class="n">{"" if e.q is None else number(e.q)}</td>',
                     f'<td class="n">{ran}</td>',
                 ]
             rows.append(f"<tr>{first}{''.join(cells)}</tr>")
@@ -232,7 +233,9 @@ def _explain(spread: bool, n_pairs: int) -> str:
     text += (
         f", averaged over {plural(n_pairs, 'pair')}; recovered is the sum of effects over the sum "
         "of gaps. Interval: bootstrap of the mean effect over pairs. p: sign-flip test that the "
-        "mean is zero, not corrected for having picked the largest cells"
+        "mean is zero, not corrected for having picked the largest cells. q: the same, adjusted "
+        "for all cells of the site (Benjamini and Hochberg): of the cells with at most this q, "
+        "that share is false on average"
     )
     if n_pairs < 10:
         text += f". With {plural(n_pairs, 'pair')}, read both as rough"

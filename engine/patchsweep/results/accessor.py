@@ -6,7 +6,7 @@ returns new arrays; the Dataset is not changed. Cells that have not run are NaN 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 
 import numpy as np
 import xarray as xr
@@ -14,6 +14,7 @@ import xarray as xr
 from patchsweep.arguments import number, whole_number
 from patchsweep.errors import MetricError, PlanError, SiteError, StoreError
 from patchsweep.results.effects import Effect, Effects
+from patchsweep.results.resampling import bootstrap, sign_flip, tested_q
 from patchsweep.results.rounding import BF16, NOISE, floor_of_mean, noise_floor
 
 __all__ = [
@@ -65,8 +66,6 @@ SITE_WORDS = {
 """Site names and what they are, in words, in the order in which reports show them."""
 
 _CELL_DIMS = {"metric", "pair", "intervention", "layer", "pos", *UNIT_DIMS}
-_FLOATS_PER_BLOCK = 1 << 23  # 32 MiB of resampled effects at a time
-
 
 ERROR = "_error"  # suffix of the variable with the errors that estimates state
 
@@ -255,18 +254,23 @@ def largest(
     n: int = 10,
     *,
     pair: int | None = None,
+    placebo: xr.Dataset | None = None,
 ) -> Effects:
     """Return the `n` cells of `site` with the largest nonzero |effect|, largest first.
 
     If the run has a noise floor (`patchsweep.results.rounding`), cells below it are left out
     too, so there may be fewer than `n`. `metric` defaults to the first; `pair=None` ranks the
-    mean over pairs, whose `recovered` is the ratio of means.
+    mean over pairs, whose `recovered` is the ratio of means. Means of exact effects have a `q`, the
+    sign-flip p-value adjusted for all cells of the site (`results.discoveries.q_value`).
+    With a `placebo`, means below its control level (`results.discoveries.control_level`) are left
+    out as well.
 
     Raises:
-        SiteError, MetricError, PlanError: `site`, `metric` or `pair` is not in the Dataset, or
-            `n` is below 1.
+        SiteError, MetricError, PlanError: `site`, `metric` or `pair` is not in the Dataset, `n` is
+            below 1, or a placebo is given for one pair.
     """
     whole_number("n", n, least=1)
+    control = None if placebo is None else _control(placebo, site, metric_name(ds, metric), pair)
     one = ds.sel(metric=[metric_name(ds, metric)])
     if pair is not None:
         if pair not in ds["pair"].values:
@@ -290,9 +294,14 @@ def largest(
         mean = one[site + ERROR].mean("pair", skipna=True).squeeze("metric", drop=True)
         errors = mean.transpose(*effects.dims).values.ravel()
 
+    q = None
+    if one.sizes["pair"] > 1 and site not in estimates(ds):
+        of_pairs = _pairs_first(effect(one, site).squeeze("metric", drop=True))
+        q = tested_q(sign_flip(of_pairs), (np.nan_to_num(of_pairs) == 0).all(axis=0))
     sizes = np.abs(effects.values).ravel()
     order = np.argsort(-np.nan_to_num(sizes, nan=-1.0), kind="stable")
     order = order[sizes[order] > (0 if noise is None else noise[order])]
+    order = order[sizes[order] > (control or 0)]
     top = Effects()
     for cell in order[:n]:
         at = dict(zip(effects.dims, np.unravel_index(cell, effects.shape), strict=True))
@@ -309,39 +318,21 @@ def largest(
                 recovered=float(fractions.values.ravel()[cell]),
                 noise=None if noise is None else float(noise[cell]),
                 error=None if errors is None else float(errors[cell]),
+                q=None if q is None else float(q[cell]),
+                control=control,
                 n_pairs=int(behind.values.ravel()[cell]),
             )
         )
     return top
 
 
-def bootstrap(
-    effects: np.ndarray, *, confidence: float = 0.95, n_resamples: int = 1000
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return (low, high) [cell] of the mean over axis 0 of `effects` [pair, cell], NaN left out."""
-    import torch  # a local import, so that reading a store does not load torch
-    from transformer_lens.utilities.statistics import bootstrap_ci
+def _control(placebo: xr.Dataset, site: str, metric: str, pair: int | None) -> float:
+    """Return the control level of a placebo, which holds for means over pairs."""
+    from patchsweep.results.discoveries import control_level  # it is built on this module
 
-    low, high = np.full((2, effects.shape[1]), np.nan)
-    for cells, present in _same_pairs(effects, 256):
-        bounds = bootstrap_ci(
-            torch.from_numpy(present), dim=0, confidence=confidence, n_resamples=n_resamples
-        )
-        low[cells], high[cells] = (b.numpy() for b in bounds)
-    return low, high
-
-
-def sign_flip(effects: np.ndarray, *, n_permutations: int = 1000) -> np.ndarray:
-    """Return the two-sided sign-flip p-value of the mean over axis 0 of `effects` [pair, cell]."""
-    import torch
-    from transformer_lens.utilities.statistics import sign_flip_permutation_pvalue
-
-    p = np.full(effects.shape[1], np.nan)
-    for cells, present in _same_pairs(effects, 4096):
-        p[cells] = sign_flip_permutation_pvalue(
-            torch.from_numpy(present), dim=0, n_permutations=n_permutations
-        ).numpy()
-    return p
+    if pair is not None:
+        raise PlanError("a placebo gives a level for means over pairs; leave pair out")
+    return float(control_level(placebo.sel(metric=[metric_name(placebo, metric)]), site).item())
 
 
 def _cell_variables(ds: xr.Dataset) -> list[str]:
@@ -403,20 +394,3 @@ def _pairs_first(effects: xr.DataArray) -> np.ndarray:
     """Return `effects` as [pair, cell], contiguous float64."""
     values = effects.transpose("pair", ...).values
     return np.ascontiguousarray(values.reshape(values.shape[0], -1), dtype=np.float64)
-
-
-def _same_pairs(effects: np.ndarray, draws: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (cells, effects [pair, cell]) of cells that ran in the same pairs, for those pairs.
-
-    Cells that ran in fewer than two pairs are left out. Blocks are small enough that `draws`
-    resamples of one fit `_FLOATS_PER_BLOCK`.
-    """
-    ran = np.isfinite(effects)
-    patterns, group = np.unique(ran, axis=1, return_inverse=True)
-    for index, pairs in enumerate(patterns.T):
-        if pairs.sum() < 2:
-            continue
-        cells = np.flatnonzero(group.ravel() == index)
-        n_blocks = -(-len(cells) * int(pairs.sum()) * draws // _FLOATS_PER_BLOCK)
-        for block in np.array_split(cells, max(1, min(n_blocks, len(cells)))):
-            yield block, effects[np.ix_(pairs, block)]

@@ -4,28 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import xarray as xr
-from numpy.typing import NDArray
 
 from patchsweep.arguments import number
 from patchsweep.errors import StoreError
 from patchsweep.results.accessor import effect, effect_mean, p_value
+from patchsweep.results.resampling import benjamini_hochberg, tested_q
 
-
-def benjamini_hochberg(p: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Return the adjusted p-values of `p`, in its shape; NaN stays NaN and does not count.
-
-    The adjusted value of the i-th smallest of n is the least p_(j) * n / j of all j >= i. Rejecting
-    every cell at or below q keeps the expected share of false discoveries among the rejected below
-    q, if cells are independent or positively dependent (Benjamini and Hochberg 1995).
-    """
-    flat = np.asarray(p, dtype=np.float64).ravel()
-    known = np.flatnonzero(~np.isnan(flat))
-    order = known[np.argsort(flat[known], kind="stable")]
-    n = len(order)
-    scaled = flat[order] * n / np.arange(1, n + 1)
-    adjusted = np.full(flat.shape, np.nan)
-    adjusted[order] = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1.0)
-    return adjusted.reshape(np.shape(p))
+__all__ = ["benjamini_hochberg", "control_level", "q_value"]
 
 
 def q_value(ds: xr.Dataset, site: str, n_permutations: int = 1000) -> xr.DataArray:
@@ -40,21 +25,17 @@ def q_value(ds: xr.Dataset, site: str, n_permutations: int = 1000) -> xr.DataArr
     """
     p = p_value(ds, site, n_permutations)
     dead = (effect(ds, site).fillna(0) == 0).all("pair").transpose(*p.dims)
-    q = xr.zeros_like(p).rename("q_value")
-    for i in range(p.sizes["metric"]):
-        tested = np.where(dead.values[i], np.nan, p.values[i])
-        adjusted = benjamini_hochberg(tested)
-        q.values[i] = np.where(dead.values[i] & ~np.isnan(p.values[i]), 1.0, adjusted)
-    return q
+    adjusted = [tested_q(*one) for one in zip(p.values, dead.values, strict=True)]
+    return p.copy(data=np.array(adjusted)).rename("q_value")
 
 
 def control_level(placebo: xr.Dataset, site: str, level: float = 0.95) -> xr.DataArray:
     """Return the control level [metric]: that quantile of a placebo's |mean effect| over cells.
 
     A placebo is a sweep whose donor tells nothing of the pair: another pair's run
-    (`intervention="shuffle"`), or noise of the same size (`patchsweep.norm_matched_noise`). Cells
-    that are exactly 0 (dead) do not count. An effect below the level is no larger than what such
-    a donor does.
+    (`intervention="shuffle"`), or noise of the same size (`spec.placebo.norm_matched_noise`).
+    Cells that are exactly 0 (dead) do not count. An effect below the level is no larger than what
+    such a donor does.
 
     Raises:
         StoreError: every cell of the placebo is 0.

@@ -22,6 +22,9 @@ class Effect:
     recovered: float  # effect / (source metric - base metric); NaN where that gap is zero
     noise: float | None = None  # noise floor of the effect; None: not measured
     error: float | None = None  # error that an estimate states; None: it states none
+    # adjusted for all cells of the site, see `discoveries.q_value`; None: of one pair, or estimated
+    q: float | None = None
+    control: float | None = None  # control level of a placebo; None: none was given
     n_pairs: int = 1  # pairs behind a mean: those in which the cell has run
 
 
@@ -29,11 +32,14 @@ class Effects(list[Effect]):
     """A list of effects that a notebook shows as a table."""
 
     def _repr_html_(self) -> str:
-        optional = ("pos", "token", "head", "noise", "error")
+        optional = ("pos", "token", "head", "noise", "error", "q", "control")
         kept = [f for f in optional if any(getattr(e, f) is not None for e in self)]
         kept += ["n_pairs"] * any(e.pair is None for e in self)
         names = ["site", "layer", *(f for f in optional[:3] if f in kept), "value", "effect"]
-        names += ["recovered", *(f for f in ("noise", "error", "n_pairs") if f in kept)]
+        names += [
+            "recovered",
+            *(f for f in ("noise", "error", "q", "control", "n_pairs") if f in kept),
+        ]
         rows = [[_shown(name, getattr(e, name)) for name in names] for e in self]
         return table_html([name.replace("n_pairs", "pairs") for name in names], rows)
 

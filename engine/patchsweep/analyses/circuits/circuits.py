@@ -24,6 +24,7 @@ from patchsweep.analyses.circuits.scores import (
     Ablation,
     Level,
     circuit_scores,
+    described_scores,
     method_name,
     method_settings,
     score_values,
@@ -181,18 +182,13 @@ def _attrs(
         **experiment,
         "level": level,
         "method": method_settings(level, method) if scores is None else "scores",
-        "scores": None if scores is None else _described_scores(scores),
+        "scores": None if scores is None else described_scores(scores),
         "growth": growth,
         "rank_by": rank_by,
         "sizes": sizes,
     }
     identity = identity_of("circuit", question.bridge, question.pairs, settings)
     return analysis_attrs(question.bridge, identity, config)
-
-
-def _described_scores(scores: xr.DataArray) -> dict[str, Any]:
-    labels = {str(dim): list(map(str, scores[dim].values)) for dim in scores.dims}
-    return {"values": scores.values, "labels": labels}
 
 
 def _run(edge_batch: EdgeBatch, plan: Plan, question: Question) -> Floats:

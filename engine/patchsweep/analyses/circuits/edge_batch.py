@@ -46,6 +46,8 @@ from patchsweep.sweeps.executor import Values
 
 # most bytes of the writes of all senders of one batch
 WRITE_BYTES = 512 * 2**20
+# most that attention's output may differ from its heads times W_O, as a share of the largest
+_APART = 1e-3
 SENDER_SITES = ("embed", "z", "mlp_out")  # sites of the senders' values
 
 
@@ -334,6 +336,7 @@ def run_batches(
 def _edge_batch(question: Question, blocks: Blocks, nodes: Nodes, batch: Batch) -> EdgeBatch:
     base = blocks.trace(batch.base, batch.reads)
     source = blocks.trace(batch.source, batch.reads)
+    _check_attention(blocks, base)
     if base.q[0].shape[1] != nodes.n_heads or base.k[0].shape[1] != nodes.n_kv_heads:
         raise MethodError(
             f"attention of {question.bridge.cfg.model_name} has {base.q[0].shape[1]} query and "
@@ -353,6 +356,23 @@ def _edge_batch(question: Question, blocks: Blocks, nodes: Nodes, batch: Batch) 
         changes=_changes(question.intervention, base, source, batch.spans),
         start=start,
     )
+
+
+@torch.no_grad()
+def _check_attention(blocks: Blocks, trace: Trace) -> None:
+    """Raise unless what attention puts out is its heads' output times W_O, and a bias.
+
+    Raises:
+        Unsupported: something changes it behind W_O.
+    """
+    for layer, z in enumerate(trace.z):
+        known, found = trace.part(layer, "attn"), blocks.attention_of(layer, z)
+        wide = known.dtype in (torch.float32, torch.float64)
+        allowed = (_APART if wide else 0.1) * known.abs().max().clamp(min=1e-6)
+        if known.shape != found.shape or not (found - known).abs().max() <= allowed:
+            raise Unsupported(
+                f"attention of block {layer} puts out something else than its heads times W_O"
+            )
 
 
 @torch.no_grad()

@@ -226,7 +226,7 @@ class _Rows:
         kind = np.array(["qkv".index(edge.reader.kind) for edge in edges])
         own = np.array([edge.reader.head for edge in edges])
         share = nodes.n_heads // nodes.n_kv_heads
-        z = base.z[layer][pair, positions].clone().unflatten(-1, (nodes.n_heads, -1))
+        z = base.z[layer][pair, positions].unflatten(-1, (nodes.n_heads, -1))
         for head in range(nodes.n_heads):
             reads = np.where(kind == 0, own == head, own == head // share)
             if not reads.any():
@@ -235,7 +235,7 @@ class _Rows:
             parts: list[Tensor] = []
             for i, (mine, known) in enumerate(zip(new, old, strict=True)):
                 h = head if i == 0 else head // share
-                value = known[pair[rows], h, positions].clone()
+                value = known[pair[rows], h, positions]
                 changed = torch.from_numpy(np.flatnonzero(kind[reads] == i)).to(pair.device)
                 value[changed] = mine[local[rows[changed]], h]
                 parts.append(value.unsqueeze(1))

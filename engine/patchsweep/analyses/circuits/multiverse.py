@@ -32,23 +32,41 @@ from patchsweep.analyses.circuits.edge_batch import (
 )
 from patchsweep.analyses.circuits.faithfulness import LOW_PRECISION_ROUNDING, ROUNDING
 from patchsweep.analyses.circuits.nodes import Nodes
-from patchsweep.analyses.circuits.scores import score_values
+from patchsweep.analyses.circuits.scores import (
+    circuit_scores,
+    described_scores,
+    method_settings,
+    score_values,
+)
 from patchsweep.analyses.circuits.selection import connected, rank_top
 from patchsweep.analyses.stages import Computed, Stages
 from patchsweep.arguments import one_of, whole_number
+from patchsweep.attribution import Method
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import PlanError
 from patchsweep.forward.grad import frozen
 from patchsweep.models.running import runs_model
+from patchsweep.models.weights import tensor_digest
 from patchsweep.spec.interventions import Direction
 from patchsweep.spec.spec import MetricLike, SweepSpec
+from patchsweep.store.attributes import flat_attributes
+from patchsweep.sweeps.identity import identity_of, question_settings
+from patchsweep.sweeps.layout import analysis_attrs, strings
 
 Kind = Literal["resample", "zero", "mean", "mean_all"]
 MeanSet = Literal["clean", "corrupted", "both"]
 Where = Literal["all", "changed", "read"]
 Level = Literal["edges", "nodes"]
+# argument -> the options of a choice
+OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "ablations": get_args(Kind),
+    "mean_sets": get_args(MeanSet),
+    "directions": get_args(Direction),
+    "positions": get_args(Where),
+    "levels": get_args(Level),
+}
 CHOICES = ("ablation", "mean_set", "direction", "positions", "level", "metric")
-METRICS = ("logit_diff", "logit", "log_prob", "prob")
+METRICS = ("logit_diff", "logit", "log_prob", "prob", "rank")
 
 
 @dataclass(frozen=True)
@@ -63,20 +81,32 @@ class Setting:
         return "-".join(filter(None, (self.ablation, self.mean_set, self.direction)))
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """The runs of one stage."""
+
+    setting: Setting
+    nodes: Nodes
+    circuit: Bool[np.ndarray, "sender reader"]
+    positions: tuple[Where, ...]
+    levels: tuple[Level, ...]
+
+
 @runs_model
 def multiverse(
     model: TransformerBridge,
     pairs: PromptPairs,
-    scores: xr.DataArray,
+    scores: xr.DataArray | str | Method,
     count: int,
     metrics: Sequence[MetricLike] = METRICS,
     *,
     ablations: Sequence[Kind] = get_args(Kind),
     mean_sets: Sequence[MeanSet] = get_args(MeanSet),
-    directions: Sequence[Direction] = ("noising", "denoising"),
+    directions: Sequence[Direction] = get_args(Direction),
     positions: Sequence[Where] = get_args(Where),
     levels: Sequence[Level] = get_args(Level),
     read: int = SweepSpec.read,
+    config: Mapping[str, Any] | None = None,
     stages: Stages | None = None,
 ) -> xr.Dataset:
     """Return `faithfulness` [variant, metric] of the circuit of the `count` strongest edges.
@@ -89,7 +119,8 @@ def multiverse(
     with the largest average. `undefined` in the attributes counts the NaN.
 
     Args:
-        scores: of edges, as from `circuit_scores`; the circuit holds the largest by size.
+        scores: of edges, as from `circuit_scores`, or the method of `circuit_scores` that gives
+            them, by resampling and the first metric; the circuit holds the largest by size.
         ablations: resample, zero, mean (position by position) and mean_all (over positions).
         mean_sets: the prompts of means: clean, corrupted, or both together.
         directions: `noising` reads the clean prompt and ablates everything outside the circuit;
@@ -98,23 +129,30 @@ def multiverse(
         positions: where ablated values act: `all`, those from the first token that differs between
             the prompts (`changed`), or those that the metric reads (`read`).
         levels: `edges`, or `nodes`: all edges of the nodes that the circuit's edges leave or enter.
+        config: config of the command line, kept in the provenance.
+        stages: where and how the scores and a stage for each kind of ablation run, see
+            `patchsweep.analyses.stages`. Default: in memory.
 
     Raises:
         PlanError: an option is unknown or named twice, or there are fewer than `count` edges.
         PatchsweepError: another argument breaks a rule, see `circuit`.
     """
-    options: dict[str, tuple[Sequence[str], tuple[str, ...]]] = {
-        "ablations": (ablations, get_args(Kind)),
-        "mean_sets": (mean_sets, get_args(MeanSet)),
-        "directions": (directions, get_args(Direction)),
-        "positions": (positions, get_args(Where)),
-        "levels": (levels, get_args(Level)),
+    chosen: dict[str, Sequence[str]] = {
+        "ablations": ablations,
+        "mean_sets": mean_sets,
+        "directions": directions,
+        "positions": positions,
+        "levels": levels,
     }
-    for name, (given, known) in options.items():
-        _check(name, given, known)
+    for name, given in chosen.items():
+        _check(name, given, OPTIONS[name])
     nodes = nodes_of(model)
     whole_number("count", count, least=1, most=nodes.n_edges)
-    score_values(scores, nodes, "edges")
+    if isinstance(scores, xr.DataArray):
+        score_values(scores, nodes, "edges")
+        ranked_by: dict[str, Any] = {"method": "scores", "scores": described_scores(scores)}
+    else:
+        ranked_by = {"method": method_settings("edges", scores), "scores": None}
     settings = _settings(ablations, mean_sets, directions)
     sets = {"": None, **_sets(pairs)}
     questions = {
@@ -132,21 +170,71 @@ def multiverse(
         for setting in settings
     }
     stages = Stages.of(stages)
+
+    def attrs() -> Mapping[str, Any]:
+        first = question_settings(questions[settings[0]])
+        identity = identity_of(
+            "multiverse",
+            model,
+            pairs,
+            {
+                **{key: first[key] for key in ("metrics", "read")},
+                **{name: list(given) for name, given in chosen.items()},
+                **ranked_by,
+                "count": count,
+            },
+        )
+        return analysis_attrs(model, identity, config)
+
+    def compute(found: Mapping[str, Any]) -> xr.Dataset:
+        ranking = scores
+        if not isinstance(ranking, xr.DataArray):
+            first = questions[settings[0]].metrics[0]
+            ranking = circuit_scores(model, pairs, first, method=ranking, read=read, stages=stages)
+        return _multiverse(questions, ranking, count, positions, levels, found, stages)
+
+    return stages.results(model, attrs, compute)
+
+
+def _multiverse(
+    questions: Mapping[Setting, Question],
+    scores: xr.DataArray,
+    count: int,
+    positions: Sequence[Where],
+    levels: Sequence[Level],
+    attrs: Mapping[str, Any],
+    stages: Stages,
+) -> xr.Dataset:
     variants: list[tuple[str, ...]] = []
-    found: list[NDArray[np.float64]] = []
+    found = []
     for setting, question in questions.items():
         batches = ExactBatches(question)
-        with frozen(model):
-            own = batches.nodes
-        ranks = rank_top(np.abs(score_values(scores, own, "edges")))
-        circuit = connected(own, ((ranks >= 0) & (ranks < count))[None])[0]
-        values = _run(setting, question, batches, own, circuit, positions, levels, stages)
-        for i, (where, level) in enumerate(product(positions, levels)):
-            variants.append((setting.ablation, setting.mean_set, setting.direction, where, level))
-            found.append(_faithfulness(values[:, :, 3 * i : 3 * i + 3], question))
+        with frozen(question.bridge):  # the first run determines which blocks are parallel
+            nodes = batches.nodes
+        ranks = rank_top(np.abs(score_values(scores, nodes, "edges")))
+        circuit = connected(nodes, ((ranks >= 0) & (ranks < count))[None])[0]
+        stage_attrs = {**attrs, "circuit": tensor_digest(torch.from_numpy(circuit))}
+        plan = _Plan(setting, nodes, circuit, tuple(positions), tuple(levels))
+        found.append((_run(plan, question, batches, stage_attrs, stages), question))
+        variants += [
+            (setting.ablation, setting.mean_set, setting.direction, where, level)
+            for where, level in product(positions, levels)
+        ]
     stages.wait()
-    names = [metric.name for metric in questions[settings[0]].metrics]
-    return _dataset(variants, np.array(found), names, count, len(pairs))
+    values = [
+        _faithfulness(runs["runs"].values[:, :, 3 * i : 3 * i + 3], question)
+        for runs, question in found
+        for i in range(len(positions) * len(levels))
+    ]
+    (question, *_) = questions.values()
+    about = {
+        "method": str(scores.attrs.get("method", "given")),
+        "count": count,
+        "n_pairs": len(question.pairs),
+        "read": question.read,
+    }
+    result = _dataset(variants, np.array(values), [m.name for m in question.metrics])
+    return result.assign_attrs(flat_attributes({**attrs, **about, **result.attrs}))
 
 
 def _check(name: str, given: Sequence[str], known: tuple[str, ...]) -> None:
@@ -197,49 +285,46 @@ def _sets(pairs: PromptPairs) -> dict[str, PromptPairs]:
 
 
 def _run(
-    setting: Setting,
+    plan: _Plan,
     question: Question,
     batches: ExactBatches,
-    nodes: Nodes,
-    circuit: NDArray[np.bool_],
-    positions: Sequence[Where],
-    levels: Sequence[Level],
+    attrs: Mapping[str, Any],
     stages: Stages,
-) -> NDArray[np.float32]:
-    """Return metrics [metric, pair, run]; three runs a variant: circuit, nothing, everything."""
-    masks = {level: _masks(nodes, circuit, level, setting.direction) for level in levels}
-    n_runs = 3 * len(positions) * len(levels)
+) -> xr.Dataset:
+    """Return `runs` [metric, pair, run]; three runs a variant: circuit, nothing, everything."""
+    places, levels = plan.positions, plan.levels
+    masks = {level: _masks(plan, level) for level in levels}
+    n_runs = 3 * len(places) * len(levels)
 
     def run(edge_batch: EdgeBatch) -> Computed:
         device, n_pairs = edge_batch.batch.base.device, edge_batch.base.n_pairs
         values = np.empty((len(question.metrics), n_pairs, n_runs), np.float32)
-        pair = torch.arange(n_pairs, device=device).repeat(3 * len(positions))
-        where = torch.stack([_where(edge_batch, place) for place in positions])
+        pair = torch.arange(n_pairs, device=device).repeat(3 * len(places))
+        where = torch.stack([_where(edge_batch, place) for place in places])
         at = where.repeat_interleave(3, dim=0).repeat_interleave(n_pairs, dim=0)
         for i, level in enumerate(levels):
             keep = (
                 torch.from_numpy(masks[level])
                 .to(device)
-                .repeat(len(positions), *[1] * (masks[level].ndim - 1))
+                .repeat(len(places), *[1] * (masks[level].ndim - 1))
             )
             runner = run_edges if level == "edges" else run_nodes
             got = runner(edge_batch, keep.repeat_interleave(n_pairs, dim=0), pair, at)
-            by_run = got.unflatten(1, (len(positions), 3, n_pairs)).permute(0, 3, 1, 2)
-            slots = np.arange(n_runs).reshape(len(positions), len(levels), 3)[:, i].ravel()
+            by_run = got.unflatten(1, (len(places), 3, n_pairs)).permute(0, 3, 1, 2)
+            slots = np.arange(n_runs).reshape(len(places), len(levels), 3)[:, i].ravel()
             values[:, :, slots] = by_run.flatten(2).cpu().numpy()
         return edge_batch.computed("runs", values)
 
-    found = run_batches(stages, f"variants {setting}", batches, {"runs": {"run": n_runs}}, run, {})
-    return np.asarray(found["runs"].values)
+    name = f"variants-{plan.setting}"
+    return run_batches(stages, name, batches, {"runs": {"run": n_runs}}, run, attrs)
 
 
-def _masks(
-    nodes: Nodes, circuit: NDArray[np.bool_], level: Level, direction: Direction
-) -> NDArray[np.bool_]:
+def _masks(plan: _Plan, level: Level) -> NDArray[np.bool_]:
     """Return what is kept [run, ...] in the runs of the circuit, of nothing and of everything.
 
     In a denoising run what is not kept is restored.
     """
+    nodes, circuit = plan.nodes, plan.circuit
     own: NDArray[np.bool_] = circuit
     whole: NDArray[np.bool_] = nodes.possible
     if level == "nodes":
@@ -248,7 +333,7 @@ def _masks(
             if circuit[:, i].any():
                 inside |= _entered(nodes, reader.kind, reader.layer, reader.head)
         own, whole = inside[1:], np.ones(len(nodes.senders) - 1, dtype=bool)
-    if direction == "denoising":
+    if plan.setting.direction == "denoising":
         return np.stack([whole & ~own, whole, np.zeros_like(whole)])
     return np.stack([own, np.zeros_like(whole), whole])
 
@@ -291,11 +376,7 @@ def _faithfulness(values: NDArray[np.float32], question: Question) -> NDArray[np
 
 
 def _dataset(
-    variants: list[tuple[str, ...]],
-    values: NDArray[np.float64],
-    metrics: list[str],
-    count: int,
-    n_pairs: int,
+    variants: list[tuple[str, ...]], values: NDArray[np.float64], metrics: list[str]
 ) -> xr.Dataset:
     cells = {
         (*variant, metric): float(values[i, j])
@@ -305,9 +386,6 @@ def _dataset(
     moves = np.array([_moves(cells, choice) for choice in range(len(CHOICES))])
     known = {key: value for key, value in cells.items() if np.isfinite(value)}
     attrs: dict[str, Any] = {
-        "kind": "circuit multiverse",
-        "count": count,
-        "n_pairs": n_pairs,
         "n_variants": len(cells),
         "undefined": len(cells) - len(known),
         "most": CHOICES[int(np.nanargmax(np.append(moves[:, 0], 0)[: len(CHOICES)]))]
@@ -315,8 +393,7 @@ def _dataset(
         else "",
     }
     coords: dict[str, Any] = {
-        name: ("variant", np.array([v[i] for v in variants], dtype=object))
-        for i, name in enumerate(CHOICES[:-1])
+        name: ("variant", strings([v[i] for v in variants])) for i, name in enumerate(CHOICES[:-1])
     }
     return xr.Dataset(
         {
@@ -326,8 +403,8 @@ def _dataset(
         },
         coords={
             **coords,
-            "metric": np.array(metrics, dtype=object),
-            "choice": np.array(CHOICES, dtype=object),
+            "metric": strings(metrics),
+            "choice": strings(CHOICES),
         },
         attrs=attrs,
     )

@@ -191,6 +191,12 @@ def score_values(scores: xr.DataArray, nodes: Nodes, level: Level) -> NDArray[np
     return values
 
 
+def described_scores(scores: xr.DataArray) -> dict[str, Any]:
+    """Return what identifies given scores."""
+    labels = {str(dim): list(map(str, scores[dim].values)) for dim in scores.dims}
+    return {"values": scores.values, "labels": labels}
+
+
 def _node_scores(
     model: TransformerBridge,
     pairs: PromptPairs,

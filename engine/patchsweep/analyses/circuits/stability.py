@@ -68,17 +68,7 @@ def bootstrap_circuit(
     check_rank_by(rank_by, "")
     plan = sizes_of(sizes, int(known.sum()), "edges" if "sender" in dims else "nodes")
     values = given[:, known]
-    # |mean| of a draw is at most the largest |score| of a pair: edges that are weak in every pair
-    # cannot be in a small circuit, and few are strong in one
-    few = [count for count in plan.counts if count * _CANDIDATES < values.shape[1]]
-    drawn = np.zeros((len(plan.counts), values.shape[1]), dtype=np.int32)
-    jaccard = np.ones((len(plan.counts), n_resamples))
-    for counts in (few, [count for count in plan.counts if count not in few]):
-        rows = np.array([plan.counts.index(count) for count in counts], dtype=int)
-        if any(0 < count < values.shape[1] for count in counts):
-            drawn[rows], jaccard[rows] = _draw(values, counts, rank_by, n_resamples, seed)
-        else:
-            drawn[rows] = n_resamples * (np.array(counts)[:, None] > 0)
+    drawn, jaccard = _draw(values, plan.counts, rank_by, n_resamples, seed)
     share = np.full((len(plan.counts), *known.shape), np.nan)
     share[:, known] = drawn / n_resamples
     coords = {dim: scores[dim].values for dim in dims}
@@ -108,44 +98,53 @@ def _draw(
     n_resamples: int,
     seed: int,
 ) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
-    """Return how many resamples hold an edge [size, edge], and the overlaps [size, resample]."""
+    """Return how many resamples hold an edge [size, edge], and the overlaps [size, resample].
+
+    The mean of a draw is at most the largest of its pairs. So edges are taken in the order of the
+    largest strength of any pair, and a circuit of few edges looks at the first ones alone: those
+    behind are too weak in every draw whose weakest member is above their bound.
+    """
     n_pairs, n = values.shape
-    largest = max(count for count in counts if count < n)
-    bound = strength_of(values, rank_by).max(axis=0)  # of the strength in any resample
-    n_near = min(n, _CANDIDATES * largest)
-    near = np.sort(np.argpartition(bound, n - n_near)[n - n_near :])
-    beyond = np.delete(bound, near).max(initial=-np.inf)
-    whole = _members(strength_of(values.mean(axis=0), rank_by), counts)
-    whole_near, values_near = whole[:, near], np.ascontiguousarray(values[:, near])
-    size = np.array(counts)
-    drawn = np.zeros((len(counts), n), dtype=np.int32)
-    drawn_near = np.zeros((len(counts), n_near), dtype=np.int32)
+    bound = strength_of(values, rank_by).max(axis=0)
+    order = np.argsort(-bound, kind="stable")
+    bound = bound[order] + np.float32(1e-6) * np.abs(bound[order])  # rounding of a mean
+    reach = [min(n, _CANDIDATES * count) if count < n else n for count in counts]
+    n_near = max([m for m, count in zip(reach, counts, strict=True) if 0 < count < n], default=0)
+    near = np.ascontiguousarray(values[:, order[:n_near]])
+    whole = _members(strength_of(values.mean(axis=0), rank_by), counts)[:, order]
     jaccard = np.ones((len(counts), n_resamples))
+    tally = np.zeros((len(counts), n), dtype=np.int32)
+    small = np.zeros((len(counts), n), dtype=np.uint8)  # of up to _BLOCK resamples
+    inside = np.empty(n, dtype=bool)
     rng = np.random.default_rng(seed)
-    inner = sorted({n_near - count for count in counts if 0 < count < n_near})
     for first in range(0, n_resamples, _BLOCK):
         block = min(_BLOCK, n_resamples - first)
         draws = rng.multinomial(n_pairs, [1 / n_pairs] * n_pairs, size=block)
         weights = draws.astype(np.float32) / np.float32(n_pairs)
-        strength = strength_of(weights @ values_near, rank_by)
-        parted = np.partition(strength, inner, axis=1) if inner else strength
-        sure = np.ones(block, dtype=bool) if n_near == n else parted[:, inner[0]] > beyond
-        members = np.empty((len(counts), block, n_near), dtype=bool)
-        for row, count in zip(members, counts, strict=True):
-            if 0 < count < n_near:
-                np.greater_equal(strength, parted[:, n_near - count, None], out=row)
-                sure &= np.count_nonzero(row, axis=1) == count  # without ties
-            else:
-                row[:] = count >= n_near
-        drawn_near += np.count_nonzero(members[:, sure], axis=1)
-        both = np.count_nonzero(members & whole_near[:, None], axis=2)
-        for i in np.flatnonzero(~sure):  # ties, or an edge that was left out might belong to it
-            own = _members(strength_of(weights[i] @ values, rank_by), counts)
-            drawn += own
-            both[:, i] = np.count_nonzero(own & whole, axis=1)
-        jaccard[:, first : first + block] = both / np.maximum(2 * size[:, None] - both, 1)
-    drawn[:, near] += drawn_near
-    jaccard[size == 0] = 1
+        strengths = strength_of(weights @ near, rank_by)
+        small[:] = 0
+        for i, strength in enumerate(strengths):
+            ordered = np.sort(strength)  # faster than a partition at several places
+            for row, (count, m) in enumerate(zip(counts, reach, strict=True)):
+                if not 0 < count < n:
+                    small[row] += count > 0
+                    continue
+                least = ordered[n_near - count] if count < n_near else -np.inf
+                member = np.greater_equal(strength[:m], least, out=inside[:m])
+                if m < n_near and (np.count_nonzero(member) != count or not least > bound[m]):
+                    reach[row] = m = n_near  # later draws too
+                    member = np.greater_equal(strength, least, out=inside[:m])
+                beyond = bound[m] if m < n else -np.inf
+                if np.count_nonzero(member) != count or not least > beyond:
+                    # ties, or an edge that was left out might belong to it
+                    m = n
+                    member = _members(strength_of(weights[i] @ values, rank_by), [count])[0][order]
+                small[row, :m] += member
+                both = np.count_nonzero(member & whole[row, :m])
+                jaccard[row, first + i] = both / (2 * count - both)
+        tally += small
+    drawn = np.empty_like(tally)
+    drawn[:, order] = tally
     return drawn, jaccard
 
 

@@ -1,0 +1,102 @@
+"""`patchsweep multiverse`: one circuit's faithfulness under every way of measuring it."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+import xarray as xr
+from omegaconf import DictConfig
+from rich.table import Table
+from transformers.utils import logging as transformers_logging
+
+from patchsweep.analyses.circuits.multiverse import OPTIONS, multiverse
+from patchsweep.cli.analysis import refuse_unused, say_where, stored
+from patchsweep.cli.app import as_config, compose
+from patchsweep.cli.console import stdout
+from patchsweep.cli.schema.multiverse import MultiverseRun
+
+
+def main(arguments: list[str]) -> int:
+    """Measure a circuit with these overrides; return 0 when the results are in the store.
+
+    Raises:
+        ConfigError: an override sets a key that only sweeps use.
+    """
+    refuse_unused(
+        "multiverse",
+        "the ways to measure a circuit have",
+        arguments,
+        MultiverseRun.unused,
+        instead={
+            "intervention": "several are run; choose with ablations=[resample,mean], say",
+            "direction": "several are run; choose with directions=[noising], say",
+            "means_from": "the prompts of means are a choice; give mean_sets=[clean], say",
+        },
+    )
+    compose("multiverse", arguments, job, schema=MultiverseRun)
+    return 0
+
+
+def job(cfg: DictConfig) -> None:
+    """Run one config; Hydra calls this in this process or in a launcher's."""
+    execute(cast(MultiverseRun, as_config(cfg)))
+
+
+def execute(config: MultiverseRun) -> None:
+    """Run the analysis and print its results; stored results are not computed again."""
+    console = stdout()
+    transformers_logging.disable_progress_bar()
+    method = config.scored_by()
+    model = config.model.load()
+    pairs = config.task.load(model)
+    settings: dict[str, Any] = {
+        **{name: getattr(config, name) for name in OPTIONS},
+        "metrics": config.metric.metrics(),
+        "read": config.metric.read,
+        "config": config.identity(),
+    }
+    found = stored(
+        console,
+        config,
+        lambda stages: multiverse(model, pairs, method, config.count, **settings, stages=stages),
+    )
+    if found is None:
+        return
+    ds, known = found
+    console.print(_ranges(ds))
+    console.print(_choices(ds))
+    if ds.attrs["undefined"]:
+        console.print(
+            f"{ds.attrs['undefined']} of {ds.attrs['n_variants']} variants have no faithfulness: "
+            "ablating everything moves the metric by no more than rounding"
+        )
+    say_where(console, config.store, known)
+
+
+def _ranges(ds: xr.Dataset) -> Table:
+    """Return a table of the range of faithfulness, metric by metric."""
+    title = f"faithfulness of {ds.attrs['count']:,} edges, {ds.attrs['n_variants']:,} variants"
+    table = Table(title=title, title_justify="left")
+    table.add_column("metric")
+    for name in ("least", "a quarter below", "median", "a quarter above", "most"):
+        table.add_column(name, justify="right")
+    for metric in ds["metric"].values:
+        values = ds["faithfulness"].sel(metric=metric).values
+        values = values[np.isfinite(values)]
+        parts = np.quantile(values, [0, 0.25, 0.5, 0.75, 1]) if values.size else []
+        table.add_row(str(metric), *(f"{x:.3f}" for x in parts))
+    return table
+
+
+def _choices(ds: xr.Dataset) -> Table:
+    """Return a table of how far each choice moves faithfulness, what moves it most first."""
+    table = Table(title="how far one choice alone moves it", title_justify="left")
+    table.add_column("choice")
+    for name in ("on average", "at most"):
+        table.add_column(name, justify="right")
+    for i in np.argsort(-np.nan_to_num(ds["moves"].values, nan=-1.0), kind="stable"):
+        moves = (float(ds[name].values[i]) for name in ("moves", "moves_most"))
+        shown = (f"{x:.3f}" if np.isfinite(x) else "-" for x in moves)
+        table.add_row(str(ds["choice"].values[i]).replace("_", " "), *shown)
+    return table
