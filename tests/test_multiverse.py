@@ -153,7 +153,8 @@ def test_the_command_goes_on_stores_and_draws(
     monkeypatch.chdir(tmp_path)
     words = [
         "multiverse", "model=tiny", "task=ioi", "task.n_pairs=2", "count=30", "method=eap",
-        "metric=[logit_diff,prob]", "ablations=[zero,resample]", "store=m.zarr",
+        "metric=[logit_diff,prob]", "ablations=[zero,resample]", "positions=[all,read]",
+        "levels=[edges]", "store=m.zarr",
     ]  # fmt: skip
     run, seen = module._run, []
 
@@ -169,7 +170,7 @@ def test_the_command_goes_on_stores_and_draws(
     assert "2-variants-resample-denoising" in kept
     assert main(words) == EXIT_DONE
     said = " ".join(capsys.readouterr().out.split())
-    assert "faithfulness of 30 edges, 36 variants" in said
+    assert "faithfulness of 30 edges, 12 variants" in said
     assert "how far one choice alone moves it" in said
     assert main(words) == EXIT_DONE
     assert "already there, nothing was run" in capsys.readouterr().out
@@ -177,7 +178,7 @@ def test_the_command_goes_on_stores_and_draws(
     bridge = model("tiny:llama")
     own = ps.multiverse(
         bridge, ps.load_task(bridge, "ioi", 2), "eap", 30, ["logit_diff", "prob"],
-        ablations=["zero", "resample"],
+        ablations=["zero", "resample"], positions=["all", "read"], levels=["edges"],
     )  # fmt: skip
     np.testing.assert_allclose(ds["faithfulness"], own["faithfulness"], atol=1e-6)
     assert main(["report", "m.zarr"]) == EXIT_DONE

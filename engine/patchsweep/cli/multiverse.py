@@ -2,68 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import numpy as np
 import xarray as xr
-from omegaconf import DictConfig
+from rich.console import Console
 from rich.table import Table
-from transformers.utils import logging as transformers_logging
+from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.analyses.circuits.multiverse import OPTIONS, multiverse
-from patchsweep.cli.analysis import refuse_unused, say_where, stored
-from patchsweep.cli.app import as_config, compose
-from patchsweep.cli.console import stdout
+from patchsweep.analyses.circuits.multiverse import multiverse
+from patchsweep.analyses.stages import Stages
+from patchsweep.cli.analysis import AnalysisVerb
 from patchsweep.cli.schema.multiverse import MultiverseRun
+from patchsweep.data.pairs import PromptPairs
 
 
-def main(arguments: list[str]) -> int:
-    """Measure a circuit with these overrides; return 0 when the results are in the store.
-
-    Raises:
-        ConfigError: an override sets a key that only sweeps use.
-    """
-    refuse_unused(
-        "multiverse",
-        "the ways to measure a circuit have",
-        arguments,
-        MultiverseRun.unused,
-        instead={
-            "intervention": "several are run; choose with ablations=[resample,mean], say",
-            "direction": "several are run; choose with directions=[noising], say",
-            "means_from": "the prompts of means are a choice; give mean_sets=[clean], say",
-        },
+def _analyse(
+    config: MultiverseRun, model: TransformerBridge, pairs: PromptPairs, stages: Stages
+) -> xr.Dataset:
+    return multiverse(
+        model,
+        pairs,
+        config.scored_by(),
+        config.count,
+        **config.settings(),
+        config=config.identity(),
+        stages=stages,
     )
-    compose("multiverse", arguments, job, schema=MultiverseRun)
-    return 0
 
 
-def job(cfg: DictConfig) -> None:
-    """Run one config; Hydra calls this in this process or in a launcher's."""
-    execute(cast(MultiverseRun, as_config(cfg)))
-
-
-def execute(config: MultiverseRun) -> None:
-    """Run the analysis and print its results; stored results are not computed again."""
-    console = stdout()
-    transformers_logging.disable_progress_bar()
-    method = config.scored_by()
-    model = config.model.load()
-    pairs = config.task.load(model)
-    settings: dict[str, Any] = {
-        **{name: getattr(config, name) for name in OPTIONS},
-        "metrics": config.metric.metrics(),
-        "read": config.metric.read,
-        "config": config.identity(),
-    }
-    found = stored(
-        console,
-        config,
-        lambda stages: multiverse(model, pairs, method, config.count, **settings, stages=stages),
-    )
-    if found is None:
-        return
-    ds, known = found
+def _show(console: Console, ds: xr.Dataset, known: bool) -> None:
     console.print(_ranges(ds))
     console.print(_choices(ds))
     if ds.attrs["undefined"]:
@@ -71,7 +37,6 @@ def execute(config: MultiverseRun) -> None:
             f"{ds.attrs['undefined']} of {ds.attrs['n_variants']} variants have no faithfulness: "
             "ablating everything moves the metric by no more than rounding"
         )
-    say_where(console, config.store, known)
 
 
 def _ranges(ds: xr.Dataset) -> Table:
@@ -100,3 +65,17 @@ def _choices(ds: xr.Dataset) -> Table:
         shown = (f"{x:.3f}" if np.isfinite(x) else "-" for x in moves)
         table.add_row(str(ds["choice"].values[i]).replace("_", " "), *shown)
     return table
+
+
+main = AnalysisVerb(
+    "multiverse",
+    MultiverseRun,
+    "the ways to measure a circuit have",
+    _analyse,
+    _show,
+    instead={
+        "intervention": "several are run; choose with ablations=[resample,mean], say",
+        "direction": "several are run; choose with directions=[noising], say",
+        "means_from": "the prompts of means are a choice; give mean_sets=[clean], say",
+    },
+)

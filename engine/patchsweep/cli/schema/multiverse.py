@@ -51,3 +51,11 @@ class MultiverseRun(AnalysisRun):
                 "a circuit is ranked by one method that scores all edges; give method=eap_ig, say"
             )
         return methods[0]
+
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments of `multiverse` other than model, pairs, scores and count."""
+        return {
+            **{name: getattr(self, name) for name in OPTIONS},
+            "metrics": self.metric.metrics(),
+            "read": self.metric.read,
+        }
