@@ -36,7 +36,10 @@ from patchsweep.analyses.circuits import (
 from patchsweep.analyses.heads import study
 from patchsweep.analyses.heads.classes import Thresholds
 from patchsweep.analyses.heads.optimal import OptimalSettings
+from patchsweep.analyses.joint import interactions, run_patches
+from patchsweep.analyses.latents import latents
 from patchsweep.analyses.logit_lens import Patch, lens, sublayers
+from patchsweep.analyses.tracing import Noise, trace
 from patchsweep.attribution import IntegratedInputs, IntegratedSite
 from patchsweep.cli import main
 from patchsweep.cli.schema import run as run_config
@@ -45,6 +48,8 @@ from patchsweep.models import load_model
 from patchsweep.report import write_report
 from patchsweep.results import accessor as summary
 from patchsweep.results.compare import compare
+from patchsweep.spec.dictionary import Dictionary
+from patchsweep.spec.directions import Add, Project
 from patchsweep.spec.interventions import Custom, Mean
 from patchsweep.spec.metrics import Metric
 from patchsweep.spec.spec import SweepSpec
@@ -62,12 +67,16 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "bad_inputs.md"
 COMMAND = "exit 2"  # the error of a command line
 # what the calls use
 FACE = (
+    Add,
     Custom,
+    Dictionary,
     IntegratedInputs,
     IntegratedSite,
     Mean,
     Metric,
+    Noise,
     OptimalSettings,
+    Project,
     Patch,
     PromptPairs,
     PromptRecord,
@@ -83,17 +92,21 @@ FACE = (
     compare,
     edges,
     exact_edges,
+    interactions,
+    latents,
     lens,
     load_model,
     load_task,
     open_store,
     plan,
+    run_patches,
     sample_exact,
     screen_edges,
     store_status,
     study,
     sublayers,
     sweep,
+    trace,
     write_report,
 )
 HEAD = """# Bad inputs
@@ -102,8 +115,9 @@ Each call and each command below is wrong in one way. It is answered as the tabl
 module of the model has run and before any file is made or changed; tests/test_bad_inputs.py tries
 them all. `m` is a model of three layers with four heads, `P` one prompt pair of 17 tokens, `ds` a
 sweep of z, `a.zarr` its store, `b.zarr` one with estimates too, `lens.zarr` a lens, `folder` a
-folder with a file in it; the files hold what their names say. `python tests/bad_inputs.py` writes
-this page from tests/bad_inputs.txt.
+folder with a file in it, `D(w, l)` a dictionary of four latents of the width w at layer l; the
+files hold what their names say. `python tests/bad_inputs.py` writes this page from
+tests/bad_inputs.txt.
 """
 
 
@@ -187,6 +201,7 @@ class World:
             "tokens": torch.tensor([pair.corrupted]),
             "cache": cache,
             "metric": lambda logits: logits[0, -1, 5],
+            "D": _dictionary,
         }
 
     def answer(self, bad: Bad) -> Answer:
@@ -238,6 +253,13 @@ class World:
             about = path.stat()
             found.add((str(path.relative_to(self.folder)), (about.st_size, about.st_mtime_ns)))
         return found
+
+
+def _dictionary(width: int, layer: int, **given: Any) -> Dictionary:
+    """A dictionary of four latents, zero throughout."""
+    shapes = ((width, 4), (4, width), (4,), (width,))
+    settings = {"site": "resid_post", "layer": layer, **given}
+    return Dictionary(*(torch.zeros(shape) for shape in shapes), **settings)
 
 
 def _kept(load: Any) -> Any:

@@ -324,7 +324,7 @@ def test_interactions_equal_a_loop() -> None:
     name = "tiny:llama"
     pairs = pairs_of(name, 2)
     heads = [(0, 1), (1, 0), (1, 2), (2, 3)]
-    ds = ps.interactions(model(name), pairs, heads=heads)
+    ds = ps.interactions(model(name), pairs, heads=[(0, 1), "a1.h0", (-2, 2), "a2.h3"])
     alone = [Patch("z", layer, "all", head) for layer, head in heads]
     sets = [[a, b] if a is not b else [a] for a in alone for b in alone]
     expected = joint_loop(name, pairs, sets, "denoising").reshape(2, 4, 4)
@@ -362,9 +362,10 @@ def test_a_planted_redundant_pair_is_the_largest_interaction() -> None:
     ("heads", "says"),
     [
         ([(0, 1)], "at least two heads"),
-        ([(0, 1), (0, 1)], "each once"),
-        ([(0, 1), (3, 0)], r"\(3, 0\), which is no head of the model"),
-        ("a0.h1", r"must be a list of \(layer, head\)"),
+        ([(0, 1), "a0.h1"], "each once"),
+        ([(0, 1), (3, 0)], r"\(3, 0\) is no head of 3 layers of 4"),
+        (["a0.h1", "a9.h0"], "'a9.h0' is no head"),
+        ("a0.h1", "must be a list of heads"),
     ],
 )
 def test_bad_heads_are_refused_before_anything_runs(heads, says) -> None:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         interactions,
         run_patches,
     )
+    from patchsweep.analyses.latents import latents
     from patchsweep.analyses.logit_lens import lens, sublayers
     from patchsweep.analyses.tracing import Noise, trace
     from patchsweep.data.pairs import PromptPairs
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from patchsweep.results import accessor as summary
     from patchsweep.results.compare import compare
     from patchsweep.spec import metrics
+    from patchsweep.spec.dictionary import Dictionary
     from patchsweep.spec.directions import Ablate, Add, Project, Scale
     from patchsweep.spec.interventions import Custom
     from patchsweep.spec.metrics import Metric
@@ -58,6 +60,7 @@ __all__ = [
     "Ablate",
     "Add",
     "Custom",
+    "Dictionary",
     "Metric",
     "Noise",
     "Patch",
@@ -83,6 +86,7 @@ __all__ = [
     "edges",
     "exact_edges",
     "interactions",
+    "latents",
     "lens",
     "load_model",
     "load_task",
@@ -109,6 +113,7 @@ _HOME = {
     "Ablate": "spec.directions",
     "Add": "spec.directions",
     "Custom": "spec.interventions",
+    "Dictionary": "spec.dictionary",
     "Metric": "spec.metrics",
     "Noise": "analyses.tracing",
     "Patch": "analyses.joint",
@@ -132,6 +137,7 @@ _HOME = {
     "edges": "analyses.circuits",
     "exact_edges": "analyses.circuits",
     "interactions": "analyses.joint",
+    "latents": "analyses.latents",
     "lens": "analyses.logit_lens",
     "load_model": "models",
     "load_task": "tasks",

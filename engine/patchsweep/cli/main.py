@@ -28,6 +28,7 @@ VERBS = {
     "multiverse": "measure a circuit's faithfulness in every way there is; store the range",
     "lens": "what the model would say at each layer, of a patched run too; store it",
     "trace": "noise a subject, restore states one by one: where a fact passes; store it",
+    "latents": "patch every latent of sparse autoencoders or transcoders; store the effects",
     "attention": "rank heads by attention attribution, store their patterns and predictions",
     "heads": "ablate every head in several ways, class the heads, compare the ways; store it",
     "compare": "how far the attribution in a store agrees with its exact effects",
@@ -35,7 +36,10 @@ VERBS = {
     "task": "list the built-in tasks, or score a model on one",
     "demo": "sweep a real model, check the values against a TransformerLens loop, write a report",
 }
-RESUMABLE = ("run", "edges", "circuit", "acdc", "multiverse", "lens", "trace", "attention", "heads")
+RESUMABLE = (
+    "run", "edges", "circuit", "acdc", "multiverse", "lens", "trace", "latents", "attention",
+    "heads",
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -30,6 +30,7 @@ KINDS = {
     "attention": "attention",
     "trace": "trace",
     "dose": "dose",
+    "latents": "latents",
 }
 
 

@@ -18,7 +18,7 @@ from patchsweep.runners.hooked import HookedRunner, Loaded
 from patchsweep.runners.packed.joint import PackedJoint
 from patchsweep.runners.packed.runner import PackedRunner
 from patchsweep.spec.batch import Batch
-from patchsweep.spec.directions import Live
+from patchsweep.spec.directions import Live, Numbered
 from patchsweep.spec.interventions import Intervention, values_of
 from patchsweep.spec.joint import WHOLE, JointPlan, Writes
 from patchsweep.spec.metrics import Metric
@@ -89,6 +89,8 @@ class HookedJoint:
         live = {i: x for i, x in enumerate(interventions) if isinstance(x, Live)}
         values: dict[tuple[str, int], Sequence[Tensor]] = {}
         for name, i in used:
+            if isinstance(interventions[i], Numbered):
+                continue  # it needs no values
             theirs = source[i if i in sources else None][name]  # type: ignore[index]
             if i in live:
                 values[name, i] = theirs
@@ -140,13 +142,22 @@ class HookedJoint:
         """Return a function that makes `writes` in a site's tensor, in place."""
         n_units = self.runner.shape.n_units(site)
         parts = []
+        numbered = []
         for value in np.unique(writes.value).tolist():
+            given = loaded.live.get(value)
+            if isinstance(given, Numbered):
+                numbered.append((given, writes.at(np.flatnonzero(writes.value == value))))
+                continue
             for whole in (True, False):
                 mine = np.flatnonzero((writes.value == value) & ((writes.unit == WHOLE) == whole))
                 if len(mine):
                     parts.append((value, whole, writes.at(mine)))
 
         def write(x: Tensor) -> None:
+            for given, part in numbered:
+                row, pos = (torch.from_numpy(i).to(x.device) for i in (part.row, part.pos))
+                target = x.view(*x.shape[:2], -1)
+                target[row, pos] += given.vectors(torch.from_numpy(part.unit)).to(target)
             for value, whole, part in parts:
                 new = loaded.values[site.name, value][layer].to(x)
                 row, pos, unit = (

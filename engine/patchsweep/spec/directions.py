@@ -58,6 +58,18 @@ class Live(Plain, ABC):
             )
 
 
+class Numbered(Live):
+    """Adds to each write a vector of its own: the unit of a write is the number of its vector."""
+
+    @abstractmethod
+    def vectors(self, numbers: Tensor) -> Tensor:
+        """Return the vectors `[write, width]` of these numbers, fp32."""
+
+    def applied(self, site: Site, layer: int, x: Tensor, source: Tensor) -> Tensor:
+        """See `Live`; numbers decide, so that values alone say nothing."""
+        return x
+
+
 @dataclass
 class Scale(Live):
     """Multiplies the activation by `factor`: 0 removes it, 1 leaves it as it is."""

@@ -14,7 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.analyses.joint.patches import patched_dataset, run_sets, settings_of
 from patchsweep.analyses.stages import Stages
-from patchsweep.arguments import check_runner, is_whole, whole_number
+from patchsweep.arguments import check_runner, head_places, whole_number
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import PlanError
 from patchsweep.models.compute import ComputeDtype
@@ -37,7 +37,7 @@ def interactions(
     pairs: PromptPairs,
     metrics: MetricLike | Sequence[MetricLike] = SweepSpec.metrics,
     *,
-    heads: Sequence[Head] | None = None,
+    heads: Sequence[Head | str] | None = None,
     direction: Direction | None = SweepSpec.direction,
     intervention: str | Intervention | float | Tensor | ValueFn = SweepSpec.intervention,
     read: int = SweepSpec.read,
@@ -62,7 +62,8 @@ def interactions(
     named such as a3.h2, head 2 of layer 3.
 
     Args:
-        heads: pairs (layer, head) to combine; default: all heads of the model.
+        heads: heads to combine: (layer, head), of which a negative layer counts from the end, or
+            names such as `a23.h3`. Default: all heads of the model.
         stages: as in `run_patches`; others are those of `sweep`.
 
     Raises:
@@ -160,19 +161,11 @@ def largest_interactions(
 def _heads(model: TransformerBridge, heads: Any) -> list[Head]:
     """Return the heads to combine, in order of layers."""
     shape = model_shape(model)
-    every = [*itertools.product(range(shape.n_layers), range(shape.n_heads))]
     if heads is None:
-        return every
+        return [*itertools.product(range(shape.n_layers), range(shape.n_heads))]
     if isinstance(heads, str) or not isinstance(heads, Sequence):
-        raise PlanError(f"heads={heads!r} must be a list of (layer, head), such as [(9, 6)]")
-    for head in heads:
-        pair = isinstance(head, tuple | list) and len(head) == 2 and all(map(is_whole, head))
-        if not pair or tuple(head) not in every:
-            raise PlanError(
-                f"heads has {head!r}, which is no head of the model; use (layer, head) with layer "
-                f"0..{shape.n_layers - 1} and head 0..{shape.n_heads - 1}"
-            )
-    chosen = sorted({(int(layer), int(head)) for layer, head in heads})
-    if len(chosen) < len(heads) or len(chosen) < 2:
-        raise PlanError(f"heads={[*heads]!r} must name at least two heads, each once")
+        raise PlanError(f"heads={heads!r} must be a list of heads, such as [(9, 6), 'a9.h9']")
+    chosen = sorted(head_places(heads, shape.n_layers, shape.n_heads))
+    if len(chosen) < 2:
+        raise PlanError(f"heads={[*heads]!r} must name at least two heads")
     return chosen

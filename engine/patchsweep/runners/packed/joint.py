@@ -29,7 +29,7 @@ from patchsweep.runners.packed.packing import Packing
 from patchsweep.runners.packed.runner import Loaded, PackedRunner
 from patchsweep.runners.packed.tables import PackedInput, PatchValues, make_tables, n_units
 from patchsweep.spec.batch import Batch
-from patchsweep.spec.directions import Live
+from patchsweep.spec.directions import Live, Numbered
 from patchsweep.spec.interventions import Intervention, Resample
 from patchsweep.spec.joint import WHOLE, JointPlan, shared_stems
 from patchsweep.spec.metrics import Metric
@@ -76,6 +76,8 @@ class PackedJoint:
         values = {}
         live = {i: x for i, x in enumerate(interventions) if isinstance(x, Live)}
         for name, i in used:
+            if isinstance(interventions[i], Numbered):
+                continue  # it needs no values
             here = others.get(i, loaded)
             # nothing is upstream of the embeddings: what an intervention meets there is the base's
             if i in live and name != "embed":
@@ -308,12 +310,19 @@ class JointBlocks(PackedBlocks):
         writes, plan = batch.plan.writes.at(cells), batch.plan
         pos = writes.pos
         token = self.offsets[self.row_of[writes.row]] + pos - plan.first[writes.row, layer]
+        flat = x.view(-1, x.shape[-1])
+        given = self.loaded.live.get(value)
+        if isinstance(given, Numbered):
+            met = flat[_index(token, flat)]
+            new = met + given.vectors(_table(writes.unit)).to(met)
+            scatter_patch(flat, new, _table(token))
+            return
         layer_values = self.loaded.values[name, value][layer].to(x)
         length, width = layer_values.shape[-2:]
         source = plan.pair[writes.row] * length + pos
-        flat, values = x.view(-1, x.shape[-1]), layer_values.reshape(-1, width)
+        values = layer_values.reshape(-1, width)
         site = next(site for site in plan.sites if site.name == name)
-        live = self.loaded.live.get(value) if name != "embed" else None
+        live = given if name != "embed" else None
         whole = writes.unit == WHOLE
         for part in (whole, ~whole):
             if not part.any():

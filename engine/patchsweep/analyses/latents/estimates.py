@@ -1,0 +1,207 @@
+"""Estimates of all latents from a few backward passes: the gradient at a site, times decoder rows.
+
+A latent's patch adds change · decoder row. So its first-order effect is change times the gradient's
+component along that row: the gradient of the metric with respect to the latent, if the dictionary
+is spliced into the model with its error term (Marks et al., arXiv 2403.19647). `ig` averages the
+gradient along the path on which all latents of a layer change together; its estimates of a layer
+add up to the effect of that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from patchsweep.analyses.latents.changes import Changes, Floats
+from patchsweep.attribution.check import check_metric, check_model
+from patchsweep.attribution.estimates import Estimates, Work, n_shared
+from patchsweep.attribution.method import Method
+from patchsweep.errors import MethodError
+from patchsweep.forward.grad import GradientModel, Place
+from patchsweep.spec.batch import Batch, pair_shape
+from patchsweep.spec.dictionary import Dictionary
+from patchsweep.spec.interventions import Intervention, shuffles
+from patchsweep.spec.plan import Axes, Ints, SitePlan
+from patchsweep.spec.planner import plan_site
+from patchsweep.spec.sites import Site
+from patchsweep.sweeps.executor import Values
+from patchsweep.sweeps.joint import JointRequest
+
+# methods that take a gradient at the site itself
+METHODS = ("atp", "relp", "relp_ah", "gim", "ig")
+
+
+@dataclass(frozen=True)
+class Column:
+    """Latents of one dictionary that change somewhere in a batch, and what changes."""
+
+    decoder: Float[Tensor, "column width"]
+    change: Float[Tensor, "pair pos column"]
+    first: int  # of its columns among those of the dictionaries at the same place
+
+    @property
+    def stop(self) -> int:
+        return self.first + len(self.decoder)
+
+
+Columns = Mapping[tuple[str, int], Sequence[Column]]  # (site, layer) -> those written there
+
+
+class LatentEstimates(Estimates):
+    """Estimates of latents: the last axis holds the columns of a place instead of heads."""
+
+    def __init__(self, columns: Columns, work: Work) -> None:
+        super().__init__(work.plans, work.shape, work.batch, len(work.metrics), work.start)
+        self.columns = columns
+        widest = max(of_place[-1].stop for of_place in columns.values())
+        for name, x in self.values.items():
+            self.values[name] = x.new_zeros(*x.shape[:-1], widest)
+
+    def add(
+        self, place: Place, values: Tensor, base: Tensor, grad: Tensor, weight: float = 1.0
+    ) -> None:
+        """Add `weight` times change · (decoder row · gradient), latent by latent."""
+        for column in self.columns.get((place.site.name, place.layer), ()):
+            along = grad.float() @ column.decoder.T
+            effect = along * column.change[self.rows, self._start :]
+            target = self.values[place.site.name][self.metric, :, place.layer, self._start :]
+            target[self.rows, :, column.first : column.stop] += weight * effect
+
+
+@dataclass(frozen=True)
+class LatentWork(Work):
+    """Work whose patch values change all latents of a place at once."""
+
+    columns: Columns = field(default_factory=dict)
+    members: Sequence[int] | None = None  # rows of the batch; None: all
+
+    def empty(self) -> Estimates:
+        """See `Work`."""
+        return LatentEstimates(self.columns, self)
+
+    def rows(self, rows: Sequence[int]) -> Work:
+        """See `Work`."""
+        part = super().rows(rows)
+        return part if part is self else replace(part, members=[*rows])  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def values(self, site: Site, layer: int, base: Tensor) -> Tensor:
+        """See `Work`."""
+        moved = base.float().clone()
+        rows = slice(None) if self.members is None else [*self.members]
+        for column in self.columns.get((site.name, layer), ()):
+            moved += column.change[rows, self.start :] @ column.decoder
+        return moved.to(base.dtype)
+
+
+def check_methods(request: JointRequest, methods: Sequence[Method]) -> None:
+    """Raise unless every method can attribute the metrics of `request` to latents.
+
+    Raises:
+        MethodError: one cannot; the message names an alternative.
+    """
+    for method in methods:
+        if method.name not in METHODS:
+            raise MethodError(
+                f"method={method.name} has no estimate for latents; use {', '.join(METHODS)}"
+            )
+        for metric in request.metrics:
+            check_metric(metric, method)
+    if methods:
+        check_model(request.bridge)
+
+
+class LatentAttribution:
+    """Runs attribution methods on the latents of dictionaries."""
+
+    def __init__(
+        self,
+        request: JointRequest,
+        dictionaries: Sequence[Dictionary],
+        intervention: Intervention,
+        methods: Sequence[Method],
+    ) -> None:
+        self.request, self.dictionaries = request, tuple(dictionaries)
+        self.intervention = intervention
+        extra = {s.name: s for m in methods for s in m.extra_sites(request.sites)}
+        own = [site for site in extra.values() if site not in request.sites]
+        longest = max(len(pair) + len(pair.answer) - 1 for pair in request.pairs)
+        self.gradients = GradientModel(
+            request.bridge, request.sites, own, longest, compute_dtype=request.compute_dtype
+        )
+        self.plans = tuple(self._plan(site) for site in request.sites)
+
+    def _plan(self, site: Site) -> SitePlan:
+        layers = sorted({one.layer for one in self.dictionaries if one.site == site.name})
+        request = self.request
+        shapes = [pair_shape(pair, request.direction, request.read) for pair in request.pairs]
+        axes = Axes(tuple((layer,) for layer in layers), None, None)
+        return plan_site(site, axes, request.shape, shapes)
+
+    def run(
+        self, method: Method, batch: Batch, changes: Sequence[Changes]
+    ) -> tuple[list[Values], Values]:
+        """Return estimates `[metric, change]` for each dictionary's changes on pairs of a batch,
+        and `[2, metric, pair]` of base and source runs."""
+        columns, where = self._columns(batch, changes)
+        request = self.request
+        sites = [*request.sites, *method.extra_sites(request.sites)]
+        with self.gradients.frozen():
+            source = self.gradients.activations(
+                batch.source,
+                batch.reads,
+                list(dict.fromkeys(sites)),
+                # another pair's values may differ from the first token on
+                keep_from=0
+                if shuffles(self.intervention)
+                else n_shared(self.gradients, batch, self.intervention),
+            )
+            work = LatentWork(
+                gradients=self.gradients,
+                batch=batch,
+                plans=self.plans,
+                shape=request.shape,
+                metrics=request.metrics,
+                intervention=self.intervention,
+                source=source.sites,
+                source_logits=source.logits,
+                prefix=source.prefix,
+                columns=columns,
+            )
+            found = method.run(work)
+            references = np.stack(work.references(found.base_logits))
+        estimates = []
+        for one, x, (first, number) in zip(self.dictionaries, changes, where, strict=True):
+            values = found.estimates.values[one.site][:, :, one.layer]
+            at = [torch.from_numpy(i).to(values.device) for i in (_rows(batch, x), x.pos)]
+            column = torch.from_numpy(first + number).to(values.device)
+            estimates.append(values[:, at[0], at[1], column].cpu().numpy())
+        return estimates, references
+
+    def _columns(
+        self, batch: Batch, changes: Sequence[Changes]
+    ) -> tuple[Columns, list[tuple[int, Ints]]]:
+        """Return the columns of each place, and each dictionary's first one and `[change]`."""
+        columns: dict[tuple[str, int], list[Column]] = {}
+        where: list[tuple[int, Ints]] = []
+        device = batch.base.device
+        for one, x in zip(self.dictionaries, changes, strict=True):
+            latents, number = np.unique(x.latent, return_inverse=True)
+            here = columns.setdefault((one.site, one.layer), [])
+            first = here[-1].stop if here else 0
+            change: Floats = np.zeros((*batch.base.shape, len(latents)), np.float32)
+            change[_rows(batch, x), x.pos, number] = x.change
+            decoder = one.decoder.to(device)[torch.from_numpy(latents).to(device)]
+            here.append(Column(decoder, torch.from_numpy(change).to(device), first))
+            where.append((first, number.astype(np.int64)))
+        return columns, where
+
+
+def _rows(batch: Batch, changes: Changes) -> Ints:
+    """Return the row of the batch of each change."""
+    return np.searchsorted(batch.pairs, changes.pair).astype(np.int64)

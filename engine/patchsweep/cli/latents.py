@@ -1,0 +1,64 @@
+"""`patchsweep latents`: patches every latent of dictionaries, and stores effects and estimates."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+from rich.console import Console
+from rich.table import Table
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchsweep.analyses.latents import agreement, largest_latents, latents
+from patchsweep.analyses.stages import Stages
+from patchsweep.cli.analysis import AnalysisVerb
+from patchsweep.cli.schema.latents import LatentsRun
+from patchsweep.data.pairs import PromptPairs
+
+N_SHOWN = 10
+# keys of sweeps for which something else does the same
+INSTEAD = {
+    "method": "latents take estimates=[atp,relp], and top=100 to run the largest exactly",
+    "tolerance": (
+        "a tolerance is for the sites of a sweep; latents run exactly, top=100 of them say"
+    ),
+}
+
+
+def _analyse(
+    config: LatentsRun, model: TransformerBridge, pairs: PromptPairs, stages: Stages
+) -> xr.Dataset:
+    settings = {
+        **config.settings(),
+        "means_from": config.reference(model),
+        "config": config.identity(),
+    }
+    return latents(model, pairs, config.load(), **settings, stages=stages)
+
+
+def _show(console: Console, ds: xr.Dataset, known: bool) -> None:
+    n_live, n = int(ds.attrs["n_live"]), int(ds.attrs["n_patches"])
+    console.print(f"{n_live:,} of {n:,} latents and positions change; the others are dead")
+    for one in agreement(ds):
+        if one.n:
+            console.print(f"{one.method}: r = {one.pearson:.3f} with {one.n:,} exact effects")
+    console.print(_table(ds))
+
+
+def _table(ds: xr.Dataset) -> Table:
+    """Return a table of the latents of the first pair with the largest effects."""
+    table = Table(title="largest effects in pair 0", title_justify="left")
+    for name in ("dictionary", "latent", "position"):
+        table.add_column(name)
+    for name in ("change", "effect"):
+        table.add_column(name, justify="right")
+    for one in largest_latents(ds, n=N_SHOWN):
+        ran = np.isfinite(one.effect)
+        effect = one.effect if ran else next(iter(one.estimates.values()))
+        where = f"{one.pos} {one.token!r}"
+        table.add_row(
+            one.dictionary, str(one.latent), where, f"{one.change:+.3f}", f"{effect:+.4f}"
+        )
+    return table
+
+
+main = AnalysisVerb("latents", LatentsRun, "latents have", _analyse, _show, INSTEAD)

@@ -1,0 +1,97 @@
+"""The page of patched latents: the largest effects of each pair, and estimates against effects."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+
+from patchsweep.analyses.latents.findings import (
+    agreement,
+    effects_of,
+    largest_latents,
+    methods_of,
+)
+from patchsweep.report.figure import figure, figure_scripts
+from patchsweep.report.html import esc, number, token_html
+from patchsweep.report.shell import page, section
+from patchsweep.store.attributes import attributes
+
+N_PAIRS = 8
+"""Pairs whose largest effects are on the page."""
+N_LARGEST = 20
+N_POINTS = 3000
+"""Points of the figure of estimates, the largest effects first."""
+
+
+def build(ds: xr.Dataset) -> str:
+    """Return the page of the Dataset of `patchsweep.analyses.latents.latents`."""
+    model = str(attributes(ds)["provenance"]["model"]).rpartition("/")[2]
+    metric = str(ds["metric"].values[0])
+    n_pairs = ds.sizes["pair"]
+    names = ", ".join(dict.fromkeys(str(x) for x in ds["dictionary"].values))
+    rest = "" if n_pairs <= N_PAIRS else f" The first {N_PAIRS} of {n_pairs} pairs are listed."
+    header = (
+        f'<header><h1>Latents of <span class="name">{esc(model)}</span></h1>'
+        f'<p class="lead">One latent of {esc(names)} at one position takes another activation; '
+        f"the rest of the base run stays. {int(ds.attrs['n_live']):,} of "
+        f"{int(ds.attrs['n_patches']):,} patches change an activation. Effects in "
+        f"{esc(metric)}.{rest}</p></header>"
+    )
+    parts = [header, *_estimates(ds, metric)]
+    parts += [_pair(ds, metric, pair) for pair in range(min(n_pairs, N_PAIRS))]
+    return page(f"Latents of {model}", parts, scripts=figure_scripts())
+
+
+def _estimates(ds: xr.Dataset, metric: str) -> list[str]:
+    """Return the section of estimates beside exact effects; none if one of the two is missing."""
+    found = [one for one in agreement(ds, metric) if one.n > 1]
+    if not found:
+        return []
+    rows = "".join(
+        f"<tr><td>{esc(one.method)}</td><td>{one.pearson:.3f}</td><td>{one.same_sign:.0%}</td>"
+        f"<td>{one.n:,}</td></tr>"
+        for one in found
+    )
+    head = "<th>estimate</th><th>Pearson's r</th><th>same sign</th><th>patches</th>"
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    exact = effects_of(ds, metric).values
+    order = np.argsort(-np.abs(np.nan_to_num(exact)), axis=None, kind="stable")[:N_POINTS]
+    traces = []
+    for method in methods_of(ds):
+        estimate = ds[method].sel(metric=metric).transpose("pair", "pos", "latent").values
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": method,
+                "x": exact.ravel()[order],
+                "y": estimate.ravel()[order],
+                "marker": {"size": 5, "opacity": 0.6},
+            }
+        )
+    layout = {
+        "height": 420,
+        "xaxis": {"title": {"text": f"exact effect in {metric}"}},
+        "yaxis": {"title": {"text": "estimate"}},
+    }
+    words = "<p>Signs are weighed by the size of the exact effect.</p>"
+    return [section("estimates", "Estimates", table + words + figure("estimates", traces, layout))]
+
+
+def _pair(ds: xr.Dataset, metric: str, pair: int) -> str:
+    one = ds.sel(metric=metric).isel(pair=pair)
+    methods = methods_of(ds)
+    prompt = "".join(token_html(str(t)) for t in one["base_token"].values if str(t))
+    base, source = (float(one[f"{x}_metric"]) for x in ("base", "source"))
+    rows = "".join(
+        f"<tr><td>{esc(x.dictionary)}</td><td>{x.latent}</td><td>{x.pos} {token_html(x.token)}</td>"
+        f"<td>{number(x.change, sign=True)}</td><td>{number(x.effect, sign=True)}</td>"
+        + "".join(f"<td>{number(x.estimates[m], sign=True)}</td>" for m in methods)
+        + "</tr>"
+        for x in largest_latents(ds, metric, pair, N_LARGEST)
+    )
+    heads = ["dictionary", "latent", "position", "change", "effect", *methods]
+    head = "".join(f"<th>{esc(x)}</th>" for x in heads)
+    words = f"<p>{prompt}</p><p>{esc(metric)}: base {number(base)}, source {number(source)}.</p>"
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    return section(f"pair-{pair}", f"Pair {pair}", words + table)
