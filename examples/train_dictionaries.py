@@ -3,7 +3,7 @@
     python examples/train_dictionaries.py runs/dictionaries
 
 Top-k autoencoders of 4,096 latents, 32 of them active on a token, on the residual stream behind
-blocks 9, 15 and 21. The text is what the built-in tasks make: some 20,000 tokens of a few kinds of
+blocks 9, 15 and 21. The text is what the built-in tasks make: some 10,000 tokens of a few kinds of
 sentence. So they are dictionaries of these prompts, not of English; they show how latents are
 patched, on real activations, within minutes on two cores. They are written in the layout of
 SAELens; `ps.Dictionary.from_safetensors(folder)` reads them.
@@ -23,10 +23,10 @@ from torch import Tensor
 
 LAYERS = (9, 15, 21)
 TASKS = ("ioi", "facts", "greater_than", "docstring", "pronouns", "sva", "addition", "induction")
-N_PAIRS = 100  # of each task; both prompts of a pair are read
+N_PAIRS = 50  # of each task; both prompts of a pair are read
 N_LATENTS = 4096
 K = 32
-STEPS, BATCH, RATE = 250, 512, 1e-3
+STEPS, BATCH, RATE = 150, 512, 1e-3
 
 
 @torch.no_grad()
@@ -46,7 +46,7 @@ def activations(model) -> dict[int, Tensor]:
         for length in sorted({len(prompt) for prompt in prompts}):
             rows = torch.tensor(sorted(prompt for prompt in prompts if len(prompt) == length))
             for part in rows.split(16):
-                model.run_with_hooks(part, fwd_hooks=hooks)
+                model.run_with_hooks(part, fwd_hooks=hooks, stop_at_layer=LAYERS[-1] + 1)
     order = None
     found = {}
     for layer, parts in kept.items():
@@ -57,11 +57,16 @@ def activations(model) -> dict[int, Tensor]:
     return found
 
 
-def encode(x: Tensor, w_enc: Tensor, b_enc: Tensor) -> Tensor:
-    """Return the K largest latents of each token, the others 0."""
-    before = x @ w_enc + b_enc
-    largest = before.topk(K, dim=-1)
-    return torch.zeros_like(before).scatter(-1, largest.indices, largest.values.relu())
+def encode(x: Tensor, w_enc: Tensor, b_enc: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the K largest latents of each token: activations and numbers `[token, K]`."""
+    largest = (x @ w_enc + b_enc).topk(K, dim=-1)
+    return largest.values.relu(), largest.indices
+
+
+def decode(latents: Tensor, numbers: Tensor, w_dec: Tensor, b_dec: Tensor) -> Tensor:
+    """Return the sum of the latents' decoder rows `[token, d_model]`."""
+    rows = torch.nn.functional.embedding_bag(numbers, w_dec, per_sample_weights=latents, mode="sum")
+    return rows + b_dec
 
 
 def train(tokens: Tensor, seed: int) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -85,8 +90,8 @@ def train(tokens: Tensor, seed: int) -> tuple[dict[str, Tensor], dict[str, float
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1.0, (step + 1) / 20, 4 * (STEPS - step) / STEPS)
         batch = x[torch.randint(len(x), (BATCH,), generator=generator)]
-        latents = encode(batch - b_dec, w_enc, b_enc)
-        loss = (latents @ w_dec + b_dec - batch).pow(2).mean()
+        latents = encode(batch - b_dec.detach(), w_enc, b_enc)
+        loss = (decode(*latents, w_dec, b_dec) - batch).pow(2).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -94,14 +99,15 @@ def train(tokens: Tensor, seed: int) -> tuple[dict[str, Tensor], dict[str, float
             w_dec /= w_dec.norm(dim=-1, keepdim=True)
     with torch.no_grad():
         y = (unseen - mean) / scale
-        latents = encode(y - b_dec, w_enc, b_enc)
-        error = (latents @ w_dec + b_dec - y).pow(2).sum()
+        latents, numbers = encode(y - b_dec, w_enc, b_enc)
+        error = (decode(latents, numbers, w_dec, b_dec) - y).pow(2).sum()
+        _, every = encode(x - b_dec, w_enc, b_enc)
         spread = (y - y.mean(dim=0)).pow(2).sum()
         told = {
             "loss": float(loss),  # of the last batch; variance is 1
             "explained_variance": float(1 - error / spread),  # of tokens not trained on
             "active": float((latents > 0).sum(dim=-1).float().mean()),
-            "used": float((encode(x - b_dec, w_enc, b_enc) > 0).any(dim=0).float().mean()),
+            "used": len(every.unique()) / N_LATENTS,  # among the K largest of some token
         }
         weights = {  # in the units of the model
             "W_enc": w_enc / scale,
