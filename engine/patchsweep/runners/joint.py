@@ -144,9 +144,9 @@ class HookedJoint:
         parts = []
         numbered = []
         for value in np.unique(writes.value).tolist():
-            given = loaded.live.get(value)
-            if isinstance(given, Numbered):
-                numbered.append((given, writes.at(np.flatnonzero(writes.value == value))))
+            live = loaded.live.get(value)
+            if isinstance(live, Numbered):
+                numbered.append((live, writes.at(np.flatnonzero(writes.value == value))))
                 continue
             for whole in (True, False):
                 mine = np.flatnonzero((writes.value == value) & ((writes.unit == WHOLE) == whole))
@@ -154,10 +154,10 @@ class HookedJoint:
                     parts.append((value, whole, writes.at(mine)))
 
         def write(x: Tensor) -> None:
-            for given, part in numbered:
+            for adds, part in numbered:
                 row, pos = (torch.from_numpy(i).to(x.device) for i in (part.row, part.pos))
                 target = x.view(*x.shape[:2], -1)
-                target[row, pos] += given.vectors(torch.from_numpy(part.unit)).to(target)
+                target[row, pos] += adds.vectors(torch.from_numpy(part.unit)).to(target)
             for value, whole, part in parts:
                 new = loaded.values[site.name, value][layer].to(x)
                 row, pos, unit = (

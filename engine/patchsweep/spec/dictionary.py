@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -141,9 +141,13 @@ class Dictionary:
 
     def on(self, device: torch.device) -> Dictionary:
         """Return the dictionary with its weights on `device`."""
-        weights = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(
-            self, **{name: x.to(device) for name, x in weights.items() if isinstance(x, Tensor)}
+            self,
+            encoder=self.encoder.to(device),
+            decoder=self.decoder.to(device),
+            encoder_bias=self.encoder_bias.to(device),
+            decoder_bias=self.decoder_bias.to(device),
+            threshold=None if self.threshold is None else self.threshold.to(device),
         )
 
     def encode(self, x: Float[Tensor, "*axes width"]) -> Float[Tensor, "*axes latent"]:
@@ -162,7 +166,7 @@ class Dictionary:
 
 
 def check_dictionaries(
-    given: Sequence[Dictionary], shape: ModelShape, hooks: Collection[str]
+    given: Dictionary | Sequence[Dictionary], shape: ModelShape, hooks: Collection[str]
 ) -> tuple[Dictionary, ...]:
     """Return dictionaries that fit a model of `shape` with the hook points `hooks`.
 

@@ -87,7 +87,8 @@ class LatentWork(Work):
     def rows(self, rows: Sequence[int]) -> Work:
         """See `Work`."""
         part = super().rows(rows)
-        return part if part is self else replace(part, members=[*rows])  # type: ignore[arg-type]
+        assert isinstance(part, LatentWork)
+        return part if part is self else replace(part, members=[*rows])
 
     @torch.no_grad()
     def values(self, site: Site, layer: int, base: Tensor) -> Tensor:

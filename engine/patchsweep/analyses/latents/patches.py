@@ -64,7 +64,7 @@ def latents(
     estimates: str | Sequence[str | Method] = ("atp",),
     top: int | None = None,
     direction: Direction | None = SweepSpec.direction,
-    intervention: str | Intervention | float | Tensor = SweepSpec.intervention,
+    intervention: str | Intervention | float | Tensor = "resample",
     read: int = SweepSpec.read,
     means_from: MeansFrom = SweepSpec.means_from,
     compute_dtype: ComputeDtype = SweepSpec.compute_dtype,
