@@ -110,13 +110,18 @@ def column(ds, one, latent: int) -> int:
 
 PLACES = [
     ("tiny:llama", "resid_post", "jumprelu"),
-    ("tiny:llama", "mlp_out", "transcoder"),
     ("tiny:gpt2", "z", "topk"),
-    ("tiny:gpt2", "resid_pre", "relu"),
-    ("tiny:gemma2", "mlp_out", "topk"),
     ("tiny:gemma2", "mlp_out", "transcoder"),
-    ("tiny:mixtral", "attn_out", "jumprelu"),
-    ("tiny:gpt_neox", "resid_post", "topk"),
+    *(
+        pytest.param(*place, marks=pytest.mark.slow)
+        for place in (
+            ("tiny:llama", "mlp_out", "transcoder"),
+            ("tiny:gpt2", "resid_pre", "relu"),
+            ("tiny:gemma2", "mlp_out", "topk"),
+            ("tiny:mixtral", "attn_out", "jumprelu"),
+            ("tiny:gpt_neox", "resid_post", "topk"),
+        )
+    ),
 ]
 
 
