@@ -26,9 +26,9 @@ def main(folder: Path) -> None:
     model = ps.load_model("smollm2-135m")
     pairs = ps.load_task(model, "ioi_demo")
     dictionaries = [ps.Dictionary.from_safetensors(place) for place in sorted(folder.iterdir())]
-    begun = time.perf_counter()
+    begun, busy = time.perf_counter(), time.process_time()
     ds = ps.latents(model, pairs, dictionaries, estimates=["atp", "relp", "ig"])
-    took = time.perf_counter() - begun
+    took, busy = time.perf_counter() - begun, time.process_time() - busy
     expected, values = spliced(model, pairs[0], dictionaries, ds, 50)
     begun = time.perf_counter()
     with torch.no_grad():
@@ -38,7 +38,7 @@ def main(folder: Path) -> None:
     effects = np.abs((ds["patched"] - ds["base_metric"]).values[ds["change"].values[None] != 0])
     print(
         f"{n_live:,} live of {int(ds.attrs['n_patches']):,} latents and positions, and three "
-        f"estimates: {took:.1f} s; a loop {once * n_live:.0f} s; largest difference of "
+        f"estimates: {took:.1f} s ({busy:.1f} s of processors); a loop {once * n_live:.0f} s; largest difference of "
         f"{len(values)} patches {np.abs(values - expected).max():.1e}; effects up to "
         f"{effects.max():.2f}, {np.mean(effects > 0.01):.0%} of them above 0.01"
     )
