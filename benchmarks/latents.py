@@ -38,9 +38,9 @@ def main(folder: Path) -> None:
     effects = np.abs((ds["patched"] - ds["base_metric"]).values[ds["change"].values[None] != 0])
     print(
         f"{n_live:,} live of {int(ds.attrs['n_patches']):,} latents and positions, and three "
-        f"estimates: {took:.1f} s ({busy:.1f} s of processors); a loop {once * n_live:.0f} s; largest difference of "
-        f"{len(values)} patches {np.abs(values - expected).max():.1e}; effects up to "
-        f"{effects.max():.2f}, {np.mean(effects > 0.01):.0%} of them above 0.01"
+        f"estimates: {took:.1f} s ({busy:.1f} s of processors); a loop {once * n_live:.0f} s; "
+        f"largest difference of {len(values)} patches {np.abs(values - expected).max():.1e}; "
+        f"effects up to {effects.max():.2f}, {np.mean(effects > 0.01):.0%} of them above 0.01"
     )
     for one in dictionaries:
         mine = ds.sel(latent=ds["dictionary"] == one.name)
