@@ -136,11 +136,14 @@ def test_a_path_may_begin_with_a_tilde_that_is_no_users(
 
 def test_heads_are_pairs_or_names_and_their_layers_may_count_from_the_end() -> None:
     assert head_places(["a2.h3", (0, 1), (-1, 0)], 3, 4) == ((2, 3), (0, 1), (2, 0))
+    assert head_places(["a1", (0, 1)], 3, 2) == ((1, 0), (1, 1), (0, 1))
     for given, words in (
         (["a3.h0"], "'a3.h0' is no head of 3 layers of 4; the last is a2.h3"),
         ([(-4, 0)], "is no head of 3 layers of 4"),
         (["m1"], "heads has 'm1'; give"),
         (["a2.h1", (-1, 1)], "names a head twice"),
+        (["a2.h1", "a2"], "names a head twice"),
+        (["a3"], "'a3' is no head of 3 layers of 4"),
     ):
         with pytest.raises(PlanError, match=re.escape(words)):
             head_places(given, 3, 4)

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from patchsweep.cli.app import as_config, compose
-from patchsweep.cli.grammar import conf_folder, expand
+from patchsweep.cli.early import conf_folder
+from patchsweep.cli.grammar import expand
 from patchsweep.cli.mistakes import one_line
 from patchsweep.cli.schema.circuit import CircuitRun
 from patchsweep.cli.schema.lens import LensRun
@@ -191,8 +192,8 @@ def test_config_groups_are_found_without_a_symbolic_link() -> None:
 
 
 def test_missing_config_groups_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = tmp_path / "engine" / "patchsweep" / "cli" / "grammar.py"
-    monkeypatch.setattr("patchsweep.cli.grammar.__file__", str(module))
+    module = tmp_path / "engine" / "patchsweep" / "cli" / "early.py"
+    monkeypatch.setattr("patchsweep.cli.early.__file__", str(module))
     with pytest.raises(ConfigError, match="install patchsweep from a wheel"):
         conf_folder()
 

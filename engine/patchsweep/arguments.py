@@ -15,7 +15,7 @@ import numpy as np
 from patchsweep.errors import ConfigError, ModelError, PatchsweepError, PlanError
 
 Sets = tuple[tuple[int, ...], ...]
-_HEAD = re.compile(r"\s*a(\d+)\.h(\d+)\s*")
+_HEAD = re.compile(r"\s*a(\d+)(?:\.h(\d+))?\s*")
 RUNNERS = ("auto", "packed", "hooked")
 
 
@@ -147,7 +147,7 @@ def head_places(
 ) -> tuple[tuple[int, int], ...]:
     """Return heads as (layer, head); an entry is such a pair, or a name such as `a23.h3`.
 
-    A negative layer counts from the end.
+    A negative layer counts from the end. `a23` stands for all heads of layer 23.
 
     Raises:
         PlanError: an entry names no head of a model of that size, or one twice.
@@ -155,11 +155,14 @@ def head_places(
     found = []
     for entry in given:
         named = _HEAD.fullmatch(entry) if isinstance(entry, str) else None
-        place = [int(number) for number in named.groups()] if named else entry
+        if named and named[2] is None and int(named[1]) < n_layers:
+            found += [(int(named[1]), head) for head in range(n_heads)]
+            continue
+        place = [int(number or 0) for number in named.groups()] if named else entry
         if not (isinstance(place, list | tuple) and len(place) == 2 and all(map(is_whole, place))):
             raise PlanError(
                 f"{name} has {entry!r}; give (layer, head) pairs, such as (3, 1), or names, such "
-                "as 'a3.h1'"
+                "as 'a3.h1', or 'a3' for all of a layer"
             )
         layer, head = (int(number) for number in place)
         if not (-n_layers <= layer < n_layers and 0 <= head < n_heads):

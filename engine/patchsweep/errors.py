@@ -39,3 +39,8 @@ class ConfigError(PatchsweepError):
 
 class MethodError(PatchsweepError):
     """An attribution method does not fit the metric, the site or the model."""
+
+
+def printable(text: str) -> str:
+    """Replace the control and direction characters of untrusted text, for a terminal."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

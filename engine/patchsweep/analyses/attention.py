@@ -85,8 +85,8 @@ def attention(
         direction: `denoising` (default): the corrupted prompt is the base.
         read: prompt position whose logits are read; default the last.
         heads: the heads to keep, in this order: (layer, head), of which a negative layer counts
-            from the end, or names such as `a23.h3`. Default: the `top` heads with
-            the largest mean `head_size` over pairs.
+            from the end, or names such as `a23.h3`, or `a23` for all heads of layer 23.
+            Default: the `top` heads with the largest mean `head_size` over pairs.
         predictions: number of next tokens to keep.
         config: config of the command line, kept in the provenance.
         stages: where and how the stages "ranks" (without `heads`), "views" and "exact" run, see

@@ -14,7 +14,8 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from patchsweep.cli.grammar import conf_folder, expand, is_many
+from patchsweep.cli.early import conf_folder
+from patchsweep.cli.grammar import expand, is_many
 from patchsweep.cli.schema.run import RunConfig, register
 from patchsweep.errors import ConfigError
 

@@ -61,7 +61,7 @@ class AttentionRun(AnalysisRun):
         except (TypeError, ValueError):
             raise ConfigError(
                 f"heads={self.heads} must be pairs of layer and head or names, such as "
-                "[[24,4],[17,4]] or [a24.h4]"
+                "[[24,4],[17,4]] or [a24.h4], or whole layers, such as [a24]"
             ) from None
 
     @staticmethod

@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 import sys
 from functools import cache
-from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Quote, QuotedString
 from hydra.errors import HydraException
 
+from patchsweep.cli.early import is_choice
 from patchsweep.cli.keys import refuse_unknown
 from patchsweep.cli.schema.run import RunConfig
 from patchsweep.data.records import REQUIRED
@@ -36,22 +36,6 @@ _OPTIONAL_PATHS = ("model.revision", "model.offload_folder", "means_from")
 _PATHS = ("model.name", "task.path", "store.path", *_OPTIONAL_PATHS)
 # functions of Hydra's grammar that sweep over values; only -m runs a sweep
 _SWEEP = re.compile(r"(choice|glob|interval|range|shuffle|sort|tag)\(.*\)", re.DOTALL)
-
-
-def conf_folder() -> Path:
-    """Return the folder of the config groups: in an installed package, or at a checkout's root.
-
-    Raises:
-        ConfigError: neither exists.
-    """
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package / "conf", package.parents[1] / "conf"):
-        if (folder / "config.yaml").is_file():
-            return folder
-    raise ConfigError(
-        f"the config groups are missing: there is no conf/config.yaml in {package} nor in "
-        f"{package.parents[1]}; install patchsweep from a wheel, or run it from a whole checkout"
-    )
 
 
 def is_many(arguments: list[str]) -> bool:
@@ -85,7 +69,7 @@ def _override(word: str, many: bool, verb: str, schema: type[RunConfig]) -> list
     if not equals or name.partition(".")[0].partition("/")[0] == "hydra":
         return [word]
     free = refuse_unknown(name, schema, verb)
-    if name not in _MAIN_KEYS or _is_choice(name, value):
+    if name not in _MAIN_KEYS or is_choice(name, value):
         # known keys exist already, so + has a meaning only in a free mapping
         return [f"{'++' if free else ''}{name}={_value(name, value, many)}"]
     if not value:
@@ -173,9 +157,3 @@ def _is_override(word: str) -> bool:
 def _kind(model: str) -> str:
     """Return the choice of the group `model` for a model's name."""
     return "tiny" if model.startswith("tiny:") else "smollm2" if model in BUNDLED else "hf"
-
-
-def _is_choice(group: str, value: str) -> bool:
-    """Whether the config group has a file for `value`, or for one of several values of a sweep."""
-    choices = {path.stem for path in (conf_folder() / group).glob("*.yaml")}
-    return any(word in choices for word in value.split(","))

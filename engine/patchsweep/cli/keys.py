@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
-from types import MappingProxyType
 from typing import Any, get_type_hints
 
 from hydra.conf import HydraConf
 
+from patchsweep.cli.early import ANY, Keys, flat, unknown_words
 from patchsweep.cli.schema.run import GROUPS, RunConfig
 from patchsweep.errors import ConfigError
-
-Keys = Mapping[str, "Keys"]
-_ANY: Keys = MappingProxyType({})  # below a free mapping, such as task.options
 
 
 def keys_of(schema: type[RunConfig]) -> Keys:
@@ -38,30 +34,24 @@ def refuse_unknown(key: str, schema: type[RunConfig], verb: str) -> bool:
         if part not in at:
             raise ConfigError(unknown(key, schema, verb))
         at = at[part]
-        if at is _ANY:
+        if at is ANY:
             return depth < len(parts)
     return False
 
 
 def unknown(key: str, schema: type[RunConfig], verb: str) -> str:
     """Return the error message for an unknown `key`, with similar keys."""
-    all_keys = list(_flat(keys_of(schema)))
-    last = key.rpartition(".")[2]
-    close = [name for name in all_keys if name.rpartition(".")[2] == last]
-    close += get_close_matches(key, all_keys, n=2, cutoff=0.7)
-    near = " or ".join(dict.fromkeys(close[:3]))
-    meant = f"did you mean {near}? " if near else ""
-    return f"key {key!r} is not known; {meant}`patchsweep {verb} --help` lists all keys"
+    return unknown_words(key, keys_of(schema), verb)
 
 
 def elsewhere(key: str, chosen: type | None) -> str:
     """Return the error message for a `key` that the chosen class of its group does not have."""
     group, _, name = key.partition(".")
     if group == "hydra":
-        near = get_close_matches(key, [f"hydra.{name}" for name in _flat(_of_class(HydraConf))])
+        near = get_close_matches(key, [f"hydra.{name}" for name in flat(_of_class(HydraConf))])
         meant = f"did you mean {near[0]}? " if near else ""
         return f"key {key!r} is not known; {meant}`patchsweep run --hydra-help` says more"
-    if any(_of_class(one).get(name) is _ANY for one in GROUPS.get(group, {})):
+    if any(_of_class(one).get(name) is ANY for one in GROUPS.get(group, {})):
         return f"{key} is a mapping; give its entries one by one, such as {key}.name=value"
     owners = [
         schema.partition("_")[0]
@@ -89,11 +79,5 @@ def _of_class(one: type) -> Keys:
             keys[field.name] = _of_class(hint)
         else:
             open_ended = hint is Any or str(hint).startswith("dict")
-            keys[field.name] = _ANY if open_ended else {}
+            keys[field.name] = ANY if open_ended else {}
     return keys
-
-
-def _flat(keys: Keys, before: str = "") -> Iterator[str]:
-    for name, below in keys.items():
-        yield f"{before}{name}"
-        yield from _flat(below, f"{before}{name}.")

@@ -31,6 +31,7 @@ VERBS = {
     "latents": "patch every latent of sparse autoencoders or transcoders; store the effects",
     "attention": "rank heads by attention attribution, store their patterns and predictions",
     "heads": "ablate every head in several ways, class the heads, compare the ways; store it",
+    "explore": "serve a page on this machine: two typed prompts, their maps, a click on a cell",
     "compare": "how far the attribution in a store agrees with its exact effects",
     "report": "write a store as one self-contained HTML page",
     "task": "list the built-in tasks, or score a model on one",
@@ -75,10 +76,12 @@ def usage() -> str:
 
 
 def _guarded(verb: str, rest: list[str]) -> int:
+    from patchsweep.cli.early import refuse
     from patchsweep.cli.stop import GOES_ON, Stopped
     from patchsweep.store.backends.credentials import scrub
 
     try:
+        refuse(verb, rest)
         return int(import_module(f"patchsweep.cli.{verb}").main(rest))
     except Stopped as stopped:
         print(f"patchsweep: {stopped}", file=sys.stderr)

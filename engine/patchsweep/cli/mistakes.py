@@ -6,9 +6,8 @@ import re
 import sys
 from typing import TYPE_CHECKING
 
-from patchsweep.errors import PatchsweepError
+from patchsweep.errors import PatchsweepError, printable
 from patchsweep.store.backends.credentials import scrub
-from patchsweep.store.contents import printable
 
 if TYPE_CHECKING:
     from omegaconf.errors import OmegaConfBaseException, ValidationError

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from patchsweep.cli.console import stdout
 from patchsweep.cli.parser import Parser
-from patchsweep.errors import DamagedError
+from patchsweep.errors import DamagedError, printable
 from patchsweep.store.backends.address import open_folder
 from patchsweep.store.backends.credentials import scrub
-from patchsweep.store.contents import DELETE, Contents, printable, read_contents
+from patchsweep.store.contents import DELETE, Contents, read_contents
 from patchsweep.store.status import EXIT_COMPLETE, EXIT_INCOMPLETE, render, stages_of, store_status
 
 

@@ -13,12 +13,11 @@ from transformers.utils import logging as transformers_logging
 from patchsweep.cli.again import HELP, run_again, said_by
 from patchsweep.cli.console import stdout
 from patchsweep.cli.parser import Parser, at_least
-from patchsweep.errors import ConfigError
+from patchsweep.errors import ConfigError, printable
 from patchsweep.results.tolerance import allowed_error
 from patchsweep.runners.select import TOLERANCE
 from patchsweep.spec.plan import SitePlan
 from patchsweep.store.attributes import attributes
-from patchsweep.store.contents import printable
 from patchsweep.store.layout import Unit
 from patchsweep.store.status import EXIT_COMPLETE, EXIT_INCOMPLETE
 from patchsweep.store.store import Store

@@ -44,22 +44,8 @@ def build_page(ds: xr.Dataset, journal: Journal) -> str:
 
     data = {
         "metrics": metrics,
-        "views": [
-            {
-                "key": v.key,
-                "first": v.first,
-                "n_pos": v.n_pos,
-                "n_pairs": v.n_pairs,
-                "base": v.base_tokens,
-                "source": v.source_tokens,
-                "differs": v.differs,
-            }
-            for v in views
-        ],
-        "sites": [
-            {**f.payload, "frames": {f"{r.metric}|{r.view.key}": r.cells for r in f.frames}}
-            for f in figures
-        ],
+        "views": [view_data(view) for view in views],
+        "sites": [figure_data(figure) for figure in figures],
         "panels": [p.payload for p in panels],
     }
     sections = [
@@ -86,9 +72,28 @@ def build_page(ds: xr.Dataset, journal: Journal) -> str:
         question.title(ds),
         sections,
         data=data,
-        scripts=[get_plotlyjs(), resource("report.js")],
+        scripts=[get_plotlyjs(), resource("maps.js"), resource("report.js")],
         templates=templates,
     )
+
+
+def view_data(view: View) -> dict[str, object]:
+    """Return a view as JSON data for the page's scripts."""
+    return {
+        "key": view.key,
+        "first": view.first,
+        "n_pos": view.n_pos,
+        "n_pairs": view.n_pairs,
+        "base": view.base_tokens,
+        "source": view.source_tokens,
+        "differs": view.differs,
+    }
+
+
+def figure_data(figure: Figure) -> dict[str, object]:
+    """Return a map and its frames as JSON data for the page's scripts."""
+    frames = {f"{frame.metric}|{frame.view.key}": frame.cells for frame in figure.frames}
+    return {**figure.payload, "frames": frames}
 
 
 def shown_sites(ds: xr.Dataset) -> tuple[str, ...]:
@@ -145,38 +150,47 @@ def _controls(ds: xr.Dataset, metrics: Sequence[str], views: Sequence[View]) -> 
 
 
 def _maps(ds: xr.Dataset, figures: Sequence[Figure], first: dict[str, str]) -> str:
-    if has_source(ds):
-        colours = (
+    drawn = [
+        map_html(index, figure, first[f"caption-{index}"], alone=len(figures) == 1)
+        for index, figure in enumerate(figures)
+    ]
+    how = (
+        f"<p>Each cell is one patch. {colours(has_source(ds))} Point at a cell for its numbers.</p>"
+    )
+    return section("maps", "What each patch does", f'{how}<div class="grid">{"".join(drawn)}</div>')
+
+
+def colours(paired: bool) -> str:
+    """Return what the colours of maps mean, as HTML; `paired`: there is a source run."""
+    if paired:
+        return (
             '<b class="blue">Blue</b>: the patch moves the metric towards the source run, and at 1 '
             'all the way. White: no change. <b class="red">Red</b>: it moves it the other way. '
             "A token in bold differs between the two prompts."
         )
-    else:
-        colours = (
-            '<b class="blue">Blue</b>: the patch raises the metric. White: no change. '
-            '<b class="red">Red</b>: it lowers it.'
-        )
-    drawn = []
-    for index, figure in enumerate(figures):
-        labels = figure.payload["labels"]
-        columns = figure.payload["columns"]
-        assert isinstance(labels, dict)
-        wide = " wide" if len(labels.get(columns, ())) >= _WIDE or len(figures) == 1 else ""
-        choose = (
-            f'<label class="choose">position <select data-pick="{index}"></select></label>'
-            if figure.payload["full"]
-            else ""
-        )
-        note = f'<p class="note">{figure.note}</p>' if figure.note else ""
-        drawn.append(
-            f'<figure class="map{wide}"><h3>{esc(figure.title)} <code>{esc(figure.site)}</code>'
-            f"{choose}</h3>{note}"
-            f'<div class="plot" id="map-{index}" role="img" aria-label="{esc(figure.title)}"></div>'
-            f"{_slot(f'caption-{index}', first[f'caption-{index}'], 'figcaption')}</figure>"
-        )
-    how = f"<p>Each cell is one patch. {colours} Point at a cell for its numbers.</p>"
-    grid = f'<div class="grid">{"".join(drawn)}</div>'
-    return section("maps", "What each patch does", how + grid)
+    return (
+        '<b class="blue">Blue</b>: the patch raises the metric. White: no change. '
+        '<b class="red">Red</b>: it lowers it.'
+    )
+
+
+def map_html(index: int, figure: Figure, caption: str, *, alone: bool = False) -> str:
+    """Return the place of map `index` in a page, with its caption (HTML); maps.js draws it."""
+    labels, columns = figure.payload["labels"], figure.payload["columns"]
+    assert isinstance(labels, dict)
+    wide = " wide" if len(labels.get(columns, ())) >= _WIDE or alone else ""
+    choose = (
+        f'<label class="choose">position <select data-pick="{index}"></select></label>'
+        if figure.payload["full"]
+        else ""
+    )
+    note = f'<p class="note">{figure.note}</p>' if figure.note else ""
+    return (
+        f'<figure class="map{wide}"><h3>{esc(figure.title)} <code>{esc(figure.site)}</code>'
+        f"{choose}</h3>{note}"
+        f'<div class="plot" id="map-{index}" role="img" aria-label="{esc(figure.title)}"></div>'
+        f"{_slot(f'caption-{index}', caption, 'figcaption')}</figure>"
+    )
 
 
 def _comparison(panels: Sequence[comparison.Panel]) -> str:

@@ -45,6 +45,7 @@ def page(
     scripts: Sequence[str] = (),
     templates: str = "",
     style: str = "",
+    served: bool = False,
 ) -> str:
     """Return a page as self-contained HTML.
 
@@ -55,6 +56,7 @@ def page(
         scripts: JavaScript texts, run in this order after the rest of the page.
         templates: HTML of <template> elements for the scripts.
         style: CSS rules after the shared style.
+        served: the page may talk to the server that it comes from, and show its pages in frames.
     """
     embedded = (
         ""
@@ -64,7 +66,7 @@ def page(
     return (
         "<!DOCTYPE html>\n"
         '<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_policy(scripts)}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_policy(scripts, served)}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{esc(title)}</title><style>{resource('style.css')}{style}</style></head>\n"
         "<body><main>\n"
@@ -108,8 +110,11 @@ def _packed(script: str) -> str:
     return base64.b64encode(gzip.compress(script.encode("utf-8"), 9, mtime=0)).decode("ascii")
 
 
-def _policy(scripts: Sequence[str]) -> str:
-    """Return a content security policy that runs only these inline scripts and fetches nothing."""
+def _policy(scripts: Sequence[str], served: bool) -> str:
+    """Return a content security policy that runs only these inline scripts and fetches nothing.
+
+    `served`: its own server is fetched from and framed.
+    """
     run = [*scripts, *([resource("unpack.js")] if any(len(s) > _LONG for s in scripts) else [])]
     hashes = " ".join(
         f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in run
@@ -118,4 +123,5 @@ def _policy(scripts: Sequence[str]) -> str:
     return (
         f"default-src 'none'; script-src {hashes or chr(39) + 'none' + chr(39)}; "
         "style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
+        + ("; connect-src 'self'; frame-src 'self'" if served else "")
     )

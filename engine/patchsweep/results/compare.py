@@ -21,7 +21,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from patchsweep.arguments import whole_number
-from patchsweep.errors import StoreError
+from patchsweep.errors import StoreError, printable
 from patchsweep.results import accessor as summary
 from patchsweep.results.rounding import floor_of_mean, noise_floor
 from patchsweep.results.stated import stated_errors
@@ -38,7 +38,6 @@ from patchsweep.results.statistics import (
     spearman,
 )
 from patchsweep.store.attributes import attributes
-from patchsweep.store.contents import printable
 
 TRUST = 0.95
 """Pearson correlation from which the estimates are called good."""

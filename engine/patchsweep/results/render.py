@@ -6,8 +6,8 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+from patchsweep.errors import printable
 from patchsweep.results.compare import Comparison, Measure, thresholds
-from patchsweep.store.contents import printable
 
 
 def as_dict(comparison: Comparison) -> dict[str, Any]:

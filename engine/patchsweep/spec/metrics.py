@@ -6,7 +6,8 @@ prompt; both are the same for either direction. Sums over the vocabulary are fp3
 Answers of several tokens are teacher-forced with the *right* answer: token i of both answers is
 read after the first i tokens of the right answer. `log_prob` is then that of the full right answer.
 `logit_diff` adds the differences token by token. Where the answers diverge early, the later tokens
-of the wrong answer are unlikely whatever the model prefers; use `log_prob` for such answers.
+of the wrong answer are unlikely whatever the model prefers; use `log_prob` for such answers. A name
+such as `logit_diff@1` is the metric of one token alone, here the second (see `at_token`).
 
 Most metrics need only a few vocabulary reductions, which a runner can compute without storing
 `[row, d_vocab]` logits. `Metric.sums` names them; a runner passes either them or the logits.
@@ -15,7 +16,7 @@ Most metrics need only a few vocabulary reductions, which a runner can compute w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Union
 
 import torch
@@ -73,6 +74,7 @@ class Metric:
     # identifies a user's metric in a store; None: a store cannot tell it from another
     version: str | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)  # likewise; plain JSON
+    token: int | None = None  # index of the one token of the answer that it reads; None: all
 
     @classmethod
     def of_logits(
@@ -203,9 +205,63 @@ def _get(given: object) -> Metric:
     if callable(given):
         name = getattr(given, "__name__", type(given).__name__)
         return Metric.of_logits(given, name=name)
-    if not isinstance(given, str) or given not in METRICS:
-        raise MetricError(f"metric {given!r} is not known; use one of {', '.join(METRICS)}")
-    return METRICS[given]
+    name, at, token = given.partition("@") if isinstance(given, str) else ("", "", "")
+    if name not in METRICS or (at and not token.isdecimal()):
+        raise MetricError(
+            f"metric {given!r} is not known; use one of {', '.join(METRICS)}, or of one token of "
+            "the answers such as logit_diff@0"
+        )
+    return at_token(METRICS[name], int(token)) if at else METRICS[name]
+
+
+def at_token(metric: Metric, token: int) -> Metric:
+    """Return `metric` of one token of the answers, the first is 0; called `logit_diff@0`, say.
+
+    It reads the token after those of the right answer before it.
+    """
+
+    def one(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[:, token : token + 1]
+
+    def compute(x: Logits) -> Tensor:
+        return metric.compute(
+            Logits(
+                answer=x.answer[:, token : token + 1],
+                wrong=x.wrong[:, token : token + 1],
+                full=one(x.full),
+                base=one(x.base),
+                source=one(x.source),
+                sums={name: values[:, token : token + 1] for name, values in x.sums.items()},
+            )
+        )
+
+    version = "1" if _is_built_in(metric) else metric.version
+    name = f"{metric.name}@{token}"
+    return replace(metric, name=name, compute=compute, version=version, token=token)
+
+
+def metrics_at(n_tokens: Sequence[int], given: object, per_token: bool) -> tuple[Metric, ...]:
+    """Return `get_metrics(given)`, with `per_token` also each of them at every token.
+
+    `n_tokens` holds the number of tokens of each pair's answers.
+
+    Raises:
+        MetricError: as `get_metrics`, or a metric reads a token that an answer lacks.
+    """
+    metrics = get_metrics(given)
+    if per_token:
+        whole = [metric for metric in metrics if metric.token is None]
+        alone = [at_token(metric, i) for metric in whole for i in range(max(n_tokens))]
+        metrics = tuple({metric.name: metric for metric in (*metrics, *alone)}.values())
+    for metric in metrics:
+        for pair, n in enumerate(n_tokens):
+            if metric.token is not None and metric.token >= n:
+                raise MetricError(
+                    f"metric {metric.name} reads token {metric.token} of the answers, and those of "
+                    f"pair {pair} end with token {n - 1}; use answers of as many tokens, or the "
+                    "metric of the whole answer"
+                )
+    return metrics
 
 
 def _full(x: Logits) -> Tensor:

@@ -21,6 +21,7 @@ from patchsweep.arguments import (
     check_tolerance,
     index_sets,
     one_of,
+    true_or_false,
     whole_number,
 )
 from patchsweep.arguments import position_axis as given_positions
@@ -41,7 +42,7 @@ from patchsweep.spec.interventions import (
     check_labels,
     get_intervention,
 )
-from patchsweep.spec.metrics import Metric, MetricLike, check_rows, get_metrics
+from patchsweep.spec.metrics import Metric, MetricLike, check_rows, get_metrics, metrics_at
 from patchsweep.spec.plan import Axes, ModelShape, PairShape, SitePlan
 from patchsweep.spec.planner import plan_site, position_axis
 from patchsweep.spec.reference import MeansFrom, check_means, with_reference
@@ -87,6 +88,7 @@ class SweepSpec:
     precision: Precision = "model"
     compute_dtype: ComputeDtype = "auto"
     tolerance: float | str | None = None  # in units of the metric, or such as "1%"; None: exact
+    per_token: bool = False  # the metrics also at each token of the answers by itself
 
     def __post_init__(self) -> None:
         get_sites(self.sites)
@@ -104,6 +106,7 @@ class SweepSpec:
         check_direction(self.direction)
         one_of("precision", self.precision, get_args(Precision))
         check_tolerance(self.tolerance)
+        true_or_false("per_token", self.per_token)
 
 
 SPEC_FIELDS = tuple(f.name for f in fields(SweepSpec))
@@ -161,7 +164,7 @@ def make_experiment(
     """
     model_shape(model)
     check_pairs(model, pairs)
-    metrics = get_metrics(spec.metrics)
+    metrics = metrics_at([len(pair.answer) for pair in pairs], spec.metrics, spec.per_token)
     intervention = with_reference(get_intervention(spec.intervention), spec.means_from, model)
     if spec.means_from is None:
         check_labels(intervention, [pair.labels for pair in pairs])

@@ -167,11 +167,6 @@ class Contents:
         )
 
 
-def printable(text: str) -> str:
-    """Replace the control and direction characters of untrusted text, for a terminal."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
 @contextmanager
 def understood(shown: str) -> Iterator[None]:
     """Convert unexpected errors while reading the store `shown` into StoreErrors.

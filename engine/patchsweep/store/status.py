@@ -13,9 +13,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from patchsweep.errors import printable
 from patchsweep.store.backends.address import open_folder
 from patchsweep.store.backends.process import is_gone
-from patchsweep.store.contents import ROOT, printable
+from patchsweep.store.contents import ROOT
 from patchsweep.store.journal import FINISHED, INTERRUPTED, UNIT, WARNING, read_journal
 from patchsweep.store.layout import PARTS
 from patchsweep.store.lease import process_of, read_leases

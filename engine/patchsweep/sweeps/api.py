@@ -89,6 +89,7 @@ def sweep(
     precision: Precision = SweepSpec.precision,
     compute_dtype: ComputeDtype = SweepSpec.compute_dtype,
     tolerance: float | str | None = SweepSpec.tolerance,
+    per_token: bool = SweepSpec.per_token,
     store: str | Path | None = None,
     storage_options: Mapping[str, Any] | None = None,
     slice_index: int = 0,
@@ -108,7 +109,7 @@ def sweep(
     Args:
         model: a model from `load_model`, or any TransformerBridge of a causal model.
         sites: names of `patchsweep.spec.sites.SITES`; or a `SweepSpec`, which holds this and all
-            arguments down to `tolerance`.
+            arguments down to `per_token`.
         direction: `denoising` patches clean values into the corrupted run, `noising` corrupted
             values into the clean run. Default: denoising for resample, noising for zero and mean.
         intervention: `resample`, `zero`, `mean`, `shuffle`, a constant (a number, `[width]` or
@@ -152,6 +153,8 @@ def sweep(
             |source - base| such as "1%". What a patch changes is run, the rest is taken to first
             order, with thresholds from a sample that is run both ways (see
             `patchsweep.sweeps.adaptive`). Default: every patch runs exactly.
+        per_token: the metrics also at each token of the answers by itself, after the tokens of the
+            right answer before it: `logit_diff`, then `logit_diff@0`, `logit_diff@1`, ...
         progress: where progress is reported, a `patchsweep.sweeps.executor.Progress`. Default: a
             bar in a notebook or a terminal; False: none.
 
@@ -174,6 +177,7 @@ def sweep(
         precision=precision,
         compute_dtype=compute_dtype,
         tolerance=tolerance,
+        per_token=per_token,
     )
     requests = requests_of(model, pairs, intervention, spec) if several else None
     request = next(iter(requests.values())) if requests else make_request(model, pairs, spec)
@@ -252,7 +256,7 @@ def sweep(
         choice.runner.max_tokens = recorded.runner.max_tokens  # type: ignore[attr-defined]
     thresholds = None
     if adaptive is not None:
-        thresholds = _recorded_thresholds(attrs, request) or adaptive.calibrate()
+        thresholds = Calibration.recorded(attrs, request) or adaptive.calibrate()
     with ExitStack() as stack:
         sink = stack.enter_context(
             Store.create_or_resume(
@@ -260,7 +264,7 @@ def sweep(
             )
         )
         # another process may have been faster: all use the thresholds of the first
-        thresholds = _recorded_thresholds(sink.attrs, request)
+        thresholds = Calibration.recorded(sink.attrs, request)
         works = _works(request, method_spec, choice, recheck, adaptive, thresholds)
         journal = stack.enter_context(Journal(store, storage_options=storage_options))
         journalled = Journalled(
@@ -294,13 +298,6 @@ def _works(
             Estimator(request, method_spec.methods, tells_references=not method_spec.exact)
         )
     return works
-
-
-def _recorded_thresholds(attrs: Mapping[str, Any] | None, request: Request) -> Calibration | None:
-    """Return the thresholds that a store's attributes hold; None: there are none."""
-    if attrs is None or ADAPTIVE not in attrs:
-        return None
-    return Calibration.of_attributes(attrs[ADAPTIVE], request)
 
 
 @dataclass(frozen=True)
