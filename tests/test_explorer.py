@@ -324,11 +324,12 @@ def test_in_a_browser_typed_prompts_become_maps_and_a_click_opens_a_cell(
     page = chromium
     page.open(served.url)
     page.wait("document.querySelector('#said table')")
-    page.type("#clean", "The <b>cat</b> sat near Mary, and John saw")
-    page.type("#corrupted", "The <b>dog</b> sat near Mary, and John saw")
-    page.type("#answer", " her")
-    page.type("#wrong_answer", " him")
-    page.wait("document.querySelector('#said').textContent.includes('dog')")
+    page.type("#clean", f"<b>x</b> {CLEAN}")
+    page.type("#corrupted", f"<b>x</b> {CORRUPTED}")
+    page.type("#answer", " Mary")
+    page.type("#wrong_answer", " John")
+    page.wait("document.querySelector('#said').textContent.includes('<b>x</b>')")
+    page.wait("!document.querySelector('#run').disabled")
     assert page.evaluate("document.querySelectorAll('#said td b').length") == 0  # text, not HTML
     assert page.evaluate("document.querySelectorAll('#said mark').length") == 2
     page.click("#run")
@@ -364,10 +365,8 @@ def test_in_a_browser_typed_prompts_become_maps_and_a_click_opens_a_cell(
     page.wait("document.querySelector('#said .warn')")
     assert "same number of tokens" in page.evaluate("document.querySelector('#said').textContent")
     assert page.evaluate("document.querySelector('#run').disabled")
-    assert page.complaints == [
-        "Failed to load resource: the server responded with a status of 400 "
-        f"(Bad Request) {served.url}check"
-    ]
+    refused = [x for x in page.complaints if "status of 400" in x]  # while texts were being typed
+    assert refused == page.complaints != []
 
 
 def test_the_page_fits_a_phone(served: Served, chromium: browser.Browser) -> None:
@@ -378,6 +377,14 @@ def test_the_page_fits_a_phone(served: Served, chromium: browser.Browser) -> Non
     page.click("#run")
     finished(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= 600
+    # a map keeps its height where the window changes
+    heights = "[...document.querySelectorAll('.plot')].map((plot) => plot.clientHeight)"
+    before = page.evaluate(heights)
+    page.resize(1000, 900)
+    page.wait("document.querySelector('.plot').clientWidth > 0 && innerWidth === 1000")
+    time.sleep(0.5)
+    assert page.evaluate(heights) == before
+    assert min(before) > 100
     page.resize(1280, 900)
 
 

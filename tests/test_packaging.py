@@ -92,6 +92,9 @@ def test_wheel_carries_configs_report_and_kernels(wheel: Path) -> None:
     for name in (
         "patchsweep/py.typed",
         "patchsweep/report/plotly-cartesian.min.js.gz",
+        "patchsweep/explorer/explorer.css",
+        "patchsweep/explorer/explorer.js",
+        "patchsweep/report/maps.js",
         "patchsweep/report/report.js",
         "patchsweep/report/style.css",
         "patchsweep/report/unpack.js",

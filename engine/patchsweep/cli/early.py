@@ -124,7 +124,8 @@ def _classes() -> dict[str, ast.ClassDef]:
 
 def _fields(name: str, classes: Mapping[str, ast.ClassDef]) -> dict[str, Keys]:
     """Return the fields of a dataclass and of its bases, each with the keys below it."""
-    node, fields = classes[name], {}
+    node = classes[name]
+    fields: dict[str, Keys] = {}
     for base in node.bases:
         if isinstance(base, ast.Name) and base.id in classes:
             fields |= _fields(base.id, classes)

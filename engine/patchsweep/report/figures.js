@@ -13,6 +13,7 @@
     const { data, layout } = JSON.parse(document.getElementById(`${target.id}-figure`).textContent);
     layout.font.family = family;
     layout.hoverlabel.font.family = family;
+    if (layout.height) target.style.height = `${layout.height}px`; // a resize takes it from here
     Plotly.newPlot(target, data, layout, config(target.id));
   }
   // on paper the page is about 1100 wide (style.css zooms it), whatever the window was

@@ -176,6 +176,7 @@ const patchsweepMaps = (data, chosen) => {
     if (target.hidden) return null;
     const oneLine = !site.rows || !site.columns;
     const [traces, layout] = oneLine ? bars(shown, target) : heat(shown, target);
+    target.style.height = `${layout.height}px`; // a resize takes the height from here
     target.dataset.quantity = frame.quantity;
     target.dataset.limit = frame.limit;
     return Plotly.react(target, traces, layout, {
