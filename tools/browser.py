@@ -90,7 +90,7 @@ class Browser:
             raise RuntimeError(str(result["exceptionDetails"])[:2000])
         return result["result"].get("value")
 
-    def wait(self, expression: str, seconds: float = 30.0) -> Any:
+    def wait(self, expression: str, seconds: float = 120.0) -> Any:
         """Return the value of JavaScript as soon as it is true; of an element: True."""
         expression = f"((found) => found instanceof Node || found)({expression})"
         end = time.monotonic() + seconds
