@@ -12,7 +12,18 @@ from patchsweep.cli import early
 from patchsweep.cli.keys import keys_of
 from patchsweep.cli.main import VERBS
 
-CONFIGURED = ("run", "plan", "edges", "circuit", "acdc", "lens", "trace", "attention", "heads")
+CONFIGURED = (
+    "run",
+    "plan",
+    "edges",
+    "circuit",
+    "acdc",
+    "lens",
+    "trace",
+    "attention",
+    "heads",
+    "multiverse",
+)
 
 
 @pytest.mark.parametrize("verb", CONFIGURED)

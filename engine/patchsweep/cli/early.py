@@ -21,6 +21,7 @@ Keys = Mapping[str, "Keys"]
 ANY: Keys = MappingProxyType({})  # below a free mapping, such as task.options
 
 _HERE = Path(__file__).parent
+_SWEEPS = ("run", "plan")  # analyses say themselves which groups they do without
 _PLAIN = {"str", "int", "float", "bool", "list[str]", "list[Any]"}  # without keys below
 
 
@@ -75,9 +76,11 @@ def refuse(verb: str, words: Sequence[str]) -> None:
                 break
         if not value or is_choice(name, value) or set(value) & set("[]{}()'\",$"):
             continue  # Hydra reads what is no plain word
-        if name == "runner" or (name == "task" and not value.lower().endswith(SUFFIXES)):
+        if name == "task" and value.lower().endswith(SUFFIXES):
+            continue
+        if name == "task" or (name == "runner" and verb in _SWEEPS):
             raise ConfigError(f"{word} is not known; use one of {', '.join(choices_of(name))}")
-        if name == "sites":
+        if name == "sites" and verb in _SWEEPS:
             get_sites([value])
 
 
