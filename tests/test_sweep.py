@@ -192,10 +192,10 @@ def test_out_of_memory_halves_the_packed_and_loses_nothing(monkeypatch, caplog) 
     whole = ps.sweep(model(NAME), demo_pairs(NAME), sites, runner="packed")
     run_packed_batch = packed_runner.run_packed_batch
 
-    def scarce(unwrapped, packed, given):
+    def scarce(unwrapped, packed, given, *rest):
         if packed.n_tokens > 60:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")
-        return run_packed_batch(unwrapped, packed, given)
+        return run_packed_batch(unwrapped, packed, given, *rest)
 
     monkeypatch.setattr(packed_runner, "run_packed_batch", scarce)
     halved = ps.sweep(model(NAME), demo_pairs(NAME), sites, runner="packed")

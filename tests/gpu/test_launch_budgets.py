@@ -182,11 +182,11 @@ def test_estimated_memory_of_a_batch_is_what_it_takes(family: str) -> None:
     peaks = []
     run = runner.run_packed_batch
 
-    def measured(unwrapped: Any, packed: Any, given: Any) -> torch.Tensor:
+    def measured(unwrapped: Any, packed: Any, *rest: Any) -> torch.Tensor:
         gpu = Gpu.current
         assert gpu is not None
         gpu.peak = before = gpu.in_use
-        hidden = run(unwrapped, packed, given)
+        hidden = run(unwrapped, packed, *rest)
         peaks.append((gpu.peak - before) / packed.n_tokens)
         return hidden
 

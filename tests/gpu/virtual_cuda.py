@@ -35,12 +35,13 @@ from patchsweep_kernels import (
     scatter,
     vocab,
 )
+from patchsweep_kernels.rows import Rows
 from patchsweep_kernels.tokens import Tokens
 from patchsweep_kernels.unembedding import Unembedding
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from gpu.virtual_device import DeviceMix, Gpu, Virtual, bare, tensors
+from gpu.virtual_device import DeviceMix, Gpu, Virtual, VirtualGraph, bare, tensors
 
 MODULES = (
     attention,
@@ -74,8 +75,12 @@ class Kernel:
                         f"tensor?), {tuple(x.shape)}; at {gpu._where()}"
                     )
             gpu.launch(f"triton::{self.name}")
-            with gpu.quiet():
-                self.kernel[grid](*tree_map(bare, args), **tree_map(bare, kwargs))
+
+            def interpret(args: Any, kwargs: Any) -> None:
+                with gpu.quiet():
+                    self.kernel[grid](*tree_map(bare, args), **tree_map(bare, kwargs))
+
+            gpu.recorded(interpret, args, kwargs)
 
         return launch
 
@@ -128,21 +133,29 @@ def _references(stack: ExitStack) -> None:
         settings = attention.launch_settings(
             q.shape[1] // k.shape[1], q.shape[2], v.shape[2], q.dtype, q.device
         )
-        rows.block_table(settings["BLOCK_TOKENS"], q.device)
-        rows.token_table(q.device)
+        blocks = rows.block_table(settings["BLOCK_TOKENS"], q.device)
+        tokens = rows.token_table(q.device)
         gpu.launch("triton::attention")
-        with gpu.quiet():
-            rest = tuple(bare(x) for x in rest)
-            out = attention.attention_torch.attend(
-                *map(bare, (q, k, v, prefix_k, prefix_v)), rows, *rest
-            )
-        return gpu.wrap(out, q.device)
+
+        def reference(given: Any, blocks: Any, tokens: Any, rest: Any) -> Any:
+            with gpu.quiet():
+                rest = tuple(bare(x) for x in rest)
+                rows = _rows_of(bare(blocks), bare(tokens))
+                out = attention.attention_torch.attend(*map(bare, given), rows, *rest)
+            return gpu.wrap(out, q.device)
+
+        return gpu.recorded(reference, (q, k, v, prefix_k, prefix_v), blocks, tokens, rest)
 
     def plain(reference: Any, name: str) -> Any:
         def run(*args: Any) -> Any:
             gpu = Gpu.current
             assert gpu is not None
             gpu.launch(f"triton::{name}", LAUNCHES.get(name, 1))
+            return gpu.recorded(quietly, *args)
+
+        def quietly(*args: Any) -> Any:
+            gpu = Gpu.current
+            assert gpu is not None
             device = args[0].device
             with gpu.quiet():
                 out = reference(*tree_map(_inner, args))
@@ -164,6 +177,16 @@ def _references(stack: ExitStack) -> None:
     stack.enter_context(mock.patch.object(answer_logits, "_triton", _answer(answer_logits)))
     # sums over the vocabulary: torch operations, on the virtual GPU
     stack.enter_context(mock.patch.object(vocab, "use_triton", return_value=False))
+
+
+def _rows_of(blocks: Tensor, tokens: Tensor) -> Rows:
+    """The rows that the kernel's tables say, and nothing else."""
+    first, start = tokens
+    pair = torch.full_like(first, -1)
+    for begin, stop, of_block, *_ in blocks.tolist():
+        pair[begin:stop] = of_block
+    rows = first.unique()
+    return Rows(torch.cat((rows, rows.new_tensor([len(first)]))), pair[rows], start[rows])
 
 
 def _inner(x: Any) -> Any:
@@ -201,8 +224,12 @@ def on_cpu() -> Iterator[None]:
 
 
 @contextmanager
-def virtual_cuda(*, gradients: bool = False, **settings: Any) -> Iterator[Gpu]:
+def virtual_cuda(
+    *, gradients: bool = False, graphs: bool = False, **settings: Any
+) -> Iterator[Gpu]:
     """A machine with virtual GPUs, inside.
+
+    `graphs`: CUDA graphs are available.
 
     `gradients`: backward passes run too. C++ then sees meta tensors, since autograd takes those of
     CUDA in a build with CUDA alone.
@@ -238,6 +265,11 @@ def virtual_cuda(*, gradients: bool = False, **settings: Any) -> Iterator[Gpu]:
         patch(torch.cuda, "device", _Device)
         patch(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
         patch(torch.cuda, "get_device_name", lambda device=None: "Virtual H100")
+        if graphs:
+            patch(torch.backends.cuda, "is_built", lambda: True)
+            patch(torch.cuda, "CUDAGraph", VirtualGraph)
+            patch(torch.cuda, "graph", lambda graph, **_: graph.captured())
+            patch(torch.cuda, "graph_pool_handle", object)
         for module in MODULES:
             patch(module, "use_triton", use_triton)
         for module, kernel in KERNELS:

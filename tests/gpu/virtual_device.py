@@ -15,6 +15,7 @@ import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -134,6 +135,8 @@ class Gpu(TorchDispatchMode):
         self.in_use = 0
         self.peak = 0
         self._serial = 0
+        self.capture: VirtualGraph | None = None  # in progress
+        self._recording: VirtualGraph | None = None  # the same, but inside an operation
         self.pinned: set[int] = set()
         self._kept_pinned: list[Tensor] = []
 
@@ -167,6 +170,11 @@ class Gpu(TorchDispatchMode):
             self.launches[self.phase[-1], name] += n
 
     def sync(self, why: str) -> None:
+        if self.capture is not None:
+            raise RuntimeError(
+                f"CUDA error: operation not permitted when stream is capturing: {why} at "
+                f"{self._where()}"
+            )
         if not self.suspended:
             self.syncs[self.phase[-1], why, self._where()] += 1
 
@@ -175,6 +183,8 @@ class Gpu(TorchDispatchMode):
             self.wide[self.phase[-1], name, self._where()] += 1
 
     def copy(self, kind: str, n_bytes: int) -> None:
+        if self.capture is not None and "pageable" in kind:
+            self.sync(kind)
         if not self.suspended:
             self.copies[self.phase[-1], kind, self._where()] += 1
             self.copied_bytes[kind] += n_bytes
@@ -210,6 +220,20 @@ class Gpu(TorchDispatchMode):
         return self.run(func, args, kwargs or {})
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return self.recorded(self._run, func, args, kwargs)
+
+    def recorded(self, call: Any, *args: Any) -> Any:
+        """Return what `call` gives; a capture in progress keeps it, to call it again."""
+        graph, self._recording = self._recording, None
+        try:
+            result = call(*args)
+        finally:
+            self._recording = graph
+        if graph is not None:
+            graph.keep(call, args, result)
+        return result
+
+    def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         name = func._schema.name
         if name == "aten::is_pinned":
             return args[0].untyped_storage()._cdata in self.pinned
@@ -419,6 +443,87 @@ class Gpu(TorchDispatchMode):
         for phase, n in self.visits.items():
             table[phase]["visits"] = n
         return {k: dict(v) for k, v in table.items()}
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """The memory of a tensor, which does not keep the tensor."""
+
+    inner: Tensor
+    device: torch.device
+
+
+class VirtualGraph:
+    """Stands for `torch.cuda.CUDAGraph`: calls the operations of the capture again.
+
+    They read and write the memory that they had then. A replay fails if memory from outside of the
+    capture was freed since.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, Any, Any]] = []
+        self.inside: set[int] = set()  # storages of results
+        self.outside: dict[int, int] = {}  # storage -> its serial number
+
+    @contextmanager
+    def captured(self) -> Iterator[None]:
+        gpu = Gpu.current
+        assert gpu is not None
+        gpu.capture = gpu._recording = self
+        try:
+            yield
+        finally:
+            gpu.capture = gpu._recording = None
+
+    def keep(self, call: Any, args: Any, result: Any) -> None:
+        gpu = Gpu.current
+        assert gpu is not None
+        read = [x for x in tensors(args) if isinstance(x, Virtual)]
+        made = [x for x in tensors(result) if isinstance(x, Virtual)]
+        if not read and not made:
+            return  # of the CPU: done once
+        for x in read:
+            key = x.inner.untyped_storage()._cdata
+            if key not in self.inside:
+                self.outside[key] = gpu.live[key][2]
+        self.inside.update(
+            key
+            for x in made
+            for key in [x.inner.untyped_storage()._cdata]
+            if key not in self.outside
+        )
+        self.calls.append((call, tree_map(_memory, args), tree_map(_memory, result)))
+
+    def replay(self) -> None:
+        gpu = Gpu.current
+        assert gpu is not None
+        for key, serial in self.outside.items():
+            if key not in gpu.live or gpu.live[key][2] != serial:
+                raise RuntimeError("a graph reads memory that was freed since its capture")
+        gpu.launch("cuda::graph")
+        with gpu.quiet():
+            for call, args, result in self.calls:
+                new = call(*tree_map(_tensor, args))
+                for old, x in zip(_memories(result), tensors(new), strict=True):
+                    old.inner.copy_(bare(x))
+
+
+def _memory(x: Any) -> Any:
+    return _Memory(x.inner, x.device) if isinstance(x, Virtual) else x
+
+
+def _tensor(x: Any) -> Any:
+    gpu = Gpu.current
+    assert gpu is not None
+    return gpu.wrap(x.inner, x.device) if isinstance(x, _Memory) else x
+
+
+def _memories(tree: Any) -> Iterator[_Memory]:
+    if isinstance(tree, _Memory):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for x in tree:
+            yield from _memories(x)
 
 
 def bare(x: Any) -> Any:

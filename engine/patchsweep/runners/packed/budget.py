@@ -47,12 +47,17 @@ def default_max_tokens(bridge: TransformerBridge, dtype: torch.dtype | None = No
 
 def gpu_tokens(bridge: TransformerBridge, dtype: torch.dtype) -> int:
     """Return the tokens whose products in one block hide the host's work on the next one."""
+    wanted = launch_bound_tokens(bridge, dtype)
+    return min(MOST_GPU_TOKENS, max(GPU_TOKENS, 1 << wanted.bit_length()))
+
+
+def launch_bound_tokens(bridge: TransformerBridge, dtype: torch.dtype) -> int:
+    """Return the tokens whose products in one block take as long as the host's work on it."""
     blocks = list(getattr(bridge, "blocks", ()))
     if not blocks:
-        return GPU_TOKENS
+        return 0
     weights = sum(n_parameters(block) for block in blocks) / len(blocks)
-    wanted = BLOCK_SECONDS * GPU_FLOPS.get(dtype, 6e13) / (2 * max(1.0, weights))
-    return int(min(MOST_GPU_TOKENS, max(GPU_TOKENS, 1 << round(wanted).bit_length())))
+    return round(BLOCK_SECONDS * GPU_FLOPS.get(dtype, 6e13) / (2 * max(1.0, weights)))
 
 
 def default_cache(bridge: TransformerBridge) -> int:

@@ -16,6 +16,7 @@ from patchsweep.forward.capture import watch
 from patchsweep.forward.site_locations import SiteLocation
 from patchsweep.forward.unwrapped import Attend, HookLocation, UnwrappedModel, attention_settings
 from patchsweep.models.arithmetic import last_bit_turned
+from patchsweep.runners.packed.graphs import BlockGraphs
 from patchsweep.runners.packed.schedule import PackedBatch
 from patchsweep.runners.packed.tables import (
     BlockTables,
@@ -27,14 +28,21 @@ from patchsweep.runners.packed.tables import (
 
 
 @torch.no_grad()
-def run_packed_batch(unwrapped: UnwrappedModel, packed: PackedBatch, given: PackedInput) -> Tensor:
+def run_packed_batch(
+    unwrapped: UnwrappedModel,
+    packed: PackedBatch,
+    given: PackedInput,
+    graphs: BlockGraphs | None = None,
+) -> Tensor:
     """Return the final residuals `[token, d_model]` of all rows of `packed`.
+
+    `graphs`: replay blocks of few tokens; None: all blocks run kernel by kernel.
 
     Row i holds `packed.length - packed.start[i]` tokens, from its start to the last position read;
     the tokens of row i+1 follow.
     """
     current = PackedBlocks(unwrapped, packed, given)
-    tables = make_tables(packed, given)
+    tables = make_tables(packed, given, pad_up_to=graphs.most_tokens if graphs else 0)
     hidden: Tensor | None = None
     with ExitStack() as stack:
         stack.enter_context(current.hooks())
@@ -42,7 +50,10 @@ def run_packed_batch(unwrapped: UnwrappedModel, packed: PackedBatch, given: Pack
             block = tables.popleft()
             hidden = current.enter(block, hidden)
             if block.layer < unwrapped.n_layers:
-                hidden = current.replay(hidden)
+                if graphs is not None and current.takes_graph(graphs, hidden):
+                    hidden = current.replay_graph(graphs, hidden)
+                else:
+                    hidden = current.replay(hidden)
     assert hidden is not None
     return hidden
 
@@ -59,6 +70,7 @@ class PackedBlocks:
         self.stream = [name for name, site in sites.items() if site.in_stream]
         self.tables: TokenTables
         self.rows: Rows
+        self.prefix: tuple[Tensor, Tensor] | None = None  # keys and values; None: the base run's
         self._arguments = SharedArguments(given.base.calls)
 
     def enter(self, tables: BlockTables, carried: Tensor | None) -> Tensor:
@@ -91,6 +103,38 @@ class PackedBlocks:
             hidden.unsqueeze(0), *block_args.args, **block_args.kwargs
         )
         return first_of(output).squeeze(0)
+
+    def takes_graph(self, graphs: BlockGraphs, hidden: Tensor) -> bool:
+        """Whether the current block does nothing but run, with its inputs on its device."""
+        tables = self.tables
+        inside = (self.given.patch_values[i].point.site.name for i in tables.writes)
+        return (
+            tables.padded is not None
+            and tables.read is None
+            and all(name in self.stream for name in inside)
+            and all(x.device == hidden.device for x in self._prefix_at(tables.layer))
+            and graphs.takes(tables.layer)
+        )
+
+    def replay_graph(self, graphs: BlockGraphs, hidden: Tensor) -> Tensor:
+        """Return what `replay` returns, from a graph or from the padded block."""
+        layer, padded = self.tables.layer, self.tables.padded
+        assert padded is not None
+        call = self._arguments.at(layer, padded.token_pair, padded.token_pos)
+        return graphs.run(layer, hidden, padded, call, self._prefix_at(layer), self._reading)
+
+    def _prefix_at(self, layer: int) -> tuple[Tensor, Tensor]:
+        return self.given.base.keys[layer], self.given.base.values[layer]
+
+    @contextmanager
+    def _reading(self, rows: Rows, keys: Tensor, values: Tensor) -> Iterator[None]:
+        """Inside, attention reads these rows and this prefix."""
+        before = self.rows
+        self.rows, self.prefix = rows, (keys, values)
+        try:
+            yield
+        finally:
+            self.rows, self.prefix = before, None
 
     def write(self, x: Tensor, *sites: str) -> None:
         """Write the patches at `sites` into `x` `[.., token, width]`, in place."""
@@ -174,8 +218,7 @@ class PackedBlocks:
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: dict[str, Any]
     ) -> Tensor:
         """Return attention's output `[token, head, d]` for packed q, k and v."""
-        base = self.given.base
-        prefix_k, prefix_v = (x[layer].to(q.device) for x in (base.keys, base.values))
+        prefix_k, prefix_v = (x.to(q.device) for x in self.prefix or self._prefix_at(layer))
         return prefix_attention(q, k, v, prefix_k, prefix_v, self.rows, **settings)
 
     def _drop_unread_tokens(self, stack: ExitStack, places: Sequence[HookLocation]) -> None:

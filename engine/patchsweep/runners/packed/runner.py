@@ -31,6 +31,7 @@ from patchsweep.models.memory import is_out_of_memory
 from patchsweep.runners.packed.bf16 import use_bf16_products
 from patchsweep.runners.packed.budget import default_cache, default_max_tokens, keep_batch_memory
 from patchsweep.runners.packed.forward import run_packed_batch
+from patchsweep.runners.packed.graphs import BlockGraphs
 from patchsweep.runners.packed.moves import move_together, on_cpu
 from patchsweep.runners.packed.schedule import PackedBatch, make_packed_batches
 from patchsweep.runners.packed.tables import PackedInput, PatchValues
@@ -94,6 +95,7 @@ class PackedRunner:
         }
         check_attention_sites(self.unwrapped, [*self.points.values()])
         self.unembed = Unembed(self.unwrapped)
+        self.graphs = BlockGraphs.of(self.unwrapped)
         self.max_tokens = (
             default_max_tokens(bridge, self.unwrapped.dtype) if max_tokens is None else max_tokens
         )
@@ -221,7 +223,7 @@ class PackedRunner:
         self, loaded: Loaded, packed: PackedBatch, given: PackedInput, metrics: Sequence[Metric]
     ) -> Float[Tensor, "metric row"]:
         local = loaded.batch.local
-        hidden = run_packed_batch(self.unwrapped, packed, given)
+        hidden = run_packed_batch(self.unwrapped, packed, given, self.graphs)
         pair = np.array([local[p] for p in packed.pair.tolist()])
         # a row ends at the last position read; positions before its start equal the base run's
         end = np.cumsum(packed.length - packed.start)

@@ -7,8 +7,8 @@ nothing in the batch waits for them.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from patchsweep.forward.capture import ActivationCache
 from patchsweep.forward.site_locations import SiteLocation
 from patchsweep.runners.packed.moves import Moves, on_cpu
 from patchsweep.runners.packed.packing import PackedTokens, Packing, pack
+from patchsweep.runners.packed.padding import Padded, size_of
 from patchsweep.runners.packed.schedule import PackedBatch
 from patchsweep.spec.plan import Column, Ints
 from patchsweep.spec.sites import Site
@@ -56,6 +57,7 @@ class TokenTables:
     token_pos: Tensor  # [token]
     writes: Mapping[int, Targets]  # set -> where its patches are written at this layer
     read: Tensor | None  # last block: packed index of the tokens that are read, at least one
+    padded: Padded | None = field(default=None, kw_only=True)  # tables of a block with a graph
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +83,8 @@ class BlockTables(TokenTables):
         """Return all tables but those of the rows."""
         change = () if self.change is None else vars(self.change).values()
         of_writes = [table for to in self.writes.values() for table in tables_of(to)]
-        tables = [self.token_pair, self.token_pos, self.read, *change, *of_writes]
+        padded = () if self.padded is None else self.padded.tensors()
+        tables = [self.token_pair, self.token_pos, self.read, *change, *of_writes, *padded]
         return [table for table in tables if table is not None]
 
     def there(self, moves: Moves) -> BlockTables:
@@ -93,6 +96,7 @@ class BlockTables(TokenTables):
             token_pos=moves[self.token_pos],
             writes={i: there(to, moves) for i, to in self.writes.items()},
             read=None if self.read is None else moves[self.read],
+            padded=None if self.padded is None else self.padded.there(moves),
             change=None
             if change is None
             else Change(
@@ -184,11 +188,16 @@ def n_units(base: ActivationCache, site: Site, layer: int, width: int) -> int:
 
 
 def make_tables(
-    packed: PackedBatch, given: PackedInput, packings: Iterable[Packing] | None = None
+    packed: PackedBatch,
+    given: PackedInput,
+    packings: Iterable[Packing] | None = None,
+    *,
+    pad_up_to: int = 0,
 ) -> deque[BlockTables]:
     """Return the tables of all blocks of `packed`, and of the final residual, in order.
 
-    `packings`: where its tokens lie; None: as `pack` says.
+    `packings`: where its tokens lie; None: as `pack` says. `pad_up_to`: blocks of at most so many
+    tokens get padded tables too.
 
     Take each off before its block runs: on a CPU its rows gather the masks of their attention.
     """
@@ -208,6 +217,8 @@ def make_tables(
         if packing.layer < packed.n_layers and device.type == "cuda":
             sizes[block.rows].add(_block_size(base, packing.layer, device))
         tables.append(block)
+    if pad_up_to:
+        tables = list(_padded(tables, sizes, base.shape[0], pad_up_to))
     return deque(_moved(tables, sizes))
 
 
@@ -255,6 +266,23 @@ def _block_size(base: ActivationCache, layer: int, device: torch.device) -> int:
     keys, values = base.keys[layer], base.values[layer]
     share = base.heads[layer] // keys.shape[1]
     return block_tokens(share, keys.shape[-1], values.shape[-1], keys.dtype, device)
+
+
+def _padded(
+    tables: Sequence[BlockTables], sizes: Mapping[Rows, set[int]], n_pairs: int, most: int
+) -> Iterator[BlockTables]:
+    """Yield `tables` with padded ones where the padded size is at most `most`."""
+    made: dict[Rows, Padded | None] = {}
+    for block in tables:
+        rows = block.rows
+        if block.read is not None or size_of(rows.n_tokens) > most:
+            yield block
+            continue
+        if rows not in made:
+            made[rows] = Padded.of(
+                block.token_pair, block.token_pos, rows, n_pairs, sizes.get(rows, ())
+            )
+        yield replace(block, padded=made[rows])
 
 
 def _moved(tables: Sequence[BlockTables], sizes: Mapping[Rows, set[int]]) -> list[BlockTables]:
