@@ -9,7 +9,7 @@ import numpy as np
 import patchsweep as ps
 import pytest
 import torch
-from patchsweep.errors import ConfigError, ModelError
+from patchsweep.errors import ConfigError, MethodError, ModelError
 from patchsweep.models.load import as_bridge
 from patchsweep.models.quantised import first_packed
 from patchsweep.models.tiny import tiny_model
@@ -86,9 +86,13 @@ def test_four_bits_are_swept_as_the_weights_that_they_stand_for() -> None:
             for path in ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
                 _copy(plain, packed.original_component, path)
     plain = as_bridge("tiny-llama", model, tokenizer)
-    found, expected = (ps.sweep(m, _pairs(m), ["z", "mlp_out"]) for m in (bridge, plain))
+    method = ["exact", "atp"]
+    found, expected = (
+        ps.sweep(m, _pairs(m), ["z", "mlp_out"], method=method) for m in (bridge, plain)
+    )
     assert "passes the self-test" in str(found.attrs["provenance"])
-    for name in ("z", "mlp_out"):
+    for name in ("z", "mlp_out", "z_atp", "mlp_out_atp"):
+        assert float(np.nanmax(expected[name]) - np.nanmin(expected[name])) > 0.01
         np.testing.assert_allclose(found[name], expected[name], atol=1e-4)
     assert model_shape(bridge).block_parameters == model_shape(plain).block_parameters
 
@@ -100,6 +104,22 @@ def _copy(plain: nn.Module, packed: nn.Module, path: str) -> None:
     found = named[path]
     layer = found if isinstance(found, Linear4bit) else found.original_component
     plain.get_submodule(path).weight.copy_(layer.plain_weight())
+
+
+class WithoutGradient(Linear4bit):
+    """As a layer whose kernel has no backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return super().forward(x)
+
+
+@pytest.mark.parametrize("method", ["atp", "ig_inputs"])
+def test_kernels_without_gradients_are_refused_by_attribution(method: str) -> None:
+    bridge = quantised(WithoutGradient)
+    with pytest.raises(MethodError, match=r"layers.0.*q_proj is a WithoutGradient.*no gradient"):
+        ps.sweep(bridge, _pairs(bridge), "z", method=method)
+    ps.sweep(bridge, _pairs(bridge), "z", layers=[2])  # exact values need none
 
 
 def test_packed_weights_have_no_bf16_products() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import patchsweep as ps
 import pytest
 import torch
@@ -28,8 +29,8 @@ from patchsweep.runners.packed.budget import (
     gpu_tokens,
 )
 
-from gpu.test_virtual_gpu import PLAIN, loaded, pairs
-from gpu.virtual_cuda import move, virtual_cuda
+from gpu.test_virtual_gpu import PLAIN, TOLERANCE, loaded, pairs
+from gpu.virtual_cuda import move, on_cpu, virtual_cuda
 from gpu.virtual_device import DeviceMix, Gpu
 
 BLOCKS = ("packed batch: enter a block", "packed batch: the block itself")
@@ -157,6 +158,32 @@ def test_results_of_all_batches_come_back_at_once() -> None:
     _, gpu = counted("llama")
     home = [where for (phase, kind, where) in gpu.copies if kind == "D2H" and phase[:6] == "packed"]
     assert len(home) == 1
+
+
+def test_joint_batches_wait_for_their_results_alone() -> None:
+    patches = [
+        [ps.Patch("z", 0, [4, 12], head), ps.Patch(site, 1, "all", None, values)]
+        for head in range(4)
+        for site, values in (("mlp_out", "zero"), ("resid_pre", "resample"), ("v", "base"))
+    ]
+    model = loaded("tiny:llama")
+    given = pairs(model)
+    with on_cpu():
+        expected = ps.run_patches(model, given, patches, runner="packed", max_tokens=40)
+    model = loaded("tiny:llama")
+    with virtual_cuda() as gpu:
+        move(model)
+        model.cfg.device = "cuda:0"
+        found = ps.run_patches(model, given, patches, runner="packed", max_tokens=40)
+    np.testing.assert_allclose(found.patched, expected.patched, atol=TOLERANCE, rtol=0)
+    n_batches = gpu.visits["joint batch: rows"]
+    assert n_batches > 3
+    waits = Counter[str]()
+    for (phase, why, where), n in gpu.syncs.items():
+        if phase.startswith(("joint", "packed batch")):
+            waits[f"{why} at {where}"] += n
+    assert waits.total() <= 2 * n_batches, waits
+    assert not any("packed batch: the block" in phase for phase, _, _ in gpu.syncs)
 
 
 def test_adaptive_batches_wait_where_tokens_are_chosen_alone() -> None:

@@ -123,7 +123,12 @@ SWEEPS: dict[str, tuple[Any, dict[str, Any]]] = {
         {"n": 4, "several_lengths": True},
     ),
     "spilled": (sweep(["z", "k", "pattern"], cache_budget=0), {}),
+    "some-spilled": (
+        sweep(["pattern_cell", "z"], intervention="zero", cache_budget=60_000),
+        {},
+    ),
     "small-batches": (sweep("z", max_tokens=64), {}),
+    "bf16-weights-in-fp32": (sweep(PLAIN, compute_dtype="float32"), {"dtype": "bfloat16"}),
 }
 WITH_GRADIENTS: dict[str, Any] = {
     "attribution": sweep(PLAIN, method=["atp", "ig_inputs", "relp"], runner="auto"),

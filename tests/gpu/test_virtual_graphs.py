@@ -34,7 +34,7 @@ class Replays:
 
 @contextmanager
 def small_and_soon() -> Iterator[Replays]:
-    """Inside, small blocks are padded, and captured at their second visit."""
+    """Inside, small blocks are padded, and captured at their first visit."""
     done = Replays([], [])
     replay, replay_graph = VirtualGraph.replay, PackedBlocks.replay_graph
 
@@ -53,7 +53,7 @@ def small_and_soon() -> Iterator[Replays]:
         return output
 
     with (
-        mock.patch.object(graphs, "VISITS", 2),
+        mock.patch.object(graphs, "VISITS", 1),
         mock.patch.object(padding, "LEAST_TOKENS", 32),
         mock.patch.object(VirtualGraph, "replay", counted),
         mock.patch.object(PackedBlocks, "replay_graph", within),
@@ -77,7 +77,7 @@ def swept(family: str, fault: Fault | None = None) -> tuple[Any, Any, Gpu, Repla
     """
     with deeper(family):
         model = loaded(f"tiny:{family}")
-    given = pairs(model, 1 if fault else 2)
+    given = pairs(model) if fault else pairs(model, 2, several_lengths=True)
     settings: dict[str, Any] = {"runner": "packed", "max_tokens": 20, "layers": [0, 1]}
     with on_cpu():
         expected = ps.sweep(model, given, "resid_pre", **settings)
@@ -95,7 +95,7 @@ def swept(family: str, fault: Fault | None = None) -> tuple[Any, Any, Gpu, Repla
     return expected, found, gpu, replays
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_replayed_blocks_give_the_cpus_numbers(family: str) -> None:
     expected, found, gpu, replays = swept(family)
     n_graphs = len(set(replays.graphs))

@@ -15,7 +15,7 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import torch
@@ -114,6 +114,38 @@ KERNELS = (
 
 # launches of one call, those of its tables included; other kernels launch once
 LAUNCHES = {"replaced": 3, "attention_change": 9}
+
+
+class Stream:
+    """torch.cuda.Stream: what runs in it is done at once, so there is nothing to wait for."""
+
+    here: ClassVar[list[Stream]] = []
+
+    def __init__(self, device: Any = None) -> None: ...
+    def wait_stream(self, other: Stream) -> None: ...
+
+    @classmethod
+    @contextmanager
+    def current(cls, stream: Stream) -> Iterator[None]:
+        cls.here.append(stream)
+        try:
+            yield
+        finally:
+            cls.here.pop()
+
+
+class Event:
+    """torch.cuda.Event"""
+
+    def record(self, stream: Any = None) -> None: ...
+
+    def synchronize(self) -> None:
+        gpu = Gpu.current
+        assert gpu is not None
+        gpu.events += 1
+
+
+Stream.here.append(Stream())
 
 
 class _Device:
@@ -265,6 +297,10 @@ def virtual_cuda(
         patch(torch.cuda, "device", _Device)
         patch(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
         patch(torch.cuda, "get_device_name", lambda device=None: "Virtual H100")
+        patch(torch.cuda, "Stream", Stream)
+        patch(torch.cuda, "Event", Event)
+        patch(torch.cuda, "stream", Stream.current)
+        patch(torch.cuda, "current_stream", lambda device=None: Stream.here[-1])
         if graphs:
             patch(torch.backends.cuda, "is_built", lambda: True)
             patch(torch.cuda, "CUDAGraph", VirtualGraph)
@@ -294,7 +330,7 @@ def virtual_cuda(
 
 def _phases(stack: ExitStack, gpu: Gpu) -> None:
     """Tell the parts of a sweep apart."""
-    from patchsweep.runners.packed import adaptive, adaptive_runner
+    from patchsweep.runners.packed import adaptive, adaptive_runner, joint
     from patchsweep.runners.packed import forward as replay
     from patchsweep.runners.packed import runner as batches
 
@@ -314,6 +350,9 @@ def _phases(stack: ExitStack, gpu: Gpu) -> None:
     within(batches.PackedRunner, "metrics_of", "packed batch: unembedding")
     within(replay.PackedBlocks, "enter", "packed batch: enter a block")
     within(replay.PackedBlocks, "replay", "packed batch: the block itself")
+    within(joint.PackedJoint, "_run", "joint batches")
+    within(joint.PackedJoint, "_kept", "joint batches: runs that rows continue")
+    within(joint.PackedJoint, "_run_rows", "joint batch: rows")
     within(adaptive_runner.AdaptiveRunner, "_run_batch", "adaptive batch: around the blocks")
     within(adaptive._AdaptiveBlocks, "run_block", "adaptive batch: around a block")
 

@@ -83,6 +83,11 @@ class Virtual(torch.Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
+    def record_stream(self, stream: Any) -> None: ...  # type: ignore[override]
+
+    def untyped_storage(self) -> Any:
+        return self.inner.untyped_storage()
+
     def tolist(self) -> Any:  # type: ignore[override]
         return self.cpu().tolist()
 
@@ -129,6 +134,7 @@ class Gpu(TorchDispatchMode):
         self.copied_bytes: Counter[str] = Counter()
         self.wide: Counter[tuple[str, str, str]] = Counter()  # fp64 results: (phase, op, where)
         self.visits: Counter[str] = Counter()
+        self.events = 0  # that the host waited for: of earlier work alone
         self.phase = ["other"]
         self.suspended = 0
         self.live: dict[int, list[int]] = {}  # storage -> [bytes, wrappers]

@@ -8,6 +8,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.attribution.method import Method
 from patchsweep.errors import MethodError, ModelError
+from patchsweep.models.quantised import check_gradients, first_packed
 from patchsweep.spec.interventions import Custom
 from patchsweep.spec.metrics import Metric, has_gradient
 from patchsweep.spec.plan import SitePlan
@@ -20,7 +21,8 @@ def check_request(request: Request, methods: Sequence[Method]) -> None:
     Raises:
         MethodError: one cannot; the message names an alternative.
     """
-    check_model(request.bridge)
+    check_weights(request.bridge)
+    check_gradients(request.bridge)
     for method in methods:
         for metric in request.metrics:
             check_metric(metric, method)
@@ -41,11 +43,26 @@ def check_request(request: Request, methods: Sequence[Method]) -> None:
 
 
 def check_model(model: TransformerBridge) -> None:
-    """Raise unless gradients can pass through all weights of `model`.
+    """Raise unless gradients can pass through all weights of `model`, and weights are numbers.
 
     Raises:
-        MethodError: a weight is quantised to a dtype that has no gradient.
+        MethodError: a module is quantised.
         ModelError: a weight was created inside `torch.inference_mode()`.
+    """
+    check_weights(model)
+    packed = first_packed(model)
+    if packed is not None:
+        raise MethodError(
+            f"{packed}, which are no numbers to compute with; load the model with dtype=bfloat16 "
+            "or float32, or use method=exact"
+        )
+
+
+def check_weights(model: TransformerBridge) -> None:
+    """Raise if a weight of `model` can be in no graph.
+
+    Raises:
+        ModelError: it was created inside `torch.inference_mode()`.
     """
     original = model.original_model
     for name, weight in (*original.named_parameters(), *original.named_buffers()):
@@ -53,12 +70,6 @@ def check_model(model: TransformerBridge) -> None:
             raise ModelError(
                 f"weight {name} was made inside torch.inference_mode(), so no gradient passes the "
                 "model; load it outside, or use method=exact"
-            )
-    for name, parameter in model.original_model.named_parameters():
-        if not parameter.dtype.is_floating_point or parameter.dtype.itemsize < 2:
-            raise MethodError(
-                f"weight {name} is stored as {parameter.dtype}, through which no gradient passes; "
-                "load the model with dtype=bfloat16 or float32, or use method=exact"
             )
 
 

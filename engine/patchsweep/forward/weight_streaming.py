@@ -2,12 +2,14 @@
 
 `accelerate` fetches the weights of an offloaded module for each call of its smallest submodules.
 Here a whole block is one streamed module: its weights are fetched once for all rows of a packed
-batch, and its inputs are moved to the device where it runs. 16-bit weights that compute in fp32
-are cast in the same way, one block at a time.
+batch, and its inputs are moved to the device where it runs. On a GPU the next block's weights are
+on their way while this block runs. 16-bit weights that compute in fp32 are cast in the same way,
+one block at a time.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from patchsweep.forward.weight_copies import WeightCopies
 from patchsweep.models.arithmetic import SIXTEEN_BITS
 from patchsweep.models.memory import give_memory_back
 from patchsweep.models.offload import Home, Stored
@@ -78,6 +81,10 @@ class StreamedModule:
         self.extents = tuple(extent for extent in maybe if extent is not None)  # in its files
         self.forgetful = False  # whether the extents' pages leave the page cache after each call
         self.at_hand: dict[int, Away] = {}  # address of the values -> the weight, while it runs
+        # on a GPU, for offloaded weights; None: each is copied when the module runs
+        self.copies: WeightCopies | None = None
+        self.follower: StreamedModule | None = None  # the next block
+        self._arriving: list[Tensor] | None = None  # copies that were sent ahead
 
     @property
     def n_bytes(self) -> int:
@@ -92,12 +99,29 @@ class StreamedModule:
         self._n_users += 1
         if self._n_users > 1 or not self.away:
             return
-        for weight in self.away:
-            values = weight.zeros() if nothing_passes else weight.values()
+        for weight, values in zip(self.away, self._values(nothing_passes), strict=True):
             weight.owner._parameters[weight.name] = nn.Parameter(values, requires_grad=False)
             self.at_hand[values.untyped_storage().data_ptr()] = weight
         self._traffic.n_bytes += self.n_bytes
         self._traffic.n_fetches += self.n_bytes > 0
+        # passes with gradients go back from block to block
+        if self.follower is not None and not torch.is_grad_enabled():
+            self.follower.send_ahead()
+
+    def send_ahead(self) -> None:
+        """Send the weights to the GPU, for a call that comes next; nothing waits for them."""
+        if self.copies is not None and self._arriving is None and not self._n_users:
+            self._arriving = self._sent(self.copies)
+
+    def _sent(self, copies: WeightCopies) -> list[Tensor]:
+        return copies.send([(w.stored[w.name].detach(), w.dtype) for w in self.away])
+
+    def _values(self, nothing_passes: bool) -> Sequence[Tensor]:
+        if self.copies is None:
+            return [weight.zeros() if nothing_passes else weight.values() for weight in self.away]
+        arriving, self._arriving = self._arriving or self._sent(self.copies), None
+        self.copies.await_on_device(arriving)
+        return arriving
 
     def release(self) -> None:
         """Release the weights after the last of several nested `fetch` calls."""
@@ -172,7 +196,23 @@ def stream_modules(
     )
     for streamed_module in streamed.values():
         streamed_module.forgetful = forgetful
+    _send_ahead([streamed[block] for block in blocks if block in streamed])
     return streamed
+
+
+def _send_ahead(blocks: Sequence[StreamedModule]) -> None:
+    """Let each of `blocks` that runs on a GPU send the weights of the one behind it there."""
+    copies: dict[torch.device, WeightCopies] = {}
+    for block, follower in itertools.zip_longest(blocks, blocks[1:]):
+        if (
+            block.device.type == "cuda"
+            and block.away
+            and all(weight.placeholder.is_meta for weight in block.away)
+        ):
+            if block.device not in copies:
+                copies[block.device] = WeightCopies(block.device)
+            block.copies = copies[block.device]
+        block.follower = follower
 
 
 class _Finder:

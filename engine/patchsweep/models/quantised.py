@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.errors import ConfigError, ModelError
+from patchsweep.errors import ConfigError, MethodError, ModelError
 
 PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # names of the buffers in which some libraries keep packed weights
@@ -33,15 +33,55 @@ class Packed:
 def packed_modules(bridge: TransformerBridge) -> Iterator[Packed]:
     """Yield the modules of `bridge` with quantised weights, in the order of the forward pass."""
     for name, module in bridge.original_model.named_modules():
-        stored = [p.dtype for p in module._parameters.values() if p is not None]
-        stored += [
-            b.dtype
-            for key, b in module._buffers.items()
-            if b is not None and key in _PACKED_BUFFERS
-        ]
-        packed_dtypes = [dtype for dtype in stored if dtype not in PLAIN]
-        if packed_dtypes:
-            yield Packed(_plain(name), type(module).__name__, packed_dtypes[0])
+        packed = _packed(name, module)
+        if packed is not None:
+            yield packed
+
+
+def _packed(name: str, module: nn.Module) -> Packed | None:
+    stored = [p.dtype for p in module._parameters.values() if p is not None]
+    stored += [
+        b.dtype for key, b in module._buffers.items() if b is not None and key in _PACKED_BUFFERS
+    ]
+    packed_dtypes = [dtype for dtype in stored if dtype not in PLAIN]
+    return Packed(_plain(name), type(module).__name__, packed_dtypes[0]) if packed_dtypes else None
+
+
+def check_gradients(bridge: TransformerBridge) -> None:
+    """Check that gradients pass through the packed modules, by a trial of one module of each class.
+
+    A kernel without a backward pass gives a constant. The gradient of a metric would still come
+    through the residual stream, and lack what the module does.
+
+    Raises:
+        MethodError: a module of a class gives no gradient, or the width of its input is not known.
+    """
+    tried: set[type[nn.Module]] = set()
+    for name, module in bridge.original_model.named_modules():
+        packed = _packed(name, module)
+        if packed is None or type(module) in tried:
+            continue
+        tried.add(type(module))
+        width = getattr(module, "in_features", getattr(module, "infeatures", None))
+        if not isinstance(width, int) or not _gives_gradient(module, width, bridge.cfg.dtype):
+            raise MethodError(
+                f"{packed}, whose code gives no gradient, so attribution would lack what it does; "
+                "load the model with dtype=bfloat16 or float32, or in NF4, or use method=exact"
+            )
+
+
+def _gives_gradient(module: nn.Module, width: int, dtype: torch.dtype) -> bool:
+    weights = (*module.parameters(), *module.buffers())
+    with torch.enable_grad():
+        x = torch.ones(1, width, dtype=dtype, device=weights[0].device, requires_grad=True)
+        output = module(x)
+        if not output.requires_grad:
+            return False
+        try:
+            (gradient,) = torch.autograd.grad(output.float().sum(), x)
+        except (RuntimeError, NotImplementedError):  # its backward pass says that there is none
+            return False
+    return bool(gradient.any())
 
 
 def _plain(name: str) -> str:

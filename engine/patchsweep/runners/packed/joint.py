@@ -8,15 +8,16 @@ and values are kept, and the rows continue it as others continue the base run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from patchsweep_kernels.scatter import scatter_patch
+from patchsweep_kernels.scatter import Targets, scatter_targets
 from torch import Tensor
 
 from patchsweep.forward.block_args import first_of
@@ -25,9 +26,17 @@ from patchsweep.forward.unwrapped import Unsupported
 from patchsweep.models.memory import is_out_of_memory
 from patchsweep.runners.packed.forward import PackedBlocks
 from patchsweep.runners.packed.joint_batch import JointBatch, joint_batches
+from patchsweep.runners.packed.moves import Moves, move_together, on_cpu, sent
 from patchsweep.runners.packed.packing import Packing
 from patchsweep.runners.packed.runner import Loaded, PackedRunner
-from patchsweep.runners.packed.tables import PackedInput, PatchValues, make_tables, n_units
+from patchsweep.runners.packed.tables import (
+    PackedInput,
+    PatchValues,
+    make_tables,
+    n_units,
+    tables_of,
+    there,
+)
 from patchsweep.spec.batch import Batch
 from patchsweep.spec.directions import Live, Numbered
 from patchsweep.spec.interventions import Intervention, Resample
@@ -122,19 +131,19 @@ class PackedJoint:
 
     def _kept(self, loaded: JointLoaded, plan: JointPlan, base: ActivationCache) -> ActivationCache:
         """Run the rows of `plan`; return their whole runs as a cache with one prompt a row."""
-        pair = torch.from_numpy(plan.pair)
+        pair = on_cpu(plan.pair)
+        places = {x.device for xs in (base.resid, base.keys, base.values) for x in xs}
+        at = {place: move_together([pair], place)[0] for place in places}
+
+        def of_rows(xs: Sequence[Tensor]) -> list[Tensor]:
+            return [x[at[x.device]].to(d) for x, d in zip(xs, base.devices, strict=False)]
+
         kept = ActivationCache(
             shape=(plan.n_rows, base.shape[1]),
             devices=base.devices,
-            resid=[
-                x[pair.to(x.device)].to(d) for x, d in zip(base.resid, base.devices, strict=True)
-            ],
-            keys=[
-                x[pair.to(x.device)].to(d) for x, d in zip(base.keys, base.devices, strict=False)
-            ],
-            values=[
-                x[pair.to(x.device)].to(d) for x, d in zip(base.values, base.devices, strict=False)
-            ],
+            resid=of_rows(base.resid),
+            keys=of_rows(base.keys),
+            values=of_rows(base.values),
             heads=base.heads,
             calls=base.calls,
         )
@@ -143,7 +152,8 @@ class PackedJoint:
             hidden = self._blocks(loaded, batch, base, plan.pair[:0], kept)
             row, pos = batch.final_tokens()
             last = kept.resid[-1]
-            last[_index(rows[row], last), _index(pos, last)] = hidden
+            at_rows, at_pos = move_together(map(on_cpu, (rows[row], pos)), last.device)
+            last[at_rows, at_pos] = hidden
         return kept
 
     def _run(
@@ -155,6 +165,7 @@ class PackedJoint:
         metrics: Sequence[Metric],
     ) -> Float[Tensor, "metric row"]:
         values = torch.empty(len(metrics), plan.n_rows, device="cpu")
+        done: list[tuple[Ints, Tensor]] = []  # results stay on the device: a copy would wait
         waiting = list(joint_batches(plan, self.runner.max_tokens))
         while waiting:
             rows = waiting.pop(0)
@@ -171,7 +182,10 @@ class PackedJoint:
                 waiting = [rest[i] for i in joint_batches(plan.part(rest), self.runner.max_tokens)]
                 torch.cuda.empty_cache()
                 continue
-            values[:, rows] = result.cpu()
+            done.append((rows, result))
+        if done:
+            places, results = zip(*done, strict=True)
+            values[:, np.concatenate(places)] = torch.cat(results, dim=1).cpu()
         return values
 
     def _run_rows(
@@ -186,14 +200,16 @@ class PackedJoint:
         plan, rows = batch.plan, batch.patch
         reads = list(loaded.loaded.batch.reads)
         last = base.resid[-1].to(hidden.device)
-        resid = last[_index(plan.base[rows], hidden)][:, reads]
         first = plan.first[rows, -1]
         end = np.cumsum(plan.length - first)
-        for i, read in enumerate(reads):
-            inside = np.flatnonzero(first <= read)
-            token = end[inside] - (plan.length - read)
-            resid[_index(inside, hidden), i] = hidden[_index(token, hidden)]
-        pair = _index(plan.pair[rows], hidden)
+        inside = [np.flatnonzero(first <= read) for read in reads]
+        tokens = [end[i] - (plan.length - read) for i, read in zip(inside, reads, strict=True)]
+        bases, pair, *tables = move_together(
+            map(on_cpu, (plan.base[rows], plan.pair[rows], *inside, *tokens)), hidden.device
+        )
+        resid = torch.stack([last[bases, read] for read in reads], dim=1)
+        for i in range(len(reads)):
+            resid[tables[i], i] = hidden[tables[len(reads) + i]]
         return self.runner.metrics_of(loaded.loaded, resid, pair, metrics)
 
     def _blocks(
@@ -217,6 +233,16 @@ class PackedJoint:
         return blocks.run()
 
 
+@dataclass(frozen=True, eq=False)
+class JointTargets:
+    """Where the values of one intervention are written at one site and layer."""
+
+    value: int  # the intervention
+    to: Targets
+    n_units: int = 0  # units of a vector; 0: whole vectors are written
+    numbers: Tensor | None = None  # of a `Numbered` intervention's vectors, on the CPU
+
+
 class JointBlocks(PackedBlocks):
     """The packed rows of joint patches at their current block."""
 
@@ -233,9 +259,13 @@ class JointBlocks(PackedBlocks):
         self.batch, self.loaded, self.keep = batch, loaded, keep
         self.packing: Packing
         # pair of the captured batch of each base run; empty: they are the same
-        self.pair_of_base = torch.from_numpy(pair_of_base)
+        self.pair_of_base = pair_of_base
         names = [site.name for site in batch.plan.sites]
         self.cells: dict[tuple[str, int], dict[int, Ints]] = {}  # site, layer -> value -> writes
+        # site, layer -> the tables of `cells`, made before the first block
+        self.targets: dict[tuple[str, int], list[JointTargets]] = {}
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> row and position of each token
+        self.pairs: dict[int, Tensor] = {}  # layer -> pair of the captured batch of each token
         self.row_of = np.full(batch.plan.n_rows, -1, np.int64)
         self.row_of[batch.patch] = np.arange(len(batch.patch))
         writes, write_layer = batch.plan.writes, batch.plan.write_layer
@@ -255,10 +285,9 @@ class JointBlocks(PackedBlocks):
             stack.enter_context(self.hooks())
             packings = list(self.batch.packings())
             tables = make_tables(self.batch, self.given, packings)
+            self._make_tables(packings)
             for packing in packings:
                 self.packing = packing
-                self.offsets = np.zeros(len(self.batch.patch), np.int64)
-                self.offsets[packing.rows] = packing.offsets[:-1]
                 hidden = self.enter(tables.popleft(), hidden)
                 if packing.layer < self.unwrapped.n_layers:
                     self._keep_tokens(None if self.keep is None else self.keep.resid, hidden)
@@ -271,9 +300,7 @@ class JointBlocks(PackedBlocks):
         if not len(self.pair_of_base):
             return super().replay(hidden)
         layer = self.packing.layer
-        tables = self.tables
-        pair = self.pair_of_base.to(tables.token_pair.device)[tables.token_pair]
-        block_args = self.given.base.calls[layer].at(pair, tables.token_pos)
+        block_args = self.given.base.calls[layer].at(self.pairs[layer], self.tables.token_pos)
         output = self.unwrapped.blocks[layer](
             hidden.unsqueeze(0), *block_args.args, **block_args.kwargs
         )
@@ -292,55 +319,98 @@ class JointBlocks(PackedBlocks):
         """Write `x` `[token, ...]` into this layer of `kept`, `[row, pos, ...]` each."""
         if kept is None:
             return
-        packing = self.packing
-        counts = np.diff(packing.offsets)
-        row = np.repeat(self.batch.patch[packing.rows], counts)
-        into = kept[packing.layer]
-        into[_index(row, into), _index(packing.token_pos, into)] = x.to(into)
+        into = kept[self.packing.layer]
+        into[self.kept[self.packing.layer]] = x.to(into)
 
     def write(self, x: Tensor, *sites: str) -> None:
         """Write the patches at `sites` into `x` `[.., token, width]`, in place."""
         for name in sites:
-            for value, cells in self.cells.get((name, self.packing.layer), {}).items():
-                self._write_cells(x, name, value, cells)
+            for targets in self.targets.get((name, self.packing.layer), ()):
+                self._write_cells(x, name, targets)
 
-    def _write_cells(self, x: Tensor, name: str, value: int, cells: Ints) -> None:
-        """Write the values of one intervention at one site: whole vectors, then single heads."""
-        batch, layer = self.batch, self.packing.layer
-        writes, plan = batch.plan.writes.at(cells), batch.plan
-        pos = writes.pos
-        token = self.offsets[self.row_of[writes.row]] + pos - plan.first[writes.row, layer]
-        flat = x.view(-1, x.shape[-1])
-        given = self.loaded.live.get(value)
+    def _write_cells(self, x: Tensor, name: str, targets: JointTargets) -> None:
+        """Write the values of one intervention at one site: whole vectors, or single units."""
+        layer, to = self.packing.layer, targets.to
+        given = self.loaded.live.get(targets.value)
         if isinstance(given, Numbered):
-            met = flat[_index(token, flat)]
-            new = met + given.vectors(_table(writes.unit)).to(met)
-            scatter_patch(flat, new, _table(token))
+            assert targets.numbers is not None
+            flat = x.view(-1, x.shape[-1])
+            added = sent(given.vectors(targets.numbers), x.device).to(x)
+            scatter_targets(flat, flat[to.token] + added, to)
             return
-        layer_values = self.loaded.values[name, value][layer].to(x)
-        length, width = layer_values.shape[-2:]
-        source = plan.pair[writes.row] * length + pos
-        values = layer_values.reshape(-1, width)
-        site = next(site for site in plan.sites if site.name == name)
+        layer_values = self.loaded.values[name, targets.value][layer].to(x)
+        flat, values = x.view(-1, x.shape[-1]), layer_values.reshape(-1, layer_values.shape[-1])
+        if to.head is not None:
+            flat = flat.view(len(flat), targets.n_units, -1)
+            values = values.view(len(values) * targets.n_units, -1)
         live = given if name != "embed" else None
+        if live is None:
+            scatter_targets(flat, values, to)
+            return
+        site = next(site for site in self.batch.plan.sites if site.name == name)
+        met = flat[to.token] if to.head is None else flat[to.token, to.head]
+        new = live.applied(site, layer - site.shift, met, values[to.source])
+        scatter_targets(flat, new, replace(to, source=None, n_cells=len(new)))
+
+    def _make_tables(self, packings: Sequence[Packing]) -> None:
+        """Make the tables of all blocks and move them in one copy a device."""
+        devices = self.given.base.devices
+        moves: dict[torch.device, Moves] = defaultdict(Moves)
+        on_host: dict[tuple[str, int], list[JointTargets]] = {}
+        kept: dict[int, tuple[Tensor, ...]] = {}
+        for packing in packings:
+            layer, to_device = packing.layer, moves[devices[packing.layer]]
+            offsets = np.zeros(len(self.batch.patch), np.int64)
+            offsets[packing.rows] = packing.offsets[:-1]
+            for (name, at), by_value in self.cells.items():
+                if at == layer:
+                    on_host[name, at] = [
+                        targets
+                        for value, cells in by_value.items()
+                        for targets in self._targets(name, layer, value, cells, offsets)
+                    ]
+                    to_device.add(*(t for made in on_host[name, at] for t in tables_of(made.to)))
+            rows: list[Ints] = []
+            if self.keep is not None:
+                counts = np.diff(packing.offsets)
+                rows = [np.repeat(self.batch.patch[packing.rows], counts), packing.token_pos]
+            if len(self.pair_of_base):
+                rows.append(self.pair_of_base[packing.token_pair])
+            kept[layer] = tuple(map(on_cpu, rows))
+            to_device.add(*kept[layer])
+        for device, to_device in moves.items():
+            to_device.start(device)
+        for (name, layer), made in on_host.items():
+            here = moves[devices[layer]]
+            self.targets[name, layer] = [replace(t, to=there(t.to, here)) for t in made]
+        for layer, tables in kept.items():
+            moved = [moves[devices[layer]][table] for table in tables]
+            if self.keep is not None:
+                self.kept[layer] = (moved[0], moved[1])
+            if len(self.pair_of_base):
+                self.pairs[layer] = moved[-1]
+
+    def _targets(
+        self, name: str, layer: int, value: int, cells: Ints, offsets: Ints
+    ) -> Iterator[JointTargets]:
+        """Yield where one intervention's values go, on the CPU: whole vectors, then units."""
+        plan = self.batch.plan
+        writes = plan.writes.at(cells)
+        token = offsets[self.row_of[writes.row]] + writes.pos - plan.first[writes.row, layer]
+        if isinstance(self.loaded.live.get(value), Numbered):
+            yield JointTargets(value, Targets.of(on_cpu(token)), numbers=on_cpu(writes.unit))
+            return
+        length, width = self.loaded.values[name, value][layer].shape[-2:]
+        source = plan.pair[writes.row] * length + writes.pos
         whole = writes.unit == WHOLE
-        for part in (whole, ~whole):
-            if not part.any():
-                continue
-            target, cell, unit = token[part], source[part], writes.unit[part]
-            if part is not whole:
-                units = n_units(self.given.base, site, layer, x.shape[-1])
-                flat = flat.view(len(flat), units, -1)
-                values = values.view(len(values) * units, -1)
-                cell = cell * units + unit
-            head = None if part is whole else _table(unit)
-            if live is None:
-                scatter_patch(flat, values, _table(target), source=_table(cell), head=head)
-                continue
-            at = _index(target, flat)
-            met = flat[at] if head is None else flat[at, head.to(at.device)]
-            new = live.applied(site, layer - site.shift, met, values[_index(cell, values)])
-            scatter_patch(flat, new, _table(target), head=head)
+        if whole.any():
+            yield JointTargets(value, Targets.of(on_cpu(token[whole]), on_cpu(source[whole])))
+        if not whole.all():
+            site = next(site for site in plan.sites if site.name == name)
+            n = n_units(self.given.base, site, layer, width)
+            unit = writes.unit[~whole]
+            to = Targets.of(on_cpu(token[~whole]), on_cpu(source[~whole] * n + unit), on_cpu(unit))
+            yield JointTargets(value, to, n)
 
 
 def _check_patterns(plan: JointPlan) -> None:
@@ -366,12 +436,3 @@ def _chunk_of(base: ActivationCache, n_rows: int) -> int:
 
 def _same(n: int) -> dict[int, int]:
     return {i: i for i in range(n)}
-
-
-def _index(array: Ints, like: Tensor) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(like.device)
-
-
-def _table(array: Ints) -> Tensor:
-    """Return `array` as a CPU tensor, which `scatter_patch` checks without waiting for the GPU."""
-    return torch.from_numpy(np.ascontiguousarray(array))

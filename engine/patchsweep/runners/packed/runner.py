@@ -368,7 +368,9 @@ class _CellValues(Sequence[Tensor]):
         z = _attend(self._base[layer], v)
         groups = self._base[layer].shape[1] // v.shape[1]
         v = repeat(v, "pair kv src d -> pair (kv g) src d", g=groups)
-        change = (self._new[layer] - self._base[layer]).to(v)
+        # what spilled is on the CPU, the rest on the device
+        new, base = (x[layer].to(v.device) for x in (self._new, self._base))
+        change = (new - base).to(v)
         change = einsum(change, v, "pair head dest src, pair head src d -> pair dest src head d")
         rows = rearrange(change, "pair dest src head d -> pair dest src (head d)") + z[:, :, None]
         return rows.flatten(0, 2)
