@@ -177,7 +177,7 @@ def test_joint_batches_wait_for_their_results_alone() -> None:
         found = ps.run_patches(model, given, patches, runner="packed", max_tokens=40)
     np.testing.assert_allclose(found.patched, expected.patched, atol=TOLERANCE, rtol=0)
     n_batches = gpu.visits["joint batch: rows"]
-    assert n_batches > 3
+    assert n_batches >= 3
     waits = Counter[str]()
     for (phase, why, where), n in gpu.syncs.items():
         if phase.startswith(("joint", "packed batch")):
