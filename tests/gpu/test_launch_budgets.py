@@ -166,15 +166,16 @@ def test_joint_batches_wait_for_their_results_alone() -> None:
         for head in range(4)
         for site, values in (("mlp_out", "zero"), ("resid_pre", "resample"), ("v", "base"))
     ]
+    settings: dict[str, Any] = {"runner": "packed", "max_tokens": 40, "direction": "denoising"}
     model = loaded("tiny:llama")
     given = pairs(model)
     with on_cpu():
-        expected = ps.run_patches(model, given, patches, runner="packed", max_tokens=40)
+        expected = ps.run_patches(model, given, patches, **settings)
     model = loaded("tiny:llama")
     with virtual_cuda() as gpu:
         move(model)
         model.cfg.device = "cuda:0"
-        found = ps.run_patches(model, given, patches, runner="packed", max_tokens=40)
+        found = ps.run_patches(model, given, patches, **settings)
     np.testing.assert_allclose(found.patched, expected.patched, atol=TOLERANCE, rtol=0)
     n_batches = gpu.visits["joint batch: rows"]
     assert n_batches >= 3
