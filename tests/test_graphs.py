@@ -38,7 +38,10 @@ def padded_blocks() -> Iterator[list[int]]:
         yield visits
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "mixtral"])
+SLOWER = [pytest.param(family, marks=pytest.mark.slow) for family in ("gemma3", "mixtral")]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", *SLOWER])
 def test_padded_blocks_give_the_numbers_of_plain_ones(family: str) -> None:
     bridge = model(f"tiny:{family}")
     text = "When {0} and {1} went to the shops, {2} gave a bottle of milk to"
