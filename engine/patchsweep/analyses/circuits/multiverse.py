@@ -66,7 +66,7 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
     "levels": get_args(Level),
 }
 CHOICES = ("ablation", "mean_set", "direction", "positions", "level", "metric")
-METRICS = ("logit_diff", "logit", "log_prob", "prob", "rank")
+METRICS = ("logit_diff", "logit", "log_prob", "prob")
 
 
 @dataclass(frozen=True)
