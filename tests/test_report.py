@@ -120,10 +120,10 @@ def test_page_has_every_part_and_closes_every_element(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("**/*.partial"))
 
 
-def test_nothing_is_fetched_and_only_the_two_known_scripts_may_run() -> None:
+def test_nothing_is_fetched_and_only_the_known_scripts_may_run() -> None:
     text = build_page(synthetic(n_layers=4, methods=["atp"]), Journal())
     page = Reader(text)
-    _, packed, own, unpack = page.scripts
+    _, packed, maps, own, unpack = page.scripts
     assert gzip.decompress(base64.b64decode(packed)).decode() == get_plotlyjs()
     assert not re.findall(r"https?:", text)
     assert not [a for _, a in page.seen if {"src", "href", "style", "onload"} & set(a)]
@@ -134,7 +134,7 @@ def test_nothing_is_fetched_and_only_the_two_known_scripts_may_run() -> None:
     allowed = set(re.findall(r"'sha256-([^']+)'", policy))
     digests = {
         base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()
-        for s in (get_plotlyjs(), own, unpack)
+        for s in (get_plotlyjs(), maps, own, unpack)
     }
     assert digests == allowed
 
