@@ -635,7 +635,8 @@ def test_hostile_text_runs_nothing_in_a_browser(tmp_path: Path) -> None:
         """,
         tmp_path,
     )
-    assert (images, scripts) == (0, 9)  # data, three and what runs them, these again, the one that looks
+    # data; three scripts and what runs them, each twice; the one that looks
+    assert (images, scripts) == (0, 9)
     assert tick.startswith("<b>&lt;/script&gt;")
     assert drawn.startswith("</script></te")
 
