@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from functools import cache
+from typing import Any
+
+import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -13,6 +17,12 @@ from transformer_lens.model_bridge import TransformerBridge
 
 CLEAN = "When John and Mary went to the shops, John gave a bottle of milk to"
 CORRUPTED = "When John and Mary went to the shops, Mary gave a bottle of milk to"
+
+
+def quick(values: Iterable[Any], *chosen: Any) -> list[Any]:
+    """Parameters of a test: the `chosen` ones of `values`, and the others as slow ones."""
+    slow = pytest.mark.slow
+    return [pytest.param(x, marks=() if x in chosen else slow) for x in values]
 
 
 @cache

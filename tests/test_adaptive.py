@@ -25,7 +25,7 @@ from patchsweep.sweeps import adaptive
 from patchsweep.sweeps import saving as saving_module
 from patchsweep.sweeps.adaptive import Adaptive
 from patchsweep.sweeps.thresholds import Calibration
-from subjects import CLEAN, CORRUPTED, demo_pairs, model, reference_pairs
+from subjects import CLEAN, CORRUPTED, demo_pairs, model, quick, reference_pairs
 
 SWEPT = (
     "resid_pre",
@@ -62,7 +62,7 @@ def at(one: Adaptive, captured: Any, sets: list[PatchSet], level: tuple[float, f
 
 
 @pytest.mark.parametrize("family", TINY_FAMILIES)
-@pytest.mark.parametrize("direction", ["denoising", "noising"])
+@pytest.mark.parametrize("direction", quick(["denoising", "noising"], "denoising"))
 def test_both_ends_and_what_lies_between(family: str, direction: str) -> None:
     one, captured, sets = prepared(
         f"tiny:{family}", sites_of(family), metrics=["logit_diff", "log_prob"], direction=direction

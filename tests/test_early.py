@@ -23,6 +23,7 @@ CONFIGURED = (
     "attention",
     "heads",
     "multiverse",
+    "latents",
 )
 
 

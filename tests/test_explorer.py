@@ -203,6 +203,7 @@ def test_a_new_question_ends_the_run_of_the_last(served: Served) -> None:
     np.testing.assert_allclose(unpacked(maps[0])[1].ravel(), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_cell_has_a_lens_attention_and_edges(served: Served) -> None:
     number = served.post("runs", body(ASKED))[1]["run"]
     served.events(number)
@@ -256,6 +257,7 @@ def test_edges_of_a_cell_are_those_of_its_component() -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "question",
     [

@@ -21,7 +21,7 @@ from patchsweep.runners.hook_points import STREAM, check_names, refusals
 from patchsweep.spec.sites import Site, get_sites
 from patchsweep.spec.spec import model_shape
 from patchsweep.store.attributes import attributes
-from subjects import CLEAN, CORRUPTED, demo_pairs, model
+from subjects import CLEAN, CORRUPTED, demo_pairs, model, quick
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -111,7 +111,10 @@ def one_key_head() -> TransformerBridge:
     return as_bridge("one-key-head", plain, tokenizer)
 
 
-@pytest.mark.parametrize("family", [*TINY_FAMILIES, "one key head"])
+@pytest.mark.parametrize(
+    "family",
+    quick([*TINY_FAMILIES, "one key head"], "gpt2", "llama", "gemma2", "gpt_neox", "one key head"),
+)
 def test_every_hook_point_equals_a_hook_or_is_refused(family: str) -> None:
     bridge = one_key_head() if family == "one key head" else model(f"tiny:{family}")
     pairs = ps.PromptPairs.from_strings(

@@ -96,6 +96,7 @@ SWEEP_CASES: dict[str, tuple[Any, str]] = {
     ),
     "sites": (["q", "mlp_post"], "sites.q is only in this run"),
     "metrics": (["prob"], r"metrics\[0\] is prob in this run and logit_diff in the store"),
+    "per_token": (True, "the length of metrics is 2 in this run and 1 in the store"),
     "direction": ("denoising", "direction is denoising in this run and noising in the store"),
     "intervention": (5.0, "intervention is constant 5.0 in this run and constant 0.0 in the store"),
     "tolerance": (0.01, "methods.exact.tolerance is only in this run"),

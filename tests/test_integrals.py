@@ -30,7 +30,7 @@ from patchsweep.models.tiny import TINY_FAMILIES
 from patchsweep.results.stated import stated_errors
 from patchsweep.spec.sites import SITES
 from patchsweep.spec.spec import SweepSpec, make_request
-from subjects import model
+from subjects import model, quick
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformers.models.cohere.modeling_cohere import CohereLayerNorm
@@ -131,7 +131,7 @@ def _methods() -> list[object]:
     ]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", quick(FAMILIES, *SOME))
 def test_tokens_that_do_not_move_need_not_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = ["resid_pre", "attn_out", "mlp_out", "z", "k", "v", "pattern"]
     request, batch = block(name, wanted, n_pairs=3)

@@ -17,7 +17,7 @@ from patchsweep.spec.batch import base_and_source
 from patchsweep.spec.joint import shared_stems
 from patchsweep.spec.sites import SITES
 from patchsweep.sweeps.joint import joint_request
-from subjects import demo_pairs, model
+from subjects import demo_pairs, model, quick
 
 # fp32 logits of order 10 carry about 1e-6 each; a dozen products and norms stay far below this
 TOLERANCE = 1e-4
@@ -144,7 +144,7 @@ def sites_of(name: str) -> list[str]:
     return [s for s in out if not (s == "mlp_post" and "mixtral" in name)]
 
 
-@pytest.mark.parametrize("direction", ["denoising", "noising"])
+@pytest.mark.parametrize("direction", quick(["denoising", "noising"], "denoising"))
 @pytest.mark.parametrize("family", TINY_FAMILIES)
 def test_random_sets_equal_a_loop_of_many_hooks(family: str, direction: str) -> None:
     name = f"tiny:{family}"

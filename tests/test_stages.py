@@ -28,7 +28,7 @@ from patchsweep.store.status import EXIT_COMPLETE, EXIT_INCOMPLETE, stages_of, s
 from patchsweep.store.verify import checksums
 from patchsweep.sweeps.executor import Quiet
 from patchsweep.tasks import load_task
-from subjects import model
+from subjects import model, quick
 
 NAME = "tiny:llama"
 Function = Callable[..., Any]
@@ -89,7 +89,7 @@ def run(case: str, place: Path | str, **settings: Any) -> tuple[xr.Dataset, bool
     return analysis(bridge, load_task(bridge, "ioi", 3), **arguments, stages=stages), stages.known
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", quick(CASES, "edges", "lens", "attention", "circuit"))
 def test_analysis_that_is_killed_after_every_item_resumes_to_the_same_bytes(
     case: str, tmp_path: Path
 ) -> None:

@@ -11,10 +11,8 @@ their torch references stand in.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
 
@@ -40,6 +38,7 @@ from patchsweep_kernels.tokens import Tokens
 from patchsweep_kernels.unembedding import Unembedding
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from visible_gpu import CUDA, META, device_guards
 
 from gpu.virtual_device import DeviceMix, Gpu, Virtual, VirtualGraph, bare, tensors
 
@@ -88,14 +87,12 @@ class Kernel:
 def guard_cuda() -> None:
     """Let C++ guard a CUDA device in a build without CUDA: with the meta device's guard, a no-op.
 
-    Indexing, `torch.tensor` and autograd look guards up in a table that c10 exports.
+    Indexing, `torch.tensor` and autograd look guards up.
     """
-    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
-    table = (ctypes.c_void_p * 21).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
-    cuda, meta = 1, 14  # c10/core/DeviceType.h
-    assert table[meta]
-    if not table[cuda]:
-        table[cuda] = table[meta]
+    guards = device_guards()
+    assert guards[META]
+    if not guards[CUDA]:
+        guards[CUDA] = guards[META]
 
 
 KERNELS = (
