@@ -8,9 +8,9 @@ STAMP := $(VENV)/.patchsweep-setup
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 EXTRAS := dev,docs,s3,slurm,joblib,gpu
 TESTS ?= tests
-# a worker for each core, with one thread each
+# a worker for each core, with one thread each; files in their order, so that the long ones come first
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count(), 8))')
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow check docs bench bench-gpu wheel clean
