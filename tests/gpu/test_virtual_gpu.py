@@ -130,7 +130,19 @@ SWEEPS: dict[str, tuple[Any, dict[str, Any]]] = {
     "small-batches": (sweep("z", max_tokens=64), {}),
     "bf16-weights-in-fp32": (sweep(PLAIN, compute_dtype="float32"), {"dtype": "bfloat16"}),
 }
+
+
+def latents(model: TransformerBridge, given: Any) -> Any:
+    with on_cpu(), torch.device("cpu"):
+        width, n = int(model.cfg.d_model), 32
+        g = torch.Generator().manual_seed(0)
+        encoder, decoder = (torch.randn(*size, generator=g) for size in ((width, n), (n, width)))
+        known = ps.Dictionary(encoder, decoder, torch.zeros(n), torch.zeros(width), "resid_post", 1)
+    return ps.latents(model, given, known, estimates=["atp", "ig"])
+
+
 WITH_GRADIENTS: dict[str, Any] = {
+    "latents": latents,
     "attribution": sweep(PLAIN, method=["atp", "ig_inputs", "relp"], runner="auto"),
     "screen": sweep(["z"], method=Screen(k=5), runner="auto"),
     "tolerance": sweep(["z", "resid_pre", "k"], tolerance=0.1),

@@ -137,7 +137,7 @@ def latents(
         estimated = [run.estimated(method, stages, attrs) for method in methods]
         stages.wait()
         places = None if top is None else run.places(estimated[0][methods[0].name].values, top)
-        exact = run.exact(LatentPatches(request, known, runner, max_tokens, cache_budget)
+        exact = run.exact(LatentPatches(request, run.dictionaries, runner, max_tokens, cache_budget)
                           if top != 0 else None, places, stages, attrs)  # fmt: skip
         stages.wait()
         return run.dataset(
