@@ -5,26 +5,10 @@ from __future__ import annotations
 import xarray as xr
 from rich.console import Console
 from rich.table import Table
-from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.analyses.circuits.acdc import acdc
-from patchsweep.analyses.stages import Stages
 from patchsweep.cli.analysis import AnalysisVerb
 from patchsweep.cli.schema.acdc import AcdcRun
-from patchsweep.data.pairs import PromptPairs
-
-
-def _analyse(
-    config: AcdcRun, model: TransformerBridge, pairs: PromptPairs, stages: Stages
-) -> xr.Dataset:
-    return acdc(
-        model,
-        pairs,
-        **config.settings(),
-        means_from=config.reference(model),
-        config=config.identity(),
-        stages=stages,
-    )
 
 
 def _show(console: Console, ds: xr.Dataset, known: bool) -> None:
@@ -49,7 +33,7 @@ main = AnalysisVerb(
     "acdc",
     AcdcRun,
     "pruned circuits have",
-    _analyse,
+    acdc,
     _show,
     instead={"intervention": "circuits call it ablation; give ablation=mean, say"},
 )

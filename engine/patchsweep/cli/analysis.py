@@ -9,7 +9,6 @@ from typing import Generic, TypeVar, cast
 import xarray as xr
 from omegaconf import DictConfig
 from rich.console import Console
-from transformer_lens.model_bridge import TransformerBridge
 from transformers.utils import logging as transformers_logging
 
 from patchsweep.analyses.stages import Stages, Unfinished
@@ -18,7 +17,6 @@ from patchsweep.cli.console import stdout
 from patchsweep.cli.progress import Bar
 from patchsweep.cli.schema.run import AnalysisRun
 from patchsweep.cli.stop import STOPPER
-from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import ConfigError
 from patchsweep.store.backends.credentials import scrub
 
@@ -35,7 +33,8 @@ class AnalysisVerb(Generic[Run]):
     name: str
     schema: type[Run]
     subject: str  # begins the message that refuses a key of sweeps, such as `edges have`
-    analyse: Callable[[Run, TransformerBridge, PromptPairs, Stages], xr.Dataset]
+    # called with model, pairs, the config's `settings`, means_from if it is used, config and stages
+    analyse: Callable[..., xr.Dataset]
     show: Callable[[Console, xr.Dataset, bool], None]  # the flag: nothing was run
     instead: Mapping[str, str] = field(default_factory=dict)  # key -> another message
 
@@ -58,8 +57,11 @@ class AnalysisVerb(Generic[Run]):
         config, console = cast(Run, as_config(cfg)), stdout()
         store = scrub(config.store.path)
         transformers_logging.disable_progress_bar()
+        settings = {**config.settings(), "config": config.identity()}
         model = config.model.load()
         pairs = config.task.load(model)
+        if "means_from" not in self.schema.unused:
+            settings["means_from"] = config.reference(model)
         STOPPER.listen()
         with Bar(console) as bar:
             stages = Stages(
@@ -70,7 +72,7 @@ class AnalysisVerb(Generic[Run]):
                 progress=bar,
             )
             try:
-                ds = self.analyse(config, model, pairs, stages)
+                ds = self.analyse(model, pairs, **settings, stages=stages)
             except Unfinished as told:
                 console.print(f"{store}: {told}")
                 return

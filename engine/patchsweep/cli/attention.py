@@ -8,13 +8,10 @@ from typing import Any, ClassVar
 import xarray as xr
 from rich.console import Console
 from rich.table import Table
-from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.analyses.attention import attention, ranked_heads
-from patchsweep.analyses.stages import Stages
 from patchsweep.cli.analysis import AnalysisVerb
 from patchsweep.cli.schema.run import AnalysisRun
-from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import ConfigError
 
 N_SHOWN = 5  # number of next tokens to print
@@ -83,18 +80,6 @@ class AttentionRun(AnalysisRun):
         }
 
 
-def _analyse(
-    config: AttentionRun, model: TransformerBridge, pairs: PromptPairs, stages: Stages
-) -> xr.Dataset:
-    return attention(
-        model,
-        pairs,
-        **config.settings(),
-        config=config.identity(),
-        stages=stages,
-    )
-
-
 def _show(console: Console, ds: xr.Dataset, known: bool) -> None:
     for run in ("base", "source"):
         console.print(_guess(ds, run))
@@ -138,4 +123,4 @@ def _table(ds: xr.Dataset) -> Table:
     return table
 
 
-main = AnalysisVerb("attention", AttentionRun, "attention views have", _analyse, _show)
+main = AnalysisVerb("attention", AttentionRun, "attention views have", attention, _show)

@@ -5,27 +5,11 @@ from __future__ import annotations
 import xarray as xr
 from rich.console import Console
 from rich.table import Table
-from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.analyses.circuits.circuits import circuit
-from patchsweep.analyses.stages import Stages
 from patchsweep.cli.analysis import AnalysisVerb
 from patchsweep.cli.schema.circuit import CircuitRun
-from patchsweep.data.pairs import PromptPairs
 from patchsweep.store.attributes import attributes
-
-
-def _analyse(
-    config: CircuitRun, model: TransformerBridge, pairs: PromptPairs, stages: Stages
-) -> xr.Dataset:
-    return circuit(
-        model,
-        pairs,
-        **config.settings(),
-        means_from=config.reference(model),
-        config=config.identity(),
-        stages=stages,
-    )
 
 
 def _show(console: Console, ds: xr.Dataset, known: bool) -> None:
@@ -62,7 +46,7 @@ main = AnalysisVerb(
     "circuit",
     CircuitRun,
     "circuits have",
-    _analyse,
+    circuit,
     _show,
     instead={"intervention": "circuits call it ablation; give ablation=mean, say"},
 )

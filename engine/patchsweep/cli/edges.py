@@ -6,31 +6,15 @@ import numpy as np
 import xarray as xr
 from rich.console import Console
 from rich.table import Table
-from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.analyses.circuits.edges import screen_edges
-from patchsweep.analyses.stages import Stages
 from patchsweep.cli.analysis import AnalysisVerb
 from patchsweep.cli.schema.edges import EdgesRun
-from patchsweep.data.pairs import PromptPairs
 from patchsweep.report.edges import Row, correlation, rows_of
 from patchsweep.results.stated import stated_errors
 from patchsweep.store.attributes import attributes
 
 N_SHOWN = 12
-
-
-def _analyse(
-    config: EdgesRun, model: TransformerBridge, pairs: PromptPairs, stages: Stages
-) -> xr.Dataset:
-    return screen_edges(
-        model,
-        pairs,
-        **config.settings(),
-        means_from=config.reference(model),
-        config=config.identity(),
-        stages=stages,
-    )
 
 
 def _show(console: Console, ds: xr.Dataset, known: bool) -> None:
@@ -92,7 +76,7 @@ main = AnalysisVerb(
     "edges",
     EdgesRun,
     "edges have",
-    _analyse,
+    screen_edges,
     _show,
     instead={
         "tolerance": "a tolerance is for patches of sites, and an edge changes a stream of its "

@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import xarray as xr
 from rich.console import Console
 from rich.table import Table
-from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.analyses.heads import effects, study
 from patchsweep.analyses.heads.findings import ALL, TRAINED
-from patchsweep.analyses.stages import Stages
 from patchsweep.cli.analysis import AnalysisVerb
 from patchsweep.cli.console import stdout
 from patchsweep.cli.schema.heads import HeadsRun
-from patchsweep.data.pairs import PromptPairs
 
 N_SHOWN = 8  # number of heads to list per class
 
 
-def _analyse(
-    config: HeadsRun, model: TransformerBridge, pairs: PromptPairs, stages: Stages
-) -> xr.Dataset:
-    return study(
-        model,
-        pairs,
-        **config.settings(),
-        means_from=config.reference(model),
-        config=config.identity(),
-        stages=stages,
-        stage=lambda words: stdout().print(f"{words} ..."),
-    )
+def _say(stage: str) -> None:
+    stdout().print(f"{stage} ...")
 
 
 def _show(console: Console, ds: xr.Dataset, known: bool) -> None:
@@ -87,4 +76,4 @@ def _ablations(ds: xr.Dataset) -> Table:
     return table
 
 
-main = AnalysisVerb("heads", HeadsRun, "heads have", _analyse, _show)
+main = AnalysisVerb("heads", HeadsRun, "heads have", partial(study, stage=_say), _show)

@@ -6,13 +6,10 @@ import numpy as np
 import xarray as xr
 from rich.console import Console
 from rich.table import Table
-from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.analyses.latents import agreement, largest_latents, latents
-from patchsweep.analyses.stages import Stages
 from patchsweep.cli.analysis import AnalysisVerb
 from patchsweep.cli.schema.latents import LatentsRun
-from patchsweep.data.pairs import PromptPairs
 
 N_SHOWN = 10
 # keys of sweeps for which something else does the same
@@ -22,17 +19,6 @@ INSTEAD = {
         "a tolerance is for the sites of a sweep; latents run exactly, top=100 of them say"
     ),
 }
-
-
-def _analyse(
-    config: LatentsRun, model: TransformerBridge, pairs: PromptPairs, stages: Stages
-) -> xr.Dataset:
-    settings = {
-        **config.settings(),
-        "means_from": config.reference(model),
-        "config": config.identity(),
-    }
-    return latents(model, pairs, config.load(), **settings, stages=stages)
 
 
 def _show(console: Console, ds: xr.Dataset, known: bool) -> None:
@@ -61,4 +47,4 @@ def _table(ds: xr.Dataset) -> Table:
     return table
 
 
-main = AnalysisVerb("latents", LatentsRun, "latents have", _analyse, _show, INSTEAD)
+main = AnalysisVerb("latents", LatentsRun, "latents have", latents, _show, INSTEAD)

@@ -24,29 +24,26 @@ from patchsweep.sweeps.identity import sealed
 N_SHOWN = 10
 
 
-def _analyse(
-    config: LensRun, model: TransformerBridge, pairs: PromptPairs, stages: Stages
+def _lens(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    *,
+    removals: Mapping[str, Any] | None,
+    stages: Stages,
+    **settings: Any,
 ) -> xr.Dataset:
-    settings = {**config.settings(), "config": config.identity()}
+    """Return the lens, with `removals` (arguments of `sublayers`) also what each sublayer does."""
 
     def described() -> dict[str, Any]:
-        attrs = {**describe(model, pairs, **settings), "sublayers": config.sublayers}
-        if config.sublayers:  # a separate sweep, which the lens's identity does not cover
-            removed_by = {"runner": config.runner.name, "max_tokens": config.runner.max_tokens}
-            attrs[IDENTITY] = sealed({**attrs[IDENTITY], "sublayers": removed_by})
+        attrs = {**describe(model, pairs, **settings), "sublayers": removals is not None}
+        if removals is not None:  # a separate sweep, which the lens's identity does not cover
+            attrs[IDENTITY] = sealed({**attrs[IDENTITY], "sublayers": dict(removals)})
         return attrs
 
     def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
         ds = lens(model, pairs, **settings, stages=stages)
-        if config.sublayers:
-            removed = sublayers(
-                model,
-                pairs,
-                which=ds.attrs["prompt"],
-                runner=config.runner.name,  # type: ignore[arg-type]  # RunnerConfig's check
-                max_tokens=config.runner.max_tokens,
-                stages=stages,
-            )
+        if removals is not None:
+            removed = sublayers(model, pairs, which=ds.attrs["prompt"], **removals, stages=stages)
             ds = ds.merge(removed, compat="no_conflicts", combine_attrs="override")
             used = attributes(removed)["provenance"]
             ds.attrs |= {key: used[key] for key in ("runner", "runner_reason")}
@@ -135,4 +132,4 @@ def _removals(ds: xr.Dataset) -> Table:
     return table
 
 
-main = AnalysisVerb("lens", LensRun, "a lens has", _analyse, _show)
+main = AnalysisVerb("lens", LensRun, "a lens has", _lens, _show)

@@ -6,27 +6,10 @@ import numpy as np
 import xarray as xr
 from rich.console import Console
 from rich.table import Table
-from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.analyses.circuits.multiverse import multiverse
-from patchsweep.analyses.stages import Stages
 from patchsweep.cli.analysis import AnalysisVerb
 from patchsweep.cli.schema.multiverse import MultiverseRun
-from patchsweep.data.pairs import PromptPairs
-
-
-def _analyse(
-    config: MultiverseRun, model: TransformerBridge, pairs: PromptPairs, stages: Stages
-) -> xr.Dataset:
-    return multiverse(
-        model,
-        pairs,
-        config.scored_by(),
-        config.count,
-        **config.settings(),
-        config=config.identity(),
-        stages=stages,
-    )
 
 
 def _show(console: Console, ds: xr.Dataset, known: bool) -> None:
@@ -71,7 +54,7 @@ main = AnalysisVerb(
     "multiverse",
     MultiverseRun,
     "the ways to measure a circuit have",
-    _analyse,
+    multiverse,
     _show,
     instead={
         "intervention": "several are run; choose with ablations=[resample,mean], say",

@@ -6,22 +6,12 @@ import numpy as np
 import xarray as xr
 from rich.console import Console
 from rich.table import Table
-from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.analyses.stages import Stages
 from patchsweep.analyses.tracing import largest_effects, trace
 from patchsweep.cli.analysis import AnalysisVerb
 from patchsweep.cli.schema.trace import TraceRun
-from patchsweep.data.pairs import PromptPairs
 
 N_SHOWN = 5
-
-
-def _analyse(
-    config: TraceRun, model: TransformerBridge, pairs: PromptPairs, stages: Stages
-) -> xr.Dataset:
-    settings = {**config.settings(), "config": config.identity()}
-    return trace(model, pairs, config.corruption(), **settings, stages=stages)
 
 
 def _show(console: Console, ds: xr.Dataset, known: bool) -> None:
@@ -48,4 +38,4 @@ def _table(ds: xr.Dataset) -> Table:
     return table
 
 
-main = AnalysisVerb("trace", TraceRun, "a trace has", _analyse, _show)
+main = AnalysisVerb("trace", TraceRun, "a trace has", trace, _show)

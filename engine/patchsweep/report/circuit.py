@@ -10,7 +10,14 @@ import numpy as np
 import xarray as xr
 
 from patchsweep.report import question
-from patchsweep.report.figure import RED_BLUE, SERIES, figure, figure_scripts, plain
+from patchsweep.report.figure import (
+    RED_BLUE,
+    SERIES,
+    figure,
+    figure_scripts,
+    level_lines,
+    plain,
+)
 from patchsweep.report.graph import Drawn, draw_graph
 from patchsweep.report.html import count, esc, number, percent, plural
 from patchsweep.report.shell import page, section
@@ -150,13 +157,9 @@ def _curves(ds: xr.Dataset, n: int) -> str:
             "tickvals": [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100],
         },
         "yaxis": {"title": {"text": f"share of {plain(metric)}"}},
-        "shapes": [
-            {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y, "layer": "below",
-             "line": {"color": "#7c8894", "width": 1, "dash": "dash"}}
-            for y in (0, 1)
-        ],
+        "shapes": level_lines(0, 1),
         "height": 380,
-    }  # fmt: skip
+    }
     drawn = figure(f"curve-{n}", traces, layout, caption="Point at a size for its numbers.")
     return f'<p>{_words(ds, metric)}</p><div class="grid">{drawn}</div>'
 

@@ -57,6 +57,13 @@ _LAYOUT: dict[str, Any] = {
 }
 
 
+def level_lines(*values: float) -> list[dict[str, Any]]:
+    """Return shapes of a layout: a dashed line across the plot at each value of y."""
+    dashed = {"color": "#7c8894", "width": 1, "dash": "dash"}
+    across = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "layer": "below", "line": dashed}
+    return [{**across, "y0": y, "y1": y} for y in values]
+
+
 def figure(
     name: str,
     traces: Sequence[Mapping[str, Any]],

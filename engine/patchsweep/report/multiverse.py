@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from patchsweep.report.figure import SERIES, figure, figure_scripts, plain
+from patchsweep.report.figure import SERIES, figure, figure_scripts, level_lines, plain
 from patchsweep.report.html import count, esc, number, plural
 from patchsweep.report.shell import page, section
 from patchsweep.report.tables import provenance_table
@@ -93,13 +93,9 @@ def _curve(ds: xr.Dataset) -> str:
     layout = {
         "xaxis": {"title": {"text": "variants with less [%]"}},
         "yaxis": {"title": {"text": "faithfulness"}},
-        "shapes": [
-            {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y, "layer": "below",
-             "line": {"color": "#7c8894", "width": 1, "dash": "dash"}}
-            for y in (0, 1)
-        ],
+        "shapes": level_lines(0, 1),
         "height": 380,
-    }  # fmt: skip
+    }
     drawn = figure("variants", traces, layout, caption="Point at a variant for its choices.")
     return f'<div class="grid">{drawn}</div>'
 

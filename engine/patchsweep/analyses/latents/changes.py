@@ -15,10 +15,9 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.forward.casting import cast_while
-from patchsweep.models.offload import device_of
 from patchsweep.runners.hook_points import forward
 from patchsweep.runners.hooked import LOGIT_BYTES
-from patchsweep.spec.batch import Batch, make_batches
+from patchsweep.spec.batch import Batch
 from patchsweep.spec.dictionary import Dictionary
 from patchsweep.spec.interventions import Intervention, takes_source, values_of
 from patchsweep.spec.plan import Bools, Ints
@@ -44,6 +43,10 @@ class Changes:
 
     def __len__(self) -> int:
         return len(self.pair)
+
+    def rows(self, batch: Batch) -> Ints:
+        """Return the row of the batch of each change."""
+        return np.searchsorted(batch.pairs, self.pair).astype(np.int64)
 
     def at(self, index: Ints | Bools) -> Changes:
         """Return the changes `index`."""
@@ -101,15 +104,8 @@ def find_changes(
     the first token in which base and source differ.
     """
     found: list[list[Changes]] = [[] for _ in reader.dictionaries]
-    device = device_of(request.bridge)
-    for batch in make_batches(
-        request.pairs,
-        range(len(request.pairs)),
-        request.direction,
-        request.read,
-        device,
-        request.source_of,
-    ):
+    for own in request.batches(range(len(request.pairs))):
+        batch = next(iter(request.sources(own).values()), own)  # with another pair's source runs
         for i, changes in enumerate(_of_batch(batch, reader, intervention)):
             found[i].append(changes)
     return [

@@ -179,7 +179,7 @@ class LatentAttribution:
         estimates = []
         for one, x, (first, number) in zip(self.dictionaries, changes, where, strict=True):
             values = found.estimates.values[one.site][:, :, one.layer]
-            at = [torch.from_numpy(i).to(values.device) for i in (_rows(batch, x), x.pos)]
+            at = [torch.from_numpy(i).to(values.device) for i in (x.rows(batch), x.pos)]
             column = torch.from_numpy(first + number).to(values.device)
             estimates.append(values[:, at[0], at[1], column].cpu().numpy())
         return estimates, references
@@ -196,13 +196,8 @@ class LatentAttribution:
             here = columns.setdefault((one.site, one.layer), [])
             first = here[-1].stop if here else 0
             change: Floats = np.zeros((*batch.base.shape, len(latents)), np.float32)
-            change[_rows(batch, x), x.pos, number] = x.change
+            change[x.rows(batch), x.pos, number] = x.change
             decoder = one.decoder.to(device)[torch.from_numpy(latents).to(device)]
             here.append(Column(decoder, torch.from_numpy(change).to(device), first))
             where.append((first, number.astype(np.int64)))
         return columns, where
-
-
-def _rows(batch: Batch, changes: Changes) -> Ints:
-    """Return the row of the batch of each change."""
-    return np.searchsorted(batch.pairs, changes.pair).astype(np.int64)

@@ -70,7 +70,7 @@ class LatentPatches:
         references = [x.cpu().numpy() for x in runner.references(loaded, request.metrics)]
         sizes = [len(x) for x in changes]
         ends = np.cumsum([0, *sizes])
-        pair = _joined([np.searchsorted(batch.pairs, x.pair) for x in changes])
+        pair = _joined([x.rows(batch) for x in changes])
         of = np.repeat(np.arange(len(sizes)), sizes)
         writes = Writes(
             row=np.arange(ends[-1]),

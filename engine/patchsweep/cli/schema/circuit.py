@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from patchsweep.attribution import Method
-from patchsweep.cli.schema.run import AnalysisRun
+from patchsweep.cli.schema.run import AnalysisRun, one_method
 from patchsweep.errors import ConfigError
 
 
@@ -51,13 +51,11 @@ class CircuitRun(AnalysisRun):
         Raises:
             ConfigError: there are several methods, or the method does not score all of them.
         """
-        methods = self.method.methods()
-        if len(methods) != 1 or not isinstance(methods[0], str | Method):
-            raise ConfigError(
-                "a circuit is ranked by one method that scores all; give method=atp, ig or exact "
-                "for nodes, method=eap, eap_ig or exact for edges"
-            )
-        return methods[0]
+        return one_method(
+            self.method,
+            "a circuit is ranked by one method that scores all; give method=atp, ig or exact "
+            "for nodes, method=eap, eap_ig or exact for edges",
+        )
 
     def settings(self) -> dict[str, Any]:
         """Return the arguments of `circuit` other than model, pairs and means."""

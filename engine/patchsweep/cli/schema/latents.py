@@ -68,13 +68,10 @@ class LatentsRun(AnalysisRun):
                 "latents need dictionaries; give dictionaries=[sae_weights.safetensors], say"
             )
 
-    def load(self) -> list[Dictionary]:
-        """Read the dictionaries."""
-        return [DictionaryConfig.of(given).load() for given in self.dictionaries]
-
     def settings(self) -> dict[str, Any]:
-        """Return the arguments of `latents` other than model, pairs, dictionaries and config."""
+        """Return the arguments of `latents` other than model, pairs, means and config."""
         return {
+            "dictionaries": [DictionaryConfig.of(given).load() for given in self.dictionaries],
             "metrics": self.metric.metrics(),
             "estimates": [*self.estimates],
             "top": self.top,

@@ -51,7 +51,10 @@ class LensRun(AnalysisRun):
             raise ConfigError("patch needs a site; give patch.site=z, or leave the patch out")
 
     def settings(self) -> dict[str, Any]:
-        """Return the arguments of `lens` other than model, pairs and config."""
+        """Return the arguments of `lens` other than model, pairs and config, and `removals`.
+
+        `removals`: the arguments of `sublayers`; None: sublayers are not removed.
+        """
         removed: Sublayer | None = None
         if self.remove is not None:
             kind, _, layer = self.remove.partition(":")
@@ -73,4 +76,7 @@ class LensRun(AnalysisRun):
             "remove": removed,
             "patch": patches,
             "top": self.top,
+            "removals": {"runner": self.runner.name, "max_tokens": self.runner.max_tokens}
+            if self.sublayers
+            else None,
         }

@@ -7,8 +7,7 @@ from typing import Any, ClassVar
 
 from patchsweep.analyses.circuits.multiverse import OPTIONS
 from patchsweep.attribution import Method
-from patchsweep.cli.schema.run import AnalysisRun
-from patchsweep.errors import ConfigError
+from patchsweep.cli.schema.run import AnalysisRun, one_method
 
 
 @dataclass
@@ -45,16 +44,16 @@ class MultiverseRun(AnalysisRun):
         Raises:
             ConfigError: there are several.
         """
-        methods = self.method.methods()
-        if len(methods) != 1 or not isinstance(methods[0], str | Method):
-            raise ConfigError(
-                "a circuit is ranked by one method that scores all edges; give method=eap_ig, say"
-            )
-        return methods[0]
+        return one_method(
+            self.method,
+            "a circuit is ranked by one method that scores all edges; give method=eap_ig, say",
+        )
 
     def settings(self) -> dict[str, Any]:
-        """Return the arguments of `multiverse` other than model, pairs, scores and count."""
+        """Return the arguments of `multiverse` other than model, pairs and config."""
         return {
+            "scores": self.scored_by(),
+            "count": self.count,
             **{name: getattr(self, name) for name in OPTIONS},
             "metrics": self.metric.metrics(),
             "read": self.metric.read,

@@ -21,7 +21,7 @@ from omegaconf import MISSING, OmegaConf
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.arguments import check_runner, is_whole
-from patchsweep.attribution import IntegratedInputs, IntegratedSite
+from patchsweep.attribution import IntegratedInputs, IntegratedSite, Method
 from patchsweep.attribution.quadrature import Path
 from patchsweep.cli.schema.task import BuiltinTask, FileTask, TaskConfig, TextTask
 from patchsweep.data.pairs import PromptPairs
@@ -140,6 +140,18 @@ class ScreenMethod(MethodConfig):
 
     def methods(self) -> list[MethodLike]:
         return [Screen(**asdict(self))]
+
+
+def one_method(config: MethodConfig, otherwise: str) -> str | Method:
+    """Return the one attribution method of `config`.
+
+    Raises:
+        ConfigError: it has several, or a screen; the message is `otherwise`.
+    """
+    methods = config.methods()
+    if len(methods) != 1 or not isinstance(methods[0], str | Method):
+        raise ConfigError(otherwise)
+    return methods[0]
 
 
 @dataclass

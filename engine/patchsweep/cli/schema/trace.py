@@ -38,14 +38,11 @@ class TraceRun(AnalysisRun):
     kinds: list[str] = field(default_factory=lambda: [*KINDS[:3]])
     window: int = 10  # blocks whose MLP or attention writes are restored together
 
-    def corruption(self) -> Noise:
-        """Return the noise."""
-        noise = self.noise
-        return Noise(noise.label, noise.scale, noise.samples, noise.seed)
-
     def settings(self) -> dict[str, Any]:
-        """Return the arguments of `trace` other than model, pairs, noise and config."""
+        """Return the arguments of `trace` other than model, pairs and config."""
+        noise = self.noise
         return {
+            "corruption": Noise(noise.label, noise.scale, noise.samples, noise.seed),
             "metrics": self.metric.metrics(),
             "kinds": [*self.kinds],
             "window": self.window,
