@@ -63,6 +63,8 @@ def common_of(kind: str, argument: str) -> dict[str, Any]:
     """What else a run and the one before have in common where `argument` differs."""
     if argument == "means_from":
         return WITH_MEANS[kind]
+    if argument == "tolerance":
+        return {"edges": {"top": "all"}, "exact_edges": {"edges": "all"}}[kind]
     return {"steps": 2} if argument in ("rule", "rtol") else {}
 
 
@@ -83,6 +85,7 @@ ANALYSES: dict[str, tuple[Function, dict[str, Any], dict[str, Any]]] = {
             "rule": ("left", "rule is left in this run and gauss in"),
             "rtol": (0.1, "rtol is 0.1 in this run and 0.01 in"),
             "positions": (True, "positions is True in this run and False in"),
+            "tolerance": (0.1, "tolerance is 0.1 in this run and None in"),
         },
     ),
     "circuit": (
@@ -252,6 +255,7 @@ IN_MEMORY: dict[str, tuple[Callable[..., xr.Dataset], dict[str, Any], dict[str, 
             "direction": ("noising", "direction is"),
             "intervention": ("zero", _BY),
             "positions": (True, "positions is True"),
+            "tolerance": (0.1, "tolerance is 0.1 in this run and None in"),
         },
     ),
     "sublayers": (

@@ -12,8 +12,8 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +161,12 @@ class Stages:
             metrics: names of the metrics of `base_metric` and `source_metric`.
             attrs: all that decides the values, as attributes of an analysis.
         """
-        work = _BlockWork(lambda pairs, _: compute(pairs), lambda _: cost, len(metrics))
+        work = _BlockWork(
+            lambda pairs, _: compute(pairs),
+            lambda _: cost,
+            len(metrics),
+            counted=next(iter(shapes)),
+        )
         return self._run(name, shapes, (block, max(_n_layers(shapes), 1)), work, metrics, attrs)
 
     def run_by_layer(
@@ -184,6 +189,7 @@ class Stages:
             lambda layers: cost(layers.start),
             len(metrics),
             by_layer=True,
+            counted=next(iter(shapes)),
         )
         return self._run(name, shapes, (block, 1), work, metrics, attrs)
 
@@ -255,6 +261,15 @@ class Stages:
             time.sleep(WAIT_S)
         self.slice = Slice()
 
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Inside, stages are not divided in slices; stages behind it are again."""
+        own, self.slice = self.slice, Slice()
+        try:
+            yield
+        finally:
+            self.slice = own
+
     def _begin(self, name: str) -> str:
         assert self.parts is not None
         url = f"{self.parts}/{len(self._begun) + 1}-{name}"
@@ -286,17 +301,19 @@ class _BlockWork:
         cost: Callable[[range], int],
         n_metrics: int,
         by_layer: bool = False,
+        *,
+        counted: str,
     ) -> None:
         self.compute, self.n_metrics, self._cost = compute, n_metrics, cost
-        self._by_layer = by_layer
+        self._by_layer, self._counted = by_layer, counted
         self._kept: dict[Hashable, Computed] = {}
 
     def __contains__(self, variable: str) -> bool:
         return True
 
     def cost(self, unit: Unit) -> int:
-        """See `Work`."""
-        return self._cost(unit.layers) * len(unit.pairs)
+        """See `Work`; one variable bears the cost of all, which are computed together."""
+        return self._cost(unit.layers) * len(unit.pairs) if unit.variable == self._counted else 0
 
     def n_live(self, unit: Unit) -> int:
         """See `Work`."""

@@ -12,6 +12,7 @@ from patchsweep.cli.analysis import AnalysisVerb
 from patchsweep.cli.schema.edges import EdgesRun
 from patchsweep.report.edges import Row, correlation, rows_of
 from patchsweep.results.stated import stated_errors
+from patchsweep.results.tolerance import tolerance_notes
 from patchsweep.store.attributes import attributes
 
 N_SHOWN = 12
@@ -21,8 +22,8 @@ def _show(console: Console, ds: xr.Dataset, known: bool) -> None:
     if not known:
         console.print(_done(ds))
     console.print(_table(ds))
-    for stated in stated_errors(ds):
-        console.print(stated.words)
+    for note in (*tolerance_notes(ds), *(stated.words for stated in stated_errors(ds))):
+        console.print(note)
 
 
 def _done(ds: xr.Dataset) -> str:
@@ -31,7 +32,8 @@ def _done(ds: xr.Dataset) -> str:
     position_words = " at single positions" if attributes(ds)["positions"] else ""
     agreement = correlation(rows_of(ds, str(ds["metric"].values[0])))
     if "edge_dead" in ds:
-        run = f"all of them run exactly{_dead(ds)}; estimates"
+        how = "run with a tolerance" if "edge_linear" in ds else "run exactly"
+        run = f"all of them {how}{_dead(ds)}; estimates"
     else:
         run = f"the foremost {ds.sizes['chosen']:,} of them run exactly; over those, estimates"
     return (
@@ -78,8 +80,4 @@ main = AnalysisVerb(
     "edges have",
     screen_edges,
     _show,
-    instead={
-        "tolerance": "a tolerance is for patches of sites, and an edge changes a stream of its "
-        "own; leave it out, or run fewer edges with top=200"
-    },
 )

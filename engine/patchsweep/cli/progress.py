@@ -77,7 +77,7 @@ class Bar:
         if self._console.is_terminal:
             assert self._task is not None
             self._bar.update(self._task, completed=self._done)
-        else:
+        elif token_layers or not self._total:  # a unit without is part of another's work
             self._told = time.monotonic()
             self._console.print(
                 f"{self.n_units}/{self._to_do} {unit.name}: {token_layers} token-layers, "

@@ -261,8 +261,8 @@ class Blocks:
 
     @torch.no_grad()
     def attention_of(
-        self, layer: int, z: Float[Tensor, "row pos width"]
-    ) -> Float[Tensor, "row pos d_model"]:
+        self, layer: int, z: Float[Tensor, "*tokens width"]
+    ) -> Float[Tensor, "*tokens d_model"]:
         """Return attention's output for its heads' output `z`."""
         with self.unwrapped.block_at_hand(layer):
             return first_of(self._o[layer](z))
@@ -378,16 +378,33 @@ class Blocks:
         with self._fixed(layer, given, trace):
             return self._call(layer, x, trace, pair, start)
 
+    @torch.no_grad()
+    def finish_tokens(
+        self,
+        layer: int,
+        x: Float[Tensor, "token d_model"],
+        given: Mapping[Part, Float[Tensor, "token d_model"]],
+        trace: Trace,
+        pair: Tensor,
+        pos: Tensor,
+    ) -> Float[Tensor, "token d_model"]:
+        """Return what `finish` returns, for single tokens."""
+        with self._fixed(layer, given, trace):
+            return self._call_tokens(layer, x, trace, pair, pos)
+
     def _call(self, layer: int, x: Tensor, trace: Trace, pair: Tensor, start: int) -> Tensor:
         """Return the block's output for packed rows, with the block arguments of the trace."""
         rows, n_pos, _ = x.shape
-        block_args = trace.calls[layer].at(
-            pair.repeat_interleave(n_pos),
-            torch.arange(start, start + n_pos, device=x.device).repeat(rows),
-        )
-        out = self.unwrapped.blocks[layer](
-            x.reshape(1, rows * n_pos, -1), *block_args.args, **block_args.kwargs
-        )
+        pos = torch.arange(start, start + n_pos, device=x.device).repeat(rows)
+        tokens = x.reshape(rows * n_pos, -1)
+        out = self._call_tokens(layer, tokens, trace, pair.repeat_interleave(n_pos), pos)
+        return out.reshape(x.shape)
+
+    def _call_tokens(
+        self, layer: int, x: Tensor, trace: Trace, pair: Tensor, pos: Tensor
+    ) -> Tensor:
+        block_args = trace.calls[layer].at(pair, pos)
+        out = self.unwrapped.blocks[layer](x.unsqueeze(0), *block_args.args, **block_args.kwargs)
         return first_of(out).reshape(x.shape)
 
     @contextmanager

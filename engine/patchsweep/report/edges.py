@@ -16,6 +16,7 @@ from patchsweep.report.shell import page, section
 from patchsweep.report.tables import provenance_table
 from patchsweep.report.views import choose_views
 from patchsweep.results.stated import stated_errors
+from patchsweep.results.tolerance import tolerance_notes
 from patchsweep.store.attributes import attributes
 
 N_DRAWN = 40
@@ -162,13 +163,15 @@ def _header(ds: xr.Dataset, model: str, metrics: Sequence[str]) -> str:
     if "edge" in ds:
         found = np.isfinite(ds["edge"].values[0]).any(axis=0)
         dead = sum(attributes(ds).get("dead", {}).values())
-        facts.append(("run exactly", count(int(found.sum()) - dead)))
+        how = "run with a tolerance" if "edge_linear" in ds else "run exactly"
+        facts.append((how, count(int(found.sum()) - dead)))
         if dead:
             facts.append(("proved dead", count(dead)))
         if math.isfinite(correlation(rows)):
             facts.append(("correlation", number(correlation(rows))))
     shown = "".join(f"<div><dt>{key}</dt><dd>{value}</dd></div>" for key, value in facts)
-    stated = "".join(f'<p class="notice">{esc(x.words)}.</p>' for x in stated_errors(ds))
+    words = (*tolerance_notes(ds), *(x.words for x in stated_errors(ds)))
+    stated = "".join(f'<p class="notice">{esc(text)}.</p>' for text in words)
     return (
         f'<header><h1>Which parts of <span class="name">{esc(model)}</span> listen to which?</h1>'
         f'<p class="lead">An edge leads from a part that writes into the residual stream (a '

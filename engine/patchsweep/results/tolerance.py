@@ -51,7 +51,7 @@ def _note(ds: xr.Dataset, name: str, site: dict[str, Any], tolerance: Any) -> st
         f"largest error {error:.2g}, median {site['median_error'][metric]:.2g} in {metric}"
         for metric, error in site["largest_error"].items()
     )
-    counts = ds[name + TOKEN_LAYERS].isel(metric=0).values
+    counts = ds[name + TOKEN_LAYERS].isel(metric=0, missing_dims="ignore").values
     plan = attributes(ds)["plan"][name]
     linear = (ds[name + LINEAR] != 0).any("metric").values
     estimated = int((linear & (counts == 0)).sum())

@@ -194,9 +194,9 @@ def _sample_of(
     )
 
 
-def sampled_pairs(request: Request) -> list[int]:
+def sampled_pairs(n_pairs: int) -> list[int]:
     """Return the pairs that samples come from, evenly spread over the run's."""
-    last = len(request.pairs) - 1
+    last = n_pairs - 1
     return sorted({round(i * last / max(1, N_PAIRS - 1)) for i in range(N_PAIRS)})
 
 
@@ -264,7 +264,7 @@ class Adaptive:
 
     def calibrate(self) -> Calibration:
         """Return, per site, the loosest thresholds with sample errors within the tolerance."""
-        pairs = sampled_pairs(self.request)
+        pairs = sampled_pairs(len(self.request.pairs))
         open_sites: dict[str, list[_Part]] = {}
         for captured in [c for pair in pairs for c in self.captures.of(range(pair, pair + 1))]:
             sets = [self._sample(plan, captured, len(pairs)) for plan in self.request.plans]

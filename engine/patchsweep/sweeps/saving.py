@@ -60,7 +60,7 @@ def estimate_saving(request: Request, choice: RunnerChoice) -> Saving:
     start = time.perf_counter()
     samples = adaptive.calibrate().samples
     calibrating = time.perf_counter() - start
-    pairs = sampled_pairs(request)
+    pairs = sampled_pairs(len(request.pairs))
     n_patches = sum(len(sample.patches) for sample in samples.values())
     scaled = dict.fromkeys(samples, 0.0)  # token-layers with the tolerance, of the pairs' patches
     exact_cost, ran = 0, 0

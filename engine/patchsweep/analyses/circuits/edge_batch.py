@@ -114,6 +114,11 @@ class EdgeBatch:
     changes: Changes
     start: int  # first position at which any sender changes
 
+    @property
+    def end(self) -> int:
+        """Number of positions up to the last one that is read."""
+        return self.batch.reads[-1] + 1
+
     def score(
         self, logits: Float[Tensor, "row read d_vocab"], pair: Tensor
     ) -> Float[Tensor, "metric row"]:

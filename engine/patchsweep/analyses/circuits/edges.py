@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -13,19 +13,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.analyses.circuits.chosen_edges import ENDS, chosen_edges, run_chosen
 from patchsweep.analyses.circuits.eap import EapBatches, check_gradients, eap
 from patchsweep.analyses.circuits.edge_batch import (
-    EdgeBatch,
-    ExactBatches,
     Question,
     ask,
     nodes_of,
     run_batches,
 )
-from patchsweep.analyses.circuits.edge_dataset import edge_dataset, length_of, node_coords, strings
+from patchsweep.analyses.circuits.edge_dataset import edge_dataset, length_of, node_coords
+from patchsweep.analyses.circuits.edge_thresholds import (
+    check_edge_tolerance,
+    tolerance_setting,
+)
 from patchsweep.analyses.circuits.every_edge import every_edge
-from patchsweep.analyses.circuits.exact import exact
-from patchsweep.analyses.circuits.nodes import Edge, EdgeLike, Nodes
+from patchsweep.analyses.circuits.nodes import EdgeLike
 from patchsweep.analyses.stages import Computed, Stages
 from patchsweep.arguments import one_of, true_or_false, whole_number
 from patchsweep.attribution import RULES
@@ -45,7 +47,6 @@ from patchsweep.sweeps.layout import analysis_attrs
 Values = NDArray[np.float32]
 
 ALL = "all"
-_ENDS = ("edge_sender", "edge_reader")
 # variables of integrals besides the estimates
 _OF_INTEGRALS = {
     "error": "how far the integral of {} may be from converged",
@@ -144,6 +145,7 @@ def exact_edges(
     direction: Direction | None = SweepSpec.direction,
     intervention: str | Intervention | float | Tensor | ValueFn = SweepSpec.intervention,
     positions: bool = False,
+    tolerance: float | str | None = SweepSpec.tolerance,
     read: int = SweepSpec.read,
     means_from: MeansFrom = SweepSpec.means_from,
     stages: Stages | None = None,
@@ -163,12 +165,17 @@ def exact_edges(
 
     Args:
         positions: run every edge at every single position; NaN beyond a pair's length.
+        tolerance: with `edges="all"`: run what an edge changes noticeably and take the rest from
+            the base run's gradient, as in `patchsweep.sweep`. A sample that is run both ways keeps
+            to it; `edge_linear` is the part of each effect from the gradient,
+            `edge_token_layers` what ran for it.
         means_from: as in `patchsweep.sweep`.
         stages: as in `screen_edges`.
 
     Raises:
         PlanError: `edges` is empty, names an edge that does not exist or names one twice, or only
             some of its edges have a position.
+        ConfigError: there is a tolerance without `edges="all"`, or it is no positive number.
         PatchsweepError: another argument breaks a rule.
     """
     question = ask(
@@ -184,15 +191,18 @@ def exact_edges(
     )
     true_or_false("positions", positions)
     stages = Stages.of(stages)
-    if isinstance(edges, str) and edges == ALL:
+    every = isinstance(edges, str) and edges == ALL
+    check_edge_tolerance(question, tolerance, every, "edges='all'")
+    if every:
+        own = {"edges": ALL, "positions": positions, **tolerance_setting(tolerance)}
         return stages.results(
             model,
-            lambda: _attrs(question, {"edges": ALL, "positions": positions}),
-            lambda attrs: every_edge(question, positions, attrs, stages).assign_attrs(
+            lambda: _attrs(question, own),
+            lambda attrs: _every(question, positions, tolerance, attrs, stages).assign_attrs(
                 flat_attributes(attrs)
             ),
         )
-    parsed = _chosen(nodes_of(model), edges, length_of(question))
+    parsed = chosen_edges(nodes_of(model), edges, length_of(question))
     if positions and parsed[0].pos is not None:
         raise PlanError(
             f"edge {edges[0]!r} has a position of its own, and positions=True runs each edge at "
@@ -201,11 +211,11 @@ def exact_edges(
 
     def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
         if not positions:
-            return _exact(question, parsed, attrs, stages).assign_attrs(flat_attributes(attrs))
+            return run_chosen(question, parsed, attrs, stages).assign_attrs(flat_attributes(attrs))
         n_pos = length_of(question)
         at_positions = [replace(edge, pos=pos) for edge in parsed for pos in range(n_pos)]
-        flat = _exact(question, at_positions, attrs, stages)
-        ends = {name: ("chosen", flat[name].values[::n_pos]) for name in _ENDS}
+        flat = run_chosen(question, at_positions, attrs, stages)
+        ends = {name: ("chosen", flat[name].values[::n_pos]) for name in ENDS}
         dims = ("metric", "pair", "chosen", "pos")
         values = flat["edge"].values.reshape(*flat["base_metric"].shape, len(parsed), -1)
         return (
@@ -232,6 +242,7 @@ def screen_edges(
     rule: Rule = Path.rule,
     rtol: float = Path.rtol,
     positions: bool = False,
+    tolerance: float | str | None = SweepSpec.tolerance,
     read: int = SweepSpec.read,
     means_from: MeansFrom = SweepSpec.means_from,
     config: Mapping[str, Any] | None = None,
@@ -249,6 +260,7 @@ def screen_edges(
         steps, rule, rtol: as in `edges`.
         positions: rank and run edges at single positions, counted from the start; a pair too
             short for a position counts as 0. The coordinate `edge_pos` holds the positions.
+        tolerance: with `top="all"`, as in `exact_edges`.
         config: config of the command line, kept in the provenance.
         means_from: as in `patchsweep.sweep`.
         stages: where and how the stages "estimates" and "exact" run, see
@@ -256,6 +268,7 @@ def screen_edges(
 
     Raises:
         PlanError: `top` is less than one or more than there are edges.
+        ConfigError: there is a tolerance without `top="all"`, or it is no positive number.
         PatchsweepError: another argument breaks a rule.
     """
     question = ask(
@@ -275,10 +288,12 @@ def screen_edges(
     most = nodes.n_edges * (length_of(question) if positions else 1)
     n_exact = most if top == ALL else whole_number("top", top, least=1, most=most)
     true_or_false("positions", positions)
+    check_edge_tolerance(question, tolerance, top == ALL, "top='all'")
     stages = Stages.of(stages)
 
     def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
-        scores = _edges(question, path, None, positions, attrs, stages)
+        with stages.whole() if top == ALL else nullcontext():
+            scores = _edges(question, path, None, positions, attrs, stages)
         name = _name(path)
         screen_attrs = {
             **attrs,
@@ -289,7 +304,7 @@ def screen_edges(
         }
         of_all = {str(x): scores[x] for x in scores.data_vars if str(x).startswith(name)}
         if top == ALL:
-            found = every_edge(question, positions, attrs, stages)
+            found = _every(question, positions, tolerance, attrs, stages, scores[name])
             return found.assign(of_all).assign_attrs(flat_attributes(screen_attrs))
         values = scores[name].values
         ranked = _top_edges(values[0], n_exact)
@@ -299,14 +314,36 @@ def screen_edges(
             for dim, i in zip(("sender", "reader", "pos"), at, strict=False)
         ]
         chosen = [nodes.edge(ends) for ends in zip(*labels, strict=True)]
-        verified = _exact(question, chosen, attrs, stages)
+        verified = run_chosen(question, chosen, attrs, stages)
         dims = ("metric", "pair", "chosen")
         estimate = values.reshape(*values.shape[:2], -1)[:, :, ranked]
         estimates = {"edge_estimate": (dims, estimate), **of_all}
         return verified.assign(estimates).assign_attrs(flat_attributes(screen_attrs))
 
-    settings = {"positions": positions, "top": top, **settings_of(path)}
+    settings = {
+        "positions": positions,
+        "top": top,
+        **tolerance_setting(tolerance),
+        **settings_of(path),
+    }
     return stages.results(model, lambda: _attrs(question, settings, config), compute)
+
+
+def _every(
+    question: Question,
+    positions: bool,
+    tolerance: float | str | None,
+    attrs: Mapping[str, Any],
+    stages: Stages,
+    estimates: xr.DataArray | None = None,
+) -> xr.Dataset:
+    """Return `every_edge`; `estimates` of all edges, if they are known."""
+    if tolerance is None:
+        return every_edge(question, positions, attrs, stages)
+    if estimates is None:
+        with stages.whole():
+            estimates = _edges(question, None, None, positions, attrs, stages)["edge_eap"]
+    return every_edge(question, positions, attrs, stages, (tolerance, estimates.values))
 
 
 def _attrs(
@@ -375,60 +412,7 @@ def _edges(
     return result
 
 
-def _exact(
-    question: Question, chosen: Sequence[Edge], attrs: Mapping[str, Any], stages: Stages
-) -> xr.Dataset:
-    def run(edge_batch: EdgeBatch) -> Computed:
-        checked = [edge_batch.nodes.edge(edge) for edge in chosen]  # parallel blocks have fewer
-        return edge_batch.computed("exact", exact(edge_batch, checked).cpu().numpy())
-
-    names = list(map(str, chosen))
-    found = run_batches(
-        stages,
-        "exact",
-        ExactBatches(question),
-        {"exact": {"chosen": len(chosen)}},
-        run,
-        {**attrs, "chosen": names},
-    )
-    stages.wait()
-    positions = chosen[0].pos is not None
-    ends = ([getattr(edge, name) for edge in chosen] for name in ("sender", "reader"))
-    coords: dict[str, Any] = {
-        name: ("chosen", strings([str(end) for end in column]))
-        for name, column in zip(_ENDS, ends, strict=True)
-    }
-    if positions:
-        coords["edge_pos"] = ("chosen", np.array([edge.pos for edge in chosen]))
-    words = {"long_name": "metric with one edge patched"}
-    more = {"method": "exact", "positions": positions}
-    return edge_dataset(question, "edge", found, "exact", coords, words, more)
-
-
 def _name(path: Path | None, rules: str | None = None) -> str:
     if rules is not None:
         return f"edge_{rules}"
     return "edge_eap" if path is None else "edge_eap_ig"
-
-
-def _chosen(nodes: Nodes, given: Sequence[EdgeLike], length: int) -> list[Edge]:
-    """Return the checked edges; edges of parallel blocks are checked later, when they are known."""
-    if isinstance(given, str) or not isinstance(given, Sequence) or not given:
-        raise PlanError(
-            f"edges={given!r} is no list of edges; write [('a3.h2', 'a7.h1.q'), 'm5->logits'], "
-            "or 'all'"
-        )
-    parsed = [nodes.edge(edge) for edge in given]
-    twice, count = Counter(map(str, parsed)).most_common(1)[0]
-    if count > 1:
-        raise PlanError(f"edges names {twice} twice; name each edge once")
-    if len({edge.pos is None for edge in parsed}) > 1:
-        raise PlanError(
-            "some edges have a position and others have none; give all of them one, or none"
-        )
-    late = next((edge for edge in parsed if edge.pos is not None and edge.pos >= length), None)
-    if late is not None:
-        raise PlanError(
-            f"edge {late}: the longest prompt has {length} tokens; use positions 0..{length - 1}"
-        )
-    return parsed

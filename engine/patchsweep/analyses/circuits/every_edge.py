@@ -7,34 +7,59 @@ was interrupted, and slices divide the layers of one pair.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
+from torch import Tensor
 
-from patchsweep.analyses.circuits.dead_edges import REASONS, dead_counts, dead_edges
+from patchsweep.analyses.circuits.adaptive_edges import AdaptiveEdges
+from patchsweep.analyses.circuits.dead_edges import REASONS, RUNS, dead_counts, dead_edges
 from patchsweep.analyses.circuits.edge_batch import EdgeBatch, ExactBatches, Question, nodes_of
 from patchsweep.analyses.circuits.edge_dataset import edge_dataset, length_of, node_coords
+from patchsweep.analyses.circuits.edge_thresholds import EdgeThresholds, edge_thresholds
 from patchsweep.analyses.circuits.exact import exact
 from patchsweep.analyses.circuits.nodes import Edge, Nodes
 from patchsweep.analyses.stages import Computed, Stages, empty
 from patchsweep.forward.grad import frozen
+from patchsweep.results.tolerance import LINEAR, TOKEN_LAYERS
+from patchsweep.spec.batch import base_and_source
+from patchsweep.sweeps.thresholds import EXACTLY
 
 _DIMS = ("sender", "reader")
+_WORDS = {
+    "linear": "part of an edge's effect that is linear, from the base run's gradient",
+    "token_layers": "tokens times blocks that ran for an edge",
+}
 
 
 def every_edge(
-    question: Question, positions: bool, attrs: Mapping[str, Any], stages: Stages
+    question: Question,
+    positions: bool,
+    attrs: Mapping[str, Any],
+    stages: Stages,
+    adaptive: tuple[float | str, NDArray[np.float32]] | None = None,
 ) -> xr.Dataset:
     """Return `edge` [metric, pair, sender, reader(, pos)], the raw metric with each edge patched.
 
     NaN where there is no edge or no position. `edge_dead` [pair, sender, reader(, pos)] holds the
     code of `REASONS` of edges that were proved dead: their value is the base metric. -1: no edge.
+    `adaptive`: a tolerance, and the first-order effects [metric, pair, sender, reader(, pos)] that
+    choose its sample. `edge_linear`, with the dims of `edge`, holds the part of each effect that
+    comes from the gradient then, and `edge_token_layers`, with those of `edge_dead`, what ran.
     """
     nodes = nodes_of(question.bridge)
-    batches = _Batches(question)
+    batches = _Batches(question, adaptive is not None)
+    found_thresholds: EdgeThresholds | None = None
+    if adaptive is not None:
+        tolerance, estimates = adaptive
+        with stages.whole():
+            found_thresholds = edge_thresholds(
+                question, batches.adaptive_at, estimates, tolerance, attrs, stages
+            )
+        attrs = {**attrs, "thresholds": list(found_thresholds.level)}
     of_layer = nodes.of_layer(0)
     dims = {
         "layer": nodes.n_layers + 1,
@@ -44,25 +69,28 @@ def every_edge(
     if positions:
         dims["pos"] = length_of(question)
     n_metrics, n_pairs = len(question.metrics), len(question.pairs)
-    shapes = {
-        "exact": {"metric": n_metrics, "pair": n_pairs, **dims},
-        "dead": {"pair": n_pairs, **dims},
-    }
+    by_metric, by_pair = {"metric": n_metrics, "pair": n_pairs, **dims}, {"pair": n_pairs, **dims}
+    shapes = {"exact": by_metric, "dead": by_pair}
+    if adaptive is not None:
+        shapes |= {"linear": by_metric, "token_layers": by_pair}
 
     def block(pairs: range, layer: int) -> Computed:
         sizes = {name: {**shape, "layer": 1} for name, shape in shapes.items()}
         cells = empty(sizes, pairs)
         references = np.full((2, n_metrics, len(pairs)), np.nan, np.float32)
         with frozen(question.bridge):
-            for edge_batch in batches.at(pairs):
+            for ready in batches.at(pairs):
+                edge_batch = ready.edge_batch
                 rows = [pair - pairs.start for pair in edge_batch.batch.pairs]
                 references[:, :, rows] = [x.cpu().numpy() for x in edge_batch.references()]
-                _fill(cells, edge_batch, layer, rows, positions)
+                _fill(cells, ready, layer, rows, positions, found_thresholds)
         return cells, references
+
+    widths = _widths(question, positions)
 
     def cost(layer: int) -> int:
         n_edges = int(nodes.possible[:, nodes.of_layer(layer)].sum())
-        return n_edges * max(1, nodes.n_layers - layer) * batches.longest
+        return n_edges * max(1, nodes.n_layers - layer) * max(widths)
 
     found = stages.run_by_layer(
         "every",
@@ -89,37 +117,67 @@ def every_edge(
     )
     words = {"long_name": "metric with one edge patched"}
     more = {"method": "exact", "positions": positions, "dead": dead_counts(dead)}
+    if found_thresholds is not None:
+        of_widest = sum(cost(layer) for layer in range(nodes.n_layers + 1))
+        token_layers = of_widest // max(widths) * sum(widths)
+        more |= found_thresholds.attributes(int((dead == RUNS).sum()), token_layers)
     result = edge_dataset(question, "edge", values, "every", node_coords(nodes), words, more)
     why = "; ".join(f"{code}: {text}" for code, text in REASONS.items())
     text = f"why an edge was not run: {why}; -1: there is no such edge"
     result["edge_dead"] = (("pair", *_DIMS, *last), dead, {"long_name": text})
+    for name, suffix in (("linear", LINEAR), ("token_layers", TOKEN_LAYERS)):
+        if name in table:
+            own = ("metric",) if name == "linear" else ()
+            words = {"long_name": _WORDS[name]}
+            result["edge" + suffix] = ((*own, "pair", *_DIMS, *last), table[name], words)
     return result
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A batch with the changes that its senders write, and its adaptive runs."""
+
+    edge_batch: EdgeBatch
+    writes: Tensor
+    adaptive: AdaptiveEdges | None
 
 
 class _Batches(ExactBatches):
     """Batches that are kept for the next layer of the same pairs."""
 
-    def __init__(self, question: Question) -> None:
+    def __init__(self, question: Question, adaptive: bool) -> None:
         super().__init__(question)
-        self._kept: tuple[range, list[EdgeBatch]] = (range(0), [])
+        self._adaptive = adaptive
+        self._kept: tuple[range, list[_Ready]] = (range(0), [])
 
-    def at(self, pairs: range) -> list[EdgeBatch]:
+    def at(self, pairs: range) -> list[_Ready]:
         """Return the batches of `pairs`."""
         if self._kept[0] != pairs:
             self._kept = (range(0), [])  # frees the last ones first
-            self._kept = (pairs, list(self.of(pairs)))
+            self._kept = (pairs, [self._ready(edge_batch) for edge_batch in self.of(pairs)])
         return self._kept[1]
+
+    def adaptive_at(self, pairs: range) -> list[AdaptiveEdges]:
+        """Return the adaptive runs of `pairs`."""
+        return [ready.adaptive for ready in self.at(pairs) if ready.adaptive is not None]
+
+    def _ready(self, edge_batch: EdgeBatch) -> _Ready:
+        adaptive = AdaptiveEdges(edge_batch, self.question) if self._adaptive else None
+        return _Ready(
+            edge_batch, edge_batch.writes() if adaptive is None else adaptive.writes, adaptive
+        )
 
 
 def _fill(
     cells: Mapping[str, NDArray[np.float32]],
-    edge_batch: EdgeBatch,
+    ready: _Ready,
     layer: int,
     rows: list[int],
     positions: bool,
+    thresholds: EdgeThresholds | None,
 ) -> None:
     """Run the edges into the readers of a layer, and write them into `rows` of the cells."""
-    nodes = edge_batch.nodes
+    edge_batch, nodes = ready.edge_batch, ready.edge_batch.nodes
     readers = nodes.readers[nodes.of_layer(layer)]
     at = np.nonzero(nodes.possible[:, nodes.of_layer(layer)])
     edges = [Edge(nodes.senders[u], readers[v]) for u, v in zip(*at, strict=True)]
@@ -128,16 +186,46 @@ def _fill(
         length = edge_batch.base.length
         edges = [replace(edge, pos=pos) for edge in edges for pos in range(length)]
         last = (length,)
-    writes = edge_batch.writes()
-    found = {
-        "exact": exact(edge_batch, edges, writes=writes).cpu().numpy(),
-        "dead": dead_edges(edge_batch, edges, writes)[None],
+    found: dict[str, NDArray[Any]] = {
+        "dead": dead_edges(edge_batch, edges, ready.writes),
     }
-    for name, values in found.items():
-        table = cells[name] if name == "exact" else cells[name][None]
+    if thresholds is None or thresholds.level == EXACTLY or ready.adaptive is None:
+        values = exact(edge_batch, edges, writes=ready.writes).cpu().numpy()
+        cost = [0 if ready.adaptive is None else ready.adaptive.exact_cost(e) for e in edges]
+        n_pairs = values.shape[1]
+        found |= {
+            "exact": values,
+            "linear": np.zeros_like(values),
+            "token_layers": np.tile(np.array(cost) // n_pairs, (n_pairs, 1)),
+        }
+    else:
+        base, source = (x.cpu().numpy() for x in edge_batch.references())
+        theta = thresholds.theta(base, source)
+        found |= zip(
+            ("exact", "linear", "token_layers"),
+            ready.adaptive.run(edges, theta, thresholds.level[1]),
+            strict=True,
+        )
+    for name, table in cells.items():
+        values = found[name]
+        own = (slice(None),) * (values.ndim - 2)  # metric
         for i, row in enumerate(rows):
-            index: tuple[Any, ...] = (slice(None), row, 0, *at, *(slice(n) for n in last))
-            table[index] = values[:, i].reshape(len(values), len(at[0]), *last)
+            index: tuple[Any, ...] = (*own, row, 0, *at, *(slice(n) for n in last))
+            table[index] = values[..., i, :].reshape(*values.shape[:-2], len(at[0]), *last)
+
+
+def _widths(question: Question, positions: bool) -> list[int]:
+    """Return how many tokens a block runs for one reader and sender, by pair.
+
+    A run begins at the first token that differs, or at each position from there on.
+    """
+    widths = []
+    for pair in question.pairs:
+        base, source = base_and_source(pair, question.direction)
+        differs = (i for i, (a, b) in enumerate(zip(base, source, strict=True)) if a != b)
+        width = len(base) - (next(differs, 0) if question.intervention.from_source else 0)
+        widths.append(width * (width + 1) // 2 if positions else width)
+    return widths
 
 
 def _by_reader(values: NDArray[np.float32], nodes: Nodes, axis: int) -> NDArray[np.float32]:

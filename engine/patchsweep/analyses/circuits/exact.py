@@ -1,12 +1,10 @@
 """Runs edges exactly: a sender's change reaches the input of one reader, and the run continues.
 
-A row is one edge of one pair. At its reader's block only what the edge changes is computed: the
-reader's q, k or v from the stream plus the sender's change (once for all readers of that stream),
-the attention of the heads that read it, and the MLP. The block's output enters the later blocks,
-where rows run in packed batches: a block's weights are read once for all rows, and positions
-before the first change are shared with the base run, as its keys and values. Tokens that nothing
-read depends on do not run: those after the last position read, and in the last block all that are
-not read, but for their keys and values.
+A row is one edge of one pair. The output of its reader's block (see `reader_rows`) enters the
+later blocks, where rows run in packed batches: a block's weights are read once for all rows, and
+positions before the first change are shared with the base run, as its keys and values. Tokens that
+nothing read depends on do not run: those after the last position read, and in the last block all
+that are not read, but for their keys and values.
 """
 
 from __future__ import annotations
@@ -16,11 +14,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from patchsweep.analyses.circuits.dead_edges import RUNS, dead_edges
 from patchsweep.analyses.circuits.edge_batch import EdgeBatch
 from patchsweep.analyses.circuits.nodes import Edge
+from patchsweep.analyses.circuits.reader_rows import ReaderRows
 from patchsweep.forward.row_attention import attend_rows
 from patchsweep.forward.trace import Part
 from patchsweep.forward.unembed import Unembed
@@ -50,7 +49,7 @@ def exact(
     live = dead_edges(edge_batch, edges, writes) == RUNS
     unembed = Unembed(edge_batch.blocks.unwrapped)
     for start, rows in _by_start(edge_batch, edges, live).items():
-        size = max(1, max_tokens // (_end(edge_batch) - start))
+        size = max(1, max_tokens // (edge_batch.end - start))
         n_batches = -(-len(rows) // size)
         for part in np.array_split(rows, n_batches):
             pair, edge = (torch.from_numpy(x).to(values.device) for x in part.T)
@@ -67,11 +66,6 @@ def exact(
     absent = [i for i, edge in enumerate(edges) if (edge.pos or 0) >= edge_batch.base.length]
     values[:, :, absent] = float("nan")
     return values
-
-
-def _end(edge_batch: EdgeBatch) -> int:
-    """Return the number of positions up to the last one that is read."""
-    return edge_batch.batch.reads[-1] + 1
 
 
 def _by_start(
@@ -109,7 +103,7 @@ class _Rows:
         start: int,
     ) -> None:
         self.edge_batch, self.edges, self.pair = edge_batch, edges, pair
-        self.writes, self.start, self.end = writes, start, _end(edge_batch)
+        self.writes, self.start, self.end = writes, start, edge_batch.end
         self.first_read = edge_batch.batch.reads[0]
 
     def run(self) -> Float[Tensor, "row read d_model"]:
@@ -155,91 +149,23 @@ class _Rows:
         edge_batch, pair = self.edge_batch, self.pair[new[0] : new[-1] + 1]
         blocks, base = edge_batch.blocks, edge_batch.base
         edges = [self.edges[i] for i in new]
-        # rows with the same stream at their reader
-        at = [(int(p), edge_batch.nodes.sender_index(e.sender), e.pos)
-              for p, e in zip(pair.tolist(), edges, strict=True)]  # fmt: skip
-        place = {key: i for i, key in enumerate(dict.fromkeys(at))}
-        stream = torch.tensor([place[key] for key in at], device=pair.device)
-        pairs = torch.tensor([p for p, _, _ in place], device=pair.device)
-        entering = base.resid[layer][pairs, self.start : self.end]
-        seen = entering + self._gained([*place]).to(entering)
+        readers = ReaderRows(edge_batch, layer, edges, pair, self.writes, self.start, self.end)
         late = slice(first - self.start, None)
         if layer == blocks.n_layers:
-            return seen[stream][:, late]
+            return readers.seen[readers.stream][:, late]
         x = base.resid[layer][pair, first : self.end]
         out = torch.empty_like(x)
-        is_mlp = np.array([edge.reader.kind == "mlp" for edge in edges])
-        for kind in (False, True):
-            rows = torch.from_numpy(np.flatnonzero(is_mlp == kind)).to(pair.device)
+        for is_mlp in (False, True):
+            rows = readers.rows(is_mlp)
             if not len(rows):
                 continue
-            members = [edges[i] for i in rows.tolist()]
             given: dict[Part, Tensor] = {}
-            if members[0].reader.kind == "mlp":
-                used, local = stream[rows].unique(return_inverse=True)
-                mlp = blocks.mlp_of(
-                    layer, seen[used][:, late], base, pairs[used], first,
-                    held={"attn": base.part(layer, "attn")[pairs[used], first : self.end]},
-                )  # fmt: skip
-                given["mlp"] = mlp[local]
+            if is_mlp:
+                given["mlp"] = readers.mlp(rows, first, self.end)
                 given["attn"] = base.part(layer, "attn")[pair[rows], first : self.end]
             else:
-                z = self._z(layer, members, stream[rows], seen, pairs, pair[rows])
-                given["attn"] = blocks.attention_of(layer, z[:, late])
+                given["attn"] = blocks.attention_of(layer, readers.z(rows)[:, late])
                 if edge_batch.nodes.parallel[layer]:  # the MLP reads nothing that changes
                     given["mlp"] = base.part(layer, "mlp")[pair[rows], first : self.end]
             out[rows] = blocks.finish(layer, x[rows], given, base, pair[rows], first)
         return out
-
-    def _gained(
-        self, at: Sequence[tuple[int, int, int | None]]
-    ) -> Float[Tensor, "stream pos d_model"]:
-        """Return what each (pair, sender, position or None) adds to the stream, from `start` on."""
-        pair, sender = ([key[i] for key in at] for i in (0, 1))
-        before = self.edge_batch.start
-        # a negative padding width removes positions
-        gained = nn.functional.pad(
-            self.writes[pair, sender],
-            (0, 0, before - self.start, self.end - self.edge_batch.base.length),
-        )
-        for row, (_, _, pos) in zip(gained, at, strict=True):
-            if pos is not None:
-                row[: pos - self.start] = 0.0
-                row[pos - self.start + 1 :] = 0.0
-        return gained
-
-    def _z(
-        self,
-        layer: int,
-        edges: Sequence[Edge],
-        stream: Tensor,
-        seen: Float[Tensor, "stream pos d_model"],
-        pairs: Tensor,
-        pair: Tensor,
-    ) -> Float[Tensor, "row pos width"]:
-        """Return z of rows whose readers are q, k or v; row i reads stream `stream[i]`."""
-        edge_batch, positions = self.edge_batch, slice(self.start, self.end)
-        base, nodes = edge_batch.base, edge_batch.nodes
-        used, local = stream.unique(return_inverse=True)
-        new = edge_batch.blocks.qkv_of(layer, seen[used], base, pairs[used], self.start)
-        old = base.q[layer], base.k[layer], base.v[layer]
-        kind = np.array(["qkv".index(edge.reader.kind) for edge in edges])
-        own = np.array([edge.reader.head for edge in edges])
-        share = nodes.n_heads // nodes.n_kv_heads
-        z = base.z[layer][pair, positions].unflatten(-1, (nodes.n_heads, -1))
-        for head in range(nodes.n_heads):
-            reads = np.where(kind == 0, own == head, own == head // share)
-            if not reads.any():
-                continue
-            rows = torch.from_numpy(np.flatnonzero(reads)).to(pair.device)
-            parts: list[Tensor] = []
-            for i, (mine, known) in enumerate(zip(new, old, strict=True)):
-                h = head if i == 0 else head // share
-                value = known[pair[rows], h, positions]
-                changed = torch.from_numpy(np.flatnonzero(kind[reads] == i)).to(pair.device)
-                value[changed] = mine[local[rows[changed]], h]
-                parts.append(value.unsqueeze(1))
-            q, k, v = parts
-            found = attend_rows(base, layer, q, k, v, pair[rows], self.start, head)
-            z[rows, :, head] = found.squeeze(2)
-        return z.flatten(2)

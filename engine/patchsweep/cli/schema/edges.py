@@ -21,7 +21,6 @@ class EdgesRun(AnalysisRun):
         "runner",
         "precision",
         "compute_dtype",
-        "tolerance",
     )
 
     top: Any = 200  # foremost edges that are run exactly; all: every edge
@@ -36,6 +35,11 @@ class EdgesRun(AnalysisRun):
             raise ConfigError(
                 f"top={self.top!r} must be a whole number of at least 1, or all; 200 is usual"
             )
+        if self.tolerance is not None and self.top != "all":
+            raise ConfigError(
+                f"tolerance={self.tolerance} needs a sample, which is worth its time for all edges "
+                "alone; use top=all, or leave the tolerance out"
+            )
         path_of(self.steps, self.rule, self.rtol)  # type: ignore[arg-type]
 
     def settings(self) -> dict[str, Any]:
@@ -49,5 +53,6 @@ class EdgesRun(AnalysisRun):
             "rule": self.rule,
             "rtol": self.rtol,
             "positions": self.positions,
+            "tolerance": self.tolerance,
             "read": self.metric.read,
         }

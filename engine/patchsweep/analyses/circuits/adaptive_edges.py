@@ -1,0 +1,312 @@
+"""`AdaptiveEdges`: runs edges within two thresholds of exact, see `runners.packed.adaptive`.
+
+A row is one edge of one pair. At its reader's block, tokens whose attention output hardly changes
+are asleep; the others run the block's MLP. What leaves the block is compared with the base run, and
+the later blocks run what differs noticeably from it. The rest is multiplied with the base run's
+gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from patchsweep_kernels.tokens import Tokens
+from torch import Tensor
+
+from patchsweep.analyses.circuits.dead_edges import RUNS, dead_edges
+from patchsweep.analyses.circuits.edge_batch import EdgeBatch, Question
+from patchsweep.analyses.circuits.exact import MAX_TOKENS
+from patchsweep.analyses.circuits.nodes import Edge
+from patchsweep.analyses.circuits.reader_rows import ReaderRows
+from patchsweep.attribution.base_gradients import STREAM, base_gradients
+from patchsweep.attribution.estimates import Work
+from patchsweep.forward.capture import ActivationCache
+from patchsweep.forward.grad import GradientModel, Gradients
+from patchsweep.forward.trace import Part, Trace
+from patchsweep.forward.unembed import Unembed
+from patchsweep.runners.packed.adaptive import WAKE, AdaptiveBlocks, Thresholds
+from patchsweep.runners.packed.schedule import PackedBatch
+from patchsweep.runners.packed.tables import PackedInput
+from patchsweep.spec.plan import Bools, Ints
+from patchsweep.spec.spec import model_shape
+
+
+@dataclass(frozen=True)
+class _Rows(PackedBatch):
+    """Edges that run together, sorted by pair; `entry` is the block behind their readers."""
+
+    edges: tuple[Edge, ...]
+    of_layers: int
+    is_read: Bools  # [pos]
+
+    @property
+    def n_layers(self) -> int:
+        """Blocks of the model."""
+        return self.of_layers
+
+    @property
+    def n_pairs(self) -> int:
+        """Pairs of the batch."""
+        return int(self.pair.max()) + 1
+
+    @property
+    def reads(self) -> Bools:
+        """See `PackedBatch`."""
+        return np.broadcast_to(self.is_read, (self.n_pairs, self.length))
+
+    @cached_property
+    def write_layers(self) -> Bools:
+        """See `PackedBatch`: edges write nothing inside of later blocks."""
+        return np.zeros((len(self.patch), self.of_layers + 1), bool)
+
+
+class AdaptiveEdges:
+    """Runs edges of one batch of pairs."""
+
+    def __init__(self, edge_batch: EdgeBatch, question: Question) -> None:
+        self.edge_batch = edge_batch
+        self.writes = edge_batch.writes()
+        self.gradients = _gradients(edge_batch, question)
+        self.cache = _cache(edge_batch.base)
+        self.unembed = Unembed(edge_batch.blocks.unwrapped)
+
+    def exact_cost(self, edge: Edge) -> int:
+        """Return the most token-layers that an exact run of an edge takes, in all pairs."""
+        width = self.edge_batch.end - (self.edge_batch.start if edge.pos is None else edge.pos)
+        n_layers = max(0, self.edge_batch.blocks.n_layers - edge.reader.layer)
+        return width * n_layers * self.edge_batch.base.n_pairs
+
+    @torch.no_grad()
+    def run(
+        self,
+        edges: Sequence[Edge],
+        theta: Float[NDArray[np.float32], "metric pair"],
+        tau: float,
+        max_tokens: int = MAX_TOKENS,
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
+        """Return metrics and their linear parts `[metric, pair, edge]`, and token-layers.
+
+        `theta` is in units of the metric, `tau` relative. Dead edges have the base metric. NaN
+        where the prompts do not have an edge's position.
+        """
+        edge_batch = self.edge_batch
+        base, _ = edge_batch.references()
+        values = base.unsqueeze(-1).repeat(1, 1, len(edges)).cpu().numpy()
+        linear, token_layers = np.zeros_like(values), np.zeros(values.shape[1:], np.int64)
+        pair, edge = np.nonzero(dead_edges(edge_batch, edges, self.writes) == RUNS)
+        layer = np.array([e.reader.layer for e in edges])[edge]
+        sender = np.array([edge_batch.nodes.sender_index(e.sender) for e in edges])[edge]
+        start = np.array([edge_batch.start if e.pos is None else e.pos for e in edges])[edge]
+        for first in np.unique(start).tolist():
+            mine = np.flatnonzero(start == first)
+            mine = mine[np.lexsort((sender[mine], pair[mine], layer[mine]))]
+            n_batches = -(-len(mine) * (edge_batch.end - first) // (_FULL * max_tokens))
+            for part in np.array_split(mine, n_batches):
+                rows = part[np.argsort(pair[part], kind="stable")]
+                at = pair[rows], edge[rows]
+                values[:, *at], linear[:, *at], token_layers[at] = self._batch(
+                    [edges[i] for i in at[1]], at[0], first, theta, tau, max_tokens
+                )
+        absent = [i for i, e in enumerate(edges) if (e.pos or 0) >= edge_batch.base.length]
+        values[:, :, absent] = np.nan
+        return values, linear, token_layers
+
+    def _batch(
+        self,
+        edges: Sequence[Edge],
+        pair: Ints,
+        start: int,
+        theta: NDArray[np.float32],
+        tau: float,
+        max_tokens: int,
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
+        edge_batch, n = self.edge_batch, len(edges)
+        n_layers, end = edge_batch.blocks.n_layers, edge_batch.end
+        is_read = np.isin(np.arange(end), edge_batch.batch.reads)
+        rows = _Rows(
+            sets=(),
+            length=end,
+            place=np.arange(n),
+            which=np.zeros(n, np.int64),
+            patch=np.arange(n),
+            pair=pair,
+            entry=np.array([min(e.reader.layer + 1, n_layers) for e in edges]),
+            token_entry=np.zeros(n, bool),
+            start=np.full(n, start),
+            stop=np.full(n, end),
+            edges=tuple(edges),
+            of_layers=n_layers,
+            is_read=is_read,
+        )
+        device = self.cache.devices[0]
+        thresholds = Thresholds(
+            torch.from_numpy(theta[:, pair]).float().to(device),
+            torch.full((n,), tau, device=device),
+        )
+        given = PackedInput(self.cache, (), {i: i for i in range(rows.n_pairs)})
+        ran = _Blocks(self, rows, given, thresholds, max_tokens).run(max_tokens, None)
+        pairs = torch.from_numpy(pair).to(device)
+        base, _ = edge_batch.references()
+        values = base[:, pairs]
+        awake, row = ran.row.unique_consecutive(return_inverse=True)
+        if len(awake):
+            reads = list(edge_batch.batch.reads)
+            final = self.cache.resid[-1][pairs[awake]][:, reads]
+            which = torch.zeros(end, dtype=torch.int64, device=device)
+            which[reads] = torch.arange(len(reads), device=device)
+            final[row, which[ran.pos]] = ran.resid.to(final)
+            values[:, awake] = edge_batch.metrics_of(self.unembed, final, pairs[awake])
+        linear = ran.linear.to(values)
+        return (
+            (values + linear).cpu().numpy(),
+            linear.cpu().numpy(),
+            ran.token_layers.cpu().numpy(),
+        )
+
+
+class _Blocks(AdaptiveBlocks):
+    """The awake tokens of edges; rows enter behind their reader's block."""
+
+    def __init__(
+        self,
+        edges: AdaptiveEdges,
+        rows: _Rows,
+        given: PackedInput,
+        thresholds: Thresholds,
+        max_tokens: int,
+    ) -> None:
+        edge_batch = edges.edge_batch
+        super().__init__(edge_batch.blocks.unwrapped, rows, given, edges.gradients, thresholds)
+        self._edge_batch, self._writes_of_senders = edge_batch, edges.writes
+        self._rows, self._start = rows, int(rows.start[0])
+        # by the block that they enter, before the hooks of later blocks are there
+        self._entered: dict[int, list[tuple[Tokens, Tensor]]] = {}
+        readers = np.array([edge.reader.layer for edge in rows.edges])
+        for layer in np.unique(readers).tolist():
+            mine = np.flatnonzero(readers == layer)
+            n_parts = -(-len(mine) * (rows.length - self._start) // max_tokens)
+            entered = self._entered.setdefault(min(layer + 1, edge_batch.blocks.n_layers), [])
+            for part in np.array_split(mine, n_parts):
+                entered += self._enter(layer, part)
+
+    def enter_rows(self, layer: int) -> None:
+        """See `AdaptiveBlocks`."""
+        for tokens, hidden in self._entered.pop(layer, ()):
+            self.awake, self.hidden = self._merged(self.awake, self.hidden, tokens, hidden)
+
+    def _enter(self, layer: int, rows: Ints) -> Iterator[tuple[Tokens, Tensor]]:
+        """Yield the tokens of rows with readers at `layer` that stay awake behind their block."""
+        edge_batch, device = self._edge_batch, self.device
+        start, end = self._start, self._rows.length
+        row = torch.from_numpy(rows).to(device)
+        pair = self.row_pair[row]
+        readers = ReaderRows(
+            edge_batch,
+            layer,
+            [self._rows.edges[i] for i in rows],
+            pair,
+            self._writes_of_senders,
+            start,
+            end,
+        )
+        if layer == edge_batch.blocks.n_layers:
+            read = torch.from_numpy(np.flatnonzero(self._rows.is_read)).to(device)
+            read = read[read >= start]
+            tokens = _grid(row, read, pair)
+            yield tokens, readers.seen[readers.stream][:, read - start].flatten(0, 1)
+            return
+        for is_mlp in (False, True):
+            mine = readers.rows(is_mlp)
+            if len(mine):
+                enter = self._mlp_left if is_mlp else self._attention_left
+                yield self._sleep(layer, *enter(layer, readers, mine, row[mine]))
+
+    def _mlp_left(
+        self, layer: int, readers: ReaderRows, mine: Tensor, row: Tensor
+    ) -> tuple[Tokens, Tensor]:
+        """Return the tokens of rows whose MLP reads a change, with the block's output."""
+        base, pair = self._edge_batch.base, self.row_pair[row]
+        single = readers.edges[0].pos is not None
+        stop = readers.start + 1 if single else readers.end
+        positions = slice(readers.start, stop)
+        given: dict[Part, Tensor] = {
+            "mlp": readers.mlp(mine, readers.start, stop),
+            "attn": base.part(layer, "attn")[pair, positions],
+        }
+        x = base.resid[layer][pair, positions]
+        out = self._edge_batch.blocks.finish(layer, x, given, base, pair, readers.start)
+        self.token_layers[row] += x.shape[1]
+        pos = torch.arange(readers.start, stop, device=self.device)
+        return _grid(row, pos, pair), out.flatten(0, 1)
+
+    def _attention_left(
+        self, layer: int, readers: ReaderRows, mine: Tensor, row: Tensor
+    ) -> tuple[Tokens, Tensor]:
+        """Return the tokens whose attention output changes noticeably; add the others."""
+        edge_batch, pair = self._edge_batch, self.row_pair[row]
+        blocks, base = edge_batch.blocks, edge_batch.base
+        positions = slice(readers.start, readers.end)
+        z, known = readers.z(mine), base.z[layer][pair, positions]
+        delta = z - known
+        gradient = self.gradients.z[layer].to(self.device)[:, pair, :, positions]
+        heads = delta.unflatten(-1, (gradient.shape[2], -1)).transpose(1, 2)
+        effect = torch.einsum("rhtd,mrhtd->mrt", heads.to(gradient), gradient)
+        size = delta.norm(dim=-1) / known.norm(dim=-1).clamp(min=1e-30)
+        theta, tau = self.thresholds.theta[:, row], self.thresholds.tau[row]
+        wakes = (effect.abs() > theta[..., None]).any(0) | (size > WAKE * tau[:, None])
+        if layer == blocks.n_layers - 1:
+            here = self.reads[row][:, positions]
+            wakes, effect = wakes & here, effect * here
+        self.linear[:, row] += (effect * ~wakes).sum(-1).to(self.linear)
+        at, pos = wakes.nonzero().unbind(1)
+        tokens = Tokens(row[at], pos + readers.start, pair[at])
+        given: dict[Part, Tensor] = {"attn": blocks.attention_of(layer, z[at, pos])}
+        if edge_batch.nodes.parallel[layer]:  # the MLP reads nothing that changes
+            given["mlp"] = base.part(layer, "mlp")[tokens.pair, tokens.pos]
+        x = base.resid[layer][tokens.pair, tokens.pos]
+        out = blocks.finish_tokens(layer, x, given, base, tokens.pair, tokens.pos)
+        self.token_layers.index_add_(0, tokens.row, torch.ones_like(tokens.row))
+        return tokens, out
+
+
+# rows that one batch holds, in units of `max_tokens`: most of their tokens sleep
+_FULL = 8
+
+
+def _grid(row: Tensor, pos: Tensor, pair: Tensor) -> Tokens:
+    """Return the tokens at `pos` of each row."""
+    n = len(pos)
+    return Tokens(row.repeat_interleave(n), pos.repeat(len(row)), pair.repeat_interleave(n))
+
+
+def _cache(trace: Trace) -> ActivationCache:
+    """Return what adaptive blocks read of a base run."""
+    cache = ActivationCache((trace.n_pairs, trace.length))
+    cache.devices = [x.device for x in trace.resid]
+    cache.resid = [x.detach() for x in trace.resid]
+    cache.keys, cache.values, cache.calls = trace.k, trace.v, trace.calls
+    cache.heads = [q.shape[1] for q in trace.q]
+    cache.sites["rot_q"] = [q.transpose(1, 2).flatten(2) for q in trace.q]
+    return cache
+
+
+def _gradients(edge_batch: EdgeBatch, question: Question) -> Gradients:
+    """Return the gradients of the metrics on the base runs."""
+    unwrapped = edge_batch.blocks.unwrapped
+    work = Work(
+        gradients=GradientModel(unwrapped.bridge, (), STREAM, unwrapped=unwrapped),
+        batch=edge_batch.batch,
+        plans=(),
+        shape=model_shape(question.bridge),
+        metrics=edge_batch.metrics,
+        intervention=question.intervention,
+        source={},
+        source_logits=edge_batch.source.logits,
+    )
+    return base_gradients(work)[1]
