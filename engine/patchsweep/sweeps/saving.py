@@ -13,7 +13,8 @@ from patchsweep.errors import ConfigError
 from patchsweep.runners.select import RunnerChoice
 from patchsweep.spec.plan import PatchSet, SitePlan
 from patchsweep.spec.spec import Request, blocks_of, site_groups_of
-from patchsweep.sweeps.adaptive import Adaptive, sampled_pairs
+from patchsweep.sweeps.adaptive import Adaptive
+from patchsweep.sweeps.calibration import sampled_pairs
 from patchsweep.sweeps.exact import Captured
 from patchsweep.sweeps.thresholds import EXACTLY
 
@@ -60,7 +61,7 @@ def estimate_saving(request: Request, choice: RunnerChoice) -> Saving:
     start = time.perf_counter()
     samples = adaptive.calibrate().samples
     calibrating = time.perf_counter() - start
-    pairs = sampled_pairs(request)
+    pairs = sampled_pairs(len(request.pairs))
     n_patches = sum(len(sample.patches) for sample in samples.values())
     scaled = dict.fromkeys(samples, 0.0)  # token-layers with the tolerance, of the pairs' patches
     exact_cost, ran = 0, 0

@@ -76,18 +76,11 @@ def run_adaptive_batch(
     Raises:
         TooManyAwake: more than `room` tokens are awake at once.
     """
-    blocks = _AdaptiveBlocks(unwrapped, packed, given, gradients, thresholds)
-    with ExitStack() as stack:
-        stack.enter_context(blocks.hooks())
-        for layer in range(int(packed.entry.min()), unwrapped.n_layers):
-            blocks.run_block(layer, max_tokens)
-            if room is not None and len(blocks.awake) > room:
-                raise TooManyAwake
-        blocks.enter_rows(unwrapped.n_layers)
-    return blocks.result()
+    blocks = AdaptiveBlocks(unwrapped, packed, given, gradients, thresholds)
+    return blocks.run(max_tokens, room)
 
 
-class _AdaptiveBlocks(PackedBlocks):
+class AdaptiveBlocks(PackedBlocks):
     """The awake tokens of an adaptive batch, and the corrections of its rows."""
 
     def __init__(
@@ -117,6 +110,18 @@ class _AdaptiveBlocks(PackedBlocks):
         self.replaced: Tokens | None = None  # whose keys they read; None: their own
         self.keys: Tensor  # of the replaced tokens
         self.values: Tensor
+
+    def run(self, max_tokens: int, room: int | None) -> AdaptiveRows:
+        """Run all rows, see `run_adaptive_batch`."""
+        n_layers = self.unwrapped.n_layers
+        with ExitStack() as stack:
+            stack.enter_context(self.hooks())
+            for layer in range(int(self.packed.entry.min()), n_layers):
+                self.run_block(layer, max_tokens)
+                if room is not None and len(self.awake) > room:
+                    raise TooManyAwake
+            self.enter_rows(n_layers)
+        return self.result()
 
     def run_block(self, layer: int, max_tokens: int) -> None:
         """Run one block on all awake tokens; wake tokens, and put others to sleep."""
