@@ -90,7 +90,6 @@ def test_rows_with_thresholds_equal_exact_ones(name: str) -> None:
         ran = at(found, loaded, plan, level)
         errors.append(np.abs(ran.values - exact.values).max())
         costs.append(ran.token_layers.sum())
-    print(errors, costs, almost.token_layers.sum(), exact.token_layers.sum())
     assert costs == sorted(costs)
     assert errors[-1] <= max(2e-5, errors[0] / 10), errors
 
@@ -112,10 +111,9 @@ def test_a_second_patch_is_linear_on_the_run_with_the_first(name: str) -> None:
         alone = one.adaptive.exact(base.loaded, first, one.request.metrics).values
         changes.append(np.abs(exact - np.repeat(alone, 3, axis=1)).max())
         errors.append(np.abs(at(found, loaded, plan, LINEARLY).values - exact).max())
-    print(errors, changes)
     assert changes[1] > 1e-3
     assert errors[0] < 0.05 * changes[0]
-    assert errors[1] < errors[0] / 4
+    assert errors[1] < errors[0] / 8
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -135,7 +133,6 @@ def test_interactions_with_a_tolerance_are_within_it(name: str) -> None:
     assert np.quantile(np.abs(ds["patched_linear"].values), 0.9) > 1e-5, "nothing is linear"
     (note,) = tolerance_notes(ds)
     assert "patched: tolerance 0.05; on a sample of" in note
-    print(note)
 
 
 def test_sets_with_a_tolerance_are_stored_and_go_on(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -260,8 +260,8 @@ class AdaptivePatches(JointPatches):
                 continue
             theta = level[:, 0] * loaded.tolerance[:, part.pair]
 
-            def of_kept(stems: JointPlan, kept: ActivationCache) -> Gradients:
-                return self._of_kept(loaded, stems, kept)
+            def of_kept(stems: JointPlan, kept: ActivationCache, start: int) -> Gradients:
+                return self._of_kept(loaded, stems, kept, start)
 
             found.put(
                 rows,
@@ -278,8 +278,16 @@ class AdaptivePatches(JointPatches):
             )
         return found
 
-    def _of_kept(self, loaded: Tolerated, plan: JointPlan, kept: ActivationCache) -> Gradients:
-        """Return the gradients on kept runs, from the block behind each run's writes on."""
+    def _of_kept(
+        self, loaded: Tolerated, plan: JointPlan, kept: ActivationCache, start: int
+    ) -> Gradients:
+        """Return the gradients on kept runs, from the block behind each run's writes on.
+
+        Before position `start` the runs are the base runs, and their gradients are 0.
+        """
+        start = start if self._model.takes_positions else 0
+        prefix = loaded.loaded.loaded.base.prefix(start) if start else None
+        shared = replace(loaded.work, prefix=prefix)
         length, n_layers = plan.length, plan.n_layers
         n_metrics = len(self.request.metrics)
         base = loaded.gradients
@@ -296,14 +304,13 @@ class AdaptivePatches(JointPatches):
             if layer >= n_layers:
                 continue
             mine = np.flatnonzero((plan.pair == pair) & (plan.entry + 1 == layer))
-            work = loaded.work.rows([pair])
-            per_pass = token_layers_per_pass(self.request.bridge, length) // length
+            work = shared.rows([pair])
+            per_pass = token_layers_per_pass(self.request.bridge, length) // (length - start)
             most = max(1, per_pass // (n_layers - layer))
             for rows in np.array_split(mine, -(-len(mine) // most)):
                 with self._model.frozen():
-                    new = run_gradients(
-                        work, layer, kept.resid[layer][rows], logits[pair : pair + 1]
-                    )
+                    resid = kept.resid[layer][rows, start:]
+                    new = run_gradients(work, layer, resid, logits[pair : pair + 1])
                 for into, of_layers in ((found.stream, new.stream), (found.z, new.z)):
                     for x, y in zip(into[layer:], of_layers[layer:], strict=True):
                         x[:, rows] = y

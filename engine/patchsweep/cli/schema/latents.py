@@ -77,7 +77,7 @@ class LatentsRun(AnalysisRun):
             "top": self.top,
             "tolerance": self.tolerance,
             "direction": self.direction,
-            "intervention": self.intervention,
+            "intervention": self.read_intervention(),
             "read": self.metric.read,
             "compute_dtype": self.compute_dtype,
             "runner": self.runner.name,

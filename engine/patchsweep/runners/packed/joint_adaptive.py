@@ -55,8 +55,9 @@ QUERIES = (SiteLocation(SITES["rot_q"], ()),)  # what adaptive runs read besides
 # tokens that enter with one batch, in units of `max_tokens`: most of them sleep after a block
 _FULL = 4
 
-# gradients of each metric on the runs in a cache; they begin with the writes of the plan's rows
-GradientsOf = Callable[[JointPlan, ActivationCache], Gradients]
+# gradients of each metric on the runs in a cache, from a position on; they begin with the writes of
+# the plan's rows
+GradientsOf = Callable[[JointPlan, ActivationCache, int], Gradients]
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +105,7 @@ class AdaptiveJoint:
 
         Args:
             base: gradients on the base runs.
-            of_kept: returns those on other runs.
+            of_kept: returns those on other runs, of whose tokens none changes before a position.
             theta: thresholds `[metric, row]` in units of the metric.
             tau: thresholds `[row]`, relative.
             least: rows with the same first write that are run by its own gradient.
@@ -140,17 +141,18 @@ class AdaptiveJoint:
                 part = stem.part(range(first, min(first + size, stem.plan.n_rows)))
                 rows = two[part.rows]
                 kept = self.joint.kept(loaded, part.plan)
+                start = int(min(x.first[:, -1].min() for x in (part.plan, part.rest)))
                 new = self._adaptive(
                     loaded,
                     part.rest,
                     kept,
                     part.plan.pair,
-                    of_kept(part.plan, kept),
+                    of_kept(part.plan, kept, start),
                     theta[:, rows],
                     tau[rows],
                     metrics,
                 )
-                behind = plan.length * (plan.n_layers - 1 - part.plan.entry).clip(0)
+                behind = (plan.length - start) * (plan.n_layers - 1 - part.plan.entry).clip(0)
                 shared = GRADIENT * behind + _token_layers(part.plan)
                 n = np.bincount(part.rest.base, minlength=part.plan.n_rows)
                 own = new.token_layers + (shared / n)[part.rest.base]
