@@ -21,7 +21,7 @@ from patchsweep.spec.spec import SweepSpec, make_request
 from patchsweep.store.attributes import attributes
 from patchsweep.store.store import Store
 from patchsweep.store.verify import checksums
-from patchsweep.sweeps import adaptive
+from patchsweep.sweeps import calibration
 from patchsweep.sweeps import saving as saving_module
 from patchsweep.sweeps.adaptive import Adaptive
 from patchsweep.sweeps.thresholds import Calibration
@@ -192,7 +192,7 @@ def test_a_share_of_the_gap() -> None:
 
 def test_what_cannot_be_met_runs_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = (model("tiny:llama"), demo_pairs("tiny:llama"), "resid_pre")
-    monkeypatch.setattr(adaptive, "MARGIN", -1.0)
+    monkeypatch.setattr(calibration, "MARGIN", -1.0)
     within = ps.sweep(*arguments, tolerance=1e-3)
     np.testing.assert_allclose(within.resid_pre, ps.sweep(*arguments).resid_pre, atol=1e-5)
     assert (within.resid_pre_linear == 0).all()
@@ -279,7 +279,7 @@ def test_a_plan_estimates_what_the_tolerance_saves(monkeypatch: pytest.MonkeyPat
     assert saving.seconds > 0
     assert ps.plan(bridge, pairs, sites, tolerance=0.01).saving is None
 
-    monkeypatch.setattr(adaptive, "MARGIN", -1.0)  # no thresholds are enough
+    monkeypatch.setattr(calibration, "MARGIN", -1.0)  # no thresholds are enough
     saving = ps.plan(bridge, pairs, sites, tolerance=0.01, sample=True).saving
     assert saving is not None
     assert saving.share == 1

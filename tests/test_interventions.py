@@ -7,6 +7,8 @@ import patchsweep as ps
 import pytest
 import torch
 from attribution_setup import pairs_of
+from patchsweep.cli import main
+from patchsweep.cli.main import EXIT_DONE, EXIT_MISTAKE
 from patchsweep.errors import PatchsweepError
 from patchsweep.report import page_of
 from patchsweep.runners.packed.runner import PackedRunner
@@ -106,3 +108,27 @@ def test_bad_sets_of_interventions_are_refused(several, options, says, monkeypat
     monkeypatch.setattr("patchsweep.sweeps.api.select_runner", None)
     with pytest.raises(PatchsweepError, match=says):
         ps.sweep(model(NAME), pairs_of(NAME, 1), "z", intervention=several, **options)
+
+
+def test_the_command_line_runs_several(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["run", "model=tiny", "task=ioi_demo", "sites=z", "sites.layers=[1]", "store=s.zarr"]
+    key = "intervention={none:zero,half:scale(0.5),seven:0.7}"
+    assert main([*words, key]) == EXIT_DONE
+    ds = ps.open_store("s.zarr")
+    pairs = ps.load_task(model(NAME), "ioi_demo")
+    given = {"none": "zero", "half": ps.Scale(0.5), "seven": 0.7}
+    expected = ps.sweep(model(NAME), pairs, "z", layers=[1], intervention=given)
+    assert [*ds["intervention"].values] == [*given]
+    np.testing.assert_array_equal(ds["z"].values, expected["z"].values)
+    alone = ps.sweep(model(NAME), pairs, "z", layers=[1], intervention=ps.Scale(0.5))
+    assert main([*words[:-1], "store=h.zarr", "intervention=scale(0.5)"]) == EXIT_DONE
+    np.testing.assert_array_equal(ps.open_store("h.zarr")["z"].values, alone["z"].values)
+    capsys.readouterr()
+    assert main([*words, key.replace("0.5", "0.25")]) == EXIT_MISTAKE
+    assert "intervention.half is scale, factor=0.25" in capsys.readouterr().err
+    assert main(["verify", "s.zarr"]) == EXIT_DONE
+    assert main(["verify", "s.zarr", "model=tiny", "task=ioi_demo"]) == EXIT_MISTAKE
+    assert "holds several interventions" in capsys.readouterr().err
+    assert main(["verify", "h.zarr", "model=tiny", "task=ioi_demo", "-n", "3"]) == EXIT_DONE
+    assert "3 run again" in capsys.readouterr().out

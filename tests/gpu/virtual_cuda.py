@@ -351,7 +351,7 @@ def _phases(stack: ExitStack, gpu: Gpu) -> None:
     within(joint.PackedJoint, "_kept", "joint batches: runs that rows continue")
     within(joint.PackedJoint, "_run_rows", "joint batch: rows")
     within(adaptive_runner.AdaptiveRunner, "_run_batch", "adaptive batch: around the blocks")
-    within(adaptive._AdaptiveBlocks, "run_block", "adaptive batch: around a block")
+    within(adaptive.AdaptiveBlocks, "run_block", "adaptive batch: around a block")
 
 
 def move(

@@ -9,7 +9,7 @@ where the metric is nonlinear between base and patched run, and where a softmax 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -106,11 +106,13 @@ def differentiable_run(
     on_output: Callable[[int, Tensor], None] | None = None,
     on_gradient: Callable[[Place, Tensor], None] | None = None,
     after: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    entries: Mapping[int, Tensor] | None = None,
 ) -> Tensor:
     """Return the base run's logits; a backward pass from them fills `estimates` at `sites`.
 
     Each gradient is reduced over d in its hook, so that no gradient is kept. `sites` may hold more
-    than those of `estimates`; `on_gradient` is called with the gradient at each of them.
+    than those of `estimates`; `on_gradient` is called with the gradient at each of them. `entries`:
+    other rows than the base run's, see `GradientModel.forward`.
     """
 
     def add_hook(place: Place, x: Tensor) -> None:
@@ -137,4 +139,5 @@ def differentiable_run(
             on_attention=on_attention,
             on_output=on_output,
             after=after,
+            entries=entries,
         )

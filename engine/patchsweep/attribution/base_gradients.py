@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from patchsweep.attribution.atp import differentiable_run
@@ -19,6 +22,29 @@ def base_gradients(work: Work) -> tuple[Estimates, Gradients]:
     One forward and one backward pass per metric. The gradient model must hold the sites `STREAM`
     besides the swept ones. Gradients before the first token that runs are 0: nothing changes there.
     """
+    return _gradients(work)
+
+
+def run_gradients(
+    work: Work,
+    layer: int,
+    resid: Float[Tensor, "row pos d_model"],
+    base_logits: Float[Tensor, "pair read d_vocab"],
+) -> Gradients:
+    """Return the gradients on runs that begin with `resid` at the input of block `layer`.
+
+    They are 0 below that block. `resid` holds a multiple of the batch's rows, and metrics take
+    references from `base_logits`, the base run's.
+    """
+    return _gradients(work, layer, {layer: resid.detach().requires_grad_()}, base_logits)[1]
+
+
+def _gradients(
+    work: Work,
+    first: int = 0,
+    entries: Mapping[int, Tensor] | None = None,
+    base_logits: Tensor | None = None,
+) -> tuple[Estimates, Gradients]:
     estimates = work.empty()
     n_metrics, n_layers = len(work.metrics), work.shape.n_layers
     stream: list[list[Tensor]] = [[] for _ in range(n_layers + 1)]
@@ -42,9 +68,16 @@ def base_gradients(work: Work) -> tuple[Estimates, Gradients]:
         (*work.sites, *(site for site in STREAM if site not in work.sites)),
         on_output=on_output,
         on_gradient=on_gradient,
+        entries=entries,
     )
-    backward_each(work.score(logits, logits.detach()), estimates)
-    assert all(len(of_layer) == n_metrics for of_layer in (*stream, *z))
-    return estimates, Gradients(
-        [torch.stack(of_layer) for of_layer in stream], [torch.stack(of_layer) for of_layer in z]
-    )
+    references = logits.detach() if base_logits is None else base_logits
+    with torch.enable_grad():
+        backward_each(work.score(logits, references), estimates)
+    assert all(len(of_layer) == n_metrics for of_layer in (*stream[first:], *z[first:]))
+    return estimates, Gradients(*(_stacked(of_layers, first) for of_layers in (stream, z)))
+
+
+def _stacked(of_layers: list[list[Tensor]], first: int) -> list[Tensor]:
+    """Return one tensor `[metric, ...]` a layer; zeros, which take no memory, below `first`."""
+    made = [torch.stack(of_layer) for of_layer in of_layers[first:]]
+    return [made[0].new_zeros(()).expand(made[0].shape)] * first + made

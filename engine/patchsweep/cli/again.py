@@ -15,8 +15,10 @@ from typing import Any
 from omegaconf import DictConfig
 
 from patchsweep.cli.app import as_config, compose
+from patchsweep.cli.schema.intervention import read_intervention
 from patchsweep.cli.schema.run import RunConfig, SitesConfig
 from patchsweep.errors import ConfigError, StoreError
+from patchsweep.spec.directions import Scale
 from patchsweep.spec.spec import MetricLike, Request, SweepSpec, make_request
 from patchsweep.store.difference import IDENTITY
 from patchsweep.store.store import Store
@@ -52,7 +54,7 @@ class Recorded:
                 metrics=config["metric"]["names"],
                 selection={
                     "direction": config["direction"],
-                    "intervention": config["intervention"],
+                    "intervention": read_intervention(config["intervention"]),
                     "read": config["metric"]["read"],
                     "layers": sites.layers,
                     "positions": sites.positions,
@@ -66,13 +68,17 @@ class Recorded:
                 "the store holds no config of a `patchsweep run`, so its cells cannot be run "
                 "again; only stores of the command line can"
             ) from None
-        plain = [
-            recorded.sites,
-            recorded.metrics,
-            [recorded.selection["intervention"], recorded.precision],
-        ]
-        if not all(isinstance(part, list) for part in plain) or not all(
-            isinstance(name, str) for name in (*recorded.sites, *plain[2])
+        intervention = recorded.selection["intervention"]
+        if isinstance(intervention, Mapping):
+            raise ConfigError(
+                "the store holds several interventions, whose values are not run again; leave "
+                "model and task out to check its files"
+            )
+        lists = all(isinstance(part, list) for part in (recorded.sites, recorded.metrics))
+        if (
+            not lists
+            or not isinstance(intervention, str | int | float | Scale)
+            or not all(isinstance(name, str) for name in (*recorded.sites, recorded.precision))
         ):
             raise StoreError(
                 "the store's config names sites or an intervention that are no names; do not "

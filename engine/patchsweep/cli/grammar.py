@@ -37,6 +37,8 @@ _PATHS = ("model.name", "task.path", "store.path", *_OPTIONAL_PATHS)
 # functions of Hydra's grammar that sweep over values; only -m runs a sweep
 _SWEEP = re.compile(r"(choice|glob|interval|range|shuffle|sort|tag)\(.*\)", re.DOTALL)
 
+_SCALE = re.compile(r"(?<!['\"])scale\([^()]*\)")
+
 
 def is_many(arguments: list[str]) -> bool:
     """Whether the words request several runs (-m)."""
@@ -88,7 +90,12 @@ def _override(word: str, many: bool, verb: str, schema: type[RunConfig]) -> list
 
 
 def _value(key: str, value: str, many: bool) -> str:
-    """Return `value` in Hydra's grammar: quoted if `key` is a path or a prompt."""
+    """Return `value` in Hydra's grammar: quoted if `key` is a path or a prompt.
+
+    Of an intervention, the texts `scale(...)` are quoted, which Hydra takes for functions.
+    """
+    if key == "intervention":
+        return _SCALE.sub(lambda found: _quote(found[0], interpolate=True), value)
     is_path = key in _PATHS
     if not is_path and key not in _PROMPTS:
         return value

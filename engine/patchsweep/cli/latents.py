@@ -10,20 +10,20 @@ from rich.table import Table
 from patchsweep.analyses.latents import agreement, largest_latents, latents
 from patchsweep.cli.analysis import AnalysisVerb
 from patchsweep.cli.schema.latents import LatentsRun
+from patchsweep.results.tolerance import tolerance_notes
 
 N_SHOWN = 10
 # keys of sweeps for which something else does the same
 INSTEAD = {
     "method": "latents take estimates=[atp,relp], and top=100 to run the largest exactly",
-    "tolerance": (
-        "a tolerance is for the sites of a sweep; latents run exactly, top=100 of them say"
-    ),
 }
 
 
 def _show(console: Console, ds: xr.Dataset, known: bool) -> None:
     n_live, n = int(ds.attrs["n_live"]), int(ds.attrs["n_patches"])
     console.print(f"{n_live:,} of {n:,} latents and positions change; the others are dead")
+    for note in tolerance_notes(ds):
+        console.print(note)
     for one in agreement(ds):
         if one.n:
             console.print(f"{one.method}: r = {one.pearson:.3f} with {one.n:,} exact effects")

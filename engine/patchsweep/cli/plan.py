@@ -11,6 +11,7 @@ from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.console import stdout
 from patchsweep.cli.schema.plan import PlanRun
 from patchsweep.data.pairs import PromptPair
+from patchsweep.errors import ConfigError
 from patchsweep.sweeps.api import plan
 from patchsweep.sweeps.cost import Cost
 from patchsweep.sweeps.saving import Saving
@@ -29,6 +30,11 @@ def job(cfg: DictConfig) -> None:
     """Print the plan of one config; Hydra calls this."""
     config = as_config(cfg)
     assert isinstance(config, PlanRun)
+    if config.has_several:
+        raise ConfigError(
+            f"intervention={config.intervention!r} are several, and a plan counts one: the sweep "
+            "takes the sum of theirs; give one of them"
+        )
     transformers_logging.disable_progress_bar()
     model = config.model.load() if config.sample else config.model.sketch()
     pairs = config.task.load(model)

@@ -14,6 +14,7 @@ from patchsweep.analyses.latents.findings import (
 from patchsweep.report.figure import figure, figure_scripts
 from patchsweep.report.html import esc, number, token_html
 from patchsweep.report.shell import page, section
+from patchsweep.results.tolerance import tolerance_notes
 from patchsweep.store.attributes import attributes
 
 N_PAIRS = 8
@@ -37,7 +38,9 @@ def build(ds: xr.Dataset) -> str:
         f"{int(ds.attrs['n_patches']):,} patches change an activation. Effects in "
         f"{esc(metric)}.{rest}</p></header>"
     )
-    parts = [header, *_estimates(ds, metric)]
+    notes = "".join(f"<p>{esc(text)}</p>" for text in tolerance_notes(ds))
+    told = [section("tolerance", "Tolerance", notes)] if notes else []
+    parts = [header, *told, *_estimates(ds, metric)]
     parts += [_pair(ds, metric, pair) for pair in range(min(n_pairs, N_PAIRS))]
     return page(f"Latents of {model}", parts, scripts=figure_scripts())
 

@@ -45,19 +45,28 @@ def allowed_error(ds: xr.Dataset) -> np.ndarray[Any, Any]:
 
 
 def _note(ds: xr.Dataset, name: str, site: dict[str, Any], tolerance: Any) -> str:
+    if not site["n"]:
+        return f"{name}: exact; no patch is one that a tolerance makes cheaper"
     if not site["tau"]:
         return f"{name}: exact; no thresholds met the tolerance {tolerance} on the sample"
     errors = "; ".join(
         f"largest error {error:.2g}, median {site['median_error'][metric]:.2g} in {metric}"
         for metric, error in site["largest_error"].items()
     )
-    counts = ds[name + TOKEN_LAYERS].isel(metric=0, missing_dims="ignore").values
+    what, ran, exact = _counts(ds, name, site)
+    return (
+        f"{name}: tolerance {tolerance}; on a sample of {site['n']} patches run both ways: "
+        f"{errors}; {what}; {ran / max(1, exact):.1%} of the exact sweep's token-layers"
+    )
+
+
+def _counts(ds: xr.Dataset, name: str, site: dict[str, Any]) -> tuple[str, float, float]:
+    """Return words on a site's live patches, their token-layers, and those of exact runs."""
+    if "token_layers" in site:  # of an analysis: all its patches start
+        return f"{site['n_live']} live patches", site["token_layers"], site["exact_token_layers"]
+    counts = ds[name + TOKEN_LAYERS].isel(metric=0).values
     plan = attributes(ds)["plan"][name]
     linear = (ds[name + LINEAR] != 0).any("metric").values
     estimated = int((linear & (counts == 0)).sum())
-    return (
-        f"{name}: tolerance {tolerance}; on a sample of {site['n']} patches run both ways: "
-        f"{errors}; {estimated} of {plan['n_live']} live patches are linear "
-        f"estimates; {np.nansum(counts) / max(1, plan['token_layers']):.1%} of the exact "
-        "sweep's token-layers"
-    )
+    words = f"{estimated} of {plan['n_live']} live patches are linear estimates"
+    return words, float(np.nansum(counts)), float(plan["token_layers"])

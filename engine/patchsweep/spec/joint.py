@@ -9,7 +9,7 @@ it restores the base run's value. So a write is dead only if nothing changed rea
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import numpy as np
@@ -112,6 +112,20 @@ class JointPlan:
         rows = np.flatnonzero(self.live)
         return sum(int(self.counts(rows, layer).sum()) for layer in range(self.n_layers))
 
+    @cached_property
+    def n_write_layers(self) -> Ints:
+        """[row] number of blocks at which something is written."""
+        table = np.zeros((self.n_rows, self.n_layers + 1), bool)
+        table[self.writes.row, self.write_layer] = True
+        return table.sum(axis=1)
+
+    @property
+    def shared_token_layers(self) -> int:
+        """Tokens times blocks of all rows, where those with equal lowest writes share them."""
+        alone, stems = shared_stems(self)
+        shared = sum(stem.plan.token_layers + stem.rest.token_layers for stem in stems)
+        return self.part(alone).token_layers + shared
+
     def distinct(self) -> tuple[Ints, Ints]:
         """Return the first of each group of rows with the same live writes, and `[row]` which of
         these each row equals. Sets that differ in dead writes alone are such rows."""
@@ -166,10 +180,11 @@ class Stem:
         return Stem(self.plan.part(np.arange(stems.start, stems.stop)), rest, self.rows[mine])
 
 
-def shared_stems(plan: JointPlan) -> tuple[Ints, list[Stem]]:
+def shared_stems(plan: JointPlan, least: int = 2) -> tuple[Ints, list[Stem]]:
     """Return the rows that share nothing, and those that share the writes of their lowest layer.
 
-    A row shares only what lies below its second layer, so a row of one layer shares nothing.
+    A row shares only what lies below its second layer, so a row of one layer shares nothing. Fewer
+    than `least` rows with the same lowest writes do not share them.
     """
     writes = plan.writes
     low = plan.write_layer == plan.entry[writes.row]
@@ -184,7 +199,7 @@ def shared_stems(plan: JointPlan) -> tuple[Ints, list[Stem]]:
     for row in np.flatnonzero(several).tolist():
         key = int(plan.pair[row]), table[ends[row] : ends[row + 1]].tobytes()
         groups.setdefault(key, []).append(row)
-    shared = [rows for rows in groups.values() if len(rows) > 1]
+    shared = [rows for rows in groups.values() if len(rows) >= least]
     if not shared:
         return np.arange(plan.n_rows), []
     leaders = np.array([rows[0] for rows in shared], np.int64)
@@ -200,6 +215,21 @@ def shared_stems(plan: JointPlan) -> tuple[Ints, list[Stem]]:
 
     stems = of(leaders, plan.base[leaders], plan.n_bases, low)
     return alone, [Stem(stems, of(rows, base, len(shared), ~low), rows)]
+
+
+def joined(plans: Sequence[JointPlan]) -> JointPlan:
+    """Return one plan of the rows of several, which are of the same batch."""
+    first = np.cumsum([0, *(plan.n_rows for plan in plans)])
+    columns = [
+        np.concatenate([getattr(plan.writes, f.name) for plan in plans]) for f in fields(Writes)
+    ]
+    columns[0] += np.repeat(first[:-1], [len(plan.writes) for plan in plans])
+    return replace(
+        plans[0],
+        pair=np.concatenate([plan.pair for plan in plans]),
+        base=np.concatenate([plan.base for plan in plans]),
+        writes=Writes(*columns),
+    )
 
 
 def plan_joint(

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from patchsweep.attribution import Atp, check_request
@@ -36,20 +37,11 @@ from patchsweep.spec.metrics import Metric
 from patchsweep.spec.plan import PatchSet, SitePlan
 from patchsweep.spec.spec import Request, blocks_of, site_groups_of
 from patchsweep.store.layout import Unit, Variable
+from patchsweep.sweeps.calibration import Part, calibrate, n_each, sampled_pairs
 from patchsweep.sweeps.exact import Block, Captured, Captures, references_of
 from patchsweep.sweeps.executor import Values
 from patchsweep.sweeps.layout import dims_of, shape_of
-from patchsweep.sweeps.thresholds import EXACTLY, Calibration, Ran, Sample
-
-# (theta in units of the tolerance, tau) from loose to strict; a site gets the loosest one whose
-# largest error on its sample is within `MARGIN` times the tolerance
-LEVELS = ((0.3, 0.01), (0.2, 0.006), (0.1, 0.003), (0.03, 0.001), (0.01, 3e-4), (0.003, 1e-4))
-MARGIN = 1 / 3
-N_AT_ONCE = 3  # levels that are tried first, together; the others follow if none is enough
-# patches of the sample, per site: as many of the largest estimates as random live ones
-N_EACH = 12  # and a quarter of the root of the number of live patches
-# pairs that the sample comes from, evenly spread over the run's
-N_PAIRS = 4
+from patchsweep.sweeps.thresholds import EXACTLY, Calibration, Ran
 
 
 def check_adaptive(request: Request, others: Mapping[str, bool]) -> None:
@@ -62,13 +54,26 @@ def check_adaptive(request: Request, others: Mapping[str, bool]) -> None:
     for name, is_set in others.items():
         if is_set:
             raise ConfigError(f"{setting} is for method=exact, not {name}; leave one of them out")
-    if request.compute_dtype in SIXTEEN_BITS:
+    check_first_order(
+        setting, request.compute_dtype, lambda: check_request(request, (Atp(),)), "sweep"
+    )
+
+
+def check_first_order(
+    setting: str, compute_dtype: torch.dtype, check: Callable[[], None], run: str
+) -> None:
+    """Check that a run can take to first order what a patch hardly changes.
+
+    Raises:
+        ConfigError: it computes in 16 bits, or `check` finds no gradient.
+    """
+    if compute_dtype in SIXTEEN_BITS:
         raise ConfigError(
-            f"{setting} needs numbers without 16-bit rounding, and this sweep computes in "
-            f"{name_of(request.compute_dtype)}; use compute_dtype=float32"
+            f"{setting} needs numbers without 16-bit rounding, and this {run} computes in "
+            f"{name_of(compute_dtype)}; use compute_dtype=float32"
         )
     try:
-        check_request(request, (Atp(),))
+        check()
     except MethodError as error:
         raise ConfigError(
             f"{setting} takes to first order what a patch hardly changes, and cannot here: "
@@ -160,44 +165,18 @@ class _Loader:
         return self.runner.packed.references(loaded.packed, metrics)
 
 
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """The sample's patches of one site and one pair, with their exact values."""
+def packed_of(choice: RunnerChoice, tolerance: float | str | None) -> PackedRunner:
+    """Return the packed runner, the only one that runs single tokens.
 
-    captured: Captured
-    chosen: PatchSet
-    exact: Values  # [metric, patch]
-
-    @property
-    def plan(self) -> SitePlan:
-        assert isinstance(self.chosen.plan, SitePlan)
-        return self.chosen.plan
-
-    @property
-    def token_layers(self) -> int:
-        """Token-layers of the exact runs."""
-        return int(self.plan.cost[self.chosen.patches].sum())
-
-
-def _sample_of(
-    parts: Sequence[_Part], level: tuple[float, float], results: Sequence[Ran]
-) -> Sample:
-    """Return one site's sample with the errors of `results`, by part."""
-    columns = []
-    for part, (values, _, _) in zip(parts, results, strict=True):
-        effect = part.exact - part.captured.base_of(part.plan, part.chosen.patches)
-        columns.append((part.chosen.patches, part.exact, effect, values - part.exact))
-    ran = sum(int(token_layers.sum()) for _, _, token_layers in results)
-    share = 1.0 if level == EXACTLY else ran / max(1, sum(part.token_layers for part in parts))
-    return Sample(
-        level, share, *(np.concatenate(column, axis=-1) for column in zip(*columns, strict=True))
-    )
-
-
-def sampled_pairs(n_pairs: int) -> list[int]:
-    """Return the pairs that samples come from, evenly spread over the run's."""
-    last = n_pairs - 1
-    return sorted({round(i * last / max(1, N_PAIRS - 1)) for i in range(N_PAIRS)})
+    Raises:
+        ConfigError: another one was chosen.
+    """
+    if not isinstance(choice.runner, PackedRunner):
+        raise ConfigError(
+            f"tolerance={tolerance!r} needs the packed runner, but {choice.reason}; leave the "
+            "tolerance out"
+        )
+    return choice.runner
 
 
 class Adaptive:
@@ -208,14 +187,9 @@ class Adaptive:
     """
 
     def __init__(self, request: Request, choice: RunnerChoice) -> None:
-        if not isinstance(choice.runner, PackedRunner):
-            raise ConfigError(
-                f"tolerance={request.spec.tolerance!r} needs the packed runner, but "
-                f"{choice.reason}; leave the tolerance out"
-            )
         self.request = request
-        self.packed = choice.runner
-        self._loader = _Loader(request, choice.runner)
+        self.packed = packed_of(choice, request.spec.tolerance)
+        self._loader = _Loader(request, self.packed)
         self.captures = Captures(request, self._loader)
 
     def run(
@@ -265,62 +239,30 @@ class Adaptive:
     def calibrate(self) -> Calibration:
         """Return, per site, the loosest thresholds with sample errors within the tolerance."""
         pairs = sampled_pairs(len(self.request.pairs))
-        open_sites: dict[str, list[_Part]] = {}
+        parts: dict[str, list[Part]] = {}
         for captured in [c for pair in pairs for c in self.captures.of(range(pair, pair + 1))]:
             sets = [self._sample(plan, captured, len(pairs)) for plan in self.request.plans]
             for chosen, exact in zip(sets, self.exact(captured, sets), strict=True):
-                part = _Part(captured, chosen, exact)
-                open_sites.setdefault(part.plan.site.name, []).append(part)
-        samples: dict[str, Sample] = {}
-        for levels in (LEVELS[:N_AT_ONCE], LEVELS[N_AT_ONCE:]):
-            by_level = self._at_levels(open_sites, levels)
-            for name, parts in [*open_sites.items()]:
-                for level, results in zip(levels, by_level, strict=True):
-                    if self._within(parts, results[name]):
-                        samples[name] = _sample_of(parts, level, results[name])
-                        del open_sites[name]
-                        break
-        for name, parts in open_sites.items():
-            exactly = [(part.exact, np.zeros_like(part.exact), np.zeros(0, int)) for part in parts]
-            samples[name] = _sample_of(parts, EXACTLY, exactly)
-        return Calibration({plan.site.name: samples[plan.site.name] for plan in self.request.plans})
-
-    def _at_levels(
-        self, sites: Mapping[str, Sequence[_Part]], levels: Sequence[tuple[float, float]]
-    ) -> list[dict[str, list[Ran]]]:
-        """Return the results of all parts by level and site; levels and sites share batches."""
-        by_level: list[dict[str, list[Ran]]] = [{name: [] for name in sites} for _ in levels]
-        for of_pair in zip(*sites.values(), strict=True):
-            sets = [part.chosen for part in of_pair]
-            results = iter(
-                self.run(
-                    of_pair[0].captured,
-                    sets * len(levels),
-                    [level for level in levels for _ in sets],
+                plan = chosen.plan
+                assert isinstance(plan, SitePlan)
+                part = Part(
+                    captured,
+                    chosen,
+                    chosen.patches,
+                    exact,
+                    captured.base_of(plan, chosen.patches),
+                    tolerance_of(self.request, captured),
+                    int(plan.cost[chosen.patches].sum()),
                 )
-            )
-            for of_level in by_level:
-                for name in sites:
-                    of_level[name].append(next(results))
-        return by_level
-
-    def _within(self, parts: Sequence[_Part], results: Sequence[Ran]) -> bool:
-        """Whether the largest error is within `MARGIN` times the tolerance."""
-        return all(
-            bool(
-                (
-                    np.abs(values - part.exact)
-                    <= MARGIN * tolerance_of(self.request, part.captured)
-                ).all()
-            )
-            for part, (values, _, _) in zip(parts, results, strict=True)
-        )
+                parts.setdefault(plan.site.name, []).append(part)
+        samples = calibrate(parts, self.run)
+        return Calibration({plan.site.name: samples[plan.site.name] for plan in self.request.plans})
 
     def _sample(self, plan: SitePlan, captured: Captured, n_pairs: int) -> PatchSet:
         """Return a site's part of the sample in one pair, the same in every process."""
         (pair,) = captured.batch.pairs
         live = plan.live_patches([pair])
-        n = -(-(N_EACH + math.isqrt(plan.n_live) // 4) // n_pairs)
+        n = n_each(plan.n_live, n_pairs)
         estimates = np.abs(self.estimates(captured, PatchSet(plan, live))).max(axis=0)
         largest = live[np.argsort(-estimates, kind="stable")[:n]]
         rng = np.random.default_rng([zlib.crc32(plan.site.name.encode()), pair])

@@ -60,8 +60,9 @@ def requests_of(
             f"intervention={dict(named)!r} must map names to interventions, such as "
             "{'zero': 'zero', 'half': Scale(0.5)}"
         )
+    methods = [*spec.method] if isinstance(spec.method, list | tuple) else [spec.method]
     others = {
-        f"method={spec.method!r}": spec.method != SweepSpec.method,
+        f"method={spec.method!r}": methods != [SweepSpec.method],
         f"precision={spec.precision}": spec.precision != SweepSpec.precision,
         f"tolerance={spec.tolerance!r}": spec.tolerance is not None,
     }

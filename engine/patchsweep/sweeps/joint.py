@@ -270,46 +270,67 @@ class JointPatches:
         """
         request = self.request
         n_metrics = len(request.metrics)
-        values = np.empty((n_metrics, len(pairs), len(sets)), np.float32)
+        values = np.empty((self.n_columns, len(pairs), len(sets)), np.float32)
         references = np.empty((2, n_metrics, len(pairs)), np.float32)
         for batch in request.batches(pairs):
             loaded, base, source = self._of(batch)
             columns = [pair - pairs.start for pair in batch.pairs]
             references[0][:, columns], references[1][:, columns] = base, source
             plan = request.plan(batch, sets)
-            found = np.repeat(base, len(sets), axis=1)
+            found = np.zeros((len(values), plan.n_rows), np.float32)
+            found[:n_metrics] = np.repeat(base, len(sets), axis=1)
             live = np.flatnonzero(plan.live)
             if len(live):
                 part = plan.part(live)
                 first, of = part.distinct()
-                found[:, live] = self._metrics(loaded, part.part(first))[:, of]
+                numbers = np.array(sets)[live[first] % len(sets)]
+                found[:, live] = self._rows(loaded, part.part(first), numbers)[:, of]
 
             def where(row: int, batch: Batch = batch) -> str:
                 return f"patches[{sets[row % len(sets)]}] in pair {batch.pairs[row // len(sets)]}"
 
-            check_finite(found, names_of(request.metrics), where)
-            values[:, columns] = found.reshape(n_metrics, len(columns), len(sets))
+            check_finite(found[:n_metrics], names_of(request.metrics), where)
+            values[:, columns] = found.reshape(len(found), len(columns), len(sets))
         return values, references
 
-    def _metrics(self, loaded: Any, plan: JointPlan) -> Values:
+    @property
+    def n_columns(self) -> int:
+        """Numbers of each set on a pair: its metrics, and what a subclass adds."""
+        return len(self.request.metrics)
+
+    def _rows(self, loaded: Any, plan: JointPlan, numbers: Ints) -> Values:
+        """Return `[column, row]`; all rows are live, and of these sets."""
         try:
-            found: Values = self.runner.run(loaded, plan, self.request.metrics).numpy()
+            return self.rows(loaded, plan, numbers)
         except Unsupported as error:
             raise ConfigError(
                 f"runner={self.choice.runner.name} cannot run this: {error.reason}; use "
                 "runner=hooked"
             ) from error
+
+    def rows(self, loaded: Any, plan: JointPlan, numbers: Ints | None = None) -> Values:
+        """Return `[column, row]` of rows that are all live; `numbers`: of their sets."""
+        found: Values = self.runner.run(loaded, plan, self.request.metrics).numpy()
         return found
+
+    def load(
+        self,
+        batch: Batch,
+        sources: Mapping[int, Batch],
+        interventions: Sequence[Intervention],
+        used: Sequence[tuple[str, int]],
+    ) -> tuple[Any, Values, Values]:
+        """Return a captured batch, and the metrics `[metric, pair]` of base and source runs."""
+        loaded = self.runner.load(batch, sources, interventions, used)
+        base, source = self.runner.references(loaded, self.request.metrics)
+        return loaded, base.cpu().numpy(), source.cpu().numpy()
 
     def _of(self, batch: Batch) -> tuple[Any, Values, Values]:
         """Return a captured batch and its references; the last batches are kept."""
         if batch.pairs not in self._captured:
             request = self.request
-            loaded = self.runner.load(
+            loaded, base, source = self.load(
                 batch, request.sources(batch), request.interventions, request.used
-            )
-            base, source = (
-                x.cpu().numpy() for x in self.runner.references(loaded, request.metrics)
             )
             check_references(base, source, batch.pairs, request.metrics)
             self._captured = {batch.pairs: (loaded, base, source)}

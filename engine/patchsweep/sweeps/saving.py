@@ -13,7 +13,8 @@ from patchsweep.errors import ConfigError
 from patchsweep.runners.select import RunnerChoice
 from patchsweep.spec.plan import PatchSet, SitePlan
 from patchsweep.spec.spec import Request, blocks_of, site_groups_of
-from patchsweep.sweeps.adaptive import Adaptive, sampled_pairs
+from patchsweep.sweeps.adaptive import Adaptive
+from patchsweep.sweeps.calibration import sampled_pairs
 from patchsweep.sweeps.exact import Captured
 from patchsweep.sweeps.thresholds import EXACTLY
 

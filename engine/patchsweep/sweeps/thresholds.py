@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from patchsweep.errors import ConfigError
+from patchsweep.spec.finite import names_of
 from patchsweep.spec.plan import Ints
 from patchsweep.spec.spec import Request
 from patchsweep.store.difference import ADAPTIVE
@@ -38,21 +39,12 @@ class Calibration:
 
     def attributes(self, request: Request) -> dict[str, Any]:
         """Return what a store records."""
+        names = names_of(request.metrics)
         return {
             "tolerance": request.spec.tolerance,
             "sites": {
                 name: {
-                    "theta": sample.level[0],
-                    "tau": sample.level[1],
-                    "says": "exact: no thresholds met the tolerance on the sample, so every patch "
-                    "was run"
-                    if sample.level == EXACTLY
-                    else "within the tolerance on the sample",
-                    "sample_token_layers": sample.share,
-                    "n": len(sample.patches),
-                    "largest_error": _by_metric(request, np.abs(sample.error).max(axis=1)),
-                    "median_error": _by_metric(request, np.median(np.abs(sample.error), axis=1)),
-                    "error_by_effect": _by_effect(request, sample),
+                    **SampleSummary.of(sample).attributes(names),
                     "patches": sample.patches.tolist(),
                     "values": sample.values.tolist(),
                     "effect": sample.effect.tolist(),
@@ -97,15 +89,41 @@ class Calibration:
             ) from None
 
 
-def _by_metric(request: Request, numbers: Values) -> dict[str, float]:
-    return {m.name: float(x) for m, x in zip(request.metrics, numbers, strict=True)}
+@dataclass(frozen=True)
+class SampleSummary:
+    """What a run says of the sample of one site: its thresholds and its errors."""
 
+    level: tuple[float, float]
+    share: float
+    n: int  # patches
+    errors: Values  # [metric, 6] largest, median, and the largest of each quarter by size of effect
 
-def _by_effect(request: Request, sample: Sample) -> dict[str, list[float]]:
-    """Return, per metric, the largest error in each quarter of the sample, by size of effect."""
-    parts = {}
-    for i, metric in enumerate(request.metrics):
-        order = np.argsort(np.abs(sample.effect[i]))
-        quarters = np.array_split(np.abs(sample.error[i])[order], 4)
-        parts[metric.name] = [float(quarter.max(initial=0.0)) for quarter in quarters]
-    return parts
+    @classmethod
+    def of(cls, sample: Sample) -> SampleSummary:
+        """Return what is said of `sample`."""
+        size = np.abs(sample.error)
+        rows = []
+        for error, effect in zip(size, np.abs(sample.effect), strict=True):
+            quarters = np.array_split(error[np.argsort(effect)], 4)
+            of_quarters = [quarter.max(initial=0.0) for quarter in quarters]
+            rows.append([error.max(), np.median(error), *of_quarters])
+        return cls(sample.level, sample.share, len(sample.patches), np.array(rows, np.float32))
+
+    def attributes(self, metrics: Sequence[str]) -> dict[str, Any]:
+        """Return what a store records."""
+
+        def by_metric(numbers: Values) -> dict[str, Any]:
+            return dict(zip(metrics, numbers.tolist(), strict=True))
+
+        return {
+            "theta": self.level[0],
+            "tau": self.level[1],
+            "says": "exact: no thresholds met the tolerance on the sample, so every patch was run"
+            if self.level == EXACTLY
+            else "within the tolerance on the sample",
+            "sample_token_layers": self.share,
+            "n": self.n,
+            "largest_error": by_metric(self.errors[:, 0]),
+            "median_error": by_metric(self.errors[:, 1]),
+            "error_by_effect": by_metric(self.errors[:, 2:]),
+        }

@@ -24,7 +24,7 @@ from patchsweep.runners.packed.adaptive import Thresholds, TooManyAwake, run_ada
 from patchsweep.runners.packed.schedule import make_packed_batches
 from patchsweep.spec.plan import Bools, Ints, PatchSet
 from patchsweep.spec.sites import SITES
-from patchsweep.sweeps.adaptive import LEVELS, MARGIN, N_AT_ONCE, N_EACH
+from patchsweep.sweeps.calibration import LEVELS, MARGIN, N_AT_ONCE, N_EACH
 from patchsweep.transformer_lens.gradients import Metric, base_gradients
 from patchsweep.transformer_lens.packed import MAX_TOKENS, PackedCells, Written, groups
 from patchsweep.transformer_lens.precomputed import PrecomputedModel

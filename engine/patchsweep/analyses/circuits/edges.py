@@ -22,13 +22,11 @@ from patchsweep.analyses.circuits.edge_batch import (
     run_batches,
 )
 from patchsweep.analyses.circuits.edge_dataset import edge_dataset, length_of, node_coords
-from patchsweep.analyses.circuits.edge_thresholds import (
-    check_edge_tolerance,
-    tolerance_setting,
-)
+from patchsweep.analyses.circuits.edge_thresholds import check_edge_tolerance
 from patchsweep.analyses.circuits.every_edge import every_edge
 from patchsweep.analyses.circuits.nodes import EdgeLike
 from patchsweep.analyses.stages import Computed, Stages
+from patchsweep.analyses.thresholds import tolerance_words
 from patchsweep.arguments import one_of, true_or_false, whole_number
 from patchsweep.attribution import RULES
 from patchsweep.attribution.estimates import Work
@@ -194,7 +192,7 @@ def exact_edges(
     every = isinstance(edges, str) and edges == ALL
     check_edge_tolerance(question, tolerance, every, "edges='all'")
     if every:
-        own = {"edges": ALL, "positions": positions, **tolerance_setting(tolerance)}
+        own = {"edges": ALL, "positions": positions, **tolerance_words(tolerance)}
         return stages.results(
             model,
             lambda: _attrs(question, own),
@@ -323,7 +321,7 @@ def screen_edges(
     settings = {
         "positions": positions,
         "top": top,
-        **tolerance_setting(tolerance),
+        **tolerance_words(tolerance),
         **settings_of(path),
     }
     return stages.results(model, lambda: _attrs(question, settings, config), compute)

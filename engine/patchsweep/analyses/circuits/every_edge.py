@@ -19,14 +19,18 @@ from patchsweep.analyses.circuits.adaptive_edges import AdaptiveEdges
 from patchsweep.analyses.circuits.dead_edges import REASONS, RUNS, dead_counts, dead_edges
 from patchsweep.analyses.circuits.edge_batch import EdgeBatch, ExactBatches, Question, nodes_of
 from patchsweep.analyses.circuits.edge_dataset import edge_dataset, length_of, node_coords
-from patchsweep.analyses.circuits.edge_thresholds import EdgeThresholds, edge_thresholds
+from patchsweep.analyses.circuits.edge_thresholds import SITE, calibrated, run_at
 from patchsweep.analyses.circuits.exact import exact
 from patchsweep.analyses.circuits.nodes import Edge, Nodes
 from patchsweep.analyses.stages import Computed, Stages, empty
+from patchsweep.analyses.thresholds import choose_thresholds
 from patchsweep.forward.grad import frozen
 from patchsweep.results.tolerance import LINEAR, TOKEN_LAYERS
 from patchsweep.spec.batch import base_and_source
-from patchsweep.sweeps.thresholds import EXACTLY
+from patchsweep.spec.finite import names_of
+from patchsweep.store.difference import ADAPTIVE
+from patchsweep.sweeps.calibration import Level
+from patchsweep.sweeps.thresholds import EXACTLY, SampleSummary
 
 _DIMS = ("sender", "reader")
 _WORDS = {
@@ -52,14 +56,17 @@ def every_edge(
     """
     nodes = nodes_of(question.bridge)
     batches = _Batches(question, adaptive is not None)
-    found_thresholds: EdgeThresholds | None = None
+    summary: SampleSummary | None = None
     if adaptive is not None:
         tolerance, estimates = adaptive
-        with stages.whole():
-            found_thresholds = edge_thresholds(
-                question, batches.adaptive_at, estimates, tolerance, attrs, stages
-            )
-        attrs = {**attrs, "thresholds": list(found_thresholds.level)}
+        summary = choose_thresholds(
+            [SITE],
+            len(question.metrics),
+            stages,
+            attrs,
+            lambda: calibrated(question, batches.adaptive_at, estimates, tolerance),
+        )[SITE]
+        attrs = {**attrs, "thresholds": list(summary.level)}
     of_layer = nodes.of_layer(0)
     dims = {
         "layer": nodes.n_layers + 1,
@@ -74,6 +81,8 @@ def every_edge(
     if adaptive is not None:
         shapes |= {"linear": by_metric, "token_layers": by_pair}
 
+    at_level = None if summary is None or adaptive is None else (adaptive[0], summary.level)
+
     def block(pairs: range, layer: int) -> Computed:
         sizes = {name: {**shape, "layer": 1} for name, shape in shapes.items()}
         cells = empty(sizes, pairs)
@@ -83,7 +92,7 @@ def every_edge(
                 edge_batch = ready.edge_batch
                 rows = [pair - pairs.start for pair in edge_batch.batch.pairs]
                 references[:, :, rows] = [x.cpu().numpy() for x in edge_batch.references()]
-                _fill(cells, ready, layer, rows, positions, found_thresholds)
+                _fill(cells, ready, layer, rows, positions, at_level)
         return cells, references
 
     widths = _widths(question, positions)
@@ -117,10 +126,15 @@ def every_edge(
     )
     words = {"long_name": "metric with one edge patched"}
     more = {"method": "exact", "positions": positions, "dead": dead_counts(dead)}
-    if found_thresholds is not None:
+    if summary is not None and adaptive is not None:
         of_widest = sum(cost(layer) for layer in range(nodes.n_layers + 1))
-        token_layers = of_widest // max(widths) * sum(widths)
-        more |= found_thresholds.attributes(int((dead == RUNS).sum()), token_layers)
+        site = {
+            **summary.attributes(names_of(question.metrics)),
+            "n_live": int((dead == RUNS).sum()),
+            "token_layers": float(np.nansum(table["token_layers"], dtype=np.float64)),
+            "exact_token_layers": of_widest // max(widths) * sum(widths),
+        }
+        more[ADAPTIVE] = {"tolerance": adaptive[0], "sites": {SITE: site}}
     result = edge_dataset(question, "edge", values, "every", node_coords(nodes), words, more)
     why = "; ".join(f"{code}: {text}" for code, text in REASONS.items())
     text = f"why an edge was not run: {why}; -1: there is no such edge"
@@ -174,7 +188,7 @@ def _fill(
     layer: int,
     rows: list[int],
     positions: bool,
-    thresholds: EdgeThresholds | None,
+    at_level: tuple[float | str, Level] | None,
 ) -> None:
     """Run the edges into the readers of a layer, and write them into `rows` of the cells."""
     edge_batch, nodes = ready.edge_batch, ready.edge_batch.nodes
@@ -189,22 +203,15 @@ def _fill(
     found: dict[str, NDArray[Any]] = {
         "dead": dead_edges(edge_batch, edges, ready.writes),
     }
-    if thresholds is None or thresholds.level == EXACTLY or ready.adaptive is None:
+    if ready.adaptive is None or at_level is None or at_level[1] == EXACTLY:
         values = exact(edge_batch, edges, writes=ready.writes).cpu().numpy()
-        cost = [0 if ready.adaptive is None else ready.adaptive.exact_cost(e) for e in edges]
-        n_pairs = values.shape[1]
-        found |= {
-            "exact": values,
-            "linear": np.zeros_like(values),
-            "token_layers": np.tile(np.array(cost) // n_pairs, (n_pairs, 1)),
-        }
+        found["exact"], found["linear"] = values, np.zeros_like(values)
+        if ready.adaptive is not None:
+            cost = [ready.adaptive.exact_cost(edge) // values.shape[1] for edge in edges]
+            found["token_layers"] = np.tile(cost, (values.shape[1], 1))
     else:
-        base, source = (x.cpu().numpy() for x in edge_batch.references())
-        theta = thresholds.theta(base, source)
-        found |= zip(
-            ("exact", "linear", "token_layers"),
-            ready.adaptive.run(edges, theta, thresholds.level[1]),
-            strict=True,
+        found["exact"], found["linear"], found["token_layers"] = run_at(
+            ready.adaptive, edges, *at_level
         )
     for name, table in cells.items():
         values = found[name]

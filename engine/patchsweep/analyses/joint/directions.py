@@ -164,7 +164,7 @@ def dose(
             "place": np.array(list(map(str, places)), dtype=object),
         }
         values = found.reshape(*found.shape[:2], *shape)
-        ds = patched_dataset(request, values, references, attrs, coords)
+        ds = patched_dataset(request, {"patched": values}, references, attrs, coords)
         seeds = [-1, *(x.seed for x in vectors[1:])]
         return ds.assign_coords(control_seed=("vector", seeds)).assign_attrs(
             runner=joint.choice.runner.name, site=site

@@ -12,8 +12,14 @@ import xarray as xr
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.analyses.joint.patches import patched_dataset, run_sets, settings_of
+from patchsweep.analyses.joint.patches import (
+    joint_patches,
+    patched_dataset,
+    run_variables,
+    settings_of,
+)
 from patchsweep.analyses.stages import Stages
+from patchsweep.analyses.thresholds import tolerance_words
 from patchsweep.arguments import check_runner, head_places, whole_number
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import PlanError
@@ -24,7 +30,8 @@ from patchsweep.spec.interventions import Direction, Intervention, ValueFn
 from patchsweep.spec.reference import MeansFrom
 from patchsweep.spec.spec import MetricLike, SweepSpec, model_shape
 from patchsweep.sweeps.identity import identity_of
-from patchsweep.sweeps.joint import JointPatches, joint_request
+from patchsweep.sweeps.joint import joint_request
+from patchsweep.sweeps.joint_adaptive import check_joint_tolerance
 from patchsweep.sweeps.layout import analysis_attrs
 from patchsweep.sweeps.patches import Patch
 
@@ -42,6 +49,7 @@ def interactions(
     intervention: str | Intervention | float | Tensor | ValueFn = SweepSpec.intervention,
     read: int = SweepSpec.read,
     means_from: MeansFrom = SweepSpec.means_from,
+    tolerance: float | str | None = SweepSpec.tolerance,
     compute_dtype: ComputeDtype = SweepSpec.compute_dtype,
     runner: RunnerName = "auto",
     max_tokens: int | None = None,
@@ -49,7 +57,7 @@ def interactions(
     config: Mapping[str, Any] | None = None,
     stages: Stages | None = None,
 ) -> xr.Dataset:
-    """Patch every two heads jointly, `z` at all positions; all values are exact.
+    """Patch every two heads jointly, `z` at all positions.
 
     `interaction` [metric, pair, head, other] is the effect of both minus the sum of the effects of
     each alone, in the metric's unit; symmetric, and zero on the diagonal. Where each of two heads
@@ -64,6 +72,10 @@ def interactions(
     Args:
         heads: heads to combine: (layer, head), of which a negative layer counts from the end, or
             names such as `a23.h3`. Default: all heads of the model.
+        tolerance: as in `run_patches`, the largest error of `patched` of two heads, and so of
+            `interaction`: each head alone runs exactly. The upper head's patch is run, where it is
+            noticeable, on the run with the lower head patched, and taken to first order with that
+            run's gradient elsewhere. Default: all pairs run exactly.
         stages: as in `run_patches`; others are those of `sweep`.
 
     Raises:
@@ -85,24 +97,36 @@ def interactions(
         means_from=means_from,
         compute_dtype=compute_dtype,
     )
+    check_joint_tolerance(request, tolerance, runner)
     stages = Stages.of(stages)
     names = np.array([f"a{layer}.h{head}" for layer, head in chosen], dtype=object)
 
     def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
-        joint = JointPatches(request, runner, max_tokens, cache_budget)
-        found, references = run_sets(joint, stages, attrs)
+        joint = joint_patches(
+            request, runner, max_tokens, cache_budget, tolerance, n_exact=len(chosen)
+        )
+        variables, references, told = run_variables(joint, stages, attrs)
         n = len(chosen)
-        values = np.empty((*found.shape[:2], n, n), np.float32)
-        values[..., np.arange(n), np.arange(n)] = found[..., :n]
-        values[..., first, second] = values[..., second, first] = found[..., n:]
+
+        def square(found: np.ndarray) -> np.ndarray:
+            values = np.empty((*found.shape[:2], n, n), np.float32)
+            values[..., np.arange(n), np.arange(n)] = found[..., :n]
+            values[..., first, second] = values[..., second, first] = found[..., n:]
+            return values
+
+        values = {name: square(x) for name, x in variables.items()}
         coords = {"head": names, "other": names}
-        ds = patched_dataset(request, values, references, attrs, coords)
+        ds = patched_dataset(request, values, references, {**attrs, **told}, coords)
         return ds.assign(interaction=interaction_of(ds)).assign_attrs(
             runner=joint.choice.runner.name
         )
 
     def attrs() -> dict[str, Any]:
-        settings = {"heads": [list(head) for head in chosen], **settings_of(request)}
+        settings = {
+            "heads": [list(head) for head in chosen],
+            **settings_of(request),
+            **tolerance_words(tolerance),
+        }
         return analysis_attrs(model, identity_of("interactions", model, pairs, settings), config)
 
     return stages.results(model, attrs, compute)

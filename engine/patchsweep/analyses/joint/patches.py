@@ -11,21 +11,36 @@ import numpy as np
 import xarray as xr
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.analyses.joint.tolerance import (
+    BESIDE,
+    EXACT_COST,
+    adaptive_attributes,
+)
 from patchsweep.analyses.stages import Computed, Stages
+from patchsweep.analyses.thresholds import choose_thresholds, tolerance_words
 from patchsweep.arguments import check_runner
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.data.tokenize import token_table
 from patchsweep.errors import PlanError
 from patchsweep.models.compute import ComputeDtype
 from patchsweep.models.running import runs_model
+from patchsweep.results.tolerance import TOKEN_LAYERS
 from patchsweep.runners.select import RunnerName
 from patchsweep.spec.batch import base_and_source
 from patchsweep.spec.interventions import Direction
+from patchsweep.spec.joint import JointPlan
+from patchsweep.spec.plan import Ints
 from patchsweep.spec.reference import MeansFrom
 from patchsweep.spec.spec import MetricLike, SweepSpec
 from patchsweep.store.attributes import flat_attributes
+from patchsweep.store.difference import ADAPTIVE
 from patchsweep.sweeps.identity import identity_of, intervention_words, metric_words
 from patchsweep.sweeps.joint import JointPatches, JointRequest, joint_request
+from patchsweep.sweeps.joint_adaptive import (
+    EXACT_ROW,
+    AdaptivePatches,
+    check_joint_tolerance,
+)
 from patchsweep.sweeps.layout import analysis_attrs, metric_and_pair_coords, strings
 from patchsweep.sweeps.patches import Patch
 
@@ -47,6 +62,7 @@ def run_patches(
     direction: Direction | None = SweepSpec.direction,
     read: int = SweepSpec.read,
     means_from: MeansFrom = SweepSpec.means_from,
+    tolerance: float | str | None = SweepSpec.tolerance,
     compute_dtype: ComputeDtype = SweepSpec.compute_dtype,
     runner: RunnerName = "auto",
     max_tokens: int | None = None,
@@ -54,7 +70,7 @@ def run_patches(
     config: Mapping[str, Any] | None = None,
     stages: Stages | None = None,
 ) -> xr.Dataset:
-    """Run each set of patches jointly, exactly: `patched` [metric, pair, patch], the raw metric.
+    """Run each set of patches jointly: `patched` [metric, pair, patch], the raw metric.
 
     An entry of `patches` is a `Patch`, or a list of patches that act in one run:
 
@@ -78,6 +94,11 @@ def run_patches(
         patches: sets by number, or a mapping of names to sets; the names become the coordinate.
         direction: as in `sweep`. Default: that of the interventions, which must then agree.
         means_from: as in `sweep`, for all interventions that take means.
+        tolerance: the largest error of a value, in units of the metric or such as "1%", as in
+            `sweep`, from a sample of all sets: what a set hardly changes is taken from a
+            gradient. That takes sets that patch one layer, or two of which the lower patches are
+            those of many sets; others run exactly. Adds `patched_linear` and
+            `patched_token_layers`. Default: every set runs exactly.
         stages: where the shards of the stages "patches" go, see `patchsweep.analyses.stages`.
             Default: in memory.
 
@@ -104,25 +125,65 @@ def run_patches(
         compute_dtype=compute_dtype,
     )
     request.check_overlaps()
+    check_joint_tolerance(request, tolerance, runner)
     stages = Stages.of(stages)
 
     def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
-        joint = JointPatches(request, runner, max_tokens, cache_budget)
-        values, references = run_sets(joint, stages, attrs)
+        joint = joint_patches(request, runner, max_tokens, cache_budget, tolerance)
+        values, references, told = run_variables(joint, stages, attrs)
         coords = {"patch": strings(names)}
-        ds = patched_dataset(request, values, references, attrs, coords)
+        ds = patched_dataset(request, values, references, {**attrs, **told}, coords)
         return ds.assign_attrs(runner=joint.choice.runner.name)
 
-    return stages.results(model, lambda: _attrs(request, sets, config), compute)
+    return stages.results(model, lambda: _attrs(request, sets, config, tolerance), compute)
+
+
+def joint_patches(
+    request: JointRequest,
+    runner: RunnerName,
+    max_tokens: int | None,
+    cache_budget: int | None,
+    tolerance: float | str | None,
+    n_exact: int = 0,
+) -> JointPatches:
+    """Return what runs the sets of `request`; the first `n_exact` run exactly in any case."""
+    if tolerance is None:
+        return JointPatches(request, runner, max_tokens, cache_budget)
+
+    def site_of(plan: JointPlan, numbers: Ints | None) -> Ints:
+        assert numbers is not None
+        return np.where(numbers < n_exact, EXACT_ROW, 0)
+
+    return AdaptivePatches(
+        request, runner, max_tokens, cache_budget, tolerance, ["patched"], site_of
+    )
 
 
 def run_sets(
     joint: JointPatches, stages: Stages, attrs: Mapping[str, Any]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the metrics `[metric, pair, set]` of all sets, and `[2, metric, pair]` of base and
-    source runs; computed in stages of `SETS` sets."""
+    source runs; see `run_variables`."""
+    values, references, _ = run_variables(joint, stages, attrs)
+    return values["patched"], references
+
+
+def run_variables(
+    joint: JointPatches, stages: Stages, attrs: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, Any]]:
+    """Return the variables `[metric, pair, set]` of all sets, `[2, metric, pair]` of base and
+    source runs, and attributes that say what came of a tolerance.
+
+    Computed in stages of `SETS` sets.
+    """
     request = joint.request
     n_sets = len(request.sets)
+    variables = ["patched"]
+    if isinstance(joint, AdaptivePatches):
+        variables += BESIDE
+        joint.summaries = choose_thresholds(
+            joint.sites, len(request.metrics), stages, attrs, joint.calibrate
+        )
     found = []
     for first in range(0, n_sets, SETS):
         members = range(first, min(first + SETS, n_sets))
@@ -130,12 +191,12 @@ def run_sets(
 
         def block(pairs: range, members: range = members) -> Computed:
             values, references = joint.run(pairs, members)
-            return {"patched": values}, references
+            return dict(zip(variables, np.split(values, len(variables)), strict=True)), references
 
         found.append(
             stages.run(
                 "patches",
-                {"patched": dims},
+                dict.fromkeys(variables, dims),
                 max(1, SETS // len(members)),
                 block,
                 metrics=[metric.name for metric in request.metrics],
@@ -143,23 +204,30 @@ def run_sets(
             )
         )
     stages.wait()
-    values = np.concatenate([ds["patched"].values for ds in found], axis=2)
-    return values, np.stack([found[0][f"{x}_metric"].values for x in ("base", "source")])
+    values = {name: np.concatenate([ds[name].values for ds in found], axis=2) for name in variables}
+    references = np.stack([found[0][f"{x}_metric"].values for x in ("base", "source")])
+    if not isinstance(joint, AdaptivePatches):
+        return values, references, {}
+    exact = values.pop("patched" + EXACT_COST)
+    ran = values["patched" + TOKEN_LAYERS]
+    n_live = int((ran[0] > 0).sum())
+    told = adaptive_attributes(joint, {"patched": n_live}, {"patched": ran}, {"patched": exact})
+    return values, references, {ADAPTIVE: told}
 
 
 def patched_dataset(
     request: JointRequest,
-    values: np.ndarray,
+    values: Mapping[str, np.ndarray],
     references: np.ndarray,
     attrs: Mapping[str, Any],
     coords: Mapping[str, Any],
 ) -> xr.Dataset:
-    """Return metrics of patched runs `[metric, pair, *coords]` as a Dataset."""
+    """Return variables of patched runs `[metric, pair, *coords]` as a Dataset."""
     dims = ("metric", "pair", *coords)
     runs = [base_and_source(pair, request.direction)[0] for pair in request.pairs]
     return xr.Dataset(
         {
-            "patched": (dims, values),
+            **{name: (dims, x) for name, x in values.items()},
             "base_metric": (dims[:2], references[0]),
             "source_metric": (dims[:2], references[1]),
         },
@@ -184,14 +252,17 @@ def _named(patches: Any) -> tuple[list[Any], Any]:
 
 
 def _attrs(
-    request: JointRequest, sets: Sequence[Any], config: Mapping[str, Any] | None
+    request: JointRequest,
+    sets: Sequence[Any],
+    config: Mapping[str, Any] | None,
+    tolerance: float | str | None,
 ) -> dict[str, Any]:
     told = [[p.identity() for p in ([s] if isinstance(s, Patch) else s)] for s in sets]
     content: Any = told
     if len(told) > LISTED:
         text = json.dumps(told, separators=(",", ":")).encode()
         content = {"n": len(told), "sha256": hashlib.sha256(text).hexdigest()}
-    settings = {"patches": content, **settings_of(request)}
+    settings = {"patches": content, **settings_of(request), **tolerance_words(tolerance)}
     identity = identity_of("patches", request.bridge, request.pairs, settings)
     return analysis_attrs(request.bridge, identity, config)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +17,12 @@ from patchsweep.spec.batch import Batch
 from patchsweep.spec.dictionary import Dictionary
 from patchsweep.spec.directions import Numbered
 from patchsweep.spec.interventions import Resample
-from patchsweep.spec.joint import Writes, plan_joint
+from patchsweep.spec.joint import JointPlan, Writes, plan_joint
+from patchsweep.sweeps.calibration import n_each, sampled_pairs
 from patchsweep.sweeps.executor import Values
 from patchsweep.sweeps.joint import JointPatches, JointRequest
+from patchsweep.sweeps.joint_adaptive import AdaptivePatches
+from patchsweep.sweeps.thresholds import SampleSummary
 
 
 @dataclass
@@ -46,13 +50,56 @@ class LatentPatches:
         runner: RunnerName,
         max_tokens: int | None,
         cache_budget: int | None,
+        tolerance: float | str | None = None,
     ) -> None:
         self.request, self.dictionaries = request, tuple(dictionaries)
-        self.joint = JointPatches(request, runner, max_tokens, cache_budget)
+        room = max_tokens, cache_budget
+        self.joint = (
+            JointPatches(request, runner, *room)
+            if tolerance is None
+            else AdaptivePatches(
+                request,
+                runner,
+                *room,
+                tolerance,
+                [one.name for one in self.dictionaries],
+                lambda plan, _: plan.writes.value - 1,  # a row is one write
+            )
+        )
 
     def run(self, batch: Batch, changes: Sequence[Changes]) -> tuple[list[Values], Values]:
         """Return the metrics `[metric, change]` for each dictionary's changes on pairs of a batch,
-        and `[2, metric, pair]` of base and source runs."""
+        and `[2, metric, pair]` of base and source runs.
+
+        With a tolerance, the columns of `AdaptivePatches` instead of the metrics alone.
+        """
+        loaded, references, plan = self._planned(batch, changes)
+        found = np.zeros((self.joint.n_columns, plan.n_rows), np.float32)
+        found[: len(references[0])] = references[0][:, plan.pair]
+        live = np.flatnonzero(plan.live)
+        if len(live):
+            found[:, live] = self.joint.rows(loaded, plan.part(live))
+        return np.split(found, np.cumsum([len(x) for x in changes])[:-1], axis=1), references
+
+    def calibrate(
+        self, changes_of: Callable[[Batch], Sequence[Changes]]
+    ) -> dict[str, SampleSummary]:
+        """Return the thresholds of each dictionary's latents, and what their sample says."""
+        assert isinstance(self.joint, AdaptivePatches)
+        request = self.request
+        pairs = sampled_pairs(len(request.pairs))
+        every = request.batches(range(len(request.pairs)))
+        n_live = max(sum(map(len, of)) for of in zip(*map(changes_of, every), strict=True))
+        parts = []
+        for pair in pairs:
+            (batch,) = request.batches([pair])
+            loaded, _, plan = self._planned(batch, changes_of(batch))
+            live = plan.part(np.flatnonzero(plan.live))
+            parts.append(self.joint.parts(loaded, live, n_each(n_live, len(pairs))))
+        return self.joint.chosen(parts)
+
+    def _planned(self, batch: Batch, changes: Sequence[Changes]) -> tuple[Any, Values, JointPlan]:
+        """Return the captured batch, `[2, metric, pair]` of its runs, and a row for each change."""
         request = self.request
         device = batch.base.device
         added = [
@@ -65,9 +112,7 @@ class LatentPatches:
         ]
         names = [site.name for site in request.sites]
         used = [(one.site, i + 1) for i, one in enumerate(self.dictionaries)]
-        runner = self.joint.runner
-        loaded = runner.load(batch, {}, [Resample(), *added], used)
-        references = [x.cpu().numpy() for x in runner.references(loaded, request.metrics)]
+        loaded, *references = self.joint.load(batch, {}, [Resample(), *added], used)
         sizes = [len(x) for x in changes]
         ends = np.cumsum([0, *sizes])
         pair = _joined([x.rows(batch) for x in changes])
@@ -90,12 +135,7 @@ class LatentPatches:
             from_source=np.zeros(len(sizes) + 1, bool),
             from_base=np.zeros(len(sizes) + 1, bool),
         )
-        found = references[0][:, pair]
-        live = np.flatnonzero(plan.live)
-        if len(live):
-            found[:, live] = runner.run(loaded, plan.part(live), request.metrics).numpy()
-        parts = np.split(found, ends[1:-1], axis=1)
-        return parts, np.stack(references)
+        return loaded, np.stack(references), plan
 
 
 def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:

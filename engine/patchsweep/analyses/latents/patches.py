@@ -11,10 +11,16 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.analyses.joint.patches import settings_of
+from patchsweep.analyses.joint.tolerance import (
+    BESIDE,
+    EXACT_COST,
+    adaptive_attributes,
+)
 from patchsweep.analyses.latents.changes import Changes, LatentReader, find_changes, latent_site
 from patchsweep.analyses.latents.estimates import LatentAttribution, check_methods
 from patchsweep.analyses.latents.exact import LatentPatches
 from patchsweep.analyses.stages import Computed, Stages, empty
+from patchsweep.analyses.thresholds import choose_thresholds, tolerance_words
 from patchsweep.arguments import check_runner, whole_number
 from patchsweep.attribution import Method, get_methods
 from patchsweep.attribution.run import MAX_TOKENS
@@ -24,6 +30,7 @@ from patchsweep.errors import ConfigError
 from patchsweep.models.compute import ComputeDtype
 from patchsweep.models.offload import device_of
 from patchsweep.models.running import runs_model
+from patchsweep.results.tolerance import TOKEN_LAYERS
 from patchsweep.runners.select import RunnerName
 from patchsweep.spec.batch import Batch, base_and_source, clean_prompts
 from patchsweep.spec.dictionary import Dictionary, check_dictionaries
@@ -43,11 +50,14 @@ from patchsweep.spec.plan import Ints
 from patchsweep.spec.reference import MeansFrom, check_means, with_reference
 from patchsweep.spec.spec import MetricLike, SweepSpec, check_pairs, model_shape
 from patchsweep.store.attributes import flat_attributes
+from patchsweep.store.difference import ADAPTIVE
 from patchsweep.sweeps.executor import Values
 from patchsweep.sweeps.identity import identity_of, intervention_words, method_identity
 from patchsweep.sweeps.joint import JointRequest, joint_request
+from patchsweep.sweeps.joint_adaptive import AdaptivePatches, check_joint_tolerance
 from patchsweep.sweeps.layout import analysis_attrs, metric_and_pair_coords, strings
 from patchsweep.sweeps.patches import Patch
+from patchsweep.sweeps.thresholds import SampleSummary
 
 KIND = "latents"
 # cells of estimates [metric, pair, layer, pos, latent] that one pass may hold
@@ -63,6 +73,7 @@ def latents(
     *,
     estimates: str | Sequence[str | Method] = ("atp",),
     top: int | None = None,
+    tolerance: float | str | None = SweepSpec.tolerance,
     direction: Direction | None = SweepSpec.direction,
     intervention: str | Intervention | float | Tensor = "resample",
     read: int = SweepSpec.read,
@@ -96,6 +107,10 @@ def latents(
         top: run exactly only the `top` places (pos, latent) with the largest mean |estimate| of
             the first method over the pairs, for the first metric; the others are NaN in `patched`.
             0: estimates alone. Default: all.
+        tolerance: the largest error of a value, in units of the metric or such as "1%": what a
+            patch hardly changes is not run but taken from the base run's gradient, as in `sweep`.
+            Each dictionary has its own thresholds, from a sample of its latents. Adds
+            `patched_linear` and `patched_token_layers`. Default: every patch runs exactly.
         intervention: what a latent's activation becomes: "resample" (the source run's), "zero",
             a mean, "shuffle", a number, or `Scale`.
         stages: where the stages "estimates" and "exact" run, see `patchsweep.analyses.stages`.
@@ -130,6 +145,7 @@ def latents(
         compute_dtype=compute_dtype,
     )  # fmt: skip
     check_methods(request, methods)
+    check_joint_tolerance(request, tolerance, runner)
     stages = Stages.of(stages)
 
     def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
@@ -137,8 +153,14 @@ def latents(
         estimated = [run.estimated(method, stages, attrs) for method in methods]
         stages.wait()
         places = None if top is None else run.places(estimated[0][methods[0].name].values, top)
-        exact = run.exact(LatentPatches(request, run.dictionaries, runner, max_tokens, cache_budget)
-                          if top != 0 else None, places, stages, attrs)  # fmt: skip
+        patches = (
+            None
+            if top == 0
+            else LatentPatches(
+                request, run.dictionaries, runner, max_tokens, cache_budget, tolerance
+            )
+        )
+        exact = run.exact(patches, places, stages, attrs)
         stages.wait()
         return run.dataset(
             exact, dict(zip((m.name for m in methods), estimated, strict=True)), attrs
@@ -151,6 +173,7 @@ def latents(
             "dictionaries": list(known),
             "estimates": [{"name": m.name, **method_identity(m)} for m in methods],
             "top": top,
+            **tolerance_words(tolerance),
         }
         return analysis_attrs(model, identity_of(KIND, model, pairs, settings), config)
 
@@ -222,7 +245,7 @@ class _Run:
 
         def block(pairs: range) -> Computed:
             return self._block(
-                method.name, pairs, lambda batch, changes: run.run(method, batch, changes), 0.0
+                [method.name], pairs, lambda batch, changes: run.run(method, batch, changes), 0.0
             )
 
         return stages.run(
@@ -252,31 +275,61 @@ class _Run:
         """Run the stage of exact values, of `places` alone if they are given; None: nothing."""
         if patches is None:
             return None
+        joint, names = patches.joint, ["patched"]
+        if isinstance(joint, AdaptivePatches):
+            names += BESIDE
+
+            def calibrate() -> Mapping[str, SampleSummary]:
+                return patches.calibrate(
+                    lambda batch: [self._of(batch, i, places) for i in range(len(self.changes))]
+                )
+
+            n_metrics = len(self.request.metrics)
+            joint.summaries = choose_thresholds(joint.sites, n_metrics, stages, attrs, calibrate)
 
         def block(pairs: range) -> Computed:
-            return self._block("patched", pairs, patches.run, None, places)
+            return self._block(names, pairs, patches.run, None, places)
 
         ds = stages.run(
             "exact",
-            {"patched": self.dims},
+            dict.fromkeys(names, self.dims),
             1 if self.dims["pair"] == 1 else max(1, MAX_TOKENS // self.n_pos),
             block,
             metrics=[metric.name for metric in self.request.metrics],
             attrs=attrs,
         )
-        return ds.assign_attrs(runner=patches.joint.choice.runner.name)
+        stages.wait()
+        ds = ds.assign_attrs(runner=joint.choice.runner.name)
+        return self._told(ds, joint) if isinstance(joint, AdaptivePatches) else ds
+
+    def _told(self, ds: xr.Dataset, joint: AdaptivePatches) -> xr.Dataset:
+        """Return exact values with what they say of their tolerance."""
+        ran, exact = (ds["patched" + ending].values for ending in (TOKEN_LAYERS, EXACT_COST))
+        columns = {
+            name: slice(*self.first[i : i + 2].tolist()) for i, name in enumerate(joint.sites)
+        }
+        told = adaptive_attributes(
+            joint,
+            {name: len(x) for name, x in zip(joint.sites, self.changes, strict=True)},
+            {name: ran[..., at] for name, at in columns.items()},
+            {name: exact[..., at] for name, at in columns.items()},
+        )
+        return ds.drop_vars("patched" + EXACT_COST).assign_attrs({ADAPTIVE: told})
 
     def _block(
         self,
-        name: str,
+        names: Sequence[str],
         pairs: range,
         run: Any,
         dead: float | None,
         places: np.ndarray | None = None,
     ) -> Computed:
-        """Return the values of a block of pairs; dead patches: `dead`, None: the base metric."""
+        """Return the values of a block of pairs: of the variables `names`, one after the other.
+
+        Dead patches have `dead` (None: the base metric) in the first, and 0 in others.
+        """
         request = self.request
-        values = empty({name: self.dims}, pairs)[name]
+        values = np.concatenate([*empty(dict.fromkeys(names, self.dims), pairs).values()])
         references = np.empty((2, self.dims["metric"], len(pairs)), np.float32)
         for batch in request.batches(pairs):
             rows = [pair - pairs.start for pair in batch.pairs]
@@ -284,13 +337,14 @@ class _Run:
             found, of_batch = run(batch, changes)
             references[:, :, rows] = of_batch
             base = of_batch[0][:, :, None, None] if dead is None else dead
-            values[:, rows, : batch.length] = base
+            values[:, rows, : batch.length] = 0.0
+            values[: self.dims["metric"], rows, : batch.length] = base
             if places is not None:  # live, and not chosen
                 for i in range(len(self.changes)):
                     self._put(values, pairs, i, self._of(batch, i, None), np.float32(np.nan))
             for i, (x, new) in enumerate(zip(changes, found, strict=True)):
                 self._put(values, pairs, i, x, new)
-        return {name: values}, references
+        return dict(zip(names, np.split(values, len(names)), strict=True)), references
 
     def _of(self, batch: Batch, i: int, places: np.ndarray | None) -> Changes:
         """Return the changes of one dictionary on the pairs of a batch."""
@@ -330,6 +384,11 @@ class _Run:
             {
                 "patched": (dims, nothing if exact is None else exact["patched"].values),
                 **{
+                    name: (dims, exact[name].values, {"role": name.removeprefix("patched_")})
+                    for name in BESIDE
+                    if exact is not None and name in exact
+                },
+                **{
                     name: (dims, ds[name].values, {"role": "estimate"})
                     for name, ds in estimates.items()
                 },
@@ -357,7 +416,11 @@ class _Run:
                         * np.isfinite(change[:, :, 0]).sum()
                     ),
                     "n_live": sum(map(len, self.changes)),
-                    **({} if exact is None else {"runner": exact.attrs["runner"]}),
+                    **({} if exact is None else _of(exact.attrs, "runner", ADAPTIVE)),
                 }
             ),
         )
+
+
+def _of(attrs: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: attrs[key] for key in keys if key in attrs}

@@ -56,7 +56,7 @@ class LatentsRun(AnalysisRun):
     """Patches of the latents of some dictionaries."""
 
     # keys of a sweep that say nothing about latents
-    unused: ClassVar[tuple[str, ...]] = ("sites", "method", "precision", "tolerance")
+    unused: ClassVar[tuple[str, ...]] = ("sites", "method", "precision")
 
     dictionaries: list[Any] = field(default_factory=list)  # paths, or mappings with a path
     estimates: list[str] = field(default_factory=lambda: ["atp"])
@@ -75,8 +75,9 @@ class LatentsRun(AnalysisRun):
             "metrics": self.metric.metrics(),
             "estimates": [*self.estimates],
             "top": self.top,
+            "tolerance": self.tolerance,
             "direction": self.direction,
-            "intervention": self.intervention,
+            "intervention": self.read_intervention(),
             "read": self.metric.read,
             "compute_dtype": self.compute_dtype,
             "runner": self.runner.name,

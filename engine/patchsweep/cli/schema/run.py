@@ -23,6 +23,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from patchsweep.arguments import check_runner, is_whole
 from patchsweep.attribution import IntegratedInputs, IntegratedSite, Method
 from patchsweep.attribution.quadrature import Path
+from patchsweep.cli.schema.intervention import read_intervention
 from patchsweep.cli.schema.task import BuiltinTask, FileTask, TaskConfig, TextTask
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import ConfigError
@@ -239,8 +240,9 @@ class RunConfig:
     metric: MetricConfig = MISSING
     store: StoreConfig = MISSING
     runner: RunnerConfig = MISSING
-    # resample, zero, mean, mean_all, mean_label or shuffle
-    intervention: str = str(SweepSpec.intervention)
+    # resample, zero, mean, mean_all, mean_label, shuffle, a number or scale(0.5); or several at
+    # once: a mapping of names to such
+    intervention: Any = SweepSpec.intervention
     # denoising or noising; null: what suits the intervention
     direction: str | None = SweepSpec.direction
     means_from: str | None = None  # JSONL of the pairs that means are taken over; null: the task's
@@ -259,7 +261,7 @@ class RunConfig:
             self.sites.names,
             self.metric.metrics(),
             direction=self.direction,  # type: ignore[arg-type]
-            intervention=self.intervention,
+            intervention=SweepSpec.intervention if self.has_several else self.read_intervention(),
             layers=self.sites.layers,
             positions=self.sites.positions,
             heads=self.sites.heads,
@@ -282,7 +284,17 @@ class RunConfig:
             "runner": self.runner.name,
             "max_tokens": self.runner.max_tokens,
             "cache_budget": self.runner.cache_bytes,
+            **({"intervention": self.read_intervention()} if self.has_several else {}),
         }
+
+    @property
+    def has_several(self) -> bool:
+        """Whether `intervention` maps names to interventions, which run in one sweep."""
+        return isinstance(self.intervention, Mapping)
+
+    def read_intervention(self) -> Any:
+        """Return the intervention, or several by name, as `sweep` takes it."""
+        return read_intervention(self.intervention)
 
     def reference(self, model: TransformerBridge) -> PromptPairs | None:
         """Return the pairs over which means are taken, read like the task's; None: the task's."""

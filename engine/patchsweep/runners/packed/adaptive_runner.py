@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,12 @@ from torch import Tensor
 from patchsweep.forward.grad import Gradients
 from patchsweep.forward.site_locations import SiteLocation
 from patchsweep.models.memory import is_out_of_memory
-from patchsweep.runners.packed.adaptive import Thresholds, TooManyAwake, run_adaptive_batch
+from patchsweep.runners.packed.adaptive import (
+    AdaptiveRows,
+    Thresholds,
+    TooManyAwake,
+    run_adaptive_batch,
+)
 from patchsweep.runners.packed.moves import move_together, on_cpu, sent
 from patchsweep.runners.packed.runner import Loaded, PackedRunner
 from patchsweep.runners.packed.schedule import PackedBatch, make_packed_batches
@@ -86,24 +91,15 @@ class AdaptiveRunner:
             loaded.base, [self.packed.patch_values(s, loaded) for s in chosen], local
         )
         entry = np.concatenate([s.plan.entry[s.patches] for s in chosen])[starts]
-        waiting = _divided(starts[np.argsort(entry, kind="stable")], self.packed.max_tokens)
-        while waiting:
-            places = waiting.pop(0)
-            try:
-                for packed in make_packed_batches(chosen, np.iinfo(np.int64).max, places):
-                    at = packed.place
-                    values[:, at], linear[:, at], token_layers[at] = self._run_batch(
-                        loaded, packed, given, gradients, theta[:, at], tau[at], references, metrics
-                    )
-                continue
-            except (TooManyAwake, RuntimeError, MemoryError) as error:
-                if len(places) == 1 or not (
-                    isinstance(error, TooManyAwake) or is_out_of_memory(error)
-                ):
-                    raise
-            # here the error is gone, and with it its traceback, which held the batch's tensors
-            torch.cuda.empty_cache()  # does nothing without CUDA
-            waiting[:0] = _divided(places, -(-len(places) // 2))
+
+        def run(places: Ints) -> None:
+            for packed in make_packed_batches(chosen, np.iinfo(np.int64).max, places):
+                at = packed.place
+                values[:, at], linear[:, at], token_layers[at] = self._run_batch(
+                    loaded, packed, given, gradients, theta[:, at], tau[at], references, metrics
+                )
+
+        run_in_parts(starts[np.argsort(entry, kind="stable")], self.packed.max_tokens, run)
         ends = np.cumsum([len(s.patches) for s in chosen])[:-1]
         return [
             AdaptiveValues(*parts)
@@ -128,33 +124,25 @@ class AdaptiveRunner:
     ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
         """Return values, linear parts and token-layers of the rows of one batch."""
         device = loaded.base_resid.device
-        room = _ROOM * self.packed.max_tokens if len(packed.patch) > 1 else None
-        which = np.zeros(packed.length, np.int64)
-        which[list(loaded.batch.reads)] = np.arange(len(loaded.batch.reads))
         pair, read = move_together(
-            [on_cpu([loaded.batch.local[p] for p in packed.pair.tolist()]), on_cpu(which)], device
+            [
+                on_cpu([loaded.batch.local[p] for p in packed.pair.tolist()]),
+                on_cpu(read_numbers(loaded.batch)),
+            ],
+            device,
         )
         rows = run_adaptive_batch(
             self.packed.unwrapped,
             packed,
             given,
             gradients,
-            Thresholds(
-                sent(torch.from_numpy(theta).float(), device),
-                sent(torch.from_numpy(tau).float(), device),
-            ),
+            thresholds_on(device, theta, tau),
             self.packed.max_tokens,
-            room,
+            room_of(self.packed, packed),
         )
-        values = base.to(device)[:, pair]
-        awake, row = rows.row.unique_consecutive(return_inverse=True)
-        if len(awake):
-            pairs = pair[awake]
-            resid = loaded.base_resid[pairs]
-            resid[row, read[rows.pos]] = rows.resid.to(resid)
-            values[:, awake] = self.packed.metrics_of(loaded, resid, pairs, metrics)
-        both = torch.stack((values + rows.linear.to(device), rows.linear.to(device))).cpu().numpy()
-        return both[0], both[1], rows.token_layers.cpu().numpy()
+        base = base.to(device)[:, pair]
+        resid = loaded.base_resid[pair]
+        return metrics_of(self.packed, loaded, rows, pair, read, resid, base, metrics)
 
     @staticmethod
     def _relative_change(loaded: Loaded, chosen: PatchSet, pair: Ints) -> NDArray[np.float64]:
@@ -192,6 +180,70 @@ class AdaptiveRunner:
             unit = cells.unit_set[of_layer]
             sizes[of_layer] = table[pair[of_layer], cells.start[of_layer], unit]
         return sizes
+
+
+def thresholds_on(
+    device: torch.device, theta: NDArray[np.float32], tau: NDArray[np.float64]
+) -> Thresholds:
+    """Return the thresholds `[metric, row]` and `[row]` of a batch on its device."""
+    return Thresholds(*(sent(torch.from_numpy(x).float(), device) for x in (theta, tau)))
+
+
+def room_of(runner: PackedRunner, packed: PackedBatch) -> int | None:
+    """Return how many tokens of a batch may be awake at once; one row cannot be divided."""
+    return _ROOM * runner.max_tokens if len(packed.patch) > 1 else None
+
+
+def read_numbers(batch: Batch) -> Ints:
+    """Return `[pos]` which of the batch's reads a position is; 0 where nothing is read."""
+    numbers = np.zeros(batch.length, np.int64)
+    numbers[list(batch.reads)] = np.arange(len(batch.reads))
+    return numbers
+
+
+def metrics_of(
+    runner: PackedRunner,
+    loaded: Loaded,
+    rows: AdaptiveRows,
+    pair: Int[Tensor, " row"],
+    read: Int[Tensor, " pos"],
+    resid: Float[Tensor, "row read d_model"],
+    base: Float[Tensor, "metric row"],
+    metrics: Sequence[Metric],
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
+    """Return values, linear parts and token-layers of the rows of one batch.
+
+    `resid` and `base`: final residuals and metrics of the runs that the rows continue; `read`: see
+    `read_numbers`.
+    """
+    values = base.clone()
+    awake, row = rows.row.unique_consecutive(return_inverse=True)
+    if len(awake):
+        own = resid[awake]
+        own[row, read[rows.pos]] = rows.resid.to(own)
+        values[:, awake] = runner.metrics_of(loaded, own, pair[awake], metrics)
+    linear = rows.linear.to(values)
+    both = torch.stack((values + linear, linear)).cpu().numpy()
+    return both[0], both[1], rows.token_layers.cpu().numpy()
+
+
+def run_in_parts(places: Ints, most: int, run: Callable[[Ints], None]) -> None:
+    """Call `run` with `places` in parts of at most `most`.
+
+    A part in which too many tokens wake, or that does not fit in memory, is divided.
+    """
+    waiting = _divided(places, most)
+    while waiting:
+        part = waiting.pop(0)
+        try:
+            run(part)
+            continue
+        except (TooManyAwake, RuntimeError, MemoryError) as error:
+            if len(part) == 1 or not (isinstance(error, TooManyAwake) or is_out_of_memory(error)):
+                raise
+        # here the error is gone, and with it its traceback, which held the batch's tensors
+        torch.cuda.empty_cache()  # does nothing without CUDA
+        waiting[:0] = _divided(part, -(-len(part) // 2))
 
 
 def _divided(places: Ints, most: int) -> list[Ints]:

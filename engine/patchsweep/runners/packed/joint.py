@@ -9,38 +9,38 @@ and values are kept, and the rows continue it as others continue the base run.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from patchsweep_kernels.scatter import Targets, scatter_targets
 from torch import Tensor
 
 from patchsweep.forward.block_args import first_of
 from patchsweep.forward.capture import ActivationCache
+from patchsweep.forward.site_locations import SiteLocation
 from patchsweep.forward.unwrapped import Unsupported
 from patchsweep.models.memory import is_out_of_memory
 from patchsweep.runners.packed.forward import PackedBlocks
 from patchsweep.runners.packed.joint_batch import JointBatch, joint_batches
-from patchsweep.runners.packed.moves import Moves, move_together, on_cpu, sent
+from patchsweep.runners.packed.joint_writes import JointLoaded, JointTargets, JointWrites
+from patchsweep.runners.packed.moves import Moves, move_together, on_cpu
 from patchsweep.runners.packed.packing import Packing
-from patchsweep.runners.packed.runner import Loaded, PackedRunner
+from patchsweep.runners.packed.runner import PackedRunner
 from patchsweep.runners.packed.tables import (
     PackedInput,
     PatchValues,
     make_tables,
-    n_units,
     tables_of,
     there,
 )
 from patchsweep.spec.batch import Batch
 from patchsweep.spec.directions import Live, Numbered
 from patchsweep.spec.interventions import Intervention, Resample
-from patchsweep.spec.joint import WHOLE, JointPlan, shared_stems
+from patchsweep.spec.joint import JointPlan, shared_stems
 from patchsweep.spec.metrics import Metric
 from patchsweep.spec.plan import Ints
 
@@ -48,18 +48,6 @@ from patchsweep.spec.plan import Ints
 STEM_BYTES = 256 * 2**20
 # order in which sites are written at one block's input
 _STREAM_ORDER = ("embed", "resid_post", "resid_pre")
-
-# (site's name, intervention) -> per layer at which they are written, values [pair, pos, width]
-Values = Mapping[tuple[str, int], Sequence[Tensor]]
-
-
-@dataclass(frozen=True)
-class JointLoaded:
-    """A captured batch with the values of several interventions."""
-
-    loaded: Loaded
-    values: Values
-    live: Mapping[int, Live]  # interventions that change what they meet; their values: the source's
 
 
 class PackedJoint:
@@ -74,13 +62,15 @@ class PackedJoint:
         sources: Mapping[int, Batch],
         interventions: Sequence[Intervention],
         used: Sequence[tuple[str, int]],
+        keep: Sequence[SiteLocation] = (),
     ) -> JointLoaded:
         """Capture a batch; make the values of each (site, intervention) in `used`.
 
         `sources`: intervention -> the batch whose source runs it takes instead, as shuffle does.
+        `keep`: see `PackedRunner.load`.
         """
         runner = self.runner
-        loaded = runner.load(batch, interventions[0])
+        loaded = runner.load(batch, interventions[0], keep)
         others = {i: runner.load(other, interventions[i]) for i, other in sources.items()}
         values = {}
         live = {i: x for i, x in enumerate(interventions) if isinstance(x, Live)}
@@ -115,22 +105,27 @@ class PackedJoint:
         Raises:
             Unsupported: a row patches an attention pattern beside something else.
         """
-        _check_patterns(plan)
+        check_patterns(plan)
         values = torch.empty(len(metrics), plan.n_rows, device="cpu")
         base = loaded.loaded.base
         alone, stems = shared_stems(plan)
         if len(alone):
             values[:, alone] = self._run(loaded, plan.part(alone), base, plan.pair[:0], metrics)
         for stem in stems:
-            size = _chunk_of(base, len(stem.plan.pair))
+            size = chunk_of(base, len(stem.plan.pair))
             for first in range(0, stem.plan.n_rows, size):
                 part = stem.part(range(first, min(first + size, stem.plan.n_rows)))
-                kept = self._kept(loaded, part.plan, base)
+                kept = self.kept(loaded, part.plan)
                 values[:, part.rows] = self._run(loaded, part.rest, kept, part.plan.pair, metrics)
         return values
 
-    def _kept(self, loaded: JointLoaded, plan: JointPlan, base: ActivationCache) -> ActivationCache:
-        """Run the rows of `plan`; return their whole runs as a cache with one prompt a row."""
+    @torch.no_grad()
+    def kept(self, loaded: JointLoaded, plan: JointPlan) -> ActivationCache:
+        """Run the rows of `plan`; return their whole runs as a cache with one prompt a row.
+
+        It holds queries after rotary if the base run's cache does.
+        """
+        base = loaded.loaded.base
         pair = on_cpu(plan.pair)
         places = {x.device for xs in (base.resid, base.keys, base.values) for x in xs}
         at = {place: move_together([pair], place)[0] for place in places}
@@ -146,6 +141,7 @@ class PackedJoint:
             values=of_rows(base.values),
             heads=base.heads,
             calls=base.calls,
+            sites={name: of_rows(xs) for name, xs in base.sites.items() if name == "rot_q"},
         )
         for rows in joint_batches(plan, self.runner.max_tokens):
             batch = JointBatch.of(plan, rows)
@@ -221,26 +217,19 @@ class PackedJoint:
         keep: ActivationCache | None,
     ) -> Tensor:
         """Return the final residuals `[token, d_model]` of a batch's rows, one after the other."""
-        points = self.runner.points
-        names = sorted(
-            {batch.plan.sites[i].name for i in np.unique(batch.plan.writes.site).tolist()},
-            key=lambda name: _STREAM_ORDER.index(name) if name in _STREAM_ORDER else -1,
-        )
-        given = PackedInput(
-            base, [PatchValues(points[name], None) for name in names], _same(batch.n_pairs)
-        )
+        given = joint_input(self.runner, batch, base)
         blocks = JointBlocks(self.runner, batch, given, loaded, pair_of_base, keep)
         return blocks.run()
 
 
-@dataclass(frozen=True, eq=False)
-class JointTargets:
-    """Where the values of one intervention are written at one site and layer."""
-
-    value: int  # the intervention
-    to: Targets
-    n_units: int = 0  # units of a vector; 0: whole vectors are written
-    numbers: Tensor | None = None  # of a `Numbered` intervention's vectors, on the CPU
+def joint_input(runner: PackedRunner, batch: JointBatch, base: ActivationCache) -> PackedInput:
+    """Return the inputs of a batch's rows, which continue the runs in `base`."""
+    names = sorted(
+        {batch.plan.sites[i].name for i in np.unique(batch.plan.writes.site).tolist()},
+        key=lambda name: _STREAM_ORDER.index(name) if name in _STREAM_ORDER else -1,
+    )
+    values = [PatchValues(runner.points[name], None) for name in names]
+    return PackedInput(base, values, {i: i for i in range(batch.n_pairs)})
 
 
 class JointBlocks(PackedBlocks):
@@ -260,23 +249,11 @@ class JointBlocks(PackedBlocks):
         self.packing: Packing
         # pair of the captured batch of each base run; empty: they are the same
         self.pair_of_base = pair_of_base
-        names = [site.name for site in batch.plan.sites]
-        self.cells: dict[tuple[str, int], dict[int, Ints]] = {}  # site, layer -> value -> writes
-        # site, layer -> the tables of `cells`, made before the first block
+        self.writes = JointWrites(batch, given, loaded)
+        # site, layer -> the tables of what is written, made before the first block
         self.targets: dict[tuple[str, int], list[JointTargets]] = {}
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> row and position of each token
         self.pairs: dict[int, Tensor] = {}  # layer -> pair of the captured batch of each token
-        self.row_of = np.full(batch.plan.n_rows, -1, np.int64)
-        self.row_of[batch.patch] = np.arange(len(batch.patch))
-        writes, write_layer = batch.plan.writes, batch.plan.write_layer
-        mine = batch.writes_of
-        order = mine[np.lexsort((writes.value[mine], write_layer[mine], writes.site[mine]))]
-        key = np.stack([writes.site, write_layer, writes.value])[:, order]
-        cuts = np.flatnonzero((key[:, 1:] != key[:, :-1]).any(axis=0)) + 1
-        for part in np.split(order, cuts) if len(order) else ():
-            i = part[0]
-            at = self.cells.setdefault((names[writes.site[i]], int(write_layer[i])), {})
-            at[int(writes.value[i])] = part
 
     def run(self) -> Tensor:
         """Return the final residuals `[token, d_model]` of all rows."""
@@ -313,6 +290,7 @@ class JointBlocks(PackedBlocks):
         if self.keep is not None:
             self._keep_tokens([x.transpose(1, 2) for x in self.keep.keys], k)
             self._keep_tokens([x.transpose(1, 2) for x in self.keep.values], v)
+            self._keep_tokens(self.keep.sites.get("rot_q"), q.flatten(1))
         return super().attended(layer, q, k, v, settings)
 
     def _keep_tokens(self, kept: Sequence[Tensor] | None, x: Tensor) -> None:
@@ -326,31 +304,7 @@ class JointBlocks(PackedBlocks):
         """Write the patches at `sites` into `x` `[.., token, width]`, in place."""
         for name in sites:
             for targets in self.targets.get((name, self.packing.layer), ()):
-                self._write_cells(x, name, targets)
-
-    def _write_cells(self, x: Tensor, name: str, targets: JointTargets) -> None:
-        """Write the values of one intervention at one site: whole vectors, or single units."""
-        layer, to = self.packing.layer, targets.to
-        given = self.loaded.live.get(targets.value)
-        if isinstance(given, Numbered):
-            assert targets.numbers is not None
-            flat = x.view(-1, x.shape[-1])
-            added = sent(given.vectors(targets.numbers), x.device).to(x)
-            scatter_targets(flat, flat[to.token] + added, to)
-            return
-        layer_values = self.loaded.values[name, targets.value][layer].to(x)
-        flat, values = x.view(-1, x.shape[-1]), layer_values.reshape(-1, layer_values.shape[-1])
-        if to.head is not None:
-            flat = flat.view(len(flat), targets.n_units, -1)
-            values = values.view(len(values) * targets.n_units, -1)
-        live = given if name != "embed" else None
-        if live is None:
-            scatter_targets(flat, values, to)
-            return
-        site = next(site for site in self.batch.plan.sites if site.name == name)
-        met = flat[to.token] if to.head is None else flat[to.token, to.head]
-        new = live.applied(site, layer - site.shift, met, values[to.source])
-        scatter_targets(flat, new, replace(to, source=None, n_cells=len(new)))
+                self.writes.write(x, name, self.packing.layer, targets)
 
     def _make_tables(self, packings: Sequence[Packing]) -> None:
         """Make the tables of all blocks and move them in one copy a device."""
@@ -360,16 +314,16 @@ class JointBlocks(PackedBlocks):
         kept: dict[int, tuple[Tensor, ...]] = {}
         for packing in packings:
             layer, to_device = packing.layer, moves[devices[packing.layer]]
-            offsets = np.zeros(len(self.batch.patch), np.int64)
-            offsets[packing.rows] = packing.offsets[:-1]
-            for (name, at), by_value in self.cells.items():
-                if at == layer:
-                    on_host[name, at] = [
-                        targets
-                        for value, cells in by_value.items()
-                        for targets in self._targets(name, layer, value, cells, offsets)
-                    ]
-                    to_device.add(*(t for made in on_host[name, at] for t in tables_of(made.to)))
+            before = -self.batch.plan.first[self.batch.patch, layer]
+            before[packing.rows] += packing.offsets[:-1]
+            for name in self.writes.sites_at(layer):
+
+                def token(row: Ints, pos: Ints, before: Ints = before) -> Ints:
+                    at: Ints = before[row] + pos
+                    return at
+
+                on_host[name, layer] = [*self.writes.targets(name, layer, token)]
+                to_device.add(*(t for made in on_host[name, layer] for t in tables_of(made.to)))
             rows: list[Ints] = []
             if self.keep is not None:
                 counts = np.diff(packing.offsets)
@@ -390,30 +344,8 @@ class JointBlocks(PackedBlocks):
             if len(self.pair_of_base):
                 self.pairs[layer] = moved[-1]
 
-    def _targets(
-        self, name: str, layer: int, value: int, cells: Ints, offsets: Ints
-    ) -> Iterator[JointTargets]:
-        """Yield where one intervention's values go, on the CPU: whole vectors, then units."""
-        plan = self.batch.plan
-        writes = plan.writes.at(cells)
-        token = offsets[self.row_of[writes.row]] + writes.pos - plan.first[writes.row, layer]
-        if isinstance(self.loaded.live.get(value), Numbered):
-            yield JointTargets(value, Targets.of(on_cpu(token)), numbers=on_cpu(writes.unit))
-            return
-        length, width = self.loaded.values[name, value][layer].shape[-2:]
-        source = plan.pair[writes.row] * length + writes.pos
-        whole = writes.unit == WHOLE
-        if whole.any():
-            yield JointTargets(value, Targets.of(on_cpu(token[whole]), on_cpu(source[whole])))
-        if not whole.all():
-            site = next(site for site in plan.sites if site.name == name)
-            n = n_units(self.given.base, site, layer, width)
-            unit = writes.unit[~whole]
-            to = Targets.of(on_cpu(token[~whole]), on_cpu(source[~whole] * n + unit), on_cpu(unit))
-            yield JointTargets(value, to, n)
 
-
-def _check_patterns(plan: JointPlan) -> None:
+def check_patterns(plan: JointPlan) -> None:
     """Raise for patterns beside other patches: they are written as z with the base run's values."""
     patterns = np.array([site.is_pattern for site in plan.sites], bool)
     if not patterns.any():
@@ -428,11 +360,7 @@ def _check_patterns(plan: JointPlan) -> None:
         raise Unsupported("an attention pattern is patched beside something else")
 
 
-def _chunk_of(base: ActivationCache, n_rows: int) -> int:
+def chunk_of(base: ActivationCache, n_rows: int) -> int:
     """Return how many kept runs fit `STEM_BYTES`."""
     one = sum(x[:1].numel() * x.element_size() for x in (*base.resid, *base.keys, *base.values))
     return max(1, min(n_rows, STEM_BYTES // one))
-
-
-def _same(n: int) -> dict[int, int]:
-    return {i: i for i in range(n)}

@@ -59,6 +59,13 @@ class JointBatch(PackedBatch):
         return np.broadcast_to(self.plan.reads, (self.plan.n_bases, self.length))
 
     @cached_property
+    def write_layers(self) -> Bools:
+        """[row, layer] whether the row writes something there."""
+        table = np.zeros((self.plan.n_rows, self.n_layers + 1), bool)
+        table[self.plan.writes.row, self.plan.write_layer] = True
+        return table[self.patch]
+
+    @cached_property
     def writes_of(self) -> Ints:
         """[write] index of each write of the batch's rows in the plan's writes."""
         return np.flatnonzero(np.isin(self.plan.writes.row, self.patch))

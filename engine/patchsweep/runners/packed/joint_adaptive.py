@@ -1,0 +1,311 @@
+"""Joint patches within two thresholds of exact: rows of one layer, or of two that share one.
+
+A row that writes at one block is run as a patch of a sweep is (`adaptive`): what it changes
+noticeably runs, the rest is multiplied with the base run's gradient. Where a row writes at two
+blocks, that gradient is wrong: it follows paths that the second write cuts. So the first write's
+run is kept whole, with its own gradient, and the row continues it as others continue the base run.
+That pays where many rows share the first write. All other rows run exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from patchsweep.forward.block_args import first_of
+from patchsweep.forward.capture import ActivationCache
+from patchsweep.forward.grad import Gradients
+from patchsweep.forward.site_locations import SiteLocation
+from patchsweep.forward.unwrapped import UnwrappedModel
+from patchsweep.runners.packed.adaptive import AdaptiveBlocks, Thresholds
+from patchsweep.runners.packed.adaptive_runner import (
+    metrics_of,
+    read_numbers,
+    room_of,
+    run_in_parts,
+    thresholds_on,
+)
+from patchsweep.runners.packed.joint import PackedJoint, check_patterns, chunk_of, joint_input
+from patchsweep.runners.packed.joint_batch import JointBatch
+from patchsweep.runners.packed.joint_writes import JointLoaded, JointTargets, JointWrites
+from patchsweep.runners.packed.moves import Moves, move_together, on_cpu
+from patchsweep.runners.packed.tables import PackedInput, TokenTables, tables_of, there
+from patchsweep.spec.joint import JointPlan, shared_stems
+from patchsweep.spec.metrics import Metric
+from patchsweep.spec.plan import Ints
+from patchsweep.spec.sites import SITES
+
+# rows that share their first write, from which on its own gradient pays: it costs a forward and a
+# backward pass over what lies behind the write, about three exact runs of it
+LEAST = 8
+# what a kept run costs besides itself, in runs of the blocks behind its write: its gradient's
+# forward pass, and a backward pass, which takes twice as long
+GRADIENT = 3
+# kept runs that hold gradients at a time, as a part of those that fit without
+_PART = 4
+QUERIES = (SiteLocation(SITES["rot_q"], ()),)  # what adaptive runs read besides keys and values
+
+# tokens that enter with one batch, in units of `max_tokens`: most of them sleep after a block
+_FULL = 4
+
+# gradients of each metric on the runs in a cache, from a position on; they begin with the writes of
+# the plan's rows
+GradientsOf = Callable[[JointPlan, ActivationCache, int], Gradients]
+
+
+@dataclass(frozen=True, eq=False)
+class JointValues:
+    """The results of the rows of a plan."""
+
+    values: Float[NDArray[np.float32], "metric row"]  # patched metrics
+    linear: Float[NDArray[np.float32], "metric row"]  # the part of the effects by gradients
+    # tokens times blocks that ran, with the row's part of a run and a gradient that rows share
+    token_layers: Float[NDArray[np.float64], " row"]
+
+    @classmethod
+    def empty(cls, n_metrics: int, n_rows: int) -> JointValues:
+        """Return results to be filled."""
+        shape = n_metrics, n_rows
+        return cls(
+            np.full(shape, np.nan, np.float32), np.zeros(shape, np.float32), np.zeros(n_rows)
+        )
+
+    def put(self, rows: Ints, new: JointValues) -> None:
+        """Fill in the results of `rows`."""
+        self.values[:, rows], self.linear[:, rows] = new.values, new.linear
+        self.token_layers[rows] = new.token_layers
+
+
+class AdaptiveJoint:
+    """Runs joint patches within thresholds, on the model and in the batches of a `PackedJoint`."""
+
+    def __init__(self, joint: PackedJoint) -> None:
+        self.joint, self.runner = joint, joint.runner
+
+    @torch.no_grad()
+    def run(
+        self,
+        loaded: JointLoaded,
+        plan: JointPlan,
+        metrics: Sequence[Metric],
+        base: Gradients,
+        of_kept: GradientsOf,
+        theta: NDArray[np.float32],
+        tau: NDArray[np.float64],
+        least: int = LEAST,
+    ) -> JointValues:
+        """Return the results of every row; all rows are live.
+
+        Args:
+            base: gradients on the base runs.
+            of_kept: returns those on other runs, of whose tokens none changes before a position.
+            theta: thresholds `[metric, row]` in units of the metric.
+            tau: thresholds `[row]`, relative.
+            least: rows with the same first write that are run by its own gradient.
+
+        Raises:
+            Unsupported: a row patches an attention pattern beside something else.
+        """
+        check_patterns(plan)
+        found = JointValues.empty(len(metrics), plan.n_rows)
+        single = np.flatnonzero(plan.n_write_layers == 1)
+        if len(single):
+            found.put(
+                single,
+                self._adaptive(
+                    loaded,
+                    plan.part(single),
+                    loaded.loaded.base,
+                    plan.pair[:0],
+                    base,
+                    theta[:, single],
+                    tau[single],
+                    metrics,
+                ),
+            )
+        two = np.flatnonzero(plan.n_write_layers == 2)
+        alone, stems = shared_stems(plan.part(two), least)
+        exactly = np.sort(np.concatenate([two[alone], np.flatnonzero(plan.n_write_layers > 2)]))
+        if len(exactly):
+            found.put(exactly, self.exact(loaded, plan.part(exactly), metrics))
+        for stem in stems:
+            size = max(1, chunk_of(loaded.loaded.base, stem.plan.n_rows) // _PART)
+            for first in range(0, stem.plan.n_rows, size):
+                part = stem.part(range(first, min(first + size, stem.plan.n_rows)))
+                rows = two[part.rows]
+                kept = self.joint.kept(loaded, part.plan)
+                start = int(min(x.first[:, -1].min() for x in (part.plan, part.rest)))
+                new = self._adaptive(
+                    loaded,
+                    part.rest,
+                    kept,
+                    part.plan.pair,
+                    of_kept(part.plan, kept, start),
+                    theta[:, rows],
+                    tau[rows],
+                    metrics,
+                )
+                behind = (plan.length - start) * (plan.n_layers - 1 - part.plan.entry).clip(0)
+                shared = GRADIENT * behind + _token_layers(part.plan)
+                n = np.bincount(part.rest.base, minlength=part.plan.n_rows)
+                own = new.token_layers + (shared / n)[part.rest.base]
+                found.put(rows, replace(new, token_layers=own))
+        return found
+
+    def exact(self, loaded: JointLoaded, plan: JointPlan, metrics: Sequence[Metric]) -> JointValues:
+        """Return the results of rows that run exactly; all rows are live."""
+        values = self.joint.run(loaded, plan, metrics).numpy()
+        cost = np.full(plan.n_rows, plan.shared_token_layers / max(1, plan.n_rows))
+        return JointValues(values, np.zeros_like(values), cost)
+
+    def _adaptive(
+        self,
+        loaded: JointLoaded,
+        plan: JointPlan,
+        base: ActivationCache,
+        pair_of_base: Ints,
+        gradients: Gradients,
+        theta: NDArray[np.float32],
+        tau: NDArray[np.float64],
+        metrics: Sequence[Metric],
+    ) -> JointValues:
+        """Return the results of rows of one layer, which continue the runs in `base`.
+
+        `pair_of_base`: pair of each of these; empty: they are the base runs.
+        """
+        found = JointValues.empty(len(metrics), plan.n_rows)
+        n_bases = base.shape[0]
+        pairs = pair_of_base if len(pair_of_base) else np.arange(n_bases)
+        device = loaded.loaded.base_resid.device
+        reads = list(loaded.loaded.batch.reads)
+        pair_of, read = move_together(
+            [on_cpu(pairs), on_cpu(read_numbers(loaded.loaded.batch))], device
+        )
+        resid = base.resid[-1].to(device)[:, reads]
+        references = self.runner.metrics_of(loaded.loaded, resid, pair_of, metrics)
+
+        def run(places: Ints) -> None:
+            rows = places[np.lexsort((plan.first[places, -1], plan.base[places]))]
+            batch = _batch_of(plan, rows)
+            blocks = _Blocks(
+                self.runner.unwrapped,
+                batch,
+                joint_input(self.runner, batch, base),
+                gradients,
+                thresholds_on(device, theta[:, rows], tau[rows]),
+                loaded,
+                pair_of if len(pair_of_base) else None,
+            )
+            ran = blocks.run(self.runner.max_tokens, room_of(self.runner, batch))
+            at, pair = move_together([on_cpu(plan.base[rows]), on_cpu(plan.pair[rows])], device)
+            values, linear, token_layers = metrics_of(
+                self.runner,
+                loaded.loaded,
+                ran,
+                pair,
+                read,
+                resid[at],
+                references[:, at],
+                metrics,
+            )
+            found.put(rows, JointValues(values, linear, token_layers.astype(np.float64)))
+
+        most = self.runner.max_tokens
+        longest = int((_stop(plan) - plan.first[:, -1]).max(initial=1))
+        run_in_parts(
+            np.argsort(plan.entry, kind="stable"), min(most, max(1, _FULL * most // longest)), run
+        )
+        return found
+
+
+def _batch_of(plan: JointPlan, rows: Ints) -> JointBatch:
+    """Return the batch of `rows`, which write at one layer each."""
+    writes = plan.writes
+    by_token = np.array([s.reach == "token" and not s.shift for s in plan.sites], bool)
+    others = np.bincount(writes.row[~by_token[writes.site]], minlength=plan.n_rows)
+    return replace(JointBatch.of(plan, rows), stop=_stop(plan)[rows], token_entry=others[rows] == 0)
+
+
+def _stop(plan: JointPlan) -> Ints:
+    """Return `[row]` past the last position that is written."""
+    stop = np.zeros(plan.n_rows, np.int64)
+    np.maximum.at(stop, plan.writes.row, plan.writes.pos + 1)
+    return stop
+
+
+class _Blocks(AdaptiveBlocks):
+    """The awake tokens of joint rows."""
+
+    def __init__(
+        self,
+        unwrapped: UnwrappedModel,
+        batch: JointBatch,
+        given: PackedInput,
+        gradients: Gradients,
+        thresholds: Thresholds,
+        loaded: JointLoaded,
+        pair_of_base: Tensor | None,
+    ) -> None:
+        super().__init__(unwrapped, batch, given, gradients, thresholds)
+        self._joint = JointWrites(batch, given, loaded)
+        self._targets: dict[str, list[JointTargets]] = {}  # of the block call under way
+        self._pair_of_base = pair_of_base  # pair of the captured batch; None: base runs are these
+
+    def replay(self, hidden: Tensor) -> Tensor:
+        """See `PackedBlocks`; a block's arguments are those of the captured batch's pairs."""
+        if self._pair_of_base is None:
+            return super().replay(hidden)
+        tables = self.tables
+        call = self.given.base.calls[tables.layer]
+        block_args = call.at(self._pair_of_base[tables.token_pair], tables.token_pos)
+        block = self.unwrapped.blocks[tables.layer]
+        return first_of(block(hidden.unsqueeze(0), *block_args.args, **block_args.kwargs)).squeeze(
+            0
+        )
+
+    def write(self, x: Tensor, *sites: str) -> None:
+        """See `PackedBlocks`."""
+        for name in sites:
+            for targets in self._targets.get(name, ()):
+                self._joint.write(x, name, self.tables.layer, targets)
+
+    def _tables(self, layer: int, tokens: Any, on_host: Any) -> TokenTables:
+        """See `AdaptiveBlocks`."""
+        self._targets = {}
+        if on_host is None or not self._joint.sites_at(layer):
+            return super()._tables(layer, tokens, None)
+        length = self.packed.length
+        place = on_host[0] * length + on_host[1]  # ascending
+
+        def token(row: Ints, pos: Ints) -> Ints:
+            wanted = row * length + pos
+            at = np.searchsorted(place, wanted).clip(0, max(0, len(place) - 1))
+            return np.where(place[at] == wanted, at, -1)
+
+        made = {
+            name: [*self._joint.targets(name, layer, token)] for name in self._joint.sites_at(layer)
+        }
+        moves = Moves()
+        moves.add(*(x for of_site in made.values() for t in of_site for x in tables_of(t.to)))
+        moves.start(self.device)
+        self._targets = {
+            name: [replace(t, to=there(t.to, moves)) for t in of_site]
+            for name, of_site in made.items()
+        }
+        return super()._tables(layer, tokens, None)
+
+
+def _token_layers(plan: JointPlan) -> NDArray[np.int64]:
+    """Return the token-layers `[row]` of exact runs."""
+    rows = np.arange(plan.n_rows)
+    counts: NDArray[np.int64] = sum(
+        (plan.counts(rows, layer) for layer in range(plan.n_layers)), np.zeros_like(rows)
+    )
+    return counts
