@@ -125,6 +125,6 @@ def check_indices(name: str, indices: Tensor, limit: int) -> None:
     if indices.dtype != torch.int64:
         raise ValueError(f"{name} must be int64, got {indices.dtype}")
     if indices.numel():
-        low, high = (int(bound) for bound in indices.aminmax())
+        low, high = torch.stack(indices.aminmax()).tolist()
         if low < 0 or high >= limit:
             raise ValueError(f"{name} holds {low if low < 0 else high}, outside 0..{limit - 1}")

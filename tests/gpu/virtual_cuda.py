@@ -132,14 +132,26 @@ class Stream:
 
 
 class Event:
-    """torch.cuda.Event"""
+    """torch.cuda.Event; copies to the host have arrived when one that was recorded later is."""
 
-    def record(self, stream: Any = None) -> None: ...
+    coming: Any = ()
+
+    def record(self, stream: Any = None) -> None:
+        gpu = Gpu.current
+        assert gpu is not None
+        self.coming, gpu.coming = gpu.coming, []
+        self.recorded = gpu.launches.total()
 
     def synchronize(self) -> None:
         gpu = Gpu.current
         assert gpu is not None
         gpu.events += 1
+        if self.coming:
+            gpu.sync("a result is awaited")
+            gpu.waited.append((self.recorded, gpu.launches.total()))
+            with gpu.quiet():
+                gpu.arrive(self.coming)
+            self.coming = ()
 
 
 Stream.here.append(Stream())
@@ -342,7 +354,7 @@ def _phases(stack: ExitStack, gpu: Gpu) -> None:
 
     within(batches.PackedRunner, "load", "load (capture)")
     within(batches.PackedRunner, "references", "references")
-    within(batches.PackedRunner, "run_together", "packed batches: before and after")
+    within(batches.PackedRunner, "start_together", "packed batches: before and after")
     within(batches.PackedRunner, "_run_packed_batch", "packed batch: around the blocks")
     within(batches.PackedRunner, "metrics_of", "packed batch: unembedding")
     within(replay.PackedBlocks, "enter", "packed batch: enter a block")
