@@ -306,9 +306,9 @@ def absorb(
     return new_top, mass * shrink + tl.sum(weight, 1), total
 
 
-# Grid (blocks, kv_head * head_blocks, parts). A program owns a block of adjacent packed tokens of one
-# pair and the query heads of one key head, or a block of these heads if one tile cannot hold them
-# all. Its query axis is token by head, so each key that it loads serves all of them.
+# Grid (blocks, kv_head * head_blocks, parts). A program owns a block of adjacent packed tokens of
+# one pair and the query heads of one key head, or a block of these heads if one tile cannot hold
+# them all. Its query axis is token by head, so each key that it loads serves all of them.
 # It loops over the pair's prefix up to the highest start in the block, then over the packed keys
 # from the block's first row to its last token. Whole tiles below the lowest start need no mask
 # where there is no window. Elsewhere it masks keys that a query may not see: prefix positions from

@@ -18,6 +18,7 @@ import numpy as np
 import patchsweep as ps
 import pytest
 import torch
+from patchsweep.analyses.circuits import edge_batch
 from patchsweep.errors import ModelError
 from patchsweep.forward.unembed import CHUNK_BYTES, Unembed
 from patchsweep.forward.unwrapped import UnwrappedModel
@@ -287,6 +288,24 @@ def test_joint_batches_wait_for_their_results_alone() -> None:
             waits[f"{why} at {where}"] += n
     assert waits.total() <= 2 * n_batches, waits
     assert not any("packed batch: the block" in phase for phase, _, _ in gpu.syncs)
+
+
+def test_attention_of_edges_is_checked_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = loaded("tiny:llama")
+    given = pairs(model)
+    check = edge_batch._check_attention
+    with virtual_cuda(gradients=True) as gpu:
+
+        def checked(*arguments: Any) -> None:
+            with gpu.during("edges: check"):
+                check(*arguments)
+
+        monkeypatch.setattr(edge_batch, "_check_attention", checked)
+        move(model)
+        model.cfg.device = "cuda:0"
+        ps.screen_edges(model, given, top=2)
+    waits = sum(n for (phase, _, _), n in gpu.syncs.items() if phase == "edges: check")
+    assert waits == gpu.visits["edges: check"] == 1
 
 
 def test_adaptive_batches_wait_where_tokens_are_chosen_alone() -> None:
