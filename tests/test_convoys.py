@@ -191,8 +191,8 @@ def test_a_bundle_whose_first_unit_is_held_is_left_to_its_holder(
             (path / variable.flag_key(unit)).unlink()
         assert theirs.claim(bundle.units[:1]) == [bundle.units[0]]
         computed: list[tuple[Unit, ...]] = []
-        inner = work.values
-        monkeypatch.setattr(work, "values", lambda units: computed.append(units) or inner(units))
+        inner = work.start
+        monkeypatch.setattr(work, "start", lambda units: computed.append(units) or inner(units))
 
         class HandOver(Quiet):
             def waiting(self, n_units: int, holders: object) -> None:

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from patchsweep_kernels import attention_torch
+from patchsweep_kernels import attention_torch, split
 from patchsweep_kernels.dispatch import (
     capability_of,
     check_alike,
@@ -147,18 +147,27 @@ def _triton(
     settings = launch_settings(share, d, d_v, q.dtype, q.device)
     blocks = rows.block_table(settings["BLOCK_TOKENS"], q.device)
     head_blocks = triton.cdiv(share, settings["BLOCK_HEADS"])
+    grid = (len(blocks), kv_heads * head_blocks)
+    n_keys = rows.deepest if window is None else min(rows.deepest, window)
+    n_parts = split.n_parts(grid[0] * grid[1], n_keys, q)
+    target = lse = out
+    if n_parts > 1:
+        lse = out.new_empty(n_parts, n_tokens, n_heads, dtype=torch.float32)
+        target = lse.new_empty(*lse.shape, d_v)
     with device_of(q):
-        _prefix_kernel[(len(blocks), kv_heads * head_blocks)](
+        _prefix_kernel[(*grid, n_parts)](
             q,
             k,
             v,
             prefix_k,
             prefix_v,
             q if sinks is None else sinks.contiguous(),
-            out,
+            target,
+            lse,
             blocks,
             rows.token_table(q.device),
             n_tokens,
+            n_parts,
             share,
             head_blocks,
             d,
@@ -168,15 +177,19 @@ def _triton(
             *v.stride()[:2],
             *prefix_k.stride()[:3],
             *prefix_v.stride()[:3],
-            *out.stride()[:2],
+            *target.stride()[-3:-1],
+            n_heads,
             float(scale),
             float(softcap or 0.0),
             window or 0,
             HAS_CAP=softcap is not None,
             HAS_WINDOW=window is not None,
             HAS_SINKS=sinks is not None,
+            SPLIT=n_parts > 1,
             **settings,
         )
+    if n_parts > 1:
+        split.merge(target, lse, out)
     return out
 
 
@@ -293,15 +306,16 @@ def absorb(
     return new_top, mass * shrink + tl.sum(weight, 1), total
 
 
-# Grid (blocks, kv_head * head_blocks). A program owns a block of adjacent packed tokens of one pair
-# and the query heads of one key head, or a block of these heads if one tile cannot hold them all.
-# Its query axis is token by head, so each key that it loads serves all of them.
+# Grid (blocks, kv_head * head_blocks, parts). A program owns a block of adjacent packed tokens of
+# one pair and the query heads of one key head, or a block of these heads if one tile cannot hold
+# them all. Its query axis is token by head, so each key that it loads serves all of them.
 # It loops over the pair's prefix up to the highest start in the block, then over the packed keys
 # from the block's first row to its last token. Whole tiles below the lowest start need no mask
 # where there is no window. Elsewhere it masks keys that a query may not see: prefix positions from
 # its own start on, other rows, later tokens, keys outside the window. Running
 # maximum, sum and output are fp32. A value that is not finite may spread to the block's other
-# tokens, where its weight is 0.
+# tokens, where its weight is 0. If SPLIT, a program owns a part of the block's prefix, the last one
+# the packed keys too, and writes what `split` merges.
 @jit
 @no_type_check
 def _prefix_kernel(
@@ -312,9 +326,11 @@ def _prefix_kernel(
     prefix_v,
     sinks,
     out,
+    lse,
     blocks,
     tokens,
     n_tokens,
+    n_parts,
     share,
     head_blocks,
     d,
@@ -333,12 +349,14 @@ def _prefix_kernel(
     pv_pos,
     out_token,
     out_head,
+    n_heads,
     scale,
     cap,
     window,
     HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
@@ -381,17 +399,30 @@ def _prefix_kernel(
         # The sink is a key with value 0 that every query sees.
         top = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32)
         mass += 1.0
+        if SPLIT:  # of the first part
+            top = tl.where(tl.program_id(2) == 0, top, float("-inf"))
+            mass = tl.where(tl.program_id(2) == 0, mass, 0.0)
     total = tl.zeros((BLOCK_QUERIES, BLOCK_DV), tl.float32)
 
     low = lowest * 0
     if HAS_WINDOW:
         low = tl.maximum(lowest - window + 1, 0)
+    if SPLIT:
+        part = tl.program_id(2)
+        n_tiles = tl.cdiv(highest - low, BLOCK_KEYS)
+        n_keys = tl.cdiv(n_tiles, n_parts) * BLOCK_KEYS
+        low += part * n_keys
+        highest = tl.minimum(highest, low + n_keys)
+        # the last part has the fewest keys of the prefix
+        own_first = tl.where(part == n_parts - 1, own_first, stop)
     keys = prefix_k + pair * pk_pair + kv_head * pk_head
     values = prefix_v + pair * pv_pair + kv_head * pv_head
     everyone = low
     if not HAS_WINDOW:
         everyone = lowest // BLOCK_KEYS * BLOCK_KEYS
-        for at_key in range(0, everyone, BLOCK_KEYS):
+        if SPLIT:
+            everyone = tl.maximum(low, tl.minimum(everyone, highest))
+        for at_key in range(low, everyone, BLOCK_KEYS):
             j = at_key + tl.arange(0, BLOCK_KEYS).to(tl.int64)
             there = j >= 0
             key, value = load_keys(
@@ -428,8 +459,16 @@ def _prefix_kernel(
             x, key, value, seen, top, mass, total, scale, cap, HAS_CAP, PRECISION
         )
 
-    # Every real query saw itself, so its mass is positive; padding queries are not stored.
-    total = total / tl.where(real, mass, 1.0)[:, None]
     at = (token * out_token + head * out_head)[:, None] + element_v[None, :]
     mask = real[:, None] & in_dv[None, :]
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
+    if SPLIT:
+        part = tl.program_id(2).to(tl.int64)
+        seen_any = mass > 0.0
+        size = tl.where(seen_any, top + tl.log(tl.where(seen_any, mass, 1.0)), float("-inf"))
+        tl.store(lse + part * n_tokens * n_heads + token * n_heads + head, size, mask=real)
+        total = total / tl.where(seen_any, mass, 1.0)[:, None]
+        tl.store(out + part * n_tokens * out_token + at, total, mask=mask)
+    else:
+        # Every real query saw itself, so its mass is positive; padding queries are not stored.
+        total = total / tl.where(real, mass, 1.0)[:, None]
+        tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)

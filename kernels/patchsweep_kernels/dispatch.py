@@ -29,6 +29,7 @@ _COUNTS = (
     "n_targets",
     "n_rows",
     "n_pairs",
+    "n_parts",
     "first_row",
     "length",
     "blocks_per_part",
@@ -64,6 +65,13 @@ def capability_of(device: torch.device) -> tuple[int, int]:
     if device.type != "cuda" or torch.version.hip is not None:
         return 8, 0
     return torch.cuda.get_device_capability(device)
+
+
+def processors_of(device: torch.device) -> int:
+    """Return the number of a GPU's multiprocessors; 0 for other devices."""
+    if device.type != "cuda":
+        return 0
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def dot_settings(dtype: torch.dtype) -> dict[str, Any]:
@@ -125,6 +133,6 @@ def check_indices(name: str, indices: Tensor, limit: int) -> None:
     if indices.dtype != torch.int64:
         raise ValueError(f"{name} must be int64, got {indices.dtype}")
     if indices.numel():
-        low, high = (int(bound) for bound in indices.aminmax())
+        low, high = torch.stack(indices.aminmax()).tolist()
         if low < 0 or high >= limit:
             raise ValueError(f"{name} holds {low if low < 0 else high}, outside 0..{limit - 1}")

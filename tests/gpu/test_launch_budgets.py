@@ -18,6 +18,8 @@ import numpy as np
 import patchsweep as ps
 import pytest
 import torch
+from patchsweep.analyses.circuits import edge_batch
+from patchsweep.errors import ModelError
 from patchsweep.forward.unembed import CHUNK_BYTES, Unembed
 from patchsweep.forward.unwrapped import UnwrappedModel
 from patchsweep.runners.packed import forward, runner
@@ -28,9 +30,14 @@ from patchsweep.runners.packed.budget import (
     gpu_bytes_per_token,
     gpu_tokens,
 )
+from patchsweep.spec import spec
+from patchsweep.store.layout import Unit
+from patchsweep.store.verify import checksums
+from patchsweep.sweeps.exact import ExactWork
+from patchsweep.sweeps.executor import Quiet
 
-from gpu.test_virtual_gpu import PLAIN, TOLERANCE, loaded, pairs
-from gpu.virtual_cuda import move, on_cpu, virtual_cuda
+from gpu.test_virtual_gpu import PLAIN, TOLERANCE, check_equal, loaded, pairs
+from gpu.virtual_cuda import Event, move, on_cpu, virtual_cuda
 from gpu.virtual_device import DeviceMix, Gpu
 
 BLOCKS = ("packed batch: enter a block", "packed batch: the block itself")
@@ -54,7 +61,11 @@ class Counts:
         n_batches = gpu.visits["packed batch: around the blocks"]
         launched = sum(n for (phase, _), n in gpu.launches.items() if phase in BLOCKS)
         waits = sum(n for (phase, _, _), n in gpu.syncs.items() if phase in BLOCKS)
-        of_batches = sum(n for (phase, _, _), n in gpu.syncs.items() if phase.startswith("packed"))
+        of_batches = sum(
+            n
+            for (phase, why, _), n in gpu.syncs.items()
+            if phase.startswith("packed") or why == "a result is awaited"
+        )
         return cls(
             n_batches,
             n_visits,
@@ -156,8 +167,100 @@ def test_planted_fault_breaks_the_budget(fault: Any) -> None:
 
 def test_results_of_all_batches_come_back_at_once() -> None:
     _, gpu = counted("llama")
-    home = [where for (phase, kind, where) in gpu.copies if kind == "D2H" and phase[:6] == "packed"]
-    assert len(home) == 1
+    home = [kind for (phase, kind, _) in gpu.copies if kind[:3] == "D2H" and phase[:6] == "packed"]
+    assert home == ["D2H async (pinned)"]
+
+
+def test_results_are_read_while_the_next_work_item_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spec, "UNIT_TOKENS", 60)
+    model = loaded("tiny:llama")
+    given = pairs(model, 2)
+    with on_cpu():
+        expected = ps.sweep(model, given, ["z", "resid_pre"], runner="packed")
+    model = loaded("tiny:llama")
+    with virtual_cuda() as gpu:
+        move(model)
+        model.cfg.device = "cuda:0"
+        start, before = ExactWork.start, Counter[Any]()
+
+        def started(work: ExactWork, units: Any) -> Any:
+            before.update({} if before else gpu.syncs)  # checks of the whole run
+            return start(work, units)
+
+        monkeypatch.setattr(ExactWork, "start", started)
+        found = ps.sweep(model, given, ["z", "resid_pre"], runner="packed")
+        waits = gpu.syncs - before
+        n_waits = sum(n for (phase, _, _), n in waits.items() if phase != "load (capture)")
+    check_equal(expected, found)
+    *all_but_last, last = gpu.waited
+    assert len(all_but_last) >= 7
+    # between a result's copy and the wait for it, the next work item's blocks were launched
+    assert min(wait - copy for copy, wait in all_but_last) >= BUDGETS["llama"]
+    assert last[0] == last[1]
+    assert n_waits <= 2 * len(gpu.waited)
+
+
+def test_results_read_too_early_are_noticed() -> None:
+    model = loaded("tiny:llama")
+    given = pairs(model)
+    with virtual_cuda(), mock.patch.object(Event, "synchronize"):
+        move(model)
+        model.cfg.device = "cuda:0"
+        with pytest.raises(ModelError, match="not finite"):
+            ps.sweep(model, given, "z", runner="packed")
+
+
+class Stops(Quiet):
+    """Notes the shards in their order, and ends the run after some of them."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+        self.shards: list[str] = []
+
+    def advance(self, unit: Unit, *_: Any) -> None:
+        self.shards.append(unit.name)
+
+    def item_done(self) -> None:
+        self.after -= 1
+        if not self.after:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("stop", ["interrupt", "no memory"])
+def test_what_ends_a_run_loses_no_result_and_writes_none_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: str
+) -> None:
+    monkeypatch.setattr(spec, "UNIT_TOKENS", 60)
+    model = loaded("tiny:llama")
+    given = pairs(model)
+    run = runner.PackedRunner._run_packed_batch
+    n_runs = 0
+
+    def without_memory(*args: Any) -> Any:
+        nonlocal n_runs
+        n_runs += 1
+        if stop == "no memory" and n_runs > 2:
+            raise torch.OutOfMemoryError
+        return run(*args)
+
+    def sweep(progress: Stops, name: str) -> Any:
+        path = tmp_path / name
+        return ps.sweep(model, given, "z", runner="packed", store=path, progress=progress)
+
+    with virtual_cuda():
+        move(model)
+        model.cfg.device = "cuda:0"
+        whole = Stops(-1)
+        sweep(whole, "whole.zarr")
+        begun, rest = Stops(1 if stop == "interrupt" else -1), Stops(-1)
+        with monkeypatch.context() as patched:
+            patched.setattr(runner.PackedRunner, "_run_packed_batch", without_memory)
+            with pytest.raises((KeyboardInterrupt, torch.OutOfMemoryError)):
+                sweep(begun, "part.zarr")
+        assert len(begun.shards) == 2  # the second one ran when the first was reported, or failed
+        sweep(rest, "part.zarr")
+    assert begun.shards + rest.shards == whole.shards
+    assert checksums(tmp_path / "part.zarr") == checksums(tmp_path / "whole.zarr")
 
 
 def test_joint_batches_wait_for_their_results_alone() -> None:
@@ -185,6 +288,24 @@ def test_joint_batches_wait_for_their_results_alone() -> None:
             waits[f"{why} at {where}"] += n
     assert waits.total() <= 2 * n_batches, waits
     assert not any("packed batch: the block" in phase for phase, _, _ in gpu.syncs)
+
+
+def test_attention_of_edges_is_checked_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = loaded("tiny:llama")
+    given = pairs(model)
+    check = edge_batch._check_attention
+    with virtual_cuda(gradients=True) as gpu:
+
+        def checked(*arguments: Any) -> None:
+            with gpu.during("edges: check"):
+                check(*arguments)
+
+        monkeypatch.setattr(edge_batch, "_check_attention", checked)
+        move(model)
+        model.cfg.device = "cuda:0"
+        ps.screen_edges(model, given, top=2)
+    waits = sum(n for (phase, _, _), n in gpu.syncs.items() if phase == "edges: check")
+    assert waits == gpu.visits["edges: check"] == 1
 
 
 def test_adaptive_batches_wait_where_tokens_are_chosen_alone() -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any, ClassVar
 from unittest import mock
 
@@ -31,6 +32,7 @@ from patchsweep_kernels import (
     rms_norm,
     rotary,
     scatter,
+    split,
     vocab,
 )
 from patchsweep_kernels.rows import Rows
@@ -97,6 +99,7 @@ def guard_cuda() -> None:
 
 KERNELS = (
     (attention, "_prefix_kernel"),
+    (split, "_merge_kernel"),
     (scatter, "_scatter_kernel"),
     (answer_logits, "_answer_kernel"),
     (vocab, "_vocab_kernel"),
@@ -108,6 +111,8 @@ KERNELS = (
     (gate, "_gate_kernel"),
     (rotary, "_rotary_kernel"),
 )
+
+H100 = {"multi_processor_count": 132}
 
 # launches of one call, those of its tables included; other kernels launch once
 LAUNCHES = {"replaced": 3, "attention_change": 9}
@@ -132,14 +137,26 @@ class Stream:
 
 
 class Event:
-    """torch.cuda.Event"""
+    """torch.cuda.Event; copies to the host have arrived when one that was recorded later is."""
 
-    def record(self, stream: Any = None) -> None: ...
+    coming: Any = ()
+
+    def record(self, stream: Any = None) -> None:
+        gpu = Gpu.current
+        assert gpu is not None
+        self.coming, gpu.coming = gpu.coming, []
+        self.recorded = gpu.launches.total()
 
     def synchronize(self) -> None:
         gpu = Gpu.current
         assert gpu is not None
         gpu.events += 1
+        if self.coming:
+            gpu.sync("a result is awaited")
+            gpu.waited.append((self.recorded, gpu.launches.total()))
+            with gpu.quiet():
+                gpu.arrive(self.coming)
+            self.coming = ()
 
 
 Stream.here.append(Stream())
@@ -293,6 +310,7 @@ def virtual_cuda(
         patch(torch.cuda, "synchronize", lambda device=None: gpu.sync("synchronize"))
         patch(torch.cuda, "device", _Device)
         patch(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+        patch(torch.cuda, "get_device_properties", lambda device=None: SimpleNamespace(**H100))
         patch(torch.cuda, "get_device_name", lambda device=None: "Virtual H100")
         patch(torch.cuda, "Stream", Stream)
         patch(torch.cuda, "Event", Event)
@@ -342,7 +360,7 @@ def _phases(stack: ExitStack, gpu: Gpu) -> None:
 
     within(batches.PackedRunner, "load", "load (capture)")
     within(batches.PackedRunner, "references", "references")
-    within(batches.PackedRunner, "run_together", "packed batches: before and after")
+    within(batches.PackedRunner, "start_together", "packed batches: before and after")
     within(batches.PackedRunner, "_run_packed_batch", "packed batch: around the blocks")
     within(batches.PackedRunner, "metrics_of", "packed batch: unembedding")
     within(replay.PackedBlocks, "enter", "packed batch: enter a block")

@@ -135,6 +135,9 @@ class Gpu(TorchDispatchMode):
         self.wide: Counter[tuple[str, str, str]] = Counter()  # fp64 results: (phase, op, where)
         self.visits: Counter[str] = Counter()
         self.events = 0  # that the host waited for: of earlier work alone
+        # pinned tensors of the CPU, and what a copy puts there once the host waits for it
+        self.coming: list[tuple[Tensor, Tensor]] = []
+        self.waited: list[tuple[int, int]] = []  # per result: launches when sent, when waited for
         self.phase = ["other"]
         self.suspended = 0
         self.live: dict[int, list[int]] = {}  # storage -> [bytes, wrappers]
@@ -183,6 +186,11 @@ class Gpu(TorchDispatchMode):
             )
         if not self.suspended:
             self.syncs[self.phase[-1], why, self._where()] += 1
+
+    def arrive(self, coming: list[tuple[Tensor, Tensor]]) -> None:
+        """Finish copies to pinned memory."""
+        for here, values in coming:
+            here.copy_(values)
 
     def _note_wide(self, name: str, result: Any) -> None:
         if not self.suspended and any(x.dtype == torch.float64 for x in tensors(result)):
@@ -398,6 +406,16 @@ class Gpu(TorchDispatchMode):
                 self.sync("blocking copy to the device")
             elif n_bytes > 64 * 1024:
                 self.sync("pageable copy above 64 KB")
+        elif (
+            name != "aten::_to_copy"
+            and source.device.type == "cuda"
+            and not blocking
+            and args[0].untyped_storage()._cdata in self.pinned
+        ):
+            self.copy("D2H async (pinned)", n_bytes)
+            self.coming.append((args[0], bare(source).clone()))
+            args[0].fill_(float("nan") if args[0].is_floating_point() else -1)
+            return args[0]
         elif source.device.type == "cuda" and target.type == "cpu":
             self.copy("D2H", n_bytes)
             self.sync("copy to the host")

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
@@ -35,6 +36,7 @@ from patchsweep_kernels import (
     rms_norm,
     rotary,
     scatter,
+    split,
     vocab,
 )
 from patchsweep_kernels.tokens import Tokens
@@ -111,6 +113,21 @@ def launches() -> Iterator[tuple[str, Any, str, Callable[[], object]]]:
             "_prefix_kernel",
             partial(_attention, share, d, dtype, **variant),
         )
+    for dtype, share, d, variant in (variants[0], variants[2], *variants[4:7]):
+        yield (
+            f"attention_split-share{share}-d{d}-{'-'.join(variant) or 'plain'}-{_short(dtype)}",
+            attention,
+            "_prefix_kernel",
+            partial(_attention, share, d, dtype, n_parts=4, **variant),
+        )
+    for dtype in (fp32, bf16):
+        parts, out = torch.zeros(4, 56, 12, 64), torch.zeros(56, 12, 64, dtype=dtype)
+        yield (
+            f"merge-{_short(dtype)}",
+            split,
+            "_merge_kernel",
+            partial(split.merge, parts, parts[..., 0], out),
+        )
     adaptive: tuple[tuple[torch.dtype, int, int, dict[str, Any]], ...] = (
         (fp32, 3, 64, {}),
         (fp32, 2, 256, {"window": 4}),
@@ -179,13 +196,17 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _attention(share: int, d: int, dtype: torch.dtype, **variant: Any) -> None:
+def _attention(share: int, d: int, dtype: torch.dtype, n_parts: int = 1, **variant: Any) -> None:
     rows = make_rows([7] * 8, [0] * 8, [10] * 8)
     q = torch.zeros(56, 2 * share, d, dtype=dtype)
     k = torch.zeros(56, 2, d, dtype=dtype)
     prefix = torch.zeros(1, 2, 16, d, dtype=dtype)
     settings: dict[str, Any] = {"window": None, "softcap": None, "sinks": None} | variant
-    attention._triton(q, k, k, prefix, prefix, rows, 0.125, **settings)
+    with (
+        patch.object(split, "n_parts", return_value=n_parts),
+        patch.object(split, "merge"),
+    ):
+        attention._triton(q, k, k, prefix, prefix, rows, 0.125, **settings)
 
 
 def _replaced(share: int, d: int, dtype: torch.dtype, **variant: Any) -> None:

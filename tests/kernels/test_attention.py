@@ -8,8 +8,9 @@ import naive
 import pytest
 import torch
 from naive import DTYPES, TOLERANCE, make_rows, refused
-from patchsweep_kernels import attention, attention_torch
+from patchsweep_kernels import attention, attention_torch, split
 from patchsweep_kernels.attention import Rows, prefix_attention
+from patchsweep_kernels.dispatch import INTERPRETED
 from torch import Tensor
 
 # Rows of unequal length, groups of equal ones, a pair that comes back, a row without a prefix.
@@ -144,6 +145,64 @@ def test_attention_in_the_tiles_of_each_gpu(
     inputs |= {name: torch.randn(2, 1, 150, d).bfloat16() for name in ("prefix_k", "prefix_v")}
     for variant in ({}, {"softcap": 1.5}, {"window": 40}):
         _assert_matches(inputs, rows, variant)
+
+
+@pytest.fixture
+def merged(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The parts of each call, on a GPU of 64 multiprocessors that splits short prefixes too."""
+    parts: list[int] = []
+    merge = split.merge
+
+    def noted(*arguments: Any) -> None:
+        parts.append(len(arguments[0]))
+        merge(*arguments)
+
+    monkeypatch.setattr(split, "processors_of", lambda device: 64)
+    monkeypatch.setattr(split, "PART_KEYS", 1)
+    monkeypatch.setattr(split, "merge", noted)
+    return parts
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("rows", ["one", "no_prefix", "mixed"])
+def test_attention_in_parts_of_which_most_hold_no_key(
+    rows: str, variant: str, merged: list[int]
+) -> None:
+    _assert_matches(
+        _inputs(ROWS[rows], 6, 2, 16, 16, torch.float32), ROWS[rows], _settings(variant, 6)
+    )
+    splits = INTERPRETED and rows != "no_prefix" and VARIANTS[variant].get("window") != 1
+    assert bool(merged) == splits
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_attention_in_parts_of_a_long_prefix(
+    variant: str, dtype: torch.dtype, merged: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole tiles, tiles that some rows see, and rows behind all keys of some parts."""
+    monkeypatch.setattr(split, "PART_KEYS", 30)
+    rows = make_rows([2, 1, 3], [1, 1, 0], [20, 333, 290])
+    inputs = _inputs(make_rows([2, 1, 3], [1, 1, 0], [9, 9, 9]), 6, 2, 40, 16, dtype)
+    for name, size in (("prefix_k", 40), ("prefix_v", 16)):
+        inputs[name] = torch.randn(2, 2, 333, size).to(dtype)
+    settings = _settings(variant, 6)
+    if "window" in settings:
+        settings["window"] *= 60  # reaches over a few parts
+    _assert_matches(inputs, rows, settings)
+    if INTERPRETED:
+        assert merged == [{"window1": 2, "window3": 6, "all": 8}.get(variant, 11)]
+
+
+def test_attention_is_split_while_programs_leave_the_gpu_idle(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(split, "processors_of", lambda device: 132)
+    q = torch.zeros(1)
+    assert [split.n_parts(n, 4096, q) for n in (8, 33, 66, 67, 1000)] == [16, 4, 2, 1, 1]
+    assert [split.n_parts(8, n, q) for n in (0, 511, 512, 100_000)] == [1, 1, 2, 16]
+    monkeypatch.undo()
+    assert split.n_parts(1, 4096, q) == 1  # a CPU
 
 
 def _in_groups(**arguments: Any) -> Tensor:

@@ -20,6 +20,8 @@ KERNELS = [
     "scatter",
     "attribution",
     "attention-",
+    "attention_split",
+    "merge",
     "replaced",
     "base_attention",
     "attention_change",

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
+from patchsweep.models.arriving import Arriving
 from patchsweep.spec.batch import Batch
 from patchsweep.spec.interventions import Intervention
 from patchsweep.spec.metrics import Metric
@@ -57,3 +58,31 @@ class Runner(Loader, Protocol):
         Sets share forward passes where possible. `null` holds identity patches: they write back the
         base run's own values with their last bit flipped (see `patchsweep.sweeps.noise`).
         """
+
+
+@runtime_checkable
+class StartsTogether(Protocol):
+    """What a `Runner` may have besides."""
+
+    def start_together(
+        self,
+        loaded: Any,
+        sets: Sequence[PatchSet],
+        metrics: Sequence[Metric],
+        null: Sequence[PatchSet] = (),
+    ) -> Arriving[list[Float[Tensor, "metric patch"]]]:
+        """Launch what `run_together` does; a GPU may still run it when this returns."""
+
+
+def start_together(
+    runner: Runner,
+    loaded: Any,
+    sets: Sequence[PatchSet],
+    metrics: Sequence[Metric],
+    null: Sequence[PatchSet] = (),
+) -> Arriving[list[Float[Tensor, "metric patch"]]]:
+    """Return what `run_together` of any runner returns, on its way if the runner can do that."""
+    if isinstance(runner, StartsTogether):
+        return runner.start_together(loaded, sets, metrics, null)
+    results = runner.run_together(loaded, sets, metrics, null)
+    return Arriving(lambda: results, ready=True)

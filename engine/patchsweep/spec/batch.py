@@ -12,6 +12,7 @@ from torch import Tensor
 
 from patchsweep.data.pairs import PromptPair
 from patchsweep.errors import PlanError, PromptError
+from patchsweep.models.moves import move_together
 from patchsweep.spec.interventions import Direction, Intervention, Prompts, Spans, shuffles
 from patchsweep.spec.plan import PairShape
 
@@ -129,14 +130,17 @@ def make_batches(
         source_pairs = [pairs[n if source_of is None else source_of[n]] for n in members]
         base = [base_and_source(pair, direction)[0] for pair in members_pairs]
         source = [base_and_source(pair, direction)[1] for pair in source_pairs]
+        answers = ([p.answer for p in members_pairs], [p.wrong_answer for p in members_pairs])
+        tokens = (torch.tensor(rows, device="cpu") for rows in (base, source, *answers))
+        there = move_together(tokens, device)
         batches.append(
             Batch(
                 pairs=tuple(members),
-                base=torch.tensor(base, device=device),
-                source=torch.tensor(source, device=device),
+                base=there[0],
+                source=there[1],
                 reads=reads_of(members_pairs[0], read),
-                answer=torch.tensor([p.answer for p in members_pairs], device=device),
-                wrong=torch.tensor([p.wrong_answer for p in members_pairs], device=device),
+                answer=there[2],
+                wrong=there[3],
                 spans=tuple(p.labels for p in members_pairs),
             )
         )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections import deque
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from patchsweep.runners.base import Loader, Runner
+from patchsweep.models.arriving import Arriving
+from patchsweep.runners.base import Loader, Runner, start_together
 from patchsweep.spec.batch import Batch
 from patchsweep.spec.finite import check_cells, check_references
 from patchsweep.spec.metrics import Metric
@@ -56,6 +60,10 @@ class ExactWork:
 
     def values(self, units: Sequence[Unit]) -> list[Values]:
         """See `Work`."""
+        return self.start(units).read()
+
+    def start(self, units: Sequence[Unit]) -> Arriving[list[Values]]:
+        """See `Starts`."""
         metrics, pairs = self.request.metrics, units[0].pairs
         blocks = {u: Block(self.plans[u.variable], u, len(metrics)) for u in units if self._is(u)}
         floors = {
@@ -63,16 +71,29 @@ class ExactWork:
             for u in units
             if not self._is(u)
         }
+        waiting: deque[_Running] = deque()
+
+        def put_first() -> None:
+            waiting[0].put(blocks.values(), floors.values(), metrics)
+            waiting.popleft()  # after that: what could not be read is not passed over
+
+        def read() -> list[Values]:
+            while waiting:
+                put_first()
+            return [blocks[u].values() if u in blocks else floors[u].values for u in units]
+
         for captured in self.captures.of(pairs):
             live = [PatchSet(block.plan, block.fill_dead(captured)) for block in blocks.values()]
             null = [identity_patches(floor.plan, captured.batch.pairs) for floor in floors.values()]
-            results = self.runner.run_together(captured.loaded, live, metrics, null)
-            for block, ran, values in zip(blocks.values(), live, results, strict=False):
-                numbers = check_cells(values.numpy(), block.plan, ran.patches, metrics)
-                block.put(ran.patches, numbers)
-            for floor, ran, values in zip(floors.values(), null, results[len(live) :], strict=True):
-                floor.put(ran.patches, values.numpy() - captured.base_of(floor.plan, ran.patches))
-        return [blocks[u].values() if u in blocks else floors[u].values for u in units]
+            results = start_together(self.runner, captured.loaded, live, metrics, null)
+            base = [
+                captured.base_of(floor.plan, chosen.patches)
+                for floor, chosen in zip(floors.values(), null, strict=True)
+            ]
+            waiting.append(_Running(results, live, null, base))
+            while len(waiting) > 1 or (waiting and waiting[0].results.ready):
+                put_first()
+        return Arriving(read, ready=not waiting)
 
     def _is(self, unit: Unit) -> bool:
         """Whether the shard holds patched metrics, not noise."""
@@ -81,6 +102,27 @@ class ExactWork:
     def references(self, unit: Unit) -> tuple[Values, Values]:
         """See `Work`."""
         return references_of(self.captures, unit, len(self.request.metrics))
+
+
+@dataclass(frozen=True)
+class _Running:
+    """The patches of one captured batch, whose results may be on their way."""
+
+    results: Arriving[list[Tensor]]  # of `live`, then of `null`
+    live: list[PatchSet]
+    null: list[PatchSet]
+    base: list[Values]  # metrics [metric, patch] of the base runs of `null`
+
+    def put(
+        self, blocks: Iterable[Block], floors: Iterable[Floor], metrics: Sequence[Metric]
+    ) -> None:
+        """Put the results into the cells of `blocks` and `floors`; waits for them."""
+        results = self.results.read()
+        for block, ran, values in zip(blocks, self.live, results, strict=False):
+            block.put(ran.patches, check_cells(values.numpy(), block.plan, ran.patches, metrics))
+        null = zip(floors, self.null, self.base, results[len(self.live) :], strict=True)
+        for floor, ran, base, values in null:
+            floor.put(ran.patches, values.numpy() - base)
 
 
 @dataclass(frozen=True)
@@ -106,21 +148,21 @@ class Captures(Generic[OneLoader]):
 
     def __init__(self, request: Request, runner: OneLoader) -> None:
         self.request, self.runner = request, runner
+        self._pairs, self._batches = range(0), list[Batch]()
         self._kept: dict[tuple[int, ...], Captured] = {}
 
     def of(self, pairs: range) -> Iterator[Captured]:
         """Yield the captured batches of `pairs`, one for each length."""
         request = self.request
-        batches = request.batches(pairs)
-        present = {batch.pairs for batch in batches}
+        if pairs != self._pairs:
+            self._pairs, self._batches = pairs, request.batches(pairs)
+        present = {batch.pairs for batch in self._batches}
         self._kept = {key: kept for key, kept in self._kept.items() if key in present}
-        for batch in batches:
+        for batch in self._batches:
             if batch.pairs not in self._kept:
                 loaded = self.runner.load(batch, request.intervention)
-                base, source = (
-                    metrics.cpu().numpy()
-                    for metrics in self.runner.references(loaded, request.metrics)
-                )
+                references = self.runner.references(loaded, request.metrics)
+                base, source = torch.stack(references).cpu().numpy()
                 check_references(base, source, batch.pairs, request.metrics)
                 self._kept[batch.pairs] = Captured(batch, loaded, base, source)
             yield self._kept[batch.pairs]

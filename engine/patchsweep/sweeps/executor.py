@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,6 +15,7 @@ from numpy.typing import NDArray
 
 from patchsweep.arguments import whole_number
 from patchsweep.errors import ConfigError
+from patchsweep.models.arriving import Arriving
 from patchsweep.models.heartbeat import beating
 from patchsweep.store.journal import Journal
 from patchsweep.store.layout import Unit
@@ -49,11 +53,23 @@ class Work(Protocol):
 
 
 @runtime_checkable
+class Starts(Protocol):
+    """What a `Work` may have besides."""
+
+    def start(self, units: Sequence[Unit]) -> Arriving[list[Values]]:
+        """Launch what `values` computes; a GPU may still run it when this returns.
+
+        `units` have the same pairs.
+        """
+
+
+@runtime_checkable
 class Progress(Protocol):
     """Receives the progress of a run; token-layers are the unit of cost.
 
     An exception from `begin`, `item_done` or `waiting` ends the run and loses nothing; one from
-    `advance` loses the values of the work item's unwritten shards.
+    `advance` loses the values of the work item's unwritten shards. On a GPU a work item is reported
+    after the next one was begun.
     """
 
     def begin(self, n_units: int, total: int, done: int) -> None:
@@ -218,38 +234,115 @@ def _run_work(
     pairs = set(sink.pending_pairs())
     total = sum(costs.values())
     progress.begin(len(missing), total, total - sum(costs[unit] for unit in missing))
-    for item, claimed in _claimed(sink, items, missing, progress):
-        start = time.perf_counter()
-        within.begin(sum(costs[unit] for unit in claimed))
-        values = dict(zip(item.units, item.work.values(item.units), strict=True))
-        seconds = time.perf_counter() - start
-        shares = _shares([costs[unit] for unit in claimed])
-        for unit, part in zip(claimed, shares, strict=True):
-            _write_references(sink, item.work, unit, pairs)
-            sink.write(unit, values[unit])
-            progress.advance(unit, costs[unit], item.work.n_live(unit), seconds * part)
-        progress.item_done()
+    running = _Running(sink, progress, costs, pairs)
+    try:
+        for item, claimed in _claimed(sink, items, missing, progress, running.finish_all):
+            within.begin(sum(costs[unit] for unit in claimed))
+            running.start(item, claimed)
+        running.finish_all()
+    except BaseException:
+        with suppress(Exception):  # what is computed is not lost; the first error is told
+            running.finish_all()
+        raise
     for item in items:  # unpatched metrics may be lost although the shards are done
         for unit in item.units if pairs else ():
             _write_references(sink, item.work, unit, pairs)
 
 
-def _write_references(sink: Memory | Store, work: Work, unit: Unit, pairs: set[int]) -> None:
+@dataclass
+class _Started:
+    """A work item whose values may be on their way from a GPU."""
+
+    item: WorkItem
+    claimed: Sequence[Unit]
+    began: float  # time.perf_counter
+    values: Arriving[list[Values]]
+    # of the shards' pairs; None: to be asked for when the first shard is written
+    references: tuple[Values, Values] | None
+
+
+class _Running:
+    """Starts work items, and writes the shards of each one after the next has been started.
+
+    So a GPU computes while the host writes. Shards are written in the order of the work items.
+    """
+
+    def __init__(
+        self,
+        sink: Memory | Store,
+        progress: Progress,
+        costs: Mapping[Unit, int],
+        pairs: set[int],
+    ) -> None:
+        self._sink, self._progress = sink, progress
+        self._costs, self._pairs = costs, pairs
+        self._started: deque[_Started] = deque()
+        self._finished = -math.inf  # when the last work item's values were there
+
+    def start(self, item: WorkItem, claimed: Sequence[Unit]) -> None:
+        """Start `item`, and finish those before it; itself too if its values are there."""
+        began = time.perf_counter()
+        if isinstance(item.work, Starts):
+            values = item.work.start(item.units)
+        else:
+            computed = item.work.values(item.units)
+            values = Arriving(lambda: computed, ready=True)
+        references = None
+        if not values.ready and not self._pairs.isdisjoint(claimed[0].pairs):
+            # later the work would have to run these pairs again
+            references = item.work.references(claimed[0])
+        self._started.append(_Started(item, claimed, began, values, references))
+        while len(self._started) > 1 or (self._started and self._started[0].values.ready):
+            self._finish_first()
+
+    def finish_all(self) -> None:
+        """Finish all work items that were started."""
+        while self._started:
+            self._finish_first()
+
+    def _finish_first(self) -> None:
+        first = self._started[0]
+        values = dict(zip(first.item.units, first.values.read(), strict=True))
+        self._started.popleft()
+        # two work items run at once: each has the time from the end of the one before it
+        now = time.perf_counter()
+        seconds, self._finished = now - max(first.began, self._finished), now
+        shares = _shares([self._costs[unit] for unit in first.claimed])
+        for unit, part in zip(first.claimed, shares, strict=True):
+            _write_references(self._sink, first.item.work, unit, self._pairs, first.references)
+            self._sink.write(unit, values[unit])
+            n_live = first.item.work.n_live(unit)
+            self._progress.advance(unit, self._costs[unit], n_live, seconds * part)
+        self._progress.item_done()
+
+
+def _write_references(
+    sink: Memory | Store,
+    work: Work,
+    unit: Unit,
+    pairs: set[int],
+    known: tuple[Values, Values] | None = None,
+) -> None:
     """Write the unpatched metrics of the shard's pairs if some are in `pairs` and `work` gives
-    them; removes these pairs from `pairs`."""
+    them; removes these pairs from `pairs`. `known`: what `work` gave before."""
     if pairs.isdisjoint(unit.pairs):
         return
-    references = work.references(unit)
+    references = known or work.references(unit)
     if references is not None:
         sink.write_references(unit.first_pair, *references)
         pairs.difference_update(unit.pairs)
 
 
 def _claimed(
-    sink: Memory | Store, bundles: Sequence[WorkItem], missing: set[Unit], progress: Progress
+    sink: Memory | Store,
+    bundles: Sequence[WorkItem],
+    missing: set[Unit],
+    progress: Progress,
+    finish: Callable[[], None],
 ) -> Iterator[tuple[WorkItem, Sequence[Unit]]]:
     """Yield each claimed work item with its claimed shards, until this and other processes have
-    done all of `missing`."""
+    done all of `missing`. Calls `finish`, which writes all that was yielded, before it looks again
+    what is missing."""
     if isinstance(sink, Memory):
         yield from ((item, item.units) for item in bundles)
         return
@@ -260,6 +353,7 @@ def _claimed(
             claimed = sink.claim(candidates[:1])
             if claimed:
                 yield item, claimed + sink.claim(candidates[1:])
+        finish()
         missing = set(sink.pending(missing))
         if missing:
             progress.waiting(len(missing), sink.holders(missing))

@@ -17,7 +17,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import ConfigError
-from patchsweep.runners.base import Runner
+from patchsweep.models.arriving import Arriving
+from patchsweep.runners.base import Runner, start_together
 from patchsweep.runners.packed.runner import Loaded, PackedRunner
 from patchsweep.runners.select import RunnerChoice, RunnerName
 from patchsweep.spec.batch import Batch
@@ -178,11 +179,20 @@ class InterventionsWork:
 
     def values(self, units: Sequence[Unit]) -> list[Values]:
         """See `Work`; the noise floor is that of the first intervention's patches."""
-        found = [work.values(units) for work in self.works]
-        return [
-            parts[0] if site_of(unit.variable) != unit.variable else np.stack(parts, axis=_AXIS)
-            for unit, parts in zip(units, zip(*found, strict=True), strict=True)
-        ]
+        return self.start(units).read()
+
+    def start(self, units: Sequence[Unit]) -> Arriving[list[Values]]:
+        """See `Starts`."""
+        started = [work.start(units) for work in self.works]
+
+        def read() -> list[Values]:
+            found = [of_work.read() for of_work in started]
+            return [
+                parts[0] if site_of(unit.variable) != unit.variable else np.stack(parts, axis=_AXIS)
+                for unit, parts in zip(units, zip(*found, strict=True), strict=True)
+            ]
+
+        return Arriving(read, all(of_work.ready for of_work in started))
 
     def references(self, unit: Unit) -> tuple[Values, Values]:
         """See `Work`; the source run is the first intervention's."""
@@ -238,6 +248,16 @@ class SharedCaptures:
     ) -> list[Float[Tensor, "metric patch"]]:
         """See `Runner`."""
         return self.runner.run_together(loaded, sets, metrics, null)
+
+    def start_together(
+        self,
+        loaded: Any,
+        sets: Sequence[PatchSet],
+        metrics: Sequence[Metric],
+        null: Sequence[PatchSet] = (),
+    ) -> Arriving[list[Float[Tensor, "metric patch"]]]:
+        """See `StartsTogether`."""
+        return start_together(self.runner, loaded, sets, metrics, null)
 
 
 def _same_prompts(a: Batch, b: Batch) -> bool:

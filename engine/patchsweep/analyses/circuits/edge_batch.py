@@ -48,6 +48,7 @@ from patchsweep.sweeps.executor import Values
 WRITE_BYTES = 512 * 2**20
 # most that attention's output may differ from its heads times W_O, as a share of the largest
 _APART = 1e-3
+_APART_WORDS = "attention of block {layer} puts out something else than its heads times W_O"
 SENDER_SITES = ("embed", "z", "mlp_out")  # sites of the senders' values
 
 
@@ -370,14 +371,17 @@ def _check_attention(blocks: Blocks, trace: Trace) -> None:
     Raises:
         Unsupported: something changes it behind W_O.
     """
+    apart = []  # per layer, on the device: each one read by itself would wait for it
     for layer, z in enumerate(trace.z):
         known, found = trace.part(layer, "attn"), blocks.attention_of(layer, z)
+        if known.shape != found.shape:
+            raise Unsupported(_APART_WORDS.format(layer=layer))
         wide = known.dtype in (torch.float32, torch.float64)
         allowed = (_APART if wide else 0.1) * known.abs().max().clamp(min=1e-6)
-        if known.shape != found.shape or not (found - known).abs().max() <= allowed:
-            raise Unsupported(
-                f"attention of block {layer} puts out something else than its heads times W_O"
-            )
+        apart.append(~((found - known).abs().max() <= allowed))  # NaN is apart too
+    wrong = np.flatnonzero(torch.stack([x.to(apart[0].device) for x in apart]).cpu().numpy())
+    if len(wrong):
+        raise Unsupported(_APART_WORDS.format(layer=wrong[0]))
 
 
 @torch.no_grad()

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from patchsweep.forward.grad import Gradients
 from patchsweep.forward.unwrapped import UnwrappedModel
+from patchsweep.models.moves import Moves, move_together, on_cpu
 from patchsweep.runners.packed.forward import PackedBlocks
-from patchsweep.runners.packed.moves import Moves, move_together, on_cpu
 from patchsweep.runners.packed.packing import PackedTokens
 from patchsweep.runners.packed.schedule import PackedBatch
 from patchsweep.runners.packed.tables import PackedInput, TokenTables, Writes, tables_of, there

@@ -14,13 +14,13 @@ from torch import Tensor
 from patchsweep.forward.grad import Gradients
 from patchsweep.forward.site_locations import SiteLocation
 from patchsweep.models.memory import is_out_of_memory
+from patchsweep.models.moves import move_together, on_cpu, sent
 from patchsweep.runners.packed.adaptive import (
     AdaptiveRows,
     Thresholds,
     TooManyAwake,
     run_adaptive_batch,
 )
-from patchsweep.runners.packed.moves import move_together, on_cpu, sent
 from patchsweep.runners.packed.runner import Loaded, PackedRunner
 from patchsweep.runners.packed.schedule import PackedBatch, make_packed_batches
 from patchsweep.runners.packed.tables import PackedInput

@@ -24,10 +24,10 @@ from patchsweep.forward.capture import ActivationCache
 from patchsweep.forward.site_locations import SiteLocation
 from patchsweep.forward.unwrapped import Unsupported
 from patchsweep.models.memory import is_out_of_memory
+from patchsweep.models.moves import Moves, move_together, on_cpu
 from patchsweep.runners.packed.forward import PackedBlocks
 from patchsweep.runners.packed.joint_batch import JointBatch, joint_batches
 from patchsweep.runners.packed.joint_writes import JointLoaded, JointTargets, JointWrites
-from patchsweep.runners.packed.moves import Moves, move_together, on_cpu
 from patchsweep.runners.packed.packing import Packing
 from patchsweep.runners.packed.runner import PackedRunner
 from patchsweep.runners.packed.tables import (

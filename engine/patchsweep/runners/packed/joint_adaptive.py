@@ -24,6 +24,7 @@ from patchsweep.forward.capture import ActivationCache
 from patchsweep.forward.grad import Gradients
 from patchsweep.forward.site_locations import SiteLocation
 from patchsweep.forward.unwrapped import UnwrappedModel
+from patchsweep.models.moves import Moves, move_together, on_cpu
 from patchsweep.runners.packed.adaptive import AdaptiveBlocks, Thresholds
 from patchsweep.runners.packed.adaptive_runner import (
     metrics_of,
@@ -35,7 +36,6 @@ from patchsweep.runners.packed.adaptive_runner import (
 from patchsweep.runners.packed.joint import PackedJoint, check_patterns, chunk_of, joint_input
 from patchsweep.runners.packed.joint_batch import JointBatch
 from patchsweep.runners.packed.joint_writes import JointLoaded, JointTargets, JointWrites
-from patchsweep.runners.packed.moves import Moves, move_together, on_cpu
 from patchsweep.runners.packed.tables import PackedInput, TokenTables, tables_of, there
 from patchsweep.spec.joint import JointPlan, shared_stems
 from patchsweep.spec.metrics import Metric

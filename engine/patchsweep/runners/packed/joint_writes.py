@@ -9,8 +9,8 @@ import numpy as np
 from patchsweep_kernels.scatter import Targets, scatter_targets
 from torch import Tensor
 
+from patchsweep.models.moves import on_cpu, sent
 from patchsweep.runners.packed.joint_batch import JointBatch
-from patchsweep.runners.packed.moves import on_cpu, sent
 from patchsweep.runners.packed.runner import Loaded
 from patchsweep.runners.packed.tables import PackedInput, n_units
 from patchsweep.spec.directions import Live, Numbered

@@ -9,7 +9,7 @@ import torch
 from patchsweep_kernels.attention import Rows
 from torch import Tensor
 
-from patchsweep.runners.packed.moves import Moves
+from patchsweep.models.moves import Moves
 
 LEAST_TOKENS = 256
 

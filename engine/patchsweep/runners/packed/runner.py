@@ -27,12 +27,13 @@ from patchsweep.forward.capture import (
 from patchsweep.forward.site_locations import SiteLocation, resolve_site
 from patchsweep.forward.unembed import Unembed
 from patchsweep.forward.unwrapped import Unsupported, UnwrappedModel
+from patchsweep.models.arriving import Arriving, on_its_way
 from patchsweep.models.memory import is_out_of_memory
+from patchsweep.models.moves import move_together, on_cpu
 from patchsweep.runners.packed.bf16 import use_bf16_products
 from patchsweep.runners.packed.budget import default_cache, default_max_tokens, keep_batch_memory
 from patchsweep.runners.packed.forward import run_packed_batch
 from patchsweep.runners.packed.graphs import BlockGraphs
-from patchsweep.runners.packed.moves import move_together, on_cpu
 from patchsweep.runners.packed.schedule import PackedBatch, make_packed_batches
 from patchsweep.runners.packed.tables import PackedInput, PatchValues
 from patchsweep.spec.batch import Batch
@@ -135,9 +136,10 @@ class PackedRunner:
             ActivationStore(self.budget),
         )
         base, source = both.half(slice(0, n)), both.half(slice(n, 2 * n))
-        _check_finite(base, "base", batch)
-        _check_finite(source, "source", batch)
-        reads = list(batch.reads)
+        # blocks only add to the stream, so a value that is not finite would stay in it
+        if not bool(torch.isfinite(both.resid[-1]).all()):
+            _check_finite(base, "base", batch)
+            _check_finite(source, "source", batch)
         return Loaded(
             batch=batch,
             base=base,
@@ -146,8 +148,8 @@ class PackedRunner:
                 name: self.values(point, intervention, base, source, batch.spans)
                 for name, point in self.points.items()
             },
-            base_resid=base.resid[-1][:, reads].to(base.devices[-1]),
-            source_resid=source.resid[-1][:, reads].to(base.devices[-1]),
+            base_resid=_at(base.resid[-1], batch.reads).to(base.devices[-1]),
+            source_resid=_at(source.resid[-1], batch.reads).to(base.devices[-1]),
             targets=self.unembed.checked(
                 torch.stack([batch.answer, batch.wrong], dim=-1).to(base.devices[-1])
             ),
@@ -181,6 +183,16 @@ class PackedRunner:
         `null`: identity patches, which write back the base run's own values with the last bit
         flipped (see `patchsweep.sweeps.noise`). Any change they cause is rounding noise.
         """
+        return self.start_together(loaded, sets, metrics, null).read()
+
+    def start_together(
+        self,
+        loaded: Loaded,
+        sets: Sequence[PatchSet],
+        metrics: Sequence[Metric],
+        null: Sequence[PatchSet] = (),
+    ) -> Arriving[list[Float[Tensor, "metric patch"]]]:
+        """Launch what `run_together` does; a GPU may still run it when this returns."""
         all_sets = (*sets, *null)
         patch_values = [self.patch_values(patch_set, loaded) for patch_set in sets]
         patch_values += [
@@ -208,10 +220,16 @@ class PackedRunner:
             waiting = np.concatenate([w.place for w in (packed, *batches)])
             batches = deque(make_packed_batches(all_sets, self.max_tokens, waiting))
         values = torch.empty(len(metrics), sum(sizes), device="cpu")
-        if done:
-            places, results = zip(*done, strict=True)
-            values[:, np.concatenate(places)] = torch.cat(results, dim=1).cpu()
-        return list(values.split(sizes, dim=1))
+        if not done:
+            return Arriving(lambda: list(values.split(sizes, dim=1)), ready=True)
+        place = np.concatenate([place for place, _ in done])
+        results = on_its_way(torch.cat([result for _, result in done], dim=1))
+
+        def read() -> list[Float[Tensor, "metric patch"]]:
+            values[:, place] = results.read()
+            return list(values.split(sizes, dim=1))
+
+        return Arriving(read, results.ready)
 
     def patch_values(self, chosen: PatchSet, loaded: Loaded) -> PatchValues:
         """Return the patch values of the set `chosen`."""
@@ -335,10 +353,12 @@ class PackedRunner:
         return values
 
 
+def _at(resid: Float[Tensor, "pair pos d"], reads: Sequence[int]) -> Float[Tensor, "pair read d"]:
+    return torch.stack([resid[:, read] for read in reads], dim=1)  # an index of the CPU would wait
+
+
 def _check_finite(run: ActivationCache, name: str, batch: Batch) -> None:
     """Raise ModelError if the residual stream holds NaN or infinity; the text says where first."""
-    if bool(torch.isfinite(run.resid[-1]).all()):
-        return  # blocks only add to the stream, so a value that is not finite would stay in it
     for layer, resid in enumerate(run.resid):
         if not bool(torch.isfinite(resid).all()):
             row, pos = torch.nonzero(~torch.isfinite(resid).all(dim=-1))[0].tolist()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from patchsweep.forward.capture import ActivationCache
 from patchsweep.forward.site_locations import SiteLocation
-from patchsweep.runners.packed.moves import Moves, on_cpu
+from patchsweep.models.moves import Moves, on_cpu
 from patchsweep.runners.packed.packing import PackedTokens, Packing, pack
 from patchsweep.runners.packed.padding import Padded, size_of
 from patchsweep.runners.packed.schedule import PackedBatch
