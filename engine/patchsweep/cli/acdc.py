@@ -29,11 +29,4 @@ def _table(ds: xr.Dataset) -> Table:
     return table
 
 
-main = AnalysisVerb(
-    "acdc",
-    AcdcRun,
-    "pruned circuits have",
-    acdc,
-    _show,
-    instead={"intervention": "circuits call it ablation; give ablation=mean, say"},
-)
+main = AnalysisVerb("acdc", AcdcRun, acdc, _show)

@@ -32,6 +32,7 @@ class AttentionRun(AnalysisRun):
         "tolerance",
         "means_from",
     )
+    subject: ClassVar[str] = "attention views have"
 
     top: int = 16  # foremost heads whose patterns are kept
     heads: Any = None  # [layer, head] pairs to keep instead
@@ -123,4 +124,4 @@ def _table(ds: xr.Dataset) -> Table:
     return table
 
 
-main = AnalysisVerb("attention", AttentionRun, "attention views have", attention, _show)
+main = AnalysisVerb("attention", AttentionRun, attention, _show)

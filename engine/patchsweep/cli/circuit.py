@@ -42,11 +42,4 @@ def _table(ds: xr.Dataset, metric: str) -> Table:
     return table
 
 
-main = AnalysisVerb(
-    "circuit",
-    CircuitRun,
-    "circuits have",
-    circuit,
-    _show,
-    instead={"intervention": "circuits call it ablation; give ablation=mean, say"},
-)
+main = AnalysisVerb("circuit", CircuitRun, circuit, _show)

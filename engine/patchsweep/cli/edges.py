@@ -72,14 +72,4 @@ def _where(row: Row) -> str:
     return f"{row.pos} {row.token!r}" if row.token else str(row.pos)
 
 
-main = AnalysisVerb(
-    "edges",
-    EdgesRun,
-    "edges have",
-    screen_edges,
-    _show,
-    instead={
-        "tolerance": "a tolerance is for patches of sites, and an edge changes a stream of its "
-        "own; leave it out, or run fewer edges with top=200"
-    },
-)
+main = AnalysisVerb("edges", EdgesRun, screen_edges, _show)

@@ -76,4 +76,4 @@ def _ablations(ds: xr.Dataset) -> Table:
     return table
 
 
-main = AnalysisVerb("heads", HeadsRun, "heads have", partial(study, stage=_say), _show)
+main = AnalysisVerb("heads", HeadsRun, partial(study, stage=_say), _show)

@@ -12,13 +12,6 @@ from patchsweep.cli.analysis import AnalysisVerb
 from patchsweep.cli.schema.latents import LatentsRun
 
 N_SHOWN = 10
-# keys of sweeps for which something else does the same
-INSTEAD = {
-    "method": "latents take estimates=[atp,relp], and top=100 to run the largest exactly",
-    "tolerance": (
-        "a tolerance is for the sites of a sweep; latents run exactly, top=100 of them say"
-    ),
-}
 
 
 def _show(console: Console, ds: xr.Dataset, known: bool) -> None:
@@ -47,4 +40,4 @@ def _table(ds: xr.Dataset) -> Table:
     return table
 
 
-main = AnalysisVerb("latents", LatentsRun, "latents have", latents, _show, INSTEAD)
+main = AnalysisVerb("latents", LatentsRun, latents, _show)

@@ -132,4 +132,4 @@ def _removals(ds: xr.Dataset) -> Table:
     return table
 
 
-main = AnalysisVerb("lens", LensRun, "a lens has", _lens, _show)
+main = AnalysisVerb("lens", LensRun, _lens, _show)

@@ -50,15 +50,4 @@ def _choices(ds: xr.Dataset) -> Table:
     return table
 
 
-main = AnalysisVerb(
-    "multiverse",
-    MultiverseRun,
-    "the ways to measure a circuit have",
-    multiverse,
-    _show,
-    instead={
-        "intervention": "several are run; choose with ablations=[resample,mean], say",
-        "direction": "several are run; choose with directions=[noising], say",
-        "means_from": "the prompts of means are a choice; give mean_sets=[clean], say",
-    },
-)
+main = AnalysisVerb("multiverse", MultiverseRun, multiverse, _show)

@@ -38,4 +38,4 @@ def _table(ds: xr.Dataset) -> Table:
     return table
 
 
-main = AnalysisVerb("trace", TraceRun, "a trace has", trace, _show)
+main = AnalysisVerb("trace", TraceRun, trace, _show)

@@ -23,6 +23,11 @@ class EdgesRun(AnalysisRun):
         "compute_dtype",
         "tolerance",
     )
+    subject: ClassVar[str] = "edges have"
+    instead: ClassVar[dict[str, str]] = {
+        "tolerance": "a tolerance is for patches of sites, and an edge changes a stream of its "
+        "own; leave it out, or run fewer edges with top=200"
+    }
 
     top: Any = 200  # foremost edges that are run exactly; all: every edge
     positions: bool = False  # rank and run edges at single positions

@@ -57,6 +57,12 @@ class LatentsRun(AnalysisRun):
 
     # keys of a sweep that say nothing about latents
     unused: ClassVar[tuple[str, ...]] = ("sites", "method", "precision", "tolerance")
+    subject: ClassVar[str] = "latents have"
+    instead: ClassVar[dict[str, str]] = {
+        "method": "latents take estimates=[atp,relp], and top=100 to run the largest exactly",
+        "tolerance": "a tolerance is for the sites of a sweep; latents run exactly, top=100 of "
+        "them say",
+    }
 
     dictionaries: list[Any] = field(default_factory=list)  # paths, or mappings with a path
     estimates: list[str] = field(default_factory=lambda: ["atp"])
