@@ -33,6 +33,7 @@ from patchsweep.cli.schema.run import (
     StoreConfig,
 )
 from patchsweep.data.pairs import PromptPair
+from patchsweep.data.show import number
 from patchsweep.models.offload import device_of
 from patchsweep.report import write_report
 from patchsweep.results import accessor as summary
@@ -79,11 +80,11 @@ def main(arguments: list[str]) -> int:
     console.print(f"store:  {store}\nreport: {report}")
     worst = largest_difference(model, pair, ds, N_CELLS, options.seed, console)
     if not worst <= TOLERANCE:
-        console.print(f"NOT well: a cell differs from TransformerLens by {worst:.1e} in logits")
+        console.print(f"NOT well: a cell differs from TransformerLens by {number(worst)} in logits")
         return EXIT_WRONG
     console.print(
         f"All is well: {N_CELLS} random cells equal the TransformerLens loop, largest difference "
-        f"{worst:.1e} in logits."
+        f"{number(worst)} in logits."
     )
     return 0
 
@@ -166,7 +167,7 @@ def _largest(ds: xr.Dataset) -> Table:
             "" if effect.head is None else str(effect.head),
             str(effect.pos),
             Text(repr(effect.token)),
-            f"{effect.effect:+.3f}",
+            number(effect.effect, sign=True),
             f"{effect.recovered:+.0%}",
         )
     return table

@@ -10,6 +10,7 @@ from rich.table import Table
 from patchsweep.analyses.latents import agreement, largest_latents, latents
 from patchsweep.cli.analysis import AnalysisVerb
 from patchsweep.cli.schema.latents import LatentsRun
+from patchsweep.data.show import number
 
 N_SHOWN = 10
 
@@ -19,7 +20,7 @@ def _show(console: Console, ds: xr.Dataset, known: bool) -> None:
     console.print(f"{n_live:,} of {n:,} latents and positions change; the others are dead")
     for one in agreement(ds):
         if one.n:
-            console.print(f"{one.method}: r = {one.pearson:.3f} with {one.n:,} exact effects")
+            console.print(f"{one.method}: r = {number(one.pearson)} with {one.n:,} exact effects")
     console.print(_table(ds))
 
 
@@ -35,7 +36,11 @@ def _table(ds: xr.Dataset) -> Table:
         effect = one.effect if ran else next(iter(one.estimates.values()))
         where = f"{one.pos} {one.token!r}"
         table.add_row(
-            one.dictionary, str(one.latent), where, f"{one.change:+.3f}", f"{effect:+.4f}"
+            one.dictionary,
+            str(one.latent),
+            where,
+            number(one.change, sign=True),
+            number(effect, sign=True),
         )
     return table
 

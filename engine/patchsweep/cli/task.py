@@ -12,7 +12,7 @@ from patchsweep.arguments import user_path
 from patchsweep.cli import parsers
 from patchsweep.cli.console import stdout
 from patchsweep.data.pairs import PromptPairs
-from patchsweep.data.show import count, number, visible
+from patchsweep.data.show import count, number, percent, visible
 from patchsweep.data.tables import SUFFIXES
 from patchsweep.errors import ConfigError
 from patchsweep.models import load_model
@@ -83,8 +83,11 @@ def _scored(model: str, checks: list[TaskCheck]) -> Table:
         table.add_row(
             check.task,
             str(check.n_pairs),
-            f"{check.clean_accuracy:.0%}  {check.clean_logit_diff:+.2f}  {check.clean_top1:.0%}",
-            f"{check.corrupted_accuracy:.0%}  {check.corrupted_logit_diff:+.2f}  "
-            f"{check.corrupted_top1:.0%}",
+            _score(check.clean_accuracy, check.clean_logit_diff, check.clean_top1),
+            _score(check.corrupted_accuracy, check.corrupted_logit_diff, check.corrupted_top1),
         )
     return table
+
+
+def _score(accuracy: float, logit_diff: float, top1: float) -> str:
+    return f"{percent(accuracy)}  {number(logit_diff, sign=True)}  {percent(top1)}"

@@ -14,6 +14,7 @@ from patchsweep.cli import parsers
 from patchsweep.cli.again import run_again, said_by
 from patchsweep.cli.console import stdout
 from patchsweep.cli.parsers import N_CELLS
+from patchsweep.data.show import number
 from patchsweep.errors import ConfigError, printable
 from patchsweep.results.tolerance import allowed_error
 from patchsweep.runners.select import TOLERANCE
@@ -132,7 +133,7 @@ def recompute(
                         f"run again gives {rerun[:, column].tolist()}"
                     )
     worst = np.max(differences, initial=0.0)  # np.max propagates NaN
-    console.print(f"values: {len(differences)} run again, largest difference {worst:.1e}")
+    console.print(f"values: {len(differences)} run again, largest difference {number(worst)}")
     return problems
 
 
@@ -146,9 +147,9 @@ def _sample(
         return []
     drawn = rng.choice(ends[-1], size=min(n_cells, int(ends[-1])), replace=False)
     cells = []
-    for number in np.sort(drawn).tolist():
-        unit = int(np.searchsorted(ends, number, side="right"))
-        offset = number - (int(ends[unit - 1]) if unit else 0)
+    for place in np.sort(drawn).tolist():
+        unit = int(np.searchsorted(ends, place, side="right"))
+        offset = place - (int(ends[unit - 1]) if unit else 0)
         cells.append(Cell(units[unit], int(unit_patches[unit][offset])))
     return cells
 

@@ -30,14 +30,6 @@ const patchsweepMaps = (data, chosen) => {
   const range = (n) => Array.from({ length: n }, (_, i) => i);
   const signed = (x) => (x > 0 ? "+" : "") + number(x);
 
-  function number(x) {
-    if (x === null || !Number.isFinite(x)) return "–";
-    const size = Math.abs(x);
-    const text = size > 0 && size < 5e-4 ? x.toExponential(1)
-      : x.toFixed(size >= 1000 ? 0 : size >= 100 ? 1 : 3);
-    return text.replace(/-/g, "\u2212");
-  }
-
   /** The colour of a bar, by the scale of the maps; `x` from -1 to 1, null where not run. */
   function colourOf(x) {
     if (x === null) return GREY;
