@@ -28,6 +28,7 @@ from patchsweep.analyses.circuits.selection import (
 from patchsweep.attribution import IntegratedInputs
 from patchsweep.cli.main import EXIT_MISTAKE, main
 from patchsweep.data.pairs import PromptPairs
+from patchsweep.data.show import number
 from patchsweep.errors import ConfigError, MethodError, PatchsweepError, PlanError
 from patchsweep.forward.grad import frozen
 from patchsweep.models.tiny import tiny_model
@@ -552,7 +553,7 @@ def test_one_command_stores_circuits_that_a_page_shows(
     ds = xr.open_zarr(store, consolidated=False).load()
     assert ds.attrs["kind"] == "circuit"
     assert attributes(ds)["provenance"]["config"]["level"] == level
-    assert f"CPR {attributes(ds)['cpr']['logit_diff']:.3f}" in told
+    assert f"CPR {number(float(attributes(ds)['cpr']['logit_diff']))}" in told
 
     page = write_report(store, tmp_path / "c.html").read_text(encoding="utf-8")
     i = chosen_size(ds)

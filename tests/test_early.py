@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from importlib import import_module
+from typing import Any
 
 import pytest
+import yaml
 from patchsweep.cli import early
 from patchsweep.cli.keys import keys_of
-from patchsweep.cli.main import VERBS
+from patchsweep.cli.main import VERBS, main
+from patchsweep.cli.parsers import PARSERS
+from patchsweep.cli.schema.run import GROUPS, RunConfig
+from patchsweep.errors import ConfigError
 
 CONFIGURED = (
     "run",
@@ -25,16 +32,22 @@ CONFIGURED = (
     "multiverse",
     "latents",
 )
+FREE = ("task.options.relation", "task.options.order", "task.options.corruption")  # a mapping's
+
+
+def schema_of(verb: str) -> type[RunConfig]:
+    if verb == "run":
+        return RunConfig
+    schema: type[RunConfig] = getattr(
+        import_module(f"patchsweep.cli.{verb}"), f"{verb.capitalize()}Run"
+    )
+    return schema
 
 
 @pytest.mark.parametrize("verb", CONFIGURED)
 def test_keys_read_from_the_source_are_those_of_the_dataclasses(verb: str) -> None:
     read = early._keys_of(verb)
     assert read is not None
-    module, name = f"patchsweep.cli.{verb}", f"{verb.capitalize()}Run"
-    if verb == "run":
-        module, name = "patchsweep.cli.schema.run", "RunConfig"
-    schema = getattr(import_module(module), name)
 
     def compare(a: early.Keys, b: early.Keys) -> None:
         if a is not early.ANY:  # what lies below is left to Hydra
@@ -42,12 +55,57 @@ def test_keys_read_from_the_source_are_those_of_the_dataclasses(verb: str) -> No
             for name in a:
                 compare(a[name], b[name])
 
-    compare(read, keys_of(schema))
+    compare(read, keys_of(schema_of(verb)))
 
 
-def test_verbs_without_a_config_are_let_pass() -> None:
-    for verb in set(VERBS) - set(CONFIGURED):
-        early.refuse(verb, ["store.zarr", "nosuch=1", "--x"])
+@pytest.mark.parametrize("verb", CONFIGURED)
+def test_help_lists_the_keys_that_the_verb_takes_and_no_others(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([verb, "--help"])
+    assert exit_.value.code == 0
+    after = capsys.readouterr().out.partition("As they stand:\n")[2]
+    config = yaml.safe_load(after.partition("Exit codes")[0])
+    listed = dict(leaves(config))
+
+    accepted = []
+    for key in early.flat(keys_of(schema_of(verb))):
+        try:
+            early.refuse(verb, [f"{key}="])
+        except ConfigError:
+            continue
+        accepted.append(key)
+    of_other_choices = {key for key in accepted if key.partition(".")[0] in GROUPS}
+    assert set(listed) <= {*accepted, *FREE}, "a listed key is refused"
+    assert {*accepted} - {*listed} <= of_other_choices, "an accepted key is not listed"
+    for group in GROUPS:
+        below = [key for key in accepted if key.startswith(f"{group}.")]
+        assert bool(below) == (group in config), group
+
+
+def leaves(config: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every key of the config, those of a mapping as `group.key`."""
+    for name, value in config.items():
+        yield f"{before}{name}", value
+        if isinstance(value, dict):
+            yield from leaves(value, f"{before}{name}.")
+
+
+def test_verbs_without_a_config_know_their_options() -> None:
+    told = {
+        "report": (["a.zarr", "--outt", "x"], "unrecognized arguments: --outt"),
+        "compare": (["a.zarr", "model=tiny"], "is for --sample N"),
+        "status": ([], "required: store"),
+        "verify": (["a.zarr", "-n", "x"], "'x' is no whole number"),
+        "explore": (["--prot", "1"], "unrecognized arguments: --prot"),
+        "task": (["chek"], "invalid choice"),
+        "demo": (["--bad"], "unrecognized arguments: --bad"),
+    }
+    assert set(told) == set(VERBS) - set(CONFIGURED) == set(PARSERS)
+    for verb, (words, part) in told.items():
+        with pytest.raises(ConfigError, match=re.escape(part)):
+            early.refuse(verb, words)
 
 
 def test_a_mistake_needs_neither_torch_nor_xarray() -> None:
@@ -59,6 +117,18 @@ def test_a_mistake_needs_neither_torch_nor_xarray() -> None:
         "run sites=resid": "site 'resid' is not known",
         "plan runner=fast": "runner=fast is not known; use one of auto, hooked, packed",
         "rnu task=ioi": "did you mean run",
+        "run --bad": "unrecognized arguments: --bad",
+        "plan x": "'x' is no key=value",
+        "edges sites=z": "edges have no sites",
+        "heads sites.layers=[1]": "a study is of all heads",
+        "circuit intervention=mean": "circuits call it ablation",
+        "report --bad a.zarr": "unrecognized arguments: --bad",
+        "compare a.zarr --sample 0": "'0' is no whole number from 1 on",
+        "verify a.zarr -n 3": "name what made them",
+        "status": "required: store",
+        "task chek": "invalid choice",
+        "demo --bad": "unrecognized arguments: --bad",
+        "explore --bad": "unrecognized arguments: --bad",
     }
     code = (
         "import contextlib, io, json, sys\n"
@@ -68,7 +138,7 @@ def test_a_mistake_needs_neither_torch_nor_xarray() -> None:
         "    with contextlib.redirect_stderr(io.StringIO()) as told:\n"
         "        assert main(command.split()) == 2\n"
         "    said.append(told.getvalue())\n"
-        "heavy = {'torch', 'transformers', 'transformer_lens', 'xarray', 'zarr', 'hydra'}\n"
+        "heavy = {'torch', 'transformers', 'transformer_lens', 'xarray', 'zarr', 'numpy'}\n"
         "print(json.dumps([said, sorted(heavy & set(sys.modules))]))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -15,6 +15,7 @@ from patchsweep.analyses.logit_lens import Patch, lens, sublayers
 from patchsweep.analyses.logit_lens.findings import comes_up, places, removals
 from patchsweep.cli.main import main
 from patchsweep.data.pairs import PromptPairs
+from patchsweep.data.show import number
 from patchsweep.errors import StoreError
 from patchsweep.report import figure, write_report
 from patchsweep.report.lens import build
@@ -133,7 +134,7 @@ def test_the_grid_shows_what_is_chosen_in_a_browser(tmp_path: Path) -> None:
     assert "after layer 2's attention, position 3" in told
     at = ds.sel(run="patched", pair=1, layer=2, point="resid_mid", pos=3)
     for prob in at["top_prob"].values:
-        assert f"{prob:.3f}" in told
+        assert number(prob) in told
     end = ds["answer_prob"].sel(run="patched", pair=1, layer=2, point="resid_post", pos=17)
     assert curve == pytest.approx(end.item(), rel=5e-3)  # three digits in the page
 

@@ -15,6 +15,8 @@ from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import MethodError, PlanError, StoreError
 from patchsweep.notebook.figures import UNRUN
 from patchsweep.report.figure import RED_BLUE
+from patchsweep.report.heatmap import draw_site
+from patchsweep.report.views import choose_views
 from patchsweep.results import accessor as summary
 from patchsweep.sweeps import bar
 from patchsweep.sweeps.executor import Quiet, check_progress
@@ -214,3 +216,35 @@ def test_a_bar_is_shown_in_a_terminal_and_goes_to_the_end(monkeypatch: pytest.Mo
     ps.sweep(model(NAME), demo_pairs(NAME), "z")
     assert sys.stderr.getvalue() == ""
     assert isinstance(check_progress(True), bar.Bar)
+
+
+@pytest.mark.parametrize("site", ["resid_pre", "mlp_out"])
+def test_first_positions_of_a_long_prompt_that_change_nothing_are_one_column(site: str) -> None:
+    bridge = ps.load_model("tiny:llama")
+    start = " ".join(["ago"] * 22)
+    pairs = ps.PromptPairs.from_strings(
+        bridge,
+        [f"{start} John and Mary went to the shop and John saw"],
+        [f"{start} John and Mary went to the shop and Mary saw"],
+        [(" Mary", " John")],
+    )
+    ds = ps.sweep(bridge, pairs, site, layers=[0, 1])
+    effect = summary.effect_mean(ds, site).squeeze("metric").transpose("layer", "pos").values
+    first = int((ds["base_token"].values != ds["source_token"].values)[0].argmax())
+    assert first > 40
+    np.testing.assert_array_equal(effect[:, :first], 0)
+    assert (effect[:, first:] != 0).any(axis=0).all()
+
+    figure = ds.patchsweep.plot(site)
+    drawn = np.array(figure.data[0].z, float)
+    assert drawn.shape == (2, effect.shape[1] - first + 1)
+    assert (drawn[:, 0] == 0).all()
+    np.testing.assert_array_equal(drawn[:, 1:] != 0, effect[:, first:] != 0)
+    assert figure.layout.xaxis.ticktext[0] == f"<i>{first} positions</i>"
+    assert f"positions 0 to {first - 1}" in figure.data[0].hovertext[0][0]
+    widths = np.diff(figure.data[0].x)
+    assert widths[0] < widths[1] == widths[-1]
+
+    (view,) = choose_views(ds, (site,))
+    (frame,) = draw_site(ds, site, (view,)).frames
+    assert frame.cells["fold"] == first

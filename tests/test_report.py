@@ -15,6 +15,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
+import patchsweep
 import pytest
 import xarray as xr
 from hypothesis import given
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 from patchsweep.errors import StoreError
 from patchsweep.report import comparison, write_report
 from patchsweep.report.heatmap import colour_limit
-from patchsweep.report.html import embed_json, number, percent, token_html, visible
+from patchsweep.report.html import embed_json, number, percent, rank, token_html, visible
 from patchsweep.report.page import build_page
 from patchsweep.report.shell import get_plotlyjs
 from patchsweep.report.tables import Journal, read_journal
@@ -205,13 +206,34 @@ def test_tokens_are_made_visible(token: str, shown: str) -> None:
     [
         (0.0, "0.000"),
         (-1.5, "−1.500"),  # noqa: RUF001
-        (1234567.8, "1,234,568"),
-        (0.00012, "1.2e−04"),  # noqa: RUF001
+        (1234567.8, "1\u202f234\u202f568"),
+        (23600.0, "23\u202f600"),
+        (123.44, "123.4"),
+        (-0.0, "0.000"),
+        (0.00012, "1.2e−4"),  # noqa: RUF001
+        (-1e-12, "−1.0e−12"),  # noqa: RUF001
+        (float("inf"), "–"),  # noqa: RUF001
         (float("nan"), "–"),  # noqa: RUF001
     ],
 )
 def test_numbers_keep_their_digits(x: float, text: str) -> None:
     assert number(x) == text
+
+
+def test_a_rank_has_decimals_only_as_a_mean() -> None:
+    assert [rank(x) for x in (20.0, 23600, 3.25)] == ["20", "23\u202f600", "3.250"]
+
+
+def test_numbers_of_people_come_from_one_formatter() -> None:
+    by_hand = re.compile(r"\{[^{}]+:[+,]*\.\d[eg]\}|\{[^{}]+:\+\.\df\}")
+    found = [
+        f"{path.name}: {line.strip()}"
+        for package in ("report", "notebook", "cli")
+        for path in (Path(patchsweep.__file__).parent / package).rglob("*.py")
+        for line in path.read_text().splitlines()
+        if by_hand.search(line) and 'float(f"' not in line  # digits that a page's data keep
+    ]
+    assert found == []
 
 
 def test_a_rest_is_never_rounded_away() -> None:

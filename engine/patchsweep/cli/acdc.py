@@ -9,6 +9,7 @@ from rich.table import Table
 from patchsweep.analyses.circuits.acdc import acdc
 from patchsweep.cli.analysis import AnalysisVerb
 from patchsweep.cli.schema.acdc import AcdcRun
+from patchsweep.data.show import number
 
 
 def _show(console: Console, ds: xr.Dataset, known: bool) -> None:
@@ -25,15 +26,8 @@ def _table(ds: xr.Dataset) -> Table:
         one = ds.isel(threshold=i)
         left = (f"{int(one[name]):,}" for name in ("n_edges", "n_connected"))
         counts = (f"{int(one[name]):,}" for name in names)
-        table.add_row(f"{threshold:.4g}", *left, f"{float(one['distance']):.4g}", *counts)
+        table.add_row(f"{threshold:g}", *left, number(float(one["distance"])), *counts)
     return table
 
 
-main = AnalysisVerb(
-    "acdc",
-    AcdcRun,
-    "pruned circuits have",
-    acdc,
-    _show,
-    instead={"intervention": "circuits call it ablation; give ablation=mean, say"},
-)
+main = AnalysisVerb("acdc", AcdcRun, acdc, _show)

@@ -25,9 +25,6 @@ from patchsweep.store.store import Store
 from patchsweep.sweeps.identity import request_difference
 
 NAMED = ("model", "task", "metric")  # groups that the command line names
-HELP = (
-    "what made the store, as for `patchsweep run`: model=... task=..., and metric=... of your own"
-)
 
 
 @dataclass(frozen=True)

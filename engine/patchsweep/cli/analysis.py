@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Generic, TypeVar, cast
 
 import xarray as xr
@@ -17,7 +17,6 @@ from patchsweep.cli.console import stdout
 from patchsweep.cli.progress import Bar
 from patchsweep.cli.schema.run import AnalysisRun
 from patchsweep.cli.stop import STOPPER
-from patchsweep.errors import ConfigError
 from patchsweep.store.backends.credentials import scrub
 
 Run = TypeVar("Run", bound=AnalysisRun)
@@ -32,19 +31,12 @@ class AnalysisVerb(Generic[Run]):
 
     name: str
     schema: type[Run]
-    subject: str  # begins the message that refuses a key of sweeps, such as `edges have`
     # called with model, pairs, the config's `settings`, means_from if it is used, config and stages
     analyse: Callable[..., xr.Dataset]
     show: Callable[[Console, xr.Dataset, bool], None]  # the flag: nothing was run
-    instead: Mapping[str, str] = field(default_factory=dict)  # key -> another message
 
     def __call__(self, arguments: list[str]) -> int:
-        """Run with these overrides.
-
-        Raises:
-            ConfigError: an override sets a key that only sweeps use.
-        """
-        self._refuse_unused(arguments)
+        """Run with these overrides; `cli.early` has refused keys that only sweeps use."""
         compose(self.name, arguments, self.job, schema=self.schema)
         return 0
 
@@ -79,13 +71,3 @@ class AnalysisVerb(Generic[Run]):
         self.show(console, ds, stages.known)
         console.print(f"{store}: {'already there, nothing was run' if stages.known else 'written'}")
         console.print(f"patchsweep report {store}")
-
-    def _refuse_unused(self, arguments: list[str]) -> None:
-        for word in arguments:
-            key = word.lstrip("+~").partition("=")[0].partition(".")[0]
-            if key in self.instead:
-                raise ConfigError(f"{word}: {self.instead[key]}")
-            if key in self.schema.unused:
-                raise ConfigError(
-                    f"{word}: {self.subject} no {key}; leave it out (`patchsweep {self.name} -h`)"
-                )

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from string import Template
+from typing import Any, cast
 
 import hydra
-from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from patchsweep.cli.early import conf_folder
+from patchsweep.cli.flags import check_flags, texts_as_help
 from patchsweep.cli.grammar import expand, is_many
-from patchsweep.cli.schema.run import RunConfig, register
-from patchsweep.errors import ConfigError
+from patchsweep.cli.schema.run import AnalysisRun, RunConfig, register
 
 
 def compose(
@@ -47,13 +45,16 @@ def compose(
             failed.append(error)
 
     words = expand(arguments, verb, schema)
+    check_flags(verb, words)
+    if not {"-h", "--help"}.isdisjoint(words):
+        print(help_of(verb, words, schema))
+        raise SystemExit(0)
     # makes Hydra raise its errors instead of printing them with a traceback
     os.environ["HYDRA_FULL_ERROR"] = "1"
     before, sys.argv = sys.argv, [f"patchsweep {verb}", *words]
     main = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=name)
     try:
-        with _texts_as_help():
-            _check_flags(verb, words)
+        with texts_as_help():
             main(job if is_many(arguments) else once)()  # launchers pickle `job`, not a closure
     finally:
         sys.argv = before
@@ -68,37 +69,29 @@ def as_config(cfg: DictConfig) -> RunConfig:
     return config
 
 
-def _check_flags(verb: str, words: list[str]) -> None:
-    """Raise for flags that Hydra does not know, and for words that are not overrides.
+def help_of(verb: str, words: Sequence[str], schema: type[RunConfig] = RunConfig) -> str:
+    """Return the help of `verb`: its text, and the keys that it takes with their values.
 
-    Hydra itself would print its long usage text and exit.
+    Keys that the verb refuses are left out: those of `schema.unused` and `schema.instead`.
     """
+    overrides = [word for word in words if "=" in word and not word.startswith("-")]
+    with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        name = "config" if schema is RunConfig else verb
+        cfg = hydra.compose(name, overrides, return_hydra_config=True)
+    template = cfg.hydra.help.template
+    config = cast(dict[str, Any], OmegaConf.to_container(cfg))
+    del config["hydra"]
+    for key in refused_keys(schema):
+        *groups, last = key.split(".")
+        within = config
+        for group in groups:
+            within = within.get(group, {})
+        within.pop(last, None)
+    return Template(template).substitute(CONFIG=OmegaConf.to_yaml(OmegaConf.create(config)))
 
-    def refuse(message: str) -> NoReturn:
-        raise ConfigError(f"{message}; `patchsweep {verb} --help` lists flags and keys")
 
-    parser = get_args_parser()
-    parser.error = refuse  # type: ignore[method-assign]
-    for word in parser.parse_args(words).overrides:
-        if "=" not in word and not word.startswith("~"):
-            refuse(f"{word!r} is no key=value")
-
-
-@contextmanager
-def _texts_as_help() -> Iterator[None]:
-    """Replace option helps that are not strings, such as one of Hydra 1.3, inside this context.
-
-    The argparse of Python 3.14 reads each help when its option is added, and fails at that one.
-    """
-    add = argparse.ArgumentParser.add_argument
-
-    def add_argument(self: argparse.ArgumentParser, *names: Any, **options: Any) -> Any:
-        if not isinstance(options.get("help", ""), str):
-            options["help"] = "Install or uninstall shell completion"
-        return add(self, *names, **options)
-
-    argparse.ArgumentParser.add_argument = add_argument  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        argparse.ArgumentParser.add_argument = add  # type: ignore[method-assign]
+def refused_keys(schema: type[RunConfig]) -> list[str]:
+    """Return the keys that the verb of `schema` refuses, those in a group as `group.key`."""
+    if not issubclass(schema, AnalysisRun):
+        return []
+    return [*schema.unused, *schema.instead]

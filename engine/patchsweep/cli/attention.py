@@ -12,6 +12,7 @@ from rich.table import Table
 from patchsweep.analyses.attention import attention, ranked_heads
 from patchsweep.cli.analysis import AnalysisVerb
 from patchsweep.cli.schema.run import AnalysisRun
+from patchsweep.data.show import number
 from patchsweep.errors import ConfigError
 
 N_SHOWN = 5  # number of next tokens to print
@@ -32,6 +33,7 @@ class AttentionRun(AnalysisRun):
         "tolerance",
         "means_from",
     )
+    subject: ClassVar[str] = "attention views have"
 
     top: int = 16  # foremost heads whose patterns are kept
     heads: Any = None  # [layer, head] pairs to keep instead
@@ -90,7 +92,7 @@ def _guess(ds: xr.Dataset, run: str) -> str:
     """Return a line with the first pair's most probable next tokens."""
     first_pair = ds.sel(run=run).isel(pair=0, top=slice(N_SHOWN))
     guesses = ", ".join(
-        f"{str(token)!r} {float(prob):.3f}"
+        f"{str(token)!r} {number(float(prob))}"
         for token, prob in zip(
             first_pair["top_token"].values, first_pair["top_prob"].values, strict=True
         )
@@ -113,14 +115,14 @@ def _table(ds: xr.Dataset) -> Table:
     for head in ranked_heads(ds):
         table.add_row(
             f"a{head.layer}.h{head.head}",
-            f"{head.attribution:+.3f}",
-            f"{head.exact:+.3f}",
-            f"{head.size:.3f}",
-            f"{head.cell:+.3f}",
+            number(head.attribution, sign=True),
+            number(head.exact, sign=True),
+            number(head.size),
+            number(head.cell, sign=True),
             f"{tokens[head.dest]!r} {head.dest} looks at {tokens[head.src]!r} {head.src}",
-            f"{head.base:.3f} to {head.source:.3f}",
+            f"{number(head.base)} to {number(head.source)}",
         )
     return table
 
 
-main = AnalysisVerb("attention", AttentionRun, "attention views have", attention, _show)
+main = AnalysisVerb("attention", AttentionRun, attention, _show)

@@ -9,6 +9,7 @@ from rich.table import Table
 from patchsweep.analyses.circuits.circuits import circuit
 from patchsweep.cli.analysis import AnalysisVerb
 from patchsweep.cli.schema.circuit import CircuitRun
+from patchsweep.data.show import number
 from patchsweep.store.attributes import attributes
 
 
@@ -17,8 +18,8 @@ def _show(console: Console, ds: xr.Dataset, known: bool) -> None:
     for metric in map(str, ds["metric"].values):
         console.print(_table(ds, metric))
         if metric in attrs["cpr"]:
-            cpr, cmd = (float(attrs[name][metric]) for name in ("cpr", "cmd"))
-            console.print(f"{metric}: CPR {cpr:.3f} (more is better), CMD {cmd:.3f} (0 is best)")
+            cpr, cmd = (number(float(attrs[name][metric])) for name in ("cpr", "cmd"))
+            console.print(f"{metric}: CPR {cpr} (more is better), CMD {cmd} (0 is best)")
         if reason := attrs.get("undefined", {}).get(metric):
             console.print(f"{metric}: faithfulness is not defined: {reason}")
 
@@ -34,19 +35,9 @@ def _table(ds: xr.Dataset, metric: str) -> Table:
     for i, fraction in enumerate(ds["size"].values):
         scores = ds.isel(size=i).sel(metric=metric)
         counts = [scores["count"], *([scores["n_connected"]] if connected else [])]
-        # + 0 turns -0.0 into 0.0
-        curves = [
-            f"{round(float(scores[name]), 3) + 0:.3f}" for name in ("faithfulness", "completeness")
-        ]
-        table.add_row(f"{fraction:.4g}", *(f"{int(n):,}" for n in counts), *curves)
+        curves = [number(float(scores[name])) for name in ("faithfulness", "completeness")]
+        table.add_row(f"{fraction:g}", *(f"{int(n):,}" for n in counts), *curves)
     return table
 
 
-main = AnalysisVerb(
-    "circuit",
-    CircuitRun,
-    "circuits have",
-    circuit,
-    _show,
-    instead={"intervention": "circuits call it ablation; give ablation=mean, say"},
-)
+main = AnalysisVerb("circuit", CircuitRun, circuit, _show)

@@ -7,10 +7,9 @@ from dataclasses import replace
 
 import xarray as xr
 
-from patchsweep.cli.again import HELP, run_again
+from patchsweep.cli import parsers
+from patchsweep.cli.again import run_again
 from patchsweep.cli.console import stdout
-from patchsweep.cli.parser import Parser, at_least
-from patchsweep.errors import ConfigError
 from patchsweep.results.compare import compare
 from patchsweep.results.render import as_dict, render
 from patchsweep.results.tolerance import tolerance_notes
@@ -23,24 +22,7 @@ from patchsweep.sweeps.sample import draw
 
 def main(arguments: list[str]) -> int:
     """Print the comparison."""
-    parser = Parser(
-        "patchsweep compare",
-        description="Attribution's estimates beside the exact effects of one store: correlations, "
-        "the largest misses by name, and which sites they may be trusted on.",
-    )
-    parser.add_argument("store", help="folder or URL, of a run with estimates")
-    parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help=f"with --sample: {HELP}")
-    parser.add_argument(
-        "--sample",
-        type=at_least(1),
-        metavar="N",
-        help="run N random patches of each site exactly, where the store holds estimates alone",
-    )
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of that sample (0)")
-    parser.add_argument("--json", action="store_true", help="all numbers, for scripts")
-    options = parser.parse_intermixed_args(arguments)
-    if options.words and not options.sample:
-        raise ConfigError(f"{options.words[0]} is for --sample N, which runs patches; leave it out")
+    options = parsers.compare(arguments)
     store: str | xr.Dataset = options.store
     if options.sample:
         store = with_sample(options.store, options.words, options.sample, options.seed)

@@ -18,8 +18,9 @@ from transformer_lens import patching
 from transformer_lens.model_bridge import TransformerBridge
 from transformers.utils import logging as transformers_logging
 
+from patchsweep.cli import parsers
 from patchsweep.cli.console import stdout
-from patchsweep.cli.parser import Parser, at_least
+from patchsweep.cli.parsers import N_CELLS
 from patchsweep.cli.progress import Bar
 from patchsweep.cli.schema.run import (
     BuiltinTask,
@@ -32,6 +33,7 @@ from patchsweep.cli.schema.run import (
     StoreConfig,
 )
 from patchsweep.data.pairs import PromptPair
+from patchsweep.data.show import number
 from patchsweep.models.offload import device_of
 from patchsweep.report import write_report
 from patchsweep.results import accessor as summary
@@ -39,25 +41,13 @@ from patchsweep.store.attributes import attributes
 from patchsweep.sweeps.api import sweep
 
 SITES = ("resid_pre", "attn_out", "mlp_out", "z")
-N_CELLS = 24  # number of cells to check against TransformerLens
 TOLERANCE = 1e-4  # in logits, fp32: more than another order of summation can change
 EXIT_WRONG = 4  # a cell differs from TransformerLens
 
 
 def main(arguments: list[str]) -> int:
     """Sweep, check and report; return 0 if all checked cells agree, else EXIT_WRONG."""
-    parser = Parser(
-        "patchsweep demo",
-        description="Sweep one indirect-object pair over resid_pre, attn_out, mlp_out and every "
-        f"head at every position, check {N_CELLS} random cells against a TransformerLens loop, "
-        "and write a report.",
-    )
-    parser.add_argument("--model", default="smollm2-135m", help="as load_model takes it")
-    parser.add_argument("--out", default="runs/demo", help="folder for the store and the report")
-    parser.add_argument(
-        "--seed", type=at_least(0), default=None, help="of the cells that are checked"
-    )
-    options = parser.parse_args(arguments)
+    options = parsers.demo(arguments)
     transformers_logging.disable_progress_bar()
     console = stdout()
     out = Path(options.out)
@@ -90,11 +80,11 @@ def main(arguments: list[str]) -> int:
     console.print(f"store:  {store}\nreport: {report}")
     worst = largest_difference(model, pair, ds, N_CELLS, options.seed, console)
     if not worst <= TOLERANCE:
-        console.print(f"NOT well: a cell differs from TransformerLens by {worst:.1e} in logits")
+        console.print(f"NOT well: a cell differs from TransformerLens by {number(worst)} in logits")
         return EXIT_WRONG
     console.print(
         f"All is well: {N_CELLS} random cells equal the TransformerLens loop, largest difference "
-        f"{worst:.1e} in logits."
+        f"{number(worst)} in logits."
     )
     return 0
 
@@ -177,7 +167,7 @@ def _largest(ds: xr.Dataset) -> Table:
             "" if effect.head is None else str(effect.head),
             str(effect.pos),
             Text(repr(effect.token)),
-            f"{effect.effect:+.3f}",
+            number(effect.effect, sign=True),
             f"{effect.recovered:+.0%}",
         )
     return table

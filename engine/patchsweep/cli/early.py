@@ -10,9 +10,12 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
+from patchsweep.cli import parsers
 from patchsweep.data.tables import SUFFIXES
 from patchsweep.errors import ConfigError
 from patchsweep.spec.sites import get_sites
@@ -22,6 +25,7 @@ ANY: Keys = MappingProxyType({})  # below a free mapping, such as task.options
 
 _HERE = Path(__file__).parent
 _SWEEPS = ("run", "plan")  # analyses say themselves which groups they do without
+_USUAL_FLAGS = ("-m", "--multirun", "-h", "--help")
 _PLAIN = {"str", "int", "float", "bool", "list[str]", "list[Any]"}  # without keys below
 
 
@@ -53,20 +57,31 @@ def is_choice(group: str, value: str) -> bool:
 
 
 def refuse(verb: str, words: Sequence[str]) -> None:
-    """Raise for a word that no config of `verb` can have; verbs without a config are let pass.
+    """Raise for a word that `verb` does not take.
 
     Raises:
-        PatchsweepError: a key, a choice of a group or a site is not known.
+        PatchsweepError: an option, a key, a choice of a group or a site is not known, or a key is
+            of sweeps alone.
     """
+    parsers.check(verb, words)
     keys = _keys_of(verb)
     if keys is None:
         return
+    if any("=" not in word and word not in _USUAL_FLAGS for word in words):
+        from patchsweep.cli.flags import check_flags  # a local import: it takes 0.2 s
+
+        check_flags(verb, words)
+    unused = _unused(verb)
     for word in words:
         key, equals, value = word.partition("=")
         name = key.lstrip("+")
         root = name.partition(".")[0].partition("/")[0]
         if not equals or word.startswith(("-", "~")) or root == "hydra":
             continue
+        short = f"{name}.names" if value and not is_choice(name, value) else name
+        for part in (root, name, short):
+            if part in unused:
+                raise ConfigError(f"{word}: {unused[part]}")
         at = keys
         for part in name.split("."):
             if part not in at:
@@ -115,6 +130,20 @@ def _keys_of(verb: str) -> Keys | None:
     return keys
 
 
+def _unused(verb: str) -> dict[str, str]:
+    """Return the keys that the verb refuses, each with the message after it."""
+    said: dict[str, Any] = {"unused": (), "subject": "", "instead": {}}
+    node = _classes().get(f"{verb.capitalize()}Run")
+    for entry in node.body if node else ():
+        if isinstance(entry, ast.AnnAssign) and entry.value is not None:
+            name = ast.unparse(entry.target)
+            if name in said:
+                said[name] = ast.literal_eval(entry.value)
+    text = f"{said['subject']} no {{}}; leave it out (`patchsweep {verb} -h`)"
+    return {key: text.format(key) for key in said["unused"]} | dict(said["instead"])
+
+
+@cache
 def _classes() -> dict[str, ast.ClassDef]:
     """Return the classes of the command line's modules, by name."""
     found = {}

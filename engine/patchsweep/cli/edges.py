@@ -10,6 +10,7 @@ from rich.table import Table
 from patchsweep.analyses.circuits.edges import screen_edges
 from patchsweep.cli.analysis import AnalysisVerb
 from patchsweep.cli.schema.edges import EdgesRun
+from patchsweep.data.show import number
 from patchsweep.report.edges import Row, correlation, rows_of
 from patchsweep.results.stated import stated_errors
 from patchsweep.results.tolerance import tolerance_notes
@@ -38,7 +39,7 @@ def _done(ds: xr.Dataset) -> str:
         run = f"the foremost {ds.sizes['chosen']:,} of them run exactly; over those, estimates"
     return (
         f"{scored:,} edges{position_words} scored, {run} and exact effects correlate at "
-        f"{agreement:.2f}"
+        f"{number(agreement)}"
     )
 
 
@@ -65,7 +66,11 @@ def _table(ds: xr.Dataset) -> Table:
     for row in rows_of(ds, metric, N_SHOWN):
         position = [_where(row)] if positions else []
         table.add_row(
-            row.sender, row.reader, *position, f"{row.estimate:+.3f}", f"{row.exact:+.3f}"
+            row.sender,
+            row.reader,
+            *position,
+            number(row.estimate, sign=True),
+            number(row.exact, sign=True),
         )
     return table
 
@@ -74,10 +79,4 @@ def _where(row: Row) -> str:
     return f"{row.pos} {row.token!r}" if row.token else str(row.pos)
 
 
-main = AnalysisVerb(
-    "edges",
-    EdgesRun,
-    "edges have",
-    screen_edges,
-    _show,
-)
+main = AnalysisVerb("edges", EdgesRun, screen_edges, _show)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from patchsweep.cli.parser import Parser, at_least
+from patchsweep.cli import parsers
 from patchsweep.errors import ConfigError
 
 _NEEDED = ("starlette", "uvicorn")
@@ -12,15 +12,7 @@ _NEEDED = ("starlette", "uvicorn")
 
 def main(arguments: list[str]) -> int:
     """Serve until interrupted; return 0."""
-    parser = Parser(
-        "patchsweep explore",
-        description="One page in the browser, served on this machine alone: type two prompts and "
-        "their answers, choose sites, and see the maps fill in; click a cell for its lens, its "
-        "attention and its edges. Ctrl-C ends it.",
-    )
-    parser.add_argument("--model", default="smollm2-135m", help="as load_model takes it")
-    parser.add_argument("--port", type=at_least(0), default=0, help="of this machine (a free one)")
-    options = parser.parse_args(arguments)
+    options = parsers.explore(arguments)
     lacking = [name for name in _NEEDED if find_spec(name) is None]
     if lacking:
         raise ConfigError(

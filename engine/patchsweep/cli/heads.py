@@ -14,6 +14,7 @@ from patchsweep.analyses.heads.findings import ALL, TRAINED
 from patchsweep.cli.analysis import AnalysisVerb
 from patchsweep.cli.console import stdout
 from patchsweep.cli.schema.heads import HeadsRun
+from patchsweep.data.show import number
 
 N_SHOWN = 8  # number of heads to list per class
 
@@ -66,14 +67,14 @@ def _ablations(ds: xr.Dataset) -> Table:
         if not int(row["n_heads"].values[0]):
             continue
         cells = [
-            f"{float(row['disagreement'].values[a]):.3f} "
-            f"({float(row['rank_correlation'].values[a]):.2f})"
+            f"{number(float(row['disagreement'].values[a]))} "
+            f"({number(float(row['rank_correlation'].values[a]))})"
             if int(row["n_heads"].values[a])
             else "-"
             for a in range(1, len(names))
         ]
-        table.add_row(str(c), f"{float(row['mean_effect'].values[0]):+.3f}", *cells)
+        table.add_row(str(c), number(float(row["mean_effect"].values[0]), sign=True), *cells)
     return table
 
 
-main = AnalysisVerb("heads", HeadsRun, "heads have", partial(study, stage=_say), _show)
+main = AnalysisVerb("heads", HeadsRun, partial(study, stage=_say), _show)

@@ -10,13 +10,10 @@ from rich.table import Table
 from patchsweep.analyses.latents import agreement, largest_latents, latents
 from patchsweep.cli.analysis import AnalysisVerb
 from patchsweep.cli.schema.latents import LatentsRun
+from patchsweep.data.show import number
 from patchsweep.results.tolerance import tolerance_notes
 
 N_SHOWN = 10
-# keys of sweeps for which something else does the same
-INSTEAD = {
-    "method": "latents take estimates=[atp,relp], and top=100 to run the largest exactly",
-}
 
 
 def _show(console: Console, ds: xr.Dataset, known: bool) -> None:
@@ -26,7 +23,7 @@ def _show(console: Console, ds: xr.Dataset, known: bool) -> None:
         console.print(note)
     for one in agreement(ds):
         if one.n:
-            console.print(f"{one.method}: r = {one.pearson:.3f} with {one.n:,} exact effects")
+            console.print(f"{one.method}: r = {number(one.pearson)} with {one.n:,} exact effects")
     console.print(_table(ds))
 
 
@@ -42,9 +39,13 @@ def _table(ds: xr.Dataset) -> Table:
         effect = one.effect if ran else next(iter(one.estimates.values()))
         where = f"{one.pos} {one.token!r}"
         table.add_row(
-            one.dictionary, str(one.latent), where, f"{one.change:+.3f}", f"{effect:+.4f}"
+            one.dictionary,
+            str(one.latent),
+            where,
+            number(one.change, sign=True),
+            number(effect, sign=True),
         )
     return table
 
 
-main = AnalysisVerb("latents", LatentsRun, "latents have", latents, _show, INSTEAD)
+main = AnalysisVerb("latents", LatentsRun, latents, _show)

@@ -17,6 +17,7 @@ from patchsweep.analyses.stages import Stages
 from patchsweep.cli.analysis import AnalysisVerb
 from patchsweep.cli.schema.lens import LensRun
 from patchsweep.data.pairs import PromptPairs
+from patchsweep.data.show import number, rank
 from patchsweep.store.attributes import attributes, flat_attributes
 from patchsweep.store.difference import IDENTITY
 from patchsweep.sweeps.identity import sealed
@@ -72,12 +73,12 @@ def _ends(ds: xr.Dataset) -> list[str]:
             rank = int(lens_findings.at_answer(ds, "answer_rank", run, pairs[0])[-1])
             where = f"the first guess from {up[0].words} on" if up[0] else f"rank {rank}"
             answer = str(ds["answer"].values[0])
-            lines.append(f"{name}: {answer!r} ends at probability {ends[0]:.3f}, {where}")
+            lines.append(f"{name}: {answer!r} ends at probability {number(ends[0])}, {where}")
         else:
             n_first = sum(place is not None for place in up)
             lines.append(
-                f"{name}: the answer ends at a mean probability of {np.mean(ends):.3f}, the first "
-                f"guess in {n_first} of {len(pairs)} pairs"
+                f"{name}: the answer ends at a mean probability of {number(np.mean(ends))}, the "
+                f"first guess in {n_first} of {len(pairs)} pairs"
             )
     return lines
 
@@ -104,9 +105,9 @@ def _layers(ds: xr.Dataset) -> Table:
         for run in runs:
             if len(pairs) == 1:
                 token, prob = (values[run, name][0, i, 0] for name in ("top_token", "top_prob"))
-                cells.append(f"{str(token)!r} {prob:.3f}")
-            cells.append(f"{values[run, 'answer_prob'][:, i].mean():.3f}")
-            cells.append(f"{np.median(values[run, 'answer_rank'][:, i]):.0f}")
+                cells.append(f"{str(token)!r} {number(prob)}")
+            cells.append(number(values[run, "answer_prob"][:, i].mean()))
+            cells.append(rank(np.median(values[run, "answer_rank"][:, i])))
         table.add_row(places[i].words, *cells)
     return table
 
@@ -114,9 +115,9 @@ def _layers(ds: xr.Dataset) -> Table:
 def _removals(ds: xr.Dataset) -> Table:
     """Return a table of the sublayers whose removal lowers the answer most."""
     unpatched = ds["whole"].mean("pair")
-    prob, rank = (float(unpatched.sel(metric=m)) for m in ("prob", "rank"))
+    prob, mean_rank = (float(unpatched.sel(metric=m)) for m in ("prob", "rank"))
     over = "" if ds.sizes["pair"] == 1 else f", means of {ds.sizes['pair']} pairs"
-    title = f"without one sublayer (whole: P(answer) {prob:.3f}, rank {rank:.3g}){over}"
+    title = f"without one sublayer (whole: P(answer) {number(prob)}, rank {rank(mean_rank)}){over}"
     table = Table(title=title, title_justify="left")
     table.add_column("without")
     for name in ("P(answer)", "rank", "change of log P", "of logit_diff"):
@@ -124,12 +125,12 @@ def _removals(ds: xr.Dataset) -> Table:
     for removal in lens_findings.removals(ds)[:N_SHOWN]:
         table.add_row(
             removal.words,
-            f"{removal.values['prob']:.3f}",
-            f"{removal.values['rank']:.0f}",
-            f"{removal.changes['log_prob']:+.2f}",
-            f"{removal.changes['logit_diff']:+.2f}",
+            number(removal.values["prob"]),
+            rank(removal.values["rank"]),
+            number(removal.changes["log_prob"], sign=True),
+            number(removal.changes["logit_diff"], sign=True),
         )
     return table
 
 
-main = AnalysisVerb("lens", LensRun, "a lens has", _lens, _show)
+main = AnalysisVerb("lens", LensRun, _lens, _show)

@@ -62,6 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return EXIT_MISTAKE
     if os.environ.get("PATCHSWEEP_DEBUG"):
+        from patchsweep.cli.early import refuse
+
+        refuse(verb, rest)
         return int(import_module(f"patchsweep.cli.{verb}").main(rest))
     return _guarded(verb, rest)
 

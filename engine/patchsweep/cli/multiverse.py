@@ -10,6 +10,7 @@ from rich.table import Table
 from patchsweep.analyses.circuits.multiverse import multiverse
 from patchsweep.cli.analysis import AnalysisVerb
 from patchsweep.cli.schema.multiverse import MultiverseRun
+from patchsweep.data.show import number
 
 
 def _show(console: Console, ds: xr.Dataset, known: bool) -> None:
@@ -33,7 +34,7 @@ def _ranges(ds: xr.Dataset) -> Table:
         values = ds["faithfulness"].sel(metric=metric).values
         values = values[np.isfinite(values)]
         parts = np.quantile(values, [0, 0.25, 0.5, 0.75, 1]) if values.size else []
-        table.add_row(str(metric), *(f"{x:.3f}" for x in parts))
+        table.add_row(str(metric), *(number(x) for x in parts))
     return table
 
 
@@ -45,20 +46,9 @@ def _choices(ds: xr.Dataset) -> Table:
         table.add_column(name, justify="right")
     for i in np.argsort(-np.nan_to_num(ds["moves"].values, nan=-1.0), kind="stable"):
         moves = (float(ds[name].values[i]) for name in ("moves", "moves_most"))
-        shown = (f"{x:.3f}" if np.isfinite(x) else "-" for x in moves)
+        shown = map(number, moves)
         table.add_row(str(ds["choice"].values[i]).replace("_", " "), *shown)
     return table
 
 
-main = AnalysisVerb(
-    "multiverse",
-    MultiverseRun,
-    "the ways to measure a circuit have",
-    multiverse,
-    _show,
-    instead={
-        "intervention": "several are run; choose with ablations=[resample,mean], say",
-        "direction": "several are run; choose with directions=[noising], say",
-        "means_from": "the prompts of means are a choice; give mean_sets=[clean], say",
-    },
-)
+main = AnalysisVerb("multiverse", MultiverseRun, multiverse, _show)

@@ -11,6 +11,7 @@ from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.console import stdout
 from patchsweep.cli.schema.plan import PlanRun
 from patchsweep.data.pairs import PromptPair
+from patchsweep.data.show import number
 from patchsweep.errors import ConfigError
 from patchsweep.sweeps.api import plan
 from patchsweep.sweeps.cost import Cost
@@ -83,7 +84,7 @@ def show(cost: Cost, console: Console) -> None:
     console.print(table)
     for name, value in (
         ("packed batches", f"{cost.n_batches:,}"),
-        ("FLOPs", f"{cost.flops:.3g}"),
+        ("FLOPs", f"{number(cost.flops / 1e12)} T"),
         ("seconds", f"{cost.seconds:.1f} at this device's matrix-product rate, attention left out"),
         ("values written", size(cost.result_bytes)),
         ("arithmetic", arithmetic(cost)),
@@ -163,6 +164,6 @@ def size(n_bytes: float) -> str:
     """Return text such as `24.5 kB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if n_bytes < 1000:
-            return f"{n_bytes:.3g} {unit}"
+            return f"{n_bytes:.{0 if unit == 'B' else 1}f} {unit}"
         n_bytes /= 1000
-    return f"{n_bytes:.3g} TB"
+    return f"{n_bytes:,.1f} TB"

@@ -10,6 +10,7 @@ from patchsweep.cli.console import stdout
 from patchsweep.cli.progress import Bar
 from patchsweep.cli.schema.run import RunConfig
 from patchsweep.cli.stop import STOPPER
+from patchsweep.data.show import number
 from patchsweep.models.compute import sentence
 from patchsweep.results.rounding import noise_of
 from patchsweep.results.stated import stated_errors
@@ -60,7 +61,7 @@ def execute(config: RunConfig) -> None:
         console.print(note)
     for noise in noise_of(ds):
         console.print(
-            f"noise floor of {noise.site}: {noise.floor:.2g} in {noise.metric}; "
+            f"noise floor of {noise.site}: {number(noise.floor)} in {noise.metric}; "
             f"{noise.n_above} of {noise.n_cells} effects are above it, the others are rounding"
         )
     plan = attrs["plan"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from patchsweep.cli import parsers
 from patchsweep.cli.console import stdout
-from patchsweep.cli.parser import Parser
 from patchsweep.errors import DamagedError, printable
 from patchsweep.store.backends.address import open_folder
 from patchsweep.store.backends.credentials import scrub
@@ -13,15 +13,7 @@ from patchsweep.store.status import EXIT_COMPLETE, EXIT_INCOMPLETE, render, stag
 
 def main(arguments: list[str]) -> int:
     """Print the status; return 0 if the store is complete, 3 if units are missing or damaged."""
-    parser = Parser(
-        "patchsweep status",
-        description="How far the run of a store has come: units done, running, stale and missing, "
-        "and which of its files are lost or have another length than they had. "
-        "`patchsweep verify` reads every byte.",
-        epilog="Exit codes: 0 complete; 2 there is no such store; 3 not complete, or damaged.",
-    )
-    parser.add_argument("store", help="folder or URL")
-    url = parser.parse_args(arguments).store
+    url = parsers.status(arguments).store
     try:
         folder = open_folder(url)
         if folder.is_empty() and (stages := stages_of(url)):

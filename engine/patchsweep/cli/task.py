@@ -9,10 +9,10 @@ from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from patchsweep.arguments import user_path
+from patchsweep.cli import parsers
 from patchsweep.cli.console import stdout
-from patchsweep.cli.parser import Parser, at_least
 from patchsweep.data.pairs import PromptPairs
-from patchsweep.data.show import count, number, visible
+from patchsweep.data.show import count, number, percent, visible
 from patchsweep.data.tables import SUFFIXES
 from patchsweep.errors import ConfigError
 from patchsweep.models import load_model
@@ -21,18 +21,7 @@ from patchsweep.tasks import TASKS, TaskCheck, check_pairs, check_task, find_tas
 
 def main(arguments: list[str]) -> int:
     """List the tasks, or score a model on some; return 0."""
-    parser = Parser("patchsweep task", description="The built-in tasks.")
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    verbs.add_parser("list", help="names, what they ask, and their sources")
-    check = verbs.add_parser(
-        "check", help="how well a model does a task: a sweep of a task it fails explains nothing"
-    )
-    check.add_argument("names", nargs="*", metavar="NAME", help="tasks (all), or files of pairs")
-    check.add_argument("--template", choices=["chat"], help="of the files' prompts")
-    check.add_argument("--model", default="smollm2-135m", help="as load_model takes it")
-    check.add_argument("--n-pairs", type=at_least(1), help="pairs (the task's own number)")
-    check.add_argument("--seed", type=at_least(0), default=0, help="of the pairs (0)")
-    options = parser.parse_args(arguments)
+    options = parsers.task(arguments)
     console = stdout()
     if options.verb == "list":
         console.print(_listed())
@@ -94,8 +83,11 @@ def _scored(model: str, checks: list[TaskCheck]) -> Table:
         table.add_row(
             check.task,
             str(check.n_pairs),
-            f"{check.clean_accuracy:.0%}  {check.clean_logit_diff:+.2f}  {check.clean_top1:.0%}",
-            f"{check.corrupted_accuracy:.0%}  {check.corrupted_logit_diff:+.2f}  "
-            f"{check.corrupted_top1:.0%}",
+            _score(check.clean_accuracy, check.clean_logit_diff, check.clean_top1),
+            _score(check.corrupted_accuracy, check.corrupted_logit_diff, check.corrupted_top1),
         )
     return table
+
+
+def _score(accuracy: float, logit_diff: float, top1: float) -> str:
+    return f"{percent(accuracy)}  {number(logit_diff, sign=True)}  {percent(top1)}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import xarray as xr
 from rich.console import Console
 from rich.table import Table
@@ -10,6 +9,7 @@ from rich.table import Table
 from patchsweep.analyses.tracing import largest_effects, trace
 from patchsweep.cli.analysis import AnalysisVerb
 from patchsweep.cli.schema.trace import TraceRun
+from patchsweep.data.show import number
 
 N_SHOWN = 5
 
@@ -17,7 +17,7 @@ N_SHOWN = 5
 def _show(console: Console, ds: xr.Dataset, known: bool) -> None:
     name = str(ds["metric"].values[0])
     clean, noised = (float(ds[f"{x}_metric"][0].mean()) for x in ("clean", "noised"))
-    console.print(f"{name}: {clean:.4g} on the clean prompt, {noised:.4g} under noise")
+    console.print(f"{name}: {number(clean)} on the clean prompt, {number(noised)} under noise")
     console.print(_table(ds))
 
 
@@ -30,12 +30,16 @@ def _table(ds: xr.Dataset) -> Table:
         table.add_column(name, justify="right")
     for kind in ds["kind"].values:
         for place in largest_effects(ds, str(kind), n=N_SHOWN):
-            low, high = (np.format_float_positional(x, 3) for x in (place.low, place.high))
+            low, high = (number(x, sign=True) for x in (place.low, place.high))
             where = f"{place.pos} {place.token!r}"
             table.add_row(
-                str(kind), str(place.layer), where, f"{place.effect:+.4f}", f"{low} to {high}"
+                str(kind),
+                str(place.layer),
+                where,
+                number(place.effect, sign=True),
+                f"{low} to {high}",
             )
     return table
 
 
-main = AnalysisVerb("trace", TraceRun, "a trace has", trace, _show)
+main = AnalysisVerb("trace", TraceRun, trace, _show)

@@ -10,9 +10,11 @@ import xarray as xr
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from patchsweep.cli.again import HELP, run_again, said_by
+from patchsweep.cli import parsers
+from patchsweep.cli.again import run_again, said_by
 from patchsweep.cli.console import stdout
-from patchsweep.cli.parser import Parser, at_least
+from patchsweep.cli.parsers import N_CELLS
+from patchsweep.data.show import number
 from patchsweep.errors import ConfigError, printable
 from patchsweep.results.tolerance import allowed_error
 from patchsweep.runners.select import TOLERANCE
@@ -27,7 +29,6 @@ from patchsweep.sweeps.api import prepare_runner
 from patchsweep.sweeps.means import check_means
 
 EXIT_PROBLEMS = 4  # files are damaged, or values differ
-N_CELLS = 24
 
 
 @dataclass(frozen=True)
@@ -40,27 +41,7 @@ class Cell:
 
 def main(arguments: list[str]) -> int:
     """Check a store; return 0 (sound and complete), 3 (sound, incomplete) or 4 (not sound)."""
-    parser = Parser(
-        "patchsweep verify",
-        description="Check a store: every file is read and held against its digest. With the "
-        "model and the task, a random sample of a sweep's values is run again too, one forward "
-        "pass through the model's hooks each.",
-        epilog="Exit codes: 0 sound and complete; 2 there is no such store, or its model or task "
-        "cannot be loaded; 3 sound so far, not complete; 4 files are damaged or values differ.",
-    )
-    parser.add_argument("store", help="folder or URL")
-    parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help=HELP)
-    parser.add_argument(
-        "-n", type=at_least(0), metavar="N", help=f"values to run again ({N_CELLS})"
-    )
-    parser.add_argument(
-        "--seed", type=at_least(0), default=None, help="of the sample (another each time)"
-    )
-    options = parser.parse_intermixed_args(arguments)
-    if options.n and not options.words:
-        raise ConfigError(
-            f"-n {options.n} runs values again; name what made them: model=... task=..."
-        )
+    options = parsers.verify(arguments)
     console = stdout()
     checked = check_store(options.store)
     if checked.kind is not None and options.words:
@@ -152,7 +133,7 @@ def recompute(
                         f"run again gives {rerun[:, column].tolist()}"
                     )
     worst = np.max(differences, initial=0.0)  # np.max propagates NaN
-    console.print(f"values: {len(differences)} run again, largest difference {worst:.1e}")
+    console.print(f"values: {len(differences)} run again, largest difference {number(worst)}")
     return problems
 
 
@@ -166,9 +147,9 @@ def _sample(
         return []
     drawn = rng.choice(ends[-1], size=min(n_cells, int(ends[-1])), replace=False)
     cells = []
-    for number in np.sort(drawn).tolist():
-        unit = int(np.searchsorted(ends, number, side="right"))
-        offset = number - (int(ends[unit - 1]) if unit else 0)
+    for place in np.sort(drawn).tolist():
+        unit = int(np.searchsorted(ends, place, side="right"))
+        offset = place - (int(ends[unit - 1]) if unit else 0)
         cells.append(Cell(units[unit], int(unit_patches[unit][offset])))
     return cells
 

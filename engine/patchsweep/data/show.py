@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from html import escape
 
@@ -30,16 +31,26 @@ def token_html(token: str) -> str:
 
 
 def number(x: float, *, sign: bool = False) -> str:
-    """Return `x` with three decimals, fewer if large, an exponent if tiny; a dash for NaN."""
+    """Return `x` for people to read: the one text that every page, figure and table shows.
+
+    Three decimals, fewer if large, an exponent if tiny, thin spaces between thousands, no minus
+    before a zero, a dash for NaN and infinity: 0.123, 123.4, 23 600, 1.2e-4 with a true minus.
+    The scripts of pages say the same: `number` of numbers.js.
+    """
     if not math.isfinite(x):
         return "\u2013"
     size = abs(x)
     if 0 < size < 5e-4:
-        text = f"{x:+.1e}" if sign else f"{x:.1e}"
+        text = re.sub(r"e([+-])0", r"e\1", f"{x:+.1e}" if sign else f"{x:.1e}")
     else:
         decimals = 0 if size >= 1000 else 1 if size >= 100 else 3
-        text = f"{x:+,.{decimals}f}" if sign else f"{x:,.{decimals}f}"
-    return text.replace("-", "\u2212")
+        text = f"{x + 0.0:+,.{decimals}f}" if sign else f"{x + 0.0:,.{decimals}f}"
+    return text.replace("-", "\u2212").replace(",", "\u202f")
+
+
+def rank(n: float) -> str:
+    """Return a rank, or a mean of ranks: decimals only where it is no whole number."""
+    return count(n) if math.isfinite(n) and n == round(n) else number(n)
 
 
 def count(n: float) -> str:

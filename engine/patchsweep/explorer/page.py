@@ -43,7 +43,11 @@ def build(model: TransformerBridge, name: str) -> str:
         f"patchsweep: {name}",
         sections,
         data={"tolerances": TOLERANCES, "words": {s: SITE_WORDS.get(s, s) for s in CHOICES}},
-        scripts=[get_plotlyjs(), of_report("maps.js"), _resource("explorer.js")],
+        scripts=[
+            get_plotlyjs(),
+            of_report("numbers.js") + of_report("maps.js"),
+            _resource("explorer.js"),
+        ],
         style=_resource("explorer.css"),
         served=True,
     )

@@ -15,7 +15,7 @@ import xarray as xr
 from patchsweep.arguments import one_of
 from patchsweep.data.show import number, visible
 from patchsweep.errors import MethodError, PlanError
-from patchsweep.report.axes import DIM_WORDS, Axes, lay_out
+from patchsweep.report.axes import DIM_WORDS, Axes, folded, lay_out
 from patchsweep.report.figure import RED_BLUE, plain
 from patchsweep.report.heatmap import NATURAL, colour_limit
 from patchsweep.results import accessor as summary
@@ -93,17 +93,28 @@ def plot(
             lines.append(f"mean over {int(n_behind[row, column])} of {n_pairs} pairs")
         return "<br>".join(lines)
 
-    shown = flat[quantity]
-    texts = [[tell(r, c) for c in range(shown.shape[1])] for r in range(shown.shape[0])]
+    fold = folded(flat["effect"]) if axes.columns == "pos" else 0
+    kept = range(max(0, fold - 1), flat["value"].shape[1])  # the first stands for the folded ones
+    shown = flat[quantity][:, kept.start :]
+    texts = [[tell(r, c) for c in kept] for r in range(shown.shape[0])]
+    if fold:
+        names = axes.labels["pos"]
+        for row in texts:
+            row[0] = (
+                f"positions {names[0]} to {names[fold - 1]}<br>before the first token that "
+                "differs:<br>no patch changes anything here"
+            )
     over = f"pair {pair}" if pair is not None else f"mean over {n_pairs} pairs"
     title = f"{summary.SITE_WORDS.get(site, site)}" + (f", {over}" if ds.sizes["pair"] > 1 else "")
     figure = go.Figure(layout={**_LAYOUT, "title": {"text": plain(title), "font": {"size": 15}}})
     what = "recovered" if quantity == "recovered" else f"effect on {plain(name)}"
-    columns = _ticks(axes, axes.columns, tokens, behind if n_pairs > 1 else None)
+    columns = _ticks(axes, axes.columns, tokens, behind if n_pairs > 1 else None)[kept.start :]
+    if fold:
+        columns[0] = f"<i>{fold} positions</i>"
     if axes.rows and axes.columns:
         natural = NATURAL if quantity == "recovered" else float(abs(summary.gap(one)).median())
         limit, _ = colour_limit(shown, natural if np.isfinite(natural) else NATURAL)
-        _heat(figure, shown, texts, limit, what)
+        _heat(figure, shown, texts, limit, what, narrow=fold > 0)
         rows = _ticks(axes, axes.rows, tokens, None)
         figure.update_yaxes(title=DIM_WORDS[axes.rows], **_tick_axis(rows, 24))
         figure.update_layout(height=130 + round(min(_HEIGHT, _MAX_ROW * len(rows))))
@@ -183,10 +194,19 @@ def scatter(ds: xr.Dataset, site: str, method: str, *, metric: str | None = None
 
 
 def _heat(
-    figure: go.Figure, shown: np.ndarray, texts: list[list[str]], limit: float, what: str
+    figure: go.Figure,
+    shown: np.ndarray,
+    texts: list[list[str]],
+    limit: float,
+    what: str,
+    *,
+    narrow: bool,
 ) -> None:
+    """Draw a map; `narrow`: the first column has half the width of the others."""
+    edges = [i - 0.5 for i in range(shown.shape[1] + 1)]
+    edges[0] += 0.5 * narrow
     common = {
-        "x": list(range(shown.shape[1])),
+        "x": edges,
         "y": list(range(shown.shape[0])),
         "hovertext": texts,
         "hoverinfo": "text",

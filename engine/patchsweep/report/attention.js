@@ -14,11 +14,6 @@
     const letters = [...text];
     return letters.length <= 11 ? text : letters.slice(0, 10).join("") + "…";
   };
-  const number = (x) => {
-    const size = Math.abs(x);
-    const text = size > 0 && size < 5e-4 ? x.toExponential(1) : x.toFixed(3);
-    return text.replace(/-/g, "−");
-  };
   const signed = (x) => (x > 0 ? "+" : "") + number(x);
 
   const pairs = data.pairs.map((pair) => ({

@@ -47,7 +47,7 @@ def build(ds: xr.Dataset) -> str:
         title,
         parts,
         data=_data(ds, n_shown),
-        scripts=[resource("attention.js")],
+        scripts=[resource("numbers.js") + resource("attention.js")],
         style=resource("attention.css"),
     )
 

@@ -25,6 +25,24 @@ DIM_WORDS = {
 }
 
 
+LONG = 40
+"""Of a prompt with more positions, the first ones, at which nothing changes, are one column."""
+
+
+def folded(effect: np.ndarray, first: int = 0, end: int | None = None) -> int:
+    """Return how many columns from `first` on stand as one: all their effects are exactly 0.
+
+    These are positions of a long prompt before the first token in which the prompts differ. 0 if
+    there is one at most, or nothing else to draw. `effect` is [row, column]; the columns end
+    before `end`.
+    """
+    zero = (effect[:, first:end] == 0).all(axis=0)
+    if zero.all() or len(zero) <= LONG:
+        return 0
+    n = int(zero.argmin())
+    return n if n > 1 else 0
+
+
 @dataclass(frozen=True)
 class Axes:
     """The rows, columns and hidden axis of a map; each a dim of the site, or None."""

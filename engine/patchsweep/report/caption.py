@@ -60,7 +60,7 @@ def reading(
     `gap`: there is a source run, so the map shows effects because source is too close to base.
     """
     what = "recovered fraction" if quantity == "recovered" else f"effect on {esc(metric)}"
-    text = f" Colours: {what}, from \u2212{limit:.2g} to +{limit:.2g}"
+    text = f" Colours: {what}, from {number(-limit)} to {number(limit, sign=True)}"
     if n_beyond:
         text += f"; {plural(n_beyond, 'cell')} beyond that in the end colour"
     text += "."

@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from patchsweep.report import caption
-from patchsweep.report.axes import Axes, lay_out
+from patchsweep.report.axes import Axes, folded, lay_out
 from patchsweep.report.html import count, esc
 from patchsweep.report.views import View
 from patchsweep.results import accessor as summary
@@ -131,6 +131,7 @@ def _frame(
     cells: dict[str, object] = {
         "quantity": quantity,
         "limit": limit,
+        "fold": folded(flat[1], view.first, view.n_pos) if axes.columns == "pos" else 0,
         "base": ends[0] if math.isfinite(ends[0]) else None,
         "source": ends[1] if math.isfinite(ends[1]) else None,
         **{

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import json
 
-from patchsweep.data.show import count, esc, number, percent, plural, token_html, visible
+from patchsweep.data.show import count, esc, number, percent, plural, rank, token_html, visible
 
-__all__ = ["count", "embed_json", "esc", "number", "percent", "plural", "token_html", "visible"]
+__all__ = [
+    "count",
+    "embed_json",
+    "esc",
+    "number",
+    "percent",
+    "plural",
+    "rank",
+    "token_html",
+    "visible",
+]
 
 
 def embed_json(value: object) -> str:

@@ -12,7 +12,7 @@ from patchsweep.analyses.latents.findings import (
     methods_of,
 )
 from patchsweep.report.figure import figure, figure_scripts
-from patchsweep.report.html import esc, number, token_html
+from patchsweep.report.html import count, esc, number, percent, token_html
 from patchsweep.report.shell import page, section
 from patchsweep.results.tolerance import tolerance_notes
 from patchsweep.store.attributes import attributes
@@ -51,8 +51,8 @@ def _estimates(ds: xr.Dataset, metric: str) -> list[str]:
     if not found:
         return []
     rows = "".join(
-        f"<tr><td>{esc(one.method)}</td><td>{one.pearson:.3f}</td><td>{one.same_sign:.0%}</td>"
-        f"<td>{one.n:,}</td></tr>"
+        f"<tr><td>{esc(one.method)}</td><td>{number(one.pearson)}</td><td>{percent(one.same_sign)}</td>"
+        f"<td>{count(one.n)}</td></tr>"
         for one in found
     )
     head = "<th>estimate</th><th>Pearson's r</th><th>same sign</th><th>patches</th>"

@@ -21,12 +21,6 @@
     return [`rgb(${parts.join(",")})`, light < 0.45];
   }
 
-  function number(x) {
-    if (x === null) return "–";
-    const size = Math.abs(x);
-    const text = size > 0 && size < 5e-4 ? x.toExponential(1) : x.toFixed(3);
-    return text.replace(/-/g, "\u2212");
-  }
   const signed = (x) => (x > 0 ? "+" : "") + number(x);
 
   const element = (tag, text, name) => {

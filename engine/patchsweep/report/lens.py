@@ -11,7 +11,7 @@ import xarray as xr
 from patchsweep.analyses.logit_lens import findings as lens_findings
 from patchsweep.analyses.logit_lens.findings import Place, Removal
 from patchsweep.report.figure import SERIES, figure, figure_scripts, plain
-from patchsweep.report.html import esc, number, plural, token_html, visible
+from patchsweep.report.html import esc, number, plural, rank, token_html, visible
 from patchsweep.report.question import behind_means
 from patchsweep.report.shell import page, resource, section
 from patchsweep.report.tables import provenance_table
@@ -39,7 +39,10 @@ def build(ds: xr.Dataset) -> str:
         f"The lens on {_model(ds)}",
         sections,
         data=_data(ds) if grid else None,
-        scripts=[*figure_scripts(), *([resource("lens.js")] if grid else [])],
+        scripts=[
+            *figure_scripts(),
+            *([resource("numbers.js") + resource("lens.js")] if grid else []),
+        ],
         style=resource("lens.css"),
     )
 
@@ -270,9 +273,10 @@ def _bars(removals: Sequence[Removal], name: str, colour: str) -> dict[str, Any]
         "y": [r.changes["log_prob"] for r in rows],
         "marker": {"color": colour},
         "hovertext": [
-            f"without {r.words}<br>probability {r.values['prob']:.3g}, rank {r.values['rank']:.3g}"
-            f"<br>log-probability {r.changes['log_prob']:+.3g}"
-            f"<br>logit difference {r.changes['logit_diff']:+.3g}"
+            f"without {r.words}<br>probability {number(r.values['prob'])}, "
+            f"rank {rank(r.values['rank'])}"
+            f"<br>log-probability {number(r.changes['log_prob'], sign=True)}"
+            f"<br>logit difference {number(r.changes['logit_diff'], sign=True)}"
             for r in rows
         ],
         "hoverinfo": "text",
@@ -285,7 +289,7 @@ def _table(found: Sequence[Removal], whole: xr.DataArray) -> str:
     rows = [
         '<tr class="total"><th scope="row">nothing removed</th>'
         f'<td class="n">{number(float(whole.sel(metric="prob")))}</td>'
-        f'<td class="n">{float(whole.sel(metric="rank")):.3g}</td><td></td><td></td></tr>'
+        f'<td class="n">{rank(float(whole.sel(metric="rank")))}</td><td></td><td></td></tr>'
     ]
     for r in found[:N_REMOVALS]:
         cells = "".join(
@@ -295,7 +299,7 @@ def _table(found: Sequence[Removal], whole: xr.DataArray) -> str:
         )
         rows.append(
             f'<tr><th scope="row">{esc(r.words)}</th><td class="n">{number(r.values["prob"])}</td>'
-            f'<td class="n">{r.values["rank"]:.3g}</td>{cells}</tr>'
+            f'<td class="n">{rank(r.values["rank"])}</td>{cells}</tr>'
         )
     return (
         f'<div class="scroll"><table><thead><tr><th scope="col">without</th>{top}</tr></thead>'

@@ -30,14 +30,6 @@ const patchsweepMaps = (data, chosen) => {
   const range = (n) => Array.from({ length: n }, (_, i) => i);
   const signed = (x) => (x > 0 ? "+" : "") + number(x);
 
-  function number(x) {
-    if (x === null || !Number.isFinite(x)) return "–";
-    const size = Math.abs(x);
-    const text = size > 0 && size < 5e-4 ? x.toExponential(1)
-      : x.toFixed(size >= 1000 ? 0 : size >= 100 ? 1 : 3);
-    return text.replace(/-/g, "\u2212");
-  }
-
   /** The colour of a bar, by the scale of the maps; `x` from -1 to 1, null where not run. */
   function colourOf(x) {
     if (x === null) return GREY;
@@ -80,14 +72,15 @@ const patchsweepMaps = (data, chosen) => {
   }
 
   /** Axis labels: real tokens, one tick per position, so that repeated tokens stay apart. */
-  function columnTicks(site, view, n, width) {
+  function columnTicks(site, view, columns, fold, width) {
     const labels = site.columns ? site.labels[site.columns] : ["all"];
+    const n = columns.length;
     const step = Math.max(1, Math.ceil((n * 13) / Math.max(width - 110, 100)));
     const at = range(n).filter((i) => i % step === 0);
-    const first = site.columns === "pos" ? view.first : 0;
     const behind = (i) => (view.n_pairs.length ? ` n=${view.n_pairs[i]}` : "");
     const text = at.map((column) => {
-      const i = column + first;
+      if (fold && column === 0) return `<i>${fold} positions</i>`;
+      const i = columns[column];
       const label = plain(short(labels[i])) + (site.columns === "pos" ? behind(i) : "");
       if (site.columns !== "pos") return label;
       const shown = plain(short(view.base[i] || ""));
@@ -95,10 +88,22 @@ const patchsweepMaps = (data, chosen) => {
       if (!shown) return name || label;
       return `${name} <span style="color:#6b747d">${label}</span>`;
     });
-    const lengths = at.map((column) => column + first).map((i) => (
+    const lengths = at.map((column) => columns[column]).map((i) => (
       [...short(view.base[i] || "")].length + [...short(labels[i])].length + behind(i).length));
+    if (fold) lengths.push(`${fold} positions`.length);
     return { at, text, longest: Math.max(1, ...lengths) + 1 };
   }
+
+  /** The columns of the store that a map draws; the first stands for all that are folded. */
+  function columnsOf(site, view, frame) {
+    const nAll = site.columns ? site.labels[site.columns].length : 1;
+    if (site.columns !== "pos") return range(nAll);
+    const drawn = range(Math.min(view.n_pos, nAll)).slice(view.first);
+    return frame.fold ? drawn.slice(frame.fold - 1) : drawn;
+  }
+
+  /** The edges of drawn columns, the first of them narrow if it is folded. */
+  const edges = (n, fold) => range(n + 1).map((i) => i - 0.5 + (fold && i === 0 ? 0.5 : 0));
 
   const AXIS = { showgrid: false, zeroline: false, fixedrange: true, ticks: "", linecolor: "#d9dee3" };
   const NAMES = { pos: "position", head: "head", kv_head: "key head", neuron: "neuron", layer: "layer" };
@@ -116,8 +121,13 @@ const patchsweepMaps = (data, chosen) => {
     ...more,
   });
 
-  function hover(site, view, frame, row, column, hidden, cell) {
+  function hover(site, view, frame, row, column, hidden, cell, fold) {
     const lines = [];
+    if (fold) {
+      const names = site.labels[site.columns];
+      return `positions ${plain(names[column - fold + 1])} to ${plain(names[column])}<br>` +
+        "before the first token that differs:<br>no patch changes anything here";
+    }
     const put = (dim, index) => {
       if (!dim) return;
       lines.push(`${NAMES[dim]} ${plain(site.labels[dim][index])}`);
@@ -146,21 +156,20 @@ const patchsweepMaps = (data, chosen) => {
     const site = data.sites[index], frame = frameOf(index), view = viewOf();
     const nRows = site.rows ? site.labels[site.rows].length : 1;
     const nAll = site.columns ? site.labels[site.columns].length : 1;
-    const first = site.columns === "pos" ? view.first : 0;
-    const nColumns = site.columns === "pos" ? Math.min(view.n_pos, nAll) - first : nAll;
+    const columns = columnsOf(site, view, frame), nColumns = columns.length;
     const nHidden = site.full ? site.labels[site.hidden].length : 1;
     const pick = document.querySelector(`select[data-pick="${index}"]`);
     const fixed = pick && pick.value !== "all" ? Number(pick.value) : null;
-    const shown = { z: [], text: [], nRows, nColumns, site, frame, view };
+    const shown = { z: [], text: [], nRows, nColumns, columns, site, frame, view };
     for (let row = 0; row < nRows; row++) {
       const z = [], text = [];
-      for (let column = first; column < first + nColumns; column++) {
+      for (const [at, column] of columns.entries()) {
         const flat = row * nAll + column;
         const hidden = fixed !== null ? fixed : frame.at ? frame.at[flat] : 0;
         const cell = flat * nHidden + (site.full ? hidden : 0);
         const x = frame[frame.quantity][cell];
         z.push(Number.isFinite(x) ? x : null);
-        text.push(hover(site, view, frame, row, column, hidden, cell));
+        text.push(hover(site, view, frame, row, column, hidden, cell, at === 0 ? frame.fold : 0));
       }
       shown.z.push(z);
       shown.text.push(text);
@@ -185,11 +194,11 @@ const patchsweepMaps = (data, chosen) => {
   }
 
   function heat(shown, target) {
-    const { site, frame, view, z, text, nRows, nColumns } = shown;
+    const { site, frame, view, z, text, nRows, nColumns, columns } = shown;
     const width = target.clientWidth || 560;
     const gap = nColumns > 60 || nRows > 60 ? 0 : 1;
     const common = {
-      type: "heatmap", x: range(nColumns), y: range(nRows), xgap: gap, ygap: gap,
+      type: "heatmap", x: edges(nColumns, frame.fold), y: range(nRows), xgap: gap, ygap: gap,
       hovertext: text, hoverinfo: "text",
     };
     const traces = [{
@@ -207,7 +216,7 @@ const patchsweepMaps = (data, chosen) => {
         showscale: false, hoverongaps: false,
       });
     }
-    const ticks = columnTicks(site, view, nColumns, width);
+    const ticks = columnTicks(site, view, columns, frame.fold, width);
     const tokens = site.columns === "pos";
     const rowHeight = Math.max(5, Math.min(22, 400 / nRows));
     const step = Math.max(1, Math.ceil(nRows / 16));
@@ -217,7 +226,7 @@ const patchsweepMaps = (data, chosen) => {
       margin: { l: 46, r: 8, t: 22, b: bottom },
       xaxis: {
         ...AXIS, tickmode: "array", tickvals: ticks.at, ticktext: ticks.text,
-        tickangle: tokens ? -90 : 0, range: [-0.5, nColumns - 0.5],
+        tickangle: tokens ? -90 : 0, range: [frame.fold ? 0 : -0.5, nColumns - 0.5],
         tickfont: { family: tokens ? MONO : SANS, size: 11 },
         title: tokens ? undefined : { text: NAMES[site.columns], standoff: 6 },
       },
@@ -231,12 +240,12 @@ const patchsweepMaps = (data, chosen) => {
 
   /** A site with one axis: bars, coloured on the same scale as the maps. */
   function bars(shown, target) {
-    const { site, frame, view, z, text, nColumns } = shown;
+    const { site, frame, view, z, text, columns } = shown;
     const flat = z.flat(), labels = text.flat(), n = flat.length;
     const dim = site.rows || site.columns;
     const ticks = site.rows || !site.columns
       ? { at: range(n).filter((i) => i % Math.max(1, Math.ceil(n / 20)) === 0), text: null }
-      : columnTicks(site, view, nColumns, target.clientWidth || 560);
+      : columnTicks(site, view, columns, frame.fold, target.clientWidth || 560);
     ticks.text ||= ticks.at.map((i) => (dim ? plain(short(site.labels[dim][i])) : "all"));
     const tokens = dim === "pos";
     const traces = [{
@@ -286,14 +295,14 @@ const patchsweepMaps = (data, chosen) => {
   function placeOf(index, row, column) {
     const site = data.sites[index], frame = frameOf(index), view = viewOf();
     const nAll = site.columns ? site.labels[site.columns].length : 1;
-    const first = site.columns === "pos" ? view.first : 0;
+    const at = columnsOf(site, view, frame)[column];
     const pick = document.querySelector(`select[data-pick="${index}"]`);
-    const flat = row * nAll + column + first;
+    const flat = row * nAll + at;
     const hidden = pick && pick.value !== "all" ? Number(pick.value) : frame.at ? frame.at[flat] : 0;
     const place = {};
-    for (const [dim, at] of [
-      [site.rows, row], [site.columns, column + first], [site.hidden, hidden],
-    ]) if (dim) place[dim] = site.labels[dim][at];
+    for (const [dim, i] of [
+      [site.rows, row], [site.columns, at], [site.hidden, hidden],
+    ]) if (dim) place[dim] = site.labels[dim][i];
     return place;
   }
 

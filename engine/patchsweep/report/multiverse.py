@@ -112,7 +112,7 @@ def _choices(ds: xr.Dataset) -> str:
         name = str(ds["choice"].values[i])
         shown = f"<td>{esc(name.replace('_', ' '))}</td><td>{_WORDS[name]}</td>"
         cells = "".join(
-            f'<td class="n">{_share(float(ds[key].values[i]))}</td>'
+            f'<td class="n">{number(float(ds[key].values[i]))}</td>'
             for key in ("moves", "moves_most")
         )
         rows.append(f"<tr>{shown}{cells}</tr>")
@@ -133,7 +133,7 @@ def _options(ds: xr.Dataset) -> str:
             own = values[:, at] if name == "metric" else values[at]
             own = own[np.isfinite(own)]
             parts = np.quantile(own, [0, 0.5, 1]) if own.size else np.full(3, np.nan)
-            cells = "".join(f'<td class="n">{_share(float(x))}</td>' for x in parts)
+            cells = "".join(f'<td class="n">{number(float(x))}</td>' for x in parts)
             rows.append(
                 f"<tr><td>{esc(name.replace('_', ' '))}</td><td>{esc(option)}</td>"
                 f'<td class="n">{count(own.size)}</td>{cells}</tr>'
@@ -148,7 +148,7 @@ def _variants(ds: xr.Dataset) -> str:
     for i in range(ds.sizes["variant"]):
         options = "".join(f"<td>{esc(ds[name].values[i])}</td>" for name in _CHOICES)
         values = ds["faithfulness"].values[i]
-        cells = "".join(f'<td class="n">{_share(float(x))}</td>' for x in values)
+        cells = "".join(f'<td class="n">{number(float(x))}</td>' for x in values)
         rows.append(f"<tr>{options}{cells}</tr>")
     table = _table([name.replace("_", " ") for name in _CHOICES], metrics, rows)
     return f"<details><summary>{plural(len(rows), 'row')}</summary>{table}</details>"
@@ -161,7 +161,3 @@ def _table(left: list[str], right: list[str], rows: list[str]) -> str:
         f'<div class="scroll"><table><thead><tr>{heads}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
-
-
-def _share(x: float) -> str:
-    return f"{x:.3f}" if np.isfinite(x) else "\u2013"

@@ -72,7 +72,11 @@ def build_page(ds: xr.Dataset, journal: Journal) -> str:
         question.title(ds),
         sections,
         data=data,
-        scripts=[get_plotlyjs(), resource("maps.js"), resource("report.js")],
+        scripts=[
+            get_plotlyjs(),
+            resource("numbers.js") + resource("maps.js"),
+            resource("report.js"),
+        ],
         templates=templates,
     )
 

@@ -264,7 +264,7 @@ def facts(ds: xr.Dataset, planned: dict[str, float], seconds: float) -> str:
     if planned.get("token_layers"):
         times = planned["loop_token_layers"] / planned["token_layers"]
         needs = count(planned["loop_token_layers"])
-        loop = f"<small>a loop needs {needs}, {times:,.0f} &times;</small>"
+        loop = f"<small>a loop needs {needs}, {count(times)} &times;</small>"
         shown.append(("token-layers", f"{count(planned['token_layers'])} {loop}"))
     if seconds:
         shown.append(("running time", f"{seconds:,.1f} s"))

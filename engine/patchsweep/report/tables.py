@@ -134,9 +134,9 @@ def bf16_table(ds: xr.Dataset) -> str:
     """Return an HTML table of a bf16 sweep's measured error; "" for other sweeps."""
     rows = [
         f'<tr><th scope="row">{esc(e.site)}</th><td class="n">{e.n_again}</td>'
-        f'<td class="n">{e.median:.1e}</td><td class="n">{e.quantile_99:.1e}</td>'
-        f'<td class="n">{e.worst:.1e}</td><td class="n">{e.spearman:.4f}</td>'
-        f'<td class="n">{e.noise:.1e}</td></tr>'
+        f'<td class="n">{number(e.median)}</td><td class="n">{number(e.quantile_99)}</td>'
+        f'<td class="n">{number(e.worst)}</td><td class="n">{number(e.spearman)}</td>'
+        f'<td class="n">{number(e.noise)}</td></tr>'
         for e in bf16_error(ds)
     ]
     if not rows:

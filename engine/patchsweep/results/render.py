@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+from patchsweep.data.show import number
 from patchsweep.errors import printable
 from patchsweep.results.compare import Comparison, Measure, thresholds
 
@@ -50,7 +51,7 @@ def render(comparison: Comparison) -> Any:
         table.add_column(name, justify="left" if name in ("metric", "site", "method") else "right")
     colours = {"good": "green", "screen": "yellow", "poor": "red", "unknown": "dim"}
     for a in (*comparison.sites, *comparison.overall):
-        cost = f"1/{a.cost_ratio:.3g}" if math.isfinite(a.cost_ratio) else "?"
+        cost = f"1/{number(a.cost_ratio)}" if math.isfinite(a.cost_ratio) else "?"
         table.add_row(
             *([printable(a.metric)] if several else []),
             a.site,
@@ -59,15 +60,15 @@ def render(comparison: Comparison) -> Any:
             _shown(a.pearson),
             _shown(a.spearman),
             _shown(a.slope),
-            f"{a.sign_agreement.value:.2f}",
-            f"{a.recall.value:.2f}",
+            number(a.sign_agreement.value),
+            number(a.recall.value),
             cost,
             Text(a.verdict, style=colours[a.verdict]),
         )
     lines = []
     for a in comparison.sites:
         worst = "; ".join(
-            f"{m.place}: {m.exact:.3g} is called {m.estimate:.3g}" for m in a.misses[:3]
+            f"{m.place}: {number(m.exact)} is called {number(m.estimate)}" for m in a.misses[:3]
         )
         lines.append(f"{a.method} on {a.site}: {a.words} Largest misses: {worst}.")
     note = (
@@ -79,5 +80,5 @@ def render(comparison: Comparison) -> Any:
 
 def _shown(measure: Measure) -> str:
     if not math.isfinite(measure.low):
-        return f"{measure.value:.3f}"
-    return f"{measure.value:.3f} [{measure.low:.2f}, {measure.high:.2f}]"
+        return number(measure.value)
+    return f"{number(measure.value)} [{number(measure.low)}, {number(measure.high)}]"

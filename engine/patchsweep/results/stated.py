@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
+from patchsweep.data.show import number
 from patchsweep.results.accessor import ERROR, estimates
 
 EDGES = "edge_eap_ig"  # variable of integrated estimates of edges
@@ -41,13 +42,13 @@ class Stated:
                 "exactly first"
             )
         text = (
-            f"{self.name}: integrals are within {self.largest:.2g} in {self.metric} of converged, "
-            f"{self.share:.1%} of the largest estimate"
+            f"{self.name}: integrals are within {number(self.largest)} in {self.metric} of "
+            f"converged, {self.share:.1%} of the largest estimate"
         )
         if np.isfinite(self.nodes):
             text += f", with up to {self.nodes:.0f} gradients"
         if np.isfinite(self.residual):
-            text += f"; what adds up misses the true effect by up to {self.residual:.2g}"
+            text += f"; what adds up misses the true effect by up to {number(self.residual)}"
         if self.share > FAR:
             text += (
                 f". {self.n_far} of {self.n_cells} are far from converged: use more steps, or auto"

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from patchsweep.data.show import number
 from patchsweep.store.attributes import attributes
 from patchsweep.store.difference import ADAPTIVE
 
@@ -50,7 +51,7 @@ def _note(ds: xr.Dataset, name: str, site: dict[str, Any], tolerance: Any) -> st
     if not site["tau"]:
         return f"{name}: exact; no thresholds met the tolerance {tolerance} on the sample"
     errors = "; ".join(
-        f"largest error {error:.2g}, median {site['median_error'][metric]:.2g} in {metric}"
+        f"largest error {number(error)}, median {number(site['median_error'][metric])} in {metric}"
         for metric, error in site["largest_error"].items()
     )
     what, ran, exact = _counts(ds, name, site)

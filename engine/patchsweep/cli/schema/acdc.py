@@ -25,6 +25,10 @@ class AcdcRun(AnalysisRun):
         "intervention",
         "direction",
     )
+    subject: ClassVar[str] = "pruned circuits have"
+    instead: ClassVar[dict[str, str]] = {
+        "intervention": "circuits call it ablation; give ablation=mean, say"
+    }
 
     # largest distance that the removal of an edge may add, each in a run of its own
     thresholds: Any = field(default_factory=lambda: list(THRESHOLDS))

@@ -24,6 +24,10 @@ class CircuitRun(AnalysisRun):
         "intervention",
         "direction",
     )
+    subject: ClassVar[str] = "circuits have"
+    instead: ClassVar[dict[str, str]] = {
+        "intervention": "circuits call it ablation; give ablation=mean, say"
+    }
 
     level: str = "edges"  # nodes or edges
     growth: str = "top"  # top: the largest first; greedy: edges, from the logits backwards

@@ -22,6 +22,7 @@ class EdgesRun(AnalysisRun):
         "precision",
         "compute_dtype",
     )
+    subject: ClassVar[str] = "edges have"
 
     top: Any = 200  # foremost edges that are run exactly; all: every edge
     positions: bool = False  # rank and run edges at single positions

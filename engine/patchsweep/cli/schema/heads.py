@@ -9,7 +9,6 @@ from patchsweep.analyses.heads.ablations import ABLATIONS, check_ablations
 from patchsweep.analyses.heads.classes import Thresholds
 from patchsweep.analyses.heads.optimal import OptimalSettings
 from patchsweep.cli.schema.run import AnalysisRun
-from patchsweep.errors import ConfigError
 
 
 @dataclass
@@ -25,18 +24,19 @@ class HeadsRun(AnalysisRun):
         "compute_dtype",
         "tolerance",
     )
+    subject: ClassVar[str] = "heads have"
+    instead: ClassVar[dict[str, str]] = {
+        "sites.names": "a study is of all heads; leave it out",
+        "sites.layers": "a study is of all heads; leave it out",
+        "sites.heads": "a study is of all heads; leave it out",
+        "sites.neurons": "a study is of all heads; leave it out",
+    }
 
     ablations: list[str] = field(default_factory=lambda: list(ABLATIONS))  # resample among them
     optimal: OptimalSettings = field(default_factory=OptimalSettings)  # how constants are trained
     thresholds: Thresholds = field(default_factory=Thresholds)  # of the classes
 
     def __post_init__(self) -> None:
-        for key in ("layers", "heads", "neurons"):
-            if getattr(self.sites, key) is not None:
-                raise ConfigError(
-                    f"sites.{key}={getattr(self.sites, key)!r}: a study is of all heads; leave it "
-                    "out"
-                )
         check_ablations(self.ablations, self.sites.positions, self.optimal)
 
     def settings(self) -> dict[str, Any]:

@@ -57,6 +57,10 @@ class LatentsRun(AnalysisRun):
 
     # keys of a sweep that say nothing about latents
     unused: ClassVar[tuple[str, ...]] = ("sites", "method", "precision")
+    subject: ClassVar[str] = "latents have"
+    instead: ClassVar[dict[str, str]] = {
+        "method": "latents take estimates=[atp,relp], and top=100 to run the largest exactly",
+    }
 
     dictionaries: list[Any] = field(default_factory=list)  # paths, or mappings with a path
     estimates: list[str] = field(default_factory=lambda: ["atp"])

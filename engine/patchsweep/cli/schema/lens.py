@@ -35,6 +35,7 @@ class LensRun(AnalysisRun):
         "tolerance",
         "means_from",
     )
+    subject: ClassVar[str] = "a lens has"
 
     which: str | None = None  # clean, corrupted, base or source
     remove: str | None = None  # such as mlp:19 or attn:23; null: nothing

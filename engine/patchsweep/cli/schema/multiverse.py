@@ -25,6 +25,12 @@ class MultiverseRun(AnalysisRun):
         "direction",
         "means_from",
     )
+    subject: ClassVar[str] = "the ways to measure a circuit have"
+    instead: ClassVar[dict[str, str]] = {
+        "intervention": "several are run; choose with ablations=[resample,mean], say",
+        "direction": "several are run; choose with directions=[noising], say",
+        "means_from": "the prompts of means are a choice; give mean_sets=[clean], say",
+    }
 
     count: int = 200  # edges of the circuit: the strongest by the method
     # what the rest is replaced by

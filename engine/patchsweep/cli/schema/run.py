@@ -328,7 +328,10 @@ class RunConfig:
 class AnalysisRun(RunConfig):
     """The config of an analysis, whose identity leaves out keys that only sweeps use."""
 
+    # read from the source by `cli.early`, so literals
     unused: ClassVar[tuple[str, ...]] = ()  # keys of a sweep that say nothing about it
+    subject: ClassVar[str] = ""  # begins the message that refuses one, such as `edges have`
+    instead: ClassVar[dict[str, str]] = {}  # key -> another message; also of keys inside groups
 
     def identity(self) -> dict[str, Any]:
         """Return the config that defines the results."""

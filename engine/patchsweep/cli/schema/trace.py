@@ -33,6 +33,7 @@ class TraceRun(AnalysisRun):
         "tolerance",
         "means_from",
     )
+    subject: ClassVar[str] = "a trace has"
 
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     kinds: list[str] = field(default_factory=lambda: [*KINDS[:3]])
