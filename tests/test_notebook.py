@@ -14,6 +14,7 @@ import xarray as xr
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import MethodError, PlanError, StoreError
 from patchsweep.notebook.figures import UNRUN
+from patchsweep.report.axes import lay_out
 from patchsweep.report.figure import RED_BLUE
 from patchsweep.report.heatmap import draw_site
 from patchsweep.report.views import choose_views
@@ -70,6 +71,22 @@ def test_a_map_of_one_pair_shows_effects_where_asked_and_grey_where_nothing_ran(
         summary.effect_mean(ds.sel(pos=[-1]), "z").squeeze().transpose("layer", "head"),
         rtol=1e-6,
     )
+
+
+def test_a_map_leaves_blank_what_a_placebo_does_as_well(ds: xr.Dataset) -> None:
+    placebo = ds  # as strong as what it controls: one effect in twenty is above its level
+    level = summary.control_of(placebo, "z", str(ds["metric"].values[0]), None)
+    assert level is not None
+    plain, figure = ds.patchsweep.plot("z"), ds.patchsweep.plot("z", placebo=placebo)
+    effect = np.abs(summary.effect_mean(ds, "z").squeeze("metric"))
+    largest = lay_out(effect).grid(effect).max(axis=2)
+    before, after = (np.array(x.data[0].z, float) for x in (plain, figure))
+    blank = np.isnan(after) & ~np.isnan(before)
+    assert (blank == (largest <= level)[:, -blank.shape[1] :]).all()
+    assert 0 < blank.sum() < blank.size
+    assert "control level" in figure.layout.title.text
+    with pytest.raises(PlanError, match="leave pair out"):
+        ds.patchsweep.plot("z", pair=0, placebo=placebo)
 
 
 def test_a_site_with_one_axis_is_drawn_as_bars() -> None:

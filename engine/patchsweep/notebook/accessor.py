@@ -92,11 +92,14 @@ class PatchsweepAccessor:
         metric: str | None = None,
         pair: int | None = None,
         quantity: str | None = None,
+        placebo: xr.Dataset | None = None,
     ) -> go.Figure:
         """See `patchsweep.notebook.figures.plot`."""
         from patchsweep.notebook import figures
 
-        return figures.plot(self._ds, site, metric=metric, pair=pair, quantity=quantity)
+        return figures.plot(
+            self._ds, site, metric=metric, pair=pair, quantity=quantity, placebo=placebo
+        )
 
     def scatter(self, site: str, method: str, *, metric: str | None = None) -> go.Figure:
         """See `patchsweep.notebook.figures.scatter`."""

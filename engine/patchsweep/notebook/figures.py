@@ -38,6 +38,7 @@ def plot(
     metric: str | None = None,
     pair: int | None = None,
     quantity: str | None = None,
+    placebo: xr.Dataset | None = None,
 ) -> go.Figure:
     """Return a map of `site`: layers upwards, tokens or heads across, one cell per patch.
 
@@ -50,9 +51,12 @@ def plot(
         pair: a pair; default the mean over pairs.
         quantity: `recovered` (no unit) or `effect` (the metric's unit). Default: recovered, or
             effect where source and base differ too little for it (see `summary.small_gaps`).
+        placebo: a sweep with a meaningless donor; cells whose mean effect is not above its control
+            level (`patchsweep.results.discoveries.control_level`) are left blank.
 
     Raises:
-        SiteError, MetricError, PlanError, ConfigError: an argument names nothing in `ds`.
+        SiteError, MetricError, PlanError, ConfigError: an argument names nothing in `ds`, or a
+            placebo is given for one pair.
     """
     if quantity is not None:
         one_of("quantity", quantity, ("recovered", "effect"))
@@ -62,6 +66,7 @@ def plot(
         if pair not in ds["pair"].values:
             raise PlanError(f"pair={pair} is not in the store; it has {ds['pair'].values.tolist()}")
         one = one.sel(pair=[pair])
+    control = summary.control_of(placebo, site, name, pair)
     arrays = {
         "value": summary.value(one, site).mean("pair"),
         "effect": summary.effect_mean(one, site),
@@ -79,6 +84,8 @@ def plot(
     n_behind = np.take_along_axis(behind, at[..., None], axis=2)[..., 0]
     n_pairs = one.sizes["pair"]
 
+    within = np.zeros(at.shape, bool) if control is None else np.abs(flat["effect"]) <= control
+
     def tell(row: int, column: int) -> str:
         index = {axes.rows: row, axes.columns: column, axes.hidden: int(at[row, column])}
         lines = [f"{DIM_WORDS[d]} {_named(axes, d, i, tokens)}" for d, i in index.items() if d]
@@ -91,11 +98,13 @@ def plot(
         ]
         if n_pairs > 1:
             lines.append(f"mean over {int(n_behind[row, column])} of {n_pairs} pairs")
+        if control is not None and within[row, column]:
+            lines.append(f"within the control level of {number(control)}")
         return "<br>".join(lines)
 
     fold = folded(flat["effect"]) if axes.columns == "pos" else 0
     kept = range(max(0, fold - 1), flat["value"].shape[1])  # the first stands for the folded ones
-    shown = flat[quantity][:, kept.start :]
+    shown = np.where(within, np.nan, flat[quantity])[:, kept.start :]
     texts = [[tell(r, c) for c in kept] for r in range(shown.shape[0])]
     if fold:
         names = axes.labels["pos"]
@@ -106,6 +115,8 @@ def plot(
             )
     over = f"pair {pair}" if pair is not None else f"mean over {n_pairs} pairs"
     title = f"{summary.SITE_WORDS.get(site, site)}" + (f", {over}" if ds.sizes["pair"] > 1 else "")
+    if control is not None:
+        title += f"; blank: within the placebo's control level of {number(control)}"
     figure = go.Figure(layout={**_LAYOUT, "title": {"text": plain(title), "font": {"size": 15}}})
     what = "recovered" if quantity == "recovered" else f"effect on {plain(name)}"
     columns = _ticks(axes, axes.columns, tokens, behind if n_pairs > 1 else None)[kept.start :]

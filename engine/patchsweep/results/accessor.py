@@ -270,7 +270,7 @@ def largest(
             below 1, or a placebo is given for one pair.
     """
     whole_number("n", n, least=1)
-    control = None if placebo is None else _control(placebo, site, metric_name(ds, metric), pair)
+    control = control_of(placebo, site, metric_name(ds, metric), pair)
     one = ds.sel(metric=[metric_name(ds, metric)])
     if pair is not None:
         if pair not in ds["pair"].values:
@@ -326,10 +326,18 @@ def largest(
     return top
 
 
-def _control(placebo: xr.Dataset, site: str, metric: str, pair: int | None) -> float:
-    """Return the control level of a placebo, which holds for means over pairs."""
+def control_of(
+    placebo: xr.Dataset | None, site: str, metric: str, pair: int | None
+) -> float | None:
+    """Return the control level of a placebo, which holds for means over pairs; None: there is none.
+
+    Raises:
+        PlanError: `pair` is one pair.
+    """
     from patchsweep.results.discoveries import control_level  # it is built on this module
 
+    if placebo is None:
+        return None
     if pair is not None:
         raise PlanError("a placebo gives a level for means over pairs; leave pair out")
     return float(control_level(placebo.sel(metric=[metric_name(placebo, metric)]), site).item())
