@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.patchsweep-setup
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-EXTRAS := dev,docs,s3,slurm,joblib,gpu
+EXTRAS := dev,docs,s3,slurm,joblib,gpu,quantised
 TESTS ?= tests
 # a worker for each core, with one thread each; files in their order, so that the long ones come first
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count(), 8))')

@@ -158,11 +158,43 @@ def more_launches(blocks: forward.PackedBlocks, x: torch.Tensor) -> torch.Tensor
 
 
 @pytest.mark.parametrize(
-    "fault", [stray_item, table_of_the_cpu, mixed_where, fp64_temporary, more_launches]
+    ("fault", "sign"),
+    [
+        (stray_item, "waits: aten::_local_scalar_dense"),
+        (table_of_the_cpu, "waits: a CPU index of CUDA data is copied"),
+        (mixed_where, "mix: aten::where"),
+        (fp64_temporary, "wide: aten::_to_copy"),
+        (more_launches, "launches"),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
 )
-def test_planted_fault_breaks_the_budget(fault: Any) -> None:
-    with planted(fault), pytest.raises((AssertionError, DeviceMix)):
-        check_budget(counted("llama", "z")[0], BUDGETS["llama"])
+def test_planted_fault_breaks_the_budget_for_its_own_reason(fault: Any, sign: str) -> None:
+    with planted(fault):
+        try:
+            counts, gpu = counted("llama", "z")
+        except DeviceMix as error:
+            signs = [f"mix: {error}"]
+        else:
+            signs = [f"waits: {why}" for phase, why, _ in gpu.syncs if phase in BLOCKS]
+            signs += [f"wide: {operation}" for operation in counts.wide]
+            signs = signs or ["launches"]
+            with pytest.raises(AssertionError):
+                check_budget(counts, BUDGETS["llama"])
+    assert len(signs) == 1
+    assert signs[0].startswith(sign)
+
+
+def test_a_result_that_is_copied_at_once_breaks_the_budget() -> None:
+    run = runner.PackedRunner._run_packed_batch
+
+    def copied(*arguments: Any) -> torch.Tensor:
+        result = run(*arguments)
+        return result.cpu().to(result.device)
+
+    with mock.patch.object(runner.PackedRunner, "_run_packed_batch", copied):
+        counts, _ = counted("llama", "z")
+    assert counts.waits == 0
+    assert counts.batch_waits > BATCH_WAITS
 
 
 def test_results_of_all_batches_come_back_at_once() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from patchsweep.arguments import true_or_false, user_path
 from patchsweep.errors import ModelError
@@ -16,10 +17,11 @@ from patchsweep.models.bundled import BUNDLED, bundled_folder
 from patchsweep.models.device import choose_device
 from patchsweep.models.device_map import DeviceMap, MaxMemory, Placement, as_placement
 from patchsweep.models.gguf import dequantised_folder
+from patchsweep.models.memory import is_out_of_memory
 from patchsweep.models.meta import meta_bridge
 from patchsweep.models.offload import is_offloaded, main_device
 from patchsweep.models.page_cache import forget_after_use
-from patchsweep.models.quantised import casts_attention
+from patchsweep.models.quantised import casts_attention, check_each_row, keep_portable
 from patchsweep.models.settle import settle
 from patchsweep.models.tiny import TINY_FAMILIES, tiny_model
 from patchsweep.models.wrapping import check_same, compare_wrapping, logits_of, prompts_of
@@ -210,6 +212,13 @@ def _pretrained(
         hf_model = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, attn_implementation="eager", **placed, **common
         )
+    except (ImportError, RuntimeError) as error:  # of a library that packs weights
+        if not _is_quantised(source, common) or is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"the quantised weights of {name!r} need what is not here: {str(error).rstrip('.')}; "
+            "use weights that are not quantised, or quantised by bitsandbytes"
+        ) from error
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"model {name!r} could not be loaded: {str(error).rstrip('.')}; use "
@@ -224,13 +233,21 @@ def _pretrained(
     return as_bridge(name, hf_model, tokenizer)
 
 
+def _is_quantised(source: str, common: Mapping[str, Any]) -> bool:
+    """Whether the configuration of the model in `source` says that its weights are quantised."""
+    config = AutoConfig.from_pretrained(source, **common)
+    return getattr(config, "quantization_config", None) is not None
+
+
 def as_bridge(name: str, hf_model: PreTrainedModel, tokenizer: Any) -> TransformerBridge:
     """Wrap `hf_model` by TransformerLens, in evaluation mode.
 
     Raises:
-        ModelError: the bridge and `hf_model` compute different logits.
+        ModelError: the bridge and `hf_model` compute different logits, or TransformerLens cannot
+            wrap its quantised weights.
     """
     hf_model.eval()
+    keep_portable(hf_model)
     # the bridge records its own default dtype unless it gets the model's
     arguments: dict[str, Any] = {"hf_model": hf_model, "tokenizer": tokenizer}
     arguments["dtype"] = hf_model.dtype
@@ -238,11 +255,20 @@ def as_bridge(name: str, hf_model: PreTrainedModel, tokenizer: Any) -> Transform
         return _offloaded_bridge(name, hf_model, arguments)
     prompts = prompts_of(hf_model.config.get_text_config().vocab_size, tokenizer)
     own = logits_of(hf_model, prompts, hf_model.get_input_embeddings().weight.device)
-    bridge = TransformerBridge.boot_transformers(name, **arguments)
+    try:
+        bridge = TransformerBridge.boot_transformers(name, **arguments)
+    except NotImplementedError as error:  # q, k and v in one quantised matrix
+        if getattr(hf_model, "hf_quantizer", None) is None:
+            raise
+        reason = str(error).partition(". ")[0]
+        raise ModelError(f"{reason}; load {name} without quantisation") from error
     mapped = getattr(hf_model, "hf_device_map", None)
     settle(bridge, bridge.cfg.device if mapped else hf_model.device)
     if casts_attention(bridge) is None:
-        check_same(bridge, compare_wrapping(bridge, prompts, own))
+        wrapping = compare_wrapping(bridge, prompts, own)
+        if not wrapping.same:
+            check_each_row(bridge)  # then the two differ in what shares a batch
+        check_same(bridge, wrapping)
     return bridge
 
 

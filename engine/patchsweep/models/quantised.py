@@ -47,6 +47,17 @@ def _packed(name: str, module: nn.Module) -> Packed | None:
     return Packed(_plain(name), type(module).__name__, packed_dtypes[0]) if packed_dtypes else None
 
 
+def keep_portable(model: nn.Module) -> None:
+    """Keep 4-bit weights of bitsandbytes in the layout that every machine multiplies in full.
+
+    On a CPU with instructions for bf16, the first forward pass would turn them for good into one
+    whose products are in bf16, depend on the number of rows (FP4), and have no gradient.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit" and hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
 def check_gradients(bridge: TransformerBridge) -> None:
     """Check that gradients pass through the packed modules, by a trial of one module of each class.
 
@@ -64,9 +75,13 @@ def check_gradients(bridge: TransformerBridge) -> None:
         tried.add(type(module))
         width = getattr(module, "in_features", getattr(module, "infeatures", None))
         if not isinstance(width, int) or not _gives_gradient(module, width, bridge.cfg.dtype):
+            remedy = "load the model with dtype=bfloat16 or float32, or in NF4, or use method=exact"
+            if getattr(getattr(module, "weight", None), "quant_state", None) is not None:
+                # of bitsandbytes: a forward pass turned it into a layout without gradients
+                remedy = "load it by load_model before it runs, or use method=exact"
             raise MethodError(
                 f"{packed}, whose code gives no gradient, so attribution would lack what it does; "
-                "load the model with dtype=bfloat16 or float32, or in NF4, or use method=exact"
+                f"{remedy}"
             )
 
 

@@ -17,6 +17,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from patchsweep.errors import ModelError
 from patchsweep.models.offload import named_weights
 from patchsweep.models.page_cache import extent_of
 
@@ -126,7 +127,13 @@ def _state(weight: Tensor, file: str | None) -> Hashable:
 
 def _hash(weight: Tensor, each: Callable[..., Iterator[bytes]]) -> str:
     """Hash one weight; `each` is a `map`, serial or threaded, for hashing chunks."""
-    data = weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    try:
+        data = weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    except NotImplementedError as error:
+        raise ModelError(
+            f"weights of the class {type(weight.detach()).__name__} cannot be read as bytes, by "
+            "which a run knows its model; load it without this quantisation"
+        ) from error
     chunks = [data[i : i + CHUNK_BYTES] for i in range(0, len(data), CHUNK_BYTES)]
     total = xxhash.xxh3_128(f"{weight.dtype} {tuple(weight.shape)} ".encode())
     for part in each(xxhash.xxh3_128_digest, chunks):
