@@ -470,7 +470,7 @@ def test_the_verb_patches_stores_and_shows(tmp_path, monkeypatch, capsys) -> Non
     ran = np.isfinite(near["patched"].values)
     assert 0 < (~ran).sum() < ran.sum()
     np.testing.assert_allclose(near["patched"].values[ran], ds["patched"].values[ran], atol=0.1)
-    assert main(["report", "m.zarr", "out=m.html"]) == EXIT_DONE
+    assert main(["report", "m.zarr", "-o", "m.html"]) == EXIT_DONE
     assert "run both ways" in (tmp_path / "m.html").read_text()
     capsys.readouterr()
     assert main([*words, "store=n.zarr", "tolerance=-1"]) == EXIT_MISTAKE

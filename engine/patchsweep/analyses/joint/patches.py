@@ -19,6 +19,7 @@ from patchsweep.analyses.joint.tolerance import (
 from patchsweep.analyses.stages import Computed, Stages
 from patchsweep.analyses.thresholds import choose_thresholds, tolerance_words
 from patchsweep.arguments import check_runner
+from patchsweep.attribution.run import MAX_TOKENS
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.data.tokenize import token_table
 from patchsweep.errors import PlanError
@@ -178,9 +179,11 @@ def run_variables(
     """
     request = joint.request
     n_sets = len(request.sets)
-    variables = ["patched"]
+    variables, most = ["patched"], SETS
     if isinstance(joint, AdaptivePatches):
         variables += BESIDE
+        longest = max(len(pair) + len(pair.answer) - 1 for pair in request.pairs)
+        most = max(1, MAX_TOKENS // longest)  # pairs whose gradients one pass takes
         joint.summaries = choose_thresholds(
             joint.sites, len(request.metrics), stages, attrs, joint.calibrate
         )
@@ -197,7 +200,7 @@ def run_variables(
             stages.run(
                 "patches",
                 dict.fromkeys(variables, dims),
-                max(1, SETS // len(members)),
+                min(most, max(1, SETS // len(members))),
                 block,
                 metrics=[metric.name for metric in request.metrics],
                 attrs={**attrs, "first": first},
