@@ -26,6 +26,7 @@ class FlakyS3:
         self.kinds: tuple[str, ...] = KINDS
         self.failed: Counter[str] = Counter()
         self.n_requests = 0
+        self.n_writes = 0  # PUT, POST and DELETE among them
         self.url = ""
         self._app = DomainDispatcherApplication(create_backend_app)
         self._lock, self._turn = threading.Lock(), itertools.count()
@@ -33,6 +34,7 @@ class FlakyS3:
     def __call__(self, environ: dict[str, Any], start: Start) -> Iterable[bytes]:
         with self._lock:
             self.n_requests += 1
+            self.n_writes += environ["REQUEST_METHOD"] in ("PUT", "POST", "DELETE")
             kind = None
             if self.every and self.n_requests % self.every == 0:
                 kind = self.kinds[next(self._turn) % len(self.kinds)]
