@@ -366,7 +366,7 @@ def _phases(stack: ExitStack, gpu: Gpu) -> None:
     within(replay.PackedBlocks, "enter", "packed batch: enter a block")
     within(replay.PackedBlocks, "replay", "packed batch: the block itself")
     within(joint.PackedJoint, "_run", "joint batches")
-    within(joint.PackedJoint, "_kept", "joint batches: runs that rows continue")
+    within(joint.PackedJoint, "kept", "joint batches: runs that rows continue")
     within(joint.PackedJoint, "_run_rows", "joint batch: rows")
     within(adaptive_runner.AdaptiveRunner, "_run_batch", "adaptive batch: around the blocks")
     within(adaptive.AdaptiveBlocks, "run_block", "adaptive batch: around a block")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from patchsweep.analyses.circuits.dead_edges import RUNS, dead_edges
 from patchsweep.analyses.circuits.edge_batch import EdgeBatch, Question
-from patchsweep.analyses.circuits.exact import MAX_TOKENS
+from patchsweep.analyses.circuits.exact import MAX_TOKENS, check_edges
 from patchsweep.analyses.circuits.nodes import Edge
 from patchsweep.analyses.circuits.reader_rows import ReaderRows
 from patchsweep.attribution.base_gradients import STREAM, base_gradients
@@ -113,6 +113,7 @@ class AdaptiveEdges:
                 values[:, *at], linear[:, *at], token_layers[at] = self._batch(
                     [edges[i] for i in at[1]], at[0], first, theta, tau, max_tokens
                 )
+        check_edges(edge_batch, edges, values)
         absent = [i for i, e in enumerate(edges) if (e.pos or 0) >= edge_batch.base.length]
         values[:, :, absent] = np.nan
         return values, linear, token_layers

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from patchsweep.analyses.circuits.dead_edges import RUNS, dead_edges
@@ -56,16 +57,25 @@ def exact(
             members = [edges[i] for i in part[:, 1]]
             final = _Rows(edge_batch, members, pair, writes, start).run()
             values[:, pair, edge] = edge_batch.metrics_of(unembed, final, pair)
+    check_edges(edge_batch, edges, values.cpu().numpy())
+    absent = [i for i, edge in enumerate(edges) if (edge.pos or 0) >= edge_batch.base.length]
+    values[:, :, absent] = float("nan")
+    return values
+
+
+def check_edges(edge_batch: EdgeBatch, edges: Sequence[Edge], values: NDArray[np.float32]) -> None:
+    """Raise unless the metrics `[metric, pair, edge]` are numbers.
+
+    Raises:
+        ModelError: one is NaN or infinite.
+    """
     check_finite(
-        values.cpu().numpy(),
+        values,
         names_of(edge_batch.metrics),
         lambda pair, edge: (
             f"the patch of edge {edges[edge]} in pair {edge_batch.batch.pairs[pair]}"
         ),
     )
-    absent = [i for i, edge in enumerate(edges) if (edge.pos or 0) >= edge_batch.base.length]
-    values[:, :, absent] = float("nan")
-    return values
 
 
 def _by_start(
