@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from patchsweep_kernels import (
     attribution,
     replaced_torch,
     scatter,
+    split,
     vocab,
 )
 from patchsweep_kernels.attention import Rows
@@ -180,6 +182,8 @@ def _attention(
             "SDPA, K/V expanded each call": lambda: sdpa(expanded(p_k, k), expanded(p_v, v)),
             "SDPA, K/V expanded before": lambda: sdpa(keys, values),
         }
+        if n_tokens < 64:
+            rivals["not split over the prefix"] = lambda: _whole(run)
         if device.type == "cuda":
             rivals["FlexAttention"] = _flex(q, k, v, p_k, p_v, suffix, scale)
         seen = count * sum(prefix + i + 1 for i in range(suffix))
@@ -188,6 +192,12 @@ def _attention(
 
     name = f"{n_rows} rows, prefix {prefix}, suffix {suffix}, heads {n_heads}/{kv_heads}x{d}"
     return Case(name, "prefix_attention", dtype, prepare)
+
+
+def _whole(run: Callable[[], Tensor]) -> Tensor:
+    """Run attention without splitting it, whatever the device leaves idle."""
+    with mock.patch.object(split, "n_parts", return_value=1):
+        return run()
 
 
 def _flex(
@@ -286,6 +296,7 @@ CASES = (
     _attention(512, 192, 32, (32, 8, 128), torch.bfloat16),
     _attention(512, 192, 32, (12, 12, 64), torch.float32),
     _attention(512, 1024, 1, (32, 8, 128), torch.bfloat16),
+    _attention(16, 4096, 1, (32, 8, 128), torch.bfloat16),
     _attention(512, 16, 7, (9, 3, 64), torch.float32),
     *_replaced(2048, 320, 8, (32, 8, 128), torch.bfloat16),
     *_replaced(2048, 320, 8, (12, 12, 64), torch.float32),
