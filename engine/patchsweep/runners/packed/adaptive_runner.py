@@ -140,9 +140,9 @@ class AdaptiveRunner:
             self.packed.max_tokens,
             room_of(self.packed, packed),
         )
-        base = base.to(device)[:, pair]
-        resid = loaded.base_resid[pair]
-        return metrics_of(self.packed, loaded, rows, pair, read, resid, base, metrics)
+        values = base.to(device)[:, pair]
+        resid = loaded.base_resid
+        return metrics_of(self.packed, loaded, rows, pair, read, resid, pair, values, metrics)
 
     @staticmethod
     def _relative_change(loaded: Loaded, chosen: PatchSet, pair: Ints) -> NDArray[np.float64]:
@@ -207,21 +207,22 @@ def metrics_of(
     rows: AdaptiveRows,
     pair: Int[Tensor, " row"],
     read: Int[Tensor, " pos"],
-    resid: Float[Tensor, "row read d_model"],
-    base: Float[Tensor, "metric row"],
+    resid: Float[Tensor, "run read d_model"],
+    run: Int[Tensor, " row"],
+    values: Float[Tensor, "metric row"],
     metrics: Sequence[Metric],
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
     """Return values, linear parts and token-layers of the rows of one batch.
 
-    `resid` and `base`: final residuals and metrics of the runs that the rows continue; `read`: see
-    `read_numbers`.
+    `resid` holds final residuals of the runs that the rows continue, row i of them `run[i]`;
+    `values`, which this changes, the metrics of each row's run; `read`: see `read_numbers`.
     """
-    values = base.clone()
     awake, row = rows.row.unique_consecutive(return_inverse=True)
     if len(awake):
-        own = resid[awake]
+        pairs = pair[awake]
+        own = resid[pairs if run is pair else run[awake]]
         own[row, read[rows.pos]] = rows.resid.to(own)
-        values[:, awake] = runner.metrics_of(loaded, own, pair[awake], metrics)
+        values[:, awake] = runner.metrics_of(loaded, own, pairs, metrics)
     linear = rows.linear.to(values)
     both = torch.stack((values + linear, linear)).cpu().numpy()
     return both[0], both[1], rows.token_layers.cpu().numpy()

@@ -211,7 +211,8 @@ class AdaptiveJoint:
                 ran,
                 pair,
                 read,
-                resid[at],
+                resid,
+                at,
                 references[:, at],
                 metrics,
             )
