@@ -136,6 +136,8 @@ def plot(
         figure.update_yaxes(title=what, zeroline=True)
     dim = axes.columns or axes.rows
     figure.update_xaxes(title=DIM_WORDS.get(dim or "", ""), **_tick_axis(columns, 60))
+    if fold and axes.rows:
+        figure.update_xaxes(tickvals=[0.25, *figure.layout.xaxis.tickvals[1:]])
     if dim == "pos":
         figure.update_xaxes(tickangle=-90, tickfont={"family": "monospace", "size": 11}, title="")
     return figure

@@ -24,7 +24,7 @@ def build(ds: xr.Dataset) -> str:
     model = str(attributes(ds)["provenance"]["model"]).rstrip("/").rpartition("/")[2]
     parts = [_header(ds, model), section("sizes", "Threshold by threshold", _sizes(ds))]
     for i, threshold in enumerate(ds["threshold"].values):
-        title = f"The circuit at {number(float(threshold))}"
+        title = f"The circuit at {float(threshold):g}"
         parts.append(section(f"circuit-{i}", title, _drawing(ds.isel(threshold=i))))
     parts.append(section("provenance", "Where the numbers come from", provenance_table(ds)))
     return page(f"Pruned circuits of {model}", parts, style=_STYLE)
@@ -56,7 +56,7 @@ def _sizes(ds: xr.Dataset) -> str:
     body = []
     for i, threshold in enumerate(ds["threshold"].values):
         one = ds.isel(threshold=i)
-        cells = [number(float(threshold))]
+        cells = [f"{float(threshold):g}"]
         for name in names:
             value = one[name].item()
             cells.append(number(value) if name == "distance" else count(int(value)))

@@ -225,7 +225,8 @@ const patchsweepMaps = (data, chosen) => {
     return [traces, baseLayout(Math.round(nRows * rowHeight + bottom + 22), {
       margin: { l: 46, r: 8, t: 22, b: bottom },
       xaxis: {
-        ...AXIS, tickmode: "array", tickvals: ticks.at, ticktext: ticks.text,
+        ...AXIS, tickmode: "array", ticktext: ticks.text,
+        tickvals: ticks.at.map((i) => (frame.fold && i === 0 ? 0.25 : i)),
         tickangle: tokens ? -90 : 0, range: [frame.fold ? 0 : -0.5, nColumns - 0.5],
         tickfont: { family: tokens ? MONO : SANS, size: 11 },
         title: tokens ? undefined : { text: NAMES[site.columns], standoff: 6 },

@@ -34,7 +34,7 @@ def build(ds: xr.Dataset) -> str:
     settings = attributes(ds)[IDENTITY]["corruption"]
     header = (
         f'<header><h1>Causal trace of <span class="name">{esc(model)}</span></h1>'
-        f'<p class="lead">Noise of {number(float(settings["scale"]))} standard deviations on the '
+        f'<p class="lead">Noise of {float(settings["scale"]):g} standard deviations on the '
         f"marked tokens takes the answer away; one place at a time has its clean value again. Blue "
         f"brings {esc(metric)} back. Means over {plural(int(settings['samples']), 'draw')} of the "
         f"noise.{rest}</p></header>"
