@@ -59,7 +59,7 @@ from patchsweep.store.store import Store
 from patchsweep.sweeps.api import plan, sweep
 from patchsweep.sweeps.sample import sample_exact
 from patchsweep.sweeps.screen_settings import Screen
-from patchsweep.tasks import check_task, load_task
+from patchsweep.tasks import check_task, keep_answered, load_task, template_task
 from subjects import CLEAN, CORRUPTED, demo_pairs, model
 
 DATA = Path(__file__).with_suffix(".txt")
@@ -96,7 +96,9 @@ FACE = (
     latents,
     lens,
     load_model,
+    keep_answered,
     load_task,
+    template_task,
     open_store,
     plan,
     run_patches,

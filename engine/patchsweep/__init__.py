@@ -54,7 +54,13 @@ if TYPE_CHECKING:
     from patchsweep.sweeps.api import plan, sweep
     from patchsweep.sweeps.sample import sample_exact
     from patchsweep.sweeps.screen_settings import Screen
-    from patchsweep.tasks import check_pairs, load_task, text_pairs
+    from patchsweep.tasks import (
+        check_pairs,
+        keep_answered,
+        load_task,
+        template_task,
+        text_pairs,
+    )
 
 __all__ = [
     "Ablate",
@@ -86,6 +92,7 @@ __all__ = [
     "edges",
     "exact_edges",
     "interactions",
+    "keep_answered",
     "latents",
     "lens",
     "load_model",
@@ -102,6 +109,7 @@ __all__ = [
     "sublayers",
     "summary",
     "sweep",
+    "template_task",
     "text_pairs",
     "trace",
     "ungrouped",
@@ -141,6 +149,8 @@ _HOME = {
     "lens": "analyses.logit_lens",
     "load_model": "models",
     "load_task": "tasks",
+    "keep_answered": "tasks",
+    "template_task": "tasks",
     "multiverse": "analyses.circuits",
     "open_store": "store.dataset",
     "plan": "sweeps.api",

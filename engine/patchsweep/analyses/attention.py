@@ -144,7 +144,7 @@ def _attrs(
         "predictions": predictions,
     }
     identity = identity_of(KIND, request.bridge, request.pairs, settings)
-    return analysis_attrs(request.bridge, identity, config)
+    return analysis_attrs(request.bridge, request.pairs, identity, config)
 
 
 @dataclass(frozen=True)

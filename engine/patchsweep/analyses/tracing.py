@@ -221,7 +221,7 @@ def trace(
                 "compute_dtype": str(requests[0].compute_dtype).removeprefix("torch."),
             },
         )
-        return analysis_attrs(model, identity, config)
+        return analysis_attrs(model, pairs, identity, config)
 
     return stages.results(model, attrs, compute)
 

@@ -72,6 +72,8 @@ class PromptPairs(Sequence[PromptPair]):
     """
 
     pairs: tuple[PromptPair, ...]  # in the order given, at least one
+    # how they were made and chosen, in words, for provenance
+    origin: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         if not self.pairs:
@@ -315,7 +317,9 @@ class PromptPairs(Sequence[PromptPair]):
     @overload
     def __getitem__(self, index: slice) -> PromptPairs: ...
     def __getitem__(self, index: int | slice) -> PromptPair | PromptPairs:
-        return PromptPairs(self.pairs[index]) if isinstance(index, slice) else self.pairs[index]
+        if isinstance(index, slice):
+            return PromptPairs(self.pairs[index], self.origin)
+        return self.pairs[index]
 
     def __iter__(self) -> Iterator[PromptPair]:
         return iter(self.pairs)

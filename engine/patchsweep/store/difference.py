@@ -13,6 +13,7 @@ from typing import Any
 from patchsweep.store.attributes import attributes
 
 ADAPTIVE = "adaptive"  # attribute that the first process of a run decides, and the others read
+ORIGIN = "pairs_origin"  # attribute that says how the pairs were made; the identity holds them
 IDENTITY = "identity"  # attribute that holds the identity
 DIGEST = "digest"  # key of the identity that holds one hash of all other keys
 UNVERSIONED = "without a version"  # ends the description of a function without a version
@@ -22,7 +23,7 @@ PAIR_DIGITS = 8  # hex digits of each pair's digest; one string joins those of a
 def attribute_differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[str]:
     """Yield a clause for each difference between two sets of attributes, the identities' first."""
     mine, theirs = (
-        {key: value for key, value in attributes(attrs).items() if key != ADAPTIVE}
+        {key: value for key, value in attributes(attrs).items() if key not in (ADAPTIVE, ORIGIN)}
         for attrs in (mine, theirs)
     )
     identity, their_identity = mine.get(IDENTITY), theirs.get(IDENTITY)

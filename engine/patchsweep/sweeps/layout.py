@@ -21,7 +21,7 @@ from patchsweep.spec.planner import span_of
 from patchsweep.spec.reference import means_attrs
 from patchsweep.spec.spec import Request, blocks_of
 from patchsweep.store.attributes import flat_attributes
-from patchsweep.store.difference import IDENTITY
+from patchsweep.store.difference import IDENTITY, ORIGIN
 from patchsweep.store.layout import Layout, Unit, Variable
 from patchsweep.sweeps.identity import identity_of, request_settings
 from patchsweep.sweeps.noise import noise_variables
@@ -70,6 +70,7 @@ def make_layout(
             "intervention": request.intervention.name,
             **means_attrs(request.intervention, request.pairs, request.sites),
             "precision": precision,
+            **_origin(request.pairs),
             IDENTITY: identity,
             "provenance": {
                 **model_provenance(request.bridge, identity),
@@ -84,15 +85,22 @@ def make_layout(
 
 
 def analysis_attrs(
-    model: TransformerBridge, identity: Mapping[str, Any], config: Mapping[str, Any] | None
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    identity: Mapping[str, Any],
+    config: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Return the attributes common to the results of all analyses, known before they run."""
     check_config(config)
     return {
         "kind": identity["kind"],
         "patchsweep_version": version("patchsweep"),
+        **_origin(pairs),
         IDENTITY: dict(identity),
-        "provenance": {**model_provenance(model, identity), "config": dict(config or {})},
+        "provenance": {
+            **model_provenance(model, identity),
+            "config": dict(config or {}),
+        },
     }
 
 
@@ -119,6 +127,11 @@ def model_provenance(bridge: TransformerBridge, identity: Mapping[str, Any]) -> 
         "fp32_products": "full",  # no TF32, no autocast: see `arithmetic`
         "versions": dict(identity["versions"]),
     }
+
+
+def _origin(pairs: PromptPairs) -> dict[str, Any]:
+    """Return how the pairs were made and chosen; nothing if they do not say."""
+    return {ORIGIN: list(pairs.origin)} if pairs.origin else {}
 
 
 def dims_of(plan: SitePlan) -> tuple[str, ...]:

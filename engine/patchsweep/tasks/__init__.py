@@ -16,7 +16,7 @@ from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import PromptError
 from patchsweep.tasks.addition import ADDITION
 from patchsweep.tasks.base import Task, load_pairs
-from patchsweep.tasks.check import TaskCheck, check_pairs, check_task_pairs
+from patchsweep.tasks.check import TaskCheck, check_pairs, check_task_pairs, keep_answered
 from patchsweep.tasks.docstring import DOCSTRING
 from patchsweep.tasks.facts import FACTS
 from patchsweep.tasks.greater_than import GREATER_THAN
@@ -25,6 +25,7 @@ from patchsweep.tasks.ioi import DEMO_PAIR, IOI, IOI_DEMO
 from patchsweep.tasks.plain import text_pairs
 from patchsweep.tasks.pronouns import PRONOUNS
 from patchsweep.tasks.sva import SVA
+from patchsweep.tasks.template import template_task
 
 __all__ = [
     "DEMO_PAIR",
@@ -34,7 +35,9 @@ __all__ = [
     "check_pairs",
     "check_task",
     "find_task",
+    "keep_answered",
     "load_task",
+    "template_task",
     "text_pairs",
 ]
 
@@ -69,12 +72,14 @@ def find_task(name: str) -> Task:
 
 def load_task(
     model: TransformerBridge,
-    name: str,
+    name: str | Task,
     n_pairs: int | None = None,
     seed: int = 0,
     **options: Any,
 ) -> PromptPairs:
     """Return the first `n_pairs` pairs of a task that fit the tokenizer of `model`.
+
+    `name` is that of a built-in task, or a task of your own from `template_task`.
 
     Skips records whose prompts differ in number of tokens or whose answers are not one token.
     A seed fixes the result, and fewer pairs are a prefix of more. Without `n_pairs` the number
@@ -83,7 +88,8 @@ def load_task(
     Raises:
         PromptError: the task or an option is unknown, or too few records fit.
     """
-    return load_pairs(model, find_task(name), n_pairs, seed, **options)
+    task = name if isinstance(name, Task) else find_task(name)
+    return load_pairs(model, task, n_pairs, seed, **options)
 
 
 def check_task(

@@ -121,7 +121,9 @@ def load_pairs(
         except UnfitPair as error:
             reasons[error.reason] += 1
         if len(fitting) == n:
-            return PromptPairs(tuple(fitting))
+            own = "".join(f", {key}={value}" for key, value in options.items())
+            origin = f"task {task.name}: {task.description}; seed {seed}{own}"
+            return PromptPairs(tuple(fitting), (origin,))
     reason, count = reasons.most_common(1)[0]
     raise PromptError(
         f"task {task.name!r} must give n_pairs={n} for this tokenizer, got {len(fitting)} in "
@@ -133,14 +135,22 @@ def load_pairs(
     )
 
 
-def compose(template: str, fields: Mapping[str, str]) -> tuple[str, dict[str, CharSpan]]:
-    """Return the template with its fields filled in, and the character span of each field."""
+def compose(
+    template: str, fields: Mapping[str, str], *, numbered: bool = False
+) -> tuple[str, dict[str, CharSpan]]:
+    """Return the template with its fields filled in, and the character span of each field.
+
+    Of a field that occurs again the last span, or with `numbered` all, as `A`, `A_2`, and so on.
+    """
     text = ""
     spans: dict[str, CharSpan] = {}
+    seen: Counter[str] = Counter()
     for literal, name, _, _ in string.Formatter().parse(template):
         text += literal
         if name is not None:
-            spans[name] = CharSpan(len(text), len(text) + len(fields[name]))
+            seen[name] += 1
+            label = f"{name}_{seen[name]}" if numbered and seen[name] > 1 else name
+            spans[label] = CharSpan(len(text), len(text) + len(fields[name]))
             text += fields[name]
     return text, spans
 

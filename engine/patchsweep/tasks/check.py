@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.arguments import true_or_false, whole_number
 from patchsweep.data.pairs import PromptPair, PromptPairs
 from patchsweep.data.show import count, number, table_html, token_html
 from patchsweep.errors import PromptError
@@ -117,6 +118,38 @@ def check_pairs(model: TransformerBridge, pairs: PromptPairs) -> TaskCheck:
             )
         ),
     )
+
+
+def keep_answered(
+    model: TransformerBridge, pairs: PromptPairs, *, rank: int = 0, both: bool = True
+) -> PromptPairs:
+    """Return the pairs whose right answer is among the model's first guesses.
+
+    What was kept is said in `origin`, which stores record.
+
+    Args:
+        rank: how many tokens may be more probable than the right answer's first token; 0: none.
+        both: look at both prompts; False: at the clean one alone.
+
+    Raises:
+        PromptError: no pair is left, or an argument breaks a rule.
+    """
+    whole_number("rank", rank, least=0, error=PromptError)
+    true_or_false("both", both, error=PromptError)
+    failed = {
+        one.pair
+        for one in check_pairs(model, pairs).answers
+        if one.right_rank > rank and (both or one.prompt == "clean")
+    }
+    kept = tuple(pair for i, pair in enumerate(pairs) if i not in failed)
+    prompts = "both prompts" if both else "the clean prompt"
+    what = f"rank {rank} or better of the right answer after {prompts}"
+    if not kept:
+        raise PromptError(
+            f"none of {len(pairs)} pairs has {what} in {model.cfg.model_name}; allow a larger "
+            "rank, or take other pairs"
+        )
+    return PromptPairs(kept, (*pairs.origin, f"{len(kept)} of {len(pairs)} pairs kept: {what}"))
 
 
 def _answers(

@@ -118,7 +118,7 @@ def acdc(
 
     def attrs() -> Mapping[str, Any]:
         identity = identity_of("acdc", question.bridge, question.pairs, settings)
-        return analysis_attrs(question.bridge, identity, config)
+        return analysis_attrs(question.bridge, question.pairs, identity, config)
 
     return stages.results(
         model, attrs, lambda found: _acdc(question, levels, positions, found, stages)

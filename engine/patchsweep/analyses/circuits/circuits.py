@@ -188,7 +188,7 @@ def _attrs(
         "sizes": sizes,
     }
     identity = identity_of("circuit", question.bridge, question.pairs, settings)
-    return analysis_attrs(question.bridge, identity, config)
+    return analysis_attrs(question.bridge, question.pairs, identity, config)
 
 
 def _run(edge_batch: EdgeBatch, plan: Plan, question: Question) -> Floats:

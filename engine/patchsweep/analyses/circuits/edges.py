@@ -355,7 +355,7 @@ def _attrs(
         question.pairs,
         {**question_settings(question), **settings},
     )
-    return analysis_attrs(question.bridge, identity, config)
+    return analysis_attrs(question.bridge, question.pairs, identity, config)
 
 
 def _top_edges(scores: Values, top: int) -> NDArray[np.intp]:

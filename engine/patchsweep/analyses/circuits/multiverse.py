@@ -184,7 +184,7 @@ def multiverse(
                 "count": count,
             },
         )
-        return analysis_attrs(model, identity, config)
+        return analysis_attrs(model, pairs, identity, config)
 
     def compute(found: Mapping[str, Any]) -> xr.Dataset:
         ranking = scores

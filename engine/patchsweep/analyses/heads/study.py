@@ -203,7 +203,7 @@ def _attrs(
     }
     identity = identity_of(KIND, ask.model, ask.pairs, settings)
     return {
-        **analysis_attrs(ask.model, identity, config),
+        **analysis_attrs(ask.model, ask.pairs, identity, config),
         "method": "exact",
         "direction": "noising",
         **more,

@@ -180,6 +180,6 @@ def dose(
             "control_seeds": [x.seed for x in vectors[1:]],
             **settings_of(request),
         }
-        return analysis_attrs(model, identity_of("dose", model, pairs, settings), config)
+        return analysis_attrs(model, pairs, identity_of("dose", model, pairs, settings), config)
 
     return stages.results(model, attrs, compute)

@@ -127,7 +127,9 @@ def interactions(
             **settings_of(request),
             **tolerance_words(tolerance),
         }
-        return analysis_attrs(model, identity_of("interactions", model, pairs, settings), config)
+        return analysis_attrs(
+            model, pairs, identity_of("interactions", model, pairs, settings), config
+        )
 
     return stages.results(model, attrs, compute)
 

@@ -267,7 +267,7 @@ def _attrs(
         content = {"n": len(told), "sha256": hashlib.sha256(text).hexdigest()}
     settings = {"patches": content, **settings_of(request), **tolerance_words(tolerance)}
     identity = identity_of("patches", request.bridge, request.pairs, settings)
-    return analysis_attrs(request.bridge, identity, config)
+    return analysis_attrs(request.bridge, request.pairs, identity, config)
 
 
 def settings_of(request: JointRequest) -> dict[str, Any]:

@@ -175,7 +175,7 @@ def latents(
             "top": top,
             **tolerance_words(tolerance),
         }
-        return analysis_attrs(model, identity_of(KIND, model, pairs, settings), config)
+        return analysis_attrs(model, pairs, identity_of(KIND, model, pairs, settings), config)
 
     return stages.results(model, attrs, compute)
 

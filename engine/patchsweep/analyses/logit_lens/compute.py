@@ -268,7 +268,7 @@ def _attrs(
     }
     identity = identity_of("lens", model, pairs, settings)
     return {
-        **analysis_attrs(model, identity, config),
+        **analysis_attrs(model, pairs, identity, config),
         "prompt": spec.prompt,
         "removed": "" if remove is None else f"{remove[0]} {remove[1]}",
         "patches": [{**patch.as_json(), **patch.means(pairs)} for patch in spec.patches],
