@@ -89,7 +89,7 @@ def test_atp_of_neurons_equals_plain_autograd(family: str) -> None:
     _, batch = block(name, ["mlp_post"], neurons=[3, 17])
     expected = _neurons(bridge, batch, [3, 17])
     found = cells(name, ["mlp_post"], "atp", neurons=[3, 17])["mlp_post"][0]
-    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 def _neurons(bridge, batch, chosen: list[int]) -> np.ndarray:
