@@ -106,13 +106,17 @@ class Browser:
         self.send("Input.insertText", text=text)
 
     def click(self, query: str, x: float = 0.5, y: float = 0.5) -> None:
-        """Press the mouse on an element, at a share of its width and height."""
-        left, top = self.evaluate(
+        """Press the mouse on an element, at a share of its width and height, once it rests."""
+        find = (
             f"(() => {{ const e = document.querySelector({json.dumps(query)});"
             "e.scrollIntoView({block: 'center', behavior: 'instant'});"
             "const b = e.getBoundingClientRect();"
             f"return [b.left + b.width * {x}, b.top + b.height * {y}]; }})()"
         )
+        place = None
+        while place != (place := self.evaluate(find)):  # a frame that loads moves what is below it
+            time.sleep(0.05)
+        left, top = place
         for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
             button = "none" if kind == "mouseMoved" else "left"
             self.send(
