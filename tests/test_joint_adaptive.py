@@ -10,7 +10,8 @@ import patchsweep as ps
 import pytest
 from attribution_setup import pairs_of
 from patchsweep import Patch
-from patchsweep.analyses.stages import Stages
+from patchsweep.analyses.joint import patches as patches_module
+from patchsweep.analyses.stages import Stages, Unfinished
 from patchsweep.errors import StoreError
 from patchsweep.results.tolerance import allowed_error, tolerance_notes
 from patchsweep.sweeps.joint import joint_request
@@ -154,6 +155,25 @@ def test_sets_with_a_tolerance_are_stored_and_go_on(tmp_path: Path) -> None:
     for other in (None, "4%"):
         with pytest.raises(StoreError):
             ps.run_patches(model(name), pairs, sets, tolerance=other, stages=Stages(place))
+
+
+def test_slices_divide_sets_with_a_tolerance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "tiny:llama"
+    monkeypatch.setattr(patches_module, "SETS", 20)  # several stages, a pair a unit
+    pairs = pairs_of(name, 3)
+    sets = [Patch("z", layer=layer, head=head, pos=pos)
+            for layer in range(2) for head in range(4) for pos in range(10, 16)]  # fmt: skip
+
+    def run(stages: Stages | None) -> Any:
+        return ps.run_patches(model(name), pairs, sets, tolerance="5%", stages=stages)
+
+    known, place = run(None), str(tmp_path / "a.zarr")
+    with pytest.raises(Unfinished):
+        run(Stages(place, slice_index=0, n_slices=2))
+    found = run(Stages(place, slice_index=1, n_slices=2))
+    np.testing.assert_array_equal(found["patched"], known["patched"])
 
 
 def test_sets_that_no_gradient_fits_run_exactly() -> None:

@@ -148,6 +148,7 @@ WITH_GRADIENTS: dict[str, Any] = {
     "tolerance": sweep(["z", "resid_pre", "k"], tolerance=0.1),
     "edges": lambda model, given: ps.screen_edges(model, given, top=6),
     "all-edges": lambda model, given: ps.exact_edges(model, given, "all", tolerance=0.1),
+    "joint-tolerance": lambda model, given: ps.interactions(model, given, tolerance=0.1),
     "circuit": lambda model, given: ps.circuit(model, given, sizes=[0.1]),
     "pattern-scores": lambda model, given: pattern_scores(model, given).scores,
     "lens": lambda model, given: ps.lens(model, given, remove=("mlp", 1)),
