@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -30,7 +30,14 @@ from patchsweep.forward.capture import ActivationCache
 from patchsweep.forward.grad import GradientModel, Gradients
 from patchsweep.forward.trace import Part, Trace
 from patchsweep.forward.unembed import Unembed
+from patchsweep.models.moves import move_together, on_cpu
 from patchsweep.runners.packed.adaptive import WAKE, AdaptiveBlocks, Thresholds
+from patchsweep.runners.packed.adaptive_runner import (
+    metrics_of,
+    read_numbers,
+    run_in_parts,
+    thresholds_on,
+)
 from patchsweep.runners.packed.schedule import PackedBatch
 from patchsweep.runners.packed.tables import PackedInput
 from patchsweep.spec.plan import Bools, Ints
@@ -105,14 +112,19 @@ class AdaptiveEdges:
         start = np.array([edge_batch.start if e.pos is None else e.pos for e in edges])[edge]
         for first in np.unique(start).tolist():
             mine = np.flatnonzero(start == first)
-            mine = mine[np.lexsort((sender[mine], pair[mine], layer[mine]))]
-            n_batches = -(-len(mine) * (edge_batch.end - first) // (_FULL * max_tokens))
-            for part in np.array_split(mine, n_batches):
+
+            def run(part: Ints, first: int = first) -> None:
                 rows = part[np.argsort(pair[part], kind="stable")]
                 at = pair[rows], edge[rows]
                 values[:, *at], linear[:, *at], token_layers[at] = self._batch(
-                    [edges[i] for i in at[1]], at[0], first, theta, tau, max_tokens
+                    [edges[i] for i in at[1]], at[0], first, base, theta, tau, max_tokens
                 )
+
+            run_in_parts(
+                mine[np.lexsort((sender[mine], pair[mine], layer[mine]))],
+                max(1, _FULL * max_tokens // (edge_batch.end - first)),
+                run,
+            )
         check_edges(edge_batch, edges, values)
         absent = [i for i, e in enumerate(edges) if (e.pos or 0) >= edge_batch.base.length]
         values[:, :, absent] = np.nan
@@ -123,6 +135,7 @@ class AdaptiveEdges:
         edges: Sequence[Edge],
         pair: Ints,
         start: int,
+        base: Float[Tensor, "metric pair"],
         theta: NDArray[np.float32],
         tau: float,
         max_tokens: int,
@@ -146,29 +159,13 @@ class AdaptiveEdges:
             is_read=is_read,
         )
         device = self.cache.devices[0]
-        thresholds = Thresholds(
-            torch.from_numpy(theta[:, pair]).float().to(device),
-            torch.full((n,), tau, device=device),
-        )
+        thresholds = thresholds_on(device, theta[:, pair], np.full(n, tau))
         given = PackedInput(self.cache, (), {i: i for i in range(rows.n_pairs)})
         ran = _Blocks(self, rows, given, thresholds, max_tokens).run(max_tokens, None)
-        pairs = torch.from_numpy(pair).to(device)
-        base, _ = edge_batch.references()
-        values = base[:, pairs]
-        awake, row = ran.row.unique_consecutive(return_inverse=True)
-        if len(awake):
-            reads = list(edge_batch.batch.reads)
-            final = self.cache.resid[-1][pairs[awake]][:, reads]
-            which = torch.zeros(end, dtype=torch.int64, device=device)
-            which[reads] = torch.arange(len(reads), device=device)
-            final[row, which[ran.pos]] = ran.resid.to(final)
-            values[:, awake] = edge_batch.metrics_of(self.unembed, final, pairs[awake])
-        linear = ran.linear.to(values)
-        return (
-            (values + linear).cpu().numpy(),
-            linear.cpu().numpy(),
-            ran.token_layers.cpu().numpy(),
-        )
+        pairs, read = move_together([on_cpu(pair), on_cpu(read_numbers(edge_batch.batch))], device)
+        final = self.cache.resid[-1][:, list(edge_batch.batch.reads)]
+        score = partial(edge_batch.metrics_of, self.unembed)
+        return metrics_of(ran, pairs, read, final, pairs, base[:, pairs], score)
 
 
 class _Blocks(AdaptiveBlocks):

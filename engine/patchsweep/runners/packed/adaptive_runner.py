@@ -141,8 +141,11 @@ class AdaptiveRunner:
             room_of(self.packed, packed),
         )
         values = base.to(device)[:, pair]
-        resid = loaded.base_resid
-        return metrics_of(self.packed, loaded, rows, pair, read, resid, pair, values, metrics)
+
+        def score(resid: Tensor, pairs: Tensor) -> Tensor:
+            return self.packed.metrics_of(loaded, resid, pairs, metrics)
+
+        return metrics_of(rows, pair, read, loaded.base_resid, pair, values, score)
 
     @staticmethod
     def _relative_change(loaded: Loaded, chosen: PatchSet, pair: Ints) -> NDArray[np.float64]:
@@ -202,27 +205,26 @@ def read_numbers(batch: Batch) -> Ints:
 
 
 def metrics_of(
-    runner: PackedRunner,
-    loaded: Loaded,
     rows: AdaptiveRows,
     pair: Int[Tensor, " row"],
     read: Int[Tensor, " pos"],
     resid: Float[Tensor, "run read d_model"],
     run: Int[Tensor, " row"],
     values: Float[Tensor, "metric row"],
-    metrics: Sequence[Metric],
+    score: Callable[[Tensor, Tensor], Tensor],
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
     """Return values, linear parts and token-layers of the rows of one batch.
 
     `resid` holds final residuals of the runs that the rows continue, row i of them `run[i]`;
     `values`, which this changes, the metrics of each row's run; `read`: see `read_numbers`.
+    `score` returns the metrics `[metric, row]` of final residuals and their pairs.
     """
     awake, row = rows.row.unique_consecutive(return_inverse=True)
     if len(awake):
         pairs = pair[awake]
         own = resid[pairs if run is pair else run[awake]]
         own[row, read[rows.pos]] = rows.resid.to(own)
-        values[:, awake] = runner.metrics_of(loaded, own, pairs, metrics)
+        values[:, awake] = score(own, pairs)
     linear = rows.linear.to(values)
     both = torch.stack((values + linear, linear)).cpu().numpy()
     return both[0], both[1], rows.token_layers.cpu().numpy()

@@ -189,7 +189,11 @@ class AdaptiveJoint:
             [on_cpu(pairs), on_cpu(read_numbers(loaded.loaded.batch))], device
         )
         resid = base.resid[-1].to(device)[:, reads]
-        references = self.runner.metrics_of(loaded.loaded, resid, pair_of, metrics)
+
+        def score(resid: Tensor, pairs: Tensor) -> Tensor:
+            return self.runner.metrics_of(loaded.loaded, resid, pairs, metrics)
+
+        references = score(resid, pair_of)
 
         def run(places: Ints) -> None:
             rows = places[np.lexsort((plan.first[places, -1], plan.base[places]))]
@@ -206,15 +210,7 @@ class AdaptiveJoint:
             ran = blocks.run(self.runner.max_tokens, room_of(self.runner, batch))
             at, pair = move_together([on_cpu(plan.base[rows]), on_cpu(plan.pair[rows])], device)
             values, linear, token_layers = metrics_of(
-                self.runner,
-                loaded.loaded,
-                ran,
-                pair,
-                read,
-                resid,
-                at,
-                references[:, at],
-                metrics,
+                ran, pair, read, resid, at, references[:, at], score
             )
             found.put(rows, JointValues(values, linear, token_layers.astype(np.float64)))
 
