@@ -70,7 +70,7 @@ def call(function: Any, **options: Any) -> Any:
         corrupted=[PROMPT.format("Mary")] * N_PAIRS,
         answers=[(" Mary", " John")] * N_PAIRS,
     )
-    with patch("patchsweep.spec.spec.UNIT_TOKENS", 1):
+    with patch("patchsweep.spec.shards.UNIT_TOKENS", 1):
         return function(model, pairs, "z", runner="packed", **options)
 
 

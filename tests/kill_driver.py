@@ -24,13 +24,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import patchsweep as ps
 import torch
-from patchsweep.spec import spec as request
-from patchsweep.spec.spec import SweepSpec, make_request, site_groups_of
+from patchsweep.spec import shards
+from patchsweep.spec.shards import site_groups_of
+from patchsweep.spec.spec import SweepSpec, make_request
 from patchsweep.store.verify import checksums
 from patchsweep.sweeps import executor as work
 
 torch.set_num_threads(1)
-request.UNIT_TOKENS = 150  # many small units, so that kills fall between and inside them
+shards.UNIT_TOKENS = 150  # many small units, so that kills fall between and inside them
 work.WAIT_S = 0.05
 NAME = "tiny:llama"
 SITES = ["resid_pre", "z", "mlp_out"]

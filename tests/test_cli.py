@@ -231,7 +231,7 @@ def test_start_token_can_be_left_out(here: Path, capsys: pytest.CaptureFixture[s
 
 def test_slices_write_what_one_process_writes(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # a work item of three sites, and z in two blocks of layers
-    monkeypatch.setattr("patchsweep.spec.spec.UNIT_TOKENS", 400)
+    monkeypatch.setattr("patchsweep.spec.shards.UNIT_TOKENS", 400)
     sweep = ["run", *TINY, "sites=[resid_pre,attn_out,mlp_out,z]"]
     assert patchsweep(*sweep, "store=one.zarr") == EXIT_DONE
     sliced = ["-m", "slice=range(0,3)", "n_slices=3", "hydra.sweep.dir=jobs", "store=many.zarr"]
@@ -254,7 +254,7 @@ def test_unpatched_metrics_do_not_depend_on_the_order_of_slices(here: Path) -> N
 def test_status_and_verify_tell_incomplete_by_their_exit_codes(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("patchsweep.spec.spec.UNIT_TOKENS", 250)  # too few for both sites at once
+    monkeypatch.setattr("patchsweep.spec.shards.UNIT_TOKENS", 250)  # too few for both sites at once
     sweep = ["run", *TINY, "sites=[resid_pre,z]", "store=a.zarr", "n_slices=2"]
     assert patchsweep(*sweep, "slice=0") == EXIT_DONE
     assert patchsweep("status", "a.zarr") == EXIT_INCOMPLETE

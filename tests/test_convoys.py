@@ -14,12 +14,13 @@ from patchsweep.forward.unwrapped import Unsupported
 from patchsweep.models import TINY_FAMILIES
 from patchsweep.runners.packed.runner import PackedRunner
 from patchsweep.runners.select import RunnerChoice
-from patchsweep.spec import spec as requests
+from patchsweep.spec import shards
 from patchsweep.spec.batch import make_batches
 from patchsweep.spec.metrics import METRICS
 from patchsweep.spec.plan import PatchSet
+from patchsweep.spec.shards import site_groups_of
 from patchsweep.spec.sites import SITES
-from patchsweep.spec.spec import SweepSpec, make_request, site_groups_of
+from patchsweep.spec.spec import SweepSpec, make_request
 from patchsweep.store.layout import Unit
 from patchsweep.store.store import Store
 from patchsweep.store.verify import checksums
@@ -119,10 +120,10 @@ def test_small_sites_travel_together_and_large_ones_alone() -> None:
     assert set(site_groups_of(whole.plans).values()) == {0}
     tokens = [int(plan.suffix[plan.live_patches()].sum()) for plan in whole.plans]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(requests, "UNIT_TOKENS", tokens[1] + 1)
+        patch.setattr(shards, "UNIT_TOKENS", tokens[1] + 1)
         assert site_groups_of(whole.plans) == {"attn_out": 0, "mlp_out": 0, "resid_pre": 0, "z": 1}
         assert site_groups_of(whole.plans[::-1]) == site_groups_of(whole.plans)
-        patch.setattr(requests, "UNIT_TOKENS", tokens[0] + 1)  # z is cut into blocks of layers
+        patch.setattr(shards, "UNIT_TOKENS", tokens[0] + 1)  # z is cut into blocks of layers
         assert sorted(site_groups_of(whole.plans).values()) == [0, 1, 2, 3]
 
 
@@ -130,7 +131,7 @@ def test_small_sites_travel_together_and_large_ones_alone() -> None:
 def test_missing_units_are_made_again_in_the_same_company(tmp_path: Path, precision: str) -> None:
     def sweep(path: Path, **options) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(requests, "UNIT_TOKENS", SMALL_UNITS)
+            patch.setattr(shards, "UNIT_TOKENS", SMALL_UNITS)
             ps.sweep(
                 model(NAME), mixed_pairs(), ["resid_pre", "z", "mlp_out"], runner="packed",
                 precision=precision, store=path, **options,
@@ -156,7 +157,7 @@ def test_missing_units_are_made_again_in_the_same_company(tmp_path: Path, precis
 
 def test_every_unit_has_one_bundle_and_a_proof_stays_together() -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(requests, "UNIT_TOKENS", SMALL_UNITS)
+        patch.setattr(shards, "UNIT_TOKENS", SMALL_UNITS)
         request = make_request(model(NAME), mixed_pairs(), SweepSpec(["resid_pre", "z", "mlp_out"]))
         choice = RunnerChoice(PackedRunner(request.bridge, request.sites), "", None)
         work = RecheckedWork(request, choice)

@@ -143,7 +143,6 @@ def test_maps_of_a_run_hold_the_values_of_the_sweep(served: Served) -> None:
     [
         ({"clean": ""}, "clean is empty"),
         ({"corrupted": CLEAN}, "must differ"),
-        ({"corrupted": f"{CORRUPTED} the"}, "same number of tokens"),
         ({"answer": " Mary John"}, "must be one token"),
         ({"answer": "zxqv"}, "must be one token"),
         ({"wrong_answer": " Mary"}, "must differ"),
@@ -201,6 +200,26 @@ def test_a_new_question_ends_the_run_of_the_last(served: Served) -> None:
     maps = [e for e in served.events(second) if e["kind"] == "map"]
     expected = ps.sweep(model(NAME), demo_pairs(NAME), "resid_pre")["resid_pre"].values.ravel()
     np.testing.assert_allclose(unpacked(maps[0])[1].ravel(), expected, atol=1e-5)
+
+
+def test_prompts_of_unequal_lengths_have_maps_and_no_cells(served: Served) -> None:
+    question = body(ASKED, corrupted=CORRUPTED.replace("the shops", "the old shops"))
+    status, reply = served.post("check", question)
+    assert status == 200
+    assert "aligned at their ends" in reply["tokens"]
+    number = served.post("runs", question)[1]["run"]
+    (found, *_) = [e for e in served.events(number) if e["kind"] == "map"]
+    pairs = ps.PromptPairs.from_strings(
+        model(NAME), [CLEAN], [question["corrupted"]], [(" Mary", " John")], align="end"
+    )
+    expected = ps.sweep(model(NAME), pairs, "resid_pre")["resid_pre"].values[0, 0]
+    values = unpacked(found)[1].squeeze()
+    assert (np.isnan(values) == np.isnan(expected)).all()
+    assert np.isnan(expected).any()
+    np.testing.assert_allclose(values, expected, atol=1e-5)
+    status, page = served.get(f"runs/{number}/cell/lens?site=z&layer=1&pos=16&unit=2")
+    assert status == 400
+    assert "use pairs of prompts of equal length" in page
 
 
 @pytest.mark.slow
@@ -363,9 +382,9 @@ def test_in_a_browser_typed_prompts_become_maps_and_a_click_opens_a_cell(
     page.wait("document.querySelector('#python').textContent.includes(\"tolerance='10%'\")")
     finished(page)
     # and a mistake is told where it was made
-    page.type("#clean", "The cat")
+    page.type("#answer", "The cat")
     page.wait("document.querySelector('#said .warn')")
-    assert "same number of tokens" in page.evaluate("document.querySelector('#said').textContent")
+    assert "must be one token" in page.evaluate("document.querySelector('#said').textContent")
     assert page.evaluate("document.querySelector('#run').disabled")
     refused = [x for x in page.complaints if "status of 400" in x]  # while texts were being typed
     assert refused == page.complaints != []

@@ -269,7 +269,7 @@ def test_equal_patches_of_a_set_are_one_and_different_ones_are_refused() -> None
         ([Patch("embed", 0)], "site embed has no layers"),
         ([Patch("z", 0, head=4)], "head=4 is none of the 4"),
         ([Patch("mlp_out", 0, head=0)], "site mlp_out has no heads"),
-        ([Patch("z", 0, pos=17)], r"pos=17 is no position of the shortest prompt; use 0..16"),
+        ([Patch("z", 0, pos=17)], r"pos=17 is no position of the shortest prompt; use -17..16"),
         ([Patch("z", 0, pos="S9")], "pos='S9' is no label"),
         ([Patch("pattern_cell", 0)], "not cells"),
         ([Patch("z", 0), Patch("z", 1, intervention="zero")], "different default directions"),

@@ -29,8 +29,9 @@ from patchsweep.spec.interventions import Resample
 from patchsweep.spec.metrics import METRICS
 from patchsweep.spec.plan import Axes, ModelShape, PairShape, PatchSet
 from patchsweep.spec.planner import plan_site
+from patchsweep.spec.shards import UNIT_TOKENS, blocks_of
 from patchsweep.spec.sites import SITES
-from patchsweep.spec.spec import UNIT_TOKENS, SweepSpec, blocks_of, make_request
+from patchsweep.spec.spec import SweepSpec, make_request
 from patchsweep.sweeps.api import NO_RUNNER
 from patchsweep.sweeps.cost import _count_batches
 from patchsweep.sweeps.exact import ExactWork

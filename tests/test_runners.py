@@ -158,7 +158,9 @@ def test_hooked_runs_hold_few_logits_at_once(monkeypatch: pytest.MonkeyPatch) ->
     pair = demo_pairs("tiny:llama")[0]
     tokens = torch.tensor([pair.clean, pair.corrupted] * 4)
     answers = torch.zeros(8, 1, dtype=torch.long)
-    batch = Batch(tuple(range(8)), tokens, tokens.flip(0), (16,), answers, answers, ({},) * 8)
+    batch = Batch(
+        tuple(range(8)), tokens, tokens.flip(0), (16,), (16,), answers, answers, ({},) * 8
+    )
     runner = HookedRunner(bridge, [SITES["z"], SITES["result"]])
     runner.check(tokens)
     whole = runner.load(batch, get_intervention("resample"))

@@ -181,7 +181,7 @@ def test_a_screen_that_was_stopped_runs_the_missing_patches_alone(
 ) -> None:
     options = {"sites": ["z"], "method": Screen(k=40, subsets=8), "runner": "packed"}
     pairs = pairs_of(NAME, 3)
-    monkeypatch.setattr("patchsweep.spec.spec.UNIT_TOKENS", 40)  # several units
+    monkeypatch.setattr("patchsweep.spec.shards.UNIT_TOKENS", 40)  # several units
     whole = ps.sweep(model(NAME), pairs, **options, store=tmp_path / "whole.zarr").load()
     asked: list[int] = []
     run = PackedRunner.run

@@ -371,11 +371,11 @@ def test_means_by_label_need_labels() -> None:
 
 
 def test_shuffle_takes_the_next_pair_whatever_shares_its_unit(monkeypatch) -> None:
-    from patchsweep.spec import spec as request
+    from patchsweep.spec import shards
 
     pairs = PromptPairs((*mixed_pairs()[1:2], *mixed_pairs()[3:4]))
     together = ps.sweep(model(NAME), pairs, "z", intervention="shuffle")
-    monkeypatch.setattr(request, "UNIT_TOKENS", 1)  # every pair is a unit of its own
+    monkeypatch.setattr(shards, "UNIT_TOKENS", 1)  # every pair is a unit of its own
     apart = ps.sweep(model(NAME), pairs, "z", intervention="shuffle")
     np.testing.assert_allclose(together["z"], apart["z"], atol=1e-4)
     resampled = ps.sweep(model(NAME), pairs, "z")

@@ -30,7 +30,7 @@ from patchsweep.runners.packed.budget import (
     gpu_bytes_per_token,
     gpu_tokens,
 )
-from patchsweep.spec import spec
+from patchsweep.spec import shards
 from patchsweep.store.layout import Unit
 from patchsweep.store.verify import checksums
 from patchsweep.sweeps.exact import ExactWork
@@ -204,7 +204,7 @@ def test_results_of_all_batches_come_back_at_once() -> None:
 
 
 def test_results_are_read_while_the_next_work_item_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spec, "UNIT_TOKENS", 60)
+    monkeypatch.setattr(shards, "UNIT_TOKENS", 60)
     model = loaded("tiny:llama")
     given = pairs(model, 2)
     with on_cpu():
@@ -262,7 +262,7 @@ class Stops(Quiet):
 def test_what_ends_a_run_loses_no_result_and_writes_none_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: str
 ) -> None:
-    monkeypatch.setattr(spec, "UNIT_TOKENS", 60)
+    monkeypatch.setattr(shards, "UNIT_TOKENS", 60)
     model = loaded("tiny:llama")
     given = pairs(model)
     run = runner.PackedRunner._run_packed_batch

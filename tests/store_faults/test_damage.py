@@ -143,7 +143,7 @@ def look(store: Path) -> bool:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several units, and short leases."""
-    monkeypatch.setattr("patchsweep.spec.spec.UNIT_TOKENS", 20)
+    monkeypatch.setattr("patchsweep.spec.shards.UNIT_TOKENS", 20)
     monkeypatch.setattr("patchsweep.store.lease.EXPIRY_S", 0.2)
     monkeypatch.setattr("patchsweep.sweeps.executor.WAIT_S", 0.05)
 
@@ -153,7 +153,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with stores, what lies beside them, and their pages."""
     folder = tmp_path_factory.mktemp("sound")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("patchsweep.spec.spec.UNIT_TOKENS", 20)
+        patch.setattr("patchsweep.spec.shards.UNIT_TOKENS", 20)
         sweep(folder / "a.zarr")
         sweep(folder / "b.zarr", "mean_all")
     look(folder / "l.zarr")

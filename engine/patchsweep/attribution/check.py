@@ -34,6 +34,11 @@ def check_request(request: Request, methods: Sequence[Method]) -> None:
                     f"{plan.site.written_as}, where method={method.name} works; give them for the "
                     f"site {plan.site.written_as}, or use method=exact"
                 )
+        if getattr(method, "needs_source", False) and any(p.aligned for p in request.pairs):
+            raise MethodError(
+                f"method={method.name} goes from the base prompt to the source prompt token by "
+                "token, and a pair has prompts of unequal lengths; use atp, relp or ig"
+            )
         if getattr(method, "needs_source", False) and not request.intervention.from_source:
             raise MethodError(
                 f"method={method.name} goes from the base prompt to the source prompt, and "

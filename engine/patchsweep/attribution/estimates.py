@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from patchsweep_kernels.attribution import attribution_dot
 from torch import Tensor
 
+from patchsweep.data.alignment import NONE
 from patchsweep.forward.grad import Activations, GradientModel, Place, Visit
 from patchsweep.forward.pattern import Prefix
 from patchsweep.spec.batch import Batch
-from patchsweep.spec.interventions import Intervention, takes_source, values_of
+from patchsweep.spec.interventions import Intervention, sees_source, takes_source, values_of
 from patchsweep.spec.metrics import Logits, Metric, compute
 from patchsweep.spec.plan import Ints, ModelShape, SitePlan
 from patchsweep.spec.sites import Site
@@ -194,9 +195,14 @@ class Work:
 
     @torch.no_grad()
     def values(self, site: Site, layer: int, base: Tensor) -> Tensor:
-        """Return the patch values that replace `base`."""
+        """Return the patch values that replace `base`, and `base` where the source has none."""
         source = self.source[site.name][layer]
-        return values_of(self.intervention, site, layer, base, source, self.batch.spans)
+        values = values_of(self.intervention, site, layer, base, source, self.batch.spans)
+        partner = self.batch.partner
+        if partner is None or not sees_source(self.intervention):
+            return values
+        alone = (partner[:, self.start :] == NONE).to(base.device)
+        return torch.where(alone.repeat(len(base) // len(alone), 1)[..., None], base, values)
 
     def score(
         self,

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from patchsweep.attribution.atp_star import AtpStar, check_intervention
 from patchsweep.attribution.estimates import Found, Work, n_shared
 from patchsweep.attribution.method import Method
+from patchsweep.data.alignment import n_shared as n_shared_tokens
 from patchsweep.forward.grad import GradientModel
 from patchsweep.models.offload import device_of
 from patchsweep.spec.batch import Batch, base_and_source, clean_prompts
@@ -115,11 +116,12 @@ class Attribution:
     def _work(self, method: Method, batch: Batch) -> Work:
         request = self.request
         needed_sites = {s.name: s for s in (*request.sites, *method.extra_sites(request.sites))}
+        start = n_shared(self.gradients, batch, request.intervention)
         source = self.gradients.activations(
             batch.source,
-            batch.reads,
+            batch.source_reads,
             [*needed_sites.values()],
-            keep_from=n_shared(self.gradients, batch, request.intervention),
+            keep_from=start,
         )
         return Work(
             gradients=self.gradients,
@@ -128,7 +130,9 @@ class Attribution:
             shape=request.shape,
             metrics=request.metrics,
             intervention=request.intervention,
-            source=source.sites,
+            source={
+                name: [batch.at_base(x, start) for x in xs] for name, xs in source.sites.items()
+            },
             source_logits=source.logits,
             prefix=source.prefix,
         )
@@ -165,15 +169,10 @@ def token_layers(request: Request, method: Method) -> int:
     tokens = int(request.plans[0].full_lengths.sum())
     live = tokens
     if takes_source(request.intervention):
-        live -= sum(_n_shared(*base_and_source(pair, request.direction)) for pair in request.pairs)
+        runs = [base_and_source(pair, request.direction) for pair in request.pairs]
+        live -= sum(min(n_shared_tokens(base, source), len(base) - 1) for base, source in runs)
     passes = method.passes(request.plans, n_layers, len(request.metrics))
     return round(n_layers * (tokens + live * (passes - 1)))
-
-
-def _n_shared(base: Sequence[int], source: Sequence[int]) -> int:
-    """Return how many tokens come before the first difference."""
-    differs = (i for i, (b, s) in enumerate(zip(base, source, strict=True)) if b != s)
-    return next(differs, len(base) - 1)
 
 
 def pairs_per_block(plan: SitePlan) -> int:

@@ -113,7 +113,9 @@ def run_again(store: Store, words: Sequence[str], verb: str) -> tuple[Request, R
         )
     model = config.model.load()
     pairs = config.task.load(model)
-    request = make_request(model, pairs, SweepSpec(recorded.sites, metrics, **recorded.selection))
+    request = make_request(
+        model, pairs, SweepSpec(recorded.sites, metrics, **recorded.selection), aligned=True
+    )
     _check_same(store, request)
     return request, config
 

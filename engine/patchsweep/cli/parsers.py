@@ -118,6 +118,7 @@ def task(words: list[str]) -> Namespace:
     )
     check.add_argument("names", nargs="*", metavar="NAME", help="tasks (all), or files of pairs")
     check.add_argument("--template", choices=["chat"], help="of the files' prompts")
+    check.add_argument("--align", choices=["end"], help="prompts may have unequal lengths")
     check.add_argument("--model", default="smollm2-135m", help="as load_model takes it")
     check.add_argument("--n-pairs", type=at_least(1), help="pairs (the task's own number)")
     check.add_argument("--seed", type=at_least(0), default=0, help="of the pairs (0)")

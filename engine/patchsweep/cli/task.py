@@ -36,7 +36,9 @@ def main(arguments: list[str]) -> int:
     model = load_model(options.model)
     checks = [check_task(model, name, options.n_pairs, options.seed) for name in names]
     for file in files:
-        pairs = PromptPairs.from_file(model, user_path(file), template=options.template)
+        pairs = PromptPairs.from_file(
+            model, user_path(file), template=options.template, align=options.align
+        )
         checks.append(replace(check_pairs(model, pairs), task=file))
     console.print(_scored(options.model, checks))
     for one in checks[len(names) :]:

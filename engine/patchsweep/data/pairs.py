@@ -14,7 +14,8 @@ from typing import Any, overload
 
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.arguments import check_bridge, true_or_false
+from patchsweep.arguments import check_bridge, one_of, true_or_false
+from patchsweep.data.alignment import END, NONE, partners
 from patchsweep.data.answers import UnfitPair, answer_ids, prompt_ids
 from patchsweep.data.chat import CHAT, render
 from patchsweep.data.labels import place_labels
@@ -37,10 +38,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class PromptPair:
-    """A clean and a corrupted prompt of the same number of tokens."""
+    """A clean and a corrupted prompt, of the same number of tokens unless they are aligned."""
 
     clean: tuple[int, ...]  # token ids, with a start token if the model's rule adds one
-    corrupted: tuple[int, ...]  # same length as `clean`
+    corrupted: tuple[int, ...]  # same length as `clean`, or aligned by `data.alignment`
     answer: tuple[int, ...]  # ids of the right answer after `clean`; one unless multi-token
     wrong_answer: tuple[int, ...]  # ids of the right answer after `corrupted`
     clean_tokens: tuple[str, ...]  # token strings of `clean`
@@ -50,8 +51,13 @@ class PromptPair:
     labels: Mapping[str, tuple[int, int]] = field(hash=False)  # name -> [first, past last) token
 
     def __len__(self) -> int:
-        """Return the number of tokens in each of the two prompts."""
+        """Return the number of tokens in the clean prompt."""
         return len(self.clean)
+
+    @property
+    def aligned(self) -> bool:
+        """Whether the prompts have unequal lengths, so that a shift aligns their positions."""
+        return len(self.clean) != len(self.corrupted)
 
     @property
     def differ(self) -> int:
@@ -97,6 +103,7 @@ class PromptPairs(Sequence[PromptPair]):
         multi_token: bool = False,
         prepend_bos: bool | None = None,
         template: str | None = None,
+        align: str | None = None,
     ) -> PromptPairs:
         """Make pairs from parallel lists, one entry per pair.
 
@@ -107,7 +114,9 @@ class PromptPairs(Sequence[PromptPair]):
         chat template does); `prepend_bos=True` or `False` overrides that. `template="chat"`: each
         prompt is a message of the user, or a list of messages `{"role": ..., "content": ...}`,
         rendered by the tokenizer's own chat template, whose start token is the only one; the
-        roles become labels, see `patchsweep.data.chat.render`.
+        roles become labels, see `patchsweep.data.chat.render`. `align="end"` allows prompts of
+        unequal lengths: positions correspond in the common beginning, and behind it by the
+        distance from the end, see `patchsweep.data.alignment`.
 
         Raises:
             PromptError: the lists differ in size or are empty, or as `from_records`.
@@ -155,7 +164,12 @@ class PromptPairs(Sequence[PromptPair]):
             for index in range(len(clean))
         ]
         return cls.from_records(
-            model, records, multi_token=multi_token, prepend_bos=prepend_bos, template=template
+            model,
+            records,
+            multi_token=multi_token,
+            prepend_bos=prepend_bos,
+            template=template,
+            align=align,
         )
 
     @classmethod
@@ -167,6 +181,7 @@ class PromptPairs(Sequence[PromptPair]):
         multi_token: bool = False,
         prepend_bos: bool | None = None,
         template: str | None = None,
+        align: str | None = None,
     ) -> PromptPairs:
         """Make pairs from text records, tokenised one prompt at a time.
 
@@ -179,7 +194,7 @@ class PromptPairs(Sequence[PromptPair]):
                 other answer; a label has no place in the prompt; there is no such template.
         """
         named = ((f"pair {index}", record) for index, record in enumerate(records))
-        return cls._of(model, named, multi_token, prepend_bos, template)
+        return cls._of(model, named, multi_token, prepend_bos, template, align)
 
     @classmethod
     def from_rows(
@@ -191,6 +206,7 @@ class PromptPairs(Sequence[PromptPair]):
         multi_token: bool = False,
         prepend_bos: bool | None = None,
         template: str | None = None,
+        align: str | None = None,
     ) -> PromptPairs:
         """Make pairs from mappings: a list of dicts, a `datasets.Dataset`, or a pandas DataFrame.
 
@@ -200,7 +216,7 @@ class PromptPairs(Sequence[PromptPair]):
             PromptError: as `from_records`, or a row lacks a column.
         """
         named = records_of(rows, columns)
-        return cls._of(model, named, multi_token, prepend_bos, template)
+        return cls._of(model, named, multi_token, prepend_bos, template, align)
 
     @classmethod
     def from_file(
@@ -212,6 +228,7 @@ class PromptPairs(Sequence[PromptPair]):
         multi_token: bool = False,
         prepend_bos: bool | None = None,
         template: str | None = None,
+        align: str | None = None,
     ) -> PromptPairs:
         """Make pairs from a JSONL, CSV, TSV or Parquet file, or a folder that `datasets` saved.
 
@@ -224,7 +241,7 @@ class PromptPairs(Sequence[PromptPair]):
                 message opens with the file and the line or row.
         """
         named = read_table(Path(path), columns)
-        return cls._of(model, named, multi_token, prepend_bos, template)
+        return cls._of(model, named, multi_token, prepend_bos, template, align)
 
     @classmethod
     def from_jsonl(
@@ -235,6 +252,7 @@ class PromptPairs(Sequence[PromptPair]):
         multi_token: bool = False,
         prepend_bos: bool | None = None,
         template: str | None = None,
+        align: str | None = None,
     ) -> PromptPairs:
         """Make pairs from a file with one JSON object per line, whatever its name ends in.
 
@@ -244,7 +262,7 @@ class PromptPairs(Sequence[PromptPair]):
             PromptError: as `from_file`.
         """
         named = read_table(Path(path), kind=".jsonl")
-        return cls._of(model, named, multi_token, prepend_bos, template)
+        return cls._of(model, named, multi_token, prepend_bos, template, align)
 
     @classmethod
     def _of(
@@ -254,6 +272,7 @@ class PromptPairs(Sequence[PromptPair]):
         multi_token: bool,
         prepend_bos: bool | None,
         template: str | None,
+        align: str | None,
     ) -> PromptPairs:
         return cls(
             tuple(
@@ -264,15 +283,11 @@ class PromptPairs(Sequence[PromptPair]):
                     multi_token=multi_token,
                     prepend_bos=prepend_bos,
                     template=template,
+                    align=align,
                 )
                 for where, record in records
             )
         )
-
-    @property
-    def n_pos(self) -> int:
-        """Number of tokens in the longest pair."""
-        return max(len(pair) for pair in self.pairs)
 
     def by_length(self) -> dict[int, tuple[int, ...]]:
         """Return the indices of the pairs of each length, shortest length first."""
@@ -293,6 +308,8 @@ class PromptPairs(Sequence[PromptPair]):
                 rows.append([first, name, _marked(tokens, others), token_html(answer)])
         more = len(self.pairs) - _SHOWN
         rest = f"<p>and {plural(more, 'pair')} more</p>" if more > 0 else ""
+        if any(pair.aligned for pair in self.pairs):
+            rest += "<p>prompts of unequal lengths are aligned at their ends</p>"
         return table_html(["pair", "prompt", "tokens", "answer"], rows) + rest
 
     def content_hash(self) -> str:
@@ -326,11 +343,12 @@ class PromptPairs(Sequence[PromptPair]):
 
 
 def _marked(tokens: Sequence[str], others: Sequence[str]) -> str:
-    """Return tokens as HTML, those that differ from `others` marked."""
+    """Return tokens as HTML, those that differ from their partners in `others` marked."""
     parts = []
-    for token, other in zip(tokens, others, strict=True):
+    for token, partner in zip(tokens, partners(tokens, others), strict=True):
         html = token_html(token)
-        parts.append(html if token == other else f"<mark>{html}</mark>")
+        same = partner != NONE and others[partner] == token
+        parts.append(html if same else f"<mark>{html}</mark>")
     return "<wbr>".join(parts)
 
 
@@ -342,6 +360,7 @@ def tokenise_pair(
     multi_token: bool = False,
     prepend_bos: bool | None = None,
     template: str | None = None,
+    align: str | None = None,
 ) -> PromptPair:
     """Tokenise `record` for `model`; `where` opens each error message.
 
@@ -360,6 +379,8 @@ def tokenise_pair(
             f"{where} must be a PromptRecord, got {record!r}; write "
             "PromptRecord(clean, corrupted, answer, wrong_answer)"
         )
+    if align is not None:
+        one_of("align", align, [END], error=PromptError)
     template = record.template or template
     if template not in (None, CHAT):
         raise PromptError(
@@ -386,11 +407,12 @@ def tokenise_pair(
     clean, corrupted = (prompt_ids(model, text, where, prepend_bos) for text in texts)
     clean_tokens = token_strings(model, clean)
     corrupted_tokens = token_strings(model, corrupted)
-    if len(clean) != len(corrupted):
+    if len(clean) != len(corrupted) and align is None:
         raise UnfitPair(
             f"{where}: both prompts must have the same number of tokens, but clean has "
             f"{len(clean)}: {list(clean_tokens)}, corrupted has {len(corrupted)}: "
-            f"{list(corrupted_tokens)}; change words for others of as many tokens",
+            f"{list(corrupted_tokens)}; change words for others of as many tokens, "
+            "or align the prompts with align='end'",
             reason="the prompts differ in tokens",
         )
     if clean == corrupted:

@@ -12,6 +12,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.arguments import one_of
+from patchsweep.data.alignment import END
 from patchsweep.data.chat import CHAT
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import ConfigError, PromptError
@@ -114,6 +115,7 @@ class Question:
                     [self.corrupted],
                     [(self.answer, self.wrong_answer)],
                     template=CHAT if self.chat else None,
+                    align=END,
                 )
             except PromptError as error:  # there is one pair alone
                 raise PromptError(str(error).removeprefix("pair 0: ")) from error
@@ -133,7 +135,7 @@ class Question:
         Raises:
             PatchsweepError: a setting does not fit the model.
         """
-        request = make_request(model, pairs, SweepSpec(self.sites, **self.settings()))
+        request = make_request(model, pairs, SweepSpec(self.sites, **self.settings()), aligned=True)
         if self.tolerance is not None:
             check_adaptive(request, {})
         return request
@@ -147,6 +149,7 @@ class Question:
             "task=strings",
             *(f"task.{name}={_written(getattr(self, name))}" for name in texts),
             *(["task.template=chat"] if self.chat else []),
+            "task.align=end",
             f"sites=[{','.join(self.sites)}]",
             f"metric={self.metric}",
             f"direction={self.direction}",
@@ -169,6 +172,7 @@ class Question:
             f"    corrupted=[{self.corrupted!r}],\n"
             f"    answers=[({self.answer!r}, {self.wrong_answer!r})],\n"
             f"{template}"
+            "    align='end',\n"
             ")\n"
             "ds = ps.sweep(\n"
             "    model,\n"

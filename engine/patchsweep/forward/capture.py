@@ -85,6 +85,22 @@ class ActivationCache:
             sites={name: [x[prompts] for x in xs] for name, xs in self.sites.items()},
         )
 
+    def moved(self, at: Callable[..., Tensor]) -> ActivationCache:
+        """Return the cache with every tensor's positions moved by `at`, see `Batch.at_base`."""
+        keep = self.storage.keep
+        resid = [keep(at(x)) for x in self.resid]
+        return ActivationCache(
+            shape=(self.shape[0], resid[0].shape[1]),
+            storage=self.storage,
+            devices=self.devices,
+            resid=resid,
+            keys=[keep(at(x, dim=2)) for x in self.keys],
+            values=[keep(at(x, dim=2)) for x in self.values],
+            heads=self.heads,
+            calls=[],  # their arguments are those of other positions
+            sites={name: [keep(at(x)) for x in xs] for name, xs in self.sites.items()},
+        )
+
 
 @torch.no_grad()
 def capture(

@@ -148,20 +148,38 @@ class HookedRunner:
     def load(self, batch: Batch, intervention: Intervention) -> Loaded:
         """See `Runner`."""
         self.check(batch.base)
-        n = len(batch.base)
-        logits, activations = self._run(torch.cat([batch.base, batch.source]), batch.reads)
+        base_logits, base, source_logits, source = self._base_and_source(batch)
         return Loaded(
             batch=batch,
             patch_values={
                 site.name: [
                     values_of(intervention, site, layer, b, s, batch.spans)
-                    for layer, (b, s) in enumerate((x[:n], x[n:]) for x in activations[site.name])
+                    for layer, (b, s) in enumerate(
+                        zip(base[site.name], source[site.name], strict=True)
+                    )
                 ]
                 for site in self.sites
             },
-            base_logits=logits[:n],
-            source_logits=logits[n:],
+            base_logits=base_logits,
+            source_logits=source_logits,
         )
+
+    def _base_and_source(
+        self, batch: Batch
+    ) -> tuple[Tensor, dict[str, list[Tensor]], Tensor, dict[str, list[Tensor]]]:
+        """Return logits and activations of base and source runs, at the base run's positions."""
+        if batch.partner is not None:
+            base_logits, base = self._run(batch.base, batch.reads)
+            source_logits, source = self._run(batch.source, batch.source_reads)
+            there = {name: [batch.at_base(x) for x in xs] for name, xs in source.items()}
+            return base_logits, base, source_logits, there
+        n = len(batch.base)
+        logits, both = self._run(torch.cat([batch.base, batch.source]), batch.reads)
+        base, source = (
+            {name: [x[rows] for x in xs] for name, xs in both.items()}
+            for rows in (slice(n), slice(n, None))
+        )
+        return logits[:n], base, logits[n:], source
 
     def references(
         self, loaded: Loaded, metrics: Sequence[Metric]

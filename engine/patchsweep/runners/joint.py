@@ -83,15 +83,15 @@ class HookedJoint:
         """See `JointRunner`."""
         loaded = self.runner.load(batch, interventions[0])
         base = self.runner.activations(batch.base)
-        source = {None: self.runner.activations(batch.source)}
-        source |= {i: self.runner.activations(other.source) for i, other in sources.items()}  # type: ignore[misc]
+        source = self._source(batch)
+        others = {i: self._source(other) for i, other in sources.items()}
         sites = {site.name: site for site in self.runner.sites}
         live = {i: x for i, x in enumerate(interventions) if isinstance(x, Live)}
         values: dict[tuple[str, int], Sequence[Tensor]] = {}
         for name, i in used:
             if isinstance(interventions[i], Numbered):
                 continue  # it needs no values
-            theirs = source[i if i in sources else None][name]  # type: ignore[index]
+            theirs = others.get(i, source)[name]
             if i in live:
                 values[name, i] = theirs
                 continue
@@ -100,6 +100,11 @@ class HookedJoint:
                 for layer, (b, s) in enumerate(zip(base[name], theirs, strict=True))
             ]
         return HookedLoaded(loaded, values, live)
+
+    def _source(self, batch: Batch) -> dict[str, list[Tensor]]:
+        """Return the source run's activations by site and layer, at the base run's positions."""
+        run = self.runner.activations(batch.source)
+        return {name: [batch.at_base(x) for x in layers] for name, layers in run.items()}
 
     def references(
         self, loaded: HookedLoaded, metrics: Sequence[Metric]

@@ -168,6 +168,7 @@ def _make_trial(
         base=base.to(device),
         source=source.to(device),
         reads=reads,
+        source_reads=reads,
         answer=answers[:, 0].to(device),
         wrong=answers[:, 1].to(device),
         spans=(spans,) * N_PAIRS,

@@ -377,6 +377,11 @@ def takes_source(intervention: Intervention) -> bool:
     return type(intervention) in (Resample, Shuffle)
 
 
+def sees_source(intervention: Intervention) -> bool:
+    """Whether patch values are made from the source run's."""
+    return intervention.from_source or isinstance(intervention, Custom)
+
+
 def shuffles(intervention: Intervention) -> bool:
     """Whether the source run is that of the next pair of the same length."""
     return isinstance(intervention, Shuffle) or bool(getattr(intervention, "shuffles", False))

@@ -24,10 +24,11 @@ Bools = NDArray[np.bool_]
 class PairShape:
     """The facts about a prompt pair that the planner needs."""
 
-    differs: tuple[bool, ...]  # per position: base and source hold different tokens
+    differs: tuple[bool, ...]  # per position: base and source have different tokens or positions
     reads: tuple[int, ...]  # positions whose logits a metric reads, ascending
     spans: Mapping[str, tuple[int, int]]  # label -> [first, past-last) position
     n_forced: int = 0  # answer tokens after the prompt
+    alone: tuple[int, ...] = ()  # positions without a value to patch in
 
     @property
     def length(self) -> int:

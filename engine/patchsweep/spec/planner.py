@@ -76,6 +76,7 @@ def _places(
 ) -> Places:
     """Return all places of the sweep, and at which of them patches are dead."""
     spans = _spans(positions, pairs)
+    _leave_out_alone(spans, positions, pairs)
     # positions past the end of a shorter prompt are no places
     pair, pos = np.nonzero(spans[..., 0] < spans[..., 1])
     first, stop = spans[pair, pos].T
@@ -113,6 +114,28 @@ def _spans(positions: Sequence[int | str | None], pairs: Sequence[PairShape]) ->
         first = np.where(inside, first, 0)
         return np.stack([first, first + inside], axis=-1)
     return np.array([[span_of(position, pair) for position in positions] for pair in pairs])
+
+
+def _leave_out_alone(
+    spans: Ints, positions: Sequence[int | str | None], pairs: Sequence[PairShape]
+) -> None:
+    """Empty the spans of single positions to which no position of the source prompt corresponds.
+
+    Raises:
+        PlanError: a longer span holds such a position, or all positions are such.
+    """
+    for i, pair in enumerate(pairs):
+        for alone in pair.alone:
+            inside = (spans[i, :, 0] <= alone) & (alone < spans[i, :, 1])
+            for j in np.flatnonzero(inside).tolist():
+                if not isinstance(positions[j], int):
+                    name = "'all'" if positions[j] is None else repr(positions[j])
+                    raise PlanError(
+                        f"positions={name} covers position {alone} of pair {i}, to which no "
+                        "position of the source prompt corresponds; patch single positions, or "
+                        "use the other direction, whose base prompt is the shorter one"
+                    )
+                spans[i, j] = 0
 
 
 def span_of(position: int | str | None, pair: PairShape) -> tuple[int, int]:

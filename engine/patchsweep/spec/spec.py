@@ -8,10 +8,9 @@ Nothing here runs a model.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
@@ -37,10 +36,13 @@ from patchsweep.spec.directions import check_directions
 from patchsweep.spec.interventions import (
     Direction,
     Intervention,
+    Mean,
     ValueFn,
     check_constant,
     check_labels,
     get_intervention,
+    sees_source,
+    shuffles,
 )
 from patchsweep.spec.metrics import Metric, MetricLike, check_rows, get_metrics, metrics_at
 from patchsweep.spec.plan import Axes, ModelShape, PairShape, SitePlan
@@ -50,11 +52,6 @@ from patchsweep.spec.sites import Site, get_sites
 
 Sets = int | Sequence[int | Sequence[int]]
 Positions = int | Sequence[int | str] | Literal["all", "labels", "end"] | None
-# Tokens of live patches in one shard: enough to fill one packed batch on a GPU (GPU_TOKENS in
-# runners.packed.budget) or four on a CPU; no more, so that a killed run loses little.
-UNIT_TOKENS = 16_384
-
-
 Precision = Literal["model", "bf16"]
 
 
@@ -153,19 +150,26 @@ class Experiment:
 
 
 def make_experiment(
-    model: TransformerBridge, pairs: PromptPairs, spec: SweepSpec, sites: Sequence[Site]
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    spec: SweepSpec,
+    sites: Sequence[Site],
+    *,
+    aligned: bool = False,
 ) -> Experiment:
     """Check `spec` against a model and its pairs, and resolve metrics, intervention and direction.
 
-    `sites` are the sites whose means the intervention may take.
+    `sites` are the sites whose means the intervention may take. `aligned`: see `check_pairs`.
 
     Raises:
         PatchsweepError: an argument breaks a rule; the text says which, and what to do.
     """
     model_shape(model)
-    check_pairs(model, pairs)
+    check_pairs(model, pairs, aligned=aligned)
     metrics = metrics_at([len(pair.answer) for pair in pairs], spec.metrics, spec.per_token)
     intervention = with_reference(get_intervention(spec.intervention), spec.means_from, model)
+    if any(pair.aligned for pair in pairs):
+        check_aligned(sites, intervention)
     if spec.means_from is None:
         check_labels(intervention, [pair.labels for pair in pairs])
     check_means(intervention, pairs, sites)
@@ -203,18 +207,24 @@ class Request(Experiment):
         return tuple(plan.site for plan in self.plans)
 
 
-def make_request(model: TransformerBridge, pairs: PromptPairs, spec: SweepSpec) -> Request:
+def make_request(
+    model: TransformerBridge, pairs: PromptPairs, spec: SweepSpec, *, aligned: bool = False
+) -> Request:
     """Check `spec` against a model and its pairs, and plan each site.
+
+    `aligned`: see `check_pairs`.
 
     Raises:
         PatchsweepError: an argument breaks a rule; the text says which, and what to do.
     """
     sites = get_sites(spec.sites)
-    experiment = make_experiment(model, pairs, spec, sites)
+    experiment = make_experiment(model, pairs, spec, sites, aligned=aligned)
     shape = model_shape(model)
     check_each_row(model)
     dtype = compute_dtype_of(model, spec.compute_dtype)
     pair_shapes = [pair_shape(pair, experiment.direction, spec.read) for pair in pairs]
+    if not sees_source(experiment.intervention):
+        pair_shapes = [replace(pair, alone=()) for pair in pair_shapes]
     lengths = {pair.length for pair in pair_shapes}
     for site in sites:
         shapes = [found for length in lengths if (found := shape.values(site, length))]
@@ -233,6 +243,25 @@ def make_request(model: TransformerBridge, pairs: PromptPairs, spec: SweepSpec) 
         noisy=dtype in SIXTEEN_BITS or first_packed(model) is not None,
         source_of=sources_of(pairs, [experiment.intervention]),
     )
+
+
+def check_aligned(sites: Sequence[Site], intervention: Intervention) -> None:
+    """Raise unless source values may be moved to other positions of the base prompt.
+
+    Raises:
+        PlanError: they hold positions themselves, or come from other prompts than the pair's own.
+    """
+    if isinstance(intervention, Mean) or shuffles(intervention):
+        raise PlanError(
+            f"intervention={intervention.name} takes values from other prompts of the same length, "
+            "and a pair has prompts of unequal lengths; use resample or zero"
+        )
+    held = [site.name for site in sites if site.in_attention]
+    if held and sees_source(intervention):
+        raise PlanError(
+            f"site {held[0]} holds the positions of its prompt, and a pair has prompts of unequal "
+            "lengths, whose positions are shifted; use q, k, v or z"
+        )
 
 
 def _refuse_unused(spec: SweepSpec, sites: Sequence[Site]) -> None:
@@ -274,8 +303,10 @@ def _plan(
     return plan_site(site, axes, shape, pair_shapes, resample=resample)
 
 
-def check_pairs(model: TransformerBridge, pairs: PromptPairs) -> None:
+def check_pairs(model: TransformerBridge, pairs: PromptPairs, *, aligned: bool = False) -> None:
     """Raise unless `pairs` are prompt pairs that `model` can read.
+
+    `aligned`: a pair's prompts may have unequal lengths, see `patchsweep.data.alignment`.
 
     Raises:
         PromptError: `pairs` is no PromptPairs; a pair is longer than the context, holds a token
@@ -288,11 +319,13 @@ def check_pairs(model: TransformerBridge, pairs: PromptPairs) -> None:
         )
     n_ctx, d_vocab = context_size(model), int(model.cfg.d_vocab)
     for number, pair in enumerate(pairs):
-        length = len(pair) + len(pair.answer) - 1  # all tokens of an answer but the last are read
-        if len(pair.corrupted) != len(pair):
+        # all tokens of an answer but the last are read
+        length = max(len(pair.clean), len(pair.corrupted)) + len(pair.answer) - 1
+        if pair.aligned and not aligned:
             raise PromptError(
-                f"pair {number}: the prompts have {len(pair)} and {len(pair.corrupted)} tokens; "
-                "both must have as many"
+                f"pair {number}: the prompts have {len(pair)} and {len(pair.corrupted)} tokens, "
+                "and this analysis compares them token by token; use pairs of prompts of equal "
+                "length (sweep, plan and run_patches take aligned ones)"
             )
         if len(pair.answer) != len(pair.wrong_answer) or not pair.answer:
             raise PromptError(
@@ -390,56 +423,3 @@ def model_shape(model: TransformerBridge) -> ModelShape:
         d_vocab=int(cfg.d_vocab),
         block_parameters=n_parameters(block),
     )
-
-
-def blocks_of(plans: Sequence[SitePlan]) -> dict[str, tuple[int, int]]:
-    """Return, per site, how many pairs and how many layer sets one shard has.
-
-    The sizes follow from the plans alone, so that every machine divides a run in the same way. All
-    sites divide the pairs in the same way: then a pair's unpatched runs share a batch with the same
-    other pairs in every shard, and have the same bits whichever shard comes first.
-    """
-    blocks = {plan.site.name: _blocks_of(plan) for plan in plans}
-    n_pairs = min(pairs for pairs, _ in blocks.values())
-    return {name: (n_pairs, layers) for name, (_, layers) in blocks.items()}
-
-
-def site_groups_of(plans: Sequence[SitePlan]) -> dict[str, int]:
-    """Return, per site, the number of its site group; the sites of a group share packed batches.
-
-    Sites with small shards are grouped. Alone, their first and last blocks would hold a few hundred
-    tokens, too few for the full speed of a matrix product. Like the shards, site groups follow
-    from the plans alone.
-    """
-    blocks = blocks_of(plans)
-    group_of: dict[str, int] = {}
-    sizes: list[float] = []  # tokens of each site group
-    for plan in sorted(plans, key=lambda plan: plan.site.name):  # independent of the user's order
-        n_pairs, n_layers = blocks[plan.site.name]
-        all_layers = n_layers == plan.shape[1]
-        tokens = _tokens_per_pair(plan) * n_pairs if all_layers else np.inf
-        room = (i for i, size in enumerate(sizes) if size + tokens <= UNIT_TOKENS)
-        number = next(room, len(sizes))
-        if number == len(sizes):
-            sizes.append(0.0)
-        sizes[number] += tokens
-        group_of[plan.site.name] = number
-    return group_of
-
-
-def _tokens_per_pair(plan: SitePlan) -> float:
-    return max(1, int(plan.live_by_layer()[1].sum())) / plan.shape[0]
-
-
-def _blocks_of(plan: SitePlan) -> tuple[int, int]:
-    n_pairs, n_layers = plan.shape[:2]
-    per_pair = _tokens_per_pair(plan)
-    if per_pair <= UNIT_TOKENS:
-        return min(n_pairs, max(1, int(UNIT_TOKENS // per_pair))), n_layers
-    n_blocks = min(n_layers, -(-int(per_pair) // UNIT_TOKENS))
-    return 1, -(-n_layers // n_blocks)
-
-
-def bytes_of(request: Request) -> int:
-    """Return the bytes of the float32 values that the sweep writes."""
-    return 4 * len(request.metrics) * sum(int(np.prod(plan.shape)) for plan in request.plans)

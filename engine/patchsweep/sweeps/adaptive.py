@@ -35,7 +35,8 @@ from patchsweep.spec.finite import check_cells
 from patchsweep.spec.interventions import Intervention
 from patchsweep.spec.metrics import Metric
 from patchsweep.spec.plan import PatchSet, SitePlan
-from patchsweep.spec.spec import Request, blocks_of, site_groups_of
+from patchsweep.spec.shards import blocks_of, site_groups_of
+from patchsweep.spec.spec import Request
 from patchsweep.store.layout import Unit, Variable
 from patchsweep.sweeps.calibration import Part, calibrate, n_each, sampled_pairs
 from patchsweep.sweeps.exact import Block, Captured, Captures, references_of

@@ -179,8 +179,11 @@ def sweep(
         tolerance=tolerance,
         per_token=per_token,
     )
-    requests = requests_of(model, pairs, intervention, spec) if several else None
-    request = next(iter(requests.values())) if requests else make_request(model, pairs, spec)
+    if several:
+        requests = requests_of(model, pairs, intervention, spec)
+    else:
+        requests = {"": make_request(model, pairs, spec, aligned=True)}
+    request = next(iter(requests.values()))
     work_slice = Slice(slice_index, n_slices)
     method_spec = _check_settings(request, store, n_slices, runner, max_tokens, cache_budget)
     check_config(config)
@@ -188,7 +191,7 @@ def sweep(
     recheck = spec.precision == "bf16"
     if store is None and n_slices > 1:
         raise ConfigError(f"n_slices={n_slices} needs a store, where the slices meet; give one")
-    if requests is not None:
+    if several:
         stored = check_stored(requests, store, storage_options)
         begun = _recorded_choice(stored, runner, max_tokens)
         most = max_tokens if begun is None else begun.runner.max_tokens  # type: ignore[attr-defined]
@@ -354,7 +357,7 @@ def plan(
     bound.apply_defaults()
     arguments = bound.arguments
     spec = as_spec(sites, **{name: arguments[name] for name in SPEC_FIELDS if name != "sites"})
-    request = make_request(model, pairs, spec)
+    request = make_request(model, pairs, spec, aligned=True)
     work_slice = Slice(arguments["slice_index"], arguments["n_slices"])
     names = ("store", "n_slices", "runner", "max_tokens", "cache_budget")
     method_spec = _check_settings(request, *(arguments[name] for name in names))

@@ -24,7 +24,8 @@ from patchsweep.runners.select import RunnerChoice
 from patchsweep.spec.finite import check_cells
 from patchsweep.spec.metrics import Metric
 from patchsweep.spec.plan import Ints, PatchSet, SitePlan
-from patchsweep.spec.spec import Request, blocks_of
+from patchsweep.spec.shards import blocks_of
+from patchsweep.spec.spec import Request
 from patchsweep.store.layout import Unit, Variable
 from patchsweep.sweeps.exact import Block, Captured, Captures, ExactWork
 from patchsweep.sweeps.executor import Values

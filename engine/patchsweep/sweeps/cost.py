@@ -16,7 +16,8 @@ from patchsweep.models.compute import name_of, sentence
 from patchsweep.models.offload import device_of
 from patchsweep.runners.packed.budget import default_cache, default_max_tokens
 from patchsweep.spec.plan import SitePlan
-from patchsweep.spec.spec import Request, blocks_of, bytes_of, site_groups_of
+from patchsweep.spec.shards import blocks_of, bytes_of, site_groups_of
+from patchsweep.spec.spec import Request
 from patchsweep.sweeps.bf16 import recheck_cost, recheck_variables
 from patchsweep.sweeps.methods import EXACT, MethodSpec
 from patchsweep.sweeps.noise import null_cost

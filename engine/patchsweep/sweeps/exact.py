@@ -17,7 +17,8 @@ from patchsweep.spec.batch import Batch
 from patchsweep.spec.finite import check_cells, check_references
 from patchsweep.spec.metrics import Metric
 from patchsweep.spec.plan import Ints, PatchSet, SitePlan
-from patchsweep.spec.spec import Request, site_groups_of
+from patchsweep.spec.shards import site_groups_of
+from patchsweep.spec.spec import Request
 from patchsweep.store.layout import Unit
 from patchsweep.sweeps.executor import Values
 from patchsweep.sweeps.layout import shape_of

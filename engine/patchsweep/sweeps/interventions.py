@@ -74,7 +74,7 @@ def requests_of(
             "one by one"
         )
     requests = {
-        name: make_request(model, pairs, replace(spec, intervention=given))
+        name: make_request(model, pairs, replace(spec, intervention=given), aligned=True)
         for name, given in named.items()
     }
     directions = {request.direction for request in requests.values()}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,16 +26,23 @@ from patchsweep.spec.interventions import (
     Direction,
     Intervention,
     Reader,
+    sees_source,
     shuffles,
     takes_source,
 )
 from patchsweep.spec.joint import WHOLE, JointPlan, Writes, overlap, plan_joint
 from patchsweep.spec.metrics import Metric, MetricLike, get_metrics
-from patchsweep.spec.plan import Axes, Ints, ModelShape, SitePlan
-from patchsweep.spec.planner import plan_site
+from patchsweep.spec.plan import Axes, Ints, ModelShape, PairShape, SitePlan
+from patchsweep.spec.planner import plan_site, span_of
 from patchsweep.spec.reference import MeansFrom
 from patchsweep.spec.sites import Site
-from patchsweep.spec.spec import check_direction, check_metrics, check_pairs, model_shape
+from patchsweep.spec.spec import (
+    check_aligned,
+    check_direction,
+    check_metrics,
+    check_pairs,
+    model_shape,
+)
 from patchsweep.sweeps.executor import Values
 from patchsweep.sweeps.patches import CheckedPatch, Patch, PatchChecks, listed
 
@@ -55,6 +63,11 @@ class JointRequest:
     shape: ModelShape
     compute_dtype: torch.dtype
     source_of: Mapping[int, int] | None  # of shuffle: pair -> pair that its source is from
+
+    @cached_property
+    def shapes(self) -> tuple[PairShape, ...]:
+        """The facts about each pair that say where its patches lie."""
+        return tuple(pair_shape(pair, self.direction, self.read) for pair in self.pairs)
 
     def batches(self, numbers: Sequence[int]) -> list[Batch]:
         """Return the pairs `numbers` as batches, one per length."""
@@ -113,7 +126,7 @@ class JointRequest:
             self.sites,
             self.shape.n_layers,
             batch.reads,
-            (batch.base != batch.source).cpu().numpy(),
+            batch.differs.cpu().numpy(),
             pair,
             writes.at(keep),
             np.array([x.from_source for x in self.interventions], bool),
@@ -122,15 +135,16 @@ class JointRequest:
 
     def _columns(self, patch: CheckedPatch, batch: Batch, local: int) -> tuple[Ints, ...]:
         """Return site, layer, pos, unit and value of the single writes of a patch."""
-        spans = batch.spans[local]
-        pos: set[int] = set()
-        for place in (None,) if patch.positions is None else patch.positions:
-            if place is None:
-                pos.update(range(batch.length))
-            elif isinstance(place, str):
-                pos.update(range(*spans[place]))
-            else:
-                pos.add(place)
+        pair = self.shapes[batch.pairs[local]]
+        places = (None,) if patch.positions is None else patch.positions
+        pos = {p for place in places for p in range(*span_of(place, pair))}
+        alone = pos.intersection(pair.alone)
+        if alone and sees_source(self.interventions[patch.value]):
+            raise PlanError(
+                f"a patch of {self.sites[patch.site].name} covers position {min(alone)} of pair "
+                f"{batch.pairs[local]}, to which no position of the source prompt corresponds; "
+                "choose other positions, or the other direction, whose base prompt is shorter"
+            )
         units = (WHOLE,) if patch.units is None else patch.units
         grid = np.meshgrid(patch.layers, sorted(pos), units, indexing="ij")
         layer, at, unit = (x.ravel().astype(np.int64) for x in grid)
@@ -165,7 +179,7 @@ def joint_request(
         PatchsweepError: an argument breaks a rule; the text says which, and what to do.
     """
     shape = model_shape(model)
-    check_pairs(model, pairs)
+    check_pairs(model, pairs, aligned=True)
     check_each_row(model)
     chosen_metrics = get_metrics(metrics)
     check_metrics(model, pairs, chosen_metrics)
@@ -176,6 +190,9 @@ def joint_request(
     if not sets:
         raise PlanError("patches is empty; give at least one Patch, or one list of them")
     interventions = tuple(checking.interventions)
+    if any(pair.aligned for pair in pairs):
+        for name, value in checking.used:
+            check_aligned([checking.sites[name]], interventions[value])
     chosen = _direction(interventions, direction)
     for pair in pairs:
         pair_shape(pair, chosen, read)
@@ -342,5 +359,5 @@ def _test_plan(request: JointRequest, site: Site) -> SitePlan:
     """Return a plan of `site` for the self-test: one patch over all layers at once."""
     layers = range(request.shape.n_layers) if site.layered else range(1)
     together = tuple((i,) for i in layers) if site.is_pattern else (tuple(layers),)
-    pairs = [pair_shape(pair, request.direction, request.read) for pair in request.pairs]
+    pairs = [replace(pair, alone=()) for pair in request.shapes]
     return plan_site(site, Axes(together, None, None), request.shape, pairs)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.arguments import check_config
+from patchsweep.data.alignment import END, NONE, partners
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.runners.select import RunnerChoice
 from patchsweep.spec.batch import base_and_source, pair_shape
@@ -19,7 +20,8 @@ from patchsweep.spec.metrics import Metric
 from patchsweep.spec.plan import SitePlan
 from patchsweep.spec.planner import span_of
 from patchsweep.spec.reference import means_attrs
-from patchsweep.spec.spec import Request, blocks_of
+from patchsweep.spec.shards import blocks_of
+from patchsweep.spec.spec import Request
 from patchsweep.store.attributes import flat_attributes
 from patchsweep.store.difference import IDENTITY, ORIGIN
 from patchsweep.store.layout import Layout, Unit, Variable
@@ -69,6 +71,7 @@ def make_layout(
             "direction": request.direction,
             "intervention": request.intervention.name,
             **means_attrs(request.intervention, request.pairs, request.sites),
+            **({"align": END} if any(pair.aligned for pair in request.pairs) else {}),
             "precision": precision,
             **_origin(request.pairs),
             IDENTITY: identity,
@@ -232,16 +235,20 @@ def _coords(request: Request) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
 
 
 def _token_strings(request: Request) -> list[tuple[list[str], list[str]]]:
-    """Return the token strings of base and source per pair, with forced answer tokens."""
+    """Return the token strings of base and source per pair, with forced answer tokens.
+
+    Those of the source run are at the positions of the base run that they correspond to.
+    """
     tokenizer = request.bridge.tokenizer
-    strings = []
+    strings: list[tuple[list[str], list[str]]] = []
     for pair in request.pairs:
         ids = base_and_source(pair, request.direction)
         known = dict(
             zip(pair.clean + pair.corrupted, pair.clean_tokens + pair.corrupted_tokens, strict=True)
         )
-        strings.append(tuple([known.get(i) or tokenizer.decode([i]) for i in run] for run in ids))
-    return strings  # type: ignore[return-value]
+        base, source = ([known.get(i) or tokenizer.decode([i]) for i in run] for run in ids)
+        strings.append((base, ["" if p == NONE else source[p] for p in partners(*ids)]))
+    return strings
 
 
 def _labels(sets: Sequence[tuple[int, ...]]) -> np.ndarray:

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from patchsweep.results.rounding import NOISE
 from patchsweep.spec.plan import Ints, PatchSet, SitePlan
-from patchsweep.spec.spec import Request, blocks_of
+from patchsweep.spec.shards import blocks_of
+from patchsweep.spec.spec import Request
 from patchsweep.store.layout import Variable
 
 N_NULL = 32  # identity patches of each site and pair

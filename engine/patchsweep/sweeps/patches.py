@@ -24,6 +24,7 @@ from patchsweep.spec.interventions import (
     get_intervention,
 )
 from patchsweep.spec.plan import ModelShape
+from patchsweep.spec.planner import END
 from patchsweep.spec.reference import MeansFrom, check_means, means_attrs, with_reference
 from patchsweep.spec.sites import Site, get_sites
 from patchsweep.sweeps.identity import intervention_words
@@ -35,7 +36,8 @@ class Patch:
 
     site: str  # such as z or mlp_out, see `patchsweep.spec.sites`
     layer: int | Sequence[int] | None = None  # several: all at once; None: a site without layers
-    # a position, a label of the pairs, several of them at once, or "all"
+    # a position (negative: from the prompt's end), a label of the pairs or "end", several of them
+    # at once, or "all"
     pos: int | str | Sequence[int | str] = "all"
     head: int | Sequence[int] | None = None  # head, key head, or neuron of mlp_post; None: all
     intervention: str | Intervention | float | Tensor | ValueFn = "resample"
@@ -100,7 +102,10 @@ class PatchChecks:
         self._kept: list[Any] = []  # keeps what `_values` and `_patches` name by id alive
         self._patches: dict[int, CheckedPatch] = {}
         self._labels = set.intersection(*(set(pair.labels) for pair in pairs))
-        self._shortest = min(len(pair) + len(pair.answer) - 1 for pair in pairs)
+        # tokens of the shortest prompt, and with the answer tokens that follow it
+        lengths = [(min(len(pair.clean), len(pair.corrupted)), len(pair.answer)) for pair in pairs]
+        self._prompt = min(prompt for prompt, _ in lengths)
+        self._shortest = min(prompt + answer - 1 for prompt, answer in lengths)
 
     def patch_set(self, number: int, given: Any) -> tuple[CheckedPatch, ...]:
         """Return one set of patches, checked."""
@@ -160,14 +165,14 @@ class PatchChecks:
         if not places:
             raise PlanError("pos is empty; choose at least one, or 'all'")
         for place in places:
-            if isinstance(place, str) and place not in self._labels:
+            if isinstance(place, str) and place not in (END, *self._labels):
                 known = ", ".join(sorted(self._labels))
                 remedy = f"use one of {known}" if known else "use positions, or label the pairs"
                 raise PlanError(f"pos={place!r} is no label that every pair carries; {remedy}")
-            if not isinstance(place, str) and not 0 <= place < self._shortest:
+            if isinstance(place, int) and not -self._prompt <= place < self._shortest:
                 raise PlanError(
                     f"pos={place} is no position of the shortest prompt; use "
-                    f"0..{self._shortest - 1}, or a label"
+                    f"{-self._prompt}..{self._shortest - 1}, or a label"
                 )
         return places
 

@@ -43,7 +43,7 @@ def sample_exact(
         PatchsweepError: an argument breaks a rule; nothing has run then.
     """
     spec = as_spec(sites, metrics=metrics, **selection)
-    return draw(make_request(model, pairs, spec), n, seed, runner, max_tokens)
+    return draw(make_request(model, pairs, spec, aligned=True), n, seed, runner, max_tokens)
 
 
 def draw(

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from patchsweep.errors import ConfigError
 from patchsweep.runners.select import RunnerChoice
 from patchsweep.spec.plan import PatchSet, SitePlan
-from patchsweep.spec.spec import Request, blocks_of, site_groups_of
+from patchsweep.spec.shards import blocks_of, site_groups_of
+from patchsweep.spec.spec import Request
 from patchsweep.sweeps.adaptive import Adaptive
 from patchsweep.sweeps.calibration import sampled_pairs
 from patchsweep.sweeps.exact import Captured

@@ -87,9 +87,9 @@ class Subsets:
             sites=[site],
             on_attention=keep,
         )
-        source = gradient_model.activations(batch.source, batch.reads, [site])
+        source = gradient_model.activations(batch.source, batch.source_reads, [site])
         patch_values = [
-            values_of(self.request.intervention, site, layer, b, s, batch.spans)
+            values_of(self.request.intervention, site, layer, b, batch.at_base(s), batch.spans)
             for layer, (b, s) in enumerate(zip(base, source.sites[site.name], strict=True))
         ]
         return BaseRun(patch_values, keys, values, logits, source.logits)

@@ -10,7 +10,8 @@ from torch import nn
 
 from patchsweep.forward.unwrapped import Unsupported, UnwrappedModel
 from patchsweep.models.offload import device_of, is_offloaded, is_tied, main_device, place_of
-from patchsweep.spec.spec import Request, blocks_of
+from patchsweep.spec.shards import blocks_of
+from patchsweep.spec.spec import Request
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,9 @@ def _place(request: Request, name: str) -> str:
 
 
 def count_captures(request: Request) -> int:
-    """Count the passes over unpatched prompts: one per prompt length and block of pairs."""
+    """Count the passes over unpatched prompts: one per length of the prompts and block of pairs."""
     n_pairs = min(pairs for pairs, _ in blocks_of(request.plans).values())
-    lengths = [(len(pair.clean), len(pair.answer)) for pair in request.pairs]
+    lengths = [(len(p.clean), len(p.corrupted), len(p.answer)) for p in request.pairs]
     return sum(
         len(set(lengths[first : first + n_pairs])) for first in range(0, len(lengths), n_pairs)
     )

@@ -175,7 +175,10 @@ def last_logits(
     """
     logits: dict[int, Tensor] = {}
     device = device_of(model)
-    for group in pairs.by_length().values():
+    groups: dict[int, list[int]] = {}
+    for index, pair in enumerate(pairs):
+        groups.setdefault(len(getattr(pair, side)), []).append(index)
+    for group in groups.values():
         for begin in range(0, len(group), _ROWS):
             chunk = group[begin : begin + _ROWS]
             prompts: list[PromptPair] = [pairs[index] for index in chunk]

@@ -305,6 +305,7 @@ class RunConfig:
             multi_token=getattr(self.task, "multi_token", False),
             prepend_bos=getattr(self.task, "prepend_bos", None),
             template=getattr(self.task, "template", None),
+            align=getattr(self.task, "align", None),
             columns=getattr(self.task, "columns", {}),
         )
         return read.load(model)
@@ -316,7 +317,7 @@ class RunConfig:
             del kept[group][key]
         if self.tolerance is None:  # as in the stores of versions without it
             del kept["tolerance"]
-        for key in ("template", "columns"):
+        for key in ("template", "columns", "align"):
             if not kept["task"].get(key):
                 kept["task"].pop(key, None)
         if self.model.device is not None:  # cuda, whichever of the GPUs it is
@@ -423,4 +424,4 @@ def request_of(config: RunConfig) -> Request:
     """Load the model and pairs of a run and return its request."""
     model = config.model.load()
     pairs = config.task.load(model)
-    return make_request(model, pairs, config.spec(model))
+    return make_request(model, pairs, config.spec(model), aligned=True)

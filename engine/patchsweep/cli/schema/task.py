@@ -46,6 +46,7 @@ class FileTask(TaskConfig):
     multi_token: bool = False  # answers may have several tokens
     prepend_bos: bool | None = None  # start token: null: unless a prompt begins with it
     template: str | None = None  # chat: prompts are messages for the tokenizer's chat template
+    align: str | None = None  # end: prompts of a pair may have unequal lengths
     # clean, ... to the names of the table; labels: {subject: who} finds a label by its column
     columns: dict[str, Any] = field(default_factory=dict)
 
@@ -57,6 +58,7 @@ class FileTask(TaskConfig):
             multi_token=self.multi_token,
             prepend_bos=self.prepend_bos,
             template=self.template,
+            align=self.align,
         )
 
     def _columns(self) -> dict[str, Any]:
@@ -79,6 +81,7 @@ class TextTask(TaskConfig):
     multi_token: bool = False  # answers may have several tokens
     prepend_bos: bool | None = None  # start token: null: unless a prompt begins with it
     template: str | None = None  # chat: each prompt is a message of the user
+    align: str | None = None  # end: the prompts may have unequal lengths
 
     def load(self, model: TransformerBridge) -> PromptPairs:
         record = PromptRecord(self.clean, self.corrupted, self.answer, self.wrong_answer)
@@ -88,4 +91,5 @@ class TextTask(TaskConfig):
             multi_token=self.multi_token,
             prepend_bos=self.prepend_bos,
             template=self.template,
+            align=self.align,
         )

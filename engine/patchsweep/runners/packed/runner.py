@@ -129,17 +129,23 @@ class PackedRunner:
         """
         n = len(batch.base)
         more = [point for point in keep if point.site.name not in self.points]
-        both = capture(
-            self.unwrapped,
-            torch.cat([batch.base, batch.source]),
-            [*self.points.values(), *more],
-            ActivationStore(self.budget),
-        )
-        base, source = both.half(slice(0, n)), both.half(slice(n, 2 * n))
+        together = batch.partner is None  # else the prompts have unequal lengths
+        runs = [
+            capture(
+                self.unwrapped, tokens, [*self.points.values(), *more], ActivationStore(self.budget)
+            )
+            for tokens in (
+                [torch.cat([batch.base, batch.source])] if together else [batch.base, batch.source]
+            )
+        ]
+        base, source = runs[0].half(slice(0, n)), runs[-1].half(slice(-n, None))
         # blocks only add to the stream, so a value that is not finite would stay in it
-        if not bool(torch.isfinite(both.resid[-1]).all()):
+        if not all(bool(torch.isfinite(run.resid[-1]).all()) for run in runs):
             _check_finite(base, "base", batch)
             _check_finite(source, "source", batch)
+        source_resid = _at(source.resid[-1], batch.source_reads).to(base.devices[-1])
+        if not together:
+            source = source.moved(batch.at_base)
         return Loaded(
             batch=batch,
             base=base,
@@ -149,7 +155,7 @@ class PackedRunner:
                 for name, point in self.points.items()
             },
             base_resid=_at(base.resid[-1], batch.reads).to(base.devices[-1]),
-            source_resid=_at(source.resid[-1], batch.reads).to(base.devices[-1]),
+            source_resid=source_resid,
             targets=self.unembed.checked(
                 torch.stack([batch.answer, batch.wrong], dim=-1).to(base.devices[-1])
             ),
