@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -15,6 +15,7 @@ from patchsweep.models.arriving import Arriving
 from patchsweep.runners.base import Loader, Runner, start_together
 from patchsweep.spec.batch import Batch
 from patchsweep.spec.finite import check_cells, check_references
+from patchsweep.spec.interventions import Intervention
 from patchsweep.spec.metrics import Metric
 from patchsweep.spec.plan import Ints, PatchSet, SitePlan
 from patchsweep.spec.shards import site_groups_of
@@ -24,16 +25,18 @@ from patchsweep.sweeps.executor import Values
 from patchsweep.sweeps.layout import shape_of
 from patchsweep.sweeps.noise import Floor, identity_patches, site_of
 
+Load = Callable[[Batch, Intervention], Any]
+
 
 class ExactWork:
     """Fills `<site>` with the raw patched metric and, in runs with 16 bits or quantised weights,
     `<site>_noise` with the noise floor (see `noise`)."""
 
-    def __init__(self, request: Request, runner: Runner) -> None:
+    def __init__(self, request: Request, runner: Runner, load: Load | None = None) -> None:
         self.request, self.runner = request, runner
         self.plans = {plan.site.name: plan for plan in request.plans}
         self.site_groups = site_groups_of(request.plans)
-        self.captures = Captures(request, runner)
+        self.captures = Captures(request, runner, load)
 
     def __contains__(self, variable: str) -> bool:
         return site_of(variable) in self.plans
@@ -145,10 +148,14 @@ OneLoader = TypeVar("OneLoader", bound=Loader)
 
 
 class Captures(Generic[OneLoader]):
-    """Captured batches, kept only for the pairs of the last call: shards come in order of pairs."""
+    """Captured batches, kept only for the pairs of the last call: shards come in order of pairs.
 
-    def __init__(self, request: Request, runner: OneLoader) -> None:
+    `load` captures a batch; default: the runner's.
+    """
+
+    def __init__(self, request: Request, runner: OneLoader, load: Load | None = None) -> None:
         self.request, self.runner = request, runner
+        self._load = load or runner.load
         self._pairs, self._batches = range(0), list[Batch]()
         self._kept: dict[tuple[int, ...], Captured] = {}
 
@@ -161,7 +168,7 @@ class Captures(Generic[OneLoader]):
         self._kept = {key: kept for key, kept in self._kept.items() if key in present}
         for batch in self._batches:
             if batch.pairs not in self._kept:
-                loaded = self.runner.load(batch, request.intervention)
+                loaded = self._load(batch, request.intervention)
                 references = self.runner.references(loaded, request.metrics)
                 base, source = torch.stack(references).cpu().numpy()
                 check_references(base, source, batch.pairs, request.metrics)

@@ -11,20 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Float
-from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import ConfigError
 from patchsweep.models.arriving import Arriving
-from patchsweep.runners.base import Runner, start_together
+from patchsweep.runners.base import Runner
 from patchsweep.runners.packed.runner import Loaded, PackedRunner
 from patchsweep.runners.select import RunnerChoice, RunnerName
 from patchsweep.spec.batch import Batch
 from patchsweep.spec.interventions import Intervention
-from patchsweep.spec.metrics import Metric
-from patchsweep.spec.plan import PatchSet
 from patchsweep.spec.spec import Request, SweepSpec, make_request
 from patchsweep.store.difference import IDENTITY
 from patchsweep.store.journal import Journal
@@ -159,8 +155,8 @@ class InterventionsWork:
     """Fills `<site>` for all interventions; a shard holds all of them."""
 
     def __init__(self, requests: Mapping[str, Request], runner: Runner) -> None:
-        shared = SharedCaptures(runner)
-        self.works = [ExactWork(request, shared) for request in requests.values()]
+        load = SharedLoads(runner)
+        self.works = [ExactWork(request, runner, load) for request in requests.values()]
 
     def __contains__(self, variable: str) -> bool:
         return variable in self.works[0]
@@ -199,16 +195,15 @@ class InterventionsWork:
         return self.works[0].references(unit)
 
 
-class SharedCaptures:
-    """A runner whose loaded batches share their captured runs among interventions."""
+class SharedLoads:
+    """Loads batches for several interventions, which share the captured runs."""
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
-        self.name, self.joins = runner.name, runner.joins
         self._last: tuple[Batch, Loaded] | None = None
 
-    def load(self, batch: Batch, intervention: Intervention) -> Any:
-        """See `Runner`; the packed runner's last captured batch is used again."""
+    def __call__(self, batch: Batch, intervention: Intervention) -> Any:
+        """See `Runner.load`; the packed runner's last captured batch is used again."""
         runner = self.runner
         if not isinstance(runner, PackedRunner):
             return runner.load(batch, intervention)
@@ -222,42 +217,6 @@ class SharedCaptures:
         loaded = runner.load(batch, intervention)
         self._last = (batch, loaded)
         return loaded
-
-    def references(
-        self, loaded: Any, metrics: Sequence[Metric]
-    ) -> tuple[Float[Tensor, "metric pair"], Float[Tensor, "metric pair"]]:
-        """See `Runner`."""
-        return self.runner.references(loaded, metrics)
-
-    def activations(self, tokens: Tensor) -> Mapping[str, Sequence[Tensor]]:
-        """See `Runner`."""
-        return self.runner.activations(tokens)
-
-    def run(
-        self, loaded: Any, plan: Any, patches: Any, metrics: Sequence[Metric]
-    ) -> Float[Tensor, "metric patch"]:
-        """See `Runner`."""
-        return self.runner.run(loaded, plan, patches, metrics)
-
-    def run_together(
-        self,
-        loaded: Any,
-        sets: Sequence[PatchSet],
-        metrics: Sequence[Metric],
-        null: Sequence[PatchSet] = (),
-    ) -> list[Float[Tensor, "metric patch"]]:
-        """See `Runner`."""
-        return self.runner.run_together(loaded, sets, metrics, null)
-
-    def start_together(
-        self,
-        loaded: Any,
-        sets: Sequence[PatchSet],
-        metrics: Sequence[Metric],
-        null: Sequence[PatchSet] = (),
-    ) -> Arriving[list[Float[Tensor, "metric patch"]]]:
-        """See `StartsTogether`."""
-        return start_together(self.runner, loaded, sets, metrics, null)
 
 
 def _same_prompts(a: Batch, b: Batch) -> bool:
