@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,13 +35,12 @@ from patchsweep.spec.finite import check_cells
 from patchsweep.spec.interventions import Intervention
 from patchsweep.spec.metrics import Metric
 from patchsweep.spec.plan import PatchSet, SitePlan
-from patchsweep.spec.shards import blocks_of, site_groups_of
 from patchsweep.spec.spec import Request
 from patchsweep.store.layout import Unit, Variable
 from patchsweep.sweeps.calibration import Part, calibrate, n_each, sampled_pairs
-from patchsweep.sweeps.exact import Block, Captured, Captures, references_of
+from patchsweep.sweeps.exact import Block, Captured, Captures, SiteWork
 from patchsweep.sweeps.executor import Values
-from patchsweep.sweeps.layout import dims_of, shape_of
+from patchsweep.sweeps.layout import site_variables
 from patchsweep.sweeps.thresholds import EXACTLY, Calibration, Ran
 
 
@@ -89,26 +88,11 @@ def tolerance_of(request: Request, captured: Captured) -> Values:
 
 def adaptive_variables(request: Request) -> tuple[Variable, ...]:
     """Return the variables of an adaptive sweep besides `<site>`."""
-    blocks = blocks_of(request.plans)
     words = {
         LINEAR: "part of the effect at {} that is linear, from the base run's gradient",
         TOKEN_LAYERS: "tokens times blocks that ran for the patch at {}",
     }
-    return tuple(
-        Variable(
-            name=plan.site.name + suffix,
-            dims=dims_of(plan),
-            shape=shape_of(plan, len(request.metrics)),
-            unit=blocks[plan.site.name],
-            attrs={
-                "long_name": text.format(plan.site.name),
-                "role": suffix.removeprefix("_"),
-                "site": plan.site.name,
-            },
-        )
-        for plan in request.plans
-        for suffix, text in words.items()
-    )
+    return site_variables(request, words)
 
 
 @dataclass(eq=False)
@@ -271,47 +255,28 @@ class Adaptive:
         return PatchSet(plan, np.unique(np.concatenate([largest, random])))
 
 
-class AdaptiveWork:
+class AdaptiveWork(SiteWork):
     """Fills `<site>`, `<site>_linear` and `<site>_token_layers`."""
 
-    def __init__(self, adaptive: Adaptive, calibration: Calibration) -> None:
-        self.adaptive, self.calibration = adaptive, calibration
-        request = self.request = adaptive.request
-        self.plans = {plan.site.name: plan for plan in request.plans}
-        self.site_groups = site_groups_of(request.plans)
+    suffixes = (LINEAR, TOKEN_LAYERS)
 
-    def __contains__(self, variable: str) -> bool:
-        return site_of(variable) in self.plans
+    def __init__(self, adaptive: Adaptive, calibration: Calibration) -> None:
+        super().__init__(adaptive.request, adaptive.captures)
+        self.adaptive, self.calibration = adaptive, calibration
 
     def cost(self, unit: Unit) -> int:
         """See `Work`: the exact sweep's token-layers, times the sample's share."""
-        if unit.variable not in self.plans:
-            return 0
-        total = self.plans[unit.variable].totals(unit.pairs, unit.layers).token_layers
-        return math.ceil(total * self.calibration.samples[unit.variable].share)
-
-    def n_live(self, unit: Unit) -> int:
-        """See `Work`."""
-        if unit.variable not in self.plans:
-            return 0
-        return self.plans[unit.variable].totals(unit.pairs, unit.layers).n_live
-
-    def together(self, unit: Unit) -> Hashable:
-        """See `Work`: a site's variables belong to one work item."""
-        return self.site_groups[site_of(unit.variable)], unit.pair_block, unit.layer_block
-
-    def references(self, unit: Unit) -> tuple[Values, Values]:
-        """See `Work`."""
-        return references_of(self.adaptive.captures, unit, len(self.request.metrics))
+        share = self.calibration.samples[self.site_of[unit.variable]].share
+        return math.ceil(super().cost(unit) * share)
 
     def values(self, units: Sequence[Unit]) -> list[Values]:
         """See `Work`."""
         metrics, pairs = self.request.metrics, units[0].pairs
         blocks = {
-            unit.variable: Block(self.plans[site_of(unit.variable)], unit, len(metrics))
+            unit.variable: Block(self.plans[self.site_of[unit.variable]], unit, len(metrics))
             for unit in units
         }
-        for captured in self.adaptive.captures.of(pairs):
+        for captured in self.captures.of(pairs):
             live = [
                 PatchSet(self.plans[name], block.fill_dead(captured))
                 for name, block in blocks.items()
@@ -352,8 +317,3 @@ class AdaptiveWork:
             values[:, at], linear[:, at] = sample.values[:, of_sample], 0.0
             token_layers[at] = chosen.plan.cost[chosen.patches[at]]
         return [results[i] for i in range(len(live))]
-
-
-def site_of(variable: str) -> str:
-    """Return the site of a variable of an adaptive sweep."""
-    return variable.removesuffix(TOKEN_LAYERS).removesuffix(LINEAR)

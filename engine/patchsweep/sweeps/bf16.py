@@ -9,8 +9,7 @@ bf16 run). `<site>_noise` is the noise floor of the bf16 values, see `noise`.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Hashable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -27,10 +26,10 @@ from patchsweep.spec.plan import Ints, PatchSet, SitePlan
 from patchsweep.spec.shards import blocks_of
 from patchsweep.spec.spec import Request
 from patchsweep.store.layout import Unit, Variable
-from patchsweep.sweeps.exact import Block, Captured, Captures, ExactWork
+from patchsweep.sweeps.exact import Block, Captured, Captures, ExactWork, SiteWork
 from patchsweep.sweeps.executor import Values
-from patchsweep.sweeps.layout import dims_of, shape_of
-from patchsweep.sweeps.noise import Floor, identity_patches, noise_variables, null_cost, site_of
+from patchsweep.sweeps.layout import site_variables
+from patchsweep.sweeps.noise import Floor, identity_patches, noise_variables, null_cost
 
 # patches of a shard that are run again in fp32: its largest effects, and a random sample
 N_LARGEST = 24
@@ -39,24 +38,8 @@ N_SAMPLE = 8
 
 def recheck_variables(request: Request) -> tuple[Variable, ...]:
     """Return the variables of a bf16 sweep besides `<site>`."""
-    blocks = blocks_of(request.plans)
-    variables = []
-    for plan in request.plans:
-        name = plan.site.name
-        variables.append(
-            Variable(
-                name=name + BF16,
-                dims=dims_of(plan),
-                shape=shape_of(plan, len(request.metrics)),
-                unit=blocks[name],
-                attrs={
-                    "long_name": f"patched metric at {name}, by bf16 products alone",
-                    "role": "bf16",
-                    "site": name,
-                },
-            )
-        )
-    return (*variables, *noise_variables(request))
+    words = {BF16: "patched metric at {}, by bf16 products alone"}
+    return (*site_variables(request, words), *noise_variables(request))
 
 
 def recheck_cost(request: Request) -> int:
@@ -89,21 +72,23 @@ def check_proof(request: Request) -> None:
         )
 
 
-class RecheckedWork:
+class RecheckedWork(SiteWork):
     """Runs patches with bf16 products, and the largest effects and a sample again in fp32.
+
+    The recheck is a few patches more, and is not counted.
 
     Raises:
         ConfigError: the runner is not the packed one, the only one with bf16 products.
     """
+
+    suffixes = (BF16, NOISE)
 
     def __init__(self, request: Request, choice: RunnerChoice) -> None:
         if not isinstance(choice.runner, PackedRunner):
             raise ConfigError(
                 f"precision=bf16 needs the packed runner, but {choice.reason}; use precision=model"
             )
-        self.request = request
         self.exact = ExactWork(request, choice.runner)
-        self.plans = self.exact.plans
         self.runner = PackedRunner(
             request.bridge,
             request.sites,
@@ -113,26 +98,11 @@ class RecheckedWork:
         )
         # both runners share the memory budget and the unembedding, which stays fp32
         self.runner.budget, self.runner.unembed = choice.runner.budget, choice.runner.unembed
-        self.captures = Captures(request, self.runner)
-
-    def __contains__(self, variable: str) -> bool:
-        return _site_of(variable) in self.plans
-
-    def cost(self, unit: Unit) -> int:
-        """See `Work`; the recheck is a few patches more and not counted."""
-        return self.exact.cost(unit) if unit.variable in self.plans else 0
-
-    def n_live(self, unit: Unit) -> int:
-        """See `Work`."""
-        return self.exact.n_live(unit) if unit.variable in self.plans else 0
+        super().__init__(request, Captures(request, self.runner))
 
     def references(self, unit: Unit) -> tuple[Values, Values]:
         """See `Work`: the metrics of the fp32 runs."""
         return self.exact.references(unit)
-
-    def together(self, unit: Unit) -> Hashable:
-        """See `Work`: a site's variables belong to one work item."""
-        return self.exact.together(replace(unit, variable=_site_of(unit.variable)))
 
     def values(self, units: Sequence[Unit]) -> list[Values]:
         """See `Work`."""
@@ -220,7 +190,3 @@ class _Recheck:
             name + BF16: self._raw.values(),
             name + NOISE: self._floor.values,
         }
-
-
-def _site_of(variable: str) -> str:
-    return site_of(variable).removesuffix(BF16)

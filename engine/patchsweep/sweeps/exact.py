@@ -12,55 +12,69 @@ import torch
 from torch import Tensor
 
 from patchsweep.models.arriving import Arriving
+from patchsweep.results.rounding import NOISE
 from patchsweep.runners.base import Loader, Runner, start_together
 from patchsweep.spec.batch import Batch
 from patchsweep.spec.finite import check_cells, check_references
 from patchsweep.spec.interventions import Intervention
 from patchsweep.spec.metrics import Metric
-from patchsweep.spec.plan import Ints, PatchSet, SitePlan
+from patchsweep.spec.plan import Ints, PatchSet, SitePlan, Totals
 from patchsweep.spec.shards import site_groups_of
 from patchsweep.spec.spec import Request
 from patchsweep.store.layout import Unit
 from patchsweep.sweeps.executor import Values
 from patchsweep.sweeps.layout import shape_of
-from patchsweep.sweeps.noise import Floor, identity_patches, site_of
+from patchsweep.sweeps.noise import Floor, identity_patches
 
 Load = Callable[[Batch, Intervention], Any]
 
 
-class ExactWork:
-    """Fills `<site>` with the raw patched metric and, in runs with 16 bits or quantised weights,
-    `<site>_noise` with the noise floor (see `noise`)."""
+class SiteWork:
+    """What every `Work` that runs patches has: variables `<site>`, and more with `suffixes`."""
 
-    def __init__(self, request: Request, runner: Runner, load: Load | None = None) -> None:
-        self.request, self.runner = request, runner
+    suffixes: tuple[str, ...] = ()
+
+    def __init__(self, request: Request, captures: Captures[Any], *, joins: bool = True) -> None:
+        self.request, self.captures, self.joins = request, captures, joins
         self.plans = {plan.site.name: plan for plan in request.plans}
         self.site_groups = site_groups_of(request.plans)
-        self.captures = Captures(request, runner, load)
+        # variable -> site
+        self.site_of = {n + suffix: n for suffix in ("", *self.suffixes) for n in self.plans}
 
     def __contains__(self, variable: str) -> bool:
-        return site_of(variable) in self.plans
+        return variable in self.site_of
 
     def cost(self, unit: Unit) -> int:
-        """See `Work`; identity patches are few and not counted."""
-        if unit.variable not in self.plans:
-            return 0
-        return self.plans[unit.variable].totals(unit.pairs, unit.layers).token_layers
+        """See `Work`; counted with the variable of the site itself."""
+        return self._totals(unit).token_layers
 
     def n_live(self, unit: Unit) -> int:
         """See `Work`."""
-        if unit.variable not in self.plans:
-            return 0
-        return self.plans[unit.variable].totals(unit.pairs, unit.layers).n_live
+        return self._totals(unit).n_live
 
     def together(self, unit: Unit) -> Hashable:
-        """See `Work`: a site's noise floor belongs to the work item of its first layers."""
-        site = site_of(unit.variable)
-        return (
-            self.site_groups[site] if self.runner.joins else site,
-            unit.pair_block,
-            unit.layer_block,
-        )
+        """See `Work`: a site's variables belong to one work item."""
+        site = self.site_of[unit.variable]
+        return self.site_groups[site] if self.joins else site, unit.pair_block, unit.layer_block
+
+    def references(self, unit: Unit) -> tuple[Values, Values]:
+        """See `Work`."""
+        return references_of(self.captures, unit, len(self.request.metrics))
+
+    def _totals(self, unit: Unit) -> Totals:
+        plan = self.plans.get(unit.variable)
+        return Totals(0, 0, 0) if plan is None else plan.totals(unit.pairs, unit.layers)
+
+
+class ExactWork(SiteWork):
+    """Fills `<site>` with the raw patched metric and, in runs with 16 bits or quantised weights,
+    `<site>_noise` with the noise floor (see `noise`)."""
+
+    suffixes = (NOISE,)
+
+    def __init__(self, request: Request, runner: Runner, load: Load | None = None) -> None:
+        super().__init__(request, Captures(request, runner, load), joins=runner.joins)
+        self.runner = runner
 
     def values(self, units: Sequence[Unit]) -> list[Values]:
         """See `Work`."""
@@ -71,7 +85,7 @@ class ExactWork:
         metrics, pairs = self.request.metrics, units[0].pairs
         blocks = {u: Block(self.plans[u.variable], u, len(metrics)) for u in units if self._is(u)}
         floors = {
-            u: Floor(self.plans[site_of(u.variable)], pairs, len(metrics))
+            u: Floor(self.plans[self.site_of[u.variable]], pairs, len(metrics))
             for u in units
             if not self._is(u)
         }
@@ -102,10 +116,6 @@ class ExactWork:
     def _is(self, unit: Unit) -> bool:
         """Whether the shard holds patched metrics, not noise."""
         return unit.variable in self.plans
-
-    def references(self, unit: Unit) -> tuple[Values, Values]:
-        """See `Work`."""
-        return references_of(self.captures, unit, len(self.request.metrics))
 
 
 @dataclass(frozen=True)

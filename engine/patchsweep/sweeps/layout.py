@@ -47,7 +47,6 @@ def make_layout(
     default `exact` alone.
     """
     plans = {plan.site.name: plan for plan in request.plans}
-    blocks = blocks_of(request.plans)
     noise = exact and request.noisy and precision == "model"  # bf16 has them in `more`
     settings = {
         **request_settings(request),
@@ -60,7 +59,7 @@ def make_layout(
     identity = identity_of("sweep", request.bridge, request.pairs, settings)
     return Layout(
         variables=(
-            *(_variable(request, plan, blocks[name]) for name, plan in plans.items() if exact),
+            *(site_variables(request, {"": "patched metric at {}"}) if exact else ()),
             *(noise_variables(request) if noise else ()),
             *more,
         ),
@@ -169,17 +168,26 @@ def shape_of(plan: SitePlan, n_metrics: int) -> tuple[int, ...]:
     return tuple(sizes[dim] for dim in dims_of(plan))
 
 
-def _variable(request: Request, plan: SitePlan, unit: tuple[int, int]) -> Variable:
-    return Variable(
-        name=plan.site.name,
-        dims=dims_of(plan),
-        shape=shape_of(plan, len(request.metrics)),
-        unit=unit,
-        attrs={
-            "long_name": f"patched metric at {plan.site.name}",
-            "role": "exact",
-            "site": plan.site.name,
-        },
+def site_variables(request: Request, words: Mapping[str, str]) -> tuple[Variable, ...]:
+    """Return variables with a value for each cell, of each site; `words`: suffix -> what one holds.
+
+    Their shards are those of the exact variables, whose suffix is "".
+    """
+    blocks = blocks_of(request.plans)
+    return tuple(
+        Variable(
+            name=plan.site.name + suffix,
+            dims=dims_of(plan),
+            shape=shape_of(plan, len(request.metrics)),
+            unit=blocks[plan.site.name],
+            attrs={
+                "long_name": text.format(plan.site.name),
+                "role": suffix.removeprefix("_") or "exact",
+                "site": plan.site.name,
+            },
+        )
+        for plan in request.plans
+        for suffix, text in words.items()
     )
 
 
