@@ -143,13 +143,13 @@ def test_every_activation_and_few_cells() -> None:
 
 def test_most_cells_are_not_run_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
-    real = adaptive.run_adaptive_batch
+    real = adaptive.AdaptiveBlocks.run
 
     def counted(*arguments: Any) -> Any:
         ran.append(real(*arguments))
         return ran[-1]
 
-    monkeypatch.setattr(adaptive, "run_adaptive_batch", counted)
+    monkeypatch.setattr(adaptive.AdaptiveBlocks, "run", counted)
     arguments = (*prompts("tiny:llama"), last)
     patching.get_act_patch_attn_head_out_by_pos(*arguments, tolerance=0.1)
     token_layers = ran[-1].token_layers

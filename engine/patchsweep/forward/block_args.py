@@ -13,6 +13,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -76,6 +77,10 @@ class BlockArgs:
         args, kwargs = tree_unflatten(more, structure)
         return BlockArgs(args, kwargs, self.axes)
 
+    def run(self, block: nn.Module, hidden: Float[Tensor, "token d_model"]) -> Tensor:
+        """Return the output `[token, d_model]` of `block` for packed tokens."""
+        return first_of(block(hidden.unsqueeze(0), *self.args, **self.kwargs)).reshape(hidden.shape)
+
     def check(self) -> None:
         """Check that no block stored anything for later ones in a shared argument, such as a dict.
 
@@ -121,8 +126,8 @@ def _take(x: Tensor, axes: Axes, token_pair: Tensor, token_pos: Tensor) -> Tenso
     return rows.movedim((0, 1), (axes.prompt, axes.position))
 
 
-class _LastBlock(Exception):
-    """Ends the dry run once every block was called."""
+class Done(Exception):
+    """Ends a forward pass once all that is needed of it has run."""
 
 
 class _Recorder(nn.Module):
@@ -136,7 +141,7 @@ class _Recorder(nn.Module):
         hidden, rest, named = split_hidden(args, kwargs)
         self.calls.append((rest, named))
         if len(self.calls) == self.n_blocks:
-            raise _LastBlock
+            raise Done
         return hidden
 
     def __getattr__(self, name: str) -> Any:
@@ -163,7 +168,7 @@ def dry_run(
     setattr(parent, name, nn.ModuleList(recorders))
     try:
         unwrapped.model(tokens, use_cache=False)
-    except _LastBlock:
+    except Done:
         return block_args
     except Exception as error:
         if not unwrapped.takes_attention_functions:

@@ -25,6 +25,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from patchsweep.errors import MethodError
 from patchsweep.forward.block_args import (
     BlockArgs,
+    Done,
     argument_axes,
     first_of,
     split_hidden,
@@ -54,10 +55,6 @@ def unfit(bridge: TransformerBridge, reason: Exception) -> MethodError:
         f"edges cannot be taken apart in {bridge.cfg.model_name}: {text}; sweep its sites with "
         "method=exact instead"
     )
-
-
-class _Stop(Exception):
-    """Ends a block's forward pass once the needed activation is read."""
 
 
 class Blocks:
@@ -144,18 +141,18 @@ class Blocks:
 
         with ExitStack() as stack:
             for block in self.unwrapped.blocks:
-                stack.callback(block.register_forward_pre_hook(entering, with_kwargs=True).remove)
+                stack.enter_context(block.register_forward_pre_hook(entering, with_kwargs=True))
             for o in self._o:
-                stack.enter_context(watch(HookLocation(o, "in"), lambda z: trace.z.append(z)))
+                stack.enter_context(watch(HookLocation(o, "in"), trace.z.append))
             for key, module in self._modules.items():
 
                 def leaving(module: nn.Module, args: Any, out: Any, key: Any = key) -> None:
                     trace.parts[key] = out
 
-                stack.callback(module.register_forward_hook(leaving).remove)
+                stack.enter_context(module.register_forward_hook(leaving))
             last = HookLocation(self.unwrapped.blocks[-1], "out")
-            stack.enter_context(watch(last, lambda x: trace.resid.append(x)))
-            stack.enter_context(self._attending(attention))
+            stack.enter_context(watch(last, trace.resid.append))
+            stack.enter_context(self.unwrapped.attending(attention))
             trace.logits = self.unwrapped.model(
                 tokens,
                 use_cache=False,
@@ -201,9 +198,9 @@ class Blocks:
 
         def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **kw: Any) -> Tensor:
             seen.extend(unpack(t, len(x)) for t in (q, k, v))
-            raise _Stop
+            raise Done
 
-        with self._attending(lambda _: attend), suppress(_Stop):
+        with self.unwrapped.attending(lambda _: attend), suppress(Done):
             self._call(layer, x, trace, pair, start)
         q, k, v = seen
         return q, k, v
@@ -228,12 +225,10 @@ class Blocks:
 
         def stop(y: Tensor) -> None:
             seen.append(y.reshape(*x.shape[:2], -1))
-            raise _Stop
+            raise Done
 
-        with ExitStack() as stack:
-            stack.enter_context(self._fixed(layer, held, trace))
-            stack.enter_context(watch(HookLocation(self._modules[layer, "mlp"], "out"), stop))
-            stack.enter_context(suppress(_Stop))
+        mlp = HookLocation(self._modules[layer, "mlp"], "out")
+        with self._fixed(layer, held, trace), watch(mlp, stop), suppress(Done):
             self._call(layer, x, trace, pair, start)
         return seen[0]
 
@@ -256,8 +251,7 @@ class Blocks:
             fixed["attn_out"] = empty
         if "mlp" not in outputs:
             fixed["mlp_out"] = empty
-        with self._fixed(layer, fixed | dict(outputs), trace):
-            return self._call(layer, empty, trace, pair, start)
+        return self.finish(layer, empty, fixed | dict(outputs), trace, pair, start)
 
     @torch.no_grad()
     def attention_of(
@@ -286,8 +280,7 @@ class Blocks:
         fixed = {p: trace.part(layer, p)[pair].detach() for p in dict.fromkeys((*names, part))}
         with forward_ad.dual_level():
             fixed[part] = forward_ad.make_dual(fixed[part], tangent.to(fixed[part]))
-            with self._fixed(layer, fixed, trace):
-                out = self._call(layer, trace.resid[layer][pair].detach(), trace, pair, 0)
+            out = self.finish(layer, trace.resid[layer][pair].detach(), fixed, trace, pair)
             moved = forward_ad.unpack_dual(out).tangent
         assert moved is not None, "the part writes nothing into the stream"
         return moved
@@ -318,13 +311,11 @@ class Blocks:
         base = trace.part(layer, "attn")[pair]
         seen: list[Tensor] = []
         point = HookLocation(after, "out")
+        fixed: dict[Part, Tensor] = {"attn": base + gained}
+        for part in ("mlp", "mlp_out"):
+            fixed[part] = trace.part(layer, part)[pair]
         with watch(point, lambda x: seen.append(x.reshape(gained.shape))):
-            x = trace.resid[layer][pair]
-            fixed: dict[Part, Tensor] = {"attn": base + gained}
-            for part in ("mlp", "mlp_out"):
-                fixed[part] = trace.part(layer, part)[pair]
-            with self._fixed(layer, fixed, trace):
-                self._call(layer, x, trace, pair, 0)
+            self.finish(layer, trace.resid[layer][pair], fixed, trace, pair)
         change = seen[0] - trace.part(layer, "attn_out")[pair]
         return self.push(layer, "attn_out", change, trace, pair)
 
@@ -358,7 +349,7 @@ class Blocks:
             return rows.reshape(y.shape)
 
         with ExitStack() as stack:
-            stack.enter_context(self._attending(lambda _: attend))
+            stack.enter_context(self.unwrapped.attending(lambda _: attend))
             if replace is not None:
                 mlp = HookLocation(self._modules[layer, "mlp"], "out")
                 stack.enter_context(watch(mlp, leave))
@@ -390,22 +381,15 @@ class Blocks:
     ) -> Float[Tensor, "token d_model"]:
         """Return what `finish` returns, for single tokens."""
         with self._fixed(layer, given, trace):
-            return self._call_tokens(layer, x, trace, pair, pos)
+            return trace.calls[layer].at(pair, pos).run(self.unwrapped.blocks[layer], x)
 
     def _call(self, layer: int, x: Tensor, trace: Trace, pair: Tensor, start: int) -> Tensor:
         """Return the block's output for packed rows, with the block arguments of the trace."""
         rows, n_pos, _ = x.shape
         pos = torch.arange(start, start + n_pos, device=x.device).repeat(rows)
-        tokens = x.reshape(rows * n_pos, -1)
-        out = self._call_tokens(layer, tokens, trace, pair.repeat_interleave(n_pos), pos)
+        call = trace.calls[layer].at(pair.repeat_interleave(n_pos), pos)
+        out = call.run(self.unwrapped.blocks[layer], x.reshape(rows * n_pos, -1))
         return out.reshape(x.shape)
-
-    def _call_tokens(
-        self, layer: int, x: Tensor, trace: Trace, pair: Tensor, pos: Tensor
-    ) -> Tensor:
-        block_args = trace.calls[layer].at(pair, pos)
-        out = self.unwrapped.blocks[layer](x.unsqueeze(0), *block_args.args, **block_args.kwargs)
-        return first_of(out).reshape(x.shape)
 
     @contextmanager
     def _fixed(self, layer: int, outputs: Mapping[Part, Tensor], trace: Trace) -> Iterator[None]:
@@ -423,14 +407,6 @@ class Blocks:
         finally:
             for module in modules:
                 module.__dict__.pop("forward", None)
-
-    @contextmanager
-    def _attending(self, functions: Callable[[int], Attend]) -> Iterator[None]:
-        self.unwrapped.attend_with(functions)
-        try:
-            yield
-        finally:
-            self.unwrapped.attend_with(None)
 
 
 def unpack(x: Tensor, rows: int) -> Float[Tensor, "row head pos d"]:

@@ -6,8 +6,8 @@ the activations of the swept sites.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +16,12 @@ from einops import rearrange
 from jaxtyping import Float
 from patchsweep_kernels.attention import Rows, prefix_attention
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from patchsweep.forward.activation_store import ActivationStore
 from patchsweep.forward.block_args import (
     BlockArgs,
+    Done,
     are_known,
     argument_axes,
     first_of,
@@ -130,21 +132,16 @@ def capture(
             stack.enter_context(unwrapped.unembed_in_memory())
         axes = argument_axes(unwrapped)
         for block in unwrapped.blocks:
-            handle = block.register_forward_pre_hook(keep_input, with_kwargs=True)
-            stack.callback(handle.remove)
-        handle = unwrapped.blocks[-1].register_forward_hook(keep_final)
-        stack.callback(handle.remove)
+            stack.enter_context(block.register_forward_pre_hook(keep_input, with_kwargs=True))
+        stack.enter_context(unwrapped.blocks[-1].register_forward_hook(keep_final))
         for site in sites:
-            kept = run.sites.get(site.site.name)
             for point in site.points:
 
-                def keep(x: Tensor, kept: list[Tensor] | None = kept) -> None:
-                    assert kept is not None
-                    kept.append(storage.copy(x.reshape(*tokens.shape, -1)))
+                def keep(x: Tensor, name: str = site.site.name) -> None:
+                    run.sites[name].append(storage.copy(x.reshape(*tokens.shape, -1)))
 
                 stack.enter_context(watch(point, keep))
-        unwrapped.attend_with(attention)
-        stack.callback(unwrapped.attend_with, None)
+        stack.enter_context(unwrapped.attending(attention))
         try:
             unwrapped.model(tokens, use_cache=False, logits_to_keep=_NO_LOGITS)
         except Exception as error:
@@ -243,10 +240,6 @@ def _causal(
     return rearrange(z, "(pair pos) head d -> pair pos head d", pair=len(q))
 
 
-class _FrontDone(Exception):
-    """Ends the forward pass at the first block."""
-
-
 @torch.no_grad()
 def embed_to_stream(
     unwrapped: UnwrappedModel, values: Float[Tensor, "pair pos d_model"]
@@ -257,21 +250,20 @@ def embed_to_stream(
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         stream.append(split_hidden(args, kwargs)[0])
-        raise _FrontDone
+        raise Done
 
-    with ExitStack() as stack:
-        stack.enter_context(watch(point, lambda x: x.copy_(values)))
-        handle = unwrapped.blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
-        stack.callback(handle.remove)
-        tokens = torch.zeros(values.shape[:2], dtype=torch.long, device=values.device)
-        with suppress(_FrontDone):
-            unwrapped.model(tokens, use_cache=False)
+    tokens = torch.zeros(values.shape[:2], dtype=torch.long, device=values.device)
+    with (
+        watch(point, lambda x: x.copy_(values)),
+        unwrapped.blocks[0].register_forward_pre_hook(stop, with_kwargs=True),
+        suppress(Done),
+    ):
+        unwrapped.model(tokens, use_cache=False)
     return stream[0]
 
 
-@contextmanager
-def watch(point: HookLocation, visit: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """Inside, call `visit` with the tensor at `point` in each forward pass.
+def watch(point: HookLocation, visit: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+    """Inside the returned context, call `visit` with the tensor at `point` in each forward pass.
 
     `visit` may change the tensor in place, or return a tensor that replaces it. If the point has
     columns, `visit` gets a copy of these columns only.
@@ -295,10 +287,5 @@ def watch(point: HookLocation, visit: Callable[[Tensor], Tensor | None]) -> Iter
         return None if new is None else with_first(output, new)
 
     if point.side == "in":
-        handle = point.module.register_forward_pre_hook(before, with_kwargs=True)
-    else:
-        handle = point.module.register_forward_hook(after)
-    try:
-        yield
-    finally:
-        handle.remove()
+        return point.module.register_forward_pre_hook(before, with_kwargs=True)
+    return point.module.register_forward_hook(after)

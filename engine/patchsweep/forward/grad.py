@@ -151,17 +151,9 @@ class GradientModel:
     def n_layers(self) -> int:
         return self.unwrapped.n_layers
 
-    @contextmanager
-    def frozen(self) -> Iterator[None]:
+    def frozen(self) -> AbstractContextManager[None]:
         """Inside, weights take no gradient; on exit they are restored."""
-        trainable = [p for p in self.unwrapped.model.parameters() if p.requires_grad]
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in trainable:
-                parameter.requires_grad_(True)
+        return _frozen(self.unwrapped.model)
 
     @property
     def takes_positions(self) -> bool:
@@ -265,8 +257,7 @@ class GradientModel:
                 if point.site.in_stream and point.site.layered:
                     self._watch_stream(stack, point.site, visit_site)
             stack.enter_context(after())
-            self.unwrapped.attend_with(attention)
-            stack.callback(self.unwrapped.attend_with, None)
+            stack.enter_context(self.unwrapped.attending(attention))
             kept = torch.tensor(
                 [read - skipped * (read >= 0) for read in reads], device=tokens.device
             )
@@ -316,9 +307,7 @@ class GradientModel:
 
         for layer in range(first, self.n_layers):
             block = self.unwrapped.blocks[layer]
-            stack.callback(
-                block.register_forward_pre_hook(entering(layer), with_kwargs=True).remove
-            )
+            stack.enter_context(block.register_forward_pre_hook(entering(layer), with_kwargs=True))
 
     @torch.no_grad()
     def activations(
@@ -370,10 +359,14 @@ def _after(before: Tensor | None, own: Tensor) -> Tensor:
     return torch.cat([before.repeat(len(own) // len(before), 1, 1, 1), own], dim=2)
 
 
-@contextmanager
-def frozen(bridge: TransformerBridge) -> Iterator[None]:
+def frozen(bridge: TransformerBridge) -> AbstractContextManager[None]:
     """Inside, weights of the bridge's model take no gradient; on exit they are restored."""
-    trainable = [p for p in bridge.original_model.parameters() if p.requires_grad]
+    return _frozen(bridge.original_model)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    trainable = [p for p in model.parameters() if p.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
     try:

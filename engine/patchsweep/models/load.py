@@ -22,9 +22,8 @@ from patchsweep.models.meta import meta_bridge
 from patchsweep.models.offload import is_offloaded, main_device
 from patchsweep.models.page_cache import forget_after_use
 from patchsweep.models.quantised import casts_attention, check_each_row, keep_portable
-from patchsweep.models.settle import settle
 from patchsweep.models.tiny import TINY_FAMILIES, tiny_model
-from patchsweep.models.wrapping import check_same, compare_wrapping, logits_of, prompts_of
+from patchsweep.models.wrapping import check_same, compare_wrapping, logits_of, prompts_of, settle
 
 _MERGE = (
     "An adapter is no model by itself; merge it into its base model first, with "

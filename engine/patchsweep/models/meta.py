@@ -12,7 +12,7 @@ from transformers.integrations.accelerate import get_balanced_memory, infer_auto
 
 from patchsweep.models.device_map import Placement
 from patchsweep.models.offload import main_device
-from patchsweep.models.settle import settle
+from patchsweep.models.wrapping import settle
 
 
 def meta_bridge(

@@ -20,6 +20,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from patchsweep.forward.casting import cast_while
 from patchsweep.models.arithmetic import last_bit_turned
 from patchsweep.models.quantised import check_hooks
+from patchsweep.runners.base import Runner
 from patchsweep.runners.hook_points import (
     Hook,
     by_setting,
@@ -61,7 +62,7 @@ class _Write(NamedTuple):
     span: slice  # positions
 
 
-class HookedRunner:
+class HookedRunner(Runner):
     """Runs exact patches by hooks: each row of a forward pass is one patch.
 
     16-bit weights are cast to `compute_dtype` (None: the model's own), each block's while it runs.
@@ -173,12 +174,6 @@ class HookedRunner:
             self.metrics_of(loaded, loaded.source_logits, pair, metrics),
         )
 
-    def run(
-        self, loaded: Loaded, plan: Plan, patches: Ints, metrics: Sequence[Metric]
-    ) -> Float[Tensor, "metric patch"]:
-        """See `Runner`."""
-        return self.run_together(loaded, [PatchSet(plan, patches)], metrics)[0]
-
     @torch.no_grad()
     def run_together(
         self,
@@ -218,7 +213,7 @@ class HookedRunner:
 
         Sets from `n_sets` on are identity patches.
         """
-        batch, local = loaded.batch, loaded.batch.local
+        local = loaded.batch.local
         hooks: list[Hook] = []
         pair = np.empty(len(patch), dtype=np.int64)  # row of the batch
         for i in np.unique(which).tolist():
@@ -226,6 +221,13 @@ class HookedRunner:
             plan, patches = sets[i].plan, patch[rows]
             pair[rows] = [local[p] for p in plan.pair[patches].tolist()]
             hooks += self._hooks_of(loaded, plan, patches, rows, null=i >= n_sets)
+        return self.run_rows(loaded, pair, hooks, metrics)
+
+    def run_rows(
+        self, loaded: Loaded, pair: Ints, hooks: Sequence[Hook], metrics: Sequence[Metric]
+    ) -> Float[Tensor, "metric row"]:
+        """Return the metrics of one forward pass under `hooks`; row i is of `pair[i]`."""
+        batch = loaded.batch
         index = torch.from_numpy(pair).to(batch.base.device)
         with cast_while(self.bridge, self.compute_dtype):
             logits = forward(self.bridge, batch.base[index], hooks)

@@ -17,8 +17,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import ConfigError
-from patchsweep.models.arriving import Arriving
-from patchsweep.runners.base import Runner, start_together
+from patchsweep.models.moves import Arriving
+from patchsweep.runners.base import Runner
 from patchsweep.runners.packed.runner import Loaded, PackedRunner
 from patchsweep.runners.select import RunnerChoice, RunnerName
 from patchsweep.spec.batch import Batch
@@ -256,8 +256,8 @@ class SharedCaptures:
         metrics: Sequence[Metric],
         null: Sequence[PatchSet] = (),
     ) -> Arriving[list[Float[Tensor, "metric patch"]]]:
-        """See `StartsTogether`."""
-        return start_together(self.runner, loaded, sets, metrics, null)
+        """See `Runner`."""
+        return self.runner.start_together(loaded, sets, metrics, null)
 
 
 def _same_prompts(a: Batch, b: Batch) -> bool:

@@ -20,19 +20,24 @@ from patchsweep.errors import ConfigError
 from patchsweep.forward.grad import GradientModel, Gradients
 from patchsweep.forward.site_locations import SiteLocation
 from patchsweep.results.tolerance import in_units
-from patchsweep.runners.packed.adaptive import Thresholds, TooManyAwake, run_adaptive_batch
+from patchsweep.runners.packed.adaptive import AdaptiveBlocks, Thresholds
+from patchsweep.runners.packed.adaptive_runner import room_of, run_in_parts
 from patchsweep.runners.packed.schedule import make_packed_batches
 from patchsweep.spec.plan import Bools, Ints, PatchSet
 from patchsweep.spec.sites import SITES
 from patchsweep.sweeps.calibration import LEVELS, MARGIN, N_AT_ONCE, N_EACH
 from patchsweep.transformer_lens.gradients import Metric, base_gradients
-from patchsweep.transformer_lens.packed import MAX_TOKENS, PackedCells, Written, groups
-from patchsweep.transformer_lens.precomputed import PrecomputedModel
+from patchsweep.transformer_lens.packed import (
+    MAX_TOKENS,
+    PackedCells,
+    PrecomputedModel,
+    Written,
+    groups,
+)
 
 log = logging.getLogger("patchsweep")
 
 ROWS = 1024  # of one batch
-ROOM = 8 * MAX_TOKENS  # awake tokens that one batch may hold
 LINEARLY = (math.inf, math.inf)
 QUERIES = (SiteLocation(SITES["rot_q"], ()),)  # what adaptive runs read besides keys and values
 
@@ -123,30 +128,24 @@ class AdaptiveCells:
         none = torch.zeros(0, dtype=torch.int64, device=base.device)
         parts = [(none, none, base.new_zeros(0, base.shape[-1]))]
         packed_input = self.exact.packed_input(rows)
-        waiting = [np.arange(len(rows))] if len(rows) else []
-        while waiting:
-            places = waiting.pop(0)
+
+        def run(places: Ints) -> None:
             (packed,) = make_packed_batches(
                 [PatchSet(self.plan, rows)], np.iinfo(np.int64).max, places
             )
             place = torch.from_numpy(packed.place).to(theta.device)
-            room = ROOM if len(places) > 1 else None
-            thresholds = Thresholds(theta[:, place], tau_of[place])
-            try:
-                ran = run_adaptive_batch(
-                    self.exact.unwrapped,
-                    packed,
-                    packed_input,
-                    self.gradients,
-                    thresholds,
-                    MAX_TOKENS,
-                    room,
-                )
-            except TooManyAwake:
-                waiting[:0] = np.array_split(places, 2)
-                continue
+            blocks = AdaptiveBlocks(
+                self.exact.unwrapped,
+                packed,
+                packed_input,
+                self.gradients,
+                Thresholds(theta[:, place], tau_of[place]),
+            )
+            ran = blocks.run(MAX_TOKENS, room_of(MAX_TOKENS, packed))
             linear[:, place] = ran.linear
             parts.append((place[ran.row], ran.pos, ran.resid))
+
+        run_in_parts(np.arange(len(rows)), len(rows), run)
         row, pos, resid = (torch.cat(x) for x in zip(*parts, strict=True))
         order = torch.argsort(row, stable=True)
         return row[order], pos[order], resid[order], linear

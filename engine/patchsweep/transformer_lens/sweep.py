@@ -23,8 +23,7 @@ from patchsweep.models.running import alone, training_module, users_hooks
 from patchsweep.transformer_lens.adaptive import QUERIES, AdaptiveModel, within
 from patchsweep.transformer_lens.cells import Cells, differing, live_rows, make_cells
 from patchsweep.transformer_lens.gradients import Metric, check_tolerated
-from patchsweep.transformer_lens.packed import PackedCells
-from patchsweep.transformer_lens.precomputed import PrecomputedModel
+from patchsweep.transformer_lens.packed import PackedCells, PrecomputedModel
 
 # TransformerLens's loop finishes sweeps of so few cells before packed batches are set up
 FEW_CELLS = 4

@@ -98,11 +98,12 @@ class PackedBlocks:
     def replay(self, hidden: Tensor) -> Tensor:
         """Return the output of the tables' block for `hidden` `[token, d_model]`."""
         tables = self.tables
-        block_args = self._arguments.at(tables.layer, tables.token_pair, tables.token_pos)
-        output = self.unwrapped.blocks[tables.layer](
-            hidden.unsqueeze(0), *block_args.args, **block_args.kwargs
-        )
-        return first_of(output).squeeze(0)
+        call = self._arguments.at(tables.layer, self.captured_pair(), tables.token_pos)
+        return call.run(self.unwrapped.blocks[tables.layer], hidden)
+
+    def captured_pair(self) -> Tensor:
+        """Return `[token]` the row of the captured batch whose block arguments a token takes."""
+        return self.tables.token_pair
 
     def takes_graph(self, graphs: BlockGraphs, hidden: Tensor) -> bool:
         """Whether the current block does nothing but run, with its inputs on its device."""
@@ -172,8 +173,7 @@ class PackedBlocks:
                     stack.enter_context(watch(location, self._write_at(layer, point)))
                     locations.append(location)
             self._drop_unread_tokens(stack, locations)
-            self.unwrapped.attend_with(self._attention)
-            stack.callback(self.unwrapped.attend_with, None)
+            stack.enter_context(self.unwrapped.attending(self._attention))
             yield
 
     def _write_at(self, layer: int, point: SiteLocation) -> Any:
@@ -253,5 +253,5 @@ class PackedBlocks:
             full[:, token] = kept.view(1, len(token), -1)
             return with_first(output, full)
 
-        stack.callback(mlp.register_forward_pre_hook(gather, with_kwargs=True).remove)
-        stack.callback(mlp.register_forward_hook(put_back, prepend=True).remove)
+        stack.enter_context(mlp.register_forward_pre_hook(gather, with_kwargs=True))
+        stack.enter_context(mlp.register_forward_hook(put_back, prepend=True))

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,23 +18,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from patchsweep.forward.block_args import first_of
 from patchsweep.forward.capture import ActivationCache
 from patchsweep.forward.site_locations import SiteLocation
 from patchsweep.forward.unwrapped import Unsupported
-from patchsweep.models.memory import is_out_of_memory
 from patchsweep.models.moves import Moves, move_together, on_cpu
 from patchsweep.runners.packed.forward import PackedBlocks
 from patchsweep.runners.packed.joint_batch import JointBatch, joint_batches
 from patchsweep.runners.packed.joint_writes import JointLoaded, JointTargets, JointWrites
 from patchsweep.runners.packed.packing import Packing
-from patchsweep.runners.packed.runner import PackedRunner
+from patchsweep.runners.packed.runner import PackedRunner, read_of
 from patchsweep.runners.packed.tables import (
     PackedInput,
     PatchValues,
     make_tables,
-    tables_of,
-    there,
 )
 from patchsweep.spec.batch import Batch
 from patchsweep.spec.directions import Live, Numbered
@@ -143,12 +138,11 @@ class PackedJoint:
             calls=base.calls,
             sites={name: of_rows(xs) for name, xs in base.sites.items() if name == "rot_q"},
         )
-        for rows in joint_batches(plan, self.runner.max_tokens):
-            batch = JointBatch.of(plan, rows)
+        for batch in joint_batches(plan, self.runner.max_tokens):
             hidden = self._blocks(loaded, batch, base, plan.pair[:0], kept)
             row, pos = batch.final_tokens()
             last = kept.resid[-1]
-            at_rows, at_pos = move_together(map(on_cpu, (rows[row], pos)), last.device)
+            at_rows, at_pos = move_together(map(on_cpu, (batch.patch[row], pos)), last.device)
             last[at_rows, at_pos] = hidden
         return kept
 
@@ -161,27 +155,12 @@ class PackedJoint:
         metrics: Sequence[Metric],
     ) -> Float[Tensor, "metric row"]:
         values = torch.empty(len(metrics), plan.n_rows, device="cpu")
-        done: list[tuple[Ints, Tensor]] = []  # results stay on the device: a copy would wait
-        waiting = list(joint_batches(plan, self.runner.max_tokens))
-        while waiting:
-            rows = waiting.pop(0)
-            try:
-                result = self._run_rows(
-                    loaded, JointBatch.of(plan, rows), base, pair_of_base, metrics
-                )
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or len(rows) == 1:
-                    raise
-                tokens = int((plan.length - plan.first[rows, -1]).sum())
-                self.runner.max_tokens = max(1, tokens // 2)
-                rest = np.concatenate([rows, *waiting])
-                waiting = [rest[i] for i in joint_batches(plan.part(rest), self.runner.max_tokens)]
-                torch.cuda.empty_cache()
-                continue
-            done.append((rows, result))
-        if done:
-            places, results = zip(*done, strict=True)
-            values[:, np.concatenate(places)] = torch.cat(results, dim=1).cpu()
+        done = self.runner.run_batches(
+            lambda rows: joint_batches(plan, self.runner.max_tokens, rows),
+            lambda batch: self._run_rows(loaded, batch, base, pair_of_base, metrics),
+        )
+        places, results = zip(*done, strict=True)
+        values[:, np.concatenate(places)] = torch.cat(results, dim=1).cpu()
         return values
 
     def _run_rows(
@@ -193,20 +172,9 @@ class PackedJoint:
         metrics: Sequence[Metric],
     ) -> Float[Tensor, "metric row"]:
         hidden = self._blocks(loaded, batch, base, pair_of_base, None)
-        plan, rows = batch.plan, batch.patch
-        reads = list(loaded.loaded.batch.reads)
-        last = base.resid[-1].to(hidden.device)
-        first = plan.first[rows, -1]
-        end = np.cumsum(plan.length - first)
-        inside = [np.flatnonzero(first <= read) for read in reads]
-        tokens = [end[i] - (plan.length - read) for i, read in zip(inside, reads, strict=True)]
-        bases, pair, *tables = move_together(
-            map(on_cpu, (plan.base[rows], plan.pair[rows], *inside, *tokens)), hidden.device
-        )
-        resid = torch.stack([last[bases, read] for read in reads], dim=1)
-        for i in range(len(reads)):
-            resid[tables[i], i] = hidden[tables[len(reads) + i]]
-        return self.runner.metrics_of(loaded.loaded, resid, pair, metrics)
+        resid = read_of(base.resid[-1].to(hidden.device), loaded.loaded.batch.reads)
+        run, pair = on_cpu(batch.pair), on_cpu(batch.plan.pair[batch.patch])
+        return self.runner.read(loaded.loaded, batch, hidden, resid, run, pair, metrics)
 
     def _blocks(
         self,
@@ -272,16 +240,9 @@ class JointBlocks(PackedBlocks):
         assert hidden is not None
         return hidden
 
-    def replay(self, hidden: Tensor) -> Tensor:
-        """See `PackedBlocks`; a block's arguments are those of the captured batch's pairs."""
-        if not len(self.pair_of_base):
-            return super().replay(hidden)
-        layer = self.packing.layer
-        block_args = self.given.base.calls[layer].at(self.pairs[layer], self.tables.token_pos)
-        output = self.unwrapped.blocks[layer](
-            hidden.unsqueeze(0), *block_args.args, **block_args.kwargs
-        )
-        return first_of(output).squeeze(0)
+    def captured_pair(self) -> Tensor:
+        """See `PackedBlocks`."""
+        return self.pairs.get(self.packing.layer, self.tables.token_pair)
 
     def attended(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: dict[str, Any]
@@ -323,7 +284,7 @@ class JointBlocks(PackedBlocks):
                     return at
 
                 on_host[name, layer] = [*self.writes.targets(name, layer, token)]
-                to_device.add(*(t for made in on_host[name, layer] for t in tables_of(made.to)))
+                to_device.add(on_host[name, layer])
             rows: list[Ints] = []
             if self.keep is not None:
                 counts = np.diff(packing.offsets)
@@ -331,14 +292,13 @@ class JointBlocks(PackedBlocks):
             if len(self.pair_of_base):
                 rows.append(self.pair_of_base[packing.token_pair])
             kept[layer] = tuple(map(on_cpu, rows))
-            to_device.add(*kept[layer])
+            to_device.add(kept[layer])
         for device, to_device in moves.items():
             to_device.start(device)
         for (name, layer), made in on_host.items():
-            here = moves[devices[layer]]
-            self.targets[name, layer] = [replace(t, to=there(t.to, here)) for t in made]
+            self.targets[name, layer] = moves[devices[layer]].there(made)
         for layer, tables in kept.items():
-            moved = [moves[devices[layer]][table] for table in tables]
+            moved = moves[devices[layer]].there(tables)
             if self.keep is not None:
                 self.kept[layer] = (moved[0], moved[1])
             if len(self.pair_of_base):

@@ -19,7 +19,6 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from patchsweep.forward.block_args import first_of
 from patchsweep.forward.capture import ActivationCache
 from patchsweep.forward.grad import Gradients
 from patchsweep.forward.site_locations import SiteLocation
@@ -36,7 +35,7 @@ from patchsweep.runners.packed.adaptive_runner import (
 from patchsweep.runners.packed.joint import PackedJoint, check_patterns, chunk_of, joint_input
 from patchsweep.runners.packed.joint_batch import JointBatch
 from patchsweep.runners.packed.joint_writes import JointLoaded, JointTargets, JointWrites
-from patchsweep.runners.packed.tables import PackedInput, TokenTables, tables_of, there
+from patchsweep.runners.packed.tables import PackedInput, TokenTables
 from patchsweep.spec.joint import JointPlan, shared_stems
 from patchsweep.spec.metrics import Metric
 from patchsweep.spec.plan import Ints
@@ -207,7 +206,7 @@ class AdaptiveJoint:
                 loaded,
                 pair_of if len(pair_of_base) else None,
             )
-            ran = blocks.run(self.runner.max_tokens, room_of(self.runner, batch))
+            ran = blocks.run(self.runner.max_tokens, room_of(self.runner.max_tokens, batch))
             at, pair = move_together([on_cpu(plan.base[rows]), on_cpu(plan.pair[rows])], device)
             values, linear, token_layers = metrics_of(
                 ran, pair, read, resid, at, references[:, at], score
@@ -255,17 +254,10 @@ class _Blocks(AdaptiveBlocks):
         self._targets: dict[str, list[JointTargets]] = {}  # of the block call under way
         self._pair_of_base = pair_of_base  # pair of the captured batch; None: base runs are these
 
-    def replay(self, hidden: Tensor) -> Tensor:
-        """See `PackedBlocks`; a block's arguments are those of the captured batch's pairs."""
-        if self._pair_of_base is None:
-            return super().replay(hidden)
-        tables = self.tables
-        call = self.given.base.calls[tables.layer]
-        block_args = call.at(self._pair_of_base[tables.token_pair], tables.token_pos)
-        block = self.unwrapped.blocks[tables.layer]
-        return first_of(block(hidden.unsqueeze(0), *block_args.args, **block_args.kwargs)).squeeze(
-            0
-        )
+    def captured_pair(self) -> Tensor:
+        """See `PackedBlocks`."""
+        pair = super().captured_pair()
+        return pair if self._pair_of_base is None else self._pair_of_base[pair]
 
     def write(self, x: Tensor, *sites: str) -> None:
         """See `PackedBlocks`."""
@@ -290,12 +282,9 @@ class _Blocks(AdaptiveBlocks):
             name: [*self._joint.targets(name, layer, token)] for name in self._joint.sites_at(layer)
         }
         moves = Moves()
-        moves.add(*(x for of_site in made.values() for t in of_site for x in tables_of(t.to)))
+        moves.add(made)
         moves.start(self.device)
-        self._targets = {
-            name: [replace(t, to=there(t.to, moves)) for t in of_site]
-            for name, of_site in made.items()
-        }
+        self._targets = moves.there(made)
         return super()._tables(layer, tokens, None)
 
 

@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from patchsweep.runners.packed.packing import Packing
-from patchsweep.runners.packed.schedule import PackedBatch
+from patchsweep.runners.packed.schedule import PackedBatch, equal_parts
 from patchsweep.spec.joint import JointPlan
 from patchsweep.spec.plan import Bools, Ints
 
@@ -105,17 +105,17 @@ class JointBatch(PackedBatch):
             before, first_before, offset_before = counts, first, offsets[:-1]
 
 
-def joint_batches(plan: JointPlan, max_tokens: int) -> Iterator[Ints]:
-    """Yield rows of packed batches of about `max_tokens` tokens and of equal size."""
+def joint_batches(
+    plan: JointPlan, max_tokens: int, rows: Ints | None = None
+) -> Iterator[JointBatch]:
+    """Yield batches of `rows` (None: all) of about `max_tokens` tokens and of equal size."""
+    if rows is None:
+        rows = np.arange(plan.n_rows)
     first = plan.first[:, -1]
-    rows = np.lexsort((first, plan.base, plan.entry))
-    total = np.cumsum(plan.length - first[rows])
-    njoint_batches = max(1, -(-int(total[-1]) // max_tokens))
-    batch = np.minimum((total - 1) * njoint_batches // total[-1], njoint_batches - 1)
-    for i in range(njoint_batches):
-        part = rows[batch == i]
-        if len(part):
-            yield part[np.lexsort((plan.entry[part], first[part], plan.base[part]))]
+    rows = rows[np.lexsort((first[rows], plan.base[rows], plan.entry[rows]))]
+    for part in equal_parts(rows, plan.length - first[rows], max_tokens):
+        order = np.lexsort((plan.entry[part], first[part], plan.base[part]))
+        yield JointBatch.of(plan, part[order])
 
 
 def _tokens(first: Ints, counts: Ints) -> tuple[Ints, Ints]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from patchsweep_kernels.scatter import Targets, scatter_targets
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from patchsweep.models.moves import on_cpu, sent
 from patchsweep.runners.packed.joint_batch import JointBatch
-from patchsweep.runners.packed.runner import Loaded
 from patchsweep.runners.packed.tables import PackedInput, n_units
 from patchsweep.spec.directions import Live, Numbered
 from patchsweep.spec.joint import WHOLE
@@ -25,7 +25,7 @@ Values = Mapping[tuple[str, int], Sequence[Tensor]]
 class JointLoaded:
     """A captured batch with the values of several interventions."""
 
-    loaded: Loaded
+    loaded: Any  # what the runner's `load` returned
     values: Values
     live: Mapping[int, Live]  # interventions that change what they meet; their values: the source's
 
@@ -37,7 +37,7 @@ class JointTargets:
     value: int  # the intervention
     to: Targets
     n_units: int = 0  # units of a vector; 0: whole vectors are written
-    numbers: Tensor | None = None  # of a `Numbered` intervention's vectors, on the CPU
+    numbers: Ints | None = None  # of a `Numbered` intervention's vectors
 
 
 class JointWrites:
@@ -77,7 +77,7 @@ class JointWrites:
             runs = at >= 0
             writes, at = writes.at(runs), at[runs]
             if isinstance(self.loaded.live.get(value), Numbered):
-                yield JointTargets(value, Targets.of(on_cpu(at)), numbers=on_cpu(writes.unit))
+                yield JointTargets(value, Targets.of(on_cpu(at)), numbers=writes.unit)
                 continue
             length, width = self.loaded.values[name, value][layer].shape[-2:]
             source = plan.pair[writes.row] * length + writes.pos
@@ -96,9 +96,8 @@ class JointWrites:
         to = targets.to
         given = self.loaded.live.get(targets.value)
         if isinstance(given, Numbered):
-            assert targets.numbers is not None
             flat = x.view(-1, x.shape[-1])
-            added = sent(given.vectors(targets.numbers), x.device).to(x)
+            added = sent(given.vectors(on_cpu(targets.numbers)), x.device).to(x)
             scatter_targets(flat, flat[to.token] + added, to)
             return
         layer_values = self.loaded.values[name, targets.value][layer].to(x)

@@ -66,6 +66,19 @@ class PackedBatch:
         return table
 
 
+def equal_parts(rows: Ints, n_tokens: Ints, most: int) -> Iterator[Ints]:
+    """Yield `rows` in parts of about `most` tokens: of equal size, with no small last one.
+
+    `n_tokens`: of each row.
+    """
+    total = np.cumsum(n_tokens)
+    n_parts = max(1, -(-int(total[-1]) // most))
+    part = np.minimum((total - 1) * n_parts // total[-1], n_parts - 1)
+    for i in range(n_parts):
+        if (part == i).any():
+            yield rows[part == i]
+
+
 def make_packed_batches(
     sets: Sequence[PatchSet], max_tokens: int, places: Ints | None = None
 ) -> Iterator[PackedBatch]:
@@ -92,14 +105,7 @@ def make_packed_batches(
     for length in np.unique(lengths):
         chosen = np.flatnonzero(lengths == length)
         chosen = chosen[np.lexsort((start[chosen], pair[chosen], entry[chosen]))]
-        total = np.cumsum(length - start[chosen])
-        n_batches = max(1, -(-int(total[-1]) // max_tokens))
-        # batches of equal size instead of full ones and a small last one
-        batch = np.minimum((total - 1) * n_batches // total[-1], n_batches - 1)
-        for i in range(n_batches):
-            rows = chosen[batch == i]
-            if not len(rows):
-                continue
+        for rows in equal_parts(chosen, length - start[chosen], max_tokens):
             rows = rows[np.lexsort((entry[rows], start[rows], pair[rows]))]
             yield PackedBatch(
                 sets=sets,
