@@ -7,7 +7,7 @@ without its blocks, on batches of different sizes, and the axes are those whose 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -44,18 +44,16 @@ class BlockArgs:
 
         `known`: results of earlier calls for the same tokens, by the id of the argument.
         """
-        leaves, structure = tree_flatten((self.args, self.kwargs))
         known = {} if known is None else known
-        taken = []
-        for value, axes in zip(leaves, self.axes, strict=True):
-            if axes is None or axes.position is None:
-                taken.append(value)
-                continue
-            if id(value) not in known:
-                known[id(value)] = _take(value, axes, token_pair, token_pos)
-            taken.append(known[id(value)])
-        args, kwargs = tree_unflatten(taken, structure)
-        return BlockArgs(args, kwargs, self.axes)
+
+        def taken(x: Tensor, axes: Axes) -> Tensor:
+            if axes.position is None:
+                return x
+            if id(x) not in known:
+                known[id(x)] = _take(x, axes, token_pair, token_pos)
+            return known[id(x)]
+
+        return self._with(taken)
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield the arguments that have an axis of positions."""
@@ -67,14 +65,17 @@ class BlockArgs:
         """Return the arguments for the batch of prompts, repeated `copies` times."""
         if copies == 1:
             return self
+        return self._with(
+            lambda x, axes: x if axes.prompt is None else torch.cat([x] * copies, axes.prompt)
+        )
+
+    def _with(self, change: Callable[[Tensor, Axes], Tensor]) -> BlockArgs:
         leaves, structure = tree_flatten((self.args, self.kwargs))
-        more = [
-            torch.cat([value] * copies, dim=axes.prompt)
-            if axes is not None and axes.prompt is not None
-            else value
+        changed = [
+            value if axes is None else change(value, axes)
             for value, axes in zip(leaves, self.axes, strict=True)
         ]
-        args, kwargs = tree_unflatten(more, structure)
+        args, kwargs = tree_unflatten(changed, structure)
         return BlockArgs(args, kwargs, self.axes)
 
     def run(self, block: nn.Module, hidden: Float[Tensor, "token d_model"]) -> Tensor:

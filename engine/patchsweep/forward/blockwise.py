@@ -76,11 +76,7 @@ class Blocks:
             raise unfit(bridge, reason) from reason
 
     def _find(self, bridge: TransformerBridge) -> dict[tuple[int, Part], nn.Module]:
-        """Return the module whose output is each part's output.
-
-        Raises:
-            Unsupported: a part has no such module.
-        """
+        """Return the module whose output is each part's output."""
         modules: dict[tuple[int, Part], nn.Module] = {}
         outs = {name: self._outputs(name) for name in ("attn_out", "mlp_out")}
         for layer, block in enumerate(self.unwrapped.blocks):
@@ -97,11 +93,7 @@ class Blocks:
         return modules
 
     def _outputs(self, site: str) -> list[nn.Module]:
-        """Return each layer's last module before the write `site`; []: only a factor follows.
-
-        Raises:
-            Unsupported: it is unknown whether the rest of the way to the stream is linear.
-        """
+        """Return each layer's last module before the write `site`; []: only a factor follows."""
         try:
             points = resolve_site(self.unwrapped, SITES[site]).points
         except Unsupported:

@@ -33,7 +33,6 @@ from patchsweep.forward.pattern import Prefix, attention_pattern
 from patchsweep.forward.site_locations import SiteLocation, resolve_site
 from patchsweep.forward.unwrapped import (
     OWN_ATTENTION,
-    Attend,
     HookLocation,
     Unsupported,
     UnwrappedModel,
@@ -61,6 +60,7 @@ class ActivationCache:
     heads: list[int] = field(default_factory=list)  # per block: heads of a query
     calls: list[BlockArgs] = field(default_factory=list)  # per block
     sites: dict[str, list[Tensor]] = field(default_factory=dict)  # per block [pair, pos, width]
+    captured: Tensor | None = None  # [pair] row of the batch of `calls`; None: its own
 
     def layers_of(self, name: str) -> list[Tensor]:
         """Return a site's activations, layer by layer."""
@@ -107,15 +107,35 @@ def capture(
         if site.points or site.in_attention:
             run.sites[site.site.name] = []
     inside = {s.site.name for s in sites if s.in_attention}
-    rows = _whole_prompts(*tokens.shape)
-    called: list[int] = []  # layers whose attention was reached
+    n_pairs, length = tokens.shape
+    rows = Rows(  # whole prompts
+        offsets=torch.arange(n_pairs + 1, device="cpu") * length,
+        pair=torch.arange(n_pairs, device="cpu"),
+        start=torch.zeros(n_pairs, dtype=torch.int64, device="cpu"),
+    )
+    called = False  # whether attention was reached
 
-    def attention(layer: int) -> Attend:
-        def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **kw: Any) -> Tensor:
-            called.append(layer)
-            return _causal(run, rows, inside, module, q, k, v, kw)
-
-        return attend
+    def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **kw: Any) -> Tensor:
+        nonlocal called
+        called = True
+        settings = attention_settings(module, q.shape[-1], kw)
+        run.keys.append(storage.keep(k))
+        run.values.append(storage.keep(v))
+        run.heads.append(q.shape[1])
+        for name, x in (("q", q), ("rot_q", q), ("k", k), ("rot_k", k), ("v", v)):
+            if name in inside:
+                flat = rearrange(x, "pair head pos d -> pair pos (head d)")
+                run.sites[name].append(storage.copy(flat))
+        patterns = inside & {"pattern", "pattern_cell"}
+        if patterns:
+            pattern = attention_pattern(q, k, **settings)
+            for name in patterns:
+                run.sites[name].append(storage.keep(pattern))
+        flat_q, flat_k, flat_v = (
+            rearrange(x, "pair head pos d -> (pair pos) head d") for x in (q, k, v)
+        )
+        z = prefix_attention(flat_q, flat_k, flat_v, k, v, rows, **settings)
+        return rearrange(z, "(pair pos) head d -> pair pos head d", pair=n_pairs)
 
     def keep_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden, rest_args, rest_kwargs = split_hidden(args, kwargs)
@@ -141,7 +161,7 @@ def capture(
                     run.sites[name].append(storage.copy(x.reshape(*tokens.shape, -1)))
 
                 stack.enter_context(watch(point, keep))
-        stack.enter_context(unwrapped.attending(attention))
+        stack.enter_context(unwrapped.attending(lambda _: attend))
         try:
             unwrapped.model(tokens, use_cache=False, logits_to_keep=_NO_LOGITS)
         except Exception as error:
@@ -199,45 +219,6 @@ def check_attention_sites(unwrapped: UnwrappedModel, sites: Sequence[SiteLocatio
                 raise Unsupported(
                     f"{name} of the bridge shows something else than what attention gets"
                 )
-
-
-def _whole_prompts(n_pairs: int, length: int) -> Rows:
-    return Rows(
-        offsets=torch.arange(n_pairs + 1, device="cpu") * length,
-        pair=torch.arange(n_pairs, device="cpu"),
-        start=torch.zeros(n_pairs, dtype=torch.int64, device="cpu"),
-    )
-
-
-def _causal(
-    run: ActivationCache,
-    rows: Rows,
-    inside: set[str],
-    module: nn.Module,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kw: Any,
-) -> Tensor:
-    """Return causal attention's output over full prompts; cache K, V and sites in attention."""
-    settings = attention_settings(module, q.shape[-1], kw)
-    run.keys.append(run.storage.keep(k))
-    run.values.append(run.storage.keep(v))
-    run.heads.append(q.shape[1])
-    for name, x in (("q", q), ("rot_q", q), ("k", k), ("rot_k", k), ("v", v)):
-        if name in inside:
-            flat = rearrange(x, "pair head pos d -> pair pos (head d)")
-            run.sites[name].append(run.storage.copy(flat))
-    patterns = inside & {"pattern", "pattern_cell"}
-    if patterns:
-        pattern = attention_pattern(q, k, **settings)
-        for name in patterns:
-            run.sites[name].append(run.storage.keep(pattern))
-    flat_q, flat_k, flat_v = (
-        rearrange(x, "pair head pos d -> (pair pos) head d") for x in (q, k, v)
-    )
-    z = prefix_attention(flat_q, flat_k, flat_v, k, v, rows, **settings)
-    return rearrange(z, "(pair pos) head d -> pair pos head d", pair=len(q))
 
 
 @torch.no_grad()

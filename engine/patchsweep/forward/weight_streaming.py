@@ -36,8 +36,7 @@ class SplitBlock(Exception):
 class WeightTraffic:
     """Counts of fetched weights."""
 
-    n_bytes: int = 0  # bytes of weights fetched
-    n_fetches: int = 0  # fetches of a streamed module
+    n_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,6 @@ class StreamedModule:
             weight.owner._parameters[weight.name] = nn.Parameter(values, requires_grad=False)
             self.at_hand[values.untyped_storage().data_ptr()] = weight
         self._traffic.n_bytes += self.n_bytes
-        self._traffic.n_fetches += self.n_bytes > 0
         # passes with gradients go back from block to block
         if self.follower is not None and not torch.is_grad_enabled():
             self.follower.send_ahead()

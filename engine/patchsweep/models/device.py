@@ -42,11 +42,7 @@ def choose_device(device: str | None, placement: Placement | None) -> str | None
 
 
 def _check(device: str) -> None:
-    """Check that torch can put tensors on `device`.
-
-    Raises:
-        ModelError: it cannot.
-    """
+    """Raise a ModelError unless torch can put tensors on `device`."""
     try:
         parsed = torch.device(device)
     except (RuntimeError, TypeError) as error:

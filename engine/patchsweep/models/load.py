@@ -103,17 +103,16 @@ def _load(
     if revision is not None and not isinstance(revision, str):
         raise ModelError(f"revision={revision!r} must be a text, such as 'main'")
     true_or_false("trust_remote_code", trust_remote_code, error=ModelError)
+    device, dtype = choose_device(device, placement), as_dtype(dtype)
     if name.startswith("tiny:"):
-        return _tiny(name, choose_device(device, placement), as_dtype(dtype), placement)
-    return _pretrained(
-        name,
-        device=choose_device(device, placement),
-        dtype=as_dtype(dtype),
-        placement=placement,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        weights=weights,
-    )
+        return _tiny(name, device, dtype, placement)
+    source = _source_of(name)
+    common: dict[str, Any] = {
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "local_files_only": os.path.isdir(source),
+    }
+    return _pretrained(name, source, device, dtype, placement, common, weights=weights)
 
 
 def _tiny(
@@ -142,11 +141,7 @@ def _source_of(name: str) -> str:
 
 
 def _checked_folder(name: str, folder: Path) -> Path:
-    """Return `folder` unchanged; `name` is what the user wrote.
-
-    Raises:
-        ModelError: it does not exist, or does not hold a complete model.
-    """
+    """Return `folder` unchanged if it holds a complete model; `name` is what the user wrote."""
     if not folder.is_dir():
         reason = "is a file" if folder.exists() else "does not exist"
         raise ModelError(
@@ -177,34 +172,19 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 def _pretrained(
     name: str,
-    *,
+    source: str,
     device: str | None,
     dtype: torch.dtype,
     placement: Placement | None,
-    revision: str | None,
-    trust_remote_code: bool,
+    common: dict[str, Any],
+    *,
     weights: bool,
 ) -> TransformerBridge:
-    source = _source_of(name)
-    local = os.path.isdir(source)
-    common: dict[str, Any] = {
-        "revision": revision,
-        "trust_remote_code": trust_remote_code,
-        "local_files_only": local,
-    }
     try:
         # the model was trained with a start token; tokenizers saved by hand often do not add it
         tokenizer = AutoTokenizer.from_pretrained(source, add_bos_token=True, **common)
         if not weights:
-            bridge = meta_bridge(
-                name,
-                source,
-                tokenizer,
-                dtype=dtype,
-                device=device,
-                placement=placement,
-                common=common,
-            )
+            bridge = meta_bridge(name, source, tokenizer, device, dtype, placement, common)
             if bridge is not None:
                 return bridge
         placed = {} if placement is None else placement.arguments()
@@ -221,9 +201,8 @@ def _pretrained(
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"model {name!r} could not be loaded: {str(error).rstrip('.')}; use "
-            f"'smollm2-135m' (embedded), "
-            f"'tiny:<family>', a GGUF file, a local folder, or a Hugging Face name that is "
-            "cached or reachable"
+            "'smollm2-135m' (embedded), 'tiny:<family>', a GGUF file, a local folder, or a Hugging "
+            "Face name that is cached or reachable"
         ) from error
     if getattr(hf_model, "_hf_peft_config_loaded", False):  # an adapter by Hugging Face name
         raise ModelError(f"model {name!r} is an adapter of PEFT. {_MERGE}")
@@ -248,8 +227,7 @@ def as_bridge(name: str, hf_model: PreTrainedModel, tokenizer: Any) -> Transform
     hf_model.eval()
     keep_portable(hf_model)
     # the bridge records its own default dtype unless it gets the model's
-    arguments: dict[str, Any] = {"hf_model": hf_model, "tokenizer": tokenizer}
-    arguments["dtype"] = hf_model.dtype
+    arguments = {"hf_model": hf_model, "tokenizer": tokenizer, "dtype": hf_model.dtype}
     if is_offloaded(hf_model):
         return _offloaded_bridge(name, hf_model, arguments)
     prompts = prompts_of(hf_model.config.get_text_config().vocab_size, tokenizer)

@@ -19,9 +19,8 @@ def meta_bridge(
     name: str,
     source: str,
     tokenizer: Any,
-    *,
-    dtype: torch.dtype,
     device: str | None,
+    dtype: torch.dtype,
     placement: Placement | None,
     common: dict[str, Any],
 ) -> TransformerBridge | None:

@@ -25,9 +25,10 @@ from patchsweep.runners.hook_points import (
     Hook,
     by_setting,
     check_names,
-    check_sites,
     forward,
     hooks_of,
+    refusals,
+    refused,
     write_units,
     writing,
 )
@@ -97,7 +98,8 @@ class HookedRunner(Runner):
                 it changes no logit.
         """
         with cast_while(self.bridge, self.compute_dtype):
-            check_sites(self.bridge, self.sites, self.shape, tokens)
+            for site, reason in refusals(self.bridge, self.sites, self.shape, tokens).items():
+                raise refused(site, reason)
 
     @torch.no_grad()
     def activations(self, tokens: Tensor) -> Mapping[str, Sequence[Tensor]]:

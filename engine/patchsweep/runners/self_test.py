@@ -25,12 +25,13 @@ from patchsweep.runners.hooked import HookedRunner
 from patchsweep.runners.trials import (
     AMPLIFIED,
     N_PAIRS,
+    SHAPES,
     Factors,
     Kind,
     Trial,
     amplified,
     intervention_of,
-    make_trials,
+    make_trial,
     whole,
 )
 from patchsweep.spec.interventions import Intervention, Prompts
@@ -101,17 +102,21 @@ class SelfTest:
         self.compute_dtype = compute_dtype_of(bridge)
         dtype = name_of(self.compute_dtype)
         self.error, self.floor = ERROR.get(dtype, 1e-3), FLOOR.get(dtype, 1e-4)
-        self.trials = make_trials(
-            model_shape(bridge),
-            sites,
-            kind,
-            avoid=getattr(bridge.tokenizer, "all_special_ids", None) or (),
-            device=device_of(bridge),
-            joint_layers=joint_layers,
-        )
+        self.trials = [
+            make_trial(
+                model_shape(bridge),
+                sites,
+                kind,
+                number,
+                avoid=getattr(bridge.tokenizer, "all_special_ids", None) or (),
+                device=device_of(bridge),
+                joint_layers=joint_layers,
+            )
+            for number in range(len(SHAPES))
+        ]
         ones = torch.ones(model_shape(bridge).n_layers, N_PAIRS, dtype=torch.float64)
         self.factors: Factors = {site.name: ones.clone() for site in sites}
-        self._expected: list[Measured] | None = None
+        self._expected: list[Measured] = []  # by the hooks; made for the first runner
         self._spread = 0.0  # of logits
 
     def judge(self, runner: Runner) -> dict[str, Outcome]:
@@ -125,7 +130,7 @@ class SelfTest:
             NotDeadError: a patch that plans call dead has an effect.
         """
         intervention = self._prepared(runner)
-        if self._expected is None:
+        if not self._expected:
             self._set_factors(runner, intervention)
             self._expected = self._run_hooks()
             if self._raise_factors():
@@ -197,7 +202,6 @@ class SelfTest:
 
     def _raise_factors(self) -> bool:
         """Amplify layers without a visible patch further; return whether there are any."""
-        assert self._expected is not None
         raised = False
         for i, site in enumerate(self.sites):
             seen: dict[int, bool] = {}
@@ -217,7 +221,6 @@ class SelfTest:
 
     def _unpatched(self, found: Sequence[Measured]) -> str:
         """Return how the runs without a patch differ; empty if they do not."""
-        assert self._expected is not None
         for trial, expected, got in zip(self.trials, self._expected, found, strict=True):
             for run in ("base", "source"):
                 worst = float((getattr(got, run) - getattr(expected, run)).abs().max())

@@ -12,7 +12,7 @@ import numpy as np
 
 from patchsweep.errors import DamagedError
 from patchsweep.store.backends.address import open_folder
-from patchsweep.store.backends.base import PARTIAL, Folder
+from patchsweep.store.backends.base import PARTIAL
 from patchsweep.store.contents import DELETE, MEND, Contents, read_contents
 from patchsweep.store.layout import FIXED, fixed_key, references_key
 from patchsweep.store.store import Store
@@ -35,18 +35,17 @@ def check_store(url: str | Path, *, storage_options: Mapping[str, Any] | None = 
     Raises:
         StoreError: there is no store, or one of another program.
     """
-    folder = open_folder(url, storage_options)
     try:
-        contents = read_contents(folder)
+        contents = read_contents(open_folder(url, storage_options))
     except DamagedError as error:
         return Checked([str(error)], None, None, None)
     problems = [f"{problem}; {MEND}" for problem in contents.problems]
     if not contents.is_sweep:
         problems = [f"{problem}; {DELETE}" for problem in contents.problems]
-        return Checked(problems + _strays(folder, contents, set()), contents.kind, None, None)
+        return Checked(problems + _strays(contents, set()), contents.kind, None, None)
     if problems:
         return Checked(problems, None, None, None)
-    store = Store(folder, contents)
+    store = Store(contents)
     survey = store.survey(read=True)
     return Checked(_problems(store, survey), None, store, survey)
 
@@ -87,14 +86,14 @@ def _problems(store: Store, survey: Survey) -> list[str]:
                     problems.append(f"{unit.name}: holds nothing but NaN")
             except ValueError as error:
                 problems.append(f"{unit.name}: holds no values ({error}); do not trust it")
-    return problems + _strays(store.folder, store.contents, possible)
+    return problems + _strays(store.contents, possible)
 
 
-def _strays(folder: Folder, contents: Contents, possible: set[str]) -> list[str]:
+def _strays(contents: Contents, possible: set[str]) -> list[str]:
     """Return a line for each file that does not belong to the store."""
     problems = []
     named = {problem.partition(":")[0] for problem in contents.problems}
-    for key in sorted(folder.sizes().keys() - contents.files.keys() - possible - named):
+    for key in sorted(contents.folder.sizes().keys() - contents.files.keys() - possible - named):
         if key.endswith(PARTIAL):
             problems.append(
                 f"{key}: left by a killed process; running the command again removes it"

@@ -183,14 +183,8 @@ def _cells(
     axes: Sequence[str] | None,
     index_df: pd.DataFrame | None,
 ) -> Cells:
-    """Return the cells of the sweep.
-
-    Raises:
-        Unsupported: there are few cells, or TransformerLens itself refuses the arguments.
-    """
-    if (axes is None) == (index_df is None) or tokens.ndim != 2:
-        raise _NothingToGain
-    if training_module(model) is not None:
+    """Return the cells of the sweep, unless they are few or TransformerLens refuses them itself."""
+    if tokens.ndim != 2 or training_module(model) is not None:
         raise _NothingToGain
     n_heads = model.cfg.n_heads
     if activation_name in ("k", "v") and model.cfg.n_key_value_heads is not None:
@@ -198,11 +192,9 @@ def _cells(
     n_pos = int(tokens.shape[-1])
     ranges = {"layer": model.cfg.n_layers, "pos": n_pos, "src_pos": n_pos, "dest_pos": n_pos}
     ranges |= {"head": n_heads, "head_index": n_heads}
-    if index_df is None:
-        assert axes is not None
-        if not set(axes) <= set(ranges):
-            raise _NothingToGain
+    if axes is not None:
         index_df = tl.make_df_from_ranges([ranges[axis] for axis in axes], axes)
+    assert index_df is not None  # one of the two was given
     if len(index_df) <= FEW_CELLS:
         raise _NothingToGain
     n_units = int(model.cfg.d_mlp or 0) if activation_name in ("post", "mlp_post") else n_heads
@@ -300,12 +292,7 @@ def _hook(setter: Setter, index: list[int], clean: Tensor) -> Callable[[Tensor, 
 
 def _index(cells: Cells, cell: int) -> list[int]:
     """Return the row of `index_df` of `cell`, with columns in its setter's order."""
-    columns = {
-        "layer": cells.layer,
-        "pos": cells.pos,
-        "unit": cells.unit,
-        "src": cells.src,
-    }
+    columns = {"layer": cells.layer, "pos": cells.pos, "unit": cells.unit, "src": cells.src}
     order = ("layer", "unit", "pos", "src") if cells.site.is_pattern else tuple(columns)
     return [int(column[cell]) for name in order if (column := columns[name]) is not None]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from patchsweep.runners.packed.joint_writes import JointLoaded, JointTargets, Jo
 from patchsweep.runners.packed.packing import Packing
 from patchsweep.runners.packed.runner import PackedRunner, read_of
 from patchsweep.runners.packed.tables import (
+    BlockTables,
     PackedInput,
     PatchValues,
     make_tables,
@@ -105,13 +106,13 @@ class PackedJoint:
         base = loaded.loaded.base
         alone, stems = shared_stems(plan)
         if len(alone):
-            values[:, alone] = self._run(loaded, plan.part(alone), base, plan.pair[:0], metrics)
+            values[:, alone] = self._run(loaded, plan.part(alone), base, metrics)
         for stem in stems:
             size = chunk_of(base, len(stem.plan.pair))
             for first in range(0, stem.plan.n_rows, size):
                 part = stem.part(range(first, min(first + size, stem.plan.n_rows)))
                 kept = self.kept(loaded, part.plan)
-                values[:, part.rows] = self._run(loaded, part.rest, kept, part.plan.pair, metrics)
+                values[:, part.rows] = self._run(loaded, part.rest, kept, metrics)
         return values
 
     @torch.no_grad()
@@ -137,9 +138,10 @@ class PackedJoint:
             heads=base.heads,
             calls=base.calls,
             sites={name: of_rows(xs) for name, xs in base.sites.items() if name == "rot_q"},
+            captured=move_together([pair], base.devices[-1])[0],
         )
         for batch in joint_batches(plan, self.runner.max_tokens):
-            hidden = self._blocks(loaded, batch, base, plan.pair[:0], kept)
+            hidden = JointBlocks(self.runner, batch, base, loaded, kept).run()
             row, pos = batch.final_tokens()
             last = kept.resid[-1]
             at_rows, at_pos = move_together(map(on_cpu, (batch.patch[row], pos)), last.device)
@@ -151,13 +153,12 @@ class PackedJoint:
         loaded: JointLoaded,
         plan: JointPlan,
         base: ActivationCache,
-        pair_of_base: Ints,
         metrics: Sequence[Metric],
     ) -> Float[Tensor, "metric row"]:
         values = torch.empty(len(metrics), plan.n_rows, device="cpu")
         done = self.runner.run_batches(
             lambda rows: joint_batches(plan, self.runner.max_tokens, rows),
-            lambda batch: self._run_rows(loaded, batch, base, pair_of_base, metrics),
+            lambda batch: self._run_rows(loaded, batch, base, metrics),
         )
         places, results = zip(*done, strict=True)
         values[:, np.concatenate(places)] = torch.cat(results, dim=1).cpu()
@@ -168,26 +169,12 @@ class PackedJoint:
         loaded: JointLoaded,
         batch: JointBatch,
         base: ActivationCache,
-        pair_of_base: Ints,
         metrics: Sequence[Metric],
     ) -> Float[Tensor, "metric row"]:
-        hidden = self._blocks(loaded, batch, base, pair_of_base, None)
+        hidden = JointBlocks(self.runner, batch, base, loaded).run()
         resid = read_of(base.resid[-1].to(hidden.device), loaded.loaded.batch.reads)
         run, pair = on_cpu(batch.pair), on_cpu(batch.plan.pair[batch.patch])
         return self.runner.read(loaded.loaded, batch, hidden, resid, run, pair, metrics)
-
-    def _blocks(
-        self,
-        loaded: JointLoaded,
-        batch: JointBatch,
-        base: ActivationCache,
-        pair_of_base: Ints,
-        keep: ActivationCache | None,
-    ) -> Tensor:
-        """Return the final residuals `[token, d_model]` of a batch's rows, one after the other."""
-        given = joint_input(self.runner, batch, base)
-        blocks = JointBlocks(self.runner, batch, given, loaded, pair_of_base, keep)
-        return blocks.run()
 
 
 def joint_input(runner: PackedRunner, batch: JointBatch, base: ActivationCache) -> PackedInput:
@@ -200,49 +187,47 @@ def joint_input(runner: PackedRunner, batch: JointBatch, base: ActivationCache) 
     return PackedInput(base, values, {i: i for i in range(batch.n_pairs)})
 
 
+@dataclass(frozen=True, eq=False)
+class _Tables:
+    """What joint rows need at one layer besides their `BlockTables`."""
+
+    targets: dict[str, list[JointTargets]]  # site -> where values are written
+    row: Tensor | None  # [token] row of the plan; None: no runs are kept
+
+
 class JointBlocks(PackedBlocks):
-    """The packed rows of joint patches at their current block."""
+    """The packed rows of joint patches at their current block; they continue the runs in `base`.
+
+    `keep`: a cache of the rows' own runs, which is filled in.
+    """
 
     def __init__(
         self,
         runner: PackedRunner,
         batch: JointBatch,
-        given: PackedInput,
+        base: ActivationCache,
         loaded: JointLoaded,
-        pair_of_base: Ints,
-        keep: ActivationCache | None,
+        keep: ActivationCache | None = None,
     ) -> None:
+        given = joint_input(runner, batch, base)
         super().__init__(runner.unwrapped, batch, given)
-        self.batch, self.loaded, self.keep = batch, loaded, keep
-        self.packing: Packing
-        # pair of the captured batch of each base run; empty: they are the same
-        self.pair_of_base = pair_of_base
+        self.batch, self.keep = batch, keep
         self.writes = JointWrites(batch, given, loaded)
-        # site, layer -> the tables of what is written, made before the first block
-        self.targets: dict[tuple[str, int], list[JointTargets]] = {}
-        self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> row and position of each token
-        self.pairs: dict[int, Tensor] = {}  # layer -> pair of the captured batch of each token
+        self.made: dict[int, _Tables] = {}  # by layer, before the first block runs
 
     def run(self) -> Tensor:
         """Return the final residuals `[token, d_model]` of all rows."""
-        hidden: Tensor | None = None
-        with ExitStack() as stack:
-            stack.enter_context(self.hooks())
-            packings = list(self.batch.packings())
-            tables = make_tables(self.batch, self.given, packings)
-            self._make_tables(packings)
-            for packing in packings:
-                self.packing = packing
-                hidden = self.enter(tables.popleft(), hidden)
-                if packing.layer < self.unwrapped.n_layers:
-                    self._keep_tokens(None if self.keep is None else self.keep.resid, hidden)
-                    hidden = self.replay(hidden)
-        assert hidden is not None
-        return hidden
+        packings = list(self.batch.packings())
+        tables = make_tables(self.batch, self.given, packings)
+        self._make_tables(packings)
+        return self.run_through(tables)
 
-    def captured_pair(self) -> Tensor:
+    def enter(self, tables: BlockTables, carried: Tensor | None) -> Tensor:
         """See `PackedBlocks`."""
-        return self.pairs.get(self.packing.layer, self.tables.token_pair)
+        hidden = super().enter(tables, carried)
+        if self.keep is not None and tables.layer < self.unwrapped.n_layers:
+            self._keep_tokens(self.keep.resid, hidden)
+        return hidden
 
     def attended(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: dict[str, Any]
@@ -251,58 +236,40 @@ class JointBlocks(PackedBlocks):
         if self.keep is not None:
             self._keep_tokens([x.transpose(1, 2) for x in self.keep.keys], k)
             self._keep_tokens([x.transpose(1, 2) for x in self.keep.values], v)
-            self._keep_tokens(self.keep.sites.get("rot_q"), q.flatten(1))
+            if "rot_q" in self.keep.sites:
+                self._keep_tokens(self.keep.sites["rot_q"], q.flatten(1))
         return super().attended(layer, q, k, v, settings)
 
-    def _keep_tokens(self, kept: Sequence[Tensor] | None, x: Tensor) -> None:
+    def _keep_tokens(self, kept: Sequence[Tensor], x: Tensor) -> None:
         """Write `x` `[token, ...]` into this layer of `kept`, `[row, pos, ...]` each."""
-        if kept is None:
-            return
-        into = kept[self.packing.layer]
-        into[self.kept[self.packing.layer]] = x.to(into)
+        into = kept[self.tables.layer]
+        into[self.made[self.tables.layer].row, self.tables.token_pos] = x.to(into)
 
     def write(self, x: Tensor, *sites: str) -> None:
         """Write the patches at `sites` into `x` `[.., token, width]`, in place."""
-        for name in sites:
-            for targets in self.targets.get((name, self.packing.layer), ()):
-                self.writes.write(x, name, self.packing.layer, targets)
+        self.writes.write(x, self.tables.layer, self.made[self.tables.layer].targets, sites)
 
     def _make_tables(self, packings: Sequence[Packing]) -> None:
         """Make the tables of all blocks and move them in one copy a device."""
         devices = self.given.base.devices
         moves: dict[torch.device, Moves] = defaultdict(Moves)
-        on_host: dict[tuple[str, int], list[JointTargets]] = {}
-        kept: dict[int, tuple[Tensor, ...]] = {}
         for packing in packings:
-            layer, to_device = packing.layer, moves[devices[packing.layer]]
+            layer, row = packing.layer, None
             before = -self.batch.plan.first[self.batch.patch, layer]
             before[packing.rows] += packing.offsets[:-1]
-            for name in self.writes.sites_at(layer):
 
-                def token(row: Ints, pos: Ints, before: Ints = before) -> Ints:
-                    at: Ints = before[row] + pos
-                    return at
+            def token(row: Ints, pos: Ints, before: Ints = before) -> Ints:
+                at: Ints = before[row] + pos
+                return at
 
-                on_host[name, layer] = [*self.writes.targets(name, layer, token)]
-                to_device.add(on_host[name, layer])
-            rows: list[Ints] = []
             if self.keep is not None:
                 counts = np.diff(packing.offsets)
-                rows = [np.repeat(self.batch.patch[packing.rows], counts), packing.token_pos]
-            if len(self.pair_of_base):
-                rows.append(self.pair_of_base[packing.token_pair])
-            kept[layer] = tuple(map(on_cpu, rows))
-            to_device.add(kept[layer])
+                row = on_cpu(np.repeat(self.batch.patch[packing.rows], counts))
+            self.made[layer] = _Tables(self.writes.at(layer, token), row)
+            moves[devices[layer]].add(self.made[layer])
         for device, to_device in moves.items():
             to_device.start(device)
-        for (name, layer), made in on_host.items():
-            self.targets[name, layer] = moves[devices[layer]].there(made)
-        for layer, tables in kept.items():
-            moved = moves[devices[layer]].there(tables)
-            if self.keep is not None:
-                self.kept[layer] = (moved[0], moved[1])
-            if len(self.pair_of_base):
-                self.pairs[layer] = moved[-1]
+        self.made = {layer: moves[devices[layer]].there(x) for layer, x in self.made.items()}
 
 
 def check_patterns(plan: JointPlan) -> None:

@@ -22,7 +22,6 @@ from torch import Tensor
 from patchsweep.forward.capture import ActivationCache
 from patchsweep.forward.grad import Gradients
 from patchsweep.forward.site_locations import SiteLocation
-from patchsweep.forward.unwrapped import UnwrappedModel
 from patchsweep.models.moves import Moves, move_together, on_cpu
 from patchsweep.runners.packed.adaptive import AdaptiveBlocks, Thresholds
 from patchsweep.runners.packed.adaptive_runner import (
@@ -35,7 +34,8 @@ from patchsweep.runners.packed.adaptive_runner import (
 from patchsweep.runners.packed.joint import PackedJoint, check_patterns, chunk_of, joint_input
 from patchsweep.runners.packed.joint_batch import JointBatch
 from patchsweep.runners.packed.joint_writes import JointLoaded, JointTargets, JointWrites
-from patchsweep.runners.packed.tables import PackedInput, TokenTables
+from patchsweep.runners.packed.runner import PackedRunner, read_of
+from patchsweep.runners.packed.tables import TokenTables
 from patchsweep.spec.joint import JointPlan, shared_stems
 from patchsweep.spec.metrics import Metric
 from patchsweep.spec.plan import Ints
@@ -122,7 +122,6 @@ class AdaptiveJoint:
                     loaded,
                     plan.part(single),
                     loaded.loaded.base,
-                    plan.pair[:0],
                     base,
                     theta[:, single],
                     tau[single],
@@ -145,7 +144,6 @@ class AdaptiveJoint:
                     loaded,
                     part.rest,
                     kept,
-                    part.plan.pair,
                     of_kept(part.plan, kept, start),
                     theta[:, rows],
                     tau[rows],
@@ -169,25 +167,19 @@ class AdaptiveJoint:
         loaded: JointLoaded,
         plan: JointPlan,
         base: ActivationCache,
-        pair_of_base: Ints,
         gradients: Gradients,
         theta: NDArray[np.float32],
         tau: NDArray[np.float64],
         metrics: Sequence[Metric],
     ) -> JointValues:
-        """Return the results of rows of one layer, which continue the runs in `base`.
-
-        `pair_of_base`: pair of each of these; empty: they are the base runs.
-        """
+        """Return the results of rows of one layer, which continue the runs in `base`."""
         found = JointValues.empty(len(metrics), plan.n_rows)
-        n_bases = base.shape[0]
-        pairs = pair_of_base if len(pair_of_base) else np.arange(n_bases)
         device = loaded.loaded.base_resid.device
-        reads = list(loaded.loaded.batch.reads)
-        pair_of, read = move_together(
-            [on_cpu(pairs), on_cpu(read_numbers(loaded.loaded.batch))], device
-        )
-        resid = base.resid[-1].to(device)[:, reads]
+        (read,) = move_together([on_cpu(read_numbers(loaded.loaded.batch))], device)
+        resid = read_of(base.resid[-1].to(device), loaded.loaded.batch.reads)
+        pair_of = torch.arange(len(resid), device=device)
+        if base.captured is not None:
+            pair_of = base.captured.to(device)
 
         def score(resid: Tensor, pairs: Tensor) -> Tensor:
             return self.runner.metrics_of(loaded.loaded, resid, pairs, metrics)
@@ -197,15 +189,8 @@ class AdaptiveJoint:
         def run(places: Ints) -> None:
             rows = places[np.lexsort((plan.first[places, -1], plan.base[places]))]
             batch = _batch_of(plan, rows)
-            blocks = _Blocks(
-                self.runner.unwrapped,
-                batch,
-                joint_input(self.runner, batch, base),
-                gradients,
-                thresholds_on(device, theta[:, rows], tau[rows]),
-                loaded,
-                pair_of if len(pair_of_base) else None,
-            )
+            thresholds = thresholds_on(device, theta[:, rows], tau[rows])
+            blocks = _Blocks(self.runner, batch, base, loaded, gradients, thresholds)
             ran = blocks.run(self.runner.max_tokens, room_of(self.runner.max_tokens, batch))
             at, pair = move_together([on_cpu(plan.base[rows]), on_cpu(plan.pair[rows])], device)
             values, linear, token_layers = metrics_of(
@@ -241,34 +226,26 @@ class _Blocks(AdaptiveBlocks):
 
     def __init__(
         self,
-        unwrapped: UnwrappedModel,
+        runner: PackedRunner,
         batch: JointBatch,
-        given: PackedInput,
+        base: ActivationCache,
+        loaded: JointLoaded,
         gradients: Gradients,
         thresholds: Thresholds,
-        loaded: JointLoaded,
-        pair_of_base: Tensor | None,
     ) -> None:
-        super().__init__(unwrapped, batch, given, gradients, thresholds)
+        given = joint_input(runner, batch, base)
+        super().__init__(runner.unwrapped, batch, given, gradients, thresholds)
         self._joint = JointWrites(batch, given, loaded)
         self._targets: dict[str, list[JointTargets]] = {}  # of the block call under way
-        self._pair_of_base = pair_of_base  # pair of the captured batch; None: base runs are these
-
-    def captured_pair(self) -> Tensor:
-        """See `PackedBlocks`."""
-        pair = super().captured_pair()
-        return pair if self._pair_of_base is None else self._pair_of_base[pair]
 
     def write(self, x: Tensor, *sites: str) -> None:
         """See `PackedBlocks`."""
-        for name in sites:
-            for targets in self._targets.get(name, ()):
-                self._joint.write(x, name, self.tables.layer, targets)
+        self._joint.write(x, self.tables.layer, self._targets, sites)
 
     def _tables(self, layer: int, tokens: Any, on_host: Any) -> TokenTables:
         """See `AdaptiveBlocks`."""
         self._targets = {}
-        if on_host is None or not self._joint.sites_at(layer):
+        if on_host is None:
             return super()._tables(layer, tokens, None)
         length = self.packed.length
         place = on_host[0] * length + on_host[1]  # ascending
@@ -278,9 +255,7 @@ class _Blocks(AdaptiveBlocks):
             at = np.searchsorted(place, wanted).clip(0, max(0, len(place) - 1))
             return np.where(place[at] == wanted, at, -1)
 
-        made = {
-            name: [*self._joint.targets(name, layer, token)] for name in self._joint.sites_at(layer)
-        }
+        made = self._joint.at(layer, token)
         moves = Moves()
         moves.add(made)
         moves.start(self.device)

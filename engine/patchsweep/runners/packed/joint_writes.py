@@ -59,17 +59,18 @@ class JointWrites:
             at = self._cells.setdefault((names[writes.site[i]], int(write_layer[i])), {})
             at[int(writes.value[i])] = part
 
-    def sites_at(self, layer: int) -> list[str]:
-        """Return the names of the sites that are written at a block."""
-        return [name for name, at in self._cells if at == layer]
-
-    def targets(
-        self, name: str, layer: int, token: Callable[[Ints, Ints], Ints]
-    ) -> Iterator[JointTargets]:
-        """Yield where values go at one site, on the CPU: of each intervention, whole vectors first.
+    def at(self, layer: int, token: Callable[[Ints, Ints], Ints]) -> dict[str, list[JointTargets]]:
+        """Return where values go at a block, by site, on the CPU.
 
         `token` returns the packed index of a row of the batch and a position; -1: it does not run.
         """
+        names = [name for name, at in self._cells if at == layer]
+        return {name: [*self._targets(name, layer, token)] for name in names}
+
+    def _targets(
+        self, name: str, layer: int, token: Callable[[Ints, Ints], Ints]
+    ) -> Iterator[JointTargets]:
+        """Yield where values go at one site: of each intervention, whole vectors first."""
         plan = self.batch.plan
         for value, cells in self._cells[name, layer].items():
             writes = plan.writes.at(cells)
@@ -91,8 +92,19 @@ class JointWrites:
                 to = Targets.of(on_cpu(at[~whole]), on_cpu(source[~whole] * n + unit), on_cpu(unit))
                 yield JointTargets(value, to, n)
 
-    def write(self, x: Tensor, name: str, layer: int, targets: JointTargets) -> None:
-        """Write one intervention's values into `x` `[.., token, width]`, in place."""
+    def write(
+        self,
+        x: Tensor,
+        layer: int,
+        made: Mapping[str, Sequence[JointTargets]],
+        sites: Sequence[str],
+    ) -> None:
+        """Write the values at `sites` into `x` `[.., token, width]`, in place; `made`: see `at`."""
+        for name in sites:
+            for targets in made.get(name, ()):
+                self._write(x, name, layer, targets)
+
+    def _write(self, x: Tensor, name: str, layer: int, targets: JointTargets) -> None:
         to = targets.to
         given = self.loaded.live.get(targets.value)
         if isinstance(given, Numbered):

@@ -70,23 +70,14 @@ class LocalFolder(Folder):
         with self.guard():
             self._refuse_links(key)
             try:
-                handle = os.open(self._at(key), _READ)
-            except (FileNotFoundError, NotADirectoryError):
+                with open(self._at(key), "rb", buffering=0, opener=_opened) as file:
+                    return file.readall() if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
+            except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
                 return None
             except OSError as error:
                 if error.errno in (errno.ELOOP, errno.ENXIO):  # a link, or a socket
                     return None
                 raise
-            try:
-                status = os.fstat(handle)
-                if not stat.S_ISREG(status.st_mode):
-                    return None
-                data = os.read(handle, status.st_size + 1)
-                while more := os.read(handle, 1 << 20) if data else b"":
-                    data += more
-                return data
-            finally:
-                os.close(handle)
 
     def exists(self, key: str) -> bool:
         with self.guard():
@@ -119,12 +110,9 @@ class LocalFolder(Folder):
         path = self.path / key
         with self.guard():
             self._make(path.parent)
-            handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-            try:
-                if os.write(handle, line) < len(line):
+            with open(path, "ab", buffering=0) as file:
+                if file.write(line) < len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-            finally:
-                os.close(handle)
 
     def delete(self, key: str) -> None:
         with self.guard():
@@ -300,6 +288,10 @@ def _explain(folder: LocalFolder, error: OSError) -> str:
         f"the store's disk must stay in reach ({cause}); mount it again, then run the same "
         "command again: finished units are kept"
     )
+
+
+def _opened(path: str, flags: int) -> int:
+    return os.open(path, _READ)
 
 
 def _writer(partial: str) -> str:
