@@ -26,8 +26,8 @@ import patchsweep as ps
 import torch
 from patchsweep.spec import spec as request
 from patchsweep.spec.spec import SweepSpec, make_request, site_groups_of
-from patchsweep.store.verify import checksums
 from patchsweep.sweeps import executor as work
+from store_checks import checksums
 
 torch.set_num_threads(1)
 request.UNIT_TOKENS = 150  # many small units, so that kills fall between and inside them

@@ -17,10 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from patchsweep_kernels import attention_torch, split
+from patchsweep_kernels.checks import check_alike, check_shapes
 from patchsweep_kernels.dispatch import (
     capability_of,
-    check_alike,
-    check_shapes,
     device_of,
     dot_settings,
     jit,

@@ -164,21 +164,18 @@ def dry_run(
     """
     block_args: list[tuple[Any, dict[str, Any]]] = []
     tokens = torch.zeros(n_prompts, length, dtype=torch.long, device=device_of(unwrapped.bridge))
-    parent, name, blocks = unwrapped.list_of_blocks()
     recorders = [_Recorder(block, block_args, unwrapped.n_layers) for block in unwrapped.blocks]
-    setattr(parent, name, nn.ModuleList(recorders))
-    try:
-        unwrapped.model(tokens, use_cache=False)
-    except Done:
-        return block_args
-    except Exception as error:
-        if not unwrapped.takes_attention_functions:
-            raise Unsupported(OWN_ATTENTION) from error  # its attention needs its own mask
-        if block_args and type(error) in (TypeError, ValueError):
-            raise Unsupported("its blocks hand on more than hidden states") from error
-        raise
-    finally:
-        setattr(parent, name, blocks)
+    with unwrapped.replacing_blocks(recorders):
+        try:
+            unwrapped.model(tokens, use_cache=False)
+        except Done:
+            return block_args
+        except Exception as error:
+            if not unwrapped.takes_attention_functions:
+                raise Unsupported(OWN_ATTENTION) from error  # its attention needs its own mask
+            if block_args and type(error) in (TypeError, ValueError):
+                raise Unsupported("its blocks hand on more than hidden states") from error
+            raise
     raise Unsupported("the model does not call every block once")
 
 

@@ -33,9 +33,8 @@ from patchsweep.forward.block_args import (
 )
 from patchsweep.forward.capture import watch
 from patchsweep.forward.pattern import attention_pattern, weighted_values
-from patchsweep.forward.row_attention import attend_rows
 from patchsweep.forward.site_locations import resolve_site
-from patchsweep.forward.trace import Part, Trace
+from patchsweep.forward.trace import Part, Trace, attend_rows
 from patchsweep.forward.unwrapped import (
     Attend,
     HookLocation,
@@ -126,8 +125,8 @@ class Blocks:
                 trace.k.append(k)
                 trace.v.append(v)
                 trace.settings.append(attention_settings(module, q.shape[-1], kw))
-                # models assume that it is contiguous
-                return _attended(module, q, k, v, kw).transpose(1, 2).contiguous()
+                z = weighted_values(attention_pattern(q, k, **trace.settings[-1]), v)
+                return z.transpose(1, 2).contiguous()  # models assume that it is contiguous
 
             return attend
 
@@ -404,9 +403,3 @@ class Blocks:
 def unpack(x: Tensor, rows: int) -> Float[Tensor, "row head pos d"]:
     """Return attention's q, k or v of packed rows, with an axis for rows."""
     return rearrange(x, "1 head (row pos) d -> row head pos d", row=rows)
-
-
-def _attended(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, kw: dict[str, Any]) -> Tensor:
-    """Return causal attention's output over full prompts, `[row, head, pos, d]`."""
-    pattern = attention_pattern(q, k, **attention_settings(module, q.shape[-1], kw))
-    return weighted_values(pattern, v)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -75,16 +75,20 @@ class ActivationCache:
 
     def half(self, prompts: slice) -> ActivationCache:
         """Return the cache of the prompts at `prompts` of the batch; the tensors are views."""
-        return ActivationCache(
-            shape=(len(range(*prompts.indices(self.shape[0]))), self.shape[1]),
-            storage=self.storage,
-            devices=self.devices,
-            resid=[x[prompts] for x in self.resid],
-            keys=[x[prompts] for x in self.keys],
-            values=[x[prompts] for x in self.values],
-            heads=self.heads,
-            calls=self.calls,
-            sites={name: [x[prompts] for x in xs] for name, xs in self.sites.items()},
+        n_prompts = len(range(*prompts.indices(self.shape[0])))
+        return self.taken(n_prompts, lambda xs: [x[prompts] for x in xs])
+
+    def taken(
+        self, n_prompts: int, take: Callable[[list[Tensor]], list[Tensor]]
+    ) -> ActivationCache:
+        """Return a cache of other prompts; `take` returns their tensors, block by block."""
+        return replace(
+            self,
+            shape=(n_prompts, self.shape[1]),
+            resid=take(self.resid),
+            keys=take(self.keys),
+            values=take(self.values),
+            sites={name: take(xs) for name, xs in self.sites.items()},
         )
 
 

@@ -250,12 +250,15 @@ class GradientModel:
             if entries:
                 self._enter(stack, entries, axes, n_rows)
             for point in watched:
+                site = point.site
                 for layer, location in enumerate(point.points):
-                    more = location.side == "in" and point.site.unit is None
-                    see = partial(visit_site, point.site, layer, carries_on=more)
+                    more = location.side == "in" and site.unit is None
+                    see = partial(visit_site, site, layer, carries_on=more)
                     stack.enter_context(watch(location, see))
-                if point.site.in_stream and point.site.layered:
-                    self._watch_stream(stack, point.site, visit_site)
+                for layer, block in enumerate(self.unwrapped.blocks if site.in_stream else ()):
+                    if site.layered:
+                        border = HookLocation(block, "out" if site.shift else "in")
+                        stack.enter_context(watch(border, partial(visit_site, site, layer)))
             stack.enter_context(after())
             stack.enter_context(self.unwrapped.attending(attention))
             kept = torch.tensor(
@@ -270,14 +273,6 @@ class GradientModel:
             )
         logits: Tensor = output.logits.float()
         return logits
-
-    def _watch_stream(
-        self, stack: ExitStack, site: Site, see: Callable[..., Tensor | None]
-    ) -> None:
-        """Call `see` at the input of every block, or at its output if the site has a shift."""
-        for layer, block in enumerate(self.unwrapped.blocks):
-            point = HookLocation(block, "out" if site.shift else "in")
-            stack.enter_context(watch(point, partial(see, site, layer)))
 
     def _enter(
         self,

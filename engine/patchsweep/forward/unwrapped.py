@@ -123,16 +123,22 @@ class UnwrappedModel(PlainModel):
         """Inside, the weights outside of the blocks stay fetched over several calls."""
         return _fetched(s for module, s in self._stations.items() if module not in self.blocks)
 
-    def list_of_blocks(self) -> tuple[nn.Module, str, nn.Module]:
-        """Return the module that holds the list of blocks, the list's name, and the list.
+    @contextmanager
+    def replacing_blocks(self, blocks: Iterable[nn.Module]) -> Iterator[None]:
+        """Inside, the model runs `blocks` in place of its own.
 
         Raises:
-            Unsupported: there is no such list.
+            Unsupported: it keeps its blocks in no list.
         """
-        for parent in self.model.modules():
-            for name, child in parent.named_children():
-                if isinstance(child, nn.ModuleList) and tuple(child) == self.blocks:
-                    return parent, name, child
+        children = ((m, *child) for m in self.model.modules() for child in m.named_children())
+        for parent, name, child in children:
+            if isinstance(child, nn.ModuleList) and tuple(child) == self.blocks:
+                setattr(parent, name, nn.ModuleList(blocks))
+                try:
+                    yield
+                finally:
+                    setattr(parent, name, child)
+                return
         raise Unsupported("the model keeps its blocks in no list")
 
     def block_at_hand(self, layer: int) -> AbstractContextManager[None]:

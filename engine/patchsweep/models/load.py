@@ -112,7 +112,35 @@ def _load(
         "trust_remote_code": trust_remote_code,
         "local_files_only": os.path.isdir(source),
     }
-    return _pretrained(name, source, device, dtype, placement, common, weights=weights)
+    try:
+        # the model was trained with a start token; tokenizers saved by hand often do not add it
+        tokenizer = AutoTokenizer.from_pretrained(source, add_bos_token=True, **common)
+        if not weights:
+            bridge = meta_bridge(name, source, tokenizer, device, dtype, placement, common)
+            if bridge is not None:
+                return bridge
+        placed = {} if placement is None else placement.arguments()
+        hf_model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, attn_implementation="eager", **placed, **common
+        )
+    except (ImportError, RuntimeError) as error:  # of a library that packs weights
+        if not _is_quantised(source, common) or is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"the quantised weights of {name!r} need what is not here: {str(error).rstrip('.')}; "
+            "use weights that are not quantised, or quantised by bitsandbytes"
+        ) from error
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"model {name!r} could not be loaded: {str(error).rstrip('.')}; use "
+            "'smollm2-135m' (embedded), 'tiny:<family>', a GGUF file, a local folder, or a Hugging "
+            "Face name that is cached or reachable"
+        ) from error
+    if getattr(hf_model, "_hf_peft_config_loaded", False):  # an adapter by Hugging Face name
+        raise ModelError(f"model {name!r} is an adapter of PEFT. {_MERGE}")
+    if device is not None:
+        hf_model.to(device)
+    return as_bridge(name, hf_model, tokenizer)
 
 
 def _tiny(
@@ -168,47 +196,6 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")
     return DTYPES[dtype]
-
-
-def _pretrained(
-    name: str,
-    source: str,
-    device: str | None,
-    dtype: torch.dtype,
-    placement: Placement | None,
-    common: dict[str, Any],
-    *,
-    weights: bool,
-) -> TransformerBridge:
-    try:
-        # the model was trained with a start token; tokenizers saved by hand often do not add it
-        tokenizer = AutoTokenizer.from_pretrained(source, add_bos_token=True, **common)
-        if not weights:
-            bridge = meta_bridge(name, source, tokenizer, device, dtype, placement, common)
-            if bridge is not None:
-                return bridge
-        placed = {} if placement is None else placement.arguments()
-        hf_model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation="eager", **placed, **common
-        )
-    except (ImportError, RuntimeError) as error:  # of a library that packs weights
-        if not _is_quantised(source, common) or is_out_of_memory(error):
-            raise
-        raise ModelError(
-            f"the quantised weights of {name!r} need what is not here: {str(error).rstrip('.')}; "
-            "use weights that are not quantised, or quantised by bitsandbytes"
-        ) from error
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"model {name!r} could not be loaded: {str(error).rstrip('.')}; use "
-            "'smollm2-135m' (embedded), 'tiny:<family>', a GGUF file, a local folder, or a Hugging "
-            "Face name that is cached or reachable"
-        ) from error
-    if getattr(hf_model, "_hf_peft_config_loaded", False):  # an adapter by Hugging Face name
-        raise ModelError(f"model {name!r} is an adapter of PEFT. {_MERGE}")
-    if device is not None:
-        hf_model.to(device)
-    return as_bridge(name, hf_model, tokenizer)
 
 
 def _is_quantised(source: str, common: Mapping[str, Any]) -> bool:

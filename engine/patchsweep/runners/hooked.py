@@ -6,6 +6,7 @@ reference for the packed runner's self-test.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -115,37 +116,28 @@ class HookedRunner(Runner):
         self, tokens: Tensor, reads: Sequence[int] = ()
     ) -> tuple[Float[Tensor, "row read d_vocab"], dict[str, list[Tensor]]]:
         """Return fp32 logits at `reads` and the sites' activations; runs some prompts at a time."""
-        rows = tokens.split(self.rows_of(tokens.shape[1]))
-        parts = [self._run_rows(prompts, reads) for prompts in rows]
-        activations = {
-            site.name: [
-                torch.cat(x) for x in zip(*(acts[site.name] for _, acts in parts), strict=True)
-            ]
-            for site in self.sites
-        }
-        return torch.cat([logits for logits, _ in parts]), activations
-
-    def _run_rows(
-        self, tokens: Tensor, reads: Sequence[int]
-    ) -> tuple[Float[Tensor, "row read d_vocab"], dict[str, list[Tensor]]]:
-        kept: dict[str, Tensor] = {}
+        logits: list[Tensor] = []
+        kept: dict[str, list[Tensor]] = defaultdict(list)
 
         def keep(x: Tensor, hook: Any, name: str) -> None:
-            kept[name] = x.detach().clone()
+            kept[name].append(x.detach().clone())
 
-        logits: list[Tensor] = []
-        for group in self._groups:
-            names = [name for site in group for name in hooks_of(self.bridge, site)]
-            keeping = [(name, partial(keep, name=name)) for name in names]
-            with cast_while(self.bridge, self.compute_dtype):
-                logits.append(forward(self.bridge, tokens, (), keeping)[:, list(reads)].float())
+        for prompts in tokens.split(self.rows_of(tokens.shape[1])):
+            for i, group in enumerate(self._groups):
+                # sites may share a hook, as pattern and pattern_cell do
+                names = dict.fromkeys(n for site in group for n in hooks_of(self.bridge, site))
+                keeping = [(name, partial(keep, name=name)) for name in names]
+                with cast_while(self.bridge, self.compute_dtype):
+                    output = forward(self.bridge, prompts, (), keeping)
+                if not i:
+                    logits.append(output[:, list(reads)].float())
         activations = {}
         for site in self.sites:
-            layers = [kept[name] for name in hooks_of(self.bridge, site)]
+            layers = [torch.cat(kept[name]) for name in hooks_of(self.bridge, site)]
             if not site.is_pattern:
                 layers = [x.reshape(*tokens.shape, -1) for x in layers]
             activations[site.name] = layers
-        return logits[0], activations
+        return torch.cat(logits), activations
 
     @torch.no_grad()
     def load(self, batch: Batch, intervention: Intervention) -> Loaded:

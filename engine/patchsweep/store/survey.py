@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from patchsweep.store.backends.base import NOT_A_FILE
@@ -10,8 +10,6 @@ from patchsweep.store.contents import Contents
 from patchsweep.store.digest import SEAL_BYTES, seal, sealed_size
 from patchsweep.store.layout import (
     FIXED,
-    PROGRESS,
-    REFERENCES,
     Unit,
     fixed_key,
     references_key,
@@ -60,16 +58,13 @@ def survey_units(
     contents: Contents, units: Sequence[Unit], *, read: bool
 ) -> tuple[list[Unit], dict[Unit, str]]:
     """Return those of `units` without a flag, and shard -> problem where file and flag differ."""
-    names = dict.fromkeys(unit.variable for unit in units)
-    files, flags = [], []
+    keys = []
     for unit in units:
         variable = contents.variables[unit.variable]
-        files.append(variable.shard_key(unit))
-        flags.append(variable.flag_key(unit))
+        keys.append((variable.shard_key(unit), variable.flag_key(unit)))
     pending: list[Unit] = []
     damaged: dict[Unit, str] = {}
-    problems = _problems(contents, read, names, names, files, flags)
-    for unit, problem in zip(units, problems, strict=True):
+    for unit, problem in zip(units, _problems(contents, keys, read), strict=True):
         if problem is None:
             pending.append(unit)
         elif problem:
@@ -80,12 +75,11 @@ def survey_units(
 def survey_pairs(contents: Contents, *, read: bool) -> tuple[list[int], dict[int, str]]:
     """Return pairs without a flag, and pair -> problem where a file and its flag differ."""
     pairs = range(contents.fixed_shape()[1])
-    flags = [references_key(pair) for pair in pairs]
     pending: list[int] = []
     damaged: dict[int, str] = {}
     for i, name in enumerate(FIXED):
-        files = [fixed_key(name, pair) for pair in pairs]
-        problems = _problems(contents, read, [name], [REFERENCES], files, flags, i, len(FIXED))
+        keys = [(fixed_key(name, pair), references_key(pair)) for pair in pairs]
+        problems = _problems(contents, keys, read, i, len(FIXED))
         for pair, problem in zip(pairs, problems, strict=True):
             if problem is None and i == 0:
                 pending.append(pair)
@@ -95,27 +89,19 @@ def survey_pairs(contents: Contents, *, read: bool) -> tuple[list[int], dict[int
 
 
 def _problems(
-    contents: Contents,
-    read: bool,
-    arrays: Iterable[str],
-    flag_arrays: Iterable[str],
-    files: Sequence[str],
-    flags: Sequence[str],
-    part: int = 0,
-    n_parts: int = 1,
+    contents: Contents, keys: Sequence[tuple[str, str]], read: bool, part: int = 0, n_parts: int = 1
 ) -> Iterator[str | None]:
-    """Yield the problem of each of `files`: "" if there is none, None if it has no flag.
+    """Yield the problem of each file: "" if there is none, None if it has no flag.
 
-    Each flag holds the seals of `n_parts` files, of which `files` has the `part`-th.
+    `keys`: of the file and of its flag, whose `part` of `n_parts` seals is of this file.
     """
     folder = contents.folder
-    sizes = {k: n for name in arrays for k, n in folder.sizes(name).items()}
-    flagged = {key for name in flag_arrays for key in folder.sizes(f"{PROGRESS}/{name}")}
-    sealed = folder.read_many(flag for flag in flags if flag in flagged)
-    written = (key for key, flag in zip(files, flags, strict=True) if flag in flagged)
-    values = folder.read_many(written if read else ())
-    for key, flag in zip(files, flags, strict=True):
-        if flag not in flagged:
+    arrays = dict.fromkeys(name.rpartition("/")[0] for of_file in keys for name in of_file)
+    sizes = {key: n for array in arrays for key, n in folder.sizes(array).items()}
+    sealed = folder.read_many(flag for _, flag in keys if flag in sizes)
+    values = folder.read_many(key for key, flag in keys if read and flag in sizes)
+    for key, flag in keys:
+        if flag not in sizes:
             yield None
             continue
         parts = next(sealed) or b""

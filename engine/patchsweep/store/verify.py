@@ -1,8 +1,7 @@
-"""Checks of a store on disk, and checksums for comparing two stores."""
+"""Checks of a store on disk."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,29 +46,11 @@ def check_store(url: str | Path, *, storage_options: Mapping[str, Any] | None = 
         return Checked(problems, None, None, None)
     store = Store(contents)
     survey = store.survey(read=True)
-    return Checked(_problems(store, survey), None, store, survey)
+    return Checked(problems_of(store, survey), None, store, survey)
 
 
-def checksums(
-    url: str | Path, *, storage_options: Mapping[str, Any] | None = None
-) -> dict[str, str]:
-    """Return path within the store -> SHA-256 (hex) for each file; empty if there is no store.
-
-    Two runs with the same values give equal dicts.
-    """
-    folder = open_folder(url, storage_options)
-    return {key: hashlib.sha256(folder.read(key) or b"").hexdigest() for key in folder.list()}
-
-
-def verify_structure(store: Store) -> list[str]:
-    """Return a line for each problem of the store's files; empty if there is none.
-
-    Reads each finished shard and checks its digest. Pending shards are not problems: see `status`.
-    """
-    return _problems(store, store.survey(read=True))
-
-
-def _problems(store: Store, survey: Survey) -> list[str]:
+def problems_of(store: Store, survey: Survey) -> list[str]:
+    """Return a line for each problem that `survey` or a finished shard's values show."""
     problems = [f"{problem}; {MEND}" for problem in survey.problems]
     possible = {references_key(pair) for pair in range(store.n_pairs)}
     possible |= {fixed_key(name, pair) for name in FIXED for pair in range(store.n_pairs)}

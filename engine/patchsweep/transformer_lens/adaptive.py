@@ -18,7 +18,6 @@ from transformer_lens.model_bridge import TransformerBridge
 from patchsweep.attribution.base_gradients import STREAM
 from patchsweep.errors import ConfigError
 from patchsweep.forward.grad import GradientModel, Gradients
-from patchsweep.forward.site_locations import SiteLocation
 from patchsweep.results.tolerance import in_units
 from patchsweep.runners.packed.adaptive import AdaptiveBlocks, Thresholds
 from patchsweep.runners.packed.adaptive_runner import room_of, run_in_parts
@@ -39,7 +38,6 @@ log = logging.getLogger("patchsweep")
 
 ROWS = 1024  # of one batch
 LINEARLY = (math.inf, math.inf)
-QUERIES = (SiteLocation(SITES["rot_q"], ()),)  # what adaptive runs read besides keys and values
 
 Level = tuple[float, float]  # theta in units of the tolerance, and tau
 # what is written over the base run's logits, and what is added to the metrics, `[metric, prompt]`

@@ -20,7 +20,8 @@ from patchsweep.forward.unwrapped import Unsupported
 from patchsweep.models.arithmetic import autocast_devices
 from patchsweep.models.offload import device_of
 from patchsweep.models.running import alone, training_module, users_hooks
-from patchsweep.transformer_lens.adaptive import QUERIES, AdaptiveModel, within
+from patchsweep.runners.packed.adaptive_runner import QUERIES
+from patchsweep.transformer_lens.adaptive import AdaptiveModel, within
 from patchsweep.transformer_lens.cells import Cells, differing, live_rows, make_cells
 from patchsweep.transformer_lens.gradients import Metric, check_tolerated
 from patchsweep.transformer_lens.packed import PackedCells, PrecomputedModel
@@ -249,7 +250,7 @@ def _stand_in(
         live = np.unique(rows.cell)
         probes = live[np.linspace(0, len(live) - 1, N_PROBES).astype(np.int64)]
         for cell, changed in zip(probes.tolist(), batches.written(probes.tolist()), strict=True):
-            hook = _hook(setter, _index(cells, cell), clean[int(cells.layer[cell])])
+            hook = _hook(setter, cells.index[cell].tolist(), clean[int(cells.layer[cell])])
             name = names[int(cells.layer[cell])]
             patched = model.run_with_hooks(tokens, fwd_hooks=[(name, hook)]).detach()
             for where, logits in changed:
@@ -288,13 +289,6 @@ def _hook(setter: Setter, index: list[int], clean: Tensor) -> Callable[[Tensor, 
         return setter(x.clone() if x.requires_grad else x, index, clean)
 
     return patch
-
-
-def _index(cells: Cells, cell: int) -> list[int]:
-    """Return the row of `index_df` of `cell`, with columns in its setter's order."""
-    columns = {"layer": cells.layer, "pos": cells.pos, "unit": cells.unit, "src": cells.src}
-    order = ("layer", "unit", "pos", "src") if cells.site.is_pattern else tuple(columns)
-    return [int(column[cell]) for name in order if (column := columns[name]) is not None]
 
 
 def _agree(ours: Tensor, theirs: Tensor, tolerance: float, what: str) -> None:

@@ -32,6 +32,7 @@ from patchsweep.spec.sites import SITES
 
 # awake tokens that one batch may hold, in units of `max_tokens`; a batch with more is divided
 _ROOM = 8
+QUERIES = (SiteLocation(SITES["rot_q"], ()),)  # what adaptive runs read besides keys and values
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +62,7 @@ class AdaptiveRunner:
 
     def load(self, batch: Batch, intervention: Intervention) -> Loaded:
         """Return what `PackedRunner.load` returns, with the base run's queries."""
-        return self.packed.load(batch, intervention, keep=(SiteLocation(SITES["rot_q"], ()),))
+        return self.packed.load(batch, intervention, keep=QUERIES)
 
     def run(
         self,

@@ -9,8 +9,8 @@ and values are kept, and the rows continue it as others continue the base run.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from patchsweep.models.moves import Moves, move_together, on_cpu
 from patchsweep.runners.packed.forward import PackedBlocks
 from patchsweep.runners.packed.joint_batch import JointBatch, joint_batches
 from patchsweep.runners.packed.joint_writes import JointLoaded, JointTargets, JointWrites
-from patchsweep.runners.packed.packing import Packing
+from patchsweep.runners.packed.packing import Packing, pack
 from patchsweep.runners.packed.runner import PackedRunner, read_of
 from patchsweep.runners.packed.tables import (
     BlockTables,
@@ -36,7 +36,7 @@ from patchsweep.runners.packed.tables import (
 from patchsweep.spec.batch import Batch
 from patchsweep.spec.directions import Live, Numbered
 from patchsweep.spec.interventions import Intervention, Resample
-from patchsweep.spec.joint import JointPlan, shared_stems
+from patchsweep.spec.joint import JointPlan, Stem, shared_stems
 from patchsweep.spec.metrics import Metric
 from patchsweep.spec.plan import Ints
 
@@ -103,17 +103,25 @@ class PackedJoint:
         """
         check_patterns(plan)
         values = torch.empty(len(metrics), plan.n_rows, device="cpu")
-        base = loaded.loaded.base
         alone, stems = shared_stems(plan)
         if len(alone):
-            values[:, alone] = self._run(loaded, plan.part(alone), base, metrics)
+            part, base = plan.part(alone), loaded.loaded.base
+            values[:, alone] = self._run(loaded, part, base, metrics)
+        for stem, kept in self.kept_stems(loaded, stems):
+            values[:, stem.rows] = self._run(loaded, stem.rest, kept, metrics)
+        return values
+
+    def kept_stems(
+        self, loaded: JointLoaded, stems: Sequence[Stem], n_parts: int = 1
+    ) -> Iterator[tuple[Stem, ActivationCache]]:
+        """Yield parts of `stems` with their runs: as many as fit `STEM_BYTES`, in `n_parts`."""
+        base = loaded.loaded.base
+        one = sum(x[:1].numel() * x.element_size() for x in (*base.resid, *base.keys, *base.values))
         for stem in stems:
-            size = chunk_of(base, len(stem.plan.pair))
+            size = max(1, min(stem.plan.n_rows, STEM_BYTES // one) // n_parts)
             for first in range(0, stem.plan.n_rows, size):
                 part = stem.part(range(first, min(first + size, stem.plan.n_rows)))
-                kept = self.kept(loaded, part.plan)
-                values[:, part.rows] = self._run(loaded, part.rest, kept, metrics)
-        return values
+                yield part, self.kept(loaded, part.plan)
 
     @torch.no_grad()
     def kept(self, loaded: JointLoaded, plan: JointPlan) -> ActivationCache:
@@ -124,28 +132,14 @@ class PackedJoint:
         base = loaded.loaded.base
         pair = on_cpu(plan.pair)
         places = {x.device for xs in (base.resid, base.keys, base.values) for x in xs}
-        at = {place: move_together([pair], place)[0] for place in places}
-
-        def of_rows(xs: Sequence[Tensor]) -> list[Tensor]:
-            return [x[at[x.device]].to(d) for x, d in zip(xs, base.devices, strict=False)]
-
-        kept = ActivationCache(
-            shape=(plan.n_rows, base.shape[1]),
-            devices=base.devices,
-            resid=of_rows(base.resid),
-            keys=of_rows(base.keys),
-            values=of_rows(base.values),
-            heads=base.heads,
-            calls=base.calls,
-            sites={name: of_rows(xs) for name, xs in base.sites.items() if name == "rot_q"},
-            captured=move_together([pair], base.devices[-1])[0],
+        at = {place: move_together([pair], place)[0] for place in {*places, base.devices[-1]}}
+        queries = {name: xs for name, xs in base.sites.items() if name == "rot_q"}
+        kept = replace(base, sites=queries, captured=at[base.devices[-1]]).taken(
+            plan.n_rows,
+            lambda xs: [x[at[x.device]].to(d) for x, d in zip(xs, base.devices, strict=False)],
         )
         for batch in joint_batches(plan, self.runner.max_tokens):
-            hidden = JointBlocks(self.runner, batch, base, loaded, kept).run()
-            row, pos = batch.final_tokens()
-            last = kept.resid[-1]
-            at_rows, at_pos = move_together(map(on_cpu, (batch.patch[row], pos)), last.device)
-            last[at_rows, at_pos] = hidden
+            JointBlocks(self.runner, batch, base, loaded, kept).run()
         return kept
 
     def _run(
@@ -217,7 +211,7 @@ class JointBlocks(PackedBlocks):
 
     def run(self) -> Tensor:
         """Return the final residuals `[token, d_model]` of all rows."""
-        packings = list(self.batch.packings())
+        packings = list(pack(self.batch))
         tables = make_tables(self.batch, self.given, packings)
         self._make_tables(packings)
         return self.run_through(tables)
@@ -225,7 +219,7 @@ class JointBlocks(PackedBlocks):
     def enter(self, tables: BlockTables, carried: Tensor | None) -> Tensor:
         """See `PackedBlocks`."""
         hidden = super().enter(tables, carried)
-        if self.keep is not None and tables.layer < self.unwrapped.n_layers:
+        if self.keep is not None:
             self._keep_tokens(self.keep.resid, hidden)
         return hidden
 
@@ -285,9 +279,3 @@ def check_patterns(plan: JointPlan) -> None:
     beside = rows[plan.writes.row] & (~of | (plan.write_layer != layers[plan.writes.row]))
     if beside.any():
         raise Unsupported("an attention pattern is patched beside something else")
-
-
-def chunk_of(base: ActivationCache, n_rows: int) -> int:
-    """Return how many kept runs fit `STEM_BYTES`."""
-    one = sum(x[:1].numel() * x.element_size() for x in (*base.resid, *base.keys, *base.values))
-    return max(1, min(n_rows, STEM_BYTES // one))

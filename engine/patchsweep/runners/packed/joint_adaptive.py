@@ -21,7 +21,6 @@ from torch import Tensor
 
 from patchsweep.forward.capture import ActivationCache
 from patchsweep.forward.grad import Gradients
-from patchsweep.forward.site_locations import SiteLocation
 from patchsweep.models.moves import Moves, move_together, on_cpu
 from patchsweep.runners.packed.adaptive import AdaptiveBlocks, Thresholds
 from patchsweep.runners.packed.adaptive_runner import (
@@ -31,7 +30,7 @@ from patchsweep.runners.packed.adaptive_runner import (
     run_in_parts,
     thresholds_on,
 )
-from patchsweep.runners.packed.joint import PackedJoint, check_patterns, chunk_of, joint_input
+from patchsweep.runners.packed.joint import PackedJoint, check_patterns, joint_input
 from patchsweep.runners.packed.joint_batch import JointBatch
 from patchsweep.runners.packed.joint_writes import JointLoaded, JointTargets, JointWrites
 from patchsweep.runners.packed.runner import PackedRunner, read_of
@@ -39,7 +38,6 @@ from patchsweep.runners.packed.tables import TokenTables
 from patchsweep.spec.joint import JointPlan, shared_stems
 from patchsweep.spec.metrics import Metric
 from patchsweep.spec.plan import Ints
-from patchsweep.spec.sites import SITES
 
 # rows that share their first write, from which on its own gradient pays: it costs a forward and a
 # backward pass over what lies behind the write, about three exact runs of it
@@ -49,7 +47,6 @@ LEAST = 8
 GRADIENT = 3
 # kept runs that hold gradients at a time, as a part of those that fit without
 _PART = 4
-QUERIES = (SiteLocation(SITES["rot_q"], ()),)  # what adaptive runs read besides keys and values
 
 # tokens that enter with one batch, in units of `max_tokens`: most of them sleep after a block
 _FULL = 4
@@ -116,44 +113,25 @@ class AdaptiveJoint:
         found = JointValues.empty(len(metrics), plan.n_rows)
         single = np.flatnonzero(plan.n_write_layers == 1)
         if len(single):
-            found.put(
-                single,
-                self._adaptive(
-                    loaded,
-                    plan.part(single),
-                    loaded.loaded.base,
-                    base,
-                    theta[:, single],
-                    tau[single],
-                    metrics,
-                ),
-            )
+            part, limits = plan.part(single), (theta[:, single], tau[single])
+            runs = loaded.loaded.base
+            found.put(single, self._adaptive(loaded, part, runs, base, *limits, metrics))
         two = np.flatnonzero(plan.n_write_layers == 2)
         alone, stems = shared_stems(plan.part(two), least)
         exactly = np.sort(np.concatenate([two[alone], np.flatnonzero(plan.n_write_layers > 2)]))
         if len(exactly):
             found.put(exactly, self.exact(loaded, plan.part(exactly), metrics))
-        for stem in stems:
-            size = max(1, chunk_of(loaded.loaded.base, stem.plan.n_rows) // _PART)
-            for first in range(0, stem.plan.n_rows, size):
-                part = stem.part(range(first, min(first + size, stem.plan.n_rows)))
-                rows = two[part.rows]
-                kept = self.joint.kept(loaded, part.plan)
-                start = int(min(x.first[:, -1].min() for x in (part.plan, part.rest)))
-                new = self._adaptive(
-                    loaded,
-                    part.rest,
-                    kept,
-                    of_kept(part.plan, kept, start),
-                    theta[:, rows],
-                    tau[rows],
-                    metrics,
-                )
-                behind = (plan.length - start) * (plan.n_layers - 1 - part.plan.entry).clip(0)
-                shared = GRADIENT * behind + _token_layers(part.plan)
-                n = np.bincount(part.rest.base, minlength=part.plan.n_rows)
-                own = new.token_layers + (shared / n)[part.rest.base]
-                found.put(rows, replace(new, token_layers=own))
+        for stem, kept in self.joint.kept_stems(loaded, stems, _PART):
+            rows = two[stem.rows]
+            start = int(min(x.first[:, -1].min() for x in (stem.plan, stem.rest)))
+            gradients = of_kept(stem.plan, kept, start)
+            limits = theta[:, rows], tau[rows]
+            new = self._adaptive(loaded, stem.rest, kept, gradients, *limits, metrics)
+            behind = (plan.length - start) * (plan.n_layers - 1 - stem.plan.entry).clip(0)
+            shared = GRADIENT * behind + _token_layers(stem.plan)
+            n = np.bincount(stem.rest.base, minlength=stem.plan.n_rows)
+            own = new.token_layers + (shared / n)[stem.rest.base]
+            found.put(rows, replace(new, token_layers=own))
         return found
 
     def exact(self, loaded: JointLoaded, plan: JointPlan, metrics: Sequence[Metric]) -> JointValues:

@@ -11,7 +11,6 @@ from functools import cached_property
 
 import numpy as np
 
-from patchsweep.runners.packed.packing import Packing
 from patchsweep.runners.packed.schedule import PackedBatch, equal_parts
 from patchsweep.spec.joint import JointPlan
 from patchsweep.spec.plan import Bools, Ints
@@ -70,39 +69,9 @@ class JointBatch(PackedBatch):
         """[write] index of each write of the batch's rows in the plan's writes."""
         return np.flatnonzero(np.isin(self.plan.writes.row, self.patch))
 
-    def final_tokens(self) -> tuple[Ints, Ints]:
-        """Return row of the batch and position of each token behind the last block."""
-        return _tokens(self.start, self.length - self.start)
-
-    def packings(self) -> Iterator[Packing]:
-        """Yield the packings from the first block to the final residual."""
-        plan, rows, base = self.plan, self.patch, self.pair
-        before = np.zeros(len(rows), np.int64)
-        first_before = plan.first[rows, 0]
-        offset_before = np.zeros(len(rows), np.int64)
-        none = np.empty(0, np.int64)
-        for layer in range(int(self.entry.min()), plan.n_layers + 1):
-            first, counts = plan.first[rows, layer], plan.counts(rows, layer)
-            offsets = np.concatenate([[0], np.cumsum(counts)])
-            row, pos = _tokens(first, counts)
-            within = pos - first_before[row]
-            carried = (within >= 0) & (within < before[row])
-            active = np.flatnonzero(counts)
-            yield Packing(
-                layer=layer,
-                rows=active,
-                offsets=np.concatenate([offsets[active], offsets[-1:]]),
-                start=first[active],
-                pair=base[active],
-                token_pair=base[row],
-                token_pos=pos,
-                carried_from=(offset_before[row] + within)[carried],
-                carried_to=np.flatnonzero(carried),
-                write_token=none,
-                write_row=none,
-                same=bool(np.array_equal(before, counts) and np.array_equal(first, first_before)),
-            )
-            before, first_before, offset_before = counts, first, offsets[:-1]
+    def tokens_at(self, layer: int) -> tuple[Ints, Ints]:
+        """See `PackedBatch`."""
+        return self.plan.first[self.patch, layer], self.plan.counts(self.patch, layer)
 
 
 def joint_batches(
@@ -116,10 +85,3 @@ def joint_batches(
     for part in equal_parts(rows, plan.length - first[rows], max_tokens):
         order = np.lexsort((plan.entry[part], first[part], plan.base[part]))
         yield JointBatch.of(plan, part[order])
-
-
-def _tokens(first: Ints, counts: Ints) -> tuple[Ints, Ints]:
-    """Return row and position of each token, `counts[row]` from `first[row]` on."""
-    row = np.repeat(np.arange(len(counts)), counts)
-    within = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return row, first[row] + within

@@ -46,20 +46,19 @@ def pack(packed: PackedBatch) -> Iterator[Packing]:
     unembedding selects the positions that are read.
     """
     n_rows = len(packed.patch)
-    before = np.zeros(n_rows, dtype=np.int64)  # tokens per row in the block before
+    before = first_before = np.zeros(n_rows, dtype=np.int64)  # of each row in the block before
     before_offsets = np.zeros(n_rows + 1, dtype=np.int64)
     last: Packing | None = None
     for layer in range(int(packed.entry.min()), packed.n_layers + 1):
-        only_patched = packed.token_entry & (packed.entry == layer)
-        counts = np.where(only_patched, packed.stop - packed.start, packed.length - packed.start)
-        counts[packed.entry > layer] = 0
-        if last is None or not np.array_equal(before, counts):
+        first, counts = packed.tokens_at(layer)
+        stays = np.array_equal(before, counts) and np.array_equal(first_before, first)
+        if last is None or not stays:
             offsets = np.concatenate([[0], np.cumsum(counts)])
             row = np.repeat(np.arange(len(counts)), counts)
-            within = np.arange(offsets[-1]) - offsets[row]
-            position = packed.start[row] + within
+            position = first[row] + np.arange(offsets[-1]) - offsets[row]
             patched = position < packed.stop[row]
-            carried = within < before[row]
+            within = position - first_before[row]
+            carried = (within >= 0) & (within < before[row])
             active = np.flatnonzero(counts)
             last = Packing(
                 layer=layer,
@@ -69,13 +68,13 @@ def pack(packed: PackedBatch) -> Iterator[Packing]:
                 write_row=np.empty(0, np.int64),
                 rows=active,
                 offsets=np.concatenate([offsets[active], offsets[-1:]]),
-                start=packed.start[active],
+                start=first[active],
                 pair=packed.pair[active],
                 carried_from=(before_offsets[row] + within)[carried],
                 carried_to=np.flatnonzero(carried),
                 same=False,
             )
-            before, before_offsets = counts, offsets
+            before, first_before, before_offsets = counts, first, offsets
         elif not last.same:
             every = np.arange(last.n_tokens)
             last = replace(last, carried_from=every, carried_to=every, same=True)

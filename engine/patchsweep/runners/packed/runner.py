@@ -303,19 +303,12 @@ class PackedRunner(Runner):
         with self.unwrapped.unembed_in_memory():
             for rows in self.unembed.chunks(len(resid), n_reads):
                 full = self._full(resid[rows])
-                chosen = full.gather(2, targets[pair[rows]])
-                parts.append(
-                    compute(
-                        metrics,
-                        Logits(
-                            chosen[..., 0],
-                            chosen[..., 1],
-                            full,
-                            self.logits_of(loaded, "base")[pair[rows]] if references else None,
-                            self.logits_of(loaded, "source")[pair[rows]] if references else None,
-                        ),
-                    )
-                )
+                right, wrong = full.gather(2, targets[pair[rows]]).unbind(2)
+                base = source = None
+                if references:
+                    base = self.logits_of(loaded, "base")[pair[rows]]
+                    source = self.logits_of(loaded, "source")[pair[rows]]
+                parts.append(compute(metrics, Logits(right, wrong, full, base, source)))
         return torch.cat(parts, dim=1)
 
     def _sum(

@@ -56,6 +56,13 @@ class PackedBatch:
         """[pair, pos] whether a metric reads the logits there; the same for all sites."""
         return self.sets[0].plan.reads
 
+    def tokens_at(self, layer: int) -> tuple[Ints, Ints]:
+        """Return `[row]` the first position of each row at a block, and how many tokens it has."""
+        only_patched = self.token_entry & (self.entry == layer)
+        counts = np.where(only_patched, self.stop - self.start, self.length - self.start)
+        counts[self.entry > layer] = 0
+        return self.start, counts
+
     @cached_property
     def write_layers(self) -> Bools:
         """[row, layer] at which layers the value is written, see `Plan.write_layers`."""

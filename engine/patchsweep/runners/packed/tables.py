@@ -149,6 +149,8 @@ class Writes:
     def at(self, packing: PackedTokens) -> dict[int, Targets]:
         """Return, for each set that is patched at the packing's layer, the targets on the CPU."""
         which = self.packed.which[packing.write_row]
+        if not self.packed.sets:  # what joint rows write is said by `joint_writes`
+            return {}
         return {
             i: self._of_set(i, packing, of_set)
             for i in np.unique(which).tolist()

@@ -11,8 +11,9 @@ import itertools
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 
 from patchsweep.errors import StoreError
@@ -21,7 +22,7 @@ from patchsweep.store.backends.process import is_gone, process_name
 
 # do not follow links, nor wait for the writer of a pipe
 _READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-_COUNTER = itertools.count()  # makes the names of this process's partial files unique
+_COUNTER = itertools.count()  # makes the names of what this process writes unique
 PARTIAL_AGE_S = 3600.0  # age at which another machine's partial file counts as a leftover
 
 
@@ -106,6 +107,32 @@ class LocalFolder(Folder):
                 os.replace(partial, path)
         return True
 
+    def put_together(self, files: Mapping[str, bytes]) -> bool:
+        """Create the folder with all `files` at once; False if something lies there already.
+
+        They are written and synced in a folder beside it, which is then renamed.
+        """
+        for leftover in self.path.parent.glob(f"{escape(self.path.name)}~*~*{PARTIAL}"):
+            if is_gone(leftover.name.removesuffix(PARTIAL).rsplit("~", 2)[1]):
+                shutil.rmtree(leftover, ignore_errors=True)
+        partial = LocalFolder(_partial(self.path))
+        partial.shown = self.shown
+        try:
+            partial.make()
+            for key, data in files.items():
+                partial.put(key, data)
+            with self.guard():
+                try:
+                    partial.path.rename(self.path)
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
+                    return False
+                self._sync_folder(self.path.parent)
+        finally:
+            shutil.rmtree(partial.path, ignore_errors=True)
+        return True
+
     def append(self, key: str, so_far: bytes, line: bytes) -> None:
         path = self.path / key
         with self.guard():
@@ -187,8 +214,7 @@ class LocalFolder(Folder):
         self._check_place()
         self._refuse_links(key)
         self._make(path.parent, below=self.path)
-        suffix = f"~{process_name()}~{next(_COUNTER)}{PARTIAL}"
-        partial = path.with_name(path.name + suffix)
+        partial = _partial(path)
         try:
             with open(partial, "wb") as file:
                 file.write(data)
@@ -212,7 +238,7 @@ class LocalFolder(Folder):
 
     def _now(self) -> float:
         """Return the time by the file system's clock, which sets the times of all files."""
-        probe = self.path / f"now~{process_name()}~{next(_COUNTER)}{PARTIAL}"
+        probe = _partial(self.path / "now")
         try:
             probe.touch()
             return probe.stat().st_mtime
@@ -292,6 +318,11 @@ def _explain(folder: LocalFolder, error: OSError) -> str:
 
 def _opened(path: str, flags: int) -> int:
     return os.open(path, _READ)
+
+
+def _partial(path: Path) -> Path:
+    """Return the place where this process writes what will lie at `path`."""
+    return path.with_name(f"{path.name}~{process_name()}~{next(_COUNTER)}{PARTIAL}")
 
 
 def _writer(partial: str) -> str:
