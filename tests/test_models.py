@@ -10,7 +10,7 @@ import torch
 from patchsweep.errors import ModelError
 from patchsweep.models import TINY_FAMILIES, load, load_model
 from patchsweep.models import bundled as embedded
-from patchsweep.models.bundled import BUNDLED, Bundled
+from patchsweep.models.gguf import BUNDLED, Bundled
 from patchsweep.models.tiny import tiny_model
 from subjects import demo_pairs, model
 

@@ -13,10 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from patchsweep.arguments import true_or_false, user_path
 from patchsweep.errors import ModelError
-from patchsweep.models.bundled import BUNDLED, bundled_folder
 from patchsweep.models.device import choose_device
 from patchsweep.models.device_map import DeviceMap, MaxMemory, Placement, as_placement
-from patchsweep.models.gguf import dequantised_folder
+from patchsweep.models.gguf import BUNDLED, bundled_folder, dequantised_folder
 from patchsweep.models.memory import is_out_of_memory
 from patchsweep.models.meta import meta_bridge
 from patchsweep.models.offload import is_offloaded, main_device

@@ -14,7 +14,7 @@ from patchsweep.runners.base import Runner
 from patchsweep.runners.hook_points import writing
 from patchsweep.runners.hooked import HookedRunner
 from patchsweep.runners.packed.joint import PackedJoint
-from patchsweep.runners.packed.joint_writes import JointLoaded
+from patchsweep.runners.packed.joint_batch import JointLoaded
 from patchsweep.runners.packed.runner import PackedRunner
 from patchsweep.spec.batch import Batch
 from patchsweep.spec.directions import Live, Numbered

@@ -26,8 +26,7 @@ from patchsweep.forward.grad import Gradients
 from patchsweep.forward.unwrapped import UnwrappedModel
 from patchsweep.models.moves import Moves, move_together, on_cpu
 from patchsweep.runners.packed.forward import PackedBlocks
-from patchsweep.runners.packed.packing import PackedTokens
-from patchsweep.runners.packed.schedule import PackedBatch
+from patchsweep.runners.packed.schedule import PackedBatch, PackedTokens
 from patchsweep.runners.packed.tables import PackedInput, TokenTables, Writes
 
 # a token wakes where its attention output changes by this many tau, and sleeps where its residual

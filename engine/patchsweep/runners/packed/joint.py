@@ -23,10 +23,15 @@ from patchsweep.forward.site_locations import SiteLocation
 from patchsweep.forward.unwrapped import Unsupported
 from patchsweep.models.moves import Moves, move_together, on_cpu
 from patchsweep.runners.packed.forward import PackedBlocks
-from patchsweep.runners.packed.joint_batch import JointBatch, joint_batches
-from patchsweep.runners.packed.joint_writes import JointLoaded, JointTargets, JointWrites
-from patchsweep.runners.packed.packing import Packing, pack
+from patchsweep.runners.packed.joint_batch import (
+    JointBatch,
+    JointLoaded,
+    JointTargets,
+    JointWrites,
+    joint_batches,
+)
 from patchsweep.runners.packed.runner import PackedRunner, read_of
+from patchsweep.runners.packed.schedule import Packing, pack
 from patchsweep.runners.packed.tables import (
     BlockTables,
     PackedInput,

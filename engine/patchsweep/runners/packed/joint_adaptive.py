@@ -31,8 +31,7 @@ from patchsweep.runners.packed.adaptive_runner import (
     thresholds_on,
 )
 from patchsweep.runners.packed.joint import PackedJoint, check_patterns, joint_input
-from patchsweep.runners.packed.joint_batch import JointBatch
-from patchsweep.runners.packed.joint_writes import JointLoaded, JointTargets, JointWrites
+from patchsweep.runners.packed.joint_batch import JointBatch, JointLoaded, JointTargets, JointWrites
 from patchsweep.runners.packed.runner import PackedRunner, read_of
 from patchsweep.runners.packed.tables import TokenTables
 from patchsweep.spec.joint import JointPlan, shared_stems

@@ -20,8 +20,7 @@ from torch import Tensor
 from patchsweep.forward.capture import ActivationCache
 from patchsweep.forward.site_locations import SiteLocation
 from patchsweep.models.moves import Moves, on_cpu
-from patchsweep.runners.packed.packing import PackedTokens, Packing, pack
-from patchsweep.runners.packed.schedule import PackedBatch
+from patchsweep.runners.packed.schedule import PackedBatch, PackedTokens, Packing, pack
 from patchsweep.spec.plan import Column, Ints
 from patchsweep.spec.sites import Site
 
@@ -149,7 +148,7 @@ class Writes:
     def at(self, packing: PackedTokens) -> dict[int, Targets]:
         """Return, for each set that is patched at the packing's layer, the targets on the CPU."""
         which = self.packed.which[packing.write_row]
-        if not self.packed.sets:  # what joint rows write is said by `joint_writes`
+        if not self.packed.sets:  # what joint rows write is said by `JointWrites`
             return {}
         return {
             i: self._of_set(i, packing, of_set)
