@@ -8,12 +8,7 @@ from dataclasses import dataclass
 from patchsweep.store.backends.base import NOT_A_FILE
 from patchsweep.store.contents import Contents
 from patchsweep.store.digest import SEAL_BYTES, seal, sealed_size
-from patchsweep.store.layout import (
-    FIXED,
-    Unit,
-    fixed_key,
-    references_key,
-)
+from patchsweep.store.layout import FIXED, Unit, fixed_key, references_key
 
 
 @dataclass(frozen=True)

@@ -32,12 +32,7 @@ from patchsweep.runners.packed.joint_batch import (
 )
 from patchsweep.runners.packed.runner import PackedRunner, read_of
 from patchsweep.runners.packed.schedule import Packing, pack
-from patchsweep.runners.packed.tables import (
-    BlockTables,
-    PackedInput,
-    PatchValues,
-    make_tables,
-)
+from patchsweep.runners.packed.tables import BlockTables, PackedInput, PatchValues, make_tables
 from patchsweep.spec.batch import Batch
 from patchsweep.spec.directions import Live, Numbered
 from patchsweep.spec.interventions import Intervention, Resample
@@ -148,11 +143,7 @@ class PackedJoint:
         return kept
 
     def _run(
-        self,
-        loaded: JointLoaded,
-        plan: JointPlan,
-        base: ActivationCache,
-        metrics: Sequence[Metric],
+        self, loaded: JointLoaded, plan: JointPlan, base: ActivationCache, metrics: Sequence[Metric]
     ) -> Float[Tensor, "metric row"]:
         values = torch.empty(len(metrics), plan.n_rows, device="cpu")
         done = self.runner.run_batches(
