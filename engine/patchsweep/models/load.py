@@ -13,8 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from patchsweep.arguments import true_or_false, user_path
 from patchsweep.errors import ModelError
-from patchsweep.models.device import choose_device
-from patchsweep.models.device_map import DeviceMap, MaxMemory, Placement, as_placement
+from patchsweep.models.device_map import (
+    DeviceMap,
+    MaxMemory,
+    Placement,
+    as_placement,
+    choose_device,
+)
 from patchsweep.models.gguf import BUNDLED, bundled_folder, dequantised_folder
 from patchsweep.models.memory import is_out_of_memory
 from patchsweep.models.meta import meta_bridge
