@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook
@@ -14,7 +15,11 @@ from transformer_lens.model_bridge import TransformerBridge
 ACCELERATE = ("_hf_hook", "_old_forward", "forward")
 
 
-Stored = Mapping[str, Tensor]  # names -> weights, each loaded on access
+@runtime_checkable
+class Stored(Protocol):
+    """A mapping from names to weights that loads a weight on each access."""
+
+    def __getitem__(self, name: str, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
