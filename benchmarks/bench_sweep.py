@@ -19,7 +19,7 @@ import torch
 import transformer_lens.patching as tl_patching
 import xarray as xr
 from conftest import Subject, machine, matmul_peak
-from patchsweep.models.bundled import bundled_folder
+from patchsweep.models.gguf import bundled_folder
 from patchsweep.spec.spec import SweepSpec, make_request
 from transformers import AutoModelForCausalLM
 

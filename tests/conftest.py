@@ -23,7 +23,7 @@ CHECKED = (
 os.environ.pop("COLUMNS", None)  # tables as wide as where there is no terminal
 install_import_hook([f"patchsweep.{module}" for module in CHECKED], "shape_checks.checked")
 
-from patchsweep.models import device, load  # noqa: E402  # the hook must come first
+from patchsweep.models import device_map, load  # noqa: E402  # the hook must come first
 from patchsweep.models.device_map import Placement  # noqa: E402
 from patchsweep.store.backends import process  # noqa: E402
 from subjects import model  # noqa: E402
@@ -47,7 +47,7 @@ def _beside_gpu(request: pytest.FixtureRequest) -> Iterator[list[str]]:
         return
 
     def on_cpu(given: str | None, placed: Placement | None) -> str | None:
-        return device.choose_device(given if given or placed else "cpu", placed)
+        return device_map.choose_device(given if given or placed else "cpu", placed)
 
     with pytest.MonkeyPatch.context() as patch, visible_gpu() as touched:
         patch.setattr(load, "choose_device", on_cpu)

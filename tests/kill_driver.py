@@ -27,8 +27,8 @@ import torch
 from patchsweep.spec import shards
 from patchsweep.spec.shards import site_groups_of
 from patchsweep.spec.spec import SweepSpec, make_request
-from patchsweep.store.verify import checksums
 from patchsweep.sweeps import executor as work
+from store_checks import checksums
 
 torch.set_num_threads(1)
 shards.UNIT_TOKENS = 150  # many small units, so that kills fall between and inside them

@@ -20,11 +20,11 @@ from patchsweep.spec.sites import SITES
 from patchsweep.spec.spec import SweepSpec, make_request
 from patchsweep.store.attributes import attributes
 from patchsweep.store.store import Store
-from patchsweep.store.verify import checksums
 from patchsweep.sweeps import calibration
 from patchsweep.sweeps import saving as saving_module
 from patchsweep.sweeps.adaptive import Adaptive
 from patchsweep.sweeps.thresholds import Calibration
+from store_checks import checksums
 from subjects import CLEAN, CORRUPTED, demo_pairs, model, quick, reference_pairs
 
 SWEPT = (

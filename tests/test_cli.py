@@ -38,8 +38,8 @@ from patchsweep.store.journal import read_journal
 from patchsweep.store.save import save_dataset
 from patchsweep.store.status import EXIT_INCOMPLETE
 from patchsweep.store.store import Store
-from patchsweep.store.verify import checksums
 from patchsweep.tasks import TASKS
+from store_checks import checksums
 
 CONF = Path(__file__).parents[1] / "conf"
 GROUPS = ("model", "task", "sites", "method", "metric", "store", "runner")

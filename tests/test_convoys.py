@@ -23,12 +23,12 @@ from patchsweep.spec.sites import SITES
 from patchsweep.spec.spec import SweepSpec, make_request
 from patchsweep.store.layout import Unit
 from patchsweep.store.store import Store
-from patchsweep.store.verify import checksums
 from patchsweep.sweeps.api import prepare_runner
 from patchsweep.sweeps.bf16 import RecheckedWork, recheck_variables
 from patchsweep.sweeps.exact import ExactWork
 from patchsweep.sweeps.executor import Quiet, Slice, run_work, work_items_of
 from patchsweep.sweeps.layout import make_layout
+from store_checks import checksums
 from subjects import demo_pairs, model
 from test_sweep import mixed_pairs
 

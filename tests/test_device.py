@@ -9,8 +9,8 @@ import patchsweep as ps
 import pytest
 import torch
 from patchsweep.errors import ModelError
-from patchsweep.models import device as devices
-from patchsweep.models.device import choose_device
+from patchsweep.models import device_map as devices
+from patchsweep.models.device_map import choose_device
 from patchsweep.models.memory import free_memory
 
 

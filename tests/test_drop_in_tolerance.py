@@ -12,6 +12,7 @@ import pytest
 import torch
 from patchsweep.errors import ConfigError
 from patchsweep.models import load_model
+from patchsweep.sweeps import calibration
 from patchsweep.transformer_lens import adaptive
 from subjects import CLEAN, CORRUPTED, model, quick
 from torch import Tensor
@@ -143,13 +144,13 @@ def test_every_activation_and_few_cells() -> None:
 
 def test_most_cells_are_not_run_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
-    real = adaptive.run_adaptive_batch
+    real = adaptive.AdaptiveBlocks.run
 
     def counted(*arguments: Any) -> Any:
         ran.append(real(*arguments))
         return ran[-1]
 
-    monkeypatch.setattr(adaptive, "run_adaptive_batch", counted)
+    monkeypatch.setattr(adaptive.AdaptiveBlocks, "run", counted)
     arguments = (*prompts("tiny:llama"), last)
     patching.get_act_patch_attn_head_out_by_pos(*arguments, tolerance=0.1)
     token_layers = ran[-1].token_layers
@@ -159,7 +160,7 @@ def test_most_cells_are_not_run_to_the_end(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_what_cannot_be_met_runs_exactly_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = (*prompts("tiny:llama"), last)
-    monkeypatch.setattr(adaptive, "MARGIN", -1.0)
+    monkeypatch.setattr(calibration, "MARGIN", -1.0)
     with pytest.warns(UserWarning, match=r"resid_pre is patched exactly: no thresholds met"):
         within = patching.get_act_patch_resid_pre(*arguments, tolerance=TOLERANCE)
     torch.testing.assert_close(within, patching.get_act_patch_resid_pre(*arguments))

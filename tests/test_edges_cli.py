@@ -23,7 +23,7 @@ from patchsweep.forward.grad import frozen
 from patchsweep.report.edges import Row, build, correlation, rows_of
 from patchsweep.report.graph import Drawn, draw_graph
 from patchsweep.store.attributes import attributes
-from patchsweep.store.verify import checksums
+from store_checks import checksums
 from subjects import demo_pairs, model
 from transformer_lens.model_bridge import TransformerBridge
 

@@ -10,9 +10,9 @@ import numpy as np
 import patchsweep as ps
 import pytest
 import torch
-from patchsweep.runners.packed import graphs, padding
+from patchsweep.runners.packed import graphs, tables
 from patchsweep.runners.packed.graphs import BlockGraphs
-from patchsweep.runners.packed.padding import Padded, size_of
+from patchsweep.runners.packed.tables import Padded, size_of
 from patchsweep_kernels.attention import Rows
 from subjects import model
 
@@ -32,7 +32,7 @@ def padded_blocks() -> Iterator[list[int]]:
     with (
         mock.patch.object(graphs, "available", return_value=True),
         mock.patch.object(graphs, "VISITS", 10**9),
-        mock.patch.object(padding, "LEAST_TOKENS", 16),
+        mock.patch.object(tables, "LEAST_TOKENS", 16),
         mock.patch.object(BlockGraphs, "run", counted),
     ):
         yield visits

@@ -25,10 +25,10 @@ from patchsweep.spec.metrics import Metric
 from patchsweep.store.attributes import attributes
 from patchsweep.store.save import load_dataset
 from patchsweep.store.store import Store
-from patchsweep.store.verify import checksums
 from patchsweep.sweeps import api
 from patchsweep.sweeps.identity import sealed
 from patchsweep.sweeps.screen_settings import Screen
+from store_checks import checksums
 from subjects import model, reference_pairs
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge

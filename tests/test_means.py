@@ -28,8 +28,8 @@ from patchsweep.spec.interventions import Mean, Reader
 from patchsweep.spec.spec import SweepSpec, make_request
 from patchsweep.store.attributes import attributes
 from patchsweep.store.store import Store
-from patchsweep.store.verify import checksums, verify_structure
 from patchsweep.sweeps.means import MeansFolder, check_means, keep_means
+from store_checks import checksums, verify_structure
 from subjects import model, reference_pairs
 from torch import Tensor
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from patchsweep.errors import ModelError
 from patchsweep.models import TINY_FAMILIES, load, load_model
-from patchsweep.models import bundled as embedded
-from patchsweep.models.bundled import BUNDLED, Bundled
+from patchsweep.models import gguf as embedded
+from patchsweep.models.gguf import BUNDLED, Bundled
 from patchsweep.models.tiny import tiny_model
 from subjects import demo_pairs, model
 

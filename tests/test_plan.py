@@ -21,9 +21,8 @@ from patchsweep.models.load import meta_model
 from patchsweep.models.tiny import tiny_tokenizer
 from patchsweep.runners.hooked import HookedRunner
 from patchsweep.runners.packed.budget import GPU_TOKENS
-from patchsweep.runners.packed.packing import pack
 from patchsweep.runners.packed.runner import PackedRunner
-from patchsweep.runners.packed.schedule import make_packed_batches
+from patchsweep.runners.packed.schedule import make_packed_batches, pack
 from patchsweep.spec.batch import make_batches
 from patchsweep.spec.interventions import Resample
 from patchsweep.spec.metrics import METRICS

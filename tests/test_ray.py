@@ -17,7 +17,7 @@ import xarray as xr
 from patchsweep.cli import main as patchsweep
 from patchsweep.store.journal import UNIT, read_journal
 from patchsweep.store.store import Store
-from patchsweep.store.verify import checksums, verify_structure
+from store_checks import checksums, verify_structure
 
 pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason='pip install "patchsweep[ray]"')
 

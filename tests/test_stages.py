@@ -25,9 +25,9 @@ from patchsweep.cli.stop import Stopped
 from patchsweep.errors import ConfigError, StoreError
 from patchsweep.store.layout import PARTS
 from patchsweep.store.status import EXIT_COMPLETE, EXIT_INCOMPLETE, stages_of, store_status
-from patchsweep.store.verify import checksums
 from patchsweep.sweeps.executor import Quiet
 from patchsweep.tasks import load_task
+from store_checks import checksums
 from subjects import model, quick
 
 NAME = "tiny:llama"

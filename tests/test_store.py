@@ -29,7 +29,7 @@ from patchsweep.store.backends.process import is_gone, process_name
 from patchsweep.store.journal import Journal, read_journal
 from patchsweep.store.layout import COMPLETE, Layout, Variable, with_digests
 from patchsweep.store.store import Store
-from patchsweep.store.verify import checksums, verify_structure
+from store_checks import checksums, verify_structure
 from store_faults.runs import run, small_layout, values_of
 
 

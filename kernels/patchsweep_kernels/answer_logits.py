@@ -14,14 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from patchsweep_kernels.dispatch import (
-    check_indices,
-    device_of,
-    jit,
-    next_power_of_2,
-    tl,
-    use_triton,
-)
+from patchsweep_kernels.checks import check_indices
+from patchsweep_kernels.dispatch import device_of, jit, next_power_of_2, tl, use_triton
 from patchsweep_kernels.unembedding import FinalNorm, Unembedding
 
 

@@ -17,10 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from patchsweep_kernels import attention_torch, split
+from patchsweep_kernels.checks import check_alike, check_shapes
 from patchsweep_kernels.dispatch import (
     capability_of,
-    check_alike,
-    check_shapes,
     device_of,
     dot_settings,
     jit,
@@ -61,25 +60,6 @@ def prefix_attention(
         ValueError: shapes, dtypes or devices do not fit, a head size is above 256, or `rows` reach
             past the tokens or the prefix.
     """
-    _check(q, k, v, prefix_k, prefix_v, rows, window, softcap, sinks)
-    if window is not None and rows.deepest + rows.longest <= window:
-        window = None
-    compute = _triton if use_triton(q) else attention_torch.attend
-    return compute(q, k, v, prefix_k, prefix_v, rows, scale, window, softcap, sinks)
-
-
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    rows: Rows,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> None:
-    """Raise a ValueError if an argument does not fit the others; the text names it."""
     n_tokens, n_heads, d = q.shape
     kv_heads, d_v = v.shape[1:]
     if n_tokens != rows.n_tokens:
@@ -97,6 +77,10 @@ def _check(
         raise ValueError(f"rows.pair goes up to {rows.n_pairs - 1}, prefix_k has {n_pairs} pairs")
     if rows.deepest > n_pos:
         raise ValueError(f"rows.start goes up to {rows.deepest}, prefix_k has {n_pos} positions")
+    if window is not None and rows.deepest + rows.longest <= window:
+        window = None
+    compute = _triton if use_triton(q) else attention_torch.attend
+    return compute(q, k, v, prefix_k, prefix_v, rows, scale, window, softcap, sinks)
 
 
 def check_settings(

@@ -23,16 +23,8 @@ from torch import Tensor
 from patchsweep_kernels import replaced_torch
 from patchsweep_kernels.attention import check_settings
 from patchsweep_kernels.base_attention import BaseTables, base_tables
-from patchsweep_kernels.dispatch import (
-    check_alike,
-    check_shapes,
-    device_of,
-    dot_settings,
-    jit,
-    tl,
-    triton,
-    use_triton,
-)
+from patchsweep_kernels.checks import check_alike, check_shapes
+from patchsweep_kernels.dispatch import device_of, dot_settings, jit, tl, triton, use_triton
 from patchsweep_kernels.tokens import Tokens
 
 # elements of the sums by key head that one launch leaves: 64 MB

@@ -14,15 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from patchsweep_kernels.dispatch import (
-    check_alike,
-    check_shapes,
-    device_of,
-    jit,
-    tl,
-    triton,
-    use_triton,
-)
+from patchsweep_kernels.checks import check_alike, check_shapes
+from patchsweep_kernels.dispatch import device_of, jit, tl, triton, use_triton
 
 Activation = Literal["silu", "gelu_tanh"]
 _BLOCK = 1024

@@ -18,15 +18,8 @@ from torch import Tensor
 
 from patchsweep_kernels import replaced_torch
 from patchsweep_kernels.attention import absorb, check_settings, launch_settings, load_keys
-from patchsweep_kernels.dispatch import (
-    check_alike,
-    check_shapes,
-    device_of,
-    jit,
-    tl,
-    triton,
-    use_triton,
-)
+from patchsweep_kernels.checks import check_alike, check_shapes
+from patchsweep_kernels.dispatch import device_of, jit, tl, triton, use_triton
 from patchsweep_kernels.tokens import Tokens
 
 

@@ -14,15 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from patchsweep_kernels.dispatch import (
-    check_alike,
-    device_of,
-    jit,
-    next_power_of_2,
-    tl,
-    triton,
-    use_triton,
-)
+from patchsweep_kernels.checks import check_alike
+from patchsweep_kernels.dispatch import device_of, jit, next_power_of_2, tl, triton, use_triton
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from patchsweep_kernels.dispatch import check_alike
+from patchsweep_kernels.checks import check_alike
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,8 +22,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from patchsweep_kernels.answer_logits import answer_logits
+from patchsweep_kernels.checks import check_indices
 from patchsweep_kernels.dispatch import (
-    check_indices,
     device_of,
     dot_settings,
     jit,

@@ -32,9 +32,9 @@ from patchsweep.runners.packed.budget import (
 )
 from patchsweep.spec import shards
 from patchsweep.store.layout import Unit
-from patchsweep.store.verify import checksums
 from patchsweep.sweeps.exact import ExactWork
 from patchsweep.sweeps.executor import Quiet
+from store_checks import checksums
 
 from gpu.test_virtual_gpu import PLAIN, TOLERANCE, check_equal, loaded, pairs
 from gpu.virtual_cuda import Event, move, on_cpu, virtual_cuda

@@ -14,7 +14,7 @@ import patchsweep as ps
 import pytest
 import torch
 from patchsweep.models.tiny import TINY_FAMILIES
-from patchsweep.runners.packed import graphs, padding
+from patchsweep.runners.packed import graphs, tables
 from patchsweep.runners.packed.forward import PackedBlocks
 from patchsweep_kernels import rms_norm
 
@@ -54,7 +54,7 @@ def small_and_soon() -> Iterator[Replays]:
 
     with (
         mock.patch.object(graphs, "VISITS", 1),
-        mock.patch.object(padding, "LEAST_TOKENS", 32),
+        mock.patch.object(tables, "LEAST_TOKENS", 32),
         mock.patch.object(VirtualGraph, "replay", counted),
         mock.patch.object(PackedBlocks, "replay_graph", within),
     ):

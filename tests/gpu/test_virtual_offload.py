@@ -7,8 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from patchsweep.forward.weight_copies import WeightCopies
-from patchsweep.forward.weight_streaming import WeightTraffic, stream_modules
+from patchsweep.forward.weight_streaming import WeightCopies, WeightTraffic, stream_modules
 from patchsweep.models.offload import Home
 from torch import Tensor, nn
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from patchsweep.store.journal import UNIT, read_journal
 from patchsweep.store.store import Store
-from patchsweep.store.verify import checksums, verify_structure
+from store_checks import checksums, verify_structure
 
 from slurm import cluster
 

@@ -27,7 +27,7 @@ from patchsweep.report import write_report
 from patchsweep.store.backends.address import open_folder
 from patchsweep.store.lease import Leases
 from patchsweep.store.status import EXIT_INCOMPLETE
-from patchsweep.store.verify import checksums
+from store_checks import checksums
 from subjects import demo_pairs, model
 from test_means import pairs
 

@@ -13,7 +13,7 @@ import pytest
 from patchsweep.errors import StoreError
 from patchsweep.store.layout import Layout, Variable
 from patchsweep.store.store import Store
-from patchsweep.store.verify import checksums, verify_structure
+from store_checks import checksums, verify_structure
 
 from store_faults.runs import run, small_layout, values_of
 

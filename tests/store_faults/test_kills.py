@@ -20,7 +20,7 @@ from patchsweep.store.backends.local import LocalFolder
 from patchsweep.store.layout import COMPLETE
 from patchsweep.store.lease import EXPIRY_S, Leases
 from patchsweep.store.store import Store
-from patchsweep.store.verify import checksums, verify_structure
+from store_checks import checksums, verify_structure
 
 from store_faults.runs import kill_at_random, run, small_layout, start
 

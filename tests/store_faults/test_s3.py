@@ -17,7 +17,7 @@ from patchsweep.store.journal import Journal, read_journal
 from patchsweep.store.lease import Leases
 from patchsweep.store.status import store_status
 from patchsweep.store.store import Store
-from patchsweep.store.verify import checksums, verify_structure
+from store_checks import checksums, verify_structure
 
 from store_faults.runs import run, small_layout, values_of
 

@@ -20,7 +20,7 @@ from patchsweep.cli.schema.run import RunConfig
 from patchsweep.data.records import REQUIRED
 from patchsweep.data.tables import SUFFIXES
 from patchsweep.errors import ConfigError
-from patchsweep.models.bundled import BUNDLED
+from patchsweep.models.gguf import BUNDLED
 
 # group -> the key that takes a value which is not one of the group's choices
 _MAIN_KEYS = {

@@ -48,7 +48,7 @@ def _results(contents: Contents) -> int:
     for problem in contents.problems:
         console.print(f"damaged: {printable(problem)}")
     if contents.problems:
-        console.print(f"{contents.shown}: {words}, damaged; {DELETE}")
+        console.print(f"{contents.folder.shown}: {words}, damaged; {DELETE}")
         return EXIT_INCOMPLETE
-    console.print(f"{contents.shown}: {words}, {len(contents.files)} files, complete")
+    console.print(f"{contents.folder.shown}: {words}, {len(contents.files)} files, complete")
     return EXIT_COMPLETE

@@ -7,12 +7,13 @@ without its blocks, on batches of different sizes, and the axes are those whose 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -43,18 +44,16 @@ class BlockArgs:
 
         `known`: results of earlier calls for the same tokens, by the id of the argument.
         """
-        leaves, structure = tree_flatten((self.args, self.kwargs))
         known = {} if known is None else known
-        taken = []
-        for value, axes in zip(leaves, self.axes, strict=True):
-            if axes is None or axes.position is None:
-                taken.append(value)
-                continue
-            if id(value) not in known:
-                known[id(value)] = _take(value, axes, token_pair, token_pos)
-            taken.append(known[id(value)])
-        args, kwargs = tree_unflatten(taken, structure)
-        return BlockArgs(args, kwargs, self.axes)
+
+        def taken(x: Tensor, axes: Axes) -> Tensor:
+            if axes.position is None:
+                return x
+            if id(x) not in known:
+                known[id(x)] = _take(x, axes, token_pair, token_pos)
+            return known[id(x)]
+
+        return self._with(taken)
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield the arguments that have an axis of positions."""
@@ -66,15 +65,22 @@ class BlockArgs:
         """Return the arguments for the batch of prompts, repeated `copies` times."""
         if copies == 1:
             return self
+        return self._with(
+            lambda x, axes: x if axes.prompt is None else torch.cat([x] * copies, axes.prompt)
+        )
+
+    def _with(self, change: Callable[[Tensor, Axes], Tensor]) -> BlockArgs:
         leaves, structure = tree_flatten((self.args, self.kwargs))
-        more = [
-            torch.cat([value] * copies, dim=axes.prompt)
-            if axes is not None and axes.prompt is not None
-            else value
+        changed = [
+            value if axes is None else change(value, axes)
             for value, axes in zip(leaves, self.axes, strict=True)
         ]
-        args, kwargs = tree_unflatten(more, structure)
+        args, kwargs = tree_unflatten(changed, structure)
         return BlockArgs(args, kwargs, self.axes)
+
+    def run(self, block: nn.Module, hidden: Float[Tensor, "token d_model"]) -> Tensor:
+        """Return the output `[token, d_model]` of `block` for packed tokens."""
+        return first_of(block(hidden.unsqueeze(0), *self.args, **self.kwargs)).reshape(hidden.shape)
 
     def check(self) -> None:
         """Check that no block stored anything for later ones in a shared argument, such as a dict.
@@ -121,8 +127,8 @@ def _take(x: Tensor, axes: Axes, token_pair: Tensor, token_pos: Tensor) -> Tenso
     return rows.movedim((0, 1), (axes.prompt, axes.position))
 
 
-class _LastBlock(Exception):
-    """Ends the dry run once every block was called."""
+class Done(Exception):
+    """Ends a forward pass once all that is needed of it has run."""
 
 
 class _Recorder(nn.Module):
@@ -136,7 +142,7 @@ class _Recorder(nn.Module):
         hidden, rest, named = split_hidden(args, kwargs)
         self.calls.append((rest, named))
         if len(self.calls) == self.n_blocks:
-            raise _LastBlock
+            raise Done
         return hidden
 
     def __getattr__(self, name: str) -> Any:
@@ -158,21 +164,18 @@ def dry_run(
     """
     block_args: list[tuple[Any, dict[str, Any]]] = []
     tokens = torch.zeros(n_prompts, length, dtype=torch.long, device=device_of(unwrapped.bridge))
-    parent, name, blocks = unwrapped.list_of_blocks()
     recorders = [_Recorder(block, block_args, unwrapped.n_layers) for block in unwrapped.blocks]
-    setattr(parent, name, nn.ModuleList(recorders))
-    try:
-        unwrapped.model(tokens, use_cache=False)
-    except _LastBlock:
-        return block_args
-    except Exception as error:
-        if not unwrapped.takes_attention_functions:
-            raise Unsupported(OWN_ATTENTION) from error  # its attention needs its own mask
-        if block_args and type(error) in (TypeError, ValueError):
-            raise Unsupported("its blocks hand on more than hidden states") from error
-        raise
-    finally:
-        setattr(parent, name, blocks)
+    with unwrapped.replacing_blocks(recorders):
+        try:
+            unwrapped.model(tokens, use_cache=False)
+        except Done:
+            return block_args
+        except Exception as error:
+            if not unwrapped.takes_attention_functions:
+                raise Unsupported(OWN_ATTENTION) from error  # its attention needs its own mask
+            if block_args and type(error) in (TypeError, ValueError):
+                raise Unsupported("its blocks hand on more than hidden states") from error
+            raise
     raise Unsupported("the model does not call every block once")
 
 

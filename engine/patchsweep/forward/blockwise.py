@@ -25,6 +25,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from patchsweep.errors import MethodError
 from patchsweep.forward.block_args import (
     BlockArgs,
+    Done,
     argument_axes,
     first_of,
     split_hidden,
@@ -32,9 +33,8 @@ from patchsweep.forward.block_args import (
 )
 from patchsweep.forward.capture import watch
 from patchsweep.forward.pattern import attention_pattern, weighted_values
-from patchsweep.forward.row_attention import attend_rows
 from patchsweep.forward.site_locations import resolve_site
-from patchsweep.forward.trace import Part, Trace
+from patchsweep.forward.trace import Part, Trace, attend_rows
 from patchsweep.forward.unwrapped import (
     Attend,
     HookLocation,
@@ -56,10 +56,6 @@ def unfit(bridge: TransformerBridge, reason: Exception) -> MethodError:
     )
 
 
-class _Stop(Exception):
-    """Ends a block's forward pass once the needed activation is read."""
-
-
 class Blocks:
     """The blocks of `bridge`, which run part by part and share every weight with it.
 
@@ -79,11 +75,7 @@ class Blocks:
             raise unfit(bridge, reason) from reason
 
     def _find(self, bridge: TransformerBridge) -> dict[tuple[int, Part], nn.Module]:
-        """Return the module whose output is each part's output.
-
-        Raises:
-            Unsupported: a part has no such module.
-        """
+        """Return the module whose output is each part's output."""
         modules: dict[tuple[int, Part], nn.Module] = {}
         outs = {name: self._outputs(name) for name in ("attn_out", "mlp_out")}
         for layer, block in enumerate(self.unwrapped.blocks):
@@ -100,11 +92,7 @@ class Blocks:
         return modules
 
     def _outputs(self, site: str) -> list[nn.Module]:
-        """Return each layer's last module before the write `site`; []: only a factor follows.
-
-        Raises:
-            Unsupported: it is unknown whether the rest of the way to the stream is linear.
-        """
+        """Return each layer's last module before the write `site`; []: only a factor follows."""
         try:
             points = resolve_site(self.unwrapped, SITES[site]).points
         except Unsupported:
@@ -137,25 +125,25 @@ class Blocks:
                 trace.k.append(k)
                 trace.v.append(v)
                 trace.settings.append(attention_settings(module, q.shape[-1], kw))
-                # models assume that it is contiguous
-                return _attended(module, q, k, v, kw).transpose(1, 2).contiguous()
+                z = weighted_values(attention_pattern(q, k, **trace.settings[-1]), v)
+                return z.transpose(1, 2).contiguous()  # models assume that it is contiguous
 
             return attend
 
         with ExitStack() as stack:
             for block in self.unwrapped.blocks:
-                stack.callback(block.register_forward_pre_hook(entering, with_kwargs=True).remove)
+                stack.enter_context(block.register_forward_pre_hook(entering, with_kwargs=True))
             for o in self._o:
-                stack.enter_context(watch(HookLocation(o, "in"), lambda z: trace.z.append(z)))
+                stack.enter_context(watch(HookLocation(o, "in"), trace.z.append))
             for key, module in self._modules.items():
 
                 def leaving(module: nn.Module, args: Any, out: Any, key: Any = key) -> None:
                     trace.parts[key] = out
 
-                stack.callback(module.register_forward_hook(leaving).remove)
+                stack.enter_context(module.register_forward_hook(leaving))
             last = HookLocation(self.unwrapped.blocks[-1], "out")
-            stack.enter_context(watch(last, lambda x: trace.resid.append(x)))
-            stack.enter_context(self._attending(attention))
+            stack.enter_context(watch(last, trace.resid.append))
+            stack.enter_context(self.unwrapped.attending(attention))
             trace.logits = self.unwrapped.model(
                 tokens,
                 use_cache=False,
@@ -201,9 +189,9 @@ class Blocks:
 
         def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **kw: Any) -> Tensor:
             seen.extend(unpack(t, len(x)) for t in (q, k, v))
-            raise _Stop
+            raise Done
 
-        with self._attending(lambda _: attend), suppress(_Stop):
+        with self.unwrapped.attending(lambda _: attend), suppress(Done):
             self._call(layer, x, trace, pair, start)
         q, k, v = seen
         return q, k, v
@@ -228,12 +216,10 @@ class Blocks:
 
         def stop(y: Tensor) -> None:
             seen.append(y.reshape(*x.shape[:2], -1))
-            raise _Stop
+            raise Done
 
-        with ExitStack() as stack:
-            stack.enter_context(self._fixed(layer, held, trace))
-            stack.enter_context(watch(HookLocation(self._modules[layer, "mlp"], "out"), stop))
-            stack.enter_context(suppress(_Stop))
+        mlp = HookLocation(self._modules[layer, "mlp"], "out")
+        with self._fixed(layer, held, trace), watch(mlp, stop), suppress(Done):
             self._call(layer, x, trace, pair, start)
         return seen[0]
 
@@ -256,8 +242,7 @@ class Blocks:
             fixed["attn_out"] = empty
         if "mlp" not in outputs:
             fixed["mlp_out"] = empty
-        with self._fixed(layer, fixed | dict(outputs), trace):
-            return self._call(layer, empty, trace, pair, start)
+        return self.finish(layer, empty, fixed | dict(outputs), trace, pair, start)
 
     @torch.no_grad()
     def attention_of(
@@ -286,8 +271,7 @@ class Blocks:
         fixed = {p: trace.part(layer, p)[pair].detach() for p in dict.fromkeys((*names, part))}
         with forward_ad.dual_level():
             fixed[part] = forward_ad.make_dual(fixed[part], tangent.to(fixed[part]))
-            with self._fixed(layer, fixed, trace):
-                out = self._call(layer, trace.resid[layer][pair].detach(), trace, pair, 0)
+            out = self.finish(layer, trace.resid[layer][pair].detach(), fixed, trace, pair)
             moved = forward_ad.unpack_dual(out).tangent
         assert moved is not None, "the part writes nothing into the stream"
         return moved
@@ -318,13 +302,11 @@ class Blocks:
         base = trace.part(layer, "attn")[pair]
         seen: list[Tensor] = []
         point = HookLocation(after, "out")
+        fixed: dict[Part, Tensor] = {"attn": base + gained}
+        for part in ("mlp", "mlp_out"):
+            fixed[part] = trace.part(layer, part)[pair]
         with watch(point, lambda x: seen.append(x.reshape(gained.shape))):
-            x = trace.resid[layer][pair]
-            fixed: dict[Part, Tensor] = {"attn": base + gained}
-            for part in ("mlp", "mlp_out"):
-                fixed[part] = trace.part(layer, part)[pair]
-            with self._fixed(layer, fixed, trace):
-                self._call(layer, x, trace, pair, 0)
+            self.finish(layer, trace.resid[layer][pair], fixed, trace, pair)
         change = seen[0] - trace.part(layer, "attn_out")[pair]
         return self.push(layer, "attn_out", change, trace, pair)
 
@@ -358,7 +340,7 @@ class Blocks:
             return rows.reshape(y.shape)
 
         with ExitStack() as stack:
-            stack.enter_context(self._attending(lambda _: attend))
+            stack.enter_context(self.unwrapped.attending(lambda _: attend))
             if replace is not None:
                 mlp = HookLocation(self._modules[layer, "mlp"], "out")
                 stack.enter_context(watch(mlp, leave))
@@ -390,22 +372,15 @@ class Blocks:
     ) -> Float[Tensor, "token d_model"]:
         """Return what `finish` returns, for single tokens."""
         with self._fixed(layer, given, trace):
-            return self._call_tokens(layer, x, trace, pair, pos)
+            return trace.calls[layer].at(pair, pos).run(self.unwrapped.blocks[layer], x)
 
     def _call(self, layer: int, x: Tensor, trace: Trace, pair: Tensor, start: int) -> Tensor:
         """Return the block's output for packed rows, with the block arguments of the trace."""
         rows, n_pos, _ = x.shape
         pos = torch.arange(start, start + n_pos, device=x.device).repeat(rows)
-        tokens = x.reshape(rows * n_pos, -1)
-        out = self._call_tokens(layer, tokens, trace, pair.repeat_interleave(n_pos), pos)
+        call = trace.calls[layer].at(pair.repeat_interleave(n_pos), pos)
+        out = call.run(self.unwrapped.blocks[layer], x.reshape(rows * n_pos, -1))
         return out.reshape(x.shape)
-
-    def _call_tokens(
-        self, layer: int, x: Tensor, trace: Trace, pair: Tensor, pos: Tensor
-    ) -> Tensor:
-        block_args = trace.calls[layer].at(pair, pos)
-        out = self.unwrapped.blocks[layer](x.unsqueeze(0), *block_args.args, **block_args.kwargs)
-        return first_of(out).reshape(x.shape)
 
     @contextmanager
     def _fixed(self, layer: int, outputs: Mapping[Part, Tensor], trace: Trace) -> Iterator[None]:
@@ -424,21 +399,7 @@ class Blocks:
             for module in modules:
                 module.__dict__.pop("forward", None)
 
-    @contextmanager
-    def _attending(self, functions: Callable[[int], Attend]) -> Iterator[None]:
-        self.unwrapped.attend_with(functions)
-        try:
-            yield
-        finally:
-            self.unwrapped.attend_with(None)
-
 
 def unpack(x: Tensor, rows: int) -> Float[Tensor, "row head pos d"]:
     """Return attention's q, k or v of packed rows, with an axis for rows."""
     return rearrange(x, "1 head (row pos) d -> row head pos d", row=rows)
-
-
-def _attended(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, kw: dict[str, Any]) -> Tensor:
-    """Return causal attention's output over full prompts, `[row, head, pos, d]`."""
-    pattern = attention_pattern(q, k, **attention_settings(module, q.shape[-1], kw))
-    return weighted_values(pattern, v)

@@ -6,9 +6,9 @@ the activations of the swept sites.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,10 +16,12 @@ from einops import rearrange
 from jaxtyping import Float
 from patchsweep_kernels.attention import Rows, prefix_attention
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from patchsweep.forward.activation_store import ActivationStore
 from patchsweep.forward.block_args import (
     BlockArgs,
+    Done,
     are_known,
     argument_axes,
     first_of,
@@ -31,7 +33,6 @@ from patchsweep.forward.pattern import Prefix, attention_pattern
 from patchsweep.forward.site_locations import SiteLocation, resolve_site
 from patchsweep.forward.unwrapped import (
     OWN_ATTENTION,
-    Attend,
     HookLocation,
     Unsupported,
     UnwrappedModel,
@@ -59,6 +60,7 @@ class ActivationCache:
     heads: list[int] = field(default_factory=list)  # per block: heads of a query
     calls: list[BlockArgs] = field(default_factory=list)  # per block
     sites: dict[str, list[Tensor]] = field(default_factory=dict)  # per block [pair, pos, width]
+    captured: Tensor | None = None  # [pair] row of the batch of `calls`; None: its own
 
     def layers_of(self, name: str) -> list[Tensor]:
         """Return a site's activations, layer by layer."""
@@ -73,16 +75,20 @@ class ActivationCache:
 
     def half(self, prompts: slice) -> ActivationCache:
         """Return the cache of the prompts at `prompts` of the batch; the tensors are views."""
-        return ActivationCache(
-            shape=(len(range(*prompts.indices(self.shape[0]))), self.shape[1]),
-            storage=self.storage,
-            devices=self.devices,
-            resid=[x[prompts] for x in self.resid],
-            keys=[x[prompts] for x in self.keys],
-            values=[x[prompts] for x in self.values],
-            heads=self.heads,
-            calls=self.calls,
-            sites={name: [x[prompts] for x in xs] for name, xs in self.sites.items()},
+        n_prompts = len(range(*prompts.indices(self.shape[0])))
+        return self.taken(n_prompts, lambda xs: [x[prompts] for x in xs])
+
+    def taken(
+        self, n_prompts: int, take: Callable[[list[Tensor]], list[Tensor]]
+    ) -> ActivationCache:
+        """Return a cache of other prompts; `take` returns their tensors, block by block."""
+        return replace(
+            self,
+            shape=(n_prompts, self.shape[1]),
+            resid=take(self.resid),
+            keys=take(self.keys),
+            values=take(self.values),
+            sites={name: take(xs) for name, xs in self.sites.items()},
         )
 
     def moved(self, at: Callable[..., Tensor]) -> ActivationCache:
@@ -121,15 +127,35 @@ def capture(
         if site.points or site.in_attention:
             run.sites[site.site.name] = []
     inside = {s.site.name for s in sites if s.in_attention}
-    rows = _whole_prompts(*tokens.shape)
-    called: list[int] = []  # layers whose attention was reached
+    n_pairs, length = tokens.shape
+    rows = Rows(  # whole prompts
+        offsets=torch.arange(n_pairs + 1, device="cpu") * length,
+        pair=torch.arange(n_pairs, device="cpu"),
+        start=torch.zeros(n_pairs, dtype=torch.int64, device="cpu"),
+    )
+    called = False  # whether attention was reached
 
-    def attention(layer: int) -> Attend:
-        def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **kw: Any) -> Tensor:
-            called.append(layer)
-            return _causal(run, rows, inside, module, q, k, v, kw)
-
-        return attend
+    def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **kw: Any) -> Tensor:
+        nonlocal called
+        called = True
+        settings = attention_settings(module, q.shape[-1], kw)
+        run.keys.append(storage.keep(k))
+        run.values.append(storage.keep(v))
+        run.heads.append(q.shape[1])
+        for name, x in (("q", q), ("rot_q", q), ("k", k), ("rot_k", k), ("v", v)):
+            if name in inside:
+                flat = rearrange(x, "pair head pos d -> pair pos (head d)")
+                run.sites[name].append(storage.copy(flat))
+        patterns = inside & {"pattern", "pattern_cell"}
+        if patterns:
+            pattern = attention_pattern(q, k, **settings)
+            for name in patterns:
+                run.sites[name].append(storage.keep(pattern))
+        flat_q, flat_k, flat_v = (
+            rearrange(x, "pair head pos d -> (pair pos) head d") for x in (q, k, v)
+        )
+        z = prefix_attention(flat_q, flat_k, flat_v, k, v, rows, **settings)
+        return rearrange(z, "(pair pos) head d -> pair pos head d", pair=n_pairs)
 
     def keep_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden, rest_args, rest_kwargs = split_hidden(args, kwargs)
@@ -146,21 +172,16 @@ def capture(
             stack.enter_context(unwrapped.unembed_in_memory())
         axes = argument_axes(unwrapped)
         for block in unwrapped.blocks:
-            handle = block.register_forward_pre_hook(keep_input, with_kwargs=True)
-            stack.callback(handle.remove)
-        handle = unwrapped.blocks[-1].register_forward_hook(keep_final)
-        stack.callback(handle.remove)
+            stack.enter_context(block.register_forward_pre_hook(keep_input, with_kwargs=True))
+        stack.enter_context(unwrapped.blocks[-1].register_forward_hook(keep_final))
         for site in sites:
-            kept = run.sites.get(site.site.name)
             for point in site.points:
 
-                def keep(x: Tensor, kept: list[Tensor] | None = kept) -> None:
-                    assert kept is not None
-                    kept.append(storage.copy(x.reshape(*tokens.shape, -1)))
+                def keep(x: Tensor, name: str = site.site.name) -> None:
+                    run.sites[name].append(storage.copy(x.reshape(*tokens.shape, -1)))
 
                 stack.enter_context(watch(point, keep))
-        unwrapped.attend_with(attention)
-        stack.callback(unwrapped.attend_with, None)
+        stack.enter_context(unwrapped.attending(lambda _: attend))
         try:
             unwrapped.model(tokens, use_cache=False, logits_to_keep=_NO_LOGITS)
         except Exception as error:
@@ -220,49 +241,6 @@ def check_attention_sites(unwrapped: UnwrappedModel, sites: Sequence[SiteLocatio
                 )
 
 
-def _whole_prompts(n_pairs: int, length: int) -> Rows:
-    return Rows(
-        offsets=torch.arange(n_pairs + 1, device="cpu") * length,
-        pair=torch.arange(n_pairs, device="cpu"),
-        start=torch.zeros(n_pairs, dtype=torch.int64, device="cpu"),
-    )
-
-
-def _causal(
-    run: ActivationCache,
-    rows: Rows,
-    inside: set[str],
-    module: nn.Module,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kw: Any,
-) -> Tensor:
-    """Return causal attention's output over full prompts; cache K, V and sites in attention."""
-    settings = attention_settings(module, q.shape[-1], kw)
-    run.keys.append(run.storage.keep(k))
-    run.values.append(run.storage.keep(v))
-    run.heads.append(q.shape[1])
-    for name, x in (("q", q), ("rot_q", q), ("k", k), ("rot_k", k), ("v", v)):
-        if name in inside:
-            flat = rearrange(x, "pair head pos d -> pair pos (head d)")
-            run.sites[name].append(run.storage.copy(flat))
-    patterns = inside & {"pattern", "pattern_cell"}
-    if patterns:
-        pattern = attention_pattern(q, k, **settings)
-        for name in patterns:
-            run.sites[name].append(run.storage.keep(pattern))
-    flat_q, flat_k, flat_v = (
-        rearrange(x, "pair head pos d -> (pair pos) head d") for x in (q, k, v)
-    )
-    z = prefix_attention(flat_q, flat_k, flat_v, k, v, rows, **settings)
-    return rearrange(z, "(pair pos) head d -> pair pos head d", pair=len(q))
-
-
-class _FrontDone(Exception):
-    """Ends the forward pass at the first block."""
-
-
 @torch.no_grad()
 def embed_to_stream(
     unwrapped: UnwrappedModel, values: Float[Tensor, "pair pos d_model"]
@@ -273,21 +251,20 @@ def embed_to_stream(
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         stream.append(split_hidden(args, kwargs)[0])
-        raise _FrontDone
+        raise Done
 
-    with ExitStack() as stack:
-        stack.enter_context(watch(point, lambda x: x.copy_(values)))
-        handle = unwrapped.blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
-        stack.callback(handle.remove)
-        tokens = torch.zeros(values.shape[:2], dtype=torch.long, device=values.device)
-        with suppress(_FrontDone):
-            unwrapped.model(tokens, use_cache=False)
+    tokens = torch.zeros(values.shape[:2], dtype=torch.long, device=values.device)
+    with (
+        watch(point, lambda x: x.copy_(values)),
+        unwrapped.blocks[0].register_forward_pre_hook(stop, with_kwargs=True),
+        suppress(Done),
+    ):
+        unwrapped.model(tokens, use_cache=False)
     return stream[0]
 
 
-@contextmanager
-def watch(point: HookLocation, visit: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """Inside, call `visit` with the tensor at `point` in each forward pass.
+def watch(point: HookLocation, visit: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+    """Inside the returned context, call `visit` with the tensor at `point` in each forward pass.
 
     `visit` may change the tensor in place, or return a tensor that replaces it. If the point has
     columns, `visit` gets a copy of these columns only.
@@ -311,10 +288,5 @@ def watch(point: HookLocation, visit: Callable[[Tensor], Tensor | None]) -> Iter
         return None if new is None else with_first(output, new)
 
     if point.side == "in":
-        handle = point.module.register_forward_pre_hook(before, with_kwargs=True)
-    else:
-        handle = point.module.register_forward_hook(after)
-    try:
-        yield
-    finally:
-        handle.remove()
+        return point.module.register_forward_pre_hook(before, with_kwargs=True)
+    return point.module.register_forward_hook(after)

@@ -123,6 +123,13 @@ def _has_kernel(x: Tensor, *others: Tensor) -> bool:
     return alike and not torch.is_grad_enabled() and use_triton(x)
 
 
+_MIXINS: dict[type[nn.Module], type[nn.Module]] = {
+    llama.LlamaRMSNorm: RMSNorm,
+    llama.LlamaMLP: GatedMLP,
+    gemma.Gemma2RMSNorm: GemmaNorm,
+    phi3.Phi3MLP: HalvedMLP,
+    NewGELUActivation: NewGELU,
+}
 # rotate only the first elements of each head
 _PARTIAL = (gpt_neox.apply_rotary_pos_emb, phi3.apply_rotary_pos_emb)
 
@@ -133,18 +140,10 @@ def leaner(cls: type[nn.Module]) -> type[nn.Module]:
     forward = cls.forward
     if not isinstance(forward, FunctionType):
         return cls
-    if _same(forward, llama.LlamaRMSNorm.forward):
-        return type(cls.__name__, (RMSNorm, cls), {})
-    if _same(forward, llama.LlamaMLP.forward):
-        return type(cls.__name__, (GatedMLP, cls), {})
-    if _same(forward, gemma.Gemma2RMSNorm.forward) and _same(
-        getattr(cls, "_norm", None), gemma.Gemma2RMSNorm._norm
-    ):
-        return type(cls.__name__, (GemmaNorm, cls), {})
-    if _same(forward, phi3.Phi3MLP.forward):
-        return type(cls.__name__, (HalvedMLP, cls), {})
-    if _same(forward, NewGELUActivation.forward):
-        return type(cls.__name__, (NewGELU, cls), {})
+    for like, mixin in _MIXINS.items():
+        methods = [name for name in ("forward", "_norm") if hasattr(like, name)]
+        if all(_same(getattr(cls, name, None), getattr(like, name)) for name in methods):
+            return type(cls.__name__, (mixin, cls), {})
     known = forward.__globals__
     if ROTARY in forward.__code__.co_names and _same(known.get("rotate_half"), llama.rotate_half):
         own: Any = known.get(ROTARY)

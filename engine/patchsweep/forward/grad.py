@@ -151,17 +151,9 @@ class GradientModel:
     def n_layers(self) -> int:
         return self.unwrapped.n_layers
 
-    @contextmanager
-    def frozen(self) -> Iterator[None]:
+    def frozen(self) -> AbstractContextManager[None]:
         """Inside, weights take no gradient; on exit they are restored."""
-        trainable = [p for p in self.unwrapped.model.parameters() if p.requires_grad]
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in trainable:
-                parameter.requires_grad_(True)
+        return _frozen(self.unwrapped.model)
 
     @property
     def takes_positions(self) -> bool:
@@ -258,15 +250,17 @@ class GradientModel:
             if entries:
                 self._enter(stack, entries, axes, n_rows)
             for point in watched:
+                site = point.site
                 for layer, location in enumerate(point.points):
-                    more = location.side == "in" and point.site.unit is None
-                    see = partial(visit_site, point.site, layer, carries_on=more)
+                    more = location.side == "in" and site.unit is None
+                    see = partial(visit_site, site, layer, carries_on=more)
                     stack.enter_context(watch(location, see))
-                if point.site.in_stream and point.site.layered:
-                    self._watch_stream(stack, point.site, visit_site)
+                for layer, block in enumerate(self.unwrapped.blocks if site.in_stream else ()):
+                    if site.layered:
+                        border = HookLocation(block, "out" if site.shift else "in")
+                        stack.enter_context(watch(border, partial(visit_site, site, layer)))
             stack.enter_context(after())
-            self.unwrapped.attend_with(attention)
-            stack.callback(self.unwrapped.attend_with, None)
+            stack.enter_context(self.unwrapped.attending(attention))
             kept = torch.tensor(
                 [read - skipped * (read >= 0) for read in reads], device=tokens.device
             )
@@ -279,14 +273,6 @@ class GradientModel:
             )
         logits: Tensor = output.logits.float()
         return logits
-
-    def _watch_stream(
-        self, stack: ExitStack, site: Site, see: Callable[..., Tensor | None]
-    ) -> None:
-        """Call `see` at the input of every block, or at its output if the site has a shift."""
-        for layer, block in enumerate(self.unwrapped.blocks):
-            point = HookLocation(block, "out" if site.shift else "in")
-            stack.enter_context(watch(point, partial(see, site, layer)))
 
     def _enter(
         self,
@@ -316,9 +302,7 @@ class GradientModel:
 
         for layer in range(first, self.n_layers):
             block = self.unwrapped.blocks[layer]
-            stack.callback(
-                block.register_forward_pre_hook(entering(layer), with_kwargs=True).remove
-            )
+            stack.enter_context(block.register_forward_pre_hook(entering(layer), with_kwargs=True))
 
     @torch.no_grad()
     def activations(
@@ -370,10 +354,14 @@ def _after(before: Tensor | None, own: Tensor) -> Tensor:
     return torch.cat([before.repeat(len(own) // len(before), 1, 1, 1), own], dim=2)
 
 
-@contextmanager
-def frozen(bridge: TransformerBridge) -> Iterator[None]:
+def frozen(bridge: TransformerBridge) -> AbstractContextManager[None]:
     """Inside, weights of the bridge's model take no gradient; on exit they are restored."""
-    trainable = [p for p in bridge.original_model.parameters() if p.requires_grad]
+    return _frozen(bridge.original_model)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    trainable = [p for p in model.parameters() if p.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
     try:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from patchsweep_kernels.answer_logits import answer_logits
-from patchsweep_kernels.dispatch import check_indices
+from patchsweep_kernels.checks import check_indices
 from patchsweep_kernels.unembedding import Unembedding
 from patchsweep_kernels.vocab import log_z, total_variation, vocab_kl
 from torch import Tensor, nn
@@ -35,22 +35,18 @@ class Unembed:
     def __init__(self, unwrapped: UnwrappedModel) -> None:
         self.unwrapped = unwrapped
         self.d_vocab: int = unwrapped.bridge.cfg.d_vocab
-        self._norm = unwrapped.module_of(getattr(unwrapped.bridge, "ln_final", None))
-        self._unembed = unwrapped.module_of(getattr(unwrapped.bridge, "unembed", None))
+        self._norm: Any = unwrapped.module_of(getattr(unwrapped.bridge, "ln_final", None))
+        self._unembed: Any = unwrapped.module_of(getattr(unwrapped.bridge, "unembed", None))
         self._scale, self._softcap = _logit_scale(unwrapped.model.config)
         self._direct: bool | None = None
 
     @torch.no_grad()
     def logits(self, resid: Tensor) -> Tensor:
         """Return logits `[row, d_vocab]` of final residuals `[row, d_model]`; callers chunk."""
-        parent, name, blocks = self.unwrapped.list_of_blocks()
         # each row is a prompt of one token, so that learned positions always suffice
         tokens = torch.zeros(len(resid), 1, dtype=torch.long, device=resid.device)
-        setattr(parent, name, nn.ModuleList([_StandIn(resid.unsqueeze(1))]))
-        try:
+        with self.unwrapped.replacing_blocks([_StandIn(resid.unsqueeze(1))]):
             output = self.unwrapped.model(tokens, use_cache=False)
-        finally:
-            setattr(parent, name, blocks)
         logits: Tensor = output.logits[:, 0].to(resid.device)
         return logits
 
@@ -84,7 +80,7 @@ class Unembed:
         """
         if self.is_direct(resid):
             # the model's own norm module, of any kind
-            final = self._final(resid)
+            final = self._norm(resid)
             unembedding, rows = self._rows_of(tokens, final.device, final.dtype)
             return answer_logits(final, unembedding, rows, checked=checked).to(resid.device)
         with self.unwrapped.unembed_in_memory():
@@ -106,11 +102,11 @@ class Unembed:
         with self.unwrapped.unembed_in_memory():
             unembedding = self._unembedding()
             device = unembedding.w_u.device
-            final = self._final(resid).to(device)
+            final = self._norm(resid).to(device)
             if name == "log_z":
                 return log_z(final, unembedding).to(resid.device)
             compare = vocab_kl if name.startswith("kl") else total_variation
-            base = self._final(reference).to(device)
+            base = self._norm(reference).to(device)
             reduced = compare(
                 base, final, unembedding, base_row=reference_row.to(device), checked=True
             )
@@ -131,7 +127,7 @@ class Unembed:
             return False
         unembedding = self._unembedding()
         product = nn.functional.linear(
-            self._final(resid).to(unembedding.w_u.device), unembedding.w_u
+            self._norm(resid).to(unembedding.w_u.device), unembedding.w_u
         )
         direct = unembedding.finish(product.float(), unembedding.bias).to(resid.device)
         full = self.logits(resid).float()
@@ -142,20 +138,9 @@ class Unembed:
         atol, rtol = (1e-4, 1e-5) if wide else (0.1, 2**-6)
         return bool(torch.allclose(direct, full, atol=atol, rtol=rtol))
 
-    def _final(self, resid: Tensor) -> Tensor:
-        """Return final residuals after the model's last norm."""
-        assert self._norm is not None
-        final: Tensor = self._norm(resid)
-        return final
-
     def _unembedding(self) -> Unembedding:
-        assert self._unembed is not None
-        return Unembedding(
-            self._unembed.weight.detach(),  # type: ignore[operator]
-            getattr(self._unembed, "bias", None),
-            self._scale,
-            self._softcap,
-        )
+        weight, bias = self._unembed.weight.detach(), getattr(self._unembed, "bias", None)
+        return Unembedding(weight, bias, self._scale, self._softcap)
 
     def _rows_of(
         self, tokens: Tensor, device: torch.device, dtype: torch.dtype
@@ -164,7 +149,6 @@ class Unembed:
 
         If the weight is offloaded or needs a cast, only the rows of `tokens` are fetched.
         """
-        assert self._unembed is not None
         weight = self.unwrapped.values_of(self._unembed, "weight")
         bias = self.unwrapped.values_of(self._unembed, "bias")
         assert weight is not None

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
@@ -23,7 +23,12 @@ from patchsweep.errors import ModelError
 from patchsweep.forward.casting import cast_rows, keep_no_casts, looks_up
 from patchsweep.forward.fused_layers import leaner
 from patchsweep.forward.plain import MORE_OUTPUTS, PlainModel
-from patchsweep.forward.weight_streaming import SplitBlock, WeightTraffic, stream_modules
+from patchsweep.forward.weight_streaming import (
+    SplitBlock,
+    StreamedModule,
+    WeightTraffic,
+    stream_modules,
+)
 from patchsweep.models.heartbeat import beat
 
 ATTENTION = "patchsweep"
@@ -114,42 +119,31 @@ class UnwrappedModel(PlainModel):
             for module in self._attentions
         )
 
-    @contextmanager
-    def unembed_in_memory(self) -> Iterator[None]:
+    def unembed_in_memory(self) -> AbstractContextManager[None]:
         """Inside, the weights outside of the blocks stay fetched over several calls."""
-        streamed = [s for module, s in self._stations.items() if module not in self.blocks]
-        for module_weights in streamed:
-            module_weights.fetch()
-        try:
-            yield
-        finally:
-            for module_weights in streamed:
-                module_weights.release()
+        return _fetched(s for module, s in self._stations.items() if module not in self.blocks)
 
-    def list_of_blocks(self) -> tuple[nn.Module, str, nn.Module]:
-        """Return the module that holds the list of blocks, the list's name, and the list.
+    @contextmanager
+    def replacing_blocks(self, blocks: Iterable[nn.Module]) -> Iterator[None]:
+        """Inside, the model runs `blocks` in place of its own.
 
         Raises:
-            Unsupported: there is no such list.
+            Unsupported: it keeps its blocks in no list.
         """
-        for parent in self.model.modules():
-            for name, child in parent.named_children():
-                if isinstance(child, nn.ModuleList) and tuple(child) == self.blocks:
-                    return parent, name, child
+        children = ((m, *child) for m in self.model.modules() for child in m.named_children())
+        for parent, name, child in children:
+            if isinstance(child, nn.ModuleList) and tuple(child) == self.blocks:
+                setattr(parent, name, nn.ModuleList(blocks))
+                try:
+                    yield
+                finally:
+                    setattr(parent, name, child)
+                return
         raise Unsupported("the model keeps its blocks in no list")
 
-    @contextmanager
-    def block_at_hand(self, layer: int) -> Iterator[None]:
+    def block_at_hand(self, layer: int) -> AbstractContextManager[None]:
         """Inside, the weights of a block stay fetched, for calls of its submodules."""
-        streamed = self._stations.get(self.blocks[layer])
-        if streamed is None:
-            yield
-            return
-        streamed.fetch()
-        try:
-            yield
-        finally:
-            streamed.release()
+        return _fetched(s for module, s in self._stations.items() if module is self.blocks[layer])
 
     def is_away(self, module: nn.Module) -> bool:
         """Whether weights of a plain module are offloaded or uncast until it runs."""
@@ -182,13 +176,16 @@ class UnwrappedModel(PlainModel):
             return home.away[name]
         return weight.detach()
 
-    def attend_with(self, layer_fns: Callable[[int], Attend] | None) -> None:
-        """Make layer i's attention call `layer_fns(i)`; None removes the functions."""
+    @contextmanager
+    def attending(self, layer_fns: Callable[[int], Attend]) -> Iterator[None]:
+        """Inside, layer i's attention calls `layer_fns(i)`."""
         for layer, module in enumerate(self._attentions):
-            if layer_fns is None:
+            module.__dict__["patchsweep_attend"] = layer_fns(layer)
+        try:
+            yield
+        finally:
+            for module in self._attentions:
                 module.__dict__.pop("patchsweep_attend", None)
-            else:
-                module.__dict__["patchsweep_attend"] = layer_fns(layer)
 
     def has_hook(self, hook_name: str) -> bool:
         """Whether the bridge has that hook. Cached: each `bridge.hook_dict` builds a new table."""
@@ -225,6 +222,15 @@ class UnwrappedModel(PlainModel):
         if module is None:
             raise Unsupported(f"block {layer} has no attention module of its own")
         return module
+
+
+@contextmanager
+def _fetched(streamed: Iterable[StreamedModule]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for module_weights in streamed:
+            module_weights.fetch()
+            stack.callback(module_weights.release)
+        yield
 
 
 def _attention(

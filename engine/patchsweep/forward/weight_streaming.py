@@ -19,11 +19,13 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from patchsweep.forward.weight_copies import WeightCopies
 from patchsweep.models.arithmetic import SIXTEEN_BITS
 from patchsweep.models.memory import give_memory_back
 from patchsweep.models.offload import Home, Stored
 from patchsweep.models.page_cache import extent_of, forget, overflows
+
+# a weight begins at a multiple of so many bytes: buffers are viewed in every dtype
+_ALIGNED = 256
 
 
 class SplitBlock(Exception):
@@ -34,8 +36,7 @@ class SplitBlock(Exception):
 class WeightTraffic:
     """Counts of fetched weights."""
 
-    n_bytes: int = 0  # bytes of weights fetched
-    n_fetches: int = 0  # fetches of a streamed module
+    n_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,62 @@ class Away:
         """Return the weight's values on `device` in `dtype`."""
         # on the CPU a weight of a safetensors file stays mapped and is not copied
         return self.stored[self.name].detach().to(self.device, self.dtype, non_blocking=True)
+
+
+class WeightCopies:
+    """Sends offloaded weights to one GPU, in a stream of its own, beside what the GPU computes.
+
+    A copy from ordinary memory waits for the GPU, so weights go through pinned memory: two buffers
+    that take turns, of which one is filled while the other one is read.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream: Any = None  # made when the first weights go
+        self._buffers: list[tuple[Tensor, Any]] = []  # and their events; the next to fill first
+
+    def send(self, weights: Sequence[tuple[Tensor, torch.dtype]]) -> list[Tensor]:
+        """Return tensors on the GPU to which `weights`, of the CPU, are copied and cast.
+
+        Each comes with the dtype that it is cast to. The host waits for no kernel, only until its
+        buffer, which the copies before the last ones read, is free. See `await_on_device`.
+        """
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)
+        places, total = [], 0
+        for weight, _ in weights:
+            places.append(total)
+            total += -(-weight.numel() * weight.element_size() // _ALIGNED) * _ALIGNED
+        buffer, copied = self._turn(total)
+        there = []
+        with torch.cuda.stream(self._stream):
+            for place, (weight, dtype) in zip(places, weights, strict=True):
+                n_bytes = weight.numel() * weight.element_size()
+                pinned = buffer[place : place + n_bytes].view(weight.dtype).view(weight.shape)
+                pinned.copy_(weight)
+                there.append(pinned.to(self.device, non_blocking=True).to(dtype))
+            copied.record(self._stream)
+        self._buffers.append((buffer, copied))
+        return there
+
+    def await_on_device(self, there: Sequence[Tensor]) -> None:
+        """Make what the GPU computes from now on wait for all copies; the host does not wait."""
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self._stream)
+        for tensor in there:
+            tensor.record_stream(current)  # its memory is not used again before this work is done
+
+    def _turn(self, n_bytes: int) -> tuple[Tensor, Any]:
+        """Return a buffer that no copy reads any more, and its event."""
+        if len(self._buffers) < 2:
+            return self._pinned(n_bytes), torch.cuda.Event()
+        buffer, copied = self._buffers.pop(0)
+        copied.synchronize()
+        return buffer if len(buffer) >= n_bytes else self._pinned(n_bytes), copied
+
+    @staticmethod
+    def _pinned(n_bytes: int) -> Tensor:
+        return torch.empty(n_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
 
 class StreamedModule:
@@ -103,7 +160,6 @@ class StreamedModule:
             weight.owner._parameters[weight.name] = nn.Parameter(values, requires_grad=False)
             self.at_hand[values.untyped_storage().data_ptr()] = weight
         self._traffic.n_bytes += self.n_bytes
-        self._traffic.n_fetches += self.n_bytes > 0
         # passes with gradients go back from block to block
         if self.follower is not None and not torch.is_grad_enabled():
             self.follower.send_ahead()

@@ -13,18 +13,21 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from patchsweep.arguments import true_or_false, user_path
 from patchsweep.errors import ModelError
-from patchsweep.models.bundled import BUNDLED, bundled_folder
-from patchsweep.models.device import choose_device
-from patchsweep.models.device_map import DeviceMap, MaxMemory, Placement, as_placement
-from patchsweep.models.gguf import dequantised_folder
+from patchsweep.models.device_map import (
+    DeviceMap,
+    MaxMemory,
+    Placement,
+    as_placement,
+    choose_device,
+)
+from patchsweep.models.gguf import BUNDLED, bundled_folder, dequantised_folder
 from patchsweep.models.memory import is_out_of_memory
 from patchsweep.models.meta import meta_bridge
 from patchsweep.models.offload import is_offloaded, main_device
 from patchsweep.models.page_cache import forget_after_use
 from patchsweep.models.quantised import casts_attention, check_each_row, keep_portable
-from patchsweep.models.settle import settle
 from patchsweep.models.tiny import TINY_FAMILIES, tiny_model
-from patchsweep.models.wrapping import check_same, compare_wrapping, logits_of, prompts_of
+from patchsweep.models.wrapping import check_same, compare_wrapping, logits_of, prompts_of, settle
 
 _MERGE = (
     "An adapter is no model by itself; merge it into its base model first, with "
@@ -104,17 +107,44 @@ def _load(
     if revision is not None and not isinstance(revision, str):
         raise ModelError(f"revision={revision!r} must be a text, such as 'main'")
     true_or_false("trust_remote_code", trust_remote_code, error=ModelError)
+    device, dtype = choose_device(device, placement), as_dtype(dtype)
     if name.startswith("tiny:"):
-        return _tiny(name, choose_device(device, placement), as_dtype(dtype), placement)
-    return _pretrained(
-        name,
-        device=choose_device(device, placement),
-        dtype=as_dtype(dtype),
-        placement=placement,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        weights=weights,
-    )
+        return _tiny(name, device, dtype, placement)
+    source = _source_of(name)
+    common: dict[str, Any] = {
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "local_files_only": os.path.isdir(source),
+    }
+    try:
+        # the model was trained with a start token; tokenizers saved by hand often do not add it
+        tokenizer = AutoTokenizer.from_pretrained(source, add_bos_token=True, **common)
+        if not weights:
+            bridge = meta_bridge(name, source, tokenizer, device, dtype, placement, common)
+            if bridge is not None:
+                return bridge
+        placed = {} if placement is None else placement.arguments()
+        hf_model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, attn_implementation="eager", **placed, **common
+        )
+    except (ImportError, RuntimeError) as error:  # of a library that packs weights
+        if not _is_quantised(source, common) or is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"the quantised weights of {name!r} need what is not here: {str(error).rstrip('.')}; "
+            "use weights that are not quantised, or quantised by bitsandbytes"
+        ) from error
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"model {name!r} could not be loaded: {str(error).rstrip('.')}; use "
+            "'smollm2-135m' (embedded), 'tiny:<family>', a GGUF file, a local folder, or a Hugging "
+            "Face name that is cached or reachable"
+        ) from error
+    if getattr(hf_model, "_hf_peft_config_loaded", False):  # an adapter by Hugging Face name
+        raise ModelError(f"model {name!r} is an adapter of PEFT. {_MERGE}")
+    if device is not None:
+        hf_model.to(device)
+    return as_bridge(name, hf_model, tokenizer)
 
 
 def _tiny(
@@ -143,11 +173,7 @@ def _source_of(name: str) -> str:
 
 
 def _checked_folder(name: str, folder: Path) -> Path:
-    """Return `folder` unchanged; `name` is what the user wrote.
-
-    Raises:
-        ModelError: it does not exist, or does not hold a complete model.
-    """
+    """Return `folder` unchanged if it holds a complete model; `name` is what the user wrote."""
     if not folder.is_dir():
         reason = "is a file" if folder.exists() else "does not exist"
         raise ModelError(
@@ -176,63 +202,6 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def _pretrained(
-    name: str,
-    *,
-    device: str | None,
-    dtype: torch.dtype,
-    placement: Placement | None,
-    revision: str | None,
-    trust_remote_code: bool,
-    weights: bool,
-) -> TransformerBridge:
-    source = _source_of(name)
-    local = os.path.isdir(source)
-    common: dict[str, Any] = {
-        "revision": revision,
-        "trust_remote_code": trust_remote_code,
-        "local_files_only": local,
-    }
-    try:
-        # the model was trained with a start token; tokenizers saved by hand often do not add it
-        tokenizer = AutoTokenizer.from_pretrained(source, add_bos_token=True, **common)
-        if not weights:
-            bridge = meta_bridge(
-                name,
-                source,
-                tokenizer,
-                dtype=dtype,
-                device=device,
-                placement=placement,
-                common=common,
-            )
-            if bridge is not None:
-                return bridge
-        placed = {} if placement is None else placement.arguments()
-        hf_model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation="eager", **placed, **common
-        )
-    except (ImportError, RuntimeError) as error:  # of a library that packs weights
-        if not _is_quantised(source, common) or is_out_of_memory(error):
-            raise
-        raise ModelError(
-            f"the quantised weights of {name!r} need what is not here: {str(error).rstrip('.')}; "
-            "use weights that are not quantised, or quantised by bitsandbytes"
-        ) from error
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"model {name!r} could not be loaded: {str(error).rstrip('.')}; use "
-            f"'smollm2-135m' (embedded), "
-            f"'tiny:<family>', a GGUF file, a local folder, or a Hugging Face name that is "
-            "cached or reachable"
-        ) from error
-    if getattr(hf_model, "_hf_peft_config_loaded", False):  # an adapter by Hugging Face name
-        raise ModelError(f"model {name!r} is an adapter of PEFT. {_MERGE}")
-    if device is not None:
-        hf_model.to(device)
-    return as_bridge(name, hf_model, tokenizer)
-
-
 def _is_quantised(source: str, common: Mapping[str, Any]) -> bool:
     """Whether the configuration of the model in `source` says that its weights are quantised."""
     config = AutoConfig.from_pretrained(source, **common)
@@ -249,8 +218,7 @@ def as_bridge(name: str, hf_model: PreTrainedModel, tokenizer: Any) -> Transform
     hf_model.eval()
     keep_portable(hf_model)
     # the bridge records its own default dtype unless it gets the model's
-    arguments: dict[str, Any] = {"hf_model": hf_model, "tokenizer": tokenizer}
-    arguments["dtype"] = hf_model.dtype
+    arguments = {"hf_model": hf_model, "tokenizer": tokenizer, "dtype": hf_model.dtype}
     if is_offloaded(hf_model):
         return _offloaded_bridge(name, hf_model, arguments)
     prompts = prompts_of(hf_model.config.get_text_config().vocab_size, tokenizer)

@@ -12,16 +12,15 @@ from transformers.integrations.accelerate import get_balanced_memory, infer_auto
 
 from patchsweep.models.device_map import Placement
 from patchsweep.models.offload import main_device
-from patchsweep.models.settle import settle
+from patchsweep.models.wrapping import settle
 
 
 def meta_bridge(
     name: str,
     source: str,
     tokenizer: Any,
-    *,
-    dtype: torch.dtype,
     device: str | None,
+    dtype: torch.dtype,
     placement: Placement | None,
     common: dict[str, Any],
 ) -> TransformerBridge | None:

@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 from accelerate.utils import PrefixedDataset
@@ -90,11 +89,4 @@ def forget_after_use(model: nn.Module) -> None:
     for module, some in extents.items():
         if some:
             # this hook runs after accelerate's wrapper, which has released the weights by then
-            module.register_forward_hook(_forgetting(some))
-
-
-def _forgetting(extents: list[Extent]) -> Any:
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        forget(extents)
-
-    return after
+            module.register_forward_hook(lambda *_, some=some: forget(some))

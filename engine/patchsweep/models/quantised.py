@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,12 +29,10 @@ class Packed:
         return f"{self.name} is a {self.kind} with packed weights ({dtype})"
 
 
-def packed_modules(bridge: TransformerBridge) -> Iterator[Packed]:
-    """Yield the modules of `bridge` with quantised weights, in the order of the forward pass."""
-    for name, module in bridge.original_model.named_modules():
-        packed = _packed(name, module)
-        if packed is not None:
-            yield packed
+def first_packed(bridge: TransformerBridge) -> Packed | None:
+    """Return the first module with quantised weights; None if the model is not quantised."""
+    packed = (_packed(name, module) for name, module in bridge.original_model.named_modules())
+    return next((module for module in packed if module is not None), None)
 
 
 def _packed(name: str, module: nn.Module) -> Packed | None:
@@ -104,11 +101,6 @@ def _plain(name: str) -> str:
     return name.replace("_original_component.", "").removesuffix("._original_component")
 
 
-def first_packed(bridge: TransformerBridge) -> Packed | None:
-    """Return the first of `packed_modules`; None if the model is not quantised."""
-    return next(packed_modules(bridge), None)
-
-
 def check_each_row(bridge: TransformerBridge) -> None:
     """Check that each row of a batch is computed independently of the others.
 
@@ -160,11 +152,9 @@ def n_parameters(block: nn.Module) -> int:
     """Count the weights of a block; a quantised linear layer counts its unquantised weights."""
     total = 0
     for module in block.modules():
-        own = [p for p in module._parameters.values() if p is not None]
+        own = {name: p.numel() for name, p in module._parameters.items() if p is not None}
         if isinstance(module, nn.Linear):
-            bias = module._parameters.get("bias")
-            total += module.in_features * module.out_features
-            total += 0 if bias is None else bias.numel()
+            total += module.in_features * module.out_features + own.get("bias", 0)
         else:
-            total += sum(p.numel() for p in own)
+            total += sum(own.values())
     return total

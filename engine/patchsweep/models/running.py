@@ -24,6 +24,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from patchsweep.arguments import check_bridge
 from patchsweep.errors import ModelError
 from patchsweep.models.arithmetic import full_arithmetic
+from patchsweep.models.compute import name_of
 
 # modules of the libraries that build a model; hooks defined there are not the user's
 OWN_HOOKS = (
@@ -117,8 +118,8 @@ def check_state(model: TransformerBridge) -> None:
     dtype = weight_dtype(model)
     if dtype is not None and dtype != model.cfg.dtype:
         raise ModelError(
-            f"most weights are {_name(dtype)} and the bridge says {_name(model.cfg.dtype)}; "
-            f"call model.to(torch.{_name(dtype)}), or load the model with dtype={_name(dtype)}"
+            f"most weights are {name_of(dtype)} and the bridge says {name_of(model.cfg.dtype)}; "
+            f"call model.to(torch.{name_of(dtype)}), or load the model with dtype={name_of(dtype)}"
         )
 
 
@@ -173,7 +174,3 @@ def _is_own(hook: Any) -> bool:
     while isinstance(hook, partial):
         hook = hook.func
     return str(getattr(hook, "__module__", "")).startswith(OWN_HOOKS)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

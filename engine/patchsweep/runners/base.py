@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
-from patchsweep.models.arriving import Arriving
+from patchsweep.models.moves import Arriving
 from patchsweep.spec.batch import Batch
 from patchsweep.spec.interventions import Intervention
 from patchsweep.spec.metrics import Metric
@@ -41,11 +41,6 @@ class Runner(Loader, Protocol):
         Those of `pattern` are `[prompt, head, dest, src]`.
         """
 
-    def run(
-        self, loaded: Any, plan: SitePlan, patches: Ints, metrics: Sequence[Metric]
-    ) -> Float[Tensor, "metric patch"]:
-        """Return the metrics of the runs with `patches` (numbers in `plan`), in that order."""
-
     def run_together(
         self,
         loaded: Any,
@@ -59,11 +54,6 @@ class Runner(Loader, Protocol):
         base run's own values with their last bit flipped (see `patchsweep.sweeps.noise`).
         """
 
-
-@runtime_checkable
-class StartsTogether(Protocol):
-    """What a `Runner` may have besides."""
-
     def start_together(
         self,
         loaded: Any,
@@ -72,17 +62,11 @@ class StartsTogether(Protocol):
         null: Sequence[PatchSet] = (),
     ) -> Arriving[list[Float[Tensor, "metric patch"]]]:
         """Launch what `run_together` does; a GPU may still run it when this returns."""
+        results = self.run_together(loaded, sets, metrics, null)
+        return Arriving(lambda: results, ready=True)
 
-
-def start_together(
-    runner: Runner,
-    loaded: Any,
-    sets: Sequence[PatchSet],
-    metrics: Sequence[Metric],
-    null: Sequence[PatchSet] = (),
-) -> Arriving[list[Float[Tensor, "metric patch"]]]:
-    """Return what `run_together` of any runner returns, on its way if the runner can do that."""
-    if isinstance(runner, StartsTogether):
-        return runner.start_together(loaded, sets, metrics, null)
-    results = runner.run_together(loaded, sets, metrics, null)
-    return Arriving(lambda: results, ready=True)
+    def run(
+        self, loaded: Any, plan: SitePlan, patches: Ints, metrics: Sequence[Metric]
+    ) -> Float[Tensor, "metric patch"]:
+        """Return the metrics of the runs with `patches` (numbers in `plan`), in that order."""
+        return self.run_together(loaded, [PatchSet(plan, patches)], metrics)[0]

@@ -140,18 +140,6 @@ def _own_layer_norms(bridge: TransformerBridge) -> Iterator[None]:
             norm.use_native_layernorm_autograd = False
 
 
-def check_sites(
-    bridge: TransformerBridge, sites: Sequence[Site], shape: ModelShape, tokens: Tensor
-) -> None:
-    """Check that patches at `sites` work, by runs on a few of `tokens` `[1, pos]`.
-
-    Raises:
-        SiteError: a site cannot be patched; the text says why.
-    """
-    for site, reason in refusals(bridge, sites, shape, tokens).items():
-        raise _refused(site, reason)
-
-
 def check_names(bridge: TransformerBridge, sites: Sequence[Site]) -> None:
     """Check that the model has the hooks of `sites` and the settings that they need; runs nothing.
 
@@ -162,12 +150,12 @@ def check_names(bridge: TransformerBridge, sites: Sequence[Site]) -> None:
     for site in sites:
         for name in hooks_of(bridge, site):
             if name not in known:
-                raise _refused(site, f"this model has no hook {name}")
+                raise refused(site, f"this model has no hook {name}")
         try:
             with running(bridge), _settings_on(bridge, [site.hook_name(0)]):
                 pass
         except SiteError as error:
-            raise _refused(site, str(error)) from error
+            raise refused(site, str(error)) from error
 
 
 def by_setting(bridge: TransformerBridge, sites: Sequence[Site]) -> list[list[Site]]:
@@ -183,7 +171,8 @@ def by_setting(bridge: TransformerBridge, sites: Sequence[Site]) -> list[list[Si
     return [groups[setting] for setting in sorted(groups)]
 
 
-def _refused(site: Site, reason: str) -> SiteError:
+def refused(site: Site, reason: str) -> SiteError:
+    """Return the error for a site that cannot be patched."""
     remedy = "leave the site out" + ("" if site.named else ", or use runner=packed")
     return SiteError(f"site {site.name}: {reason}; {remedy}")
 
@@ -193,6 +182,8 @@ def refusals(
     bridge: TransformerBridge, sites: Sequence[Site], shape: ModelShape, tokens: Tensor
 ) -> dict[Site, str]:
     """Return site -> reason, for those of `sites` that cannot be patched in this model.
+
+    Runs a few of `tokens` `[1, pos]`.
 
     Raises:
         SiteError: the model has no hook of a site, or lacks the setting that it needs.
@@ -324,11 +315,7 @@ def _settings(bridge: TransformerBridge) -> dict[str, bool]:
 
 @contextmanager
 def _settings_on(bridge: TransformerBridge, hook_names: Sequence[str]) -> Iterator[None]:
-    """Inside, the settings that the hooks need are on; on exit they are restored.
-
-    Raises:
-        SiteError: the model has no such setting, or two settings exclude each other.
-    """
+    """Inside, the settings that the hooks need are on; on exit they are restored."""
     gated = [name for name in hook_names if name.endswith(tuple(SETTINGS))]
     points = bridge.hook_dict if gated else {}
     settings = (_setting_of(points[name], name) for name in gated)

@@ -6,6 +6,7 @@ reference for the packed runner's self-test.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,13 +21,15 @@ from transformer_lens.model_bridge import TransformerBridge
 from patchsweep.forward.casting import cast_while
 from patchsweep.models.arithmetic import last_bit_turned
 from patchsweep.models.quantised import check_hooks
+from patchsweep.runners.base import Runner
 from patchsweep.runners.hook_points import (
     Hook,
     by_setting,
     check_names,
-    check_sites,
     forward,
     hooks_of,
+    refusals,
+    refused,
     write_units,
     writing,
 )
@@ -61,7 +64,7 @@ class _Write(NamedTuple):
     span: slice  # positions
 
 
-class HookedRunner:
+class HookedRunner(Runner):
     """Runs exact patches by hooks: each row of a forward pass is one patch.
 
     16-bit weights are cast to `compute_dtype` (None: the model's own), each block's while it runs.
@@ -96,7 +99,8 @@ class HookedRunner:
                 it changes no logit.
         """
         with cast_while(self.bridge, self.compute_dtype):
-            check_sites(self.bridge, self.sites, self.shape, tokens)
+            for site, reason in refusals(self.bridge, self.sites, self.shape, tokens).items():
+                raise refused(site, reason)
 
     @torch.no_grad()
     def activations(self, tokens: Tensor) -> Mapping[str, Sequence[Tensor]]:
@@ -112,37 +116,28 @@ class HookedRunner:
         self, tokens: Tensor, reads: Sequence[int] = ()
     ) -> tuple[Float[Tensor, "row read d_vocab"], dict[str, list[Tensor]]]:
         """Return fp32 logits at `reads` and the sites' activations; runs some prompts at a time."""
-        rows = tokens.split(self.rows_of(tokens.shape[1]))
-        parts = [self._run_rows(prompts, reads) for prompts in rows]
-        activations = {
-            site.name: [
-                torch.cat(x) for x in zip(*(acts[site.name] for _, acts in parts), strict=True)
-            ]
-            for site in self.sites
-        }
-        return torch.cat([logits for logits, _ in parts]), activations
-
-    def _run_rows(
-        self, tokens: Tensor, reads: Sequence[int]
-    ) -> tuple[Float[Tensor, "row read d_vocab"], dict[str, list[Tensor]]]:
-        kept: dict[str, Tensor] = {}
+        logits: list[Tensor] = []
+        kept: dict[str, list[Tensor]] = defaultdict(list)
 
         def keep(x: Tensor, hook: Any, name: str) -> None:
-            kept[name] = x.detach().clone()
+            kept[name].append(x.detach().clone())
 
-        logits: list[Tensor] = []
-        for group in self._groups:
-            names = [name for site in group for name in hooks_of(self.bridge, site)]
-            keeping = [(name, partial(keep, name=name)) for name in names]
-            with cast_while(self.bridge, self.compute_dtype):
-                logits.append(forward(self.bridge, tokens, (), keeping)[:, list(reads)].float())
+        for prompts in tokens.split(self.rows_of(tokens.shape[1])):
+            for i, group in enumerate(self._groups):
+                # sites may share a hook, as pattern and pattern_cell do
+                names = dict.fromkeys(n for site in group for n in hooks_of(self.bridge, site))
+                keeping = [(name, partial(keep, name=name)) for name in names]
+                with cast_while(self.bridge, self.compute_dtype):
+                    output = forward(self.bridge, prompts, (), keeping)
+                if not i:
+                    logits.append(output[:, list(reads)].float())
         activations = {}
         for site in self.sites:
-            layers = [kept[name] for name in hooks_of(self.bridge, site)]
+            layers = [torch.cat(kept[name]) for name in hooks_of(self.bridge, site)]
             if not site.is_pattern:
                 layers = [x.reshape(*tokens.shape, -1) for x in layers]
             activations[site.name] = layers
-        return logits[0], activations
+        return torch.cat(logits), activations
 
     @torch.no_grad()
     def load(self, batch: Batch, intervention: Intervention) -> Loaded:
@@ -191,12 +186,6 @@ class HookedRunner:
             self.metrics_of(loaded, loaded.source_logits, pair, metrics),
         )
 
-    def run(
-        self, loaded: Loaded, plan: Plan, patches: Ints, metrics: Sequence[Metric]
-    ) -> Float[Tensor, "metric patch"]:
-        """See `Runner`."""
-        return self.run_together(loaded, [PatchSet(plan, patches)], metrics)[0]
-
     @torch.no_grad()
     def run_together(
         self,
@@ -236,7 +225,7 @@ class HookedRunner:
 
         Sets from `n_sets` on are identity patches.
         """
-        batch, local = loaded.batch, loaded.batch.local
+        local = loaded.batch.local
         hooks: list[Hook] = []
         pair = np.empty(len(patch), dtype=np.int64)  # row of the batch
         for i in np.unique(which).tolist():
@@ -244,6 +233,13 @@ class HookedRunner:
             plan, patches = sets[i].plan, patch[rows]
             pair[rows] = [local[p] for p in plan.pair[patches].tolist()]
             hooks += self._hooks_of(loaded, plan, patches, rows, null=i >= n_sets)
+        return self.run_rows(loaded, pair, hooks, metrics)
+
+    def run_rows(
+        self, loaded: Loaded, pair: Ints, hooks: Sequence[Hook], metrics: Sequence[Metric]
+    ) -> Float[Tensor, "metric row"]:
+        """Return the metrics of one forward pass under `hooks`; row i is of `pair[i]`."""
+        batch = loaded.batch
         index = torch.from_numpy(pair).to(batch.base.device)
         with cast_while(self.bridge, self.compute_dtype):
             logits = forward(self.bridge, batch.base[index], hooks)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from patchsweep.forward.casting import cast_while
 from patchsweep.runners.base import Runner
-from patchsweep.runners.hook_points import forward, writing
-from patchsweep.runners.hooked import HookedRunner, Loaded
+from patchsweep.runners.hook_points import writing
+from patchsweep.runners.hooked import HookedRunner
 from patchsweep.runners.packed.joint import PackedJoint
+from patchsweep.runners.packed.joint_batch import JointLoaded
 from patchsweep.runners.packed.runner import PackedRunner
 from patchsweep.spec.batch import Batch
 from patchsweep.spec.directions import Live, Numbered
@@ -24,46 +23,6 @@ from patchsweep.spec.joint import WHOLE, JointPlan, Writes
 from patchsweep.spec.metrics import Metric
 from patchsweep.spec.plan import Ints
 from patchsweep.spec.sites import Site
-
-
-class JointRunner(Protocol):
-    """Runs rows of joint patches on one model."""
-
-    def load(
-        self,
-        batch: Batch,
-        sources: Mapping[int, Batch],
-        interventions: Sequence[Intervention],
-        used: Sequence[tuple[str, int]],
-    ) -> Any:
-        """Capture a batch; make the values of each (site's name, intervention) in `used`.
-
-        `sources`: intervention -> the batch whose source runs it takes instead, as shuffle does.
-        """
-
-    def references(
-        self, loaded: Any, metrics: Sequence[Metric]
-    ) -> tuple[Float[Tensor, "metric pair"], Float[Tensor, "metric pair"]]:
-        """Return the metrics of the unpatched base runs and of the source runs."""
-
-    def run(
-        self, loaded: Any, plan: JointPlan, metrics: Sequence[Metric]
-    ) -> Float[Tensor, "metric row"]:
-        """Return the metrics of every row of `plan`; all rows are live."""
-
-
-def joint_runner(runner: Runner) -> JointRunner:
-    """Return what runs joint patches in the way of `runner`."""
-    return PackedJoint(runner) if isinstance(runner, PackedRunner) else HookedJoint(runner)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class HookedLoaded:
-    """A batch with the values of several interventions."""
-
-    loaded: Loaded
-    values: Mapping[tuple[str, int], Sequence[Tensor]]  # per layer [pair, pos, width]
-    live: Mapping[int, Live]  # interventions that change what they meet; their values: the source's
 
 
 class HookedJoint:
@@ -79,8 +38,8 @@ class HookedJoint:
         sources: Mapping[int, Batch],
         interventions: Sequence[Intervention],
         used: Sequence[tuple[str, int]],
-    ) -> HookedLoaded:
-        """See `JointRunner`."""
+    ) -> JointLoaded:
+        """See `PackedJoint`."""
         loaded = self.runner.load(batch, interventions[0])
         base = self.runner.activations(batch.base)
         source = self._source(batch)
@@ -99,7 +58,7 @@ class HookedJoint:
                 values_of(interventions[i], sites[name], layer, b, s, batch.spans)
                 for layer, (b, s) in enumerate(zip(base[name], theirs, strict=True))
             ]
-        return HookedLoaded(loaded, values, live)
+        return JointLoaded(loaded, values, live)
 
     def _source(self, batch: Batch) -> dict[str, list[Tensor]]:
         """Return the source run's activations by site and layer, at the base run's positions."""
@@ -107,30 +66,26 @@ class HookedJoint:
         return {name: [batch.at_base(x) for x in layers] for name, layers in run.items()}
 
     def references(
-        self, loaded: HookedLoaded, metrics: Sequence[Metric]
+        self, loaded: JointLoaded, metrics: Sequence[Metric]
     ) -> tuple[Float[Tensor, "metric pair"], Float[Tensor, "metric pair"]]:
-        """See `JointRunner`."""
+        """See `PackedJoint`."""
         return self.runner.references(loaded.loaded, metrics)
 
     @torch.no_grad()
     def run(
-        self, loaded: HookedLoaded, plan: JointPlan, metrics: Sequence[Metric]
+        self, loaded: JointLoaded, plan: JointPlan, metrics: Sequence[Metric]
     ) -> Float[Tensor, "metric row"]:
-        """See `JointRunner`."""
-        runner, batch = self.runner, loaded.loaded.batch
+        """See `PackedJoint`."""
         values = torch.empty(len(metrics), plan.n_rows, device="cpu")
-        size = runner.rows_of(batch.length)
+        size = self.runner.rows_of(loaded.loaded.batch.length)
         for first in range(0, plan.n_rows, size):
             rows = np.arange(first, min(first + size, plan.n_rows))
             part = plan.part(rows)
-            pair = torch.from_numpy(part.pair).to(batch.base.device)
-            with cast_while(runner.bridge, runner.compute_dtype):
-                logits = forward(runner.bridge, batch.base[pair], self._hooks(loaded, part))
-            read = logits[:, list(batch.reads)].float()
-            values[:, rows] = runner.metrics_of(loaded.loaded, read, pair, metrics).cpu()
+            hooks = self._hooks(loaded, part)
+            values[:, rows] = self.runner.run_rows(loaded.loaded, part.pair, hooks, metrics)
         return values
 
-    def _hooks(self, loaded: HookedLoaded, plan: JointPlan) -> list[Any]:
+    def _hooks(self, loaded: JointLoaded, plan: JointPlan) -> list[Any]:
         """Return hooks that write all rows of `plan` in one pass."""
         writes = plan.writes
         hooks = []
@@ -142,7 +97,7 @@ class HookedJoint:
         return hooks
 
     def _write(
-        self, loaded: HookedLoaded, site: Site, layer: int, writes: Writes, pair: Ints
+        self, loaded: JointLoaded, site: Site, layer: int, writes: Writes, pair: Ints
     ) -> Callable[[Tensor], None]:
         """Return a function that makes `writes` in a site's tensor, in place."""
         n_units = self.runner.shape.n_units(site)
@@ -185,3 +140,11 @@ class HookedJoint:
                     target[index] = given
 
         return write
+
+
+JointRunner = PackedJoint | HookedJoint
+
+
+def joint_runner(runner: Runner) -> JointRunner:
+    """Return what runs joint patches in the way of `runner`."""
+    return PackedJoint(runner) if isinstance(runner, PackedRunner) else HookedJoint(runner)  # type: ignore[arg-type]

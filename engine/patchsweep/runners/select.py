@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 from weakref import WeakKeyDictionary
@@ -79,30 +79,51 @@ def select_runner(
         SiteError: no runner can patch a site.
     """
     sites = [plan.site for plan in plans]
+
+    def packed_runner() -> PackedRunner:
+        runner = PackedRunner(
+            bridge, sites, max_tokens, cache_budget=cache_budget, compute_dtype=compute_dtype
+        )
+        runner.check(plans)
+        return runner
+
+    def hooked(reason: str, error: float | None = None) -> RunnerChoice:
+        return RunnerChoice(HookedRunner(bridge, sites, compute_dtype), reason, error)
+
+    def fallback(why: str, error: float | None) -> RunnerChoice:
+        test.check_hooks(sites)
+        reason = f"the packed runner cannot: {why}"
+        log.warning(
+            "runner=auto takes the hooked runner, tens of times slower than packed batches: %s",
+            reason,
+        )
+        return hooked(reason, error)
+
     if wanted == "packed":
         try:
-            packed = _packed(bridge, plans, max_tokens, cache_budget, compute_dtype)
-            return RunnerChoice(packed, "asked for", None)
+            return RunnerChoice(packed_runner(), "asked for", None)
         except Unsupported as error:
             raise ConfigError(
                 f"runner=packed cannot run this: {error.reason}; use runner=auto or runner=hooked"
             ) from error
     if tested:
-        return RunnerChoice(HookedRunner(bridge, sites, compute_dtype), "asked for", None)
+        return hooked("asked for")
     check_bridge(bridge)
-    test = _Tests(bridge, kind_of(intervention), _joint(plans))
+    # whether a patch covers several layers
+    joint = any(len(layers) > 1 for plan in plans for layers in plan.axes.layers)
+    test = _Tests(bridge, kind_of(intervention), joint)
     if wanted == "hooked":
         test.check_hooks(sites)
-        return RunnerChoice(HookedRunner(bridge, sites, compute_dtype), "asked for", None)
+        return hooked("asked for")
     try:
-        packed = _packed(bridge, plans, max_tokens, cache_budget, compute_dtype)
+        packed = packed_runner()
         outcomes = test.outcomes(sites)
     except Unsupported as error:
-        return _hooked(bridge, sites, test, error.reason, None, compute_dtype)
+        return fallback(error.reason, None)
     failed = next((o for o in outcomes.values() if not o.passed), None)
     difference = max(outcome.error for outcome in outcomes.values())
     if failed is not None:
-        return _hooked(bridge, sites, test, failed.failure, difference, compute_dtype)
+        return fallback(failed.failure, difference)
     # the reason holds no measured number: it goes into the store, the same on every machine
     reason = "passes the self-test"
     if unseen := [name for name, outcome in outcomes.items() if not outcome.seen]:
@@ -189,43 +210,3 @@ class _Tests:
         # the bridge fails too, raise its error
         self.check_hooks([site])
         return Outcome(f"{type(error).__name__}: {error}", 0.0)
-
-
-def _packed(
-    bridge: TransformerBridge,
-    plans: Sequence[SitePlan],
-    max_tokens: int | None,
-    cache_budget: int | None,
-    compute_dtype: torch.dtype | None,
-) -> PackedRunner:
-    packed = PackedRunner(
-        bridge,
-        [p.site for p in plans],
-        max_tokens,
-        cache_budget=cache_budget,
-        compute_dtype=compute_dtype,
-    )
-    packed.check(plans)
-    return packed
-
-
-def _hooked(
-    bridge: TransformerBridge,
-    sites: Sequence[Site],
-    test: _Tests,
-    why: str,
-    error: float | None,
-    compute_dtype: torch.dtype | None,
-) -> RunnerChoice:
-    """Return the hooked runner as the fallback, if it can run the sites; log a warning."""
-    test.check_hooks(sites)
-    reason = f"the packed runner cannot: {why}"
-    log.warning(
-        "runner=auto takes the hooked runner, tens of times slower than packed batches: %s", reason
-    )
-    return RunnerChoice(HookedRunner(bridge, sites, compute_dtype), reason, error)
-
-
-def _joint(plans: Iterable[SitePlan]) -> bool:
-    """Whether any patch of `plans` covers several layers."""
-    return any(len(layers) > 1 for plan in plans for layers in plan.axes.layers)

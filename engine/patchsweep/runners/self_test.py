@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -24,11 +25,13 @@ from patchsweep.runners.hooked import HookedRunner
 from patchsweep.runners.trials import (
     AMPLIFIED,
     N_PAIRS,
+    SHAPES,
     Factors,
     Kind,
+    Trial,
     amplified,
     intervention_of,
-    make_trials,
+    make_trial,
     whole,
 )
 from patchsweep.spec.interventions import Intervention, Prompts
@@ -60,11 +63,11 @@ class Measured:
 
     base: Float[Tensor, "metric pair"]
     source: Float[Tensor, "metric pair"]
-    live: tuple[Values, ...]  # live patches, one entry a site
+    ran: tuple[Values, ...]  # of sets of patches: live ones, a set a site, and dead ones
 
-    def effects(self, site: int, chosen: PatchSet) -> Values:
-        """Return patched minus base metric."""
-        return self.live[site] - self.base[:, chosen.plan.pair[chosen.patches]]
+    def effects(self, i: int, chosen: PatchSet) -> Values:
+        """Return patched minus base metric of set i, which is `chosen`."""
+        return self.ran[i] - self.base[:, chosen.plan.pair[chosen.patches]]
 
 
 @dataclass(frozen=True)
@@ -99,17 +102,21 @@ class SelfTest:
         self.compute_dtype = compute_dtype_of(bridge)
         dtype = name_of(self.compute_dtype)
         self.error, self.floor = ERROR.get(dtype, 1e-3), FLOOR.get(dtype, 1e-4)
-        self.trials = make_trials(
-            model_shape(bridge),
-            sites,
-            kind,
-            avoid=getattr(bridge.tokenizer, "all_special_ids", None) or (),
-            device=device_of(bridge),
-            joint_layers=joint_layers,
-        )
+        self.trials = [
+            make_trial(
+                model_shape(bridge),
+                sites,
+                kind,
+                number,
+                avoid=getattr(bridge.tokenizer, "all_special_ids", None) or (),
+                device=device_of(bridge),
+                joint_layers=joint_layers,
+            )
+            for number in range(len(SHAPES))
+        ]
         ones = torch.ones(model_shape(bridge).n_layers, N_PAIRS, dtype=torch.float64)
         self.factors: Factors = {site.name: ones.clone() for site in sites}
-        self._expected: list[Measured] | None = None
+        self._expected: list[Measured] = []  # by the hooks; made for the first runner
         self._spread = 0.0  # of logits
 
     def judge(self, runner: Runner) -> dict[str, Outcome]:
@@ -123,12 +130,13 @@ class SelfTest:
             NotDeadError: a patch that plans call dead has an effect.
         """
         intervention = self._prepared(runner)
-        if self._expected is None:
+        if not self._expected:
             self._set_factors(runner, intervention)
             self._expected = self._run_hooks()
             if self._raise_factors():
                 self._expected = self._run_hooks()
-        measured = self._measure(runner, intervention)
+        values = amplified(intervention, self.factors)
+        measured = [_measure(runner, trial, values, trial.live)[1] for trial in self.trials]
         outcomes = {}
         for i, site in enumerate(self.sites):
             failure, error, seen = self._unpatched(measured), 0.0, False
@@ -159,13 +167,12 @@ class SelfTest:
     def _set_factors(self, runner: Runner, intervention: Intervention) -> None:
         """Set the factors so that each patch changes logits by about the spread of logits."""
         trial = self.trials[0]
-        loaded = runner.load(trial.batch, intervention)
-        base, source = (x.cpu() for x in runner.references(loaded, METRICS_COMPARED))
-        target = float(torch.cat([base[0], source[0]]).square().mean().sqrt())  # a logit_diff
-        values = runner.run_together(loaded, trial.live, METRICS_COMPARED)
-        for patch_set, x in zip(trial.live, values, strict=True):
+        measured = _measure(runner, trial, intervention, trial.live)[1]
+        unpatched = torch.cat([measured.base[0], measured.source[0]])  # a logit_diff
+        target = float(unpatched.square().mean().sqrt())
+        for i, patch_set in enumerate(trial.live):
             pair = patch_set.plan.pair[patch_set.patches]
-            size = (x.cpu() - base[:, pair]).abs().amax(dim=0).nan_to_num(0.0)
+            size = measured.effects(i, patch_set).abs().amax(dim=0).nan_to_num(0.0)
             for layer, columns in _by_layer(patch_set).items():
                 for column in columns:
                     factor = target / max(float(size[column]), 1e-30)
@@ -175,20 +182,17 @@ class SelfTest:
     def _run_hooks(self, *, live: bool = True) -> list[Measured]:
         """Return the metrics by the bridge's hooks, which replace all positions of each patch."""
         runner = HookedRunner(self.bridge, self.sites, self.compute_dtype)
-        intervention = self._prepared(runner)
+        intervention = amplified(self._prepared(runner), self.factors)
         measured = []
         for number, trial in enumerate(self.trials):
-            loaded = runner.load(trial.batch, amplified(intervention, self.factors))
+            patch_sets = (*(trial.live if live else ()), *trial.dead)
+            loaded, ran = _measure(runner, trial, intervention, [whole(c) for c in patch_sets])
             if not number:
                 logits = loaded.base_logits
                 self._spread = float((logits - logits.mean(dim=-1, keepdim=True)).std())
-            base, source = (x.cpu() for x in runner.references(loaded, METRICS_COMPARED))
-            patch_sets = (*(trial.live if live else ()), *trial.dead)
-            values = runner.run_together(loaded, [whole(c) for c in patch_sets], METRICS_COMPARED)
-            n_live = len(patch_sets) - len(trial.dead)
-            for dead, x in zip(trial.dead, values[n_live:], strict=True):
-                _check_dead(dead, x - base[:, dead.plan.pair[dead.patches]], self._limit)
-            measured.append(Measured(base, source, tuple(values[:n_live])))
+            for i, dead in enumerate(trial.dead, start=len(patch_sets) - len(trial.dead)):
+                _check_dead(dead, ran.effects(i, dead), self._limit)
+            measured.append(ran)
         return measured
 
     @property
@@ -196,18 +200,8 @@ class SelfTest:
         """Largest difference between two logits that rounding can cause."""
         return self.floor * self._spread
 
-    def _measure(self, runner: Runner, intervention: Intervention) -> list[Measured]:
-        measured = []
-        for trial in self.trials:
-            loaded = runner.load(trial.batch, amplified(intervention, self.factors))
-            base, source = runner.references(loaded, METRICS_COMPARED)
-            values = runner.run_together(loaded, trial.live, METRICS_COMPARED)
-            measured.append(Measured(base.cpu(), source.cpu(), tuple(x.cpu() for x in values)))
-        return measured
-
     def _raise_factors(self) -> bool:
         """Amplify layers without a visible patch further; return whether there are any."""
-        assert self._expected is not None
         raised = False
         for i, site in enumerate(self.sites):
             seen: dict[int, bool] = {}
@@ -227,7 +221,6 @@ class SelfTest:
 
     def _unpatched(self, found: Sequence[Measured]) -> str:
         """Return how the runs without a patch differ; empty if they do not."""
-        assert self._expected is not None
         for trial, expected, got in zip(self.trials, self._expected, found, strict=True):
             for run in ("base", "source"):
                 worst = float((getattr(got, run) - getattr(expected, run)).abs().max())
@@ -243,7 +236,7 @@ class SelfTest:
     ) -> tuple[str, float, bool]:
         """Return the first difference, the largest relative error, whether an effect is visible."""
         effect = expected.effects(site, chosen).abs().amax(dim=0)
-        error = (got.live[site] - expected.live[site]).abs().amax(dim=0)
+        error = (got.ran[site] - expected.ran[site]).abs().amax(dim=0)
         known = torch.isfinite(effect)  # values may overflow where they are amplified
         bad = known & ~(error <= self.error * effect + self._limit)  # NaN included
         visible = self._visible(expected.effects(site, chosen))
@@ -257,6 +250,16 @@ class SelfTest:
                 f"{float(effect[column]):.2g}"
             )
         return text, share, bool(visible.any())
+
+
+def _measure(
+    runner: Runner, trial: Trial, intervention: Intervention, patch_sets: Sequence[PatchSet]
+) -> tuple[Any, Measured]:
+    """Return what `runner` loads for a trial, and the metrics of `patch_sets`."""
+    loaded = runner.load(trial.batch, intervention)
+    base, source = (x.cpu() for x in runner.references(loaded, METRICS_COMPARED))
+    values = runner.run_together(loaded, patch_sets, METRICS_COMPARED)
+    return loaded, Measured(base, source, tuple(x.cpu() for x in values))
 
 
 def _by_layer(chosen: PatchSet) -> dict[int, list[int]]:

@@ -127,34 +127,20 @@ def amplified(intervention: Intervention, factors: Factors) -> Intervention:
     return result
 
 
-def make_trials(
-    shape: ModelShape,
-    sites: Sequence[Site],
-    kind: Kind,
-    *,
-    avoid: Sequence[int],
-    device: torch.device,
-    joint_layers: bool,
-) -> list[Trial]:
-    """Return one trial for each of `SHAPES`, without the tokens `avoid`.
-
-    `joint_layers`: include patches of several layers at once.
-    """
-    return [
-        _make_trial(shape, sites, kind, number, avoid, device, joint_layers)
-        for number in range(len(SHAPES))
-    ]
-
-
-def _make_trial(
+def make_trial(
     shape: ModelShape,
     sites: Sequence[Site],
     kind: Kind,
     number: int,
+    *,
     avoid: Sequence[int],
     device: torch.device,
     joint_layers: bool,
 ) -> Trial:
+    """Return the trial of `SHAPES[number]`, without the tokens `avoid`.
+
+    `joint_layers`: include patches of several layers at once.
+    """
     length, reads = SHAPES[number].length, SHAPES[number].reads
     tokens = trial_tokens(
         shape.d_vocab, length + 2 * len(reads), n_prompts=2 * N_PAIRS, avoid=avoid, seed=number

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import zarr
@@ -52,13 +53,13 @@ _MOST_UNITS = 10_000_000
 class Contents:
     """The files that a store has from its creation: metadata and coordinates."""
 
-    shown: str  # the store's address without credentials
+    folder: Folder
     attrs: dict[str, Any]  # root attributes
     names: dict[str, Any]  # attributes of `COMPLETE`
     files: dict[str, bytes]  # key -> content, of undamaged files
     problems: tuple[str, ...]  # a line for each damaged file
 
-    @property
+    @cached_property
     def identity(self) -> bytes:
         """SHA-256 of `COMPLETE`, which every seal of the store covers."""
         return bytes.fromhex(digest_of(self.files[COMPLETE]))
@@ -82,7 +83,7 @@ class Contents:
             StoreError: the metadata holds something that this package never writes.
         """
         if self.problems:
-            raise damaged(self.shown, self.problems[0], MEND if self.is_sweep else DELETE)
+            raise damaged(self.folder, self.problems[0], MEND if self.is_sweep else DELETE)
         sizes: dict[str, int] = {}
         for key, data in self.files.items():
             if not key.endswith(ROOT):
@@ -105,14 +106,15 @@ class Contents:
             StoreError: it holds something else.
         """
         metadata = parse(data)
-        problem = "it is no JSON object" if metadata is None else _strange(metadata)
-        if problem:
+        if metadata is None:
+            raise self._strange(key, "it is no JSON object")
+        if problem := _strange(metadata):
             raise self._strange(key, problem)
-        assert metadata is not None
         return metadata
 
+    @cached_property
     def variables(self) -> dict[str, Variable]:
-        """Return a sweep's variables by name, in the order of its layout."""
+        """A sweep's variables by name, in the order of its layout."""
         return {name: self._variable(name) for name in self._listed("variables")}
 
     def coords(self) -> list[str]:
@@ -163,7 +165,8 @@ class Contents:
 
     def _strange(self, key: str, what: str) -> StoreError:
         return StoreError(
-            f"{self.shown} is not as patchsweep writes stores: {key}: {what[:200]}; do not trust it"
+            f"{self.folder.shown} is not as patchsweep writes stores: {key}: {what[:200]}; do not "
+            "trust it"
         )
 
 
@@ -184,9 +187,9 @@ def understood(shown: str) -> Iterator[None]:
         ) from error
 
 
-def damaged(shown: str, what: str, remedy: str = MEND) -> DamagedError:
-    """Return a DamagedError: `what` is damaged in the store at `shown`."""
-    return DamagedError(f"{shown} is damaged: {what}; {remedy}")
+def damaged(folder: Folder, what: str, remedy: str = MEND) -> DamagedError:
+    """Return a DamagedError: `what` is damaged in the store in `folder`."""
+    return DamagedError(f"{folder.shown} is damaged: {what}; {remedy}")
 
 
 def parse(data: bytes | None) -> dict[str, Any] | None:
@@ -213,7 +216,7 @@ def read_root(folder: Folder) -> dict[str, Any] | None:
     recorded = digests_of(folder.read(COMPLETE)).get(ROOT)
     if recorded is not None and recorded != digest_of(data or b""):
         what = "is missing" if data is None else "is not as it was written"
-        raise damaged(folder.shown, f"{ROOT} {what}")
+        raise damaged(folder, f"{ROOT} {what}")
     if data is None:
         return None
     if isinstance(attrs, dict) and {KIND, "patchsweep_version"} <= attrs.keys():
@@ -255,7 +258,7 @@ def read_contents(folder: Folder) -> Contents:
     if complete is None or not digests:
         cause = " (or the store was cut off while it was made)" if complete is None else ""
         what = "is missing" if complete is None else "cannot be read"
-        raise damaged(folder.shown, f"{COMPLETE} {what}{cause}")
+        raise damaged(folder, f"{COMPLETE} {what}{cause}")
     names: dict[str, Any] = json.loads(complete)["attributes"]
     for key in digests:
         if not _KEY.fullmatch(key):
@@ -272,7 +275,7 @@ def read_contents(folder: Folder) -> Contents:
         else:
             files[key] = data
     files[COMPLETE] = complete
-    return Contents(folder.shown, attrs, names, files, tuple(problems))
+    return Contents(folder, attrs, names, files, tuple(problems))
 
 
 def _strange(metadata: Mapping[str, Any]) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,8 @@ def open_store(url: str | Path, *, storage_options: Mapping[str, Any] | None = N
         DamagedError: a file does not match its digest; files of values raise when they are read.
         StoreError: there is no store, or one of another program.
     """
-    folder = open_folder(url, storage_options)
-    contents = read_contents(folder)
-    return dataset_of(folder, contents) if contents.is_sweep else results_of(contents)
+    contents = read_contents(open_folder(url, storage_options))
+    return dataset_of(contents) if contents.is_sweep else results_of(contents)
 
 
 def results_of(contents: Contents) -> xr.Dataset:
@@ -47,19 +47,19 @@ def results_of(contents: Contents) -> xr.Dataset:
     return results
 
 
-def dataset_of(folder: Folder, contents: Contents) -> xr.Dataset:
+def dataset_of(contents: Contents) -> xr.Dataset:
     """Return a sweep's variables, unpatched metrics and coordinates; values are read lazily."""
     group: Any = contents.group()
-    n_metrics, n_pairs = contents.fixed_shape()
-    identity = contents.identity
     arrays: dict[str, xr.Variable] = {}
-    for variable in contents.variables().values():
-        files = _Units(folder, identity, contents.form(variable.name), variable)
-        arrays[variable.name] = _lazy(variable.dims, variable.shape, files, variable.attrs)
+    for variable in contents.variables.values():
+        keys = partial(_keys_of_unit, variable)
+        lazy = _Lazy.of(contents, variable.name, variable.dims, variable.shape, keys)
+        arrays[variable.name] = xr.Variable(variable.dims, lazy, dict(variable.attrs))
     for i, name in enumerate(FIXED):
-        fixed = _Pairs(folder, identity, contents.form(name), name, i)
-        dims, shape = ("metric", "pair"), (n_metrics, n_pairs)
-        arrays[name] = _lazy(dims, shape, fixed, dict(group[name].attrs))
+        part = slice(i * SEAL_BYTES, (i + 1) * SEAL_BYTES)
+        dims, keys = ("metric", "pair"), partial(_keys_of_pair, name)
+        lazy = _Lazy.of(contents, name, dims, contents.fixed_shape(), keys, part)
+        arrays[name] = xr.Variable(dims, lazy, dict(group[name].attrs))
     coords = {}
     for name in contents.coords():
         values = np.asarray(group[name][...])
@@ -70,64 +70,15 @@ def dataset_of(folder: Folder, contents: Contents) -> xr.Dataset:
     return xr.Dataset(arrays, coords=coords, attrs=attrs)
 
 
-@dataclass(frozen=True)
-class _Units:
-    """Reads the shards of a variable."""
-
-    folder: Folder
-    identity: bytes
-    form: ShardForm
-    variable: Variable
-
-    @property
-    def cut(self) -> tuple[int, ...]:
-        return self.form.shape
-
-    def read(self, block: Mapping[str, int]) -> np.ndarray | None:
-        """Return the values of one shard (`block`: dim -> block index); None if it has not run."""
-        unit = self.variable.at(block["pair"], block.get("layer", 0))
-        key, flag_key = self.variable.shard_key(unit), self.variable.flag_key(unit)
-        return _read(self.folder, self.identity, self.form, key, self.folder.read(flag_key))
+def _keys_of_unit(variable: Variable, block: Mapping[str, int]) -> tuple[str, str]:
+    """Return the keys of a shard's file and flag; `block`: dim -> block index."""
+    unit = variable.at(block["pair"], block.get("layer", 0))
+    return variable.shard_key(unit), variable.flag_key(unit)
 
 
-@dataclass(frozen=True)
-class _Pairs:
-    """Reads the files of one of `FIXED`."""
-
-    folder: Folder
-    identity: bytes
-    form: ShardForm
-    name: str
-    number: int  # index of `name` in `FIXED`
-
-    @property
-    def cut(self) -> tuple[int, ...]:
-        return self.form.shape
-
-    def read(self, block: Mapping[str, int]) -> np.ndarray | None:
-        """Return the values of one pair (`block`: dim -> index); None if they are not written."""
-        pair = block["pair"]
-        flag = self.folder.read(references_key(pair)) or b""
-        part = flag[self.number * SEAL_BYTES :][:SEAL_BYTES]
-        return _read(self.folder, self.identity, self.form, fixed_key(self.name, pair), part)
-
-
-def _read(
-    folder: Folder, identity: bytes, form: ShardForm, key: str, flag: bytes | None
-) -> np.ndarray | None:
-    if not flag:
-        return None
-    data = folder.read(key)
-    if data is None or seal(identity, key, data) != flag:
-        what = "is lost" if data is None else "is not as it was written"
-        raise damaged(folder.shown, f"{key} {what}")
-    try:
-        return form.decode(data)
-    except ValueError as error:
-        raise StoreError(
-            f"{folder.shown} is not as patchsweep writes stores: {key} holds no values ({error}); "
-            "do not trust it"
-        ) from None
+def _keys_of_pair(name: str, block: Mapping[str, int]) -> tuple[str, str]:
+    """Return the keys of the file and the flag of a pair's values of one of `FIXED`."""
+    return fixed_key(name, block["pair"]), references_key(block["pair"])
 
 
 @dataclass(frozen=True)
@@ -136,8 +87,27 @@ class _Lazy(BackendArray):
 
     dims: tuple[str, ...]
     shape: tuple[int, ...]
-    files: _Units | _Pairs
+    folder: Folder
+    identity: bytes
+    form: ShardForm
+    keys: Callable[[Mapping[str, int]], tuple[str, str]]  # block -> keys of its file and its flag
+    part: slice  # of the flag: the seal of the file
     dtype = np.dtype("float32")
+
+    @classmethod
+    def of(
+        cls,
+        contents: Contents,
+        name: str,
+        dims: tuple[str, ...],
+        shape: tuple[int, ...],
+        keys: Callable[[Mapping[str, int]], tuple[str, str]],
+        part: slice = slice(None),
+    ) -> indexing.LazilyIndexedArray:
+        """Return the array `name` of a sweep."""
+        form = contents.form(name)
+        array = cls(dims, shape, contents.folder, contents.identity, form, keys, part)
+        return indexing.LazilyIndexedArray(array)
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> np.ndarray:
         basic = indexing.IndexingSupport.BASIC
@@ -153,11 +123,29 @@ class _Lazy(BackendArray):
             for part, n in zip(index, self.shape, strict=True)
         ]
         out = np.full([len(part) for part in ranges], np.nan, np.float32)
-        for block, target, inside in _blocks(ranges, self.files.cut):
-            values = self.files.read(dict(zip(self.dims, block, strict=True)))
+        for block, target, inside in _blocks(ranges, self.form.shape):
+            values = self._read(dict(zip(self.dims, block, strict=True)))
             if values is not None:
                 out[target] = values[inside]
         return out[tuple(0 if isinstance(part, int) else slice(None) for part in index)]
+
+    def _read(self, block: Mapping[str, int]) -> np.ndarray | None:
+        """Return the values of one file; None if it has not been written."""
+        key, flag_key = self.keys(block)
+        flag = (self.folder.read(flag_key) or b"")[self.part]
+        if not flag:
+            return None
+        data = self.folder.read(key)
+        if data is None or seal(self.identity, key, data) != flag:
+            what = "is lost" if data is None else "is not as it was written"
+            raise damaged(self.folder, f"{key} {what}")
+        try:
+            return self.form.decode(data)
+        except ValueError as error:
+            raise StoreError(
+                f"{self.folder.shown} is not as patchsweep writes stores: {key} holds no values "
+                f"({error}); do not trust it"
+            ) from None
 
 
 def _blocks(
@@ -184,13 +172,3 @@ def _blocks(
 def _within(part: range, first: int, last: int, start: int) -> slice:
     stop = part[last] - start + (1 if part.step > 0 else -1)
     return slice(part[first] - start, stop if stop >= 0 else None, part.step)
-
-
-def _lazy(
-    dims: tuple[str, ...],
-    shape: tuple[int, ...],
-    files: _Units | _Pairs,
-    attrs: Mapping[str, Any],
-) -> xr.Variable:
-    array = _Lazy(dims, shape, files)
-    return xr.Variable(dims, indexing.LazilyIndexedArray(array), dict(attrs))

@@ -20,9 +20,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType, UnionType
-from typing import Any, Self
+from types import UnionType
+from typing import Any
 
 from patchsweep.store.backends.address import open_folder
 from patchsweep.store.backends.credentials import scrub
@@ -37,7 +38,7 @@ _SUFFIX = ".jsonl"
 _MOST = 1e15  # bound for times and counts; a comparison with it rejects NaN too
 
 
-class Journal:
+class Journal(AbstractContextManager["Journal"]):
     """This process's journal; leaving `with journal:` records how the run ended."""
 
     def __init__(
@@ -105,15 +106,7 @@ class Journal:
         self._put, self._waiting = self._put + self._waiting, b""
         self._last_put = time.monotonic()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._ended:
             return
         if error is None:

@@ -84,7 +84,8 @@ class Variable:
     @cached_property
     def blocks(self) -> tuple[int, int]:
         """Numbers of blocks along the pairs and along the layers."""
-        return self._blocks_along("pair"), self._blocks_along("layer")
+        n = {d: -(-n // m) for d, n, m in zip(self.dims, self.shape, self.shard, strict=True)}
+        return n["pair"], n.get("layer", 1)
 
     @property
     def n_units(self) -> int:
@@ -96,15 +97,12 @@ class Variable:
 
     def at(self, pair_block: int, layer_block: int) -> Unit:
         """Return the shard with these block indices."""
-        ranges = []
-        for dim, block in (("pair", pair_block), ("layer", layer_block)):
-            if dim in self.dims:
-                axis = self.dims.index(dim)
-                size = self.shard[axis]
-                ranges.append(range(block * size, min((block + 1) * size, self.shape[axis])))
-            else:
-                ranges.append(range(0, 1))
-        return Unit(self.name, pair_block, layer_block, ranges[0], ranges[1])
+        blocks = {"pair": pair_block, "layer": layer_block}
+        ranges = {"layer": range(1)}
+        for dim, n, size in zip(self.dims, self.shape, self.shard, strict=True):
+            if dim in blocks:
+                ranges[dim] = range(n)[blocks[dim] * size :][:size]
+        return Unit(self.name, pair_block, layer_block, ranges["pair"], ranges["layer"])
 
     def slices(self, unit: Unit) -> tuple[slice, ...]:
         """Return the slices of the array that the shard covers."""
@@ -124,12 +122,6 @@ class Variable:
     def flag_key(self, unit: Unit) -> str:
         """Return the key of the shard's flag: its digest, written once the shard is done."""
         return f"{PROGRESS}/{self.name}/c.{unit.pair_block}.{unit.layer_block}.0"
-
-    def _blocks_along(self, dim: str) -> int:
-        if dim not in self.dims:
-            return 1
-        axis = self.dims.index(dim)
-        return -(-self.shape[axis] // self.shard[axis])
 
 
 @dataclass(frozen=True)
@@ -177,6 +169,8 @@ def layout_files(layout: Layout) -> dict[str, bytes]:
     others = [name for name, (dims, _) in layout.coords.items() if tuple(dims) != (name,)]
     if others:
         attrs["coordinates"] = " ".join(others)
+    packed: Any = {"compressors": _ZSTD, "chunk_key_encoding": _FLAT}
+    values_of_runs: Any = {"dtype": "float32", "fill_value": np.nan, **packed}
     with zarr.config.set({"array.write_empty_chunks": True}):
         root = zarr.create_group(MemoryStore(files), zarr_format=3, attributes=attrs)
         for name, (dims, values) in layout.coords.items():
@@ -188,8 +182,7 @@ def layout_files(layout: Layout) -> dict[str, bytes]:
                 chunks=values.shape,
                 dtype=str if text else values.dtype,
                 dimension_names=dims,
-                compressors=_ZSTD,
-                chunk_key_encoding=_FLAT,
+                **packed,
             )
             array[...] = values.astype(object) if text else values
         for variable in layout.variables:
@@ -198,24 +191,18 @@ def layout_files(layout: Layout) -> dict[str, bytes]:
                 shape=variable.shape,
                 chunks=_inner_chunks(variable.shard),
                 shards=variable.shard,
-                dtype="float32",
-                fill_value=np.nan,
                 dimension_names=variable.dims,
                 attributes=dict(variable.attrs),
-                compressors=_ZSTD,
-                chunk_key_encoding=_FLAT,
+                **values_of_runs,
             )
         for name in FIXED:
             root.create_array(
                 name,
                 shape=layout.fixed_shape,
                 chunks=(layout.fixed_shape[0], 1),
-                dtype="float32",
-                fill_value=np.nan,
                 dimension_names=("metric", "pair"),
                 attributes={"long_name": f"metric of the unpatched {name.split('_')[0]} run"},
-                compressors=_ZSTD,
-                chunk_key_encoding=_FLAT,
+                **values_of_runs,
             )
         names = {"coords": list(layout.coords), "variables": [v.name for v in layout.variables]}
         progress = root.create_group(PROGRESS, attributes=names)

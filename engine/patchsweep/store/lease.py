@@ -30,6 +30,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 
 from patchsweep.errors import StoreError
 from patchsweep.store.backends.base import PARTIAL, Folder
@@ -153,14 +154,7 @@ class Leases:
 
     def _judge(self) -> Callable[[str], bool]:
         """Return a test of whether an owner lives, which reads each heartbeat once."""
-        known: dict[str, bool] = {}
-
-        def lives(owner: str) -> bool:
-            if owner not in known:
-                known[owner] = not is_gone(process_of(owner)) and self._beats_still(owner)
-            return known[owner]
-
-        return lives
+        return cache(lambda owner: not is_gone(process_of(owner)) and self._beats_still(owner))
 
     def _beats_still(self, owner: str) -> bool:
         data = self._folder.read(_key_of(owner))
@@ -184,14 +178,12 @@ def read_leases(folder: Folder) -> dict[str, Lease]:
     A single read cannot tell whether a heartbeat still changes, so its age is the difference of the
     storage's clock and this machine's. Use it for display, not for decisions.
     """
-    known: dict[str, bool] = {}
 
+    @cache
     def lives(owner: str) -> bool:
-        if owner not in known:
-            last = folder.modified(_key_of(owner))
-            fresh = last is not None and abs(time.time() - last) <= EXPIRY_S
-            known[owner] = fresh and not is_gone(process_of(owner))
-        return known[owner]
+        last = folder.modified(_key_of(owner))
+        fresh = last is not None and abs(time.time() - last) <= EXPIRY_S
+        return fresh and not is_gone(process_of(owner))
 
     leases = {}
     for unit, keys in _generations(folder).items():

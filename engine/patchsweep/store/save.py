@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import errno
-import itertools
 import json
-import os
-import shutil
 from collections.abc import Mapping
-from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +15,12 @@ from patchsweep.store.attributes import attributes, flat_attributes
 from patchsweep.store.backends.address import open_folder
 from patchsweep.store.backends.base import PARTIAL, Folder
 from patchsweep.store.backends.local import LocalFolder
-from patchsweep.store.backends.process import is_gone, process_name
 from patchsweep.store.contents import DELETE, MEND, ROOT, parse, read_contents
 from patchsweep.store.dataset import results_of
 from patchsweep.store.difference import attribute_differences
 from patchsweep.store.layout import COMPLETE, FORMAT, FORMAT_KEY, PROGRESS, settled, with_digests
 
 WRITING = f"whole{PARTIAL}"  # behind a URL: marks a write in progress, and holds its attributes
-_COUNTER = itertools.count()  # makes the names of this process's partial folders unique
 
 
 def save_dataset(
@@ -47,7 +40,8 @@ def save_dataset(
         raise _occupied(folder)
     files = _files(ds)
     if isinstance(folder, LocalFolder):
-        _put_at_once(folder, files)
+        if not folder.put_together(files):
+            raise _occupied(folder)  # another process finished first
         return
     folder.put(WRITING, json.dumps(flat_attributes(ds.attrs)).encode())
     for key in sorted(files, key=lambda key: key == ROOT):
@@ -115,35 +109,6 @@ def _is_free(folder: Folder, attrs: Mapping[str, Any]) -> bool:
         return False
     stored = attributes(parse(marker) or {})
     return all(stored.get(key) == value for key, value in _plain(attrs).items())
-
-
-def _put_at_once(folder: LocalFolder, files: Mapping[str, bytes]) -> None:
-    """Write and sync the files in a temporary folder beside `folder`, then rename that folder."""
-    path = folder.path
-    for leftover in path.parent.glob(f"{escape(path.name)}~*~*{PARTIAL}"):
-        if is_gone(leftover.name.removesuffix(PARTIAL).rsplit("~", 2)[1]):
-            shutil.rmtree(leftover, ignore_errors=True)
-    suffix = f"~{process_name()}~{next(_COUNTER)}{PARTIAL}"
-    partial = LocalFolder(path.with_name(path.name + suffix))
-    partial.shown = folder.shown
-    try:
-        partial.make()
-        for key, data in files.items():
-            partial.put(key, data)
-        with folder.guard():
-            try:
-                partial.path.rename(path)
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-                raise _occupied(folder) from None  # another process finished first
-            handle = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-    finally:
-        shutil.rmtree(partial.path, ignore_errors=True)
 
 
 def _occupied(folder: Folder) -> StoreError:

@@ -15,8 +15,8 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -50,18 +50,18 @@ if TYPE_CHECKING:
 _FILE_BYTES = 4096  # disk space of a small file
 
 
-class Store:
+class Store(AbstractContextManager["Store"]):
     """A Zarr v3 group on a disk or behind a URL; `with store:` releases its leases at the end."""
 
-    def __init__(self, folder: Folder, contents: Contents | None = None) -> None:
+    def __init__(self, contents: Contents) -> None:
         """Use `Store.create_or_resume` or `Store.open`."""
-        self.folder = folder
-        self.contents = contents or read_contents(folder)
+        self.folder = folder = contents.folder
+        self.contents = contents
         folder.check()
-        if not self.contents.is_sweep:
-            raise _no_sweep(folder, self.contents.attrs)
-        self.contents.group()  # raises if a file is damaged
-        self.variables: dict[str, Variable] = self.contents.variables()
+        if not contents.is_sweep:
+            raise _no_sweep(folder, contents.attrs)
+        contents.group()  # raises if a file is damaged
+        self.variables = contents.variables
         self.n_metrics, self.n_pairs = self.contents.fixed_shape()
         self.attrs: dict[str, Any] = attributes(self.contents.attrs)
         self._encoders: dict[str, Encoder] = {}
@@ -104,7 +104,7 @@ class Store:
         contents = read_contents(folder)
         if contents.files[COMPLETE] != files[COMPLETE]:
             _refuse(folder, first_difference(group_of(files), contents.group()))
-        store = cls(folder, contents)
+        store = cls(contents)
         if not fresh:
             _check_space(folder, list(store.variables.values()), store.survey().to_do)
         return store
@@ -117,7 +117,7 @@ class Store:
             DamagedError: a file of metadata or coordinates does not match its digest.
             StoreError: `url` holds nothing, something else, or an incompletely created store.
         """
-        return cls(open_folder(url, storage_options))
+        return cls(read_contents(open_folder(url, storage_options)))
 
     def units(self) -> list[Unit]:
         """Return all shards, variable by variable, ordered by pairs and then layers."""
@@ -129,21 +129,19 @@ class Store:
         `read` checks the digest of each file too.
         """
         self.folder.check()
-        return survey(self.folder, self.contents, self.variables, read=read)
+        return survey(self.contents, read=read)
 
     def pending(self, units: Iterable[Unit] | None = None) -> list[Unit]:
         """Return those of `units` (default: all) that are missing or damaged; reads every file."""
         self.folder.check()
         candidates = self.units() if units is None else list(units)
-        pending, damaged = survey_units(
-            self.folder, self.contents, self.variables, candidates, read=True
-        )
+        pending, damaged = survey_units(self.contents, candidates, read=True)
         to_do = {*pending, *damaged}
         return [unit for unit in candidates if unit in to_do]
 
     def pending_pairs(self) -> list[int]:
         """Return pairs whose unpatched metrics are missing or damaged; reads every file."""
-        pending, damaged = survey_pairs(self.folder, self.contents, read=True)
+        pending, damaged = survey_pairs(self.contents, read=True)
         return sorted({*pending, *damaged})
 
     def is_done(self, unit: Unit) -> bool:
@@ -239,21 +237,13 @@ class Store:
         """Return the Dataset of `open_store(url)`; values are read lazily."""
         from patchsweep.store.dataset import dataset_of  # a late import, since it loads xarray
 
-        return dataset_of(self.folder, self.contents)
+        return dataset_of(self.contents)
 
     def close(self) -> None:
         """Release all leases."""
         self._leases.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
     def _write_pair(self, pair: int, *metrics: np.ndarray) -> None:

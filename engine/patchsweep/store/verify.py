@@ -1,8 +1,7 @@
-"""Checks of a store on disk, and checksums for comparing two stores."""
+"""Checks of a store on disk."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 
 from patchsweep.errors import DamagedError
 from patchsweep.store.backends.address import open_folder
-from patchsweep.store.backends.base import PARTIAL, Folder
+from patchsweep.store.backends.base import PARTIAL
 from patchsweep.store.contents import DELETE, MEND, Contents, read_contents
 from patchsweep.store.layout import FIXED, fixed_key, references_key
 from patchsweep.store.store import Store
@@ -35,42 +34,23 @@ def check_store(url: str | Path, *, storage_options: Mapping[str, Any] | None = 
     Raises:
         StoreError: there is no store, or one of another program.
     """
-    folder = open_folder(url, storage_options)
     try:
-        contents = read_contents(folder)
+        contents = read_contents(open_folder(url, storage_options))
     except DamagedError as error:
         return Checked([str(error)], None, None, None)
     problems = [f"{problem}; {MEND}" for problem in contents.problems]
     if not contents.is_sweep:
         problems = [f"{problem}; {DELETE}" for problem in contents.problems]
-        return Checked(problems + _strays(folder, contents, set()), contents.kind, None, None)
+        return Checked(problems + _strays(contents, set()), contents.kind, None, None)
     if problems:
         return Checked(problems, None, None, None)
-    store = Store(folder, contents)
+    store = Store(contents)
     survey = store.survey(read=True)
-    return Checked(_problems(store, survey), None, store, survey)
+    return Checked(problems_of(store, survey), None, store, survey)
 
 
-def checksums(
-    url: str | Path, *, storage_options: Mapping[str, Any] | None = None
-) -> dict[str, str]:
-    """Return path within the store -> SHA-256 (hex) for each file; empty if there is no store.
-
-    Two runs with the same values give equal dicts.
-    """
-    folder = open_folder(url, storage_options)
-    return {key: hashlib.sha256(folder.read(key) or b"").hexdigest() for key in folder.list()}
-
-
-def verify_structure(store: Store) -> list[str]:
-    """Return a line for each problem of the store's files; empty if there is none.
-
-    Reads each finished shard and checks its digest. Pending shards are not problems: see `status`.
-    """
-    return _problems(store, store.survey(read=True))
-
-
-def _problems(store: Store, survey: Survey) -> list[str]:
+def problems_of(store: Store, survey: Survey) -> list[str]:
+    """Return a line for each problem that `survey` or a finished shard's values show."""
     problems = [f"{problem}; {MEND}" for problem in survey.problems]
     possible = {references_key(pair) for pair in range(store.n_pairs)}
     possible |= {fixed_key(name, pair) for name in FIXED for pair in range(store.n_pairs)}
@@ -87,14 +67,14 @@ def _problems(store: Store, survey: Survey) -> list[str]:
                     problems.append(f"{unit.name}: holds nothing but NaN")
             except ValueError as error:
                 problems.append(f"{unit.name}: holds no values ({error}); do not trust it")
-    return problems + _strays(store.folder, store.contents, possible)
+    return problems + _strays(store.contents, possible)
 
 
-def _strays(folder: Folder, contents: Contents, possible: set[str]) -> list[str]:
+def _strays(contents: Contents, possible: set[str]) -> list[str]:
     """Return a line for each file that does not belong to the store."""
     problems = []
     named = {problem.partition(":")[0] for problem in contents.problems}
-    for key in sorted(folder.sizes().keys() - contents.files.keys() - possible - named):
+    for key in sorted(contents.folder.sizes().keys() - contents.files.keys() - possible - named):
         if key.endswith(PARTIAL):
             problems.append(
                 f"{key}: left by a killed process; running the command again removes it"

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchsweep.models.arriving import Arriving
+from patchsweep.models.moves import Arriving
 from patchsweep.results.rounding import NOISE
-from patchsweep.runners.base import Loader, Runner, start_together
+from patchsweep.runners.base import Loader, Runner
 from patchsweep.spec.batch import Batch
 from patchsweep.spec.finite import check_cells, check_references
 from patchsweep.spec.interventions import Intervention
@@ -103,7 +103,7 @@ class ExactWork(SiteWork):
         for captured in self.captures.of(pairs):
             live = [PatchSet(block.plan, block.fill_dead(captured)) for block in blocks.values()]
             null = [identity_patches(floor.plan, captured.batch.pairs) for floor in floors.values()]
-            results = start_together(self.runner, captured.loaded, live, metrics, null)
+            results = self.runner.start_together(captured.loaded, live, metrics, null)
             base = [
                 captured.base_of(floor.plan, chosen.patches)
                 for floor, chosen in zip(floors.values(), null, strict=True)

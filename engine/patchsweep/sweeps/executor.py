@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from patchsweep.arguments import whole_number
 from patchsweep.errors import ConfigError
-from patchsweep.models.arriving import Arriving
 from patchsweep.models.heartbeat import beating
+from patchsweep.models.moves import Arriving
 from patchsweep.store.journal import Journal
 from patchsweep.store.layout import Unit
 from patchsweep.store.store import Store

@@ -15,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import ConfigError
-from patchsweep.models.arriving import Arriving
+from patchsweep.models.moves import Arriving
 from patchsweep.runners.base import Runner
 from patchsweep.runners.packed.runner import Loaded, PackedRunner
 from patchsweep.runners.select import RunnerChoice, RunnerName

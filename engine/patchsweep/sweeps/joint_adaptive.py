@@ -26,9 +26,10 @@ from patchsweep.errors import ConfigError
 from patchsweep.forward.capture import ActivationCache
 from patchsweep.forward.grad import GradientModel, Gradients
 from patchsweep.results.tolerance import in_units
+from patchsweep.runners.packed.adaptive_runner import QUERIES
 from patchsweep.runners.packed.joint import PackedJoint
-from patchsweep.runners.packed.joint_adaptive import LEAST, QUERIES, AdaptiveJoint, JointValues
-from patchsweep.runners.packed.joint_writes import JointLoaded
+from patchsweep.runners.packed.joint_adaptive import LEAST, AdaptiveJoint, JointValues
+from patchsweep.runners.packed.joint_batch import JointLoaded
 from patchsweep.runners.select import RunnerName
 from patchsweep.spec.batch import Batch
 from patchsweep.spec.interventions import Intervention

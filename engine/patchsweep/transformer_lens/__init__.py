@@ -7,7 +7,7 @@ path patching and custom patch setters run in TransformerLens's own loop.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -99,8 +99,6 @@ get_act_patch_attn_head_k_all_pos = _packed(tl.get_act_patch_attn_head_k_all_pos
 get_act_patch_attn_head_v_all_pos = _packed(tl.get_act_patch_attn_head_v_all_pos)
 get_act_patch_attn_head_pattern_all_pos = _packed(tl.get_act_patch_attn_head_pattern_all_pos)
 
-_HEAD_TYPES = ("out", "q", "k", "v", "pattern")
-
 
 def get_act_patch_attn_head_all_pos_every(
     model: Any, corrupted_tokens: Tensor, clean_cache: Any, metric: Any, **kwargs: Any
@@ -111,15 +109,15 @@ def get_act_patch_attn_head_all_pos_every(
     to `n_heads`, as in TransformerLens. `kwargs` are `reduce` and `baseline` of
     `generic_activation_patch`, which decide whether the result is a `PatchingResult`.
     """
-    sweeps = (
-        get_act_patch_attn_head_out_all_pos,
-        get_act_patch_attn_head_q_all_pos,
-        get_act_patch_attn_head_k_all_pos,
-        get_act_patch_attn_head_v_all_pos,
-        get_act_patch_attn_head_pattern_all_pos,
-    )
-    results = _run(sweeps, model, corrupted_tokens, clean_cache, metric, kwargs)
-    return _stack(results, ("layer", "head"), _HEAD_TYPES, model.cfg.n_heads)
+    sweeps = {
+        "out": get_act_patch_attn_head_out_all_pos,
+        "q": get_act_patch_attn_head_q_all_pos,
+        "k": get_act_patch_attn_head_k_all_pos,
+        "v": get_act_patch_attn_head_v_all_pos,
+        "pattern": get_act_patch_attn_head_pattern_all_pos,
+    }
+    runs = (model, corrupted_tokens, clean_cache, metric)
+    return _every(sweeps, ("layer", "head"), runs, kwargs)
 
 
 def get_act_patch_attn_head_by_pos_every(
@@ -129,15 +127,15 @@ def get_act_patch_attn_head_by_pos_every(
 
     Types, padding and `kwargs` as in `get_act_patch_attn_head_all_pos_every`.
     """
-    sweeps = (
-        get_act_patch_attn_head_out_by_pos,
-        get_act_patch_attn_head_q_by_pos,
-        get_act_patch_attn_head_k_by_pos,
-        get_act_patch_attn_head_v_by_pos,
-        get_act_patch_attn_head_pattern_by_pos,
-    )
-    results = _run(sweeps, model, corrupted_tokens, clean_cache, metric, kwargs)
-    return _stack(results, ("layer", "pos", "head"), _HEAD_TYPES, model.cfg.n_heads)
+    sweeps = {
+        "out": get_act_patch_attn_head_out_by_pos,
+        "q": get_act_patch_attn_head_q_by_pos,
+        "k": get_act_patch_attn_head_k_by_pos,
+        "v": get_act_patch_attn_head_v_by_pos,
+        "pattern": get_act_patch_attn_head_pattern_by_pos,
+    }
+    runs = (model, corrupted_tokens, clean_cache, metric)
+    return _every(sweeps, ("layer", "pos", "head"), runs, kwargs)
 
 
 def get_act_patch_block_every(
@@ -147,50 +145,42 @@ def get_act_patch_block_every(
 
     `kwargs` as in `get_act_patch_attn_head_all_pos_every`.
     """
-    sweeps = (get_act_patch_resid_pre, get_act_patch_attn_out, get_act_patch_mlp_out)
-    results = _run(sweeps, model, corrupted_tokens, clean_cache, metric, kwargs)
-    return _stack(results, ("layer", "pos"), ("resid_pre", "attn_out", "mlp_out"), 0)
+    sweeps = {
+        "resid_pre": get_act_patch_resid_pre,
+        "attn_out": get_act_patch_attn_out,
+        "mlp_out": get_act_patch_mlp_out,
+    }
+    return _every(sweeps, ("layer", "pos"), (model, corrupted_tokens, clean_cache, metric), kwargs)
 
 
-def _run(
-    sweeps: Sequence[partial[Any]],
-    model: Any,
-    tokens: Tensor,
-    cache: Any,
-    metric: Any,
-    kwargs: dict[str, Any],
-) -> list[tuple[tuple[str, ...], Any]]:
-    """Return axis names and result of each sweep; only the first computes the baseline."""
-    baseline = bool(kwargs.pop("baseline", False))
-    return [
-        (
-            sweep.keywords["index_axis_names"],
-            sweep(model, tokens, cache, metric, baseline=baseline and i == 0, **kwargs),
-        )
-        for i, sweep in enumerate(sweeps)
-    ]
-
-
-def _stack(
-    results: Sequence[tuple[tuple[str, ...], Any]],
+def _every(
+    sweeps: Mapping[str, partial[Any]],
     axes: tuple[str, ...],
-    type_names: Sequence[str],
-    n_heads: int,
+    runs: tuple[Any, Tensor, Any, Any],
+    kwargs: dict[str, Any],
 ) -> Tensor | PatchingResult:
-    """Stack all sweeps on a leading patch_type axis, axes in the order `axes`, heads padded."""
-    first = results[0][1]
+    """Stack all sweeps on a leading patch_type axis, axes in the order `axes`, heads padded.
+
+    `runs`: model, tokens, cache and metric. Only the first sweep computes the baseline.
+    """
+    baseline = bool(kwargs.pop("baseline", False))
+    results = [
+        sweep(*runs, baseline=baseline and i == 0, **kwargs)
+        for i, sweep in enumerate(sweeps.values())
+    ]
+    first = results[0]
     typed = isinstance(first, PatchingResult)
     lead = int(typed and first.has_metric_axis)  # the metric axis stays first, the batch axis last
     renamed = {"head_index": "head", "dest_pos": "pos"}
     values = []
-    for axis_names, result in results:
-        names = [renamed.get(name, name) for name in axis_names]
-        x: Tensor = result.values if isinstance(result, PatchingResult) else result
+    for sweep, result in zip(sweeps.values(), results, strict=True):
+        names = [renamed.get(name, name) for name in sweep.keywords["index_axis_names"]]
+        x: Tensor = result.values if typed else result
         order = [lead + names.index(axis) for axis in axes]
         x = x.permute(*range(lead), *order, *range(lead + len(axes), x.ndim))
         if "head" in axes:
             head = lead + axes.index("head")
-            widths = [0, 0] * (x.ndim - 1 - head) + [0, n_heads - x.shape[head]]
+            widths = [0, 0] * (x.ndim - 1 - head) + [0, runs[0].cfg.n_heads - x.shape[head]]
             x = torch.nn.functional.pad(x, widths)
         values.append(x)
     stacked = torch.stack(values, dim=lead)
@@ -205,5 +195,5 @@ def _stack(
         reduced=first.reduced,
         baseline=first.baseline,
         has_metric_axis=first.has_metric_axis,
-        patch_type_names=list(type_names),
+        patch_type_names=list(sweeps),
     )

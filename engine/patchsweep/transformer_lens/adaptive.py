@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,25 +19,28 @@ from transformer_lens.model_bridge import TransformerBridge
 from patchsweep.attribution.base_gradients import STREAM
 from patchsweep.errors import ConfigError
 from patchsweep.forward.grad import GradientModel, Gradients
-from patchsweep.forward.site_locations import SiteLocation
 from patchsweep.results.tolerance import in_units
-from patchsweep.runners.packed.adaptive import Thresholds, TooManyAwake, run_adaptive_batch
+from patchsweep.runners.packed.adaptive import AdaptiveBlocks, Thresholds
+from patchsweep.runners.packed.adaptive_runner import room_of, run_in_parts
 from patchsweep.runners.packed.schedule import make_packed_batches
 from patchsweep.spec.plan import Bools, Ints, PatchSet
 from patchsweep.spec.sites import SITES
-from patchsweep.sweeps.calibration import LEVELS, MARGIN, N_AT_ONCE, N_EACH
+from patchsweep.sweeps.calibration import Level, Part, calibrate, n_each
+from patchsweep.sweeps.thresholds import EXACTLY, Ran
 from patchsweep.transformer_lens.gradients import Metric, base_gradients
-from patchsweep.transformer_lens.packed import MAX_TOKENS, PackedCells, Written, groups
-from patchsweep.transformer_lens.precomputed import PrecomputedModel
+from patchsweep.transformer_lens.packed import (
+    MAX_TOKENS,
+    PackedCells,
+    PrecomputedModel,
+    Written,
+    groups,
+)
 
 log = logging.getLogger("patchsweep")
 
 ROWS = 1024  # of one batch
-ROOM = 8 * MAX_TOKENS  # awake tokens that one batch may hold
 LINEARLY = (math.inf, math.inf)
-QUERIES = (SiteLocation(SITES["rot_q"], ()),)  # what adaptive runs read besides keys and values
 
-Level = tuple[float, float]  # theta in units of the tolerance, and tau
 # what is written over the base run's logits, and what is added to the metrics, `[metric, prompt]`
 Patched = tuple[list[Written], Tensor]
 
@@ -123,30 +127,24 @@ class AdaptiveCells:
         none = torch.zeros(0, dtype=torch.int64, device=base.device)
         parts = [(none, none, base.new_zeros(0, base.shape[-1]))]
         packed_input = self.exact.packed_input(rows)
-        waiting = [np.arange(len(rows))] if len(rows) else []
-        while waiting:
-            places = waiting.pop(0)
+
+        def run(places: Ints) -> None:
             (packed,) = make_packed_batches(
                 [PatchSet(self.plan, rows)], np.iinfo(np.int64).max, places
             )
             place = torch.from_numpy(packed.place).to(theta.device)
-            room = ROOM if len(places) > 1 else None
-            thresholds = Thresholds(theta[:, place], tau_of[place])
-            try:
-                ran = run_adaptive_batch(
-                    self.exact.unwrapped,
-                    packed,
-                    packed_input,
-                    self.gradients,
-                    thresholds,
-                    MAX_TOKENS,
-                    room,
-                )
-            except TooManyAwake:
-                waiting[:0] = np.array_split(places, 2)
-                continue
+            blocks = AdaptiveBlocks(
+                self.exact.unwrapped,
+                packed,
+                packed_input,
+                self.gradients,
+                Thresholds(theta[:, place], tau_of[place]),
+            )
+            ran = blocks.run(MAX_TOKENS, room_of(MAX_TOKENS, packed))
             linear[:, place] = ran.linear
             parts.append((place[ran.row], ran.pos, ran.resid))
+
+        run_in_parts(np.arange(len(rows)), len(rows), run)
         row, pos, resid = (torch.cat(x) for x in zip(*parts, strict=True))
         order = torch.argsort(row, stable=True)
         return row[order], pos[order], resid[order], linear
@@ -204,41 +202,44 @@ class AdaptiveModel(PrecomputedModel):
 
     def _calibrate(self, cells: AdaptiveCells) -> tuple[Level | None, int]:
         """Return the loosest level whose errors on a sample are within the tolerance."""
-        n = N_EACH + math.isqrt(len(cells.live)) // 4
         if not len(cells.live):
             return LINEARLY, 0
+        n = n_each(len(cells.live), 1)
         sizes = cells.sizes(cells.live).max(axis=0)
         largest = cells.live[np.argsort(-sizes, kind="stable")[:n]]
         random = np.random.default_rng(0).choice(cells.live, min(n, len(cells.live)), replace=False)
         sample = np.unique(np.concatenate([largest, random])).tolist()
         zero = torch.zeros_like(self.linear)
         exact = self._values((written, zero) for written in cells.exact.written(sample))
-        for levels in (LEVELS[:N_AT_ONCE], LEVELS[N_AT_ONCE:]):
+        n_numbers = len(exact) // len(self.metrics)  # one, or one a prompt
+        tolerance = cells.tolerance[:, :n_numbers].reshape(-1, 1).cpu().numpy()
+        part = Part(None, sample, np.array(sample), exact, exact, tolerance, token_layers=0)
+
+        def run(_: Any, chosen: Sequence[list[int]], levels: Sequence[Level]) -> list[Ran]:
             of_each = [level for level in levels for _ in sample]
             values = self._values(cells.patched(sample * len(levels), of_each))
-            errors = (values.unflatten(0, (len(levels), -1)) - exact).abs()
-            within = (errors <= MARGIN * cells.tolerance[:, : exact.shape[2]]).flatten(1).all(1)
-            if within.any():
-                i = int(within.int().argmax())
-                log.info(
-                    "on a sample of %d cells run both ways the largest error is %.2g",
-                    len(sample),
-                    float(errors[i].max()),
-                )
-                return levels[i], len(sample)
-        return None, len(sample)
+            nothing = np.zeros(len(sample), np.int64)
+            return [(x, x, nothing) for x in np.split(values, len(levels), axis=1)]
+
+        found = calibrate({"cells": [part]}, run)["cells"]
+        if found.level == EXACTLY:
+            return None, len(sample)
+        log.info(
+            "on a sample of %d cells run both ways the largest error is %.2g",
+            len(sample),
+            np.abs(found.error).max(),
+        )
+        return found.level, len(sample)
 
     @torch.no_grad()
-    def _values(self, cells: Iterator[Patched]) -> Float[Tensor, "cell metric prompt"]:
-        """Return the metrics of cells; those of one number have one prompt."""
+    def _values(self, cells: Iterator[Patched]) -> Float[NDArray[np.float32], "number cell"]:
+        """Return the metrics of cells, of each metric one number or one for each prompt."""
         values = []
         for written, linear in cells:
             self.linear, logits = linear, self.patched(written)
-            values.append(
-                torch.stack([f(logits).float().reshape(-1) for f in self.metrics.values()])
-            )
+            values.append(torch.cat([f(logits).float().reshape(-1) for f in self.metrics.values()]))
         self.linear = torch.zeros_like(self.linear)
-        return torch.stack(values)
+        return torch.stack(values, dim=1).cpu().numpy()
 
 
 def within(

@@ -37,6 +37,7 @@ class Cells:
     pos: Ints | None  # [cell] position (of the pattern: destination); None: all positions
     unit: Ints | None  # [cell] head or neuron; None: the whole vector
     src: Ints | None  # [cell] source position of one entry of the pattern; None: whole rows
+    index: Ints  # [cell, column] the rows of `index_df`, counted from the start
 
     def __len__(self) -> int:
         return len(self.layer)
@@ -118,6 +119,7 @@ def make_cells(
         pos=indices.get("pos"),
         unit=indices.get("unit"),
         src=indices.get("src"),
+        index=np.stack([*indices.values()], axis=1),
     )
 
 

@@ -229,6 +229,37 @@ class PackedCells:
                 raise Unsupported(f"the hook of {site.name} sees a tensor {tuple(x.shape)}")
 
 
+class PrecomputedModel:
+    """The model interface of `generic_activation_patch` with patched runs from packed batches.
+
+    `base` are the logits of the unpatched run. `cells` yields, in order, the logits that each cell
+    changes. Other attributes are `model`'s.
+    """
+
+    def __init__(
+        self, model: TransformerBridge, base: Tensor, cells: Iterator[list[Written]]
+    ) -> None:
+        self._model, self._base, self._patched = model, base, cells
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    @torch.no_grad()
+    def run_with_hooks(self, tokens: Tensor, fwd_hooks: list[Any]) -> Tensor:
+        """Return full logits `[batch, pos, d_vocab]` of the next cell; without hooks, of the base.
+
+        Each call returns a new tensor, since a metric may change or keep it.
+        """
+        return self.patched(next(self._patched) if fwd_hooks else ())
+
+    def patched(self, written: Sequence[Written]) -> Tensor:
+        """Return the base run's logits with `written` over them."""
+        logits = self._base.clone()
+        for where, values in written:
+            logits[where] = values
+        return logits
+
+
 def groups(sizes: Sequence[int], most: int) -> Iterator[list[int]]:
     """Yield groups of adjacent indices whose `sizes` sum to about `most`, at least one each."""
     if not sizes:

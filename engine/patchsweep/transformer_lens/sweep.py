@@ -20,11 +20,11 @@ from patchsweep.forward.unwrapped import Unsupported
 from patchsweep.models.arithmetic import autocast_devices
 from patchsweep.models.offload import device_of
 from patchsweep.models.running import alone, training_module, users_hooks
-from patchsweep.transformer_lens.adaptive import QUERIES, AdaptiveModel, within
+from patchsweep.runners.packed.adaptive_runner import QUERIES
+from patchsweep.transformer_lens.adaptive import AdaptiveModel, within
 from patchsweep.transformer_lens.cells import Cells, differing, live_rows, make_cells
 from patchsweep.transformer_lens.gradients import Metric, check_tolerated
-from patchsweep.transformer_lens.packed import PackedCells
-from patchsweep.transformer_lens.precomputed import PrecomputedModel
+from patchsweep.transformer_lens.packed import PackedCells, PrecomputedModel
 
 # TransformerLens's loop finishes sweeps of so few cells before packed batches are set up
 FEW_CELLS = 4
@@ -184,14 +184,8 @@ def _cells(
     axes: Sequence[str] | None,
     index_df: pd.DataFrame | None,
 ) -> Cells:
-    """Return the cells of the sweep.
-
-    Raises:
-        Unsupported: there are few cells, or TransformerLens itself refuses the arguments.
-    """
-    if (axes is None) == (index_df is None) or tokens.ndim != 2:
-        raise _NothingToGain
-    if training_module(model) is not None:
+    """Return the cells of the sweep, unless they are few or TransformerLens refuses them itself."""
+    if tokens.ndim != 2 or training_module(model) is not None:
         raise _NothingToGain
     n_heads = model.cfg.n_heads
     if activation_name in ("k", "v") and model.cfg.n_key_value_heads is not None:
@@ -199,11 +193,9 @@ def _cells(
     n_pos = int(tokens.shape[-1])
     ranges = {"layer": model.cfg.n_layers, "pos": n_pos, "src_pos": n_pos, "dest_pos": n_pos}
     ranges |= {"head": n_heads, "head_index": n_heads}
-    if index_df is None:
-        assert axes is not None
-        if not set(axes) <= set(ranges):
-            raise _NothingToGain
+    if axes is not None:
         index_df = tl.make_df_from_ranges([ranges[axis] for axis in axes], axes)
+    assert index_df is not None  # one of the two was given
     if len(index_df) <= FEW_CELLS:
         raise _NothingToGain
     n_units = int(model.cfg.d_mlp or 0) if activation_name in ("post", "mlp_post") else n_heads
@@ -258,7 +250,7 @@ def _stand_in(
         live = np.unique(rows.cell)
         probes = live[np.linspace(0, len(live) - 1, N_PROBES).astype(np.int64)]
         for cell, changed in zip(probes.tolist(), batches.written(probes.tolist()), strict=True):
-            hook = _hook(setter, _index(cells, cell), clean[int(cells.layer[cell])])
+            hook = _hook(setter, cells.index[cell].tolist(), clean[int(cells.layer[cell])])
             name = names[int(cells.layer[cell])]
             patched = model.run_with_hooks(tokens, fwd_hooks=[(name, hook)]).detach()
             for where, logits in changed:
@@ -297,18 +289,6 @@ def _hook(setter: Setter, index: list[int], clean: Tensor) -> Callable[[Tensor, 
         return setter(x.clone() if x.requires_grad else x, index, clean)
 
     return patch
-
-
-def _index(cells: Cells, cell: int) -> list[int]:
-    """Return the row of `index_df` of `cell`, with columns in its setter's order."""
-    columns = {
-        "layer": cells.layer,
-        "pos": cells.pos,
-        "unit": cells.unit,
-        "src": cells.src,
-    }
-    order = ("layer", "unit", "pos", "src") if cells.site.is_pattern else tuple(columns)
-    return [int(column[cell]) for name in order if (column := columns[name]) is not None]
 
 
 def _agree(ours: Tensor, theirs: Tensor, tolerance: float, what: str) -> None:

@@ -21,8 +21,7 @@ from patchsweep.analyses.circuits.dead_edges import RUNS, dead_edges
 from patchsweep.analyses.circuits.edge_batch import EdgeBatch
 from patchsweep.analyses.circuits.nodes import Edge
 from patchsweep.analyses.circuits.reader_rows import ReaderRows
-from patchsweep.forward.row_attention import attend_rows
-from patchsweep.forward.trace import Part
+from patchsweep.forward.trace import Part, attend_rows
 from patchsweep.forward.unembed import Unembed
 from patchsweep.spec.finite import check_finite, names_of
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from patchsweep.analyses.circuits.edge_batch import EdgeBatch
 from patchsweep.analyses.circuits.nodes import Edge
-from patchsweep.forward.row_attention import attend_rows
+from patchsweep.forward.trace import attend_rows
 
 
 class ReaderRows:

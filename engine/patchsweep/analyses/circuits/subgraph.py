@@ -26,8 +26,7 @@ from patchsweep.analyses.circuits.ablate import ROW_BYTES, Way, run_edges, way_o
 from patchsweep.analyses.circuits.edge_batch import EdgeBatch
 from patchsweep.analyses.circuits.exact import MAX_TOKENS
 from patchsweep.analyses.circuits.nodes import Nodes
-from patchsweep.forward.row_attention import attend_rows
-from patchsweep.forward.trace import Part
+from patchsweep.forward.trace import Part, attend_rows
 from patchsweep.forward.unembed import Unembed
 
 # a circuit's edges; the last axis has one entry, or one for each position up to the last one read

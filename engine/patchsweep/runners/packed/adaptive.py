@@ -11,7 +11,6 @@ infinity no row starts, and every value is the base run's plus the attribution e
 from __future__ import annotations
 
 import itertools
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,9 +26,8 @@ from patchsweep.forward.grad import Gradients
 from patchsweep.forward.unwrapped import UnwrappedModel
 from patchsweep.models.moves import Moves, move_together, on_cpu
 from patchsweep.runners.packed.forward import PackedBlocks
-from patchsweep.runners.packed.packing import PackedTokens
-from patchsweep.runners.packed.schedule import PackedBatch
-from patchsweep.runners.packed.tables import PackedInput, TokenTables, Writes, tables_of, there
+from patchsweep.runners.packed.schedule import PackedBatch, PackedTokens
+from patchsweep.runners.packed.tables import PackedInput, TokenTables, Writes
 
 # a token wakes where its attention output changes by this many tau, and sleeps where its residual
 # changes by less than tau: measured, see docs/design/adaptive.md
@@ -59,29 +57,11 @@ class TooManyAwake(Exception):
     """More tokens are awake than a batch may hold."""
 
 
-@torch.no_grad()
-def run_adaptive_batch(
-    unwrapped: UnwrappedModel,
-    packed: PackedBatch,
-    given: PackedInput,
-    gradients: Gradients,
-    thresholds: Thresholds,
-    max_tokens: int,
-    room: int | None = None,
-) -> AdaptiveRows:
-    """Run all rows of `packed`, at most about `max_tokens` tokens in one call of a block.
+class AdaptiveBlocks(PackedBlocks):
+    """The awake tokens of an adaptive batch, and the corrections of its rows.
 
     `given.base` holds queries after rotary, the site `rot_q`.
-
-    Raises:
-        TooManyAwake: more than `room` tokens are awake at once.
     """
-    blocks = AdaptiveBlocks(unwrapped, packed, given, gradients, thresholds)
-    return blocks.run(max_tokens, room)
-
-
-class AdaptiveBlocks(PackedBlocks):
-    """The awake tokens of an adaptive batch, and the corrections of its rows."""
 
     def __init__(
         self,
@@ -111,11 +91,15 @@ class AdaptiveBlocks(PackedBlocks):
         self.keys: Tensor  # of the replaced tokens
         self.values: Tensor
 
+    @torch.no_grad()
     def run(self, max_tokens: int, room: int | None) -> AdaptiveRows:
-        """Run all rows, see `run_adaptive_batch`."""
+        """Run all rows, at most about `max_tokens` tokens in one call of a block.
+
+        Raises:
+            TooManyAwake: more than `room` tokens are awake at once.
+        """
         n_layers = self.unwrapped.n_layers
-        with ExitStack() as stack:
-            stack.enter_context(self.hooks())
+        with self.hooks():
             for layer in range(int(self.packed.entry.min()), n_layers):
                 self.run_block(layer, max_tokens)
                 if room is not None and len(self.awake) > room:
@@ -219,9 +203,9 @@ class AdaptiveBlocks(PackedBlocks):
         write = np.flatnonzero(inside & packed.write_layers[row, layer])
         writes = self._writes.at(PackedTokens(layer, packed.pair[row], pos, write, row[write]))
         moves = Moves()
-        moves.add(*(table for targets in writes.values() for table in tables_of(targets)))
+        moves.add(writes)
         moves.start(self.device)
-        return replace(tables, writes={i: there(to, moves) for i, to in writes.items()})
+        return replace(tables, writes=moves.there(writes))
 
     def _wake(self, layer: int, tokens: Tokens) -> Tokens:
         """Return the asleep tokens that wake, given the new keys of `tokens`; add the others."""

@@ -16,10 +16,10 @@ from patchsweep.forward.site_locations import SiteLocation
 from patchsweep.models.memory import is_out_of_memory
 from patchsweep.models.moves import move_together, on_cpu, sent
 from patchsweep.runners.packed.adaptive import (
+    AdaptiveBlocks,
     AdaptiveRows,
     Thresholds,
     TooManyAwake,
-    run_adaptive_batch,
 )
 from patchsweep.runners.packed.runner import Loaded, PackedRunner
 from patchsweep.runners.packed.schedule import PackedBatch, make_packed_batches
@@ -32,6 +32,7 @@ from patchsweep.spec.sites import SITES
 
 # awake tokens that one batch may hold, in units of `max_tokens`; a batch with more is divided
 _ROOM = 8
+QUERIES = (SiteLocation(SITES["rot_q"], ()),)  # what adaptive runs read besides keys and values
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +62,7 @@ class AdaptiveRunner:
 
     def load(self, batch: Batch, intervention: Intervention) -> Loaded:
         """Return what `PackedRunner.load` returns, with the base run's queries."""
-        return self.packed.load(batch, intervention, keep=(SiteLocation(SITES["rot_q"], ()),))
+        return self.packed.load(batch, intervention, keep=QUERIES)
 
     def run(
         self,
@@ -131,15 +132,9 @@ class AdaptiveRunner:
             ],
             device,
         )
-        rows = run_adaptive_batch(
-            self.packed.unwrapped,
-            packed,
-            given,
-            gradients,
-            thresholds_on(device, theta, tau),
-            self.packed.max_tokens,
-            room_of(self.packed, packed),
-        )
+        thresholds = thresholds_on(device, theta, tau)
+        blocks = AdaptiveBlocks(self.packed.unwrapped, packed, given, gradients, thresholds)
+        rows = blocks.run(self.packed.max_tokens, room_of(self.packed.max_tokens, packed))
         values = base.to(device)[:, pair]
 
         def score(resid: Tensor, pairs: Tensor) -> Tensor:
@@ -192,9 +187,9 @@ def thresholds_on(
     return Thresholds(*(sent(torch.from_numpy(x).float(), device) for x in (theta, tau)))
 
 
-def room_of(runner: PackedRunner, packed: PackedBatch) -> int | None:
+def room_of(max_tokens: int, packed: PackedBatch) -> int | None:
     """Return how many tokens of a batch may be awake at once; one row cannot be divided."""
-    return _ROOM * runner.max_tokens if len(packed.patch) > 1 else None
+    return _ROOM * max_tokens if len(packed.patch) > 1 else None
 
 
 def read_numbers(batch: Batch) -> Ints:

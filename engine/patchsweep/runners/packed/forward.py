@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -41,21 +42,8 @@ def run_packed_batch(
     Row i holds `packed.length - packed.start[i]` tokens, from its start to the last position read;
     the tokens of row i+1 follow.
     """
-    current = PackedBlocks(unwrapped, packed, given)
     tables = make_tables(packed, given, pad_up_to=graphs.most_tokens if graphs else 0)
-    hidden: Tensor | None = None
-    with ExitStack() as stack:
-        stack.enter_context(current.hooks())
-        while tables:
-            block = tables.popleft()
-            hidden = current.enter(block, hidden)
-            if block.layer < unwrapped.n_layers:
-                if graphs is not None and current.takes_graph(graphs, hidden):
-                    hidden = current.replay_graph(graphs, hidden)
-                else:
-                    hidden = current.replay(hidden)
-    assert hidden is not None
-    return hidden
+    return PackedBlocks(unwrapped, packed, given).run_through(tables, graphs)
 
 
 class PackedBlocks:
@@ -72,6 +60,21 @@ class PackedBlocks:
         self.rows: Rows
         self.prefix: tuple[Tensor, Tensor] | None = None  # keys and values; None: the base run's
         self._arguments = SharedArguments(given.base.calls)
+
+    def run_through(self, tables: deque[BlockTables], graphs: BlockGraphs | None = None) -> Tensor:
+        """Return the final residuals `[token, d_model]`, after all blocks of `tables`."""
+        hidden: Tensor | None = None
+        with self.hooks():
+            while tables:
+                block = tables.popleft()
+                hidden = self.enter(block, hidden)
+                if block.layer < self.unwrapped.n_layers:
+                    if graphs is not None and self.takes_graph(graphs, hidden):
+                        hidden = self.replay_graph(graphs, hidden)
+                    else:
+                        hidden = self.replay(hidden)
+        assert hidden is not None
+        return hidden
 
     def enter(self, tables: BlockTables, carried: Tensor | None) -> Tensor:
         """Return the tokens `[token, d_model]` at the input of the tables' block, patched."""
@@ -97,12 +100,12 @@ class PackedBlocks:
 
     def replay(self, hidden: Tensor) -> Tensor:
         """Return the output of the tables' block for `hidden` `[token, d_model]`."""
-        tables = self.tables
-        block_args = self._arguments.at(tables.layer, tables.token_pair, tables.token_pos)
-        output = self.unwrapped.blocks[tables.layer](
-            hidden.unsqueeze(0), *block_args.args, **block_args.kwargs
-        )
-        return first_of(output).squeeze(0)
+        tables, captured = self.tables, self.given.base.captured
+        pair = tables.token_pair
+        if captured is not None:
+            pair = captured.to(pair.device)[pair]
+        call = self._arguments.at(tables.layer, pair, tables.token_pos)
+        return call.run(self.unwrapped.blocks[tables.layer], hidden)
 
     def takes_graph(self, graphs: BlockGraphs, hidden: Tensor) -> bool:
         """Whether the current block does nothing but run, with its inputs on its device."""
@@ -172,8 +175,7 @@ class PackedBlocks:
                     stack.enter_context(watch(location, self._write_at(layer, point)))
                     locations.append(location)
             self._drop_unread_tokens(stack, locations)
-            self.unwrapped.attend_with(self._attention)
-            stack.callback(self.unwrapped.attend_with, None)
+            stack.enter_context(self.unwrapped.attending(self._attention))
             yield
 
     def _write_at(self, layer: int, point: SiteLocation) -> Any:
@@ -253,5 +255,5 @@ class PackedBlocks:
             full[:, token] = kept.view(1, len(token), -1)
             return with_first(output, full)
 
-        stack.callback(mlp.register_forward_pre_hook(gather, with_kwargs=True).remove)
-        stack.callback(mlp.register_forward_hook(put_back, prepend=True).remove)
+        stack.enter_context(mlp.register_forward_pre_hook(gather, with_kwargs=True))
+        stack.enter_context(mlp.register_forward_hook(put_back, prepend=True))

@@ -26,7 +26,7 @@ from patchsweep.forward.unwrapped import UnwrappedModel
 from patchsweep.models.heartbeat import beat
 from patchsweep.models.offload import device_of
 from patchsweep.runners.packed.budget import launch_bound_tokens
-from patchsweep.runners.packed.padding import Padded
+from patchsweep.runners.packed.tables import Padded
 
 log = logging.getLogger("patchsweep")
 # most tokens of a padded block: graphs keep the memory of their activations

@@ -9,9 +9,8 @@ and values are kept, and the rows continue it as others continue the base run.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,28 +18,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from patchsweep.forward.block_args import first_of
 from patchsweep.forward.capture import ActivationCache
 from patchsweep.forward.site_locations import SiteLocation
 from patchsweep.forward.unwrapped import Unsupported
-from patchsweep.models.memory import is_out_of_memory
 from patchsweep.models.moves import Moves, move_together, on_cpu
 from patchsweep.runners.packed.forward import PackedBlocks
-from patchsweep.runners.packed.joint_batch import JointBatch, joint_batches
-from patchsweep.runners.packed.joint_writes import JointLoaded, JointTargets, JointWrites
-from patchsweep.runners.packed.packing import Packing
-from patchsweep.runners.packed.runner import PackedRunner
-from patchsweep.runners.packed.tables import (
-    PackedInput,
-    PatchValues,
-    make_tables,
-    tables_of,
-    there,
+from patchsweep.runners.packed.joint_batch import (
+    JointBatch,
+    JointLoaded,
+    JointTargets,
+    JointWrites,
+    joint_batches,
 )
+from patchsweep.runners.packed.runner import PackedRunner, read_of
+from patchsweep.runners.packed.schedule import Packing, pack
+from patchsweep.runners.packed.tables import BlockTables, PackedInput, PatchValues, make_tables
 from patchsweep.spec.batch import Batch
 from patchsweep.spec.directions import Live, Numbered
 from patchsweep.spec.interventions import Intervention, Resample
-from patchsweep.spec.joint import JointPlan, shared_stems
+from patchsweep.spec.joint import JointPlan, Stem, shared_stems
 from patchsweep.spec.metrics import Metric
 from patchsweep.spec.plan import Ints
 
@@ -107,17 +103,25 @@ class PackedJoint:
         """
         check_patterns(plan)
         values = torch.empty(len(metrics), plan.n_rows, device="cpu")
-        base = loaded.loaded.base
         alone, stems = shared_stems(plan)
         if len(alone):
-            values[:, alone] = self._run(loaded, plan.part(alone), base, plan.pair[:0], metrics)
+            part, base = plan.part(alone), loaded.loaded.base
+            values[:, alone] = self._run(loaded, part, base, metrics)
+        for stem, kept in self.kept_stems(loaded, stems):
+            values[:, stem.rows] = self._run(loaded, stem.rest, kept, metrics)
+        return values
+
+    def kept_stems(
+        self, loaded: JointLoaded, stems: Sequence[Stem], n_parts: int = 1
+    ) -> Iterator[tuple[Stem, ActivationCache]]:
+        """Yield parts of `stems` with their runs: as many as fit `STEM_BYTES`, in `n_parts`."""
+        base = loaded.loaded.base
+        one = sum(x[:1].numel() * x.element_size() for x in (*base.resid, *base.keys, *base.values))
         for stem in stems:
-            size = chunk_of(base, len(stem.plan.pair))
+            size = max(1, min(stem.plan.n_rows, STEM_BYTES // one) // n_parts)
             for first in range(0, stem.plan.n_rows, size):
                 part = stem.part(range(first, min(first + size, stem.plan.n_rows)))
-                kept = self.kept(loaded, part.plan)
-                values[:, part.rows] = self._run(loaded, part.rest, kept, part.plan.pair, metrics)
-        return values
+                yield part, self.kept(loaded, part.plan)
 
     @torch.no_grad()
     def kept(self, loaded: JointLoaded, plan: JointPlan) -> ActivationCache:
@@ -128,60 +132,26 @@ class PackedJoint:
         base = loaded.loaded.base
         pair = on_cpu(plan.pair)
         places = {x.device for xs in (base.resid, base.keys, base.values) for x in xs}
-        at = {place: move_together([pair], place)[0] for place in places}
-
-        def of_rows(xs: Sequence[Tensor]) -> list[Tensor]:
-            return [x[at[x.device]].to(d) for x, d in zip(xs, base.devices, strict=False)]
-
-        kept = ActivationCache(
-            shape=(plan.n_rows, base.shape[1]),
-            devices=base.devices,
-            resid=of_rows(base.resid),
-            keys=of_rows(base.keys),
-            values=of_rows(base.values),
-            heads=base.heads,
-            calls=base.calls,
-            sites={name: of_rows(xs) for name, xs in base.sites.items() if name == "rot_q"},
+        at = {place: move_together([pair], place)[0] for place in {*places, base.devices[-1]}}
+        queries = {name: xs for name, xs in base.sites.items() if name == "rot_q"}
+        kept = replace(base, sites=queries, captured=at[base.devices[-1]]).taken(
+            plan.n_rows,
+            lambda xs: [x[at[x.device]].to(d) for x, d in zip(xs, base.devices, strict=False)],
         )
-        for rows in joint_batches(plan, self.runner.max_tokens):
-            batch = JointBatch.of(plan, rows)
-            hidden = self._blocks(loaded, batch, base, plan.pair[:0], kept)
-            row, pos = batch.final_tokens()
-            last = kept.resid[-1]
-            at_rows, at_pos = move_together(map(on_cpu, (rows[row], pos)), last.device)
-            last[at_rows, at_pos] = hidden
+        for batch in joint_batches(plan, self.runner.max_tokens):
+            JointBlocks(self.runner, batch, base, loaded, kept).run()
         return kept
 
     def _run(
-        self,
-        loaded: JointLoaded,
-        plan: JointPlan,
-        base: ActivationCache,
-        pair_of_base: Ints,
-        metrics: Sequence[Metric],
+        self, loaded: JointLoaded, plan: JointPlan, base: ActivationCache, metrics: Sequence[Metric]
     ) -> Float[Tensor, "metric row"]:
         values = torch.empty(len(metrics), plan.n_rows, device="cpu")
-        done: list[tuple[Ints, Tensor]] = []  # results stay on the device: a copy would wait
-        waiting = list(joint_batches(plan, self.runner.max_tokens))
-        while waiting:
-            rows = waiting.pop(0)
-            try:
-                result = self._run_rows(
-                    loaded, JointBatch.of(plan, rows), base, pair_of_base, metrics
-                )
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or len(rows) == 1:
-                    raise
-                tokens = int((plan.length - plan.first[rows, -1]).sum())
-                self.runner.max_tokens = max(1, tokens // 2)
-                rest = np.concatenate([rows, *waiting])
-                waiting = [rest[i] for i in joint_batches(plan.part(rest), self.runner.max_tokens)]
-                torch.cuda.empty_cache()
-                continue
-            done.append((rows, result))
-        if done:
-            places, results = zip(*done, strict=True)
-            values[:, np.concatenate(places)] = torch.cat(results, dim=1).cpu()
+        done = self.runner.run_batches(
+            lambda rows: joint_batches(plan, self.runner.max_tokens, rows),
+            lambda batch: self._run_rows(loaded, batch, base, metrics),
+        )
+        places, results = zip(*done, strict=True)
+        values[:, np.concatenate(places)] = torch.cat(results, dim=1).cpu()
         return values
 
     def _run_rows(
@@ -189,37 +159,12 @@ class PackedJoint:
         loaded: JointLoaded,
         batch: JointBatch,
         base: ActivationCache,
-        pair_of_base: Ints,
         metrics: Sequence[Metric],
     ) -> Float[Tensor, "metric row"]:
-        hidden = self._blocks(loaded, batch, base, pair_of_base, None)
-        plan, rows = batch.plan, batch.patch
-        reads = list(loaded.loaded.batch.reads)
-        last = base.resid[-1].to(hidden.device)
-        first = plan.first[rows, -1]
-        end = np.cumsum(plan.length - first)
-        inside = [np.flatnonzero(first <= read) for read in reads]
-        tokens = [end[i] - (plan.length - read) for i, read in zip(inside, reads, strict=True)]
-        bases, pair, *tables = move_together(
-            map(on_cpu, (plan.base[rows], plan.pair[rows], *inside, *tokens)), hidden.device
-        )
-        resid = torch.stack([last[bases, read] for read in reads], dim=1)
-        for i in range(len(reads)):
-            resid[tables[i], i] = hidden[tables[len(reads) + i]]
-        return self.runner.metrics_of(loaded.loaded, resid, pair, metrics)
-
-    def _blocks(
-        self,
-        loaded: JointLoaded,
-        batch: JointBatch,
-        base: ActivationCache,
-        pair_of_base: Ints,
-        keep: ActivationCache | None,
-    ) -> Tensor:
-        """Return the final residuals `[token, d_model]` of a batch's rows, one after the other."""
-        given = joint_input(self.runner, batch, base)
-        blocks = JointBlocks(self.runner, batch, given, loaded, pair_of_base, keep)
-        return blocks.run()
+        hidden = JointBlocks(self.runner, batch, base, loaded).run()
+        resid = read_of(base.resid[-1].to(hidden.device), loaded.loaded.batch.reads)
+        run, pair = on_cpu(batch.pair), on_cpu(batch.plan.pair[batch.patch])
+        return self.runner.read(loaded.loaded, batch, hidden, resid, run, pair, metrics)
 
 
 def joint_input(runner: PackedRunner, batch: JointBatch, base: ActivationCache) -> PackedInput:
@@ -232,56 +177,47 @@ def joint_input(runner: PackedRunner, batch: JointBatch, base: ActivationCache) 
     return PackedInput(base, values, {i: i for i in range(batch.n_pairs)})
 
 
+@dataclass(frozen=True, eq=False)
+class _Tables:
+    """What joint rows need at one layer besides their `BlockTables`."""
+
+    targets: dict[str, list[JointTargets]]  # site -> where values are written
+    row: Tensor | None  # [token] row of the plan; None: no runs are kept
+
+
 class JointBlocks(PackedBlocks):
-    """The packed rows of joint patches at their current block."""
+    """The packed rows of joint patches at their current block; they continue the runs in `base`.
+
+    `keep`: a cache of the rows' own runs, which is filled in.
+    """
 
     def __init__(
         self,
         runner: PackedRunner,
         batch: JointBatch,
-        given: PackedInput,
+        base: ActivationCache,
         loaded: JointLoaded,
-        pair_of_base: Ints,
-        keep: ActivationCache | None,
+        keep: ActivationCache | None = None,
     ) -> None:
+        given = joint_input(runner, batch, base)
         super().__init__(runner.unwrapped, batch, given)
-        self.batch, self.loaded, self.keep = batch, loaded, keep
-        self.packing: Packing
-        # pair of the captured batch of each base run; empty: they are the same
-        self.pair_of_base = pair_of_base
+        self.batch, self.keep = batch, keep
         self.writes = JointWrites(batch, given, loaded)
-        # site, layer -> the tables of what is written, made before the first block
-        self.targets: dict[tuple[str, int], list[JointTargets]] = {}
-        self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> row and position of each token
-        self.pairs: dict[int, Tensor] = {}  # layer -> pair of the captured batch of each token
+        self.made: dict[int, _Tables] = {}  # by layer, before the first block runs
 
     def run(self) -> Tensor:
         """Return the final residuals `[token, d_model]` of all rows."""
-        hidden: Tensor | None = None
-        with ExitStack() as stack:
-            stack.enter_context(self.hooks())
-            packings = list(self.batch.packings())
-            tables = make_tables(self.batch, self.given, packings)
-            self._make_tables(packings)
-            for packing in packings:
-                self.packing = packing
-                hidden = self.enter(tables.popleft(), hidden)
-                if packing.layer < self.unwrapped.n_layers:
-                    self._keep_tokens(None if self.keep is None else self.keep.resid, hidden)
-                    hidden = self.replay(hidden)
-        assert hidden is not None
-        return hidden
+        packings = list(pack(self.batch))
+        tables = make_tables(self.batch, self.given, packings)
+        self._make_tables(packings)
+        return self.run_through(tables)
 
-    def replay(self, hidden: Tensor) -> Tensor:
-        """See `PackedBlocks`; a block's arguments are those of the captured batch's pairs."""
-        if not len(self.pair_of_base):
-            return super().replay(hidden)
-        layer = self.packing.layer
-        block_args = self.given.base.calls[layer].at(self.pairs[layer], self.tables.token_pos)
-        output = self.unwrapped.blocks[layer](
-            hidden.unsqueeze(0), *block_args.args, **block_args.kwargs
-        )
-        return first_of(output).squeeze(0)
+    def enter(self, tables: BlockTables, carried: Tensor | None) -> Tensor:
+        """See `PackedBlocks`."""
+        hidden = super().enter(tables, carried)
+        if self.keep is not None:
+            self._keep_tokens(self.keep.resid, hidden)
+        return hidden
 
     def attended(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: dict[str, Any]
@@ -290,59 +226,40 @@ class JointBlocks(PackedBlocks):
         if self.keep is not None:
             self._keep_tokens([x.transpose(1, 2) for x in self.keep.keys], k)
             self._keep_tokens([x.transpose(1, 2) for x in self.keep.values], v)
-            self._keep_tokens(self.keep.sites.get("rot_q"), q.flatten(1))
+            if "rot_q" in self.keep.sites:
+                self._keep_tokens(self.keep.sites["rot_q"], q.flatten(1))
         return super().attended(layer, q, k, v, settings)
 
-    def _keep_tokens(self, kept: Sequence[Tensor] | None, x: Tensor) -> None:
+    def _keep_tokens(self, kept: Sequence[Tensor], x: Tensor) -> None:
         """Write `x` `[token, ...]` into this layer of `kept`, `[row, pos, ...]` each."""
-        if kept is None:
-            return
-        into = kept[self.packing.layer]
-        into[self.kept[self.packing.layer]] = x.to(into)
+        into = kept[self.tables.layer]
+        into[self.made[self.tables.layer].row, self.tables.token_pos] = x.to(into)
 
     def write(self, x: Tensor, *sites: str) -> None:
         """Write the patches at `sites` into `x` `[.., token, width]`, in place."""
-        for name in sites:
-            for targets in self.targets.get((name, self.packing.layer), ()):
-                self.writes.write(x, name, self.packing.layer, targets)
+        self.writes.write(x, self.tables.layer, self.made[self.tables.layer].targets, sites)
 
     def _make_tables(self, packings: Sequence[Packing]) -> None:
         """Make the tables of all blocks and move them in one copy a device."""
         devices = self.given.base.devices
         moves: dict[torch.device, Moves] = defaultdict(Moves)
-        on_host: dict[tuple[str, int], list[JointTargets]] = {}
-        kept: dict[int, tuple[Tensor, ...]] = {}
         for packing in packings:
-            layer, to_device = packing.layer, moves[devices[packing.layer]]
+            layer, row = packing.layer, None
             before = -self.batch.plan.first[self.batch.patch, layer]
             before[packing.rows] += packing.offsets[:-1]
-            for name in self.writes.sites_at(layer):
 
-                def token(row: Ints, pos: Ints, before: Ints = before) -> Ints:
-                    at: Ints = before[row] + pos
-                    return at
+            def token(row: Ints, pos: Ints, before: Ints = before) -> Ints:
+                at: Ints = before[row] + pos
+                return at
 
-                on_host[name, layer] = [*self.writes.targets(name, layer, token)]
-                to_device.add(*(t for made in on_host[name, layer] for t in tables_of(made.to)))
-            rows: list[Ints] = []
             if self.keep is not None:
                 counts = np.diff(packing.offsets)
-                rows = [np.repeat(self.batch.patch[packing.rows], counts), packing.token_pos]
-            if len(self.pair_of_base):
-                rows.append(self.pair_of_base[packing.token_pair])
-            kept[layer] = tuple(map(on_cpu, rows))
-            to_device.add(*kept[layer])
+                row = on_cpu(np.repeat(self.batch.patch[packing.rows], counts))
+            self.made[layer] = _Tables(self.writes.at(layer, token), row)
+            moves[devices[layer]].add(self.made[layer])
         for device, to_device in moves.items():
             to_device.start(device)
-        for (name, layer), made in on_host.items():
-            here = moves[devices[layer]]
-            self.targets[name, layer] = [replace(t, to=there(t.to, here)) for t in made]
-        for layer, tables in kept.items():
-            moved = [moves[devices[layer]][table] for table in tables]
-            if self.keep is not None:
-                self.kept[layer] = (moved[0], moved[1])
-            if len(self.pair_of_base):
-                self.pairs[layer] = moved[-1]
+        self.made = {layer: moves[devices[layer]].there(x) for layer, x in self.made.items()}
 
 
 def check_patterns(plan: JointPlan) -> None:
@@ -358,9 +275,3 @@ def check_patterns(plan: JointPlan) -> None:
     beside = rows[plan.writes.row] & (~of | (plan.write_layer != layers[plan.writes.row]))
     if beside.any():
         raise Unsupported("an attention pattern is patched beside something else")
-
-
-def chunk_of(base: ActivationCache, n_rows: int) -> int:
-    """Return how many kept runs fit `STEM_BYTES`."""
-    one = sum(x[:1].numel() * x.element_size() for x in (*base.resid, *base.keys, *base.values))
-    return max(1, min(n_rows, STEM_BYTES // one))

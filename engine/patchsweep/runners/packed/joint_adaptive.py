@@ -19,11 +19,8 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from patchsweep.forward.block_args import first_of
 from patchsweep.forward.capture import ActivationCache
 from patchsweep.forward.grad import Gradients
-from patchsweep.forward.site_locations import SiteLocation
-from patchsweep.forward.unwrapped import UnwrappedModel
 from patchsweep.models.moves import Moves, move_together, on_cpu
 from patchsweep.runners.packed.adaptive import AdaptiveBlocks, Thresholds
 from patchsweep.runners.packed.adaptive_runner import (
@@ -33,14 +30,13 @@ from patchsweep.runners.packed.adaptive_runner import (
     run_in_parts,
     thresholds_on,
 )
-from patchsweep.runners.packed.joint import PackedJoint, check_patterns, chunk_of, joint_input
-from patchsweep.runners.packed.joint_batch import JointBatch
-from patchsweep.runners.packed.joint_writes import JointLoaded, JointTargets, JointWrites
-from patchsweep.runners.packed.tables import PackedInput, TokenTables, tables_of, there
+from patchsweep.runners.packed.joint import PackedJoint, check_patterns, joint_input
+from patchsweep.runners.packed.joint_batch import JointBatch, JointLoaded, JointTargets, JointWrites
+from patchsweep.runners.packed.runner import PackedRunner, read_of
+from patchsweep.runners.packed.tables import TokenTables
 from patchsweep.spec.joint import JointPlan, shared_stems
 from patchsweep.spec.metrics import Metric
 from patchsweep.spec.plan import Ints
-from patchsweep.spec.sites import SITES
 
 # rows that share their first write, from which on its own gradient pays: it costs a forward and a
 # backward pass over what lies behind the write, about three exact runs of it
@@ -50,7 +46,6 @@ LEAST = 8
 GRADIENT = 3
 # kept runs that hold gradients at a time, as a part of those that fit without
 _PART = 4
-QUERIES = (SiteLocation(SITES["rot_q"], ()),)  # what adaptive runs read besides keys and values
 
 # tokens that enter with one batch, in units of `max_tokens`: most of them sleep after a block
 _FULL = 4
@@ -117,46 +112,25 @@ class AdaptiveJoint:
         found = JointValues.empty(len(metrics), plan.n_rows)
         single = np.flatnonzero(plan.n_write_layers == 1)
         if len(single):
-            found.put(
-                single,
-                self._adaptive(
-                    loaded,
-                    plan.part(single),
-                    loaded.loaded.base,
-                    plan.pair[:0],
-                    base,
-                    theta[:, single],
-                    tau[single],
-                    metrics,
-                ),
-            )
+            part, limits = plan.part(single), (theta[:, single], tau[single])
+            runs = loaded.loaded.base
+            found.put(single, self._adaptive(loaded, part, runs, base, *limits, metrics))
         two = np.flatnonzero(plan.n_write_layers == 2)
         alone, stems = shared_stems(plan.part(two), least)
         exactly = np.sort(np.concatenate([two[alone], np.flatnonzero(plan.n_write_layers > 2)]))
         if len(exactly):
             found.put(exactly, self.exact(loaded, plan.part(exactly), metrics))
-        for stem in stems:
-            size = max(1, chunk_of(loaded.loaded.base, stem.plan.n_rows) // _PART)
-            for first in range(0, stem.plan.n_rows, size):
-                part = stem.part(range(first, min(first + size, stem.plan.n_rows)))
-                rows = two[part.rows]
-                kept = self.joint.kept(loaded, part.plan)
-                start = int(min(x.first[:, -1].min() for x in (part.plan, part.rest)))
-                new = self._adaptive(
-                    loaded,
-                    part.rest,
-                    kept,
-                    part.plan.pair,
-                    of_kept(part.plan, kept, start),
-                    theta[:, rows],
-                    tau[rows],
-                    metrics,
-                )
-                behind = (plan.length - start) * (plan.n_layers - 1 - part.plan.entry).clip(0)
-                shared = GRADIENT * behind + _token_layers(part.plan)
-                n = np.bincount(part.rest.base, minlength=part.plan.n_rows)
-                own = new.token_layers + (shared / n)[part.rest.base]
-                found.put(rows, replace(new, token_layers=own))
+        for stem, kept in self.joint.kept_stems(loaded, stems, _PART):
+            rows = two[stem.rows]
+            start = int(min(x.first[:, -1].min() for x in (stem.plan, stem.rest)))
+            gradients = of_kept(stem.plan, kept, start)
+            limits = theta[:, rows], tau[rows]
+            new = self._adaptive(loaded, stem.rest, kept, gradients, *limits, metrics)
+            behind = (plan.length - start) * (plan.n_layers - 1 - stem.plan.entry).clip(0)
+            shared = GRADIENT * behind + _token_layers(stem.plan)
+            n = np.bincount(stem.rest.base, minlength=stem.plan.n_rows)
+            own = new.token_layers + (shared / n)[stem.rest.base]
+            found.put(rows, replace(new, token_layers=own))
         return found
 
     def exact(self, loaded: JointLoaded, plan: JointPlan, metrics: Sequence[Metric]) -> JointValues:
@@ -170,25 +144,19 @@ class AdaptiveJoint:
         loaded: JointLoaded,
         plan: JointPlan,
         base: ActivationCache,
-        pair_of_base: Ints,
         gradients: Gradients,
         theta: NDArray[np.float32],
         tau: NDArray[np.float64],
         metrics: Sequence[Metric],
     ) -> JointValues:
-        """Return the results of rows of one layer, which continue the runs in `base`.
-
-        `pair_of_base`: pair of each of these; empty: they are the base runs.
-        """
+        """Return the results of rows of one layer, which continue the runs in `base`."""
         found = JointValues.empty(len(metrics), plan.n_rows)
-        n_bases = base.shape[0]
-        pairs = pair_of_base if len(pair_of_base) else np.arange(n_bases)
         device = loaded.loaded.base_resid.device
-        reads = list(loaded.loaded.batch.reads)
-        pair_of, read = move_together(
-            [on_cpu(pairs), on_cpu(read_numbers(loaded.loaded.batch))], device
-        )
-        resid = base.resid[-1].to(device)[:, reads]
+        (read,) = move_together([on_cpu(read_numbers(loaded.loaded.batch))], device)
+        resid = read_of(base.resid[-1].to(device), loaded.loaded.batch.reads)
+        pair_of = torch.arange(len(resid), device=device)
+        if base.captured is not None:
+            pair_of = base.captured.to(device)
 
         def score(resid: Tensor, pairs: Tensor) -> Tensor:
             return self.runner.metrics_of(loaded.loaded, resid, pairs, metrics)
@@ -198,16 +166,9 @@ class AdaptiveJoint:
         def run(places: Ints) -> None:
             rows = places[np.lexsort((plan.first[places, -1], plan.base[places]))]
             batch = _batch_of(plan, rows)
-            blocks = _Blocks(
-                self.runner.unwrapped,
-                batch,
-                joint_input(self.runner, batch, base),
-                gradients,
-                thresholds_on(device, theta[:, rows], tau[rows]),
-                loaded,
-                pair_of if len(pair_of_base) else None,
-            )
-            ran = blocks.run(self.runner.max_tokens, room_of(self.runner, batch))
+            thresholds = thresholds_on(device, theta[:, rows], tau[rows])
+            blocks = _Blocks(self.runner, batch, base, loaded, gradients, thresholds)
+            ran = blocks.run(self.runner.max_tokens, room_of(self.runner.max_tokens, batch))
             at, pair = move_together([on_cpu(plan.base[rows]), on_cpu(plan.pair[rows])], device)
             values, linear, token_layers = metrics_of(
                 ran, pair, read, resid, at, references[:, at], score
@@ -242,41 +203,26 @@ class _Blocks(AdaptiveBlocks):
 
     def __init__(
         self,
-        unwrapped: UnwrappedModel,
+        runner: PackedRunner,
         batch: JointBatch,
-        given: PackedInput,
+        base: ActivationCache,
+        loaded: JointLoaded,
         gradients: Gradients,
         thresholds: Thresholds,
-        loaded: JointLoaded,
-        pair_of_base: Tensor | None,
     ) -> None:
-        super().__init__(unwrapped, batch, given, gradients, thresholds)
+        given = joint_input(runner, batch, base)
+        super().__init__(runner.unwrapped, batch, given, gradients, thresholds)
         self._joint = JointWrites(batch, given, loaded)
         self._targets: dict[str, list[JointTargets]] = {}  # of the block call under way
-        self._pair_of_base = pair_of_base  # pair of the captured batch; None: base runs are these
-
-    def replay(self, hidden: Tensor) -> Tensor:
-        """See `PackedBlocks`; a block's arguments are those of the captured batch's pairs."""
-        if self._pair_of_base is None:
-            return super().replay(hidden)
-        tables = self.tables
-        call = self.given.base.calls[tables.layer]
-        block_args = call.at(self._pair_of_base[tables.token_pair], tables.token_pos)
-        block = self.unwrapped.blocks[tables.layer]
-        return first_of(block(hidden.unsqueeze(0), *block_args.args, **block_args.kwargs)).squeeze(
-            0
-        )
 
     def write(self, x: Tensor, *sites: str) -> None:
         """See `PackedBlocks`."""
-        for name in sites:
-            for targets in self._targets.get(name, ()):
-                self._joint.write(x, name, self.tables.layer, targets)
+        self._joint.write(x, self.tables.layer, self._targets, sites)
 
     def _tables(self, layer: int, tokens: Any, on_host: Any) -> TokenTables:
         """See `AdaptiveBlocks`."""
         self._targets = {}
-        if on_host is None or not self._joint.sites_at(layer):
+        if on_host is None:
             return super()._tables(layer, tokens, None)
         length = self.packed.length
         place = on_host[0] * length + on_host[1]  # ascending
@@ -286,16 +232,11 @@ class _Blocks(AdaptiveBlocks):
             at = np.searchsorted(place, wanted).clip(0, max(0, len(place) - 1))
             return np.where(place[at] == wanted, at, -1)
 
-        made = {
-            name: [*self._joint.targets(name, layer, token)] for name in self._joint.sites_at(layer)
-        }
+        made = self._joint.at(layer, token)
         moves = Moves()
-        moves.add(*(x for of_site in made.values() for t in of_site for x in tables_of(t.to)))
+        moves.add(made)
         moves.start(self.device)
-        self._targets = {
-            name: [replace(t, to=there(t.to, moves)) for t in of_site]
-            for name, of_site in made.items()
-        }
+        self._targets = moves.there(made)
         return super()._tables(layer, tokens, None)
 
 

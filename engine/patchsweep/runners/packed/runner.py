@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -27,9 +27,9 @@ from patchsweep.forward.capture import (
 from patchsweep.forward.site_locations import SiteLocation, resolve_site
 from patchsweep.forward.unembed import Unembed
 from patchsweep.forward.unwrapped import Unsupported, UnwrappedModel
-from patchsweep.models.arriving import Arriving, on_its_way
 from patchsweep.models.memory import is_out_of_memory
-from patchsweep.models.moves import move_together, on_cpu
+from patchsweep.models.moves import Arriving, move_together, on_cpu, on_its_way
+from patchsweep.runners.base import Runner
 from patchsweep.runners.packed.bf16 import use_bf16_products
 from patchsweep.runners.packed.budget import default_cache, default_max_tokens, keep_batch_memory
 from patchsweep.runners.packed.forward import run_packed_batch
@@ -45,6 +45,7 @@ from patchsweep.spec.sites import Site
 
 log = logging.getLogger("patchsweep")
 Precision = Literal["model", "bf16"]
+Batched = TypeVar("Batched", bound=PackedBatch)
 
 
 @dataclass
@@ -62,7 +63,7 @@ class Loaded:
     _logits: dict[str, Tensor] = field(default_factory=dict)  # of base and source, made on demand
 
 
-class PackedRunner:
+class PackedRunner(Runner):
     """Runs exact patches in packed batches of at most `max_tokens` tokens (None: see `budget`).
 
     Activations of loaded batches stay in memory up to `cache_budget` bytes (None: a fraction of
@@ -143,7 +144,7 @@ class PackedRunner:
         if not all(bool(torch.isfinite(run.resid[-1]).all()) for run in runs):
             _check_finite(base, "base", batch)
             _check_finite(source, "source", batch)
-        source_resid = _at(source.resid[-1], batch.source_reads).to(base.devices[-1])
+        source_resid = read_of(source.resid[-1], batch.source_reads).to(base.devices[-1])
         if not together:
             source = source.moved(batch.at_base)
         return Loaded(
@@ -154,7 +155,7 @@ class PackedRunner:
                 name: self.values(point, intervention, base, source, batch.spans)
                 for name, point in self.points.items()
             },
-            base_resid=_at(base.resid[-1], batch.reads).to(base.devices[-1]),
+            base_resid=read_of(base.resid[-1], batch.reads).to(base.devices[-1]),
             source_resid=source_resid,
             targets=self.unembed.checked(
                 torch.stack([batch.answer, batch.wrong], dim=-1).to(base.devices[-1])
@@ -171,12 +172,6 @@ class PackedRunner:
             self.metrics_of(loaded, loaded.source_resid, pair, metrics),
         )
 
-    def run(
-        self, loaded: Loaded, plan: SitePlan, patches: Ints, metrics: Sequence[Metric]
-    ) -> Float[Tensor, "metric patch"]:
-        """See `Runner`."""
-        return self.run_together(loaded, [PatchSet(plan, patches)], metrics)[0]
-
     def run_together(
         self,
         loaded: Loaded,
@@ -184,11 +179,7 @@ class PackedRunner:
         metrics: Sequence[Metric],
         null: Sequence[PatchSet] = (),
     ) -> list[Float[Tensor, "metric patch"]]:
-        """See `Runner`; all sets share packed batches.
-
-        `null`: identity patches, which write back the base run's own values with the last bit
-        flipped (see `patchsweep.sweeps.noise`). Any change they cause is rounding noise.
-        """
+        """See `Runner`; all sets share packed batches."""
         return self.start_together(loaded, sets, metrics, null).read()
 
     def start_together(
@@ -205,26 +196,11 @@ class PackedRunner:
             PatchValues(self.points[patch_set.plan.site.name], None) for patch_set in null
         ]
         sizes = [len(patch_set.patches) for patch_set in all_sets]
-        done: list[tuple[Ints, Tensor]] = []  # results stay on the device: a copy would wait
         packed_input = PackedInput(loaded.base, patch_values, loaded.batch.local)
-        batches = deque(make_packed_batches(all_sets, self.max_tokens))
-        while batches:
-            packed = batches.popleft()
-            try:
-                done.append(
-                    (packed.place, self._run_packed_batch(loaded, packed, packed_input, metrics))
-                )
-                continue
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or len(packed.patch) == 1:
-                    raise
-            # here the error is gone, and with it its traceback, which held the batch's tensors
-            torch.cuda.empty_cache()  # does nothing without CUDA
-            # later packed batches are as small; finished ones are kept
-            self.max_tokens = max(1, packed.n_tokens // 2)
-            log.warning("out of memory: packed batches are halved to %d tokens", self.max_tokens)
-            waiting = np.concatenate([w.place for w in (packed, *batches)])
-            batches = deque(make_packed_batches(all_sets, self.max_tokens, waiting))
+        done = self.run_batches(
+            lambda places: make_packed_batches(all_sets, self.max_tokens, places),
+            lambda packed: self._run_packed_batch(loaded, packed, packed_input, metrics),
+        )
         values = torch.empty(len(metrics), sum(sizes), device="cpu")
         if not done:
             return Arriving(lambda: list(values.split(sizes, dim=1)), ready=True)
@@ -237,6 +213,32 @@ class PackedRunner:
 
         return Arriving(read, results.ready)
 
+    def run_batches(
+        self, make: Callable[[Ints | None], Iterable[Batched]], run: Callable[[Batched], Tensor]
+    ) -> list[tuple[Ints, Tensor]]:
+        """Return the places of each batch and its results, which stay on the device.
+
+        `make` makes batches of the patches at some places (None: all). If one does not fit in
+        memory, it and those behind it are made again, in half the size.
+        """
+        done: list[tuple[Ints, Tensor]] = []  # a copy to the CPU would wait
+        batches = deque(make(None))
+        while batches:
+            packed = batches.popleft()
+            try:
+                done.append((packed.place, run(packed)))
+                continue
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or len(packed.patch) == 1:
+                    raise
+            # here the error is gone, and with it its traceback, which held the batch's tensors
+            torch.cuda.empty_cache()  # does nothing without CUDA
+            # later packed batches are as small; finished ones are kept
+            self.max_tokens = max(1, packed.n_tokens // 2)
+            log.warning("out of memory: packed batches are halved to %d tokens", self.max_tokens)
+            batches = deque(make(np.concatenate([w.place for w in (packed, *batches)])))
+        return done
+
     def patch_values(self, chosen: PatchSet, loaded: Loaded) -> PatchValues:
         """Return the patch values of the set `chosen`."""
         point = self.points[chosen.plan.site.name]
@@ -248,19 +250,36 @@ class PackedRunner:
     ) -> Float[Tensor, "metric row"]:
         local = loaded.batch.local
         hidden = run_packed_batch(self.unwrapped, packed, given, self.graphs)
-        pair = np.array([local[p] for p in packed.pair.tolist()])
-        # a row ends at the last position read; positions before its start equal the base run's
+        pair = on_cpu([local[p] for p in packed.pair.tolist()])
+        return self.read(loaded, packed, hidden, loaded.base_resid, pair, pair, metrics)
+
+    def read(
+        self,
+        loaded: Loaded,
+        packed: PackedBatch,
+        hidden: Float[Tensor, "token d_model"],
+        resid: Float[Tensor, "run read d_model"],
+        run: Int[Tensor, " row"],
+        pair: Int[Tensor, " row"],
+        metrics: Sequence[Metric],
+    ) -> Float[Tensor, "metric row"]:
+        """Return the metrics of the rows of a batch with the final residuals `hidden`.
+
+        Row i continues run `run[i]` of those with the residuals `resid`, and is of `pair[i]`.
+        """
+        # a row ends at the last position read; positions before its start equal the run's
         end = np.cumsum(packed.length - packed.start)
-        inside = [np.flatnonzero(packed.start <= read) for read in loaded.batch.reads]
+        reads = loaded.batch.reads
+        inside = [np.flatnonzero(packed.start <= read) for read in reads]
         tokens = [
-            end[rows] - (packed.length - read)
-            for rows, read in zip(inside, loaded.batch.reads, strict=True)
+            end[rows] - (packed.length - read) for rows, read in zip(inside, reads, strict=True)
         ]
-        pairs, *tables = move_together(map(on_cpu, (pair, *inside, *tokens)), hidden.device)
-        resid = loaded.base_resid[pairs]
-        for i in range(len(inside)):
-            resid[tables[i], i] = hidden[tables[len(inside) + i]]
-        return self.metrics_of(loaded, resid, pairs, metrics)
+        tables = [run, pair, *map(on_cpu, (*inside, *tokens))]
+        run, pair, *tables = move_together(tables, hidden.device)
+        own = resid[run]
+        for i in range(len(reads)):
+            own[tables[i], i] = hidden[tables[len(reads) + i]]
+        return self.metrics_of(loaded, own, pair, metrics)
 
     def metrics_of(
         self,
@@ -290,19 +309,12 @@ class PackedRunner:
         with self.unwrapped.unembed_in_memory():
             for rows in self.unembed.chunks(len(resid), n_reads):
                 full = self._full(resid[rows])
-                chosen = full.gather(2, targets[pair[rows]])
-                parts.append(
-                    compute(
-                        metrics,
-                        Logits(
-                            chosen[..., 0],
-                            chosen[..., 1],
-                            full,
-                            self.logits_of(loaded, "base")[pair[rows]] if references else None,
-                            self.logits_of(loaded, "source")[pair[rows]] if references else None,
-                        ),
-                    )
-                )
+                right, wrong = full.gather(2, targets[pair[rows]]).unbind(2)
+                base = source = None
+                if references:
+                    base = self.logits_of(loaded, "base")[pair[rows]]
+                    source = self.logits_of(loaded, "source")[pair[rows]]
+                parts.append(compute(metrics, Logits(right, wrong, full, base, source)))
         return torch.cat(parts, dim=1)
 
     def _sum(
@@ -359,7 +371,10 @@ class PackedRunner:
         return values
 
 
-def _at(resid: Float[Tensor, "pair pos d"], reads: Sequence[int]) -> Float[Tensor, "pair read d"]:
+def read_of(
+    resid: Float[Tensor, "pair pos d"], reads: Sequence[int]
+) -> Float[Tensor, "pair read d"]:
+    """Return what is at the positions `reads`."""
     return torch.stack([resid[:, read] for read in reads], dim=1)  # an index of the CPU would wait
 
 

@@ -7,7 +7,7 @@ nothing in the batch waits for them.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,11 +20,12 @@ from torch import Tensor
 from patchsweep.forward.capture import ActivationCache
 from patchsweep.forward.site_locations import SiteLocation
 from patchsweep.models.moves import Moves, on_cpu
-from patchsweep.runners.packed.packing import PackedTokens, Packing, pack
-from patchsweep.runners.packed.padding import Padded, size_of
-from patchsweep.runners.packed.schedule import PackedBatch
+from patchsweep.runners.packed.schedule import PackedBatch, PackedTokens, Packing, pack
 from patchsweep.spec.plan import Column, Ints
 from patchsweep.spec.sites import Site
+
+LEAST_TOKENS = 256  # of a padded block
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,62 @@ class PackedInput:
     base: ActivationCache
     patch_values: Sequence[PatchValues]  # for each of the packed batch's sets
     local: dict[int, int]  # pair of the plan -> row of `base` and of the values
+
+
+def size_of(n_tokens: int) -> int:
+    """Return the padded size of a block: 256, 384, 512, 768, .., a third of it wasted at most."""
+    power = 1 << max(0, n_tokens - 1).bit_length()
+    return max(LEAST_TOKENS, power * 3 // 4 if n_tokens <= power * 3 // 4 else power)
+
+
+@dataclass(frozen=True, eq=False)
+class Padded:
+    """The tables of packed tokens, followed by tokens that nobody reads.
+
+    Each of those is a row of its own, at position 0 of the first pair, and sees itself alone.
+    """
+
+    token_pair: Tensor  # [token] row of the base run
+    token_pos: Tensor  # [token]
+    rows: Rows
+    tokens: Tensor  # [2, token] `Rows.token_table`
+    blocks: dict[int, Tensor]  # size -> `Rows.block_table`, followed by blocks without tokens
+
+    @classmethod
+    def of(
+        cls,
+        token_pair: Tensor,
+        token_pos: Tensor,
+        rows: Rows,
+        n_pairs: int,
+        sizes: Collection[int],
+    ) -> Padded | None:
+        """Return the tables on the CPU; None if the pairs of `rows` are not in order.
+
+        `n_pairs`: of the base runs. `sizes`: of the attention kernel's blocks.
+        """
+        if bool((rows.pair[1:] < rows.pair[:-1]).any()):
+            return None
+        n, size = rows.n_tokens, size_of(rows.n_tokens)
+        zeros = token_pair.new_zeros(size - n)
+        padded = Rows(
+            torch.cat((rows.offsets, torch.arange(n + 1, size + 1, device="cpu"))),
+            torch.cat((rows.pair, rows.pair[-1:].expand(size - n))),
+            torch.cat((rows.start, zeros)),
+        )
+        blocks = {}
+        for of_block in sizes:
+            table = padded.block_table(of_block, _CPU)
+            full = table.new_zeros(-(-size // of_block) + n_pairs, 6)
+            full[: len(table)] = table
+            blocks[of_block] = full
+        return cls(
+            torch.cat((token_pair, zeros)),
+            torch.cat((token_pos, zeros)),
+            padded,
+            padded.token_table(_CPU),
+            blocks,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,50 +136,6 @@ class BlockTables(TokenTables):
     rows: Rows
     change: Change | None  # None: at the first block, and where no token enters or leaves
 
-    def tensors(self) -> list[Tensor]:
-        """Return all tables but those of the rows."""
-        change = () if self.change is None else vars(self.change).values()
-        of_writes = [table for to in self.writes.values() for table in tables_of(to)]
-        padded = () if self.padded is None else self.padded.tensors()
-        tables = [self.token_pair, self.token_pos, self.read, *change, *of_writes, *padded]
-        return [table for table in tables if table is not None]
-
-    def there(self, moves: Moves) -> BlockTables:
-        """Return these tables where `moves` took them."""
-        change = self.change
-        return replace(
-            self,
-            token_pair=moves[self.token_pair],
-            token_pos=moves[self.token_pos],
-            writes={i: there(to, moves) for i, to in self.writes.items()},
-            read=None if self.read is None else moves[self.read],
-            padded=None if self.padded is None else self.padded.there(moves),
-            change=None
-            if change is None
-            else Change(
-                None if change.carried_from is None else moves[change.carried_from],
-                moves[change.carried_to],
-                moves[change.new],
-                moves[change.new_pair],
-                moves[change.new_pos],
-            ),
-        )
-
-
-def tables_of(targets: Targets) -> list[Tensor]:
-    """Return the tables of `targets`."""
-    return [x for x in (targets.token, targets.source, targets.head) if x is not None]
-
-
-def there(targets: Targets, moves: Moves) -> Targets:
-    """Return `targets` where `moves` took their tables."""
-    return replace(
-        targets,
-        token=moves[targets.token],
-        source=None if targets.source is None else moves[targets.source],
-        head=None if targets.head is None else moves[targets.head],
-    )
-
 
 class Writes:
     """Makes the tables of the patches that a packed batch writes."""
@@ -135,6 +148,8 @@ class Writes:
     def at(self, packing: PackedTokens) -> dict[int, Targets]:
         """Return, for each set that is patched at the packing's layer, the targets on the CPU."""
         which = self.packed.which[packing.write_row]
+        if not self.packed.sets:  # what joint rows write is said by `JointWrites`
+            return {}
         return {
             i: self._of_set(i, packing, of_set)
             for i in np.unique(which).tolist()
@@ -297,7 +312,7 @@ def _moved(tables: Sequence[BlockTables], sizes: Mapping[Rows, set[int]]) -> lis
             for size in sizes.get(block.rows, ())
             for table in (block.rows.token_table(_CPU), block.rows.block_table(size, _CPU))
         )
-        moves[block.device].add(*block.tensors(), *of_rows)
+        moves[block.device].add(block, *of_rows)
     for device, to_device in moves.items():
         to_device.start(device)
     for block in tables:
@@ -305,10 +320,7 @@ def _moved(tables: Sequence[BlockTables], sizes: Mapping[Rows, set[int]]) -> lis
         for size in sizes.get(block.rows, ()):
             block.rows.keep_tables(
                 size,
-                moved[block.rows.token_table(_CPU)],
-                moved[block.rows.block_table(size, _CPU)],
+                moved.there(block.rows.token_table(_CPU)),
+                moved.there(block.rows.block_table(size, _CPU)),
             )
-    return [block.there(moves[block.device]) for block in tables]
-
-
-_CPU = torch.device("cpu")
+    return [moves[block.device].there(block) for block in tables]

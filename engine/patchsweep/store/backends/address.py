@@ -17,12 +17,8 @@ from patchsweep.store.backends.local import LocalFolder
 _URL = re.compile(r"[\w+.:-]+://.*[^/]/*", re.DOTALL)  # with something behind the protocol
 
 
-def open_folder(
-    url: str | Path, storage_options: Mapping[str, Any] | None = None, *, sync: bool = True
-) -> Folder:
+def open_folder(url: str | Path, storage_options: Mapping[str, Any] | None = None) -> Folder:
     """Return the folder at `url` (a path or a URL), which need not exist yet.
-
-    `sync=False` skips fsync, for files that a power failure may destroy.
 
     Raises:
         StoreError: `url` is no path or URL, one that fsspec cannot open, or credentials are in it
@@ -41,7 +37,7 @@ def open_folder(
                 f"storage_options ({', '.join(map(str, storage_options))}) are for URLs, and "
                 f"{text} is a folder on a disk; leave them out"
             )
-        return LocalFolder(user_path(text), sync=sync)
+        return LocalFolder(user_path(text))
     options = dict(storage_options or {})
     refuse_credentials(text, options)
     from patchsweep.store.backends.remote import RemoteFolder  # loads fsspec, only for URLs

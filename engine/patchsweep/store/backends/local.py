@@ -11,8 +11,9 @@ import itertools
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 
 from patchsweep.errors import StoreError
@@ -21,7 +22,7 @@ from patchsweep.store.backends.process import is_gone, process_name
 
 # do not follow links, nor wait for the writer of a pipe
 _READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-_COUNTER = itertools.count()  # makes the names of this process's partial files unique
+_COUNTER = itertools.count()  # makes the names of what this process writes unique
 PARTIAL_AGE_S = 3600.0  # age at which another machine's partial file counts as a leftover
 
 
@@ -70,23 +71,14 @@ class LocalFolder(Folder):
         with self.guard():
             self._refuse_links(key)
             try:
-                handle = os.open(self._at(key), _READ)
-            except (FileNotFoundError, NotADirectoryError):
+                with open(self._at(key), "rb", buffering=0, opener=_opened) as file:
+                    return file.readall() if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
+            except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
                 return None
             except OSError as error:
                 if error.errno in (errno.ELOOP, errno.ENXIO):  # a link, or a socket
                     return None
                 raise
-            try:
-                status = os.fstat(handle)
-                if not stat.S_ISREG(status.st_mode):
-                    return None
-                data = os.read(handle, status.st_size + 1)
-                while more := os.read(handle, 1 << 20) if data else b"":
-                    data += more
-                return data
-            finally:
-                os.close(handle)
 
     def exists(self, key: str) -> bool:
         with self.guard():
@@ -115,16 +107,39 @@ class LocalFolder(Folder):
                 os.replace(partial, path)
         return True
 
+    def put_together(self, files: Mapping[str, bytes]) -> bool:
+        """Create the folder with all `files` at once; False if something lies there already.
+
+        They are written and synced in a folder beside it, which is then renamed.
+        """
+        for leftover in self.path.parent.glob(f"{escape(self.path.name)}~*~*{PARTIAL}"):
+            if is_gone(leftover.name.removesuffix(PARTIAL).rsplit("~", 2)[1]):
+                shutil.rmtree(leftover, ignore_errors=True)
+        partial = LocalFolder(_partial(self.path))
+        partial.shown = self.shown
+        try:
+            partial.make()
+            for key, data in files.items():
+                partial.put(key, data)
+            with self.guard():
+                try:
+                    partial.path.rename(self.path)
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
+                    return False
+                self._sync_folder(self.path.parent)
+        finally:
+            shutil.rmtree(partial.path, ignore_errors=True)
+        return True
+
     def append(self, key: str, so_far: bytes, line: bytes) -> None:
         path = self.path / key
         with self.guard():
             self._make(path.parent)
-            handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-            try:
-                if os.write(handle, line) < len(line):
+            with open(path, "ab", buffering=0) as file:
+                if file.write(line) < len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-            finally:
-                os.close(handle)
 
     def delete(self, key: str) -> None:
         with self.guard():
@@ -199,8 +214,7 @@ class LocalFolder(Folder):
         self._check_place()
         self._refuse_links(key)
         self._make(path.parent, below=self.path)
-        suffix = f"~{process_name()}~{next(_COUNTER)}{PARTIAL}"
-        partial = path.with_name(path.name + suffix)
+        partial = _partial(path)
         try:
             with open(partial, "wb") as file:
                 file.write(data)
@@ -224,7 +238,7 @@ class LocalFolder(Folder):
 
     def _now(self) -> float:
         """Return the time by the file system's clock, which sets the times of all files."""
-        probe = self.path / f"now~{process_name()}~{next(_COUNTER)}{PARTIAL}"
+        probe = _partial(self.path / "now")
         try:
             probe.touch()
             return probe.stat().st_mtime
@@ -300,6 +314,15 @@ def _explain(folder: LocalFolder, error: OSError) -> str:
         f"the store's disk must stay in reach ({cause}); mount it again, then run the same "
         "command again: finished units are kept"
     )
+
+
+def _opened(path: str, flags: int) -> int:
+    return os.open(path, _READ)
+
+
+def _partial(path: Path) -> Path:
+    """Return the place where this process writes what will lie at `path`."""
+    return path.with_name(f"{path.name}~{process_name()}~{next(_COUNTER)}{PARTIAL}")
 
 
 def _writer(partial: str) -> str:
