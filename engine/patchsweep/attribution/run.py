@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchsweep.attribution.atp_star import AtpStar, check_intervention
-from patchsweep.attribution.estimates import Found, Work, n_shared
-from patchsweep.attribution.method import Method
+from patchsweep.attribution.estimates import Found, Method, Work, n_shared
 from patchsweep.forward.grad import GradientModel
 from patchsweep.models.offload import device_of
 from patchsweep.spec.batch import Batch, base_and_source, clean_prompts
@@ -29,7 +28,7 @@ class BlockOfPairs:
 
     pairs: range
     cells: Mapping[str, NDArray[np.float32]]  # site -> [metric, pair, layer, pos, unit]
-    # what the method states besides, see `method.states_of`: (site, "error") -> as the cells;
+    # what the method states besides, see `estimates.states_of`: (site, "error") -> as the cells;
     # (site, "residual") and (site, "nodes") -> [metric, pair, layer]; "" for all sites together
     stated: Mapping[tuple[str, str], NDArray[np.float32]]
     base_metric: NDArray[np.float32]  # [metric, pair]
@@ -122,15 +121,7 @@ class Attribution:
             keep_from=n_shared(self.gradients, batch, request.intervention),
         )
         return Work(
-            gradients=self.gradients,
-            batch=batch,
-            plans=request.plans,
-            shape=request.shape,
-            metrics=request.metrics,
-            intervention=request.intervention,
-            source=source.sites,
-            source_logits=source.logits,
-            prefix=source.prefix,
+            self.gradients, batch, request.plans, request.metrics, request.intervention, source
         )
 
 

@@ -18,7 +18,7 @@ from patchsweep.cli.analysis import AnalysisVerb
 from patchsweep.cli.schema.lens import LensRun
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.data.show import number, rank
-from patchsweep.store.attributes import attributes, flat_attributes
+from patchsweep.store.attributes import attributes
 from patchsweep.store.difference import IDENTITY
 from patchsweep.sweeps.identity import sealed
 
@@ -48,7 +48,7 @@ def _lens(
             ds = ds.merge(removed, compat="no_conflicts", combine_attrs="override")
             used = attributes(removed)["provenance"]
             ds.attrs |= {key: used[key] for key in ("runner", "runner_reason")}
-        return ds.assign_attrs(flat_attributes(attrs))
+        return ds
 
     return stages.results(model, described, compute)
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from patchsweep.runners.hook_points import (
     check_sites,
     forward,
     hooks_of,
+    keeping,
     write_units,
     writing,
 )
@@ -126,16 +126,12 @@ class HookedRunner:
         self, tokens: Tensor, reads: Sequence[int]
     ) -> tuple[Float[Tensor, "row read d_vocab"], dict[str, list[Tensor]]]:
         kept: dict[str, Tensor] = {}
-
-        def keep(x: Tensor, hook: Any, name: str) -> None:
-            kept[name] = x.detach().clone()
-
         logits: list[Tensor] = []
         for group in self._groups:
-            names = [name for site in group for name in hooks_of(self.bridge, site)]
-            keeping = [(name, partial(keep, name=name)) for name in names]
+            seen, hooks = keeping(name for site in group for name in hooks_of(self.bridge, site))
             with cast_while(self.bridge, self.compute_dtype):
-                logits.append(forward(self.bridge, tokens, (), keeping)[:, list(reads)].float())
+                logits.append(forward(self.bridge, tokens, (), hooks)[:, list(reads)].float())
+            kept |= seen
         activations = {}
         for site in self.sites:
             layers = [kept[name] for name in hooks_of(self.bridge, site)]
@@ -225,18 +221,30 @@ class HookedRunner:
             rows = np.flatnonzero(which == i)
             plan, patches = sets[i].plan, patch[rows]
             pair[rows] = [local[p] for p in plan.pair[patches].tolist()]
-            hooks += self._hooks_of(loaded, plan, patches, rows, null=i >= n_sets)
+            values = loaded.patch_values[plan.site.name]
+            hooks += self.patch_hooks(batch, values, plan, patches, rows, null=i >= n_sets)
         index = torch.from_numpy(pair).to(batch.base.device)
         with cast_while(self.bridge, self.compute_dtype):
             logits = forward(self.bridge, batch.base[index], hooks)
         read = logits[:, list(batch.reads)].float()
         return self.metrics_of(loaded, read, index, metrics).cpu()
 
-    def _hooks_of(
-        self, loaded: Loaded, plan: Plan, patches: Ints, rows: Ints, *, null: bool
+    def patch_hooks(
+        self,
+        batch: Batch,
+        values: Sequence[Tensor],
+        plan: Plan,
+        patches: Ints,
+        rows: Ints,
+        *,
+        null: bool = False,
     ) -> list[Hook]:
-        """Return hooks that write patch `patches[i]` of `plan` into row `rows[i]` of a pass."""
-        local = loaded.batch.local
+        """Return hooks that write patch `patches[i]` of `plan` into row `rows[i]` of a pass.
+
+        `values`: patch values of the batch's pairs, per layer; with `null`, patches write back what
+        they find.
+        """
+        local = batch.local
         by_layer: dict[int, list[_Write]] = {}
         cells = zip(rows.tolist(), *(x.tolist() for x in plan.cells(patches)), strict=True)
         for row, pair, layer_set, unit_set, start, stop in cells:
@@ -244,15 +252,14 @@ class HookedRunner:
             for layer in plan.axes.layers[layer_set]:
                 by_layer.setdefault(layer, []).append(write)
         return [
-            writing(plan.site.hook_name(layer), self._write(loaded, plan, written, layer, null))
+            writing(plan.site.hook_name(layer), self._write(values[layer], plan, written, null))
             for layer, written in by_layer.items()
         ]
 
     def _write(
-        self, loaded: Loaded, plan: Plan, written: Sequence[_Write], layer: int, null: bool
+        self, values: Tensor, plan: Plan, written: Sequence[_Write], null: bool
     ) -> Callable[[Tensor], None]:
         """Return a function that writes the patches `written` into a site's tensor, in place."""
-        values = loaded.patch_values[plan.site.name][layer]
         units, is_pattern = plan.axes.units, plan.site.is_pattern
         n_units = 1 if units is None else self.shape.n_units(plan.site)
 

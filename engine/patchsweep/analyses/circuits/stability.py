@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.analyses.circuits.circuits import circuit
-from patchsweep.analyses.circuits.results import Growth
-from patchsweep.analyses.circuits.scores import Ablation, Level
+from patchsweep.analyses.circuits.scores import Ablation
 from patchsweep.analyses.circuits.selection import (
+    Growth,
+    Level,
     RankBy,
     areas,
     check_rank_by,
