@@ -109,13 +109,13 @@ def attention(
     chosen = _check(request, heads, top, predictions)
     stages = Stages.of(stages)
 
-    def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
+    def compute() -> xr.Dataset:
         gradients = GradientModel(model, [SITES["pattern"]], compute_dtype=request.compute_dtype)
         views = _Views(request, gradients, predictions)
         keep: Sequence[Head] | None = chosen
         if keep is None:  # ranks first: the patterns of all heads may not fit in memory
-            keep = _top_heads(views.run("ranks", (), attrs, stages)["head_size"].values, top)
-        results = views.run("views", keep, attrs, stages)
+            keep = _top_heads(views.run("ranks", (), stages)["head_size"].values, top)
+        results = views.run("views", keep, stages)
         ds = views.dataset(results, keep).assign(exact=_exact(request, keep, stages))
         return ds.assign_attrs(
             direction=request.direction, intervention=request.intervention.name, method="atp"
@@ -225,9 +225,7 @@ class _Views:
         self.cells: dict[str, Floats] = {}  # of the block of pairs that is computed
         self.keep: dict[int, list[tuple[int, int]]] = {}  # layer -> (rank, head)
 
-    def run(
-        self, stage: str, keep: Sequence[Head], attrs: Mapping[str, Any], stages: Stages
-    ) -> xr.Dataset:
+    def run(self, stage: str, keep: Sequence[Head], stages: Stages) -> xr.Dataset:
         """Run `stage`, which gives the sizes of all heads and all views of the heads `keep`."""
         request, n = self.request, self.length
         shape = request.shape
@@ -266,7 +264,7 @@ class _Views:
             block,
             cost=n * shape.n_layers,
             metrics=[metric.name for metric in request.metrics],
-            attrs={**attrs, "keep": [list(head) for head in keep]},
+            attrs={"keep": [list(head) for head in keep]},
         )
         stages.wait()
         return results

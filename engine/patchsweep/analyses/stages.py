@@ -89,6 +89,7 @@ class Stages:
         self.known = False  # whether `results` found the results in the store
         self._begun: list[str] = []  # addresses of the stages' stores
         self._inner = False  # whether `results` is running
+        self._attrs: Mapping[str, Any] = {}  # of the analysis that is computed
 
     @staticmethod
     def of(stages: Stages | None) -> Stages:
@@ -105,9 +106,9 @@ class Stages:
         self,
         model: TransformerBridge,
         attrs: Callable[[], Mapping[str, Any]],
-        compute: Callable[[Mapping[str, Any]], xr.Dataset],
+        compute: Callable[[], xr.Dataset],
     ) -> xr.Dataset:
-        """Return the results with the attributes `attrs()`, stored or, with these, computed.
+        """Return the results with the attributes `attrs()`, stored or computed.
 
         `compute` need not set them; what it sets is kept besides. With a store, `attrs` identify
         the results, after the model's weights have been read. If `compute` is interrupted, a
@@ -119,18 +120,10 @@ class Stages:
             StoreError: the path holds something other than results with `attrs`.
             Unfinished: what remains needs shards of other slices.
         """
-        if self.store is not None and not self._inner:
-            read_weights(model)
-        identified = attrs()
-
-        def results() -> xr.Dataset:
-            ds = compute(identified)
-            # these come first, and hold also if a part of the analysis has set its own
-            ds.attrs = flat_attributes({**identified, **ds.attrs, **identified})
-            return ds
-
         if self.store is None or self._inner:
-            return results()
+            return self._computed(attrs(), compute)
+        read_weights(model)
+        identified = attrs()
         refuse_unversioned(identified[IDENTITY])
         place = self.store, identified, self.storage_options
         ds = load_dataset(*place)
@@ -139,7 +132,7 @@ class Stages:
             check_place(*place)  # fail before the computation
             self._inner = True
             try:
-                ds = results().load()
+                ds = self._computed(identified, compute).load()
                 save_dataset(ds, self.store, self.storage_options)
             except Exception:  # another process may have stored the results and deleted the stages
                 ds = load_dataset(*place)
@@ -151,13 +144,24 @@ class Stages:
         self._delete()
         return ds
 
+    def _computed(self, attrs: Mapping[str, Any], compute: Callable[[], xr.Dataset]) -> xr.Dataset:
+        """Return what `compute` returns, with `attrs`, which its stages know meanwhile."""
+        outer, self._attrs = self._attrs, attrs
+        try:
+            ds = compute()
+        finally:
+            self._attrs = outer
+        # they come first, and hold also if an analysis inside of this one has set its own
+        ds.attrs = flat_attributes({**attrs, **ds.attrs, **attrs})
+        return ds
+
     def analysis(
         self,
         kind: str,
         model: TransformerBridge,
         pairs: PromptPairs,
         settings: Mapping[str, Any],
-        compute: Callable[[Mapping[str, Any]], xr.Dataset],
+        compute: Callable[[], xr.Dataset],
         config: Mapping[str, Any] | None = None,
     ) -> xr.Dataset:
         """Return the results of an analysis that `settings` decide; see `results`."""
@@ -184,7 +188,7 @@ class Stages:
             compute: returns the values of all variables for a range of pairs.
             cost: token-layers of one pair.
             metrics: names of the metrics of `base_metric` and `source_metric`.
-            attrs: all that decides the values, as attributes of an analysis.
+            attrs: what decides the values besides the attributes of the analysis.
         """
         return self.run_by_layer(
             name,
@@ -193,7 +197,7 @@ class Stages:
             lambda pairs, _: compute(pairs),
             lambda _: cost,
             metrics=metrics,
-            attrs=attrs or {},
+            attrs=attrs,
             n_layers=max(dims.get("layer", 1) for dims in shapes.values()),
         )
 
@@ -206,7 +210,7 @@ class Stages:
         cost: Callable[[int], int],
         *,
         metrics: Sequence[str],
-        attrs: Mapping[str, Any],
+        attrs: Mapping[str, Any] | None = None,
         n_layers: int = 1,
     ) -> xr.Dataset:
         """Run a stage whose shards hold `n_layers` layers each of `block` pairs; see `run`.
@@ -214,6 +218,7 @@ class Stages:
         Every variable has the dim `layer`. `compute` and `cost` take a shard's first layer too.
         """
         work = _BlockWork(compute, cost, len(metrics), next(iter(shapes)))
+        deciding = {**self._attrs, **(attrs or {})}
         sizes = {dim: n for shape in shapes.values() for dim, n in shape.items()}
         layout = Layout(
             variables=tuple(
@@ -224,7 +229,7 @@ class Stages:
                 "metric": (("metric",), np.array(metrics, dtype=object)),
                 "pair": (("pair",), np.arange(sizes["pair"])),
             },
-            attrs={**{key: x for key, x in attrs.items() if key != KIND}, "stage": name},
+            attrs={**{key: x for key, x in deciding.items() if key != KIND}, "stage": name},
         )
         name_stage(self.progress, name)
         if self.parts is None:

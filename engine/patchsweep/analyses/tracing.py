@@ -156,7 +156,7 @@ def trace(
         PatchsweepError: another argument breaks a rule; nothing has run then.
     """
     check_runner(runner, max_tokens)
-    _check(model, pairs, corruption, kinds, window)
+    _check(pairs, corruption, kinds, window)
     deviation: dict[str, float] = {}
     samples = [_Sample(corruption, i, deviation, pairs) for i in range(corruption.samples)]
     noises = [Patch("embed", None, corruption.label, intervention=x) for x in samples]
@@ -170,7 +170,7 @@ def trace(
     ]
     stages = Stages.of(stages)
 
-    def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
+    def compute() -> xr.Dataset:
         found = []
         for i, request in enumerate(requests):
             one = pairs[i : i + 1]
@@ -184,7 +184,7 @@ def trace(
                 places = _places(model, one, kinds, window, writes)
                 sets += [[noise, *place] for place in places]
             joint = JointPatches(ask(one, sets), runner, max_tokens)
-            values, references, _ = run_variables(joint, stages, {**attrs, "traced": i})
+            values, references, _ = run_variables(joint, stages, {"traced": i})
             found.append((values["patched"][:, 0], references[0][:, 0]))
         return _dataset(requests, corruption, kinds, found).assign_attrs(
             deviation=deviation["sigma"]
@@ -201,7 +201,7 @@ def trace(
     return stages.analysis("trace", model, pairs, settings, compute, config)
 
 
-def _check(model: TransformerBridge, pairs: Any, corruption: Any, kinds: Any, window: Any) -> None:
+def _check(pairs: Any, corruption: Any, kinds: Any, window: Any) -> None:
     if not isinstance(corruption, Noise):
         raise ConfigError(f"corruption={corruption!r} must be Noise(label='subject'), say")
     if isinstance(kinds, str) or not kinds or any(kind not in KINDS for kind in kinds):

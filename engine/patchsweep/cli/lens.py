@@ -41,7 +41,7 @@ def _lens(
             attrs[IDENTITY] = sealed({**attrs[IDENTITY], "sublayers": dict(removals)})
         return attrs
 
-    def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
+    def compute() -> xr.Dataset:
         ds = lens(model, pairs, **settings, stages=stages)
         if removals is not None:
             removed = sublayers(model, pairs, which=ds.attrs["prompt"], **removals, stages=stages)

@@ -114,9 +114,8 @@ def acdc(
         "positions": positions,
     }
     return stages.analysis(
-        "acdc", model, pairs, settings,
-        lambda attrs: _acdc(question, levels, positions, attrs, stages), config,
-    )  # fmt: skip
+        "acdc", model, pairs, settings, lambda: _acdc(question, levels, positions, stages), config
+    )
 
 
 def _levels(thresholds: Sequence[float]) -> tuple[float, ...]:
@@ -134,11 +133,7 @@ def _levels(thresholds: Sequence[float]) -> tuple[float, ...]:
 
 
 def _acdc(
-    question: Question,
-    levels: Sequence[float],
-    positions: bool,
-    attrs: Mapping[str, Any],
-    stages: Stages,
+    question: Question, levels: Sequence[float], positions: bool, stages: Stages
 ) -> xr.Dataset:
     batches = ExactBatches(question)
     with frozen(question.bridge):  # the first run determines which blocks are parallel
@@ -174,7 +169,6 @@ def _acdc(
         compute,
         lambda _: nodes.n_edges * nodes.n_layers * n_pairs,
         metrics=[metric.name for metric in question.metrics],
-        attrs=attrs,
     )
     stages.wait()
     return _dataset(question, nodes, levels, positions, found)

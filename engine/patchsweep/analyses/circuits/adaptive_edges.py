@@ -222,11 +222,9 @@ class _Blocks(AdaptiveBlocks):
             mine = readers.rows(is_mlp)
             if len(mine):
                 enter = self._mlp_left if is_mlp else self._attention_left
-                yield self._sleep(layer, *enter(layer, readers, mine, row[mine]))
+                yield self._sleep(layer, *enter(readers, mine, row[mine]))
 
-    def _mlp_left(
-        self, layer: int, readers: ReaderRows, mine: Tensor, row: Tensor
-    ) -> tuple[Tokens, Tensor]:
+    def _mlp_left(self, readers: ReaderRows, mine: Tensor, row: Tensor) -> tuple[Tokens, Tensor]:
         """Return the tokens of rows whose MLP reads a change, with the block's output."""
         single = readers.edges[0].pos is not None
         stop = readers.start + 1 if single else readers.end
@@ -236,10 +234,10 @@ class _Blocks(AdaptiveBlocks):
         return _grid(row, pos, self.row_pair[row]), out.flatten(0, 1)
 
     def _attention_left(
-        self, layer: int, readers: ReaderRows, mine: Tensor, row: Tensor
+        self, readers: ReaderRows, mine: Tensor, row: Tensor
     ) -> tuple[Tokens, Tensor]:
         """Return the tokens whose attention output changes noticeably; add the others."""
-        edge_batch, pair = self._edge_batch, self.row_pair[row]
+        edge_batch, pair, layer = self._edge_batch, self.row_pair[row], readers.layer
         blocks, base = edge_batch.blocks, edge_batch.base
         positions = slice(readers.start, readers.end)
         z, known = readers.z(mine), base.z[layer][pair, positions]

@@ -129,7 +129,7 @@ def circuit(
         score_values(scores, nodes, level)  # likewise
     stages = Stages.of(stages)
 
-    def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
+    def compute() -> xr.Dataset:
         if scores is None:
             name = method_name(level, method)
             ranking = circuit_scores(
@@ -142,14 +142,13 @@ def circuit(
         with frozen(model):  # the first run determines which blocks are parallel
             values = score_values(ranking, batches.nodes, level)
         plan = make_plan(batches.nodes, level, growth, rank_by, sizes, values)
-        stage_attrs = {**attrs, "ranks": tensor_digest(torch.from_numpy(plan.ranks))}
         found = run_batches(
             stages,
             "circuits",
             batches,
             {"circuits": {"run": len(plan.rows)}},
             lambda edge_batch: edge_batch.computed("circuits", _run(edge_batch, plan, question)),
-            stage_attrs,
+            {"ranks": tensor_digest(torch.from_numpy(plan.ranks))},
         )
         stages.wait()
         base, source = found["base_metric"].values, found["source_metric"].values
@@ -214,8 +213,7 @@ def _check_ends(
 
 def _check(level: str, growth: str) -> None:
     one_of("level", level, get_args(Level), error=PlanError)
-    if growth not in ("top", "greedy"):
-        raise PlanError(f"growth={growth!r} is not known; use top or greedy")
+    one_of("growth", growth, get_args(Growth), error=PlanError)
     if growth == "greedy" and level == "nodes":
         raise PlanError(
             "growth=greedy follows edges back from the logits, and level=nodes has none; use "

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from patchsweep.analyses.circuits.edge_batch import EdgeBatches, Question, blocks_and_nodes, prepare
+from patchsweep.analyses.circuits.edge_batch import EdgeBatches, Question, blocks_and_nodes
 from patchsweep.analyses.circuits.edge_pass import EdgeModel, EdgePass, Gradients, run_edge_pass
 from patchsweep.attribution.budget import token_layers_per_pass
 from patchsweep.attribution.check import check_gradient_of
@@ -61,7 +61,7 @@ class EapBatches(EdgeBatches[Work]):
     def model(self) -> EdgeModel:
         """The model taken apart; the intervention is prepared with it."""
         model = EdgeModel(*blocks_and_nodes(self.question.bridge))
-        prepare(self.question, lambda tokens: model.run(tokens, [-1]).sites)
+        self.question.prepare(lambda tokens: model.run(tokens, [-1]).sites)
         return model
 
     def make(self, batch: Batch) -> Work:

@@ -61,6 +61,16 @@ SENDER_SITES = ("embed", "z", "mlp_out")  # sites of the senders' values
 class Question(Experiment):
     """The checked arguments of an edge analysis: model, pairs, metrics and intervention."""
 
+    def batches(self, pairs: range) -> list[Batch]:
+        """Return pairs as batches, one per length."""
+        device = device_of(self.bridge)
+        return make_batches(self.pairs, pairs, self.direction, self.read, device)
+
+    def prepare(self, activations: Activations) -> None:
+        """Prepare the intervention (means, for example) on the clean prompts."""
+        prompts = clean_prompts(self.batches(range(len(self.pairs))), self.direction)
+        self.intervention.prepare(prompts, activations)
+
     def means_attrs(self) -> dict[str, Any]:
         """See `reference.means_attrs`."""
         return means_attrs(self.intervention, self.pairs, [SITES[name] for name in SENDER_SITES])
@@ -244,7 +254,7 @@ class EdgeBatches(ABC, Generic[Made]):
             MethodError: the model's blocks cannot be split at the residual stream.
         """
         try:
-            for batch in batches_of(self.question, pairs):
+            for batch in self.question.batches(pairs):
                 yield self.make(batch)
         except Unsupported as error:
             raise unfit(self.question.bridge, error) from error
@@ -262,7 +272,7 @@ class ExactBatches(EdgeBatches[EdgeBatch]):
         """
         keep_batch_memory(self.question.bridge)
         blocks, nodes = blocks_and_nodes(self.question.bridge)
-        prepare(self.question, lambda tokens: _activations(blocks.trace(tokens, [-1])))
+        self.question.prepare(lambda tokens: _activations(blocks.trace(tokens, [-1])))
         return blocks, nodes
 
     @property
@@ -273,18 +283,6 @@ class ExactBatches(EdgeBatches[EdgeBatch]):
     def make(self, batch: Batch) -> EdgeBatch:
         """See `EdgeBatches`."""
         return _edge_batch(self.question, *self.parts, batch)
-
-
-def batches_of(question: Question, pairs: range) -> list[Batch]:
-    """Return pairs as batches."""
-    device = device_of(question.bridge)
-    return make_batches(question.pairs, pairs, question.direction, question.read, device)
-
-
-def prepare(question: Question, activations: Activations) -> None:
-    """Prepare the intervention (means, for example) on the clean prompts."""
-    batches = batches_of(question, range(len(question.pairs)))
-    question.intervention.prepare(clean_prompts(batches, question.direction), activations)
 
 
 def blocks_and_nodes(bridge: TransformerBridge) -> tuple[Blocks, Nodes]:
@@ -310,7 +308,7 @@ def run_batches(
     batches: EdgeBatches[Made],
     dims: Mapping[str, Mapping[str, int]],
     compute: Callable[[Made], Computed],
-    attrs: Mapping[str, Any],
+    attrs: Mapping[str, Any] | None = None,
 ) -> xr.Dataset:
     """Run `compute` on all batches as the stage `name`; see `Stages.run`.
 

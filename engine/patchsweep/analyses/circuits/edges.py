@@ -122,9 +122,8 @@ def edges(
     if rules is not None:
         settings["rules"] = rules
     return stages.analysis(
-        "edges", model, pairs, settings,
-        lambda attrs: _edges(question, path, rules, positions, attrs, stages),
-    )  # fmt: skip
+        "edges", model, pairs, settings, lambda: _edges(question, path, rules, positions, stages)
+    )
 
 
 @runs_model
@@ -179,7 +178,7 @@ def exact_edges(
         own = {"edges": ALL, "positions": positions, **tolerance_words(tolerance)}
         return stages.analysis(
             "edges", model, pairs, {**question_settings(question), **own},
-            lambda attrs: _every(question, positions, tolerance, attrs, stages),
+            lambda: _every(question, positions, tolerance, stages),
         )  # fmt: skip
     parsed = chosen_edges(nodes_of(model), edges, length_of(question))
     if positions and parsed[0].pos is not None:
@@ -188,12 +187,12 @@ def exact_edges(
             "every position; leave one of them out"
         )
 
-    def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
+    def compute() -> xr.Dataset:
         if not positions:
-            return run_chosen(question, parsed, attrs, stages)
+            return run_chosen(question, parsed, stages)
         n_pos = length_of(question)
         at_positions = [replace(edge, pos=pos) for edge in parsed for pos in range(n_pos)]
-        flat = run_chosen(question, at_positions, attrs, stages)
+        flat = run_chosen(question, at_positions, stages)
         ends = {name: ("chosen", flat[name].values[::n_pos]) for name in ENDS}
         dims = ("metric", "pair", "chosen", "pos")
         values = flat["edge"].values.reshape(*flat["base_metric"].shape, len(parsed), -1)
@@ -260,9 +259,9 @@ def screen_edges(
     check_edge_tolerance(question, tolerance, top == ALL, "top='all'")
     stages = Stages.of(stages)
 
-    def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
+    def compute() -> xr.Dataset:
         with stages.whole() if top == ALL else nullcontext():
-            scores = _edges(question, path, None, positions, attrs, stages)
+            scores = _edges(question, path, None, positions, stages)
         name = _name(path)
         screen_attrs = {
             "method": f"screen:{scores.attrs['method']}",
@@ -272,12 +271,12 @@ def screen_edges(
         }
         of_all = {str(x): scores[x] for x in scores.data_vars if str(x).startswith(name)}
         if top == ALL:
-            found = _every(question, positions, tolerance, attrs, stages, scores[name])
+            found = _every(question, positions, tolerance, stages, scores[name])
             return found.assign(of_all).assign_attrs(screen_attrs)
         values = scores[name].values
         ranked = _top_edges(values[0], n_exact)
         at = np.unravel_index(ranked, values.shape[2:])
-        verified = run_chosen(question, nodes.edges_at(at), attrs, stages)
+        verified = run_chosen(question, nodes.edges_at(at), stages)
         dims = ("metric", "pair", "chosen")
         estimate = values.reshape(*values.shape[:2], -1)[:, :, ranked]
         estimates = {"edge_estimate": (dims, estimate), **of_all}
@@ -297,17 +296,16 @@ def _every(
     question: Question,
     positions: bool,
     tolerance: float | str | None,
-    attrs: Mapping[str, Any],
     stages: Stages,
     estimates: xr.DataArray | None = None,
 ) -> xr.Dataset:
     """Return `every_edge`; `estimates` of all edges, if they are known."""
     if tolerance is None:
-        return every_edge(question, positions, attrs, stages)
+        return every_edge(question, positions, stages)
     if estimates is None:
         with stages.whole():
-            estimates = _edges(question, None, None, positions, attrs, stages)["edge_eap"]
-    return every_edge(question, positions, attrs, stages, (tolerance, estimates.values))
+            estimates = _edges(question, None, None, positions, stages)["edge_eap"]
+    return every_edge(question, positions, stages, (tolerance, estimates.values))
 
 
 def _top_edges(scores: Values, top: int) -> NDArray[np.intp]:
@@ -321,12 +319,7 @@ def _top_edges(scores: Values, top: int) -> NDArray[np.intp]:
 
 
 def _edges(
-    question: Question,
-    path: Path | None,
-    rules: str | None,
-    positions: bool,
-    attrs: Mapping[str, Any],
-    stages: Stages,
+    question: Question, path: Path | None, rules: str | None, positions: bool, stages: Stages
 ) -> xr.Dataset:
     batches = EapBatches(question)
     nodes = nodes_of(question.bridge)
@@ -349,7 +342,7 @@ def _edges(
         )
         return values, np.stack(references)
 
-    found = run_batches(stages, "estimates", batches, shapes, estimate, attrs)
+    found = run_batches(stages, "estimates", batches, shapes, estimate)
     stages.wait()
     name = _name(path, rules)
     more = {"method": name[5:], "positions": positions, **settings_of(path)}
@@ -389,16 +382,14 @@ def chosen_edges(nodes: Nodes, given: Sequence[EdgeLike], length: int) -> list[E
     return parsed
 
 
-def run_chosen(
-    question: Question, chosen: Sequence[Edge], attrs: Mapping[str, Any], stages: Stages
-) -> xr.Dataset:
+def run_chosen(question: Question, chosen: Sequence[Edge], stages: Stages) -> xr.Dataset:
     """Run `chosen` exactly: `edge` [metric, pair, chosen], in this order."""
 
     def run(edge_batch: EdgeBatch) -> Computed:
         checked = [edge_batch.nodes.edge(edge) for edge in chosen]  # parallel blocks have fewer
         return edge_batch.computed("exact", exact(edge_batch, checked).cpu().numpy())
 
-    attrs = {**attrs, "chosen": [*map(str, chosen)]}
+    attrs = {"chosen": [*map(str, chosen)]}
     dims = {"exact": {"chosen": len(chosen)}}
     found = run_batches(stages, "exact", ExactBatches(question), dims, run, attrs)
     stages.wait()

@@ -34,7 +34,6 @@ from patchsweep.sweeps.thresholds import EXACTLY, SampleSummary
 def every_edge(
     question: Question,
     positions: bool,
-    attrs: Mapping[str, Any],
     stages: Stages,
     adaptive: tuple[float | str, NDArray[np.float32]] | None = None,
 ) -> xr.Dataset:
@@ -49,16 +48,16 @@ def every_edge(
     nodes = nodes_of(question.bridge)
     batches = _Batches(question, adaptive is not None)
     summary: SampleSummary | None = None
+    attrs: dict[str, Any] = {"positions": positions}
     if adaptive is not None:
         tolerance, estimates = adaptive
         summary = choose_thresholds(
             [SITE],
             len(question.metrics),
             stages,
-            attrs,
             lambda: calibrated(question, batches.adaptive_at, estimates, tolerance),
         )[SITE]
-        attrs = {**attrs, "thresholds": list(summary.level)}
+        attrs["thresholds"] = list(summary.level)
     of_layer = nodes.of_layer(0)
     dims = {
         "layer": nodes.n_layers + 1,
@@ -100,7 +99,7 @@ def every_edge(
         block,
         cost,
         metrics=[metric.name for metric in question.metrics],
-        attrs={**attrs, "positions": positions},
+        attrs=attrs,
     )
     stages.wait()
     table = {

@@ -151,13 +151,13 @@ def multiverse(
     stages = Stages.of(stages)
     first = questions[settings[0]]
 
-    def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
+    def compute() -> xr.Dataset:
         ranking = scores
         if not isinstance(ranking, xr.DataArray):
             ranking = circuit_scores(
                 model, pairs, first.metrics[0], method=ranking, read=read, stages=stages
             )
-        return _multiverse(questions, ranking, count, positions, levels, attrs, stages)
+        return _multiverse(questions, ranking, count, positions, levels, stages)
 
     identity = {
         **{key: question_settings(first)[key] for key in ("metrics", "read")},
@@ -174,7 +174,6 @@ def _multiverse(
     count: int,
     positions: Sequence[Where],
     levels: Sequence[Level],
-    attrs: Mapping[str, Any],
     stages: Stages,
 ) -> xr.Dataset:
     variants: list[tuple[str, ...]] = []
@@ -185,7 +184,7 @@ def _multiverse(
             nodes = batches.nodes
         ranks = rank_top(np.abs(score_values(scores, nodes, "edges")))
         circuit = connected(nodes, ((ranks >= 0) & (ranks < count))[None])[0]
-        stage_attrs = {**attrs, "circuit": tensor_digest(torch.from_numpy(circuit))}
+        stage_attrs = {"circuit": tensor_digest(torch.from_numpy(circuit))}
         masks = [_masks(nodes, circuit, level, setting.direction) for level in levels]
         run = _runner(question, dict(zip(levels, masks, strict=True)), positions)
         dims = {"runs": {"run": 3 * len(positions) * len(levels)}}

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from patchsweep.analyses.circuits.nodes import Nodes
-from patchsweep.arguments import number
+from patchsweep.arguments import number, one_of
 from patchsweep.errors import PlanError
 
 # shares of all nodes or edges at which the MIB benchmark measures a circuit (arXiv 2504.13151)
@@ -76,8 +76,7 @@ def check_rank_by(rank_by: str, metric: str) -> None:
         PlanError: `rank_by` is not known, or is `signed` for a metric with smaller values for a
             better model.
     """
-    if rank_by not in ("size", "signed"):
-        raise PlanError(f"rank_by={rank_by!r} is not known; use size or signed")
+    one_of("rank_by", rank_by, get_args(RankBy), error=PlanError)
     if rank_by == "signed" and metric in SMALLER_IS_BETTER:
         raise PlanError(
             f"rank_by=signed puts what raises the metric first, and {metric} is smaller where the "

@@ -6,7 +6,7 @@ every position of every prompt: zero, the mean, or the constant that changes pre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -139,7 +139,6 @@ def prepare(ask: Ask) -> Trainer | None:
 def ablate(
     ask: Ask,
     trainer: Trainer | None,
-    attrs: Mapping[str, Any],
     stages: Stages,
     tell: Callable[[str], None],
 ) -> xr.Dataset:
@@ -148,7 +147,7 @@ def ablate(
     `base_metric` and `source_metric` [metric, pair] are those of the clean and the corrupted run.
     With `optimal` there are `optimal_constant` [layer, head, d_head] and `optimal_loss`
     [training, layer, head], in nats over the training prompts; its `start` is the loss of the
-    mean. Both are NaN for heads without a trained constant. `attrs` are those of the results.
+    mean. Both are NaN for heads without a trained constant.
     """
     by_ablation = {}
     for name, intervention in interventions(ask).items():
@@ -165,8 +164,8 @@ def ablate(
         assert ask.optimal is not None
         heads = top_heads(first, ask.optimal.heads)
         tell(f"training the constants of {len(heads)} heads")
-        constants, loss = _train(ask, trainer, heads, ask.optimal, attrs, stages)
-        values_of[OPTIMAL] = _run_constants(ask, constants, attrs, stages)
+        constants, loss = _train(ask, trainer, heads, ask.optimal, stages)
+        values_of[OPTIMAL] = _run_constants(ask, constants, stages)
         extra = {
             "optimal_constant": (("layer", "head", "d_head"), constants),
             "optimal_loss": (("training", "layer", "head"), loss),
@@ -219,7 +218,6 @@ def _train(
     trainer: Trainer,
     heads: Sequence[Head],
     settings: OptimalSettings,
-    attrs: Mapping[str, Any],
     stages: Stages,
 ) -> tuple[Values, Values]:
     """Train the constants of `heads` as one shard: a stage of one "pair", which is all of them.
@@ -237,7 +235,7 @@ def _train(
         return {name: part.cpu().numpy()[None] for name, part in parts.items()}, None
 
     chosen = [list(head) for head in heads]
-    found = stages.run("training", shapes, 1, train, attrs={**attrs, "trained": chosen})
+    found = stages.run("training", shapes, 1, train, attrs={"trained": chosen})
     stages.wait()
     start, loss, constant = (found[name].values[0] for name in shapes)
     layer, head = (list(ends) for ends in zip(*heads, strict=True))
@@ -248,7 +246,7 @@ def _train(
     return constants, losses
 
 
-def _run_constants(ask: Ask, constants: Values, attrs: Mapping[str, Any], stages: Stages) -> Values:
+def _run_constants(ask: Ask, constants: Values, stages: Stages) -> Values:
     """Return the metrics [metric, pair, layer, head] with each constant; NaN for other heads."""
     has_constant = np.asarray(np.isfinite(constants).all(axis=-1))
     n_layers, n_heads = has_constant.shape
@@ -278,7 +276,7 @@ def _run_constants(ask: Ask, constants: Values, attrs: Mapping[str, Any], stages
             cells["constants"][:, rows, layers, plan.unit_set[patches]] = metrics
         return cells, None
 
-    attrs = {**attrs, "trained": np.argwhere(has_constant).tolist()}
+    attrs = {"trained": np.argwhere(has_constant).tolist()}
     names = names_of(request.metrics)
     found = stages.run("constants", shapes, PAIRS_AT_ONCE, run, metrics=names, attrs=attrs)
     stages.wait()

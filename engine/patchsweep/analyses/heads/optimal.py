@@ -50,7 +50,6 @@ class OptimalSettings:
 class Constants:
     """Trained constants and their losses, head by head."""
 
-    heads: tuple[Head, ...]
     values: Float[Tensor, "head d_head"]  # fp32; the best of all steps
     start: Float[Tensor, " head"]  # loss of the mean, nats, over the training prompts
     loss: Float[Tensor, " head"]  # loss of `values`; never above `start`
@@ -131,7 +130,7 @@ class Trainer:
                     for group in adam.param_groups:
                         group["lr"] = settings.rate * (1 - step / settings.steps)
                     adam.step()
-        return Constants(tuple(heads), best, start, best_loss)
+        return Constants(best, start, best_loss)
 
     def loss(
         self, heads: Sequence[Head], values: Float[Tensor, "head d_head"], *, gradient: bool

@@ -151,10 +151,10 @@ def dose(
     }
     shape = [len(values) for values in coords.values()]
 
-    def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
+    def compute() -> xr.Dataset:
         joint = JointPatches(request, runner, max_tokens)
         ds = patched_dataset(
-            joint, stages, attrs, coords, lambda found: found.reshape(*found.shape[:2], *shape)
+            joint, stages, coords, lambda found: found.reshape(*found.shape[:2], *shape)
         )
         return ds.assign_coords(control_seed=("vector", [-1, *seeds])).assign_attrs(site=site)
 

@@ -95,9 +95,9 @@ def interactions(
         values[..., first, second] = values[..., second, first] = found[..., n:]
         return values
 
-    def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
+    def compute() -> xr.Dataset:
         joint = joint_patches(request, runner, max_tokens, cache_budget, tolerance, n_exact=n)
-        ds = patched_dataset(joint, stages, attrs, {"head": names, "other": names}, square)
+        ds = patched_dataset(joint, stages, {"head": names, "other": names}, square)
         return ds.assign(interaction=interaction_of(ds))
 
     settings = {

@@ -115,9 +115,9 @@ def run_patches(
     check_joint_tolerance(request, tolerance, runner)
     stages = Stages.of(stages)
 
-    def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
+    def compute() -> xr.Dataset:
         joint = joint_patches(request, runner, max_tokens, cache_budget, tolerance)
-        return patched_dataset(joint, stages, attrs, {"patch": strings(names)})
+        return patched_dataset(joint, stages, {"patch": strings(names)})
 
     settings = {
         "patches": _described(sets),
@@ -149,12 +149,12 @@ def joint_patches(
 
 
 def run_variables(
-    joint: JointPatches, stages: Stages, attrs: Mapping[str, Any]
+    joint: JointPatches, stages: Stages, attrs: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, Any]]:
     """Return the variables `[metric, pair, set]` of all sets, `[2, metric, pair]` of base and
     source runs, and attributes that say what came of a tolerance.
 
-    Computed in stages of `SETS` sets.
+    Computed in stages of `SETS` sets; `attrs`: as in `Stages.run`.
     """
     request = joint.request
     n_sets = len(request.sets)
@@ -163,9 +163,8 @@ def run_variables(
         variables += BESIDE
         longest = max(len(pair) + len(pair.answer) - 1 for pair in request.pairs)
         most = max(1, MAX_TOKENS // longest)  # pairs whose gradients one pass takes
-        joint.summaries = choose_thresholds(
-            joint.sites, len(request.metrics), stages, attrs, joint.calibrate
-        )
+        n_metrics = len(request.metrics)
+        joint.summaries = choose_thresholds(joint.sites, n_metrics, stages, joint.calibrate)
     found = []
     for first in range(0, n_sets, SETS):
         members = range(first, min(first + SETS, n_sets))
@@ -182,7 +181,7 @@ def run_variables(
                 min(most, max(1, SETS // len(members))),
                 block,
                 metrics=names_of(request.metrics),
-                attrs={**attrs, "first": first},
+                attrs={**(attrs or {}), "first": first},
             )
         )
     stages.wait()
@@ -225,7 +224,6 @@ def adaptive_attributes(
 def patched_dataset(
     joint: JointPatches,
     stages: Stages,
-    attrs: Mapping[str, Any],
     coords: Mapping[str, Any],
     arranged: Callable[[np.ndarray], np.ndarray] = np.asarray,
 ) -> xr.Dataset:
@@ -233,7 +231,7 @@ def patched_dataset(
 
     `arranged` gives values `[metric, pair, set]` that form.
     """
-    values, references, told = run_variables(joint, stages, attrs)
+    values, references, told = run_variables(joint, stages)
     request = joint.request
     dims = ("metric", "pair", *coords)
     runs = [base_and_source(pair, request.direction)[0] for pair in request.pairs]

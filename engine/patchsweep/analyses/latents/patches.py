@@ -141,9 +141,9 @@ def latents(
     check_joint_tolerance(request, tolerance, runner)
     stages = Stages.of(stages)
 
-    def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
+    def compute() -> xr.Dataset:
         run = _Run(request, [x.on(device_of(model)) for x in known], chosen)
-        estimated = [run.estimated(method, stages, attrs) for method in methods]
+        estimated = [run.estimated(method, stages) for method in methods]
         stages.wait()
         places = None if top is None else run.places(estimated[0][methods[0].name].values, top)
         patches = (
@@ -153,7 +153,7 @@ def latents(
                 request, run.dictionaries, runner, max_tokens, cache_budget, tolerance
             )
         )
-        exact = run.exact(patches, places, stages, attrs)
+        exact = run.exact(patches, places, stages)
         stages.wait()
         return run.dataset(exact, dict(zip((m.name for m in methods), estimated, strict=True)))
 
@@ -223,7 +223,7 @@ class _Run:
             "latent": len(self.keys),
         }
 
-    def estimated(self, method: Method, stages: Stages, attrs: Mapping[str, Any]) -> xr.Dataset:
+    def estimated(self, method: Method, stages: Stages) -> xr.Dataset:
         """Run the stage of one method's estimates."""
         request = self.request
         run = LatentAttribution(request, self.dictionaries, self.intervention, method).run
@@ -238,7 +238,7 @@ class _Run:
             max(1, min(MAX_TOKENS // self.n_pos, _CELLS // cells)),
             block,
             metrics=[metric.name for metric in request.metrics],
-            attrs={**attrs, "method": method.name},
+            attrs={"method": method.name},
         )
 
     def places(self, estimates: Values, top: int) -> np.ndarray:
@@ -250,11 +250,7 @@ class _Run:
         return chosen.reshape(size.shape) & (size > 0)
 
     def exact(
-        self,
-        patches: LatentPatches | None,
-        places: np.ndarray | None,
-        stages: Stages,
-        attrs: Mapping[str, Any],
+        self, patches: LatentPatches | None, places: np.ndarray | None, stages: Stages
     ) -> xr.Dataset | None:
         """Run the stage of exact values, of `places` alone if they are given; None: nothing."""
         if patches is None:
@@ -267,7 +263,7 @@ class _Run:
                 return patches.calibrate(lambda batch: self._of(batch, places))
 
             n_metrics = len(self.request.metrics)
-            joint.summaries = choose_thresholds(joint.sites, n_metrics, stages, attrs, calibrate)
+            joint.summaries = choose_thresholds(joint.sites, n_metrics, stages, calibrate)
 
         def block(pairs: range) -> Computed:
             return self._block(names, pairs, patches.run, None, places)
@@ -278,7 +274,6 @@ class _Run:
             1 if self.dims["pair"] == 1 else max(1, MAX_TOKENS // self.n_pos),
             block,
             metrics=[metric.name for metric in self.request.metrics],
-            attrs=attrs,
         )
         stages.wait()
         ds = ds.assign_attrs(runner=joint.choice.runner.name)

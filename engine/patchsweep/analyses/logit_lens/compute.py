@@ -23,7 +23,7 @@ from patchsweep.analyses.logit_lens.stream import (
     run_streams,
 )
 from patchsweep.analyses.stages import Computed, Stages, empty
-from patchsweep.arguments import check_config, whole_number
+from patchsweep.arguments import whole_number
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.data.tokenize import token_table
 from patchsweep.errors import PlanError
@@ -88,26 +88,21 @@ def lens(
         PatchsweepError: an argument breaks a rule; raised before any forward pass.
         MethodError: final norm and unembedding do not give the model's own predictions.
     """
-    check_config(config)
     pairs = pairs_of(model, pairs)
     spec = make_spec(model, pairs, which, direction, remove, patch, top)
     stages = Stages.of(stages)
 
-    def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
+    def compute() -> xr.Dataset:
         # the lens calls the unembedding itself, so that it must stay cast
         with cast_while(model, compute_dtype_of(model), hold=[model.unembed]):
-            results = _read(model, pairs, spec, attrs, stages)
+            results = _read(model, pairs, spec, stages)
         return _dataset(model, pairs, spec, results)
 
     return stages.results(model, lambda: _attrs(model, pairs, spec, config), compute)
 
 
 def _read(
-    model: TransformerBridge,
-    pairs: PromptPairs,
-    spec: LensSpec,
-    attrs: Mapping[str, Any],
-    stages: Stages,
+    model: TransformerBridge, pairs: PromptPairs, spec: LensSpec, stages: Stages
 ) -> xr.Dataset:
     """Run the prompts and read their streams; `top_id` holds -1 where there is no token."""
     n_layers, longest = int(model.cfg.n_layers), max(len(pair) for pair in pairs)
@@ -134,9 +129,7 @@ def _read(
         return cells, None
 
     cost = longest * n_layers * spec.n_runs
-    results = stages.run(
-        "lens", shapes, max(1, MAX_TOKENS // longest), read, cost=cost, attrs=attrs
-    )
+    results = stages.run("lens", shapes, max(1, MAX_TOKENS // longest), read, cost=cost)
     stages.wait()
     return results
 
@@ -183,7 +176,6 @@ def describe(
     Raises:
         PatchsweepError: an argument breaks a rule.
     """
-    check_config(config)
     spec = make_spec(model, pairs, which, direction, remove, patch, top)
     return _attrs(model, pairs, spec, config)
 
