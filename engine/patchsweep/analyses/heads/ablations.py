@@ -67,13 +67,13 @@ class Ask:
     read: int
     runner: RunnerName
     max_tokens: int | None
-    optimal: OptimalSettings | None
+    optimal: OptimalSettings | None  # None: no optimal ablation
     reference: PromptPairs | None  # pairs over whose clean prompts means are taken; None: `pairs`
 
     @property
     def measured(self) -> tuple[Metric, ...]:
         """The metrics, with the loss if constants are trained on it."""
-        if OPTIMAL not in self.ablations or any(m.name == LOSS for m in self.metrics):
+        if self.optimal is None or any(m.name == LOSS for m in self.metrics):
             return self.metrics
         return (*self.metrics, METRICS[LOSS])
 
@@ -130,9 +130,8 @@ def prepare(ask: Ask) -> Trainer | None:
         raise ConfigError("ablation mean_label needs labelled pairs; use mean, or label them")
     for intervention in interventions(ask).values():
         make_request(ask.model, ask.pairs, ask.spec(intervention))
-    if OPTIMAL not in ask.ablations:
+    if ask.optimal is None:
         return None
-    assert ask.optimal is not None
     return Trainer(ask.model, ask.pairs, ask.read, ask.optimal.prompts)
 
 
@@ -160,8 +159,7 @@ def ablate(
     first = by_ablation[REFERENCE]
     values_of = {name: ds["z"].values for name, ds in by_ablation.items()}
     extra: dict[str, Any] = {}
-    if trainer is not None:
-        assert ask.optimal is not None
+    if trainer is not None and ask.optimal is not None:
         heads = top_heads(first, ask.optimal.heads)
         tell(f"training the constants of {len(heads)} heads")
         constants, loss = _train(ask, trainer, heads, ask.optimal, stages)

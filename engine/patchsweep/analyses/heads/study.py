@@ -112,16 +112,17 @@ def study(
     check_runner(runner, max_tokens)
     if positions is not None and not isinstance(positions, str):
         positions = position_axis(positions)
+    names = check_ablations(ablations, positions, optimal)
     ask = Ask(
         model=model,
         pairs=pairs,
         metrics=get_metrics(metrics),
-        ablations=check_ablations(ablations, positions, optimal),
+        ablations=names,
         positions=positions,
         read=read,
         runner=runner,
         max_tokens=max_tokens,
-        optimal=optimal,
+        optimal=optimal if OPTIMAL in names else None,
         reference=load_reference(means_from, model),
     )
     trainer = prepare(ask)
@@ -169,7 +170,7 @@ def _attrs(
     more = {
         "positions": positions,
         "ablations": {name: MEANING[name] for name in ask.ablations},
-        "optimal": asdict(ask.optimal) if ask.optimal and OPTIMAL in ask.ablations else None,
+        "optimal": asdict(ask.optimal) if ask.optimal else None,
         "thresholds": asdict(thresholds),
     }
     if own:  # a study without any has the identity that it always had

@@ -23,15 +23,12 @@ from patchsweep.spec.sites import Site
 from patchsweep.sweeps.joint import JointRequest
 
 Floats = NDArray[np.float32]
+_MANY = 2**32  # above the number of any latent, for `Changes.key`
 
 
 def latent_site(dictionary: Dictionary) -> Site:
     """Return what interventions take the latents of a dictionary for: a site of one layer."""
     return Site(dictionary.name, dictionary.name, layered=False)
-
-
-# above the number of any latent, for `Changes.key`
-_MANY = 2**32
 
 
 @dataclass(frozen=True)
