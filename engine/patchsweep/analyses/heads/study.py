@@ -38,7 +38,7 @@ from patchsweep.analyses.heads.findings import disagreement
 from patchsweep.analyses.heads.optimal import Head, OptimalSettings
 from patchsweep.analyses.heads.scores import detect_heads
 from patchsweep.analyses.stages import Stages
-from patchsweep.arguments import check_runner, position_axis
+from patchsweep.arguments import check_config, check_runner, position_axis
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import ConfigError, MethodError
 from patchsweep.models.running import runs_model
@@ -109,6 +109,7 @@ def study(
     if not isinstance(thresholds, Thresholds):
         raise ConfigError(f"thresholds={thresholds!r} must be Thresholds(...)")
     own = own_classes(classes, model_shape(model))
+    check_config(config)
     check_runner(runner, max_tokens)
     if positions is not None and not isinstance(positions, str):
         positions = position_axis(positions)

@@ -23,7 +23,7 @@ from patchsweep.analyses.logit_lens.stream import (
     run_streams,
 )
 from patchsweep.analyses.stages import Computed, Stages, empty
-from patchsweep.arguments import whole_number
+from patchsweep.arguments import check_config, whole_number
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.data.tokenize import token_table
 from patchsweep.errors import PlanError
@@ -88,6 +88,7 @@ def lens(
         PatchsweepError: an argument breaks a rule; raised before any forward pass.
         MethodError: final norm and unembedding do not give the model's own predictions.
     """
+    check_config(config)
     pairs = pairs_of(model, pairs)
     spec = make_spec(model, pairs, which, direction, remove, patch, top)
     stages = Stages.of(stages)
