@@ -12,9 +12,10 @@ import xarray as xr
 from patchsweep import acdc
 from patchsweep.analyses.circuits import exact_edges
 from patchsweep.analyses.circuits.ablate import run_edges
+from patchsweep.analyses.circuits.acdc import prune
 from patchsweep.analyses.circuits.nodes import Nodes
-from patchsweep.analyses.circuits.pruning import prune
-from patchsweep.analyses.circuits.subgraph import DenseRuns, SparseRuns, reaching, runs_of
+from patchsweep.analyses.circuits.selection import reaching
+from patchsweep.analyses.circuits.subgraph import DenseRuns, SparseRuns, runs_of
 from patchsweep.analyses.stages import Stages
 from patchsweep.cli.main import EXIT_DONE, EXIT_MISTAKE, main
 from patchsweep.data.pairs import PromptPairs
@@ -82,7 +83,7 @@ def test_sparse_runs_equal_dense_ones_wherever_a_circuit_stands(family: str) -> 
     kept = nodes.possible[:, :, None].copy()
     seen = []
     for reader in reversed(range(len(nodes.readers))):
-        if not reaching(nodes, kept)[reader]:
+        if not reaching(nodes, kept.any(axis=-1))[reader]:
             kept[:, reader] = False
             continue
         masks = kept[None, :, reader] & (rng.random((3, len(nodes.senders), 1)) < 0.6)
@@ -165,7 +166,7 @@ def test_chains_decide_as_a_plain_loop_does(rate: float) -> None:
     found = prune(nodes, rate, nodes.possible[:, :, None], run, lambda *_: None, lambda *_: 7)
     kept, here = nodes.possible[:, :, None].copy(), 0.0
     for reader in reversed(range(len(nodes.readers))):
-        useful = reaching(nodes, kept)[reader]
+        useful = reaching(nodes, kept.any(axis=-1))[reader]
         for sender in reversed(np.flatnonzero(kept[:, reader, 0])):
             trial = kept.copy()
             trial[sender, reader] = False
@@ -176,7 +177,7 @@ def test_chains_decide_as_a_plain_loop_does(rate: float) -> None:
                 kept, here = trial, new
     if rate == 0.3:
         assert 0 < kept.sum() < nodes.n_edges
-    live = reaching(nodes, found.kept)
+    live = reaching(nodes, found.kept.any(axis=-1))
     assert (found.kept[:, live] == kept[:, live]).all()
     assert found.n_runs == rows_run >= found.n_candidates - found.n_dead
 

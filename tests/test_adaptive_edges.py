@@ -19,7 +19,6 @@ from patchsweep.errors import ConfigError, MethodError
 from patchsweep.forward.grad import frozen
 from patchsweep.results.tolerance import tolerance_notes
 from patchsweep.spec.interventions import ValueFn
-from patchsweep.spec.spec import SweepSpec
 from subjects import demo_pairs, model
 
 # grouped heads, parallel blocks, norms after attention and a sliding window
@@ -35,7 +34,7 @@ def run(
 ) -> tuple[Any, ...]:
     """Return exact values and those at each (theta, tau), of the same random edges."""
     bridge = model(name)
-    question = ask(bridge, demo_pairs(name), SweepSpec(intervention=change))
+    question = ask(bridge, demo_pairs(name), intervention=change)
     with frozen(bridge):
         (batch,) = ExactBatches(question).of(range(len(question.pairs)))
         rng = np.random.default_rng(3)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,6 @@ from patchsweep.models.tiny import tiny_model
 from patchsweep.report import write_report
 from patchsweep.report.circuit import build, chosen_size
 from patchsweep.spec.interventions import Custom
-from patchsweep.spec.spec import SweepSpec
 from patchsweep.store.attributes import attributes
 from subjects import CLEAN, CORRUPTED, demo_pairs, model
 from torch import Tensor
@@ -51,7 +49,7 @@ TOLERANCE = 1e-4
 
 def scene_of(name: str, pairs: PromptPairs | None = None, ablation: str = "resample") -> EdgeBatch:
     given = demo_pairs(name) if pairs is None else pairs
-    question = ask(model(name), given, SweepSpec(direction="noising", intervention=ablation))
+    question = ask(model(name), given, direction="noising", intervention=ablation)
     with frozen(question.bridge):
         return next(ExactBatches(question).of(range(len(given))))
 
@@ -528,10 +526,10 @@ def test_mistakes_end_before_anything_runs(
 def test_a_model_that_is_not_the_sum_of_its_parts_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def off(scene: EdgeBatch, keep: Tensor, pair: Tensor) -> Tensor:
-        return run_nodes(scene, keep, pair) + 0.1
+    def off(scene: EdgeBatch, keep: Tensor, pair: Tensor, at: Tensor | None) -> Tensor:
+        return run_nodes(scene, keep, pair, at) + 0.1
 
-    monkeypatch.setattr(sys.modules["patchsweep.analyses.circuits.circuits"], "run_nodes", off)
+    monkeypatch.setattr("patchsweep.analyses.circuits.ablate.run_nodes", off)
     with pytest.raises(MethodError, match="with nothing ablated, differs"):
         circuit(model("tiny:llama"), demo_pairs("tiny:llama"), level="nodes")
 

@@ -11,7 +11,7 @@ import torch
 import xarray as xr
 from patchsweep.analyses.circuits import Edge, exact_edges, screen_edges
 from patchsweep.analyses.circuits import every_edge as every_module
-from patchsweep.analyses.circuits.dead_edges import UNCHANGED, UNREAD
+from patchsweep.analyses.circuits.exact import UNCHANGED, UNREAD
 from patchsweep.analyses.stages import Stages, Unfinished
 from patchsweep.cli.main import EXIT_DONE, main
 from patchsweep.data.pairs import PromptPairs

@@ -16,7 +16,6 @@ import xarray as xr
 from patchsweep.analyses.circuits.edge_batch import ExactBatches, ask
 from patchsweep.errors import ConfigError, ModelError, PatchsweepError, PlanError
 from patchsweep.forward.grad import frozen
-from patchsweep.spec.spec import SweepSpec
 from subjects import demo_pairs, model
 from test_circuits import Hooked
 
@@ -95,7 +94,7 @@ def test_cpr_and_cmd_are_those_of_an_evaluation_of_the_file(
     tmp_path: Path, scores: xr.DataArray, absolute: bool
 ) -> None:
     pairs = demo_pairs(NAME)
-    question = ask(model(NAME), pairs, SweepSpec(direction="noising"))
+    question = ask(model(NAME), pairs, direction="noising")
     with frozen(question.bridge):
         scene = next(ExactBatches(question).of(range(len(pairs))))
     ps.write_circuit(model(NAME), scores, tmp_path / "s.json")

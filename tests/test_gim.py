@@ -10,7 +10,7 @@ import numpy as np
 import patchsweep as ps
 import pytest
 import torch
-from patchsweep.analyses.circuits.flow import importance
+from patchsweep.analyses.circuits.scores import importance
 from patchsweep.attribution.gim import HalvedProducts, TemperedSoftmax
 from patchsweep.attribution.relp import frozen_norms, is_activation
 from patchsweep.errors import MethodError

@@ -11,8 +11,12 @@ import subjects
 import torch
 import xarray as xr
 from patchsweep.analyses.heads import OptimalSettings, Thresholds, disagreement, effects, study
-from patchsweep.analyses.heads.behaviour import Behaviour
-from patchsweep.analyses.heads.classes import detected_classes, member_table, task_classes
+from patchsweep.analyses.heads.classes import (
+    Behaviour,
+    detected_classes,
+    member_table,
+    task_classes,
+)
 from patchsweep.analyses.heads.findings import ALL, TRAINED
 from patchsweep.analyses.heads.optimal import Trainer
 from patchsweep.analyses.heads.scores import DETECTED, detect_heads, texts

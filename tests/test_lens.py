@@ -103,7 +103,7 @@ def test_pairs_of_several_lengths_equal_each_alone(monkeypatch: Any) -> None:
     )
     together = lens(bridge, pairs)
     monkeypatch.setattr(
-        "patchsweep.analyses.logit_lens.predictions.CHUNK_BYTES", 7 * 4 * bridge.cfg.d_vocab
+        "patchsweep.analyses.logit_lens.stream.CHUNK_BYTES", 7 * 4 * bridge.cfg.d_vocab
     )
     for i in range(2):
         alone = lens(bridge, PromptPairs((pairs[i],)))

@@ -156,15 +156,15 @@ def test_the_command_goes_on_stores_and_draws(
         "metric=[logit_diff,prob]", "ablations=[zero,resample]", "positions=[all,read]",
         "levels=[edges]", "store=m.zarr",
     ]  # fmt: skip
-    run, seen = module._run, []
+    run, seen = module.run_batches, []
 
-    def stopped(plan: Any, *args: Any) -> Any:
-        seen.append(str(plan.setting))
+    def stopped(stages: Any, name: str, *args: Any) -> Any:
+        seen.append(name)
         if len(seen) == 2:
             raise KeyboardInterrupt
-        return run(plan, *args)
+        return run(stages, name, *args)
 
-    monkeypatch.setattr(module, "_run", stopped)
+    monkeypatch.setattr(module, "run_batches", stopped)
     assert main(words) == EXIT_STOPPED
     kept = sorted(path.name for path in Path("m.zarr.parts").iterdir())
     assert "2-variants-resample-denoising" in kept

@@ -127,7 +127,7 @@ def test_an_analysis_is_refused_before_it_is_computed(
     place = prepare(tmp_path, monkeypatch)
     before = sorted(tmp_path.rglob("*"))
 
-    def never(attrs: object) -> xr.Dataset:
+    def never() -> xr.Dataset:
         raise AssertionError("it was computed")
 
     attrs = {"kind": "lens", "identity": sealed({"kind": "lens"})}

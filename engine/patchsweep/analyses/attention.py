@@ -24,19 +24,19 @@ from patchsweep.analyses.stages import Computed, Stages, empty
 from patchsweep.arguments import head_places, whole_number
 from patchsweep.attribution.atp import Atp
 from patchsweep.attribution.check import check_request
-from patchsweep.attribution.patterns import visit_cells, work_of
+from patchsweep.attribution.estimates import Work
+from patchsweep.attribution.patterns import visit_cells
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.data.tokenize import token_strings
 from patchsweep.errors import PlanError
-from patchsweep.forward.grad import GradientModel, Heads, Place
+from patchsweep.forward.grad import Activations, GradientModel, Heads, Place
 from patchsweep.models.running import runs_model
 from patchsweep.spec.batch import Batch, base_and_source
 from patchsweep.spec.interventions import Direction
 from patchsweep.spec.sites import SITES
 from patchsweep.spec.spec import MetricLike, Request, SweepSpec, make_request
-from patchsweep.store.attributes import flat_attributes
-from patchsweep.sweeps.identity import identity_of, question_settings
-from patchsweep.sweeps.layout import analysis_attrs, strings
+from patchsweep.sweeps.identity import question_settings
+from patchsweep.sweeps.layout import metric_and_pair_coords, strings
 from patchsweep.tasks.plain import is_text, pairs_of
 
 KIND = "attention"
@@ -109,42 +109,25 @@ def attention(
     chosen = _check(request, heads, top, predictions)
     stages = Stages.of(stages)
 
-    def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
+    def compute() -> xr.Dataset:
         gradients = GradientModel(model, [SITES["pattern"]], compute_dtype=request.compute_dtype)
         views = _Views(request, gradients, predictions)
         keep: Sequence[Head] | None = chosen
         if keep is None:  # ranks first: the patterns of all heads may not fit in memory
-            keep = _top_heads(views.run("ranks", (), attrs, stages)["head_size"].values, top)
-        results = views.run("views", keep, attrs, stages)
+            keep = _top_heads(views.run("ranks", (), stages)["head_size"].values, top)
+        results = views.run("views", keep, stages)
         ds = views.dataset(results, keep).assign(exact=_exact(request, keep, stages))
-        ds.attrs = flat_attributes(
-            {
-                **attrs,
-                "direction": request.direction,
-                "intervention": request.intervention.name,
-                "method": "atp",
-            }
+        return ds.assign_attrs(
+            direction=request.direction, intervention=request.intervention.name, method="atp"
         )
-        return ds
 
-    return stages.results(model, lambda: _attrs(request, chosen, top, predictions, config), compute)
-
-
-def _attrs(
-    request: Request,
-    heads: Sequence[Head] | None,
-    top: int,
-    predictions: int,
-    config: Mapping[str, Any] | None,
-) -> dict[str, Any]:
     settings = {
         **question_settings(request),
-        "heads": None if heads is None else [list(head) for head in heads],
-        "top": top if heads is None else None,
+        "heads": None if chosen is None else [list(head) for head in chosen],
+        "top": top if chosen is None else None,
         "predictions": predictions,
     }
-    identity = identity_of(KIND, request.bridge, request.pairs, settings)
-    return analysis_attrs(request.bridge, request.pairs, identity, config)
+    return stages.analysis(KIND, model, pairs, settings, compute, config)
 
 
 @dataclass(frozen=True)
@@ -242,9 +225,7 @@ class _Views:
         self.cells: dict[str, Floats] = {}  # of the block of pairs that is computed
         self.keep: dict[int, list[tuple[int, int]]] = {}  # layer -> (rank, head)
 
-    def run(
-        self, stage: str, keep: Sequence[Head], attrs: Mapping[str, Any], stages: Stages
-    ) -> xr.Dataset:
+    def run(self, stage: str, keep: Sequence[Head], stages: Stages) -> xr.Dataset:
         """Run `stage`, which gives the sizes of all heads and all views of the heads `keep`."""
         request, n = self.request, self.length
         shape = request.shape
@@ -283,7 +264,7 @@ class _Views:
             block,
             cost=n * shape.n_layers,
             metrics=[metric.name for metric in request.metrics],
-            attrs={**attrs, "keep": [list(head) for head in keep]},
+            attrs={"keep": [list(head) for head in keep]},
         )
         stages.wait()
         return results
@@ -321,7 +302,15 @@ class _Views:
                 batch.reads,
                 on_attention=lambda layer, heads: keep_heads(1, layer, heads),
             )
-        work = work_of(self.request, self.gradients, batch, source, source_logits)
+        request = self.request
+        work = Work(
+            self.gradients,
+            batch,
+            request.plans,
+            request.metrics,
+            request.intervention,
+            Activations(source, source_logits, None),
+        )
         base_logits = visit_cells(work, visit, lambda layer, heads: keep_heads(0, layer, heads))
         for run, logits in enumerate((base_logits, source_logits) if self.keep else ()):
             row = torch.arange(len(rows), device=logits.device)
@@ -359,16 +348,12 @@ class _Views:
                 },
             },
             coords={
-                "metric": strings([metric.name for metric in request.metrics]),
-                "metric_unit": ("metric", strings([metric.unit for metric in request.metrics])),
+                **metric_and_pair_coords(request.metrics, pairs),
                 "run": strings(RUNS),
-                "pair": np.arange(len(pairs)),
                 "layer": np.arange(request.shape.n_layers),
                 "head": np.arange(request.shape.n_heads),
                 "rank_layer": ("rank", np.array([layer for layer, _ in heads])),
                 "rank_head": ("rank", np.array([head for _, head in heads])),
                 "token": (("run", "pair", "pos"), tokens),
-                "answer": ("pair", strings([pair.answer_text for pair in pairs])),
-                "wrong_answer": ("pair", strings([pair.wrong_answer_text for pair in pairs])),
             },
         )

@@ -8,7 +8,7 @@ whether all of it is matched. No token is written one at a time but the referenc
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,14 +19,13 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.arguments import one_of, whole_number
-from patchsweep.data.pairs import PromptPair, PromptPairs
+from patchsweep.data.pairs import PromptPairs
 from patchsweep.data.tokenize import context_size
 from patchsweep.errors import PromptError
 from patchsweep.forward.casting import cast_while
 from patchsweep.models.compute import compute_dtype_of
 from patchsweep.models.offload import device_of
 from patchsweep.models.running import runs_model
-from patchsweep.spec.batch import base_and_source
 from patchsweep.spec.metrics import METRICS, Logits, Metric
 from patchsweep.spec.spec import SweepSpec, check_pairs, make_experiment
 from patchsweep.sweeps.api import sweep
@@ -96,9 +95,7 @@ def continuations(
     names = ("direction", "intervention", "means_from")
     asked = {name: settings[name] for name in names if name in settings}
     experiment = make_experiment(model, pairs, SweepSpec(sites, **asked), ())
-    roles = base_and_source(_plain(pairs[0]), experiment.direction)
-    base_is_clean = roles[0] == list(pairs[0].clean)
-    of_clean = base_is_clean == (reference == "base")
+    of_clean = (experiment.direction == "noising") == (reference == "base")
     ids = _greedy(model, pairs, "clean" if of_clean else "corrupted", n_tokens)
     tokenizer: Any = model.tokenizer
     texts = [tokenizer.decode(list(one)) for one in ids]
@@ -133,18 +130,12 @@ def continuations(
     )
 
 
-def _plain(pair: PromptPair) -> PromptPair:
-    """Return `pair` with answers of one token, which no run reads."""
-    return replace(pair, answer=pair.answer[:1], wrong_answer=pair.wrong_answer[:1])
-
-
 @torch.no_grad()
 def _greedy(
     model: TransformerBridge, pairs: PromptPairs, side: str, n_tokens: int
 ) -> list[tuple[int, ...]]:
     """Return the most probable continuation of each pair's `side`, token by token."""
-    found: Mapping[int, list[int]] = {}
-    found = {index: [] for index in range(len(pairs))}
+    found: list[list[int]] = [[] for _ in pairs]
     for group in pairs.by_length().values():
         tokens = torch.tensor([getattr(pairs[i], side) for i in group], device=device_of(model))
         for _ in range(n_tokens):
@@ -154,4 +145,4 @@ def _greedy(
             tokens = torch.cat([tokens, following.to(tokens.device)], dim=1)
             for index, token in zip(group, following.flatten().tolist(), strict=True):
                 found[index].append(token)
-    return [tuple(found[index]) for index in range(len(pairs))]
+    return [tuple(ids) for ids in found]

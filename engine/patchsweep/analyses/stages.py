@@ -22,7 +22,9 @@ import xarray as xr
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.arguments import check_store_path
+from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import ConfigError, PatchsweepError, StoreError
+from patchsweep.store.attributes import flat_attributes
 from patchsweep.store.backends.address import open_folder
 from patchsweep.store.contents import KIND
 from patchsweep.store.difference import IDENTITY
@@ -43,7 +45,7 @@ from patchsweep.sweeps.executor import (
     run_work,
 )
 from patchsweep.sweeps.identity import read_weights, refuse_unversioned
-from patchsweep.sweeps.layout import Memory
+from patchsweep.sweeps.layout import Memory, analysis_attrs
 
 # variable -> its dims, `pair` among them, and their sizes
 Shapes = Mapping[str, Mapping[str, int]]
@@ -87,6 +89,7 @@ class Stages:
         self.known = False  # whether `results` found the results in the store
         self._begun: list[str] = []  # addresses of the stages' stores
         self._inner = False  # whether `results` is running
+        self._attrs: Mapping[str, Any] = {}  # of the analysis that is computed
 
     @staticmethod
     def of(stages: Stages | None) -> Stages:
@@ -103,13 +106,14 @@ class Stages:
         self,
         model: TransformerBridge,
         attrs: Callable[[], Mapping[str, Any]],
-        compute: Callable[[Mapping[str, Any]], xr.Dataset],
+        compute: Callable[[], xr.Dataset],
     ) -> xr.Dataset:
-        """Return the results with the attributes `attrs()`, stored or, with these, computed.
+        """Return the results with the attributes `attrs()`, stored or computed.
 
-        With a store, `attrs` identify the results, after the model's weights have been read. If
-        `compute` is interrupted, a second call goes on: finished shards are kept. The analyses that
-        `compute` calls with these stages return theirs unstored.
+        `compute` need not set them; what it sets is kept besides. With a store, `attrs` identify
+        the results, after the model's weights have been read. If `compute` is interrupted, a
+        second call goes on: finished shards are kept. The analyses that `compute` calls with these
+        stages return theirs unstored.
 
         Raises:
             ConfigError: `attrs` name a function that has no version to identify it.
@@ -117,7 +121,7 @@ class Stages:
             Unfinished: what remains needs shards of other slices.
         """
         if self.store is None or self._inner:
-            return compute(attrs())
+            return self._computed(attrs(), compute)
         read_weights(model)
         identified = attrs()
         refuse_unversioned(identified[IDENTITY])
@@ -128,7 +132,7 @@ class Stages:
             check_place(*place)  # fail before the computation
             self._inner = True
             try:
-                ds = compute(identified).load()
+                ds = self._computed(identified, compute).load()
                 save_dataset(ds, self.store, self.storage_options)
             except Exception:  # another process may have stored the results and deleted the stages
                 ds = load_dataset(*place)
@@ -139,6 +143,31 @@ class Stages:
                 self._inner = False
         self._delete()
         return ds
+
+    def _computed(self, attrs: Mapping[str, Any], compute: Callable[[], xr.Dataset]) -> xr.Dataset:
+        """Return what `compute` returns, with `attrs`, which its stages know meanwhile."""
+        outer, self._attrs = self._attrs, attrs
+        try:
+            ds = compute()
+        finally:
+            self._attrs = outer
+        # they come first, and hold also if an analysis inside of this one has set its own
+        ds.attrs = flat_attributes({**attrs, **ds.attrs, **attrs})
+        return ds
+
+    def analysis(
+        self,
+        kind: str,
+        model: TransformerBridge,
+        pairs: PromptPairs,
+        settings: Mapping[str, Any],
+        compute: Callable[[], xr.Dataset],
+        config: Mapping[str, Any] | None = None,
+    ) -> xr.Dataset:
+        """Return the results of an analysis that `settings` decide; see `results`."""
+        return self.results(
+            model, lambda: analysis_attrs(kind, model, pairs, settings, config), compute
+        )
 
     def run(
         self,
@@ -159,15 +188,18 @@ class Stages:
             compute: returns the values of all variables for a range of pairs.
             cost: token-layers of one pair.
             metrics: names of the metrics of `base_metric` and `source_metric`.
-            attrs: all that decides the values, as attributes of an analysis.
+            attrs: what decides the values besides the attributes of the analysis.
         """
-        work = _BlockWork(
+        return self.run_by_layer(
+            name,
+            shapes,
+            block,
             lambda pairs, _: compute(pairs),
             lambda _: cost,
-            len(metrics),
-            counted=next(iter(shapes)),
+            metrics=metrics,
+            attrs=attrs,
+            n_layers=max(dims.get("layer", 1) for dims in shapes.values()),
         )
-        return self._run(name, shapes, (block, max(_n_layers(shapes), 1)), work, metrics, attrs)
 
     def run_by_layer(
         self,
@@ -178,41 +210,26 @@ class Stages:
         cost: Callable[[int], int],
         *,
         metrics: Sequence[str],
-        attrs: Mapping[str, Any],
+        attrs: Mapping[str, Any] | None = None,
+        n_layers: int = 1,
     ) -> xr.Dataset:
-        """Run a stage whose shards hold one layer each of `block` pairs; see `run`.
+        """Run a stage whose shards hold `n_layers` layers each of `block` pairs; see `run`.
 
-        Every variable has the dim `layer`. `compute` and `cost` take a layer too.
+        Every variable has the dim `layer`. `compute` and `cost` take a shard's first layer too.
         """
-        work = _BlockWork(
-            lambda pairs, layers: compute(pairs, layers.start),
-            lambda layers: cost(layers.start),
-            len(metrics),
-            by_layer=True,
-            counted=next(iter(shapes)),
-        )
-        return self._run(name, shapes, (block, 1), work, metrics, attrs)
-
-    def _run(
-        self,
-        name: str,
-        shapes: Shapes,
-        unit: tuple[int, int],
-        work: _BlockWork,
-        metrics: Sequence[str],
-        attrs: Mapping[str, Any] | None,
-    ) -> xr.Dataset:
+        work = _BlockWork(compute, cost, len(metrics), next(iter(shapes)))
+        deciding = {**self._attrs, **(attrs or {})}
         sizes = {dim: n for shape in shapes.values() for dim, n in shape.items()}
         layout = Layout(
             variables=tuple(
-                Variable(key, tuple(dims), tuple(dims.values()), unit, {})
+                Variable(key, tuple(dims), tuple(dims.values()), (block, n_layers), {})
                 for key, dims in shapes.items()
             ),
             coords={
                 "metric": (("metric",), np.array(metrics, dtype=object)),
                 "pair": (("pair",), np.arange(sizes["pair"])),
             },
-            attrs={**{key: x for key, x in (attrs or {}).items() if key != KIND}, "stage": name},
+            attrs={**{key: x for key, x in deciding.items() if key != KIND}, "stage": name},
         )
         name_stage(self.progress, name)
         if self.parts is None:
@@ -288,32 +305,27 @@ class Stages:
         return [(store, units) for store, units in to_do if units]
 
 
-def _n_layers(shapes: Shapes) -> int:
-    return max(dims.get("layer", 0) for dims in shapes.values())
-
-
 class _BlockWork:
     """A `Work` that computes all variables of a block of pairs, and of layers, together."""
 
     def __init__(
         self,
-        compute: Callable[[range, range], Computed],
-        cost: Callable[[range], int],
+        compute: Callable[[range, int], Computed],  # of pairs, and the first layer
+        cost: Callable[[int], int],
         n_metrics: int,
-        by_layer: bool = False,
-        *,
-        counted: str,
+        counted: str,  # the variable that bears the cost of all
     ) -> None:
-        self.compute, self.n_metrics, self._cost = compute, n_metrics, cost
-        self._by_layer, self._counted = by_layer, counted
+        self.compute, self._cost = compute, cost
+        self.n_metrics, self._counted = n_metrics, counted
         self._kept: dict[Hashable, Computed] = {}
 
     def __contains__(self, variable: str) -> bool:
         return True
 
     def cost(self, unit: Unit) -> int:
-        """See `Work`; one variable bears the cost of all, which are computed together."""
-        return self._cost(unit.layers) * len(unit.pairs) if unit.variable == self._counted else 0
+        """See `Work`."""
+        counts = unit.variable == self._counted
+        return self._cost(unit.layers.start) * len(unit.pairs) if counts else 0
 
     def n_live(self, unit: Unit) -> int:
         """See `Work`."""
@@ -321,7 +333,7 @@ class _BlockWork:
 
     def together(self, unit: Unit) -> Hashable:
         """See `Work`."""
-        return (unit.pair_block, unit.layer_block) if self._by_layer else unit.pair_block
+        return unit.pair_block, unit.layer_block
 
     def values(self, units: Sequence[Unit]) -> list[Values]:
         """See `Work`."""
@@ -339,5 +351,5 @@ class _BlockWork:
         """Return what `compute` returns for the shard; the last result is kept."""
         key = self.together(unit)
         if key not in self._kept:
-            self._kept = {key: self.compute(unit.pairs, unit.layers)}
+            self._kept = {key: self.compute(unit.pairs, unit.layers.start)}
         return self._kept[key]

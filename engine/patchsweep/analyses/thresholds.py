@@ -19,7 +19,6 @@ def choose_thresholds(
     sites: Sequence[str],
     n_metrics: int,
     stages: Stages,
-    attrs: Mapping[str, Any],
     calibrate: Callable[[], Mapping[str, SampleSummary]],
 ) -> dict[str, SampleSummary]:
     """Return what `calibrate` says of each site, from a stage: processes of a run use the same."""
@@ -34,7 +33,7 @@ def choose_thresholds(
         return {"thresholds": np.array([rows], np.float32)}, None
 
     with stages.whole():
-        ds = stages.run("thresholds", {"thresholds": dims}, 1, block, attrs=attrs)
+        ds = stages.run("thresholds", {"thresholds": dims}, 1, block)
         stages.wait()
     return {
         name: SampleSummary(

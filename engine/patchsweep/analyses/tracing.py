@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -20,7 +19,7 @@ from scipy import stats
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.analyses.joint.patches import run_sets
+from patchsweep.analyses.joint.patches import run_variables
 from patchsweep.analyses.stages import Stages
 from patchsweep.arguments import check_runner, number, whole_number
 from patchsweep.data.pairs import PromptPairs
@@ -28,15 +27,14 @@ from patchsweep.errors import ConfigError, PlanError
 from patchsweep.forward.casting import cast_while
 from patchsweep.models.compute import ComputeDtype
 from patchsweep.models.running import runs_model
-from patchsweep.runners.hook_points import forward, writing
+from patchsweep.runners.hook_points import forward, hooks_of, keeping, writing
 from patchsweep.runners.select import RunnerName
-from patchsweep.spec.interventions import Activations, Direction, Plain, Prompts, Spans
+from patchsweep.spec.interventions import Activations, Custom, Direction, Plain, Prompts, Spans
 from patchsweep.spec.sites import SITES, Site
 from patchsweep.spec.spec import MetricLike, SweepSpec, model_shape
-from patchsweep.store.attributes import flat_attributes
-from patchsweep.sweeps.identity import identity_of, metric_words
+from patchsweep.sweeps.identity import metric_words
 from patchsweep.sweeps.joint import JointPatches, JointRequest, joint_request
-from patchsweep.sweeps.layout import analysis_attrs
+from patchsweep.sweeps.layout import strings
 from patchsweep.sweeps.patches import Patch
 
 Kind = Literal["state", "mlp", "attn", "state without mlp", "state without attn"]
@@ -108,21 +106,13 @@ class _Sample(Plain):
         return values
 
 
-@dataclass
-class _Held(Plain):
-    """A noised run's own values."""
+def _held(layers: Sequence[Tensor]) -> Custom:
+    """Return what writes a noised run's own values, per layer `[1, pos, width]`."""
 
-    layers: Sequence[Tensor] = field(repr=False)  # [1, pos, width]
-    name: str = "held"
-    version: str = "1"
-    from_source: bool = False
-    default_direction: Direction = "noising"
+    def values(site: Site, layer: int, base: Tensor, source: Tensor) -> Tensor:
+        return layers[layer].to(base)
 
-    def values(
-        self, site: Site, layer: int, base: Tensor, source: Tensor, spans: Sequence[Spans]
-    ) -> Tensor:
-        """See `Intervention`."""
-        return self.layers[layer].to(base)
+    return Custom(values, name="held", version="1")
 
 
 @runs_model
@@ -166,22 +156,13 @@ def trace(
         PatchsweepError: another argument breaks a rule; nothing has run then.
     """
     check_runner(runner, max_tokens)
-    _check(model, pairs, corruption, kinds, window)
+    _check(pairs, corruption, kinds, window)
     deviation: dict[str, float] = {}
     samples = [_Sample(corruption, i, deviation, pairs) for i in range(corruption.samples)]
     noises = [Patch("embed", None, corruption.label, intervention=x) for x in samples]
 
     def ask(one: PromptPairs, sets: Sequence[Patch | Sequence[Patch]]) -> JointRequest:
-        return joint_request(
-            model,
-            one,
-            sets,
-            metrics,
-            direction="noising",
-            read=read,
-            means_from=None,
-            compute_dtype=compute_dtype,
-        )
+        return joint_request(model, one, sets, metrics, "noising", read, None, compute_dtype)
 
     requests = [
         ask(pairs[i : i + 1], [*noises, *_places(model, pairs[i : i + 1], kinds, window)])
@@ -189,7 +170,7 @@ def trace(
     ]
     stages = Stages.of(stages)
 
-    def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
+    def compute() -> xr.Dataset:
         found = []
         for i, request in enumerate(requests):
             one = pairs[i : i + 1]
@@ -203,30 +184,24 @@ def trace(
                 places = _places(model, one, kinds, window, writes)
                 sets += [[noise, *place] for place in places]
             joint = JointPatches(ask(one, sets), runner, max_tokens)
-            values, references = run_sets(joint, stages, {**attrs, "traced": i})
-            found.append((values[:, 0], references[0][:, 0]))
-        return _dataset(model, requests, corruption, kinds, found, attrs, deviation)
-
-    def attrs() -> dict[str, Any]:
-        identity = identity_of(
-            "trace",
-            model,
-            pairs,
-            {
-                "corruption": asdict(corruption),
-                "kinds": [*kinds],
-                "window": window,
-                "metrics": [metric_words(metric) for metric in requests[0].metrics],
-                "read": read,
-                "compute_dtype": str(requests[0].compute_dtype).removeprefix("torch."),
-            },
+            values, references, _ = run_variables(joint, stages, {"traced": i})
+            found.append((values["patched"][:, 0], references[0][:, 0]))
+        return _dataset(requests, corruption, kinds, found).assign_attrs(
+            deviation=deviation["sigma"]
         )
-        return analysis_attrs(model, pairs, identity, config)
 
-    return stages.results(model, attrs, compute)
+    settings = {
+        "corruption": asdict(corruption),
+        "kinds": [*kinds],
+        "window": window,
+        "metrics": [metric_words(metric) for metric in requests[0].metrics],
+        "read": read,
+        "compute_dtype": str(requests[0].compute_dtype).removeprefix("torch."),
+    }
+    return stages.analysis("trace", model, pairs, settings, compute, config)
 
 
-def _check(model: TransformerBridge, pairs: Any, corruption: Any, kinds: Any, window: Any) -> None:
+def _check(pairs: Any, corruption: Any, kinds: Any, window: Any) -> None:
     if not isinstance(corruption, Noise):
         raise ConfigError(f"corruption={corruption!r} must be Noise(label='subject'), say")
     if isinstance(kinds, str) or not kinds or any(kind not in KINDS for kind in kinds):
@@ -247,7 +222,7 @@ def _places(
     pairs: PromptPairs,
     kinds: Sequence[Kind],
     window: int,
-    held: Mapping[str, _Held] | None = None,
+    held: Mapping[str, Custom] | None = None,
 ) -> list[list[Patch]]:
     """Return the patches that restore each place of the one pair: kind, layer, position.
 
@@ -276,7 +251,7 @@ def _places(
 @torch.no_grad()
 def _noised_writes(
     request: JointRequest, joint: JointPatches, samples: Sequence[_Sample], kinds: Sequence[Kind]
-) -> list[dict[str, _Held]]:
+) -> list[dict[str, Custom]]:
     """Return, per sample, kind -> the writes of its noised run that are held."""
     bridge = request.bridge
     (batch,) = request.batches([0])
@@ -286,34 +261,22 @@ def _noised_writes(
     def write(x: Tensor) -> None:
         x.copy_(noised)
 
-    kept: dict[str, Tensor] = {}
-
-    def keep(x: Tensor, hook: Any, name: str) -> None:
-        kept[name] = x.detach().clone()
-
-    sites = {kind: SITES[_HELD[kind]] for kind in kinds if kind in _HELD}
-    names = {
-        kind: [site.hook_name(layer) for layer in range(request.shape.n_layers)]
-        for kind, site in sites.items()
-    }
-    reads = [(name, partial(keep, name=name)) for every in names.values() for name in every]
+    names = {kind: hooks_of(bridge, SITES[_HELD[kind]]) for kind in kinds if kind in _HELD}
+    kept, reads = keeping(name for every in names.values() for name in every)
     with cast_while(bridge, request.compute_dtype):
         tokens = batch.base.expand(len(samples), -1)
         forward(bridge, tokens, [writing(SITES["embed"].hook_name(0), write)], reads)
     return [
-        {kind: _Held([kept[name][i : i + 1] for name in every]) for kind, every in names.items()}
+        {kind: _held([kept[name][i : i + 1] for name in every]) for kind, every in names.items()}
         for i in range(len(samples))
     ]
 
 
 def _dataset(
-    model: TransformerBridge,
     requests: Sequence[JointRequest],
     corruption: Noise,
     kinds: Sequence[Kind],
     found: Sequence[tuple[np.ndarray, np.ndarray]],
-    attrs: Mapping[str, Any],
-    deviation: Mapping[str, float],
 ) -> xr.Dataset:
     n_metrics, n_samples = len(requests[0].metrics), corruption.samples
     n_layers = requests[0].shape.n_layers
@@ -339,7 +302,6 @@ def _dataset(
     for i, pair in enumerate(pairs):
         tokens[i, : len(pair)] = pair.clean_tokens
         noisy[i, slice(*pair.labels[corruption.label])] = True
-    texts = partial(np.array, dtype=object)
     return xr.Dataset(
         {
             "restored": (dims, restored),
@@ -350,17 +312,16 @@ def _dataset(
             "clean_metric": (dims[:2], clean),
         },
         coords={
-            "metric": texts([metric.name for metric in requests[0].metrics]),
-            "metric_unit": ("metric", texts([metric.unit for metric in requests[0].metrics])),
+            "metric": strings([metric.name for metric in requests[0].metrics]),
+            "metric_unit": ("metric", strings([metric.unit for metric in requests[0].metrics])),
             "pair": np.arange(len(pairs)),
-            "answer": ("pair", texts([pair.answer_text for pair in pairs])),
-            "kind": texts(kinds),
+            "answer": ("pair", strings([pair.answer_text for pair in pairs])),
+            "kind": strings(kinds),
             "layer": np.arange(n_layers),
             "pos": np.arange(n_pos),
             "token": (("pair", "pos"), tokens),
             "noised": (("pair", "pos"), noisy),
         },
-        attrs=flat_attributes({**attrs, "deviation": deviation["sigma"]}),
     )
 
 

@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager
 from patchsweep.attribution.atp import Atp, AtpEnds
 from patchsweep.attribution.atp_star import AtpStar
 from patchsweep.attribution.check import check_request
+from patchsweep.attribution.estimates import Method
 from patchsweep.attribution.gim import Gim, gim_rules
 from patchsweep.attribution.integrated import IntegratedInputs, IntegratedSite
-from patchsweep.attribution.method import Method
 from patchsweep.attribution.relp import Relp, relevance_rules
 from patchsweep.attribution.run import Attribution
 from patchsweep.errors import MethodError

@@ -9,7 +9,7 @@ where the metric is nonlinear between base and patched run, and where a softmax 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,22 +18,29 @@ import torch
 from torch import Tensor
 
 from patchsweep.attribution.estimates import Estimates, Found, Work, backward_each
-from patchsweep.forward.grad import Heads, Place
+from patchsweep.forward.grad import Place
+from patchsweep.forward.unwrapped import UnwrappedModel
 from patchsweep.spec.plan import SitePlan
 from patchsweep.spec.sites import Site
 
 
-@dataclass(frozen=True)
-class Atp:
-    """Estimate (values - base) · gradient, for every site from one backward pass per metric."""
+class OneGradient:
+    """A method that needs no further sites; by default one backward pass from the base run."""
 
-    name: str = "atp"
-    at_base: bool = True
+    fixed_pattern = False  # attention patterns are constants
+
+    def rules(self, unwrapped: UnwrappedModel) -> AbstractContextManager[None]:
+        """Return the context in which the graph of the backward pass is built."""
+        return nullcontext()
 
     def run(self, work: Work) -> Found:
         """See `Method`."""
         estimates = work.empty()
-        logits = differentiable_run(work, estimates, work.sites)
+        with self.rules(work.gradients.unwrapped):
+            logits = differentiable_run(
+                work, estimates, work.sites, fixed_pattern=self.fixed_pattern
+            )
+        # outside the rules: the metric has its ordinary gradient
         backward_each(work.score(logits, logits.detach()), estimates)
         return Found(estimates, logits.detach())
 
@@ -47,7 +54,15 @@ class Atp:
 
 
 @dataclass(frozen=True)
-class AtpEnds:
+class Atp(OneGradient):
+    """Estimate (values - base) · gradient, for every site from one backward pass per metric."""
+
+    name: str = "atp"
+    at_base: bool = True
+
+
+@dataclass(frozen=True)
+class AtpEnds(OneGradient):
     """The mean of the estimates with the gradients of base and source run.
 
     The gradient of the source run multiplies the same change. Half the difference of the two is
@@ -87,10 +102,6 @@ class AtpEnds:
             backward_each(work.score(logits, base_logits), estimates)
         return Found(estimates, base_logits, errors)
 
-    def extra_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
-        """See `Method`."""
-        return ()
-
     def passes(self, plans: tuple[SitePlan, ...], n_layers: int, n_metrics: int) -> float:
         """See `Method`."""
         return 3 + 2 * n_metrics
@@ -101,18 +112,14 @@ def differentiable_run(
     estimates: Estimates,
     sites: tuple[Site, ...],
     *,
-    fixed_pattern: bool = False,
-    on_attention: Callable[[int, Heads], None] | None = None,
-    on_output: Callable[[int, Tensor], None] | None = None,
     on_gradient: Callable[[Place, Tensor], None] | None = None,
-    after: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    entries: Mapping[int, Tensor] | None = None,
+    **options: Any,
 ) -> Tensor:
     """Return the base run's logits; a backward pass from them fills `estimates` at `sites`.
 
     Each gradient is reduced over d in its hook, so that no gradient is kept. `sites` may hold more
-    than those of `estimates`; `on_gradient` is called with the gradient at each of them. `entries`:
-    other rows than the base run's, see `GradientModel.forward`.
+    than those of `estimates`; `on_gradient` is called with the gradient at each of them. `options`
+    are those of `GradientModel.forward`; `entries` gives other rows than the base run's.
     """
 
     def add_hook(place: Place, x: Tensor) -> None:
@@ -130,14 +137,4 @@ def differentiable_run(
         x.register_hook(reduce)
 
     with torch.enable_grad():
-        return work.forward(
-            work.batch.base,
-            add_hook,
-            sites=sites,
-            gradient=True,
-            fixed_pattern=fixed_pattern,
-            on_attention=on_attention,
-            on_output=on_output,
-            after=after,
-            entries=entries,
-        )
+        return work.forward(work.batch.base, add_hook, sites=sites, gradient=True, **options)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.attribution.method import Method
+from patchsweep.attribution.estimates import Method
 from patchsweep.errors import MethodError, ModelError
 from patchsweep.models.quantised import check_gradients, first_packed
 from patchsweep.spec.interventions import Custom
@@ -85,21 +85,32 @@ def check_metric(metric: Metric, method: Method) -> None:
         MethodError: the metric is not smooth, has zero gradient at the base run (for a method
             that takes only that gradient), or returns numbers without gradient.
     """
+    zeros = f"method={method.name} would give 0 everywhere; use the metric logit_diff, or method=ig"
+    check_gradient_of(metric, "method=exact", zeros if method.at_base else "")
+
+
+def check_gradient_of(metric: Metric, exact: str, zeros: str) -> None:
+    """Raise unless `metric` has a gradient; `exact` is named as what needs none.
+
+    `zeros` says what its gradient at the base run would give if that is zero; "" allows that.
+
+    Raises:
+        MethodError: see `check_metric`.
+    """
     if not metric.smooth:
         raise MethodError(
             f"metric {metric.name} changes by jumps, so its gradient is zero or undefined; use "
-            "logit_diff, or method=exact"
+            f"logit_diff, or {exact}"
         )
-    if metric.flat_at_base and method.at_base:
+    if metric.flat_at_base and zeros:
         raise MethodError(
             f"metric {metric.name} is smallest at the base run, where its gradient is zero, so "
-            f"method={method.name} would give 0 everywhere; use the metric logit_diff, or "
-            "method=ig"
+            f"{zeros}"
         )
     if not has_gradient(metric):
         raise MethodError(
             f"metric {metric.name} returns numbers that have no gradient; write it in torch "
-            "operations that keep one (no argmax, item or detach), or use method=exact"
+            f"operations that keep one (no argmax, item or detach), or use {exact}"
         )
 
 

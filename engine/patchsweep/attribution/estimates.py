@@ -1,10 +1,11 @@
-"""Estimates of one method for one batch, and the values of a plan's cells read from them."""
+"""The protocol of an attribution method, and its estimates for one batch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from patchsweep.spec.interventions import Intervention, sees_source, takes_sourc
 from patchsweep.spec.metrics import Logits, Metric, compute
 from patchsweep.spec.plan import Ints, ModelShape, SitePlan
 from patchsweep.spec.sites import Site
+from patchsweep.spec.spec import model_shape
 
 
 class Estimates:
@@ -30,30 +32,18 @@ class Estimates:
     a few neurons do not need a `[pos, d_mlp]` tensor. What is added begins at position `start`.
     """
 
-    def __init__(
-        self,
-        plans: Sequence[SitePlan],
-        shape: ModelShape,
-        batch: Batch,
-        n_metrics: int,
-        start: int = 0,
-    ) -> None:
+    def __init__(self, work: Work) -> None:
         self.metric = 0  # index of the metric whose backward pass is running
         self.rows: Sequence[int] | slice = slice(None)  # rows of the batch that are added to
-        self.plans = {plan.site.name: plan for plan in plans}
-        self._shape, self._start = shape, start
+        self.plans = {plan.site.name: plan for plan in work.plans}
+        self._shape, self._start = work.shape, work.start
         self.values: dict[str, Tensor] = {}
-        for plan in plans:
-            n_layers = shape.n_layers if plan.site.layered else 1
+        n_pairs, n_pos = work.batch.base.shape
+        for name, plan in self.plans.items():
+            n_layers = work.shape.n_layers if plan.site.layered else 1
             n_units = 1 if plan.axes.units is None else len(plan.axes.units)
-            self.values[plan.site.name] = torch.zeros(
-                n_metrics,
-                *batch.base.shape[:1],
-                n_layers,
-                batch.length,
-                n_units,
-                device=batch.base.device,
-            )
+            shape = (len(work.metrics), n_pairs, n_layers, n_pos, n_units)
+            self.values[name] = torch.zeros(shape, device=work.batch.base.device)
 
     def add(
         self, place: Place, values: Tensor, base: Tensor, grad: Tensor, weight: float = 1.0
@@ -146,13 +136,19 @@ class Work:
     gradients: GradientModel
     batch: Batch
     plans: tuple[SitePlan, ...]
-    shape: ModelShape
     metrics: tuple[Metric, ...]
     intervention: Intervention
-    # site -> per layer, in the form of `Place.flat`, from `start` on
-    source: Mapping[str, list[Tensor]]
-    source_logits: Float[Tensor, "pair read d_vocab"]
-    prefix: Prefix | None = None
+    source: Activations  # of the source run; sites from `start` on
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """The sizes of the model."""
+        return model_shape(self.gradients.bridge)
+
+    @property
+    def prefix(self) -> Prefix | None:
+        """The tokens that base and source share."""
+        return self.source.prefix
 
     @property
     def start(self) -> int:
@@ -178,25 +174,24 @@ class Work:
 
     def empty(self) -> Estimates:
         """Return estimates of zero for every site."""
-        return Estimates(self.plans, self.shape, self.batch, len(self.metrics), self.start)
+        return Estimates(self)
 
     def rows(self, rows: Sequence[int]) -> Work:
         """Return the work of some rows of the batch."""
         if [*rows] == [*range(len(self.batch.pairs))]:
             return self
         chosen = [*rows]
-        return replace(
-            self,
-            batch=self.batch.rows(chosen),
-            source={name: [x[chosen] for x in xs] for name, xs in self.source.items()},
-            source_logits=self.source_logits[chosen],
-            prefix=None if self.prefix is None else self.prefix.rows(chosen),
+        source = Activations(
+            {name: [x[chosen] for x in xs] for name, xs in self.source.sites.items()},
+            self.source.logits[chosen],
+            None if self.prefix is None else self.prefix.rows(chosen),
         )
+        return replace(self, batch=self.batch.rows(chosen), source=source)
 
     @torch.no_grad()
     def values(self, site: Site, layer: int, base: Tensor) -> Tensor:
         """Return the patch values that replace `base`, and `base` where the source has none."""
-        source = self.source[site.name][layer]
+        source = self.source.sites[site.name][layer]
         values = values_of(self.intervention, site, layer, base, source, self.batch.spans)
         partner = self.batch.partner
         if partner is None or not sees_source(self.intervention):
@@ -215,7 +210,7 @@ class Work:
             logits.gather(2, x.repeat(copies, 1).unsqueeze(-1)).squeeze(-1)
             for x in (self.batch.answer, self.batch.wrong)
         )
-        base, source = (x.repeat(copies, 1, 1) for x in (base_logits, self.source_logits))
+        base, source = (x.repeat(copies, 1, 1) for x in (base_logits, self.source.logits))
         return compute(self.metrics, Logits(answer, wrong, logits, base, source))
 
     def references(
@@ -224,7 +219,7 @@ class Work:
         """Return the metrics `[metric, pair]` of the base run and of the source run."""
         with torch.no_grad():
             base = self.score(base_logits, base_logits)
-            source = self.score(self.source_logits, base_logits)
+            source = self.score(self.source.logits, base_logits)
         return base.cpu().numpy(), source.cpu().numpy()
 
 
@@ -256,3 +251,33 @@ def backward_each(scores: Float[Tensor, "metric row"], estimates: Estimates) -> 
     for metric, row in enumerate(scores):
         estimates.metric = metric
         row.sum().backward(retain_graph=metric + 1 < len(scores))
+
+
+@runtime_checkable
+class Method(Protocol):
+    """Estimates metric(patched) - metric(base) for every patch of some sites.
+
+    Estimates are signed, per pair, in the metric's unit.
+    """
+
+    @property
+    def name(self) -> str:
+        """Name in stores and on the command line."""
+
+    @property
+    def at_base(self) -> bool:
+        """Whether the method takes gradients only at the base run."""
+
+    def run(self, work: Work) -> Found:
+        """Return the estimates for all sites of `work`."""
+
+    def extra_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        """Return the sites whose activations the method needs besides `sites`."""
+
+    def passes(self, plans: tuple[SitePlan, ...], n_layers: int, n_metrics: int) -> float:
+        """Return the number of full forward passes; a backward pass counts as one forward pass."""
+
+
+def states_of(method: Method) -> tuple[str, ...]:
+    """Return what a method states besides its estimates: "error", "residual", "nodes"."""
+    return tuple(getattr(method, "states", ()))

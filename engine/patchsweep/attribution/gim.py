@@ -28,40 +28,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from patchsweep.attribution.atp import differentiable_run
-from patchsweep.attribution.estimates import Found, Work, backward_each
+from patchsweep.attribution.atp import OneGradient
 from patchsweep.attribution.relp import frozen_norms, graft, is_activation
 from patchsweep.forward.norms import is_norm
 from patchsweep.forward.unwrapped import UnwrappedModel
-from patchsweep.spec.plan import SitePlan
-from patchsweep.spec.sites import Site
 
 TEMPERATURE = 2.0
-
-
-@dataclass(frozen=True)
-class Gim:
-    """Estimate (values - base) · gradients under the rules of GIM."""
-
-    name: str = "gim"
-    at_base: bool = True
-
-    def run(self, work: Work) -> Found:
-        """See `Method`."""
-        estimates = work.empty()
-        with gim_rules(work.gradients.unwrapped):
-            logits = differentiable_run(work, estimates, work.sites)
-        # outside the rules: the metric has its ordinary gradient
-        backward_each(work.score(logits, logits.detach()), estimates)
-        return Found(estimates, logits.detach())
-
-    def extra_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
-        """See `Method`."""
-        return ()
-
-    def passes(self, plans: tuple[SitePlan, ...], n_layers: int, n_metrics: int) -> float:
-        """See `Method`."""
-        return 2 + n_metrics
 
 
 @contextmanager
@@ -83,6 +55,15 @@ def gim_rules(unwrapped: UnwrappedModel) -> Iterator[None]:
                 ):
                     stack.callback(register(partial(halved.enter_activation, by)).remove)
         yield
+
+
+@dataclass(frozen=True)
+class Gim(OneGradient):
+    """Estimate (values - base) · gradients under the rules of GIM."""
+
+    name: str = "gim"
+    at_base: bool = True
+    rules = staticmethod(gim_rules)
 
 
 class _Tempered(torch.autograd.Function):

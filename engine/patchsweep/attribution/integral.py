@@ -101,11 +101,6 @@ class Integral:
                 },
             )
 
-    @property
-    def level(self) -> NDArray[np.int64]:
-        """The rule of the values, `[key, pair]`."""
-        return self._rounds.level
-
     def fraction(self, nodes: Sequence[int], like: Tensor) -> Tensor:
         """Return how far along the path the nodes are, `[node]`."""
         at = [1.0 if i == END else float(self._rules.nodes[i]) for i in nodes]
@@ -178,7 +173,7 @@ class Integral:
                 errors.values[name] = torch.where(at, error, errors.values[name])
         residuals, nodes = {}, {}
         for i, key in enumerate(self.keys):
-            chosen = torch.from_numpy(self.level[i]).to(self._sums.device)
+            chosen = torch.from_numpy(self._rounds.level[i]).to(self._sums.device)
             sums = self._sums[:, i].gather(0, chosen.expand(1, *self._sums.shape[2:]))[0]
             residuals[key] = sums - self._effect[i]
             nodes[key] = self._rounds.counts[i]
@@ -186,14 +181,13 @@ class Integral:
 
     def _level(self, site: str, layer: int) -> NDArray[np.int64]:
         """Return the rule of each pair at a place."""
-        key = (site, layer)
-        if key in self.keys:
-            return self.level[self.keys.index(key)]
-        return self.level[0]  # all places have one key, or no estimate is made here
+        key, level = (site, layer), self._rounds.level
+        # else all places have one key, or no estimate is made here
+        return level[self.keys.index(key) if key in self.keys else 0]
 
     def _converged(self, rule: int) -> NDArray[np.bool_]:
         """Return `[key, pair]`: the stated errors are within the tolerance."""
-        done = np.ones_like(self.level, dtype=bool)
+        done = np.ones_like(self._rounds.level, dtype=bool)
         for plan in self.work.plans:
             fine, coarse = (self.by_rule[i].values[plan.site.name] for i in (rule, rule - 1))
             largest = fine.abs().flatten(2).amax(dim=2)[:, :, None]  # [metric, pair, 1]

@@ -53,7 +53,7 @@ class _Integrated:
 
     @property
     def states(self) -> tuple[str, ...]:
-        """See `method.states_of`."""
+        """See `estimates.states_of`."""
         return ("error", "residual", *(("nodes",) if self.path.adds_nodes else ()))
 
 

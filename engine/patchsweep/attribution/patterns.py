@@ -12,7 +12,7 @@ AtP estimate of the site `pattern`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ from patchsweep.data.pairs import PromptPairs
 from patchsweep.forward.grad import GradientModel, Heads, Place
 from patchsweep.models.running import runs_model
 from patchsweep.spec.batch import Batch, clean_prompts
-from patchsweep.spec.finite import check_finite
+from patchsweep.spec.finite import check_finite, names_of
 from patchsweep.spec.sites import SITES
 from patchsweep.spec.spec import MetricLike, Request, SweepSpec, make_request
 
@@ -118,7 +118,7 @@ def pattern_scores(
         xr.Dataset(
             {"zero": (dims, zero), "patch": (dims, patch)},
             coords={
-                "metric": [metric.name for metric in request.metrics],
+                "metric": names_of(request.metrics),
                 "base_token": (
                     ("pair", "dest"),
                     np.array([row + [""] * (longest - len(row)) for row in tokens], dtype=object),
@@ -133,7 +133,7 @@ def _one(
 ) -> None:
     """Fill `zero` and `patch` `[metric, layer, head, dest, src]` of one pair."""
     source = model.activations(batch.source, batch.reads)
-    work = work_of(request, model, batch, source.sites, source.logits)
+    work = Work(model, batch, request.plans, request.metrics, request.intervention, source)
     n = batch.length
 
     def visit(metric: int, layer: int, base: Tensor, values: Tensor, grad: Tensor) -> None:
@@ -141,26 +141,6 @@ def _one(
         patch[metric, layer, :, :n, :n] = ((values - base) * grad)[0].cpu().numpy()
 
     visit_cells(work, visit)
-
-
-def work_of(
-    request: Request,
-    model: GradientModel,
-    batch: Batch,
-    source: Mapping[str, list[Tensor]],
-    source_logits: Tensor,
-) -> Work:
-    """Return the input of `visit_cells`: a batch with its source run's patterns and logits."""
-    return Work(
-        model,
-        batch,
-        request.plans,
-        request.shape,
-        request.metrics,
-        request.intervention,
-        source,
-        source_logits,
-    )
 
 
 # metric, layer, then base pattern, patched pattern and gradient `[pair, head, dest, src]`

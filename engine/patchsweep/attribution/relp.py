@@ -24,41 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from patchsweep.attribution.atp import differentiable_run
-from patchsweep.attribution.estimates import Found, Work, backward_each
+from patchsweep.attribution.atp import OneGradient
 from patchsweep.errors import MethodError
 from patchsweep.forward.norms import is_norm, norm_form
 from patchsweep.forward.unwrapped import UnwrappedModel
-from patchsweep.spec.plan import SitePlan
-from patchsweep.spec.sites import Site
-
-
-@dataclass(frozen=True)
-class Relp:
-    """Estimate (values - base) · relevance coefficients; `fixed_pattern` adds the AH-rule."""
-
-    name: str = "relp"
-    fixed_pattern: bool = False
-    at_base: bool = True
-
-    def run(self, work: Work) -> Found:
-        """See `Method`."""
-        estimates = work.empty()
-        with relevance_rules(work.gradients.unwrapped):
-            logits = differentiable_run(
-                work, estimates, work.sites, fixed_pattern=self.fixed_pattern
-            )
-        # outside the rules: the metric has its ordinary gradient
-        backward_each(work.score(logits, logits.detach()), estimates)
-        return Found(estimates, logits.detach())
-
-    def extra_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
-        """See `Method`."""
-        return ()
-
-    def passes(self, plans: tuple[SitePlan, ...], n_layers: int, n_metrics: int) -> float:
-        """See `Method`."""
-        return 2 + n_metrics
 
 
 class _Graft(torch.autograd.Function):
@@ -93,6 +62,16 @@ def relevance_rules(unwrapped: UnwrappedModel) -> Iterator[None]:
                 stack.callback(module.register_forward_hook(_identity_rule).remove)
         stack.enter_context(HalfRule())
         yield
+
+
+@dataclass(frozen=True)
+class Relp(OneGradient):
+    """Estimate (values - base) · relevance coefficients; `fixed_pattern` adds the AH-rule."""
+
+    name: str = "relp"
+    fixed_pattern: bool = False
+    at_base: bool = True
+    rules = staticmethod(relevance_rules)
 
 
 @contextmanager

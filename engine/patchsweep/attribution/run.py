@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from patchsweep.attribution.atp_star import AtpStar, check_intervention
-from patchsweep.attribution.estimates import Found, Work, n_shared
-from patchsweep.attribution.method import Method
+from patchsweep.attribution.estimates import Found, Method, Work, n_shared
 from patchsweep.data.alignment import n_shared as n_shared_tokens
 from patchsweep.forward.grad import GradientModel
 from patchsweep.models.offload import device_of
@@ -30,7 +29,7 @@ class BlockOfPairs:
 
     pairs: range
     cells: Mapping[str, NDArray[np.float32]]  # site -> [metric, pair, layer, pos, unit]
-    # what the method states besides, see `method.states_of`: (site, "error") -> as the cells;
+    # what the method states besides, see `estimates.states_of`: (site, "error") -> as the cells;
     # (site, "residual") and (site, "nodes") -> [metric, pair, layer]; "" for all sites together
     stated: Mapping[tuple[str, str], NDArray[np.float32]]
     base_metric: NDArray[np.float32]  # [metric, pair]
@@ -123,18 +122,10 @@ class Attribution:
             [*needed_sites.values()],
             keep_from=start,
         )
+        moved = {name: [batch.at_base(x, start) for x in xs] for name, xs in source.sites.items()}
+        source = replace(source, sites=moved)
         return Work(
-            gradients=self.gradients,
-            batch=batch,
-            plans=request.plans,
-            shape=request.shape,
-            metrics=request.metrics,
-            intervention=request.intervention,
-            source={
-                name: [batch.at_base(x, start) for x in xs] for name, xs in source.sites.items()
-            },
-            source_logits=source.logits,
-            prefix=source.prefix,
+            self.gradients, batch, request.plans, request.metrics, request.intervention, source
         )
 
 

@@ -18,7 +18,7 @@ from patchsweep.cli.analysis import AnalysisVerb
 from patchsweep.cli.schema.lens import LensRun
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.data.show import number, rank
-from patchsweep.store.attributes import attributes, flat_attributes
+from patchsweep.store.attributes import attributes
 from patchsweep.store.difference import IDENTITY
 from patchsweep.sweeps.identity import sealed
 
@@ -41,14 +41,14 @@ def _lens(
             attrs[IDENTITY] = sealed({**attrs[IDENTITY], "sublayers": dict(removals)})
         return attrs
 
-    def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
+    def compute() -> xr.Dataset:
         ds = lens(model, pairs, **settings, stages=stages)
         if removals is not None:
             removed = sublayers(model, pairs, which=ds.attrs["prompt"], **removals, stages=stages)
             ds = ds.merge(removed, compat="no_conflicts", combine_attrs="override")
             used = attributes(removed)["provenance"]
             ds.attrs |= {key: used[key] for key in ("runner", "runner_reason")}
-        return ds.assign_attrs(flat_attributes(attrs))
+        return ds
 
     return stages.results(model, described, compute)
 

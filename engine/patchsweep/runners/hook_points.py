@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -64,6 +64,16 @@ def writing(hook_name: str, write: Callable[[Tensor], None]) -> Hook:
         return new
 
     return hook_name, hook
+
+
+def keeping(names: Iterable[str]) -> tuple[dict[str, Tensor], list[Hook]]:
+    """Return hooks at `names`, and where they put copies of what they see, by name."""
+    kept: dict[str, Tensor] = {}
+
+    def keep(x: Tensor, hook: Any, name: str) -> None:
+        kept[name] = x.detach().clone()
+
+    return kept, [(name, partial(keep, name=name)) for name in names]
 
 
 def write_units(

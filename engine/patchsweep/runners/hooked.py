@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from patchsweep.runners.hook_points import (
     check_names,
     forward,
     hooks_of,
+    keeping,
     refusals,
     refused,
     write_units,
@@ -118,17 +118,15 @@ class HookedRunner(Runner):
         """Return fp32 logits at `reads` and the sites' activations; runs some prompts at a time."""
         logits: list[Tensor] = []
         kept: dict[str, list[Tensor]] = defaultdict(list)
-
-        def keep(x: Tensor, hook: Any, name: str) -> None:
-            kept[name].append(x.detach().clone())
-
         for prompts in tokens.split(self.rows_of(tokens.shape[1])):
             for i, group in enumerate(self._groups):
                 # sites may share a hook, as pattern and pattern_cell do
                 names = dict.fromkeys(n for site in group for n in hooks_of(self.bridge, site))
-                keeping = [(name, partial(keep, name=name)) for name in names]
+                seen, hooks = keeping(names)
                 with cast_while(self.bridge, self.compute_dtype):
-                    output = forward(self.bridge, prompts, (), keeping)
+                    output = forward(self.bridge, prompts, (), hooks)
+                for name, x in seen.items():
+                    kept[name].append(x)
                 if not i:
                     logits.append(output[:, list(reads)].float())
         activations = {}
@@ -232,7 +230,8 @@ class HookedRunner(Runner):
             rows = np.flatnonzero(which == i)
             plan, patches = sets[i].plan, patch[rows]
             pair[rows] = [local[p] for p in plan.pair[patches].tolist()]
-            hooks += self._hooks_of(loaded, plan, patches, rows, null=i >= n_sets)
+            values = loaded.patch_values[plan.site.name]
+            hooks += self.patch_hooks(loaded.batch, values, plan, patches, rows, null=i >= n_sets)
         return self.run_rows(loaded, pair, hooks, metrics)
 
     def run_rows(
@@ -246,11 +245,22 @@ class HookedRunner(Runner):
         read = logits[:, list(batch.reads)].float()
         return self.metrics_of(loaded, read, index, metrics).cpu()
 
-    def _hooks_of(
-        self, loaded: Loaded, plan: Plan, patches: Ints, rows: Ints, *, null: bool
+    def patch_hooks(
+        self,
+        batch: Batch,
+        values: Sequence[Tensor],
+        plan: Plan,
+        patches: Ints,
+        rows: Ints,
+        *,
+        null: bool = False,
     ) -> list[Hook]:
-        """Return hooks that write patch `patches[i]` of `plan` into row `rows[i]` of a pass."""
-        local = loaded.batch.local
+        """Return hooks that write patch `patches[i]` of `plan` into row `rows[i]` of a pass.
+
+        `values`: patch values of the batch's pairs, per layer; with `null`, patches write back what
+        they find.
+        """
+        local = batch.local
         by_layer: dict[int, list[_Write]] = {}
         cells = zip(rows.tolist(), *(x.tolist() for x in plan.cells(patches)), strict=True)
         for row, pair, layer_set, unit_set, start, stop in cells:
@@ -258,15 +268,14 @@ class HookedRunner(Runner):
             for layer in plan.axes.layers[layer_set]:
                 by_layer.setdefault(layer, []).append(write)
         return [
-            writing(plan.site.hook_name(layer), self._write(loaded, plan, written, layer, null))
+            writing(plan.site.hook_name(layer), self._write(values[layer], plan, written, null))
             for layer, written in by_layer.items()
         ]
 
     def _write(
-        self, loaded: Loaded, plan: Plan, written: Sequence[_Write], layer: int, null: bool
+        self, values: Tensor, plan: Plan, written: Sequence[_Write], null: bool
     ) -> Callable[[Tensor], None]:
         """Return a function that writes the patches `written` into a site's tensor, in place."""
-        values = loaded.patch_values[plan.site.name][layer]
         units, is_pattern = plan.axes.units, plan.site.is_pattern
         n_units = 1 if units is None else self.shape.n_units(plan.site)
 

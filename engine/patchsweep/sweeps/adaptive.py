@@ -23,7 +23,7 @@ from patchsweep.attribution.base_gradients import STREAM, base_gradients
 from patchsweep.attribution.estimates import Estimates, n_shared
 from patchsweep.attribution.estimates import Work as Attributed
 from patchsweep.errors import ConfigError, MethodError
-from patchsweep.forward.grad import GradientModel, Gradients
+from patchsweep.forward.grad import Activations, GradientModel, Gradients
 from patchsweep.models.arithmetic import SIXTEEN_BITS
 from patchsweep.models.compute import name_of
 from patchsweep.results.tolerance import LINEAR, TOKEN_LAYERS, in_units
@@ -129,18 +129,19 @@ class _Loader:
             gradients=self.model,
             batch=batch,
             plans=request.plans,
-            shape=request.shape,
             metrics=request.metrics,
             intervention=intervention,
-            source={
-                site.name: [
-                    x[:, :, start:] if site.is_pattern else x[:, start:]
-                    for x in loaded.source.layers_of(site.name)
-                ]
-                for site in request.sites
-            },
-            source_logits=self.runner.packed.logits_of(loaded, "source"),
-            prefix=loaded.source.prefix(start) if start else None,
+            source=Activations(
+                {
+                    site.name: [
+                        x[:, :, start:] if site.is_pattern else x[:, start:]
+                        for x in loaded.source.layers_of(site.name)
+                    ]
+                    for site in request.sites
+                },
+                self.runner.packed.logits_of(loaded, "source"),
+                loaded.source.prefix(start) if start else None,
+            ),
         )
         with self.model.frozen():
             return _Loaded(loaded, *base_gradients(work))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from patchsweep.attribution.method import Method, states_of
+from patchsweep.attribution.estimates import Method, states_of
 from patchsweep.attribution.run import Attribution, BlockOfPairs, pairs_per_block, token_layers
 from patchsweep.spec.plan import SitePlan
 from patchsweep.spec.spec import Request
@@ -42,7 +42,7 @@ class Part:
 
     plan: SitePlan
     method: Method
-    role: str = "estimate"  # or one of `attribution.method.states_of`
+    role: str = "estimate"  # or one of `attribution.estimates.states_of`
     of_all: bool = False  # one path for all sites together
 
     @property

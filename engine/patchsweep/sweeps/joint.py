@@ -167,7 +167,6 @@ def joint_request(
     pairs: PromptPairs,
     patches: Iterable[Patch | Sequence[Patch]],
     metrics: MetricLike | Sequence[MetricLike],
-    *,
     direction: Direction | None,
     read: int,
     means_from: MeansFrom,

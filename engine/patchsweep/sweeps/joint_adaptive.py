@@ -24,7 +24,7 @@ from patchsweep.attribution.check import check_metric, check_model
 from patchsweep.attribution.estimates import Work
 from patchsweep.errors import ConfigError
 from patchsweep.forward.capture import ActivationCache
-from patchsweep.forward.grad import GradientModel, Gradients
+from patchsweep.forward.grad import Activations, GradientModel, Gradients
 from patchsweep.results.tolerance import in_units
 from patchsweep.runners.packed.adaptive_runner import QUERIES
 from patchsweep.runners.packed.joint import PackedJoint
@@ -135,11 +135,9 @@ class AdaptivePatches(JointPatches):
             gradients=self._model,
             batch=batch,
             plans=(),
-            shape=request.shape,
             metrics=request.metrics,
             intervention=interventions[0],
-            source={},
-            source_logits=runner.runner.logits_of(loaded.loaded, "source"),
+            source=Activations({}, runner.runner.logits_of(loaded.loaded, "source"), None),
         )
         with self._model.frozen():
             gradients = base_gradients(work)[1]
@@ -288,7 +286,7 @@ class AdaptivePatches(JointPatches):
         """
         start = start if self._model.takes_positions else 0
         prefix = loaded.loaded.loaded.base.prefix(start) if start else None
-        shared = replace(loaded.work, prefix=prefix)
+        shared = replace(loaded.work, source=replace(loaded.work.source, prefix=prefix))
         length, n_layers = plan.length, plan.n_layers
         n_metrics = len(self.request.metrics)
         base = loaded.gradients

@@ -87,13 +87,15 @@ def make_layout(
 
 
 def analysis_attrs(
+    kind: str,
     model: TransformerBridge,
     pairs: PromptPairs,
-    identity: Mapping[str, Any],
-    config: Mapping[str, Any] | None,
+    settings: Mapping[str, Any],
+    config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the attributes common to the results of all analyses, known before they run."""
     check_config(config)
+    identity = identity_of(kind, model, pairs, settings)
     return {
         "kind": identity["kind"],
         "patchsweep_version": version("patchsweep"),

@@ -15,9 +15,11 @@ All rows run through each block at once, from the first position that can differ
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -39,6 +41,24 @@ Kind = Literal["q", "k", "v", "mlp"]
 Way = Literal["as it is", "linear", "normed"]
 
 
+def run_circuits(
+    edge_batch: EdgeBatch,
+    level: Literal["nodes", "edges"],
+    rows: Bool[np.ndarray, "run ..."],
+    at: Bool[Tensor, "run pos"] | None = None,
+) -> Float[Tensor, "metric pair run"]:
+    """Return the metrics of every pair with all outside of each run's nodes or edges ablated.
+
+    `at`: as in `run_nodes`.
+    """
+    n_pairs, device = edge_batch.base.n_pairs, edge_batch.batch.base.device
+    keep = torch.from_numpy(rows).to(device).repeat_interleave(n_pairs, dim=0)
+    pair = torch.arange(n_pairs, device=device).repeat(len(rows))
+    at = None if at is None else at.repeat_interleave(n_pairs, dim=0)
+    run = run_edges if level == "edges" else run_nodes
+    return run(edge_batch, keep, pair, at).unflatten(1, (len(rows), n_pairs)).transpose(1, 2)
+
+
 @torch.no_grad()
 def run_nodes(
     edge_batch: EdgeBatch,
@@ -54,16 +74,7 @@ def run_nodes(
     width = edge_batch.base.resid[0][0, edge_batch.start :].numel()
     # 16 activations of stream width: the stream, q, k, v, z and those inside the MLP
     size = max(1, ROW_BYTES // (4 * 16 * width))
-    ablation = _Nodes(edge_batch)
-    parts = [
-        _score(
-            edge_batch,
-            ablation.run(keep[rows], pair[rows], None if at is None else at[rows]),
-            pair[rows],
-        )
-        for rows in _chunks(len(pair), size)
-    ]
-    return torch.cat(parts, dim=1)
+    return _run(edge_batch, _Nodes(edge_batch).run, size, keep, pair, at)
 
 
 @torch.no_grad()
@@ -82,27 +93,24 @@ def run_edges(
     n_readers = nodes.n_heads + 2 * nodes.n_kv_heads
     size = max(1, ROW_BYTES // (4 * width * (len(nodes.senders) + 8 * n_readers)))
     ablated = _Ablated(edge_batch)
-    parts = []
-    for rows in _chunks(len(pair), size):
-        final = _Edges(ablated, keep[rows], pair[rows], None if at is None else at[rows]).run()
-        parts.append(_score(edge_batch, final, pair[rows]))
-    return torch.cat(parts, dim=1)
+    return _run(edge_batch, lambda *rows: _Edges(ablated, *rows).run(), size, keep, pair, at)
 
 
-def _chunks(n: int, size: int) -> list[slice]:
-    return [slice(first, first + size) for first in range(0, n, size)]
-
-
-def _score(
-    edge_batch: EdgeBatch, final: Float[Tensor, "row pos d_model"], pair: Tensor
+def _run(
+    edge_batch: EdgeBatch,
+    run: Callable[[Tensor, Tensor, Tensor | None], Float[Tensor, "row pos d_model"]],
+    size: int,
+    keep: Tensor,
+    pair: Tensor,
+    at: Tensor | None,
 ) -> Float[Tensor, "metric row"]:
-    """Return the metrics of runs with the final residual `final`, which begins at `start`."""
+    """Run rows, `size` at a time; `run` gives their final residual from `start` on."""
     unembed = Unembed(edge_batch.blocks.unwrapped)
-    reads = [read - edge_batch.start for read in edge_batch.batch.reads]
     parts = []
-    for rows in unembed.chunks(len(final), len(reads)):
-        logits = unembed.logits(final[rows][:, reads].flatten(0, 1)).float()
-        parts.append(edge_batch.score(logits.unflatten(0, (-1, len(reads))), pair[rows]))
+    for first in range(0, len(pair), size):
+        rows = slice(first, first + size)
+        final = run(keep[rows], pair[rows], None if at is None else at[rows])[:, edge_batch.reads]
+        parts.append(edge_batch.metrics_of(unembed, final, pair[rows], all_logits=True))
     return torch.cat(parts, dim=1)
 
 
@@ -116,7 +124,7 @@ class _Nodes:
         # An ablated MLP outputs its source run's value, so that a norm behind it acts as in the
         # source run. The rest of the ablated value is added behind the norm.
         self.beyond = []
-        for layer, change in enumerate(edge_batch.changes.mlp):
+        for layer, change in enumerate(edge_batch.changes["mlp_out"]):
             source, base = (
                 run.part(layer, "mlp_out") for run in (edge_batch.source, edge_batch.base)
             )
@@ -140,7 +148,7 @@ class _Nodes:
         for layer in range(edge_batch.nodes.n_layers):
             heads = by_layer[:, layer, :n_heads].unsqueeze(1) | spared.unsqueeze(-1)
             ablated_mlp = ~(by_layer[:, layer, n_heads, None] | spared)  # [row, pos]
-            new_z = (edge_batch.base.z[layer] + edge_batch.changes.z[layer])[pair, start:]
+            new_z = (edge_batch.base.z[layer] + edge_batch.changes["z"][layer])[pair, start:]
 
             def replace_z(z: Tensor, heads: Tensor = heads, new_z: Tensor = new_z) -> Tensor:
                 own = z.reshape(*new_z.shape[:2], n_heads, -1)
@@ -170,31 +178,27 @@ class _Ablated:
     def __init__(self, edge_batch: EdgeBatch) -> None:
         self.edge_batch = edge_batch
         self.z_points = _z_points(edge_batch)
-        blocks, nodes, base, changes = (
-            edge_batch.blocks,
-            edge_batch.nodes,
-            edge_batch.base,
-            edge_batch.changes,
-        )
+        blocks, nodes = edge_batch.blocks, edge_batch.nodes
+        base, changes = edge_batch.base, edge_batch.changes
         self.ways = [way_of(edge_batch, layer) for layer in range(nodes.n_layers)]
         self.normed = [layer for layer, way in enumerate(self.ways) if way == "normed"]
         all_pairs = torch.arange(base.n_pairs, device=base.resid[0].device)
         from_start = slice(edge_batch.start, None)
-        self.embed = changes.embed[:, from_start].float()  # ablated minus base embeddings
+        self.embed = changes["embed"][0][:, from_start].float()  # ablated minus base embeddings
         self.z = [
-            (z + dz)[:, from_start].contiguous() for z, dz in zip(base.z, changes.z, strict=True)
+            (z + dz)[:, from_start].contiguous() for z, dz in zip(base.z, changes["z"], strict=True)
         ]
         self.attn: list[Float[Tensor, "pair pos d_model"]] = []  # per layer, before its norm
         self.mlp: list[Float[Tensor, "pair pos d_model"]] = []  # per layer, as added to the stream
         # the stream before each block, and before its MLP; without attention of `normed` layers
-        self.entering = [(base.resid[0] + changes.embed)[:, from_start].float()]
+        self.entering = [(base.resid[0] + changes["embed"][0])[:, from_start].float()]
         self.between: list[Float[Tensor, "pair pos d_model"]] = []
         for layer in range(nodes.n_layers):
             self.attn.append(blocks.attention_of(layer, self.z[layer]))
             between = self.entering[-1]
             if layer not in self.normed:
                 between = between + self.written(layer, "attn", self.attn[layer], all_pairs)
-            mlp = (base.part(layer, "mlp_out") + changes.mlp[layer])[:, from_start]
+            mlp = (base.part(layer, "mlp_out") + changes["mlp_out"][layer])[:, from_start]
             self.mlp.append(self.written(layer, "mlp_out", mlp, all_pairs))
             self.between.append(between)
             self.entering.append(between + self.mlp[layer])
@@ -212,11 +216,6 @@ class _Ablated:
         if reader.kind == "mlp" and not self.edge_batch.nodes.parallel[reader.layer]:
             return self.between[reader.layer]
         return self.entering[reader.layer]
-
-    def heads(self, layer: int) -> slice:
-        """Return the indices of the senders that are heads of `layer`."""
-        first = 1 + layer * (self.edge_batch.nodes.n_heads + 1)
-        return slice(first, first + self.edge_batch.nodes.n_heads)
 
 
 class _Edges:
@@ -256,7 +255,7 @@ class _Edges:
         streams = removed[pair].unsqueeze(1) + kept_writes
         rows = pair.repeat_interleave(streams.shape[1])
         for layer in ablated.normed:
-            heads = ablated.heads(layer)
+            heads = edge_batch.nodes.heads(layer)
             if heads.stop > n_seen:
                 break
             head_writes = self._kept(heads, readers, self.gained[layer])
@@ -303,7 +302,7 @@ class _Edges:
             flat, rows = gained.flatten(0, 1), pair.repeat(n_heads)
             written = self.ablated.written(layer, "attn", flat, rows)
             gained = (written - self.ablated.written(layer, "attn", 0 * flat, rows)).view_as(gained)
-        self.more[:, self.ablated.heads(layer)] = gained.transpose(0, 1).float()
+        self.more[:, edge_batch.nodes.heads(layer)] = gained.transpose(0, 1).float()
 
     def _z(self, layer: int, own: dict[str, Tensor]) -> Float[Tensor, "row pos width"]:
         """Return z of attention with these q, k and v `[row, head, pos, d]`."""
@@ -335,7 +334,7 @@ class _Edges:
             layer, stream, edge_batch.base, pair, edge_batch.start, held=no_attention
         )
         written = self.ablated.written(layer, "mlp", y, pair)
-        self.more[:, self.ablated.heads(layer).stop] = written - self.ablated.mlp[layer][pair]
+        self.more[:, edge_batch.nodes.heads(layer).stop] = written - self.ablated.mlp[layer][pair]
 
 
 class _Seen(Exception):

@@ -1,9 +1,15 @@
-"""`acdc`: prunes a model's edges one by one until only those that matter are left."""
+"""`acdc`: prunes a model's edges one by one until only those that matter are left.
+
+The plain loop tries one edge after the other, and each trial depends on the ones before. Here a
+batch holds a chain of trials as they would follow from guessed decisions; the first decision that
+was guessed wrongly ends what counts of the chain, and the rest is run again. So every decision is
+that of the loop, on the same circuit.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,18 +18,18 @@ import xarray as xr
 from numpy.typing import NDArray
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.analyses.circuits.ablate import run_edges
-from patchsweep.analyses.circuits.dead_edges import RUNS, dead_edges
+from patchsweep.analyses.circuits.ablate import run_circuits
 from patchsweep.analyses.circuits.edge_batch import (
     EdgeBatch,
     ExactBatches,
     Question,
+    ablation_settings,
     ask,
 )
-from patchsweep.analyses.circuits.edge_dataset import node_coords
-from patchsweep.analyses.circuits.nodes import Edge, Nodes
-from patchsweep.analyses.circuits.pruning import Pruning, prune
-from patchsweep.analyses.circuits.selection import connected
+from patchsweep.analyses.circuits.exact import RUNS, dead_edges
+from patchsweep.analyses.circuits.nodes import Nodes
+from patchsweep.analyses.circuits.results import node_coords
+from patchsweep.analyses.circuits.selection import connected, reaching
 from patchsweep.analyses.circuits.subgraph import Kept, Masks, SparseRuns, runs_of
 from patchsweep.analyses.stages import Computed, Stages
 from patchsweep.arguments import number, true_or_false
@@ -34,14 +40,18 @@ from patchsweep.models.running import runs_model
 from patchsweep.spec.interventions import Intervention, ValueFn
 from patchsweep.spec.reference import MeansFrom
 from patchsweep.spec.spec import MetricLike, SweepSpec
-from patchsweep.store.attributes import flat_attributes
-from patchsweep.sweeps.identity import identity_of, question_settings
-from patchsweep.sweeps.layout import analysis_attrs, strings
+from patchsweep.sweeps.layout import strings
 
 THRESHOLDS = (0.01, 0.03, 0.1)
-_NUMBERS = ("distance", "n_candidates", "n_dead", "n_runs")
+_NUMBERS = {
+    "distance": "mean over pairs of |metric(circuit) - metric(model)|",
+    "n_candidates": "edges that were tried",
+    "n_dead": "edges removed without a run: no metric depends on them",
+    "n_runs": "circuits that were run",
+}
 # most that the metric of the model taken apart may differ from the model's
 _APART = 1e-3
+FIRST_ROWS = 32  # trials of the first chain of a reader; doubled while guesses are right
 
 
 @runs_model
@@ -87,17 +97,7 @@ def acdc(
             asked of a model with a norm after attention.
         PatchsweepError: another argument breaks a rule.
     """
-    question = ask(
-        model,
-        pairs,
-        SweepSpec(
-            metrics=metric,
-            direction="noising",
-            intervention=ablation,
-            read=read,
-            means_from=means_from,
-        ),
-    )
+    question = ask(model, pairs, metric, "noising", ablation, read, means_from)
     levels = _levels(thresholds)
     true_or_false("positions", positions)
     if len(question.metrics) != 1:
@@ -108,20 +108,13 @@ def acdc(
             "give such pairs, or leave positions out"
         )
     stages = Stages.of(stages)
-    experiment = question_settings(question)
     settings = {
-        "ablation": experiment.pop("intervention"),
-        **experiment,
+        **ablation_settings(question),
         "thresholds": list(levels),
         "positions": positions,
     }
-
-    def attrs() -> Mapping[str, Any]:
-        identity = identity_of("acdc", question.bridge, question.pairs, settings)
-        return analysis_attrs(question.bridge, question.pairs, identity, config)
-
-    return stages.results(
-        model, attrs, lambda found: _acdc(question, levels, positions, found, stages)
+    return stages.analysis(
+        "acdc", model, pairs, settings, lambda: _acdc(question, levels, positions, stages), config
     )
 
 
@@ -140,11 +133,7 @@ def _levels(thresholds: Sequence[float]) -> tuple[float, ...]:
 
 
 def _acdc(
-    question: Question,
-    levels: Sequence[float],
-    positions: bool,
-    attrs: Mapping[str, Any],
-    stages: Stages,
+    question: Question, levels: Sequence[float], positions: bool, stages: Stages
 ) -> xr.Dataset:
     batches = ExactBatches(question)
     with frozen(question.bridge):  # the first run determines which blocks are parallel
@@ -180,10 +169,9 @@ def _acdc(
         compute,
         lambda _: nodes.n_edges * nodes.n_layers * n_pairs,
         metrics=[metric.name for metric in question.metrics],
-        attrs=attrs,
     )
     stages.wait()
-    return _dataset(question, nodes, levels, positions, found, attrs)
+    return _dataset(question, nodes, levels, positions, found)
 
 
 def _pruned(
@@ -198,7 +186,7 @@ def _pruned(
         )
     live = np.zeros((len(nodes.senders), len(nodes.readers), width), dtype=bool)
     at = np.argwhere(nodes.possible)
-    edges = [Edge(nodes.senders[u], nodes.readers[v]) for u, v in at]
+    edges = nodes.edges_at(at.T)
     ends = np.empty((2, sum(edge_batch.base.n_pairs for edge_batch in batches)), np.float32)
     for edge_batch in batches:
         writes = edge_batch.writes()
@@ -246,13 +234,10 @@ def _check(
         MethodError: they differ by more than rounding.
     """
     for edge_batch in batches:
-        rows = torch.from_numpy(np.stack([edge_batch.nodes.possible, kept]))
-        n_pairs, chosen = edge_batch.base.n_pairs, list(edge_batch.batch.pairs)
-        device = edge_batch.batch.base.device
-        pair = torch.arange(n_pairs, device=device).repeat(2)
-        rows = rows.to(device).repeat_interleave(n_pairs, dim=0)
-        found = run_edges(edge_batch, rows, pair)[0].view(2, n_pairs).cpu().numpy()
-        known = np.stack([base[chosen], circuit[chosen]])
+        chosen = list(edge_batch.batch.pairs)
+        both = np.stack([edge_batch.nodes.possible, kept])
+        found = run_circuits(edge_batch, "edges", both)[0].cpu().numpy()
+        known = np.stack([base[chosen], circuit[chosen]], axis=1)
         wide = edge_batch.base.resid[0].dtype in (torch.float32, torch.float64)
         allowed = (_APART if wide else 0.1) * max(1.0, float(np.abs(known).max()))
         worst = float(np.abs(found - known).max())
@@ -270,7 +255,6 @@ def _dataset(
     levels: Sequence[float],
     positions: bool,
     found: xr.Dataset,
-    attrs: Mapping[str, Any],
 ) -> xr.Dataset:
     kept = found["kept"].values[0] > 0.5
     change = found["change"].values[0]
@@ -278,18 +262,11 @@ def _dataset(
     dims: tuple[str, ...] = ("threshold", "sender", "reader", "pos")
     if not positions:
         kept, change, dims = kept[..., 0], change[..., 0], dims[:3]
-    numbers = dict(zip(_NUMBERS, found["numbers"].values[0].T, strict=True))
     circuit, base, source = found["metrics"].values[0].transpose(1, 0, 2)
     by = ("threshold",)
-    words = {
-        "distance": "mean over pairs of |metric(circuit) - metric(model)|",
-        "n_candidates": "edges that were tried",
-        "n_dead": "edges removed without a run: no metric depends on them",
-        "n_runs": "circuits that were run",
-    }
     counts = {
         name: (by, values if name == "distance" else values.astype(np.int64), {"long_name": text})
-        for (name, text), values in zip(words.items(), numbers.values(), strict=True)
+        for (name, text), values in zip(_NUMBERS.items(), found["numbers"].values[0].T, strict=True)
     }
     (metric,) = question.metrics
     return xr.Dataset(
@@ -309,17 +286,115 @@ def _dataset(
             "answer": ("pair", strings([pair.answer_text for pair in question.pairs])),
             **node_coords(nodes),
         },
-        attrs=flat_attributes(
-            {
-                **attrs,
-                "metric": metric.name,
-                "metric_unit": metric.unit,
-                "positions": positions,
-                "ablation": question.intervention.name,
-                **question.means_attrs(),
-                "read": question.read,
-                "n_heads": nodes.n_heads,
-                "n_kv_heads": nodes.n_kv_heads,
-            }
-        ),
+        attrs={
+            "metric": metric.name,
+            "metric_unit": metric.unit,
+            "positions": positions,
+            "ablation": question.intervention.name,
+            **question.means_attrs(),
+            "read": question.read,
+            "n_heads": nodes.n_heads,
+            "n_kv_heads": nodes.n_kv_heads,
+        },
     )
+
+
+@dataclass
+class Pruning:
+    """A circuit after pruning."""
+
+    kept: Kept
+    changes: NDArray[np.float32]  # [sender, reader, pos] distance that a removal adds; NaN: not run
+    distance: float  # of the circuit from the model
+    n_candidates: int  # edges that were tried, dead ones too
+    n_dead: int  # removed without a run: nothing that is read depends on them
+    n_runs: int  # circuits that were run
+
+
+def prune(
+    nodes: Nodes,
+    threshold: float,
+    live: Kept,
+    run: Callable[[Kept, int, Masks], NDArray[np.float64]],
+    commit: Callable[[Kept, int], None],
+    most_rows: Callable[[Kept, int], int],
+) -> Pruning:
+    """Remove edges whose removal adds less than `threshold` to the distance, from the logits down.
+
+    Pure: `run` tells how far circuits are from the model.
+    Readers go from the last to the first, of each the senders likewise, and then positions. `live`:
+    edges [sender, reader, pos] that may change anything. `run` returns the distance of each row of
+    masks of one reader; `commit` learns the edges that a reader is left with.
+    """
+    kept = np.broadcast_to(nodes.possible[:, :, None], live.shape).copy()
+    result = Pruning(kept, np.full(kept.shape, np.nan, np.float32), 0.0, 0, 0, 0)
+    for reader in reversed(range(len(nodes.readers))):
+        before = kept[:, reader].copy()
+        result.n_candidates += int(before.sum())
+        tried = live[:, reader] & before & reaching(nodes, np.asarray(kept.any(axis=-1)))[reader]
+        result.n_dead += int((before & ~tried).sum())
+        kept[:, reader] &= tried
+        candidates = np.argwhere(tried)[::-1]
+        if not len(candidates):
+            continue
+        chain = _Chain(result, reader, candidates, threshold, run, most_rows(kept, reader))
+        kept[:, reader] = chain.decide(tried.copy())
+        if (kept[:, reader] != tried).any():
+            commit(kept, reader)
+    return result
+
+
+@dataclass(eq=False)
+class _Chain:
+    """Decides the edges into one reader."""
+
+    result: Pruning
+    reader: int
+    candidates: NDArray[np.intp]
+    threshold: float
+    run: Callable[[Kept, int, Masks], NDArray[np.float64]]
+    most: int  # rows that fit one run
+
+    def __post_init__(self) -> None:
+        self.goes = np.ones(len(self.candidates), dtype=bool)  # guesses: which are removed
+
+    def decide(self, state: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Return `state` [sender, pos] without what the threshold lets go."""
+        first, size = 0, FIRST_ROWS
+        while first < len(self.candidates):
+            part = range(first, min(first + min(size, self.most), len(self.candidates)))
+            distances = self._run(state, part)
+            done = self._accept(state, part, distances)
+            size = 2 * size if done == part.stop else FIRST_ROWS
+            first = done
+        return state
+
+    def _run(self, state: NDArray[np.bool_], part: range) -> NDArray[np.float64]:
+        """Return the distances of the chain of trials `part`, as they follow from the guesses."""
+        masks, now = [], state.copy()
+        for i in part:
+            trial = now.copy()
+            trial[tuple(self.candidates[i])] = False
+            masks.append(trial)
+            now = trial if self.goes[i] else now
+        self.result.n_runs += len(masks)
+        return self.run(self.result.kept, self.reader, np.stack(masks))
+
+    def _accept(self, state: NDArray[np.bool_], part: range, distances: NDArray[np.float64]) -> int:
+        """Decide up to the first wrong guess; return the first candidate that is not decided."""
+        here = self.result.distance
+        wrong: int | None = None
+        for i, distance in zip(part, distances.tolist(), strict=True):
+            goes = distance - here < self.threshold
+            if wrong is None:
+                place = tuple(self.candidates[i])
+                self.result.changes[place[0], self.reader, place[1]] = distance - here
+                if goes:
+                    state[place] = False
+                    self.result.distance = distance
+                if goes != self.goes[i]:
+                    wrong = i
+            # behind it, what the trials said of a slightly other circuit is the next guess
+            here = distance if self.goes[i] else here
+            self.goes[i] = goes
+        return part.stop if wrong is None else wrong + 1

@@ -4,11 +4,13 @@ A row is one edge of one pair. At its reader's block, tokens whose attention out
 are asleep; the others run the block's MLP. What leaves the block is compared with the base run, and
 the later blocks run what differs noticeably from it. The rest is multiplied with the base run's
 gradient.
+
+A sample of edges decides about the thresholds, as in sweeps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -19,18 +21,27 @@ from numpy.typing import NDArray
 from patchsweep_kernels.tokens import Tokens
 from torch import Tensor
 
-from patchsweep.analyses.circuits.dead_edges import RUNS, dead_edges
+from patchsweep.analyses.circuits.eap import check_gradients
 from patchsweep.analyses.circuits.edge_batch import EdgeBatch, Question
-from patchsweep.analyses.circuits.exact import MAX_TOKENS, check_edges
-from patchsweep.analyses.circuits.nodes import Edge
-from patchsweep.analyses.circuits.reader_rows import ReaderRows
+from patchsweep.analyses.circuits.exact import (
+    MAX_TOKENS,
+    ReaderRows,
+    absent,
+    check_edges,
+    exact,
+    rows_by_start,
+)
+from patchsweep.analyses.circuits.nodes import Edge, Nodes
+from patchsweep.arguments import check_tolerance
 from patchsweep.attribution.base_gradients import STREAM, base_gradients
 from patchsweep.attribution.estimates import Work
+from patchsweep.errors import ConfigError
 from patchsweep.forward.capture import ActivationCache
-from patchsweep.forward.grad import GradientModel, Gradients
+from patchsweep.forward.grad import Activations, GradientModel, Gradients, frozen
 from patchsweep.forward.trace import Part, Trace
 from patchsweep.forward.unembed import Unembed
 from patchsweep.models.moves import move_together, on_cpu
+from patchsweep.results.tolerance import in_units
 from patchsweep.runners.packed.adaptive import WAKE, AdaptiveBlocks, Thresholds
 from patchsweep.runners.packed.adaptive_runner import (
     metrics_of,
@@ -41,7 +52,13 @@ from patchsweep.runners.packed.adaptive_runner import (
 from patchsweep.runners.packed.schedule import PackedBatch
 from patchsweep.runners.packed.tables import PackedInput
 from patchsweep.spec.plan import Bools, Ints
-from patchsweep.spec.spec import model_shape
+from patchsweep.sweeps.calibration import Level, calibrate, n_each, sampled_pairs
+from patchsweep.sweeps.calibration import Part as SampledPart
+from patchsweep.sweeps.thresholds import Ran, SampleSummary
+
+SITE = "edge"  # what results call the patches of all edges
+# rows that one batch holds, in units of `max_tokens`: most of their tokens sleep
+_FULL = 8
 
 
 @dataclass(frozen=True)
@@ -106,28 +123,17 @@ class AdaptiveEdges:
         base, _ = edge_batch.references()
         values = base.unsqueeze(-1).repeat(1, 1, len(edges)).cpu().numpy()
         linear, token_layers = np.zeros_like(values), np.zeros(values.shape[1:], np.int64)
-        pair, edge = np.nonzero(dead_edges(edge_batch, edges, self.writes) == RUNS)
-        layer = np.array([e.reader.layer for e in edges])[edge]
-        sender = np.array([edge_batch.nodes.sender_index(e.sender) for e in edges])[edge]
-        start = np.array([edge_batch.start if e.pos is None else e.pos for e in edges])[edge]
-        for first in np.unique(start).tolist():
-            mine = np.flatnonzero(start == first)
+        for first, rows in rows_by_start(edge_batch, edges, self.writes).items():
 
             def run(part: Ints, first: int = first) -> None:
-                rows = part[np.argsort(pair[part], kind="stable")]
-                at = pair[rows], edge[rows]
-                values[:, *at], linear[:, *at], token_layers[at] = self._batch(
-                    [edges[i] for i in at[1]], at[0], first, base, theta, tau, max_tokens
+                pair, edge = part[np.argsort(part[:, 0], kind="stable")].T
+                values[:, pair, edge], linear[:, pair, edge], token_layers[pair, edge] = (
+                    self._batch([edges[i] for i in edge], pair, first, base, theta, tau, max_tokens)
                 )
 
-            run_in_parts(
-                mine[np.lexsort((sender[mine], pair[mine], layer[mine]))],
-                max(1, _FULL * max_tokens // (edge_batch.end - first)),
-                run,
-            )
+            run_in_parts(rows, max(1, _FULL * max_tokens // (edge_batch.end - first)), run)
         check_edges(edge_batch, edges, values)
-        absent = [i for i, e in enumerate(edges) if (e.pos or 0) >= edge_batch.base.length]
-        values[:, :, absent] = np.nan
+        values[:, :, absent(edge_batch, edges)] = np.nan
         return values, linear, token_layers
 
     def _batch(
@@ -201,18 +207,11 @@ class _Blocks(AdaptiveBlocks):
     def _enter(self, layer: int, rows: Ints) -> Iterator[tuple[Tokens, Tensor]]:
         """Yield the tokens of rows with readers at `layer` that stay awake behind their block."""
         edge_batch, device = self._edge_batch, self.device
-        start, end = self._start, self._rows.length
+        start = self._start
         row = torch.from_numpy(rows).to(device)
         pair = self.row_pair[row]
-        readers = ReaderRows(
-            edge_batch,
-            layer,
-            [self._rows.edges[i] for i in rows],
-            pair,
-            self._writes_of_senders,
-            start,
-            end,
-        )
+        edges = [self._rows.edges[i] for i in rows]
+        readers = ReaderRows(edge_batch, layer, edges, pair, self._writes_of_senders, start)
         if layer == edge_batch.blocks.n_layers:
             read = torch.from_numpy(np.flatnonzero(self._rows.is_read)).to(device)
             read = read[read >= start]
@@ -223,31 +222,22 @@ class _Blocks(AdaptiveBlocks):
             mine = readers.rows(is_mlp)
             if len(mine):
                 enter = self._mlp_left if is_mlp else self._attention_left
-                yield self._sleep(layer, *enter(layer, readers, mine, row[mine]))
+                yield self._sleep(layer, *enter(readers, mine, row[mine]))
 
-    def _mlp_left(
-        self, layer: int, readers: ReaderRows, mine: Tensor, row: Tensor
-    ) -> tuple[Tokens, Tensor]:
+    def _mlp_left(self, readers: ReaderRows, mine: Tensor, row: Tensor) -> tuple[Tokens, Tensor]:
         """Return the tokens of rows whose MLP reads a change, with the block's output."""
-        base, pair = self._edge_batch.base, self.row_pair[row]
         single = readers.edges[0].pos is not None
         stop = readers.start + 1 if single else readers.end
-        positions = slice(readers.start, stop)
-        given: dict[Part, Tensor] = {
-            "mlp": readers.mlp(mine, readers.start, stop),
-            "attn": base.part(layer, "attn")[pair, positions],
-        }
-        x = base.resid[layer][pair, positions]
-        out = self._edge_batch.blocks.finish(layer, x, given, base, pair, readers.start)
-        self.token_layers[row] += x.shape[1]
         pos = torch.arange(readers.start, stop, device=self.device)
-        return _grid(row, pos, pair), out.flatten(0, 1)
+        self.token_layers[row] += len(pos)
+        out = readers.behind_mlp(mine, slice(readers.start, stop))
+        return _grid(row, pos, self.row_pair[row]), out.flatten(0, 1)
 
     def _attention_left(
-        self, layer: int, readers: ReaderRows, mine: Tensor, row: Tensor
+        self, readers: ReaderRows, mine: Tensor, row: Tensor
     ) -> tuple[Tokens, Tensor]:
         """Return the tokens whose attention output changes noticeably; add the others."""
-        edge_batch, pair = self._edge_batch, self.row_pair[row]
+        edge_batch, pair, layer = self._edge_batch, self.row_pair[row], readers.layer
         blocks, base = edge_batch.blocks, edge_batch.base
         positions = slice(readers.start, readers.end)
         z, known = readers.z(mine), base.z[layer][pair, positions]
@@ -273,10 +263,6 @@ class _Blocks(AdaptiveBlocks):
         return tokens, out
 
 
-# rows that one batch holds, in units of `max_tokens`: most of their tokens sleep
-_FULL = 8
-
-
 def _grid(row: Tensor, pos: Tensor, pair: Tensor) -> Tokens:
     """Return the tokens at `pos` of each row."""
     n = len(pos)
@@ -297,14 +283,90 @@ def _cache(trace: Trace) -> ActivationCache:
 def _gradients(edge_batch: EdgeBatch, question: Question) -> Gradients:
     """Return the gradients of the metrics on the base runs."""
     unwrapped = edge_batch.blocks.unwrapped
-    work = Work(
-        gradients=GradientModel(unwrapped.bridge, (), STREAM, unwrapped=unwrapped),
-        batch=edge_batch.batch,
-        plans=(),
-        shape=model_shape(question.bridge),
-        metrics=edge_batch.metrics,
-        intervention=question.intervention,
-        source={},
-        source_logits=edge_batch.source.logits,
-    )
+    gradients = GradientModel(unwrapped.bridge, (), STREAM, unwrapped=unwrapped)
+    source = Activations({}, edge_batch.source.logits, None)
+    work = Work(gradients, edge_batch.batch, (), edge_batch.metrics, question.intervention, source)
     return base_gradients(work)[1]
+
+
+def check_edge_tolerance(
+    question: Question, tolerance: float | str | None, every: bool, remedy: str
+) -> None:
+    """Check that a run of edges can meet its tolerance; `every`: it runs all of them.
+
+    Raises:
+        ConfigError: it is no positive number, or the run is of chosen edges.
+        MethodError: a metric has no gradient.
+    """
+    check_tolerance(tolerance)
+    if tolerance is None:
+        return
+    if not every:
+        raise ConfigError(
+            f"tolerance={tolerance!r} needs a sample, which is worth its time for all edges alone; "
+            f"use {remedy}, or leave the tolerance out"
+        )
+    check_gradients(question, None)
+
+
+def calibrated(
+    question: Question,
+    at: Callable[[range], Sequence[AdaptiveEdges]],
+    estimates: NDArray[np.float32],
+    tolerance: float | str,
+) -> dict[str, SampleSummary]:
+    """Run a sample of edges exactly and at levels of thresholds; return what it says of them.
+
+    `at` returns the batches of some pairs. `estimates` [metric, pair, sender, reader(, pos)] are
+    first-order effects: half of the sample are the largest of them, the others are random.
+    """
+    pairs = sampled_pairs(len(question.pairs))
+    parts = []
+    with frozen(question.bridge):
+        for pair in pairs:
+            (run,) = at(range(pair, pair + 1))
+            sample = _sample(run.edge_batch.nodes, estimates[:, pair], len(pairs))
+            base, source = (x.cpu().numpy() for x in run.edge_batch.references())
+            parts.append(
+                SampledPart(
+                    run,
+                    sample,
+                    np.arange(len(sample)),
+                    exact(run.edge_batch, sample, writes=run.writes).cpu().numpy()[:, 0],
+                    base,
+                    in_units(tolerance, base, source),
+                    sum(run.exact_cost(edge) for edge in sample),
+                )
+            )
+
+        def run_sets(
+            run: AdaptiveEdges, sets: Sequence[Sequence[Edge]], levels: Sequence[Level]
+        ) -> list[Ran]:
+            of_pair = [
+                run_at(run, edges, tolerance, level)
+                for edges, level in zip(sets, levels, strict=True)
+            ]
+            return [(values[:, 0], linear[:, 0], ran[0]) for values, linear, ran in of_pair]
+
+        found = calibrate({SITE: parts}, run_sets)
+    return {name: SampleSummary.of(sample) for name, sample in found.items()}
+
+
+def run_at(
+    run: AdaptiveEdges, edges: Sequence[Edge], tolerance: float | str, level: Level
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
+    """Return what `AdaptiveEdges.run` returns, at a level of thresholds."""
+    base, source = (x.cpu().numpy() for x in run.edge_batch.references())
+    theta, tau = level
+    return run.run(edges, np.float32(theta) * in_units(tolerance, base, source), tau)
+
+
+def _sample(nodes: Nodes, estimates: NDArray[np.float32], n_pairs: int) -> list[Edge]:
+    """Return one pair's part of the sample, the same in every process."""
+    strength = np.abs(np.nan_to_num(estimates)).max(axis=0)
+    live = np.flatnonzero(strength)
+    n = min(len(live), n_each(len(live), n_pairs))
+    largest = live[np.argsort(-strength.ravel()[live], kind="stable")[:n]]
+    random = np.random.default_rng(len(live)).choice(live, n, replace=False)
+    at = np.unravel_index(np.union1d(largest, random), strength.shape)
+    return nodes.edges_at(at)

@@ -10,26 +10,35 @@ import torch
 import xarray as xr
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.analyses.circuits.ablate import run_edges, run_nodes
+from patchsweep.analyses.circuits.ablate import run_circuits
 from patchsweep.analyses.circuits.edge_batch import (
     EdgeBatch,
     ExactBatches,
     Question,
+    ablation_settings,
     ask,
     nodes_of,
     run_batches,
 )
-from patchsweep.analyses.circuits.results import Growth, Plan, Runs, circuit_dataset, make_plan
+from patchsweep.analyses.circuits.results import Runs, circuit_dataset
 from patchsweep.analyses.circuits.scores import (
     Ablation,
-    Level,
     circuit_scores,
     described_scores,
     method_name,
     method_settings,
     score_values,
 )
-from patchsweep.analyses.circuits.selection import Floats, RankBy, check_rank_by, sizes_of
+from patchsweep.analyses.circuits.selection import (
+    Floats,
+    Growth,
+    Level,
+    Plan,
+    RankBy,
+    check_rank_by,
+    make_plan,
+    sizes_of,
+)
 from patchsweep.analyses.stages import Stages
 from patchsweep.arguments import one_of
 from patchsweep.attribution import Method
@@ -41,8 +50,6 @@ from patchsweep.models.weights import tensor_digest
 from patchsweep.spec.finite import check_finite, names_of
 from patchsweep.spec.reference import MeansFrom
 from patchsweep.spec.spec import MetricLike, SweepSpec
-from patchsweep.sweeps.identity import identity_of, question_settings
-from patchsweep.sweeps.layout import analysis_attrs
 
 # largest rounding error of the runs with all or nothing ablated, as a share of the largest
 # difference between base and source
@@ -113,17 +120,7 @@ def circuit(
         MethodError: the model's blocks cannot be split at the residual stream.
     """
     _check(level, growth)
-    question = ask(
-        model,
-        pairs,
-        SweepSpec(
-            metrics=metrics,
-            direction="noising",
-            intervention=ablation,
-            read=read,
-            means_from=means_from,
-        ),
-    )
+    question = ask(model, pairs, metrics, "noising", ablation, read, means_from)
     check_rank_by(rank_by, question.metrics[0].name)
     nodes = nodes_of(model)
     n = nodes.n_edges if level == "edges" else len(nodes.senders) - 1
@@ -132,7 +129,7 @@ def circuit(
         score_values(scores, nodes, level)  # likewise
     stages = Stages.of(stages)
 
-    def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
+    def compute() -> xr.Dataset:
         if scores is None:
             name = method_name(level, method)
             ranking = circuit_scores(
@@ -145,41 +142,21 @@ def circuit(
         with frozen(model):  # the first run determines which blocks are parallel
             values = score_values(ranking, batches.nodes, level)
         plan = make_plan(batches.nodes, level, growth, rank_by, sizes, values)
-        stage_attrs = {**attrs, "ranks": tensor_digest(torch.from_numpy(plan.ranks))}
         found = run_batches(
             stages,
             "circuits",
             batches,
             {"circuits": {"run": len(plan.rows)}},
             lambda edge_batch: edge_batch.computed("circuits", _run(edge_batch, plan, question)),
-            stage_attrs,
+            {"ranks": tensor_digest(torch.from_numpy(plan.ranks))},
         )
         stages.wait()
         base, source = found["base_metric"].values, found["source_metric"].values
         runs = Runs(found["circuits"].values, base, source)
-        return circuit_dataset(question, plan, runs, name, attrs)
+        return circuit_dataset(question, plan, runs, name)
 
-    return stages.results(
-        model,
-        lambda: _attrs(question, level, method, growth, rank_by, sizes, scores, config),
-        compute,
-    )
-
-
-def _attrs(
-    question: Question,
-    level: Level,
-    method: str | Method,
-    growth: Growth,
-    rank_by: RankBy,
-    sizes: Sequence[float] | None,
-    scores: xr.DataArray | None,
-    config: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    experiment = question_settings(question)
     settings = {
-        "ablation": experiment.pop("intervention"),
-        **experiment,
+        **ablation_settings(question),
         "level": level,
         "method": method_settings(level, method) if scores is None else "scores",
         "scores": None if scores is None else described_scores(scores),
@@ -187,20 +164,14 @@ def _attrs(
         "rank_by": rank_by,
         "sizes": sizes,
     }
-    identity = identity_of("circuit", question.bridge, question.pairs, settings)
-    return analysis_attrs(question.bridge, question.pairs, identity, config)
+    return stages.analysis("circuit", model, pairs, settings, compute, config)
 
 
 def _run(edge_batch: EdgeBatch, plan: Plan, question: Question) -> Floats:
     """Return the metrics [metric, pair, run] of `plan.rows`."""
     rows, row_of_circuit = plan.runs
-    device, n_pairs = edge_batch.batch.base.device, edge_batch.base.n_pairs
-    keep = torch.from_numpy(rows).to(device).repeat_interleave(n_pairs, dim=0)
-    pair = torch.arange(n_pairs, device=device).repeat(len(rows))
-    run = run_edges if plan.level == "edges" else run_nodes
-    values = run(edge_batch, keep, pair).unflatten(1, (len(rows), n_pairs)).transpose(1, 2)
     metrics = check_finite(
-        values.cpu().numpy(),
+        run_circuits(edge_batch, plan.level, rows).cpu().numpy(),
         names_of(question.metrics),
         lambda pair, row: (
             f"a circuit of {rows[row].sum()} {plan.level} in pair {edge_batch.batch.pairs[pair]}"
@@ -242,8 +213,7 @@ def _check_ends(
 
 def _check(level: str, growth: str) -> None:
     one_of("level", level, get_args(Level), error=PlanError)
-    if growth not in ("top", "greedy"):
-        raise PlanError(f"growth={growth!r} is not known; use top or greedy")
+    one_of("growth", growth, get_args(Growth), error=PlanError)
     if growth == "greedy" and level == "nodes":
         raise PlanError(
             "growth=greedy follows edges back from the logits, and level=nodes has none; use "

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -20,19 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from patchsweep.analyses.circuits.edge_batch import (
-    EdgeBatches,
-    Question,
-    blocks_and_nodes,
-    prepare,
-)
-from patchsweep.analyses.circuits.edge_pass import (
-    EdgeModel,
-    EdgePass,
-    Gradients,
-    run_edge_pass,
-)
+from patchsweep.analyses.circuits.edge_batch import EdgeBatches, Question, blocks_and_nodes
+from patchsweep.analyses.circuits.edge_pass import EdgeModel, EdgePass, Gradients, run_edge_pass
 from patchsweep.attribution.budget import token_layers_per_pass
+from patchsweep.attribution.check import check_gradient_of
 from patchsweep.attribution.estimates import Work, n_shared
 from patchsweep.attribution.integral import END, Rounds, stated_error
 from patchsweep.attribution.quadrature import Path
@@ -42,9 +34,7 @@ from patchsweep.forward.norms import norm_form
 from patchsweep.models.arithmetic import SIXTEEN_BITS
 from patchsweep.spec.batch import Batch
 from patchsweep.spec.finite import check_finite, names_of
-from patchsweep.spec.metrics import Metric, has_gradient
 from patchsweep.spec.sites import SITES
-from patchsweep.spec.spec import model_shape
 
 # largest rounding difference between a sender's summed edges and its own estimate, as a share of
 # the largest estimate
@@ -67,29 +57,19 @@ class EdgeEstimates:
 class EapBatches(EdgeBatches[Work]):
     """The pairs of `question` in batches, with their source runs; see `EdgeBatches`."""
 
-    model: EdgeModel
-
-    def prepare(self) -> None:
-        """See `EdgeBatches`."""
-        self.model = EdgeModel(*blocks_and_nodes(self.question.bridge))
-        prepare(self.question, lambda tokens: self.model.run(tokens, [-1]).sites)
+    @cached_property
+    def model(self) -> EdgeModel:
+        """The model taken apart; the intervention is prepared with it."""
+        model = EdgeModel(*blocks_and_nodes(self.question.bridge))
+        self.question.prepare(lambda tokens: model.run(tokens, [-1]).sites)
+        return model
 
     def make(self, batch: Batch) -> Work:
         """See `EdgeBatches`."""
         question, gradients = self.question, self.model.gradients
         start = n_shared(gradients, batch, question.intervention)
         source = self.model.run(batch.source, batch.reads, keep_from=start)
-        return Work(
-            gradients=gradients,
-            batch=batch,
-            plans=(),
-            shape=model_shape(question.bridge),
-            metrics=question.metrics,
-            intervention=question.intervention,
-            source=source.sites,
-            source_logits=source.logits,
-            prefix=source.prefix,
-        )
+        return Work(gradients, batch, (), question.metrics, question.intervention, source)
 
 
 def eap(
@@ -170,7 +150,9 @@ class _Sums:
                 for x in (rules.weights[:, nodes], rules.nodes[nodes].reshape(-1, 1, 1, 1))
             )
             start = self.base.sites["embed"][0][pairs]
-            streams = torch.lerp(start, work.source["embed"][0], fraction.to(start)).flatten(0, 1)
+            streams = torch.lerp(start, work.source.sites["embed"][0], fraction.to(start)).flatten(
+                0, 1
+            )
         found = run_edge_pass(self.model, work, streams, len(nodes), self.rules)
         if self.base is None:
             self.base = found.activations()
@@ -250,7 +232,7 @@ class _Sums:
         with torch.no_grad():
             base, source = (
                 self.work.score(logits, self.base.logits)
-                for logits in (self.base.logits, self.work.source_logits)
+                for logits in (self.base.logits, self.work.source.logits)
             )
         impossible = self._possible() == 0
         return EdgeEstimates(
@@ -298,13 +280,14 @@ def _writes(
     blocks, n_heads = model.blocks, model.nodes.n_heads
     parts = [changes["embed"][0].unsqueeze(1)]
     for layer, (z, mlp) in enumerate(zip(changes["z"], changes["mlp_out"], strict=True)):
-        weight = model.output_weight(layer)
-        if weight is None:
+        known = model.projection(layer, "z")
+        if known is None:
             heads = blocks.head_writes(layer, z.to(blocks.unwrapped.dtype), n_heads).float()
             heads = heads.transpose(0, 1)
         else:
             by_head = z.unflatten(-1, (n_heads, -1))
-            heads = torch.einsum("pthk,hkd->phtd", by_head, weight.unflatten(0, (n_heads, -1)))
+            weight = known[0].T.unflatten(0, (n_heads, -1))
+            heads = torch.einsum("pthk,hkd->phtd", by_head, weight)
         after = blocks.norm_after_attention(layer)
         if after is not None:
             at = found.by_node(found.layers[layer].writes["attn"])[node].unsqueeze(1)
@@ -363,23 +346,6 @@ def check_gradients(question: Question, path: Path | None) -> None:
             f"and intervention={question.intervention.name} has no source prompt; leave steps "
             "out, or use intervention=resample"
         )
+    zeros = "every edge would get 0; use the metric logit_diff, or steps=5"
     for metric in question.metrics:
-        _check_metric(metric, path)
-
-
-def _check_metric(metric: Metric, path: Path | None) -> None:
-    if not metric.smooth:
-        raise MethodError(
-            f"metric {metric.name} changes by jumps, so its gradient is zero or undefined; use "
-            "logit_diff, or exact_edges"
-        )
-    if metric.flat_at_base and path is None:
-        raise MethodError(
-            f"metric {metric.name} is smallest at the base run, where its gradient is zero, so "
-            "every edge would get 0; use the metric logit_diff, or steps=5"
-        )
-    if not has_gradient(metric):
-        raise MethodError(
-            f"metric {metric.name} returns numbers that have no gradient; write it in torch "
-            "operations that keep one (no argmax, item or detach), or use exact_edges"
-        )
+        check_gradient_of(metric, "exact_edges", zeros if path is None else "")

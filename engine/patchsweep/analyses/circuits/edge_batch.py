@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from functools import cached_property
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from patchsweep.analyses.circuits.nodes import Nodes
 from patchsweep.analyses.stages import Computed, Stages, empty
 from patchsweep.attribution.check import check_model
+from patchsweep.attribution.estimates import Work
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import MethodError, PatchsweepError
 from patchsweep.forward.block_structure import parallel_blocks
@@ -33,16 +35,19 @@ from patchsweep.spec.directions import Live
 from patchsweep.spec.finite import check_references
 from patchsweep.spec.interventions import (
     Activations,
+    Direction,
     Intervention,
     Spans,
+    ValueFn,
     shuffles,
     values_of,
 )
-from patchsweep.spec.metrics import Logits, Metric, compute
-from patchsweep.spec.reference import means_attrs
+from patchsweep.spec.metrics import Logits, Metric, MetricLike, compute
+from patchsweep.spec.reference import MeansFrom, means_attrs
 from patchsweep.spec.sites import SITES
 from patchsweep.spec.spec import Experiment, SweepSpec, make_experiment, model_shape
 from patchsweep.sweeps.executor import Values
+from patchsweep.sweeps.identity import question_settings
 
 # most bytes of the writes of all senders of one batch
 WRITE_BYTES = 512 * 2**20
@@ -56,17 +61,42 @@ SENDER_SITES = ("embed", "z", "mlp_out")  # sites of the senders' values
 class Question(Experiment):
     """The checked arguments of an edge analysis: model, pairs, metrics and intervention."""
 
+    def batches(self, pairs: range) -> list[Batch]:
+        """Return pairs as batches, one per length."""
+        device = device_of(self.bridge)
+        return make_batches(self.pairs, pairs, self.direction, self.read, device)
+
+    def prepare(self, activations: Activations) -> None:
+        """Prepare the intervention (means, for example) on the clean prompts."""
+        prompts = clean_prompts(self.batches(range(len(self.pairs))), self.direction)
+        self.intervention.prepare(prompts, activations)
+
     def means_attrs(self) -> dict[str, Any]:
         """See `reference.means_attrs`."""
         return means_attrs(self.intervention, self.pairs, [SITES[name] for name in SENDER_SITES])
 
 
-def ask(model: TransformerBridge, pairs: PromptPairs, spec: SweepSpec) -> Question:
+def ask(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    metrics: MetricLike | Sequence[MetricLike] = SweepSpec.metrics,
+    direction: Direction | None = SweepSpec.direction,
+    intervention: str | Intervention | float | Tensor | ValueFn = SweepSpec.intervention,
+    read: int = SweepSpec.read,
+    means_from: MeansFrom = SweepSpec.means_from,
+) -> Question:
     """Check the arguments that all edge analyses share.
 
     Raises:
         PatchsweepError: an argument breaks a rule; the text states the rule and a remedy.
     """
+    spec = SweepSpec(
+        metrics=metrics,
+        direction=direction,
+        intervention=intervention,
+        read=read,
+        means_from=means_from,
+    )
     experiment = make_experiment(model, pairs, spec, [SITES[name] for name in SENDER_SITES])
     if shuffles(experiment.intervention):
         raise MethodError(
@@ -82,6 +112,12 @@ def ask(model: TransformerBridge, pairs: PromptPairs, spec: SweepSpec) -> Questi
     return Question(**vars(experiment))
 
 
+def ablation_settings(question: Question) -> dict[str, Any]:
+    """Return `question_settings`, in the words of circuits: an intervention is an ablation."""
+    experiment = question_settings(question)
+    return {"ablation": experiment.pop("intervention"), **experiment}
+
+
 def nodes_of(model: TransformerBridge, parallel: tuple[bool, ...] | None = None) -> Nodes:
     """Return the senders and readers of `model`; without `parallel`, no block is parallel."""
     shape = model_shape(model)
@@ -93,13 +129,9 @@ def nodes_of(model: TransformerBridge, parallel: tuple[bool, ...] | None = None)
     )
 
 
-@dataclass(frozen=True)
-class Changes:
-    """New value minus base value of every sender, at the sender's output."""
-
-    embed: Float[Tensor, "pair pos d_model"]  # input of the first block
-    z: tuple[Float[Tensor, "pair pos width"], ...]  # per layer, before W_O
-    mlp: tuple[Float[Tensor, "pair pos d_model"], ...]  # per layer, after the MLP's own norm
+# new value minus base value of every sender, at its output `[pair, pos, width]`: embed (the first
+# block's input), and per layer z (before W_O) and mlp_out (after the MLP's own norm)
+Changes = Mapping[str, Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -120,6 +152,11 @@ class EdgeBatch:
         """Number of positions up to the last one that is read."""
         return self.batch.reads[-1] + 1
 
+    @property
+    def reads(self) -> list[int]:
+        """The positions read, counted from `start`."""
+        return [read - self.start for read in self.batch.reads]
+
     def score(
         self, logits: Float[Tensor, "row read d_vocab"], pair: Tensor
     ) -> Float[Tensor, "metric row"]:
@@ -133,11 +170,19 @@ class EdgeBatch:
 
     @torch.no_grad()
     def metrics_of(
-        self, unembed: Unembed, final: Float[Tensor, "row read d_model"], pair: Tensor
+        self,
+        unembed: Unembed,
+        final: Float[Tensor, "row read d_model"],
+        pair: Tensor,
+        *,
+        all_logits: bool = False,
     ) -> Float[Tensor, "metric row"]:
-        """Return every metric of runs with these final residuals; row i is of `pair[i]`."""
+        """Return every metric of runs with these final residuals; row i is of `pair[i]`.
+
+        Metrics that need the answers' logits alone get those alone, without `all_logits`.
+        """
         n_reads = final.shape[1]
-        if all(metric.needs == "answers" for metric in self.metrics):
+        if not all_logits and all(metric.needs == "answers" for metric in self.metrics):
             targets = torch.stack([self.batch.answer, self.batch.wrong], dim=-1)[pair]
             logits = unembed.token_logits(final.flatten(0, 1), targets.flatten(0, 1))
             answer, wrong = logits.unflatten(0, (-1, n_reads)).unbind(-1)
@@ -174,25 +219,18 @@ class EdgeBatch:
         n_pairs, n_heads = trace.n_pairs, self.nodes.n_heads
         all_pairs = torch.arange(n_pairs, device=trace.resid[0].device)
         rows = all_pairs.repeat(n_heads)
-        parts = [self.changes.embed.unsqueeze(1)]
+        parts = [self.changes["embed"][0].unsqueeze(1)]
         for layer in range(self.nodes.n_layers):
-            gained = self.blocks.head_writes(layer, self.changes.z[layer], n_heads).flatten(0, 1)
+            gained = self.blocks.head_writes(layer, self.changes["z"][layer], n_heads).flatten(0, 1)
             heads = self.blocks.exact_head_writes(layer, gained, trace, rows)
             parts.append(heads.unflatten(0, (n_heads, n_pairs)).transpose(0, 1))
-            mlp = self.blocks.push(layer, "mlp_out", self.changes.mlp[layer], trace, all_pairs)
+            mlp = self.changes["mlp_out"][layer]
+            mlp = self.blocks.push(layer, "mlp_out", mlp, trace, all_pairs)
             parts.append(mlp.unsqueeze(1))
         return torch.cat([x[:, :, self.start :].float() for x in parts], dim=1)
 
 
-class HasBatch(Protocol):
-    """What a batch of pairs was made into."""
-
-    @property
-    def batch(self) -> Batch:
-        """The pairs."""
-
-
-Made = TypeVar("Made", bound=HasBatch)
+Made = TypeVar("Made", EdgeBatch, Work)  # what a batch of pairs is made into
 
 
 class EdgeBatches(ABC, Generic[Made]):
@@ -200,19 +238,14 @@ class EdgeBatches(ABC, Generic[Made]):
 
     def __init__(self, question: Question) -> None:
         self.question = question
-        self._is_ready = False
         self.longest = max(len(pair) for pair in question.pairs)
         n_senders = len(nodes_of(question.bridge).senders)
         size = 4 * n_senders * self.longest * int(question.bridge.cfg.d_model)
         self.block = max(1, WRITE_BYTES // size)
 
     @abstractmethod
-    def prepare(self) -> None:
-        """Take the model apart, and prepare the intervention. Called once, before `make`."""
-
-    @abstractmethod
     def make(self, batch: Batch) -> Made:
-        """Run a batch's prompts."""
+        """Run a batch's prompts; the first time, take the model apart."""
 
     def of(self, pairs: range) -> Iterator[Made]:
         """Yield the batches of `pairs`, at most `block` of them.
@@ -221,59 +254,35 @@ class EdgeBatches(ABC, Generic[Made]):
             MethodError: the model's blocks cannot be split at the residual stream.
         """
         try:
-            self.get_ready()
-            for batch in batches_of(self.question, pairs):
+            for batch in self.question.batches(pairs):
                 yield self.make(batch)
         except Unsupported as error:
             raise unfit(self.question.bridge, error) from error
-
-    def get_ready(self) -> None:
-        """Prepare, if that has not been done."""
-        if not self._is_ready:
-            self.prepare()
-            self._is_ready = True
 
 
 class ExactBatches(EdgeBatches[EdgeBatch]):
     """Batches with the changes of all senders, for exact runs."""
 
-    blocks: Blocks
-    _nodes: Nodes
-
-    @property
-    def nodes(self) -> Nodes:
-        """The model's nodes; runs the model if it has not run yet.
+    @cached_property
+    def parts(self) -> tuple[Blocks, Nodes]:
+        """The model's blocks and nodes; the intervention is prepared with them.
 
         Raises:
             MethodError: the model's blocks cannot be split at the residual stream.
         """
-        self.get_ready()
-        return self._nodes
-
-    def prepare(self) -> None:
-        """See `EdgeBatches`."""
         keep_batch_memory(self.question.bridge)
-        self.blocks, self._nodes = blocks_and_nodes(self.question.bridge)
-        prepare(
-            self.question,
-            lambda tokens: _activations(self.blocks.trace(tokens, [-1])),
-        )
+        blocks, nodes = blocks_and_nodes(self.question.bridge)
+        self.question.prepare(lambda tokens: _activations(blocks.trace(tokens, [-1])))
+        return blocks, nodes
+
+    @property
+    def nodes(self) -> Nodes:
+        """The model's nodes."""
+        return self.parts[1]
 
     def make(self, batch: Batch) -> EdgeBatch:
         """See `EdgeBatches`."""
-        return _edge_batch(self.question, self.blocks, self._nodes, batch)
-
-
-def batches_of(question: Question, pairs: range) -> list[Batch]:
-    """Return pairs as batches."""
-    device = device_of(question.bridge)
-    return make_batches(question.pairs, pairs, question.direction, question.read, device)
-
-
-def prepare(question: Question, activations: Activations) -> None:
-    """Prepare the intervention (means, for example) on the clean prompts."""
-    batches = batches_of(question, range(len(question.pairs)))
-    question.intervention.prepare(clean_prompts(batches, question.direction), activations)
+        return _edge_batch(self.question, *self.parts, batch)
 
 
 def blocks_and_nodes(bridge: TransformerBridge) -> tuple[Blocks, Nodes]:
@@ -299,7 +308,7 @@ def run_batches(
     batches: EdgeBatches[Made],
     dims: Mapping[str, Mapping[str, int]],
     compute: Callable[[Made], Computed],
-    attrs: Mapping[str, Any],
+    attrs: Mapping[str, Any] | None = None,
 ) -> xr.Dataset:
     """Run `compute` on all batches as the stage `name`; see `Stages.run`.
 
@@ -388,18 +397,14 @@ def _check_attention(blocks: Blocks, trace: Trace) -> None:
 def _changes(
     intervention: Intervention, base: Trace, source: Trace, spans: Sequence[Spans]
 ) -> Changes:
-    b, s = _activations(base), _activations(source)
-
-    def change(site: str, layer: int) -> Tensor:
-        old = b[site][layer]
-        return values_of(intervention, SITES[site], layer, old, s[site][layer], spans) - old
-
-    layers = range(len(base.z))
-    return Changes(
-        embed=change("embed", 0),
-        z=tuple(change("z", layer) for layer in layers),
-        mlp=tuple(change("mlp_out", layer) for layer in layers),
-    )
+    new = _activations(source)
+    return {
+        name: [
+            values_of(intervention, SITES[name], layer, old, new[name][layer], spans) - old
+            for layer, old in enumerate(of_site)
+        ]
+        for name, of_site in _activations(base).items()
+    }
 
 
 def _activations(trace: Trace) -> Mapping[str, Sequence[Tensor]]:

@@ -119,21 +119,16 @@ class EdgeModel:
         return self._forms[module]
 
     def projection(self, layer: int, kind: str) -> tuple[Tensor, Tensor] | None:
-        """Return weight `[width, d_model]` and bias `[width]`, fp32; None: unknown."""
+        """Return weight `[out, in]` and bias `[out]`, fp32; z: W_O; None: unknown."""
         key = (layer, kind)
         if key not in self._weights:
-            points = self.gradients.points[kind].points
-            self._weights[key] = self._linear(points[layer]) if points else None
+            points: Sequence[HookLocation]
+            if kind == "z":
+                points = (HookLocation(self.blocks.write_points(layer)["z"].module, "out"),)
+            else:
+                points = self.gradients.points[kind].points[layer : layer + 1]
+            self._weights[key] = self._linear(*points) if points else None
         return self._weights[key]
-
-    def output_weight(self, layer: int) -> Tensor | None:
-        """Return W_O `[width, d_model]`, fp32; None: unknown."""
-        key = (layer, "z")
-        if key not in self._weights:
-            module = self.blocks.write_points(layer)["z"].module
-            self._weights[key] = self._linear(HookLocation(module, "out"))
-        known = self._weights[key]
-        return None if known is None else known[0].T
 
     def _linear(self, point: HookLocation) -> tuple[Tensor, Tensor] | None:
         module = point.module

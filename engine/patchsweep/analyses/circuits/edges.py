@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,18 +14,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.analyses.circuits.chosen_edges import ENDS, chosen_edges, run_chosen
+from patchsweep.analyses.circuits.adaptive_edges import check_edge_tolerance
 from patchsweep.analyses.circuits.eap import EapBatches, check_gradients, eap
 from patchsweep.analyses.circuits.edge_batch import (
+    EdgeBatch,
+    ExactBatches,
     Question,
     ask,
     nodes_of,
     run_batches,
 )
-from patchsweep.analyses.circuits.edge_dataset import edge_dataset, length_of, node_coords
-from patchsweep.analyses.circuits.edge_thresholds import check_edge_tolerance
 from patchsweep.analyses.circuits.every_edge import every_edge
-from patchsweep.analyses.circuits.nodes import EdgeLike
+from patchsweep.analyses.circuits.exact import exact
+from patchsweep.analyses.circuits.nodes import Edge, EdgeLike, Nodes
+from patchsweep.analyses.circuits.results import edge_dataset, length_of, node_coords
 from patchsweep.analyses.stages import Computed, Stages
 from patchsweep.analyses.thresholds import tolerance_words
 from patchsweep.arguments import one_of, true_or_false, whole_number
@@ -38,18 +41,22 @@ from patchsweep.spec.finite import check_references
 from patchsweep.spec.interventions import Direction, Intervention, ValueFn
 from patchsweep.spec.reference import MeansFrom
 from patchsweep.spec.spec import MetricLike, SweepSpec
-from patchsweep.store.attributes import flat_attributes
-from patchsweep.sweeps.identity import identity_of, question_settings
-from patchsweep.sweeps.layout import analysis_attrs
+from patchsweep.sweeps.identity import question_settings
+from patchsweep.sweeps.layout import strings
 
 Values = NDArray[np.float32]
 
 ALL = "all"
-# variables of integrals besides the estimates
-_OF_INTEGRALS = {
-    "error": "how far the integral of {} may be from converged",
-    "residual": "what {} of the embeddings adds up to, minus metric(source) - metric(base)",
-    "nodes": "number of gradients in the integral of {}",
+ENDS = ("edge_sender", "edge_reader")  # coordinates of the ends of chosen edges
+# variable of the stage -> the ending of its name in results, and what it is
+_VARIABLES = {
+    "estimates": ("", "estimate of metric(patched) - metric(base) of an edge"),
+    "error": ("_error", "how far the integral of {} may be from converged"),
+    "residual": (
+        "_residual",
+        "what {} of the embeddings adds up to, minus metric(source) - metric(base)",
+    ),
+    "nodes": ("_nodes", "number of gradients in the integral of {}"),
 }
 
 
@@ -102,17 +109,7 @@ def edges(
         PatchsweepError: an argument breaks a rule; the text states the rule and a remedy.
         MethodError: gradients cannot attribute the metric, or the stream is not a sum of parts.
     """
-    question = ask(
-        model,
-        pairs,
-        SweepSpec(
-            metrics=metrics,
-            direction=direction,
-            intervention=intervention,
-            read=read,
-            means_from=means_from,
-        ),
-    )
+    question = ask(model, pairs, metrics, direction, intervention, read, means_from)
     path = path_of(steps, rule, rtol)
     check_gradients(question, path)
     if rules is not None:
@@ -121,15 +118,11 @@ def edges(
             raise MethodError(f"rules={rules} take one gradient at the base run; leave steps out")
     true_or_false("positions", positions)
     stages = Stages.of(stages)
-    settings = {**settings_of(path), "positions": positions}
+    settings = {**question_settings(question), **settings_of(path), "positions": positions}
     if rules is not None:
         settings["rules"] = rules
-    return stages.results(
-        model,
-        lambda: _attrs(question, settings),
-        lambda attrs: _edges(question, path, rules, positions, attrs, stages).assign_attrs(
-            flat_attributes(attrs)
-        ),
+    return stages.analysis(
+        "edges", model, pairs, settings, lambda: _edges(question, path, rules, positions, stages)
     )
 
 
@@ -176,30 +169,17 @@ def exact_edges(
         ConfigError: there is a tolerance without `edges="all"`, or it is no positive number.
         PatchsweepError: another argument breaks a rule.
     """
-    question = ask(
-        model,
-        pairs,
-        SweepSpec(
-            metrics=metrics,
-            direction=direction,
-            intervention=intervention,
-            read=read,
-            means_from=means_from,
-        ),
-    )
+    question = ask(model, pairs, metrics, direction, intervention, read, means_from)
     true_or_false("positions", positions)
     stages = Stages.of(stages)
     every = isinstance(edges, str) and edges == ALL
     check_edge_tolerance(question, tolerance, every, "edges='all'")
     if every:
         own = {"edges": ALL, "positions": positions, **tolerance_words(tolerance)}
-        return stages.results(
-            model,
-            lambda: _attrs(question, own),
-            lambda attrs: _every(question, positions, tolerance, attrs, stages).assign_attrs(
-                flat_attributes(attrs)
-            ),
-        )
+        return stages.analysis(
+            "edges", model, pairs, {**question_settings(question), **own},
+            lambda: _every(question, positions, tolerance, stages),
+        )  # fmt: skip
     parsed = chosen_edges(nodes_of(model), edges, length_of(question))
     if positions and parsed[0].pos is not None:
         raise PlanError(
@@ -207,12 +187,12 @@ def exact_edges(
             "every position; leave one of them out"
         )
 
-    def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
+    def compute() -> xr.Dataset:
         if not positions:
-            return run_chosen(question, parsed, attrs, stages).assign_attrs(flat_attributes(attrs))
+            return run_chosen(question, parsed, stages)
         n_pos = length_of(question)
         at_positions = [replace(edge, pos=pos) for edge in parsed for pos in range(n_pos)]
-        flat = run_chosen(question, at_positions, attrs, stages)
+        flat = run_chosen(question, at_positions, stages)
         ends = {name: ("chosen", flat[name].values[::n_pos]) for name in ENDS}
         dims = ("metric", "pair", "chosen", "pos")
         values = flat["edge"].values.reshape(*flat["base_metric"].shape, len(parsed), -1)
@@ -220,11 +200,11 @@ def exact_edges(
             flat.drop_dims("chosen")
             .assign_coords(ends)
             .assign(edge=(dims, values, flat["edge"].attrs))
-            .assign_attrs(flat_attributes({**attrs, "positions": True}))
+            .assign_attrs(positions=True)
         )
 
-    settings = {"edges": list(map(str, parsed)), "positions": positions}
-    return stages.results(model, lambda: _attrs(question, settings), compute)
+    own = {"edges": list(map(str, parsed)), "positions": positions}
+    return stages.analysis("edges", model, pairs, {**question_settings(question), **own}, compute)
 
 
 @runs_model
@@ -269,17 +249,7 @@ def screen_edges(
         ConfigError: there is a tolerance without `top="all"`, or it is no positive number.
         PatchsweepError: another argument breaks a rule.
     """
-    question = ask(
-        model,
-        pairs,
-        SweepSpec(
-            metrics=metrics,
-            direction=direction,
-            intervention=intervention,
-            read=read,
-            means_from=means_from,
-        ),
-    )
+    question = ask(model, pairs, metrics, direction, intervention, read, means_from)
     path = path_of(steps, rule, rtol)
     check_gradients(question, path)
     nodes = nodes_of(model)
@@ -289,12 +259,11 @@ def screen_edges(
     check_edge_tolerance(question, tolerance, top == ALL, "top='all'")
     stages = Stages.of(stages)
 
-    def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
+    def compute() -> xr.Dataset:
         with stages.whole() if top == ALL else nullcontext():
-            scores = _edges(question, path, None, positions, attrs, stages)
+            scores = _edges(question, path, None, positions, stages)
         name = _name(path)
         screen_attrs = {
-            **attrs,
             "method": f"screen:{scores.attrs['method']}",
             "positions": positions,
             "top": top,
@@ -302,60 +271,41 @@ def screen_edges(
         }
         of_all = {str(x): scores[x] for x in scores.data_vars if str(x).startswith(name)}
         if top == ALL:
-            found = _every(question, positions, tolerance, attrs, stages, scores[name])
-            return found.assign(of_all).assign_attrs(flat_attributes(screen_attrs))
+            found = _every(question, positions, tolerance, stages, scores[name])
+            return found.assign(of_all).assign_attrs(screen_attrs)
         values = scores[name].values
         ranked = _top_edges(values[0], n_exact)
         at = np.unravel_index(ranked, values.shape[2:])
-        labels = [
-            [x.item() if dim == "pos" else str(x) for x in scores[dim].values[i]]
-            for dim, i in zip(("sender", "reader", "pos"), at, strict=False)
-        ]
-        chosen = [nodes.edge(ends) for ends in zip(*labels, strict=True)]
-        verified = run_chosen(question, chosen, attrs, stages)
+        verified = run_chosen(question, nodes.edges_at(at), stages)
         dims = ("metric", "pair", "chosen")
         estimate = values.reshape(*values.shape[:2], -1)[:, :, ranked]
         estimates = {"edge_estimate": (dims, estimate), **of_all}
-        return verified.assign(estimates).assign_attrs(flat_attributes(screen_attrs))
+        return verified.assign(estimates).assign_attrs(screen_attrs)
 
     settings = {
+        **question_settings(question),
         "positions": positions,
         "top": top,
         **tolerance_words(tolerance),
         **settings_of(path),
     }
-    return stages.results(model, lambda: _attrs(question, settings, config), compute)
+    return stages.analysis("edges", model, pairs, settings, compute, config)
 
 
 def _every(
     question: Question,
     positions: bool,
     tolerance: float | str | None,
-    attrs: Mapping[str, Any],
     stages: Stages,
     estimates: xr.DataArray | None = None,
 ) -> xr.Dataset:
     """Return `every_edge`; `estimates` of all edges, if they are known."""
     if tolerance is None:
-        return every_edge(question, positions, attrs, stages)
+        return every_edge(question, positions, stages)
     if estimates is None:
         with stages.whole():
-            estimates = _edges(question, None, None, positions, attrs, stages)["edge_eap"]
-    return every_edge(question, positions, attrs, stages, (tolerance, estimates.values))
-
-
-def _attrs(
-    question: Question,
-    settings: Mapping[str, Any],
-    config: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    identity = identity_of(
-        "edges",
-        question.bridge,
-        question.pairs,
-        {**question_settings(question), **settings},
-    )
-    return analysis_attrs(question.bridge, question.pairs, identity, config)
+            estimates = _edges(question, None, None, positions, stages)["edge_eap"]
+    return every_edge(question, positions, stages, (tolerance, estimates.values))
 
 
 def _top_edges(scores: Values, top: int) -> NDArray[np.intp]:
@@ -369,12 +319,7 @@ def _top_edges(scores: Values, top: int) -> NDArray[np.intp]:
 
 
 def _edges(
-    question: Question,
-    path: Path | None,
-    rules: str | None,
-    positions: bool,
-    attrs: Mapping[str, Any],
-    stages: Stages,
+    question: Question, path: Path | None, rules: str | None, positions: bool, stages: Stages
 ) -> xr.Dataset:
     batches = EapBatches(question)
     nodes = nodes_of(question.bridge)
@@ -397,20 +342,64 @@ def _edges(
         )
         return values, np.stack(references)
 
-    found = run_batches(stages, "estimates", batches, shapes, estimate, attrs)
+    found = run_batches(stages, "estimates", batches, shapes, estimate)
     stages.wait()
-    words = {"long_name": "estimate of metric(patched) - metric(base) of an edge"}
     name = _name(path, rules)
     more = {"method": name[5:], "positions": positions, **settings_of(path)}
-    result = edge_dataset(question, name, found, "estimates", node_coords(nodes), words, more)
-    for variable in _OF_INTEGRALS if path is not None else ():
-        long_name = _OF_INTEGRALS[variable].format(name)
-        array = found[variable]
-        result[f"{name}_{variable}"] = (array.dims, array.values, {"long_name": long_name})
-    return result
+    variables = {}
+    for key in shapes:
+        ending, text = _VARIABLES[key]
+        variables[name + ending] = (found[key].dims, found[key].values, text.format(name))
+    return edge_dataset(question, variables, found, node_coords(nodes), more)
 
 
 def _name(path: Path | None, rules: str | None = None) -> str:
     if rules is not None:
         return f"edge_{rules}"
     return "edge_eap" if path is None else "edge_eap_ig"
+
+
+def chosen_edges(nodes: Nodes, given: Sequence[EdgeLike], length: int) -> list[Edge]:
+    """Return the checked edges; edges of parallel blocks are checked later, when they are known."""
+    if isinstance(given, str) or not isinstance(given, Sequence) or not given:
+        raise PlanError(
+            f"edges={given!r} is no list of edges; write [('a3.h2', 'a7.h1.q'), 'm5->logits'], "
+            "or 'all'"
+        )
+    parsed = [nodes.edge(edge) for edge in given]
+    twice, count = Counter(map(str, parsed)).most_common(1)[0]
+    if count > 1:
+        raise PlanError(f"edges names {twice} twice; name each edge once")
+    if len({edge.pos is None for edge in parsed}) > 1:
+        raise PlanError(
+            "some edges have a position and others have none; give all of them one, or none"
+        )
+    late = next((edge for edge in parsed if edge.pos is not None and edge.pos >= length), None)
+    if late is not None:
+        raise PlanError(
+            f"edge {late}: the longest prompt has {length} tokens; use positions 0..{length - 1}"
+        )
+    return parsed
+
+
+def run_chosen(question: Question, chosen: Sequence[Edge], stages: Stages) -> xr.Dataset:
+    """Run `chosen` exactly: `edge` [metric, pair, chosen], in this order."""
+
+    def run(edge_batch: EdgeBatch) -> Computed:
+        checked = [edge_batch.nodes.edge(edge) for edge in chosen]  # parallel blocks have fewer
+        return edge_batch.computed("exact", exact(edge_batch, checked).cpu().numpy())
+
+    attrs = {"chosen": [*map(str, chosen)]}
+    dims = {"exact": {"chosen": len(chosen)}}
+    found = run_batches(stages, "exact", ExactBatches(question), dims, run, attrs)
+    stages.wait()
+    positions = chosen[0].pos is not None
+    coords: dict[str, Any] = {
+        "edge_sender": ("chosen", strings([str(edge.sender) for edge in chosen])),
+        "edge_reader": ("chosen", strings([str(edge.reader) for edge in chosen])),
+    }
+    if positions:
+        coords["edge_pos"] = ("chosen", np.array([edge.pos for edge in chosen]))
+    edge = (found["exact"].dims, found["exact"].values, "metric with one edge patched")
+    more = {"method": "exact", "positions": positions}
+    return edge_dataset(question, {"edge": edge}, found, coords, more)

@@ -15,13 +15,11 @@ import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor
 
-from patchsweep.analyses.circuits.adaptive_edges import AdaptiveEdges
-from patchsweep.analyses.circuits.dead_edges import REASONS, RUNS, dead_counts, dead_edges
+from patchsweep.analyses.circuits.adaptive_edges import SITE, AdaptiveEdges, calibrated, run_at
 from patchsweep.analyses.circuits.edge_batch import EdgeBatch, ExactBatches, Question, nodes_of
-from patchsweep.analyses.circuits.edge_dataset import edge_dataset, length_of, node_coords
-from patchsweep.analyses.circuits.edge_thresholds import SITE, calibrated, run_at
-from patchsweep.analyses.circuits.exact import exact
-from patchsweep.analyses.circuits.nodes import Edge, Nodes
+from patchsweep.analyses.circuits.exact import REASONS, RUNS, dead_counts, dead_edges, exact
+from patchsweep.analyses.circuits.nodes import Nodes
+from patchsweep.analyses.circuits.results import edge_dataset, length_of, node_coords
 from patchsweep.analyses.stages import Computed, Stages, empty
 from patchsweep.analyses.thresholds import choose_thresholds
 from patchsweep.forward.grad import frozen
@@ -32,17 +30,10 @@ from patchsweep.store.difference import ADAPTIVE
 from patchsweep.sweeps.calibration import Level
 from patchsweep.sweeps.thresholds import EXACTLY, SampleSummary
 
-_DIMS = ("sender", "reader")
-_WORDS = {
-    "linear": "part of an edge's effect that is linear, from the base run's gradient",
-    "token_layers": "tokens times blocks that ran for an edge",
-}
-
 
 def every_edge(
     question: Question,
     positions: bool,
-    attrs: Mapping[str, Any],
     stages: Stages,
     adaptive: tuple[float | str, NDArray[np.float32]] | None = None,
 ) -> xr.Dataset:
@@ -57,16 +48,16 @@ def every_edge(
     nodes = nodes_of(question.bridge)
     batches = _Batches(question, adaptive is not None)
     summary: SampleSummary | None = None
+    attrs: dict[str, Any] = {"positions": positions}
     if adaptive is not None:
         tolerance, estimates = adaptive
         summary = choose_thresholds(
             [SITE],
             len(question.metrics),
             stages,
-            attrs,
             lambda: calibrated(question, batches.adaptive_at, estimates, tolerance),
         )[SITE]
-        attrs = {**attrs, "thresholds": list(summary.level)}
+        attrs["thresholds"] = list(summary.level)
     of_layer = nodes.of_layer(0)
     dims = {
         "layer": nodes.n_layers + 1,
@@ -108,23 +99,14 @@ def every_edge(
         block,
         cost,
         metrics=[metric.name for metric in question.metrics],
-        attrs={**attrs, "positions": positions},
+        attrs=attrs,
     )
     stages.wait()
     table = {
         name: _by_reader(found[name].values, nodes, [*shape].index("layer"))
         for name, shape in shapes.items()
     }
-    last = ("pos",) if positions else ()
     dead = np.nan_to_num(table["dead"], nan=-1).astype(np.int8)
-    values = xr.Dataset(
-        {
-            "every": (("metric", "pair", *_DIMS, *last), table["exact"]),
-            "base_metric": found["base_metric"],
-            "source_metric": found["source_metric"],
-        }
-    )
-    words = {"long_name": "metric with one edge patched"}
     more = {"method": "exact", "positions": positions, "dead": dead_counts(dead)}
     if summary is not None and adaptive is not None:
         of_widest = sum(cost(layer) for layer in range(nodes.n_layers + 1))
@@ -135,16 +117,19 @@ def every_edge(
             "exact_token_layers": of_widest // max(widths) * sum(widths),
         }
         more[ADAPTIVE] = {"tolerance": adaptive[0], "sites": {SITE: site}}
-    result = edge_dataset(question, "edge", values, "every", node_coords(nodes), words, more)
+    of_pair = ("pair", "sender", "reader", *(("pos",) if positions else ()))
     why = "; ".join(f"{code}: {text}" for code, text in REASONS.items())
     text = f"why an edge was not run: {why}; -1: there is no such edge"
-    result["edge_dead"] = (("pair", *_DIMS, *last), dead, {"long_name": text})
-    for name, suffix in (("linear", LINEAR), ("token_layers", TOKEN_LAYERS)):
-        if name in table:
-            own = ("metric",) if name == "linear" else ()
-            words = {"long_name": _WORDS[name]}
-            result["edge" + suffix] = ((*own, "pair", *_DIMS, *last), table[name], words)
-    return result
+    variables: dict[str, Any] = {
+        "edge": (("metric", *of_pair), table["exact"], "metric with one edge patched"),
+        "edge_dead": (of_pair, dead, text),
+    }
+    if adaptive is not None:
+        linear = "part of an edge's effect that is linear, from the base run's gradient"
+        ran = "tokens times blocks that ran for an edge"
+        variables["edge" + LINEAR] = (("metric", *of_pair), table["linear"], linear)
+        variables["edge" + TOKEN_LAYERS] = (of_pair, table["token_layers"], ran)
+    return edge_dataset(question, variables, found, node_coords(nodes), more)
 
 
 @dataclass(frozen=True)
@@ -192,9 +177,9 @@ def _fill(
 ) -> None:
     """Run the edges into the readers of a layer, and write them into `rows` of the cells."""
     edge_batch, nodes = ready.edge_batch, ready.edge_batch.nodes
-    readers = nodes.readers[nodes.of_layer(layer)]
-    at = np.nonzero(nodes.possible[:, nodes.of_layer(layer)])
-    edges = [Edge(nodes.senders[u], readers[v]) for u, v in zip(*at, strict=True)]
+    readers = nodes.of_layer(layer)
+    sender, unit = at = np.nonzero(nodes.possible[:, readers])
+    edges = nodes.edges_at((sender, unit + readers.start))
     last: tuple[int, ...] = ()
     if positions:
         length = edge_batch.base.length

@@ -17,7 +17,6 @@ from __future__ import annotations
 import io
 import json
 import pickle
-import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,16 +31,15 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.analyses.circuits.edge_batch import blocks_and_nodes, nodes_of
 from patchsweep.analyses.circuits.nodes import Nodes, Reader
+from patchsweep.analyses.circuits.results import labels_of
 from patchsweep.analyses.circuits.scores import score_values
 from patchsweep.analyses.circuits.selection import rank_top
 from patchsweep.arguments import check_bridge, user_path, whole_number
 from patchsweep.errors import ConfigError, ModelError, PlanError
 from patchsweep.forward.grad import frozen
 from patchsweep.models.running import runs_model
-from patchsweep.sweeps.layout import strings
 
 SUFFIXES = (".json", ".pt", ".pkl")
-_READER = re.compile(r"(?P<head>a\d+\.h\d+)<(?P<kind>[qkv])>")
 
 
 @dataclass(frozen=True)
@@ -81,16 +79,12 @@ def read_circuit(model: TransformerBridge, path: str | Path) -> xr.Dataset:
         "score": (("sender", "reader"), found.score, {"long_name": "effect of ablation"}),
         "member": (("sender", "reader"), found.member),
     }
+    coords = labels_of(nodes, "edges")
     if found.node_score is not None:
         values["node_score"] = ("node", found.node_score)
         values["node_member"] = ("node", found.node_member)
-    coords = {
-        "sender": strings(list(map(str, nodes.senders))),
-        "reader": strings(list(map(str, nodes.readers))),
-        "node": strings(list(map(str, nodes.senders[1:]))),
-    }
-    ds = xr.Dataset(values, coords=coords, attrs={"kind": "circuit file", "file": file.name})
-    return ds if found.node_score is not None else ds.drop_vars("node")
+        coords |= labels_of(nodes, "nodes")
+    return xr.Dataset(values, coords=coords, attrs={"kind": "circuit file", "file": file.name})
 
 
 @runs_model
@@ -124,8 +118,7 @@ def write_circuit(
     values = score_values(given, nodes, level)  # type: ignore[arg-type]
     ranks = rank_top(np.abs(values))
     if isinstance(scores, xr.Dataset) and "rank" in scores:
-        labels = {dim: [str(x) for x in given[dim].values] for dim in given.dims}
-        order = {dim: coords for dim, coords in _labels(nodes, level).items() if dim in labels}
+        order = {dim: names.tolist() for dim, names in labels_of(nodes, level).items()}
         ranks = scores["rank"].sel(order).transpose(*order).values
     n = int((ranks >= 0).sum())
     if count is not None:
@@ -134,7 +127,7 @@ def write_circuit(
     if level == "edges":
         made = _File(values, member)
     else:
-        edges = np.where(nodes.possible, np.float32(0), np.float32(np.nan))
+        edges, _ = _nothing(nodes)
         kept = np.concatenate([[True], member])[:, None] & nodes.possible
         made = _File(edges, kept & (count is not None), values, member)
     d_model = int(model.cfg.d_model)
@@ -171,15 +164,6 @@ def _checked(path: str | Path, *, exists: bool = False) -> Path:
     return file
 
 
-def _labels(nodes: Nodes, level: str) -> dict[str, list[str]]:
-    if level == "nodes":
-        return {"node": [str(sender) for sender in nodes.senders[1:]]}
-    return {
-        "sender": [str(sender) for sender in nodes.senders],
-        "reader": [str(reader) for reader in nodes.readers],
-    }
-
-
 def _name_of(reader: Reader) -> str:
     """Return MIB's name: `a3.h2<q>`, `m5` or `logits`."""
     if reader.head is None:
@@ -190,6 +174,12 @@ def _name_of(reader: Reader) -> str:
 def _senders(nodes: Nodes) -> dict[str, int]:
     """Return MIB's names of senders; embed is its input."""
     return {"input" if i == 0 else str(x): i for i, x in enumerate(nodes.senders)}
+
+
+def _nothing(nodes: Nodes) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Return scores of 0, NaN where there is no edge, and no members."""
+    score = np.where(nodes.possible, np.float32(0), np.float32(np.nan))
+    return score, np.zeros(score.shape, dtype=bool)
 
 
 def _check_config(cfg: Any, nodes: Nodes, d_model: int, name: str) -> None:
@@ -217,8 +207,7 @@ def _from_mib(data: Any, nodes: Nodes, d_model: int, name: str) -> _File:
     _check_config(data["cfg"], nodes, d_model, name)
     senders = _senders(nodes)
     readers = {_name_of(reader): i for i, reader in enumerate(nodes.readers)}
-    score = np.where(nodes.possible, np.float32(0), np.float32(np.nan))
-    member = np.zeros(score.shape, dtype=bool)
+    score, member = _nothing(nodes)
     for edge, entry in data["edges"].items():
         sender, _, reader = edge.partition("->")
         for part, known in ((sender, senders), (reader, readers)):
@@ -229,7 +218,7 @@ def _from_mib(data: Any, nodes: Nodes, d_model: int, name: str) -> _File:
         at = senders[sender], readers[reader]
         if not nodes.possible[at]:
             raise PlanError(f"{name}: edge {edge!r} goes backwards: {reader} reads before {sender}")
-        score[at] = -_number(entry, "score", edge, name, default=0.0)
+        score[at] = -_score(entry, edge, name, default=0.0)
         member[at] = _in_graph(entry)
     node_score = np.full(len(nodes.senders) - 1, np.nan, np.float32)
     node_member = np.zeros(len(node_score), dtype=bool)
@@ -239,17 +228,17 @@ def _from_mib(data: Any, nodes: Nodes, d_model: int, name: str) -> _File:
         if node in ("input", "logits"):
             continue
         i = senders[node] - 1
-        node_score[i] = -_number(entry, "score", node, name, default=float("nan"))
+        node_score[i] = -_score(entry, node, name, default=float("nan"))
         node_member[i] = _in_graph(entry)
     if np.isnan(node_score).all():
         return _File(score, member)
     return _File(score, member, node_score, node_member)
 
 
-def _number(entry: Any, key: str, what: str, name: str, *, default: float) -> float:
-    value = entry.get(key, default) if isinstance(entry, Mapping) else default
+def _score(entry: Any, what: str, name: str, *, default: float) -> float:
+    value = entry.get("score", default) if isinstance(entry, Mapping) else default
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{name}: {key} of {what} is {value!r}, and must be a number")
+        raise ConfigError(f"{name}: score of {what} is {value!r}, and must be a number")
     return float(value)
 
 
@@ -270,15 +259,9 @@ def _nodes_in_graph(made: _File, nodes: Nodes) -> NDArray[np.bool_]:
     """Return per sender whether the circuit has it: an edge comes in and one goes out."""
     if made.node_member is not None:
         return np.concatenate([[bool(made.member.any())], made.node_member])
-    out = made.member.any(axis=1)
-    into = np.zeros_like(out)
+    into = nodes.entered(made.member)
     into[0] = True
-    index = {str(sender): i for i, sender in enumerate(nodes.senders)}
-    for i, reader in enumerate(nodes.readers[:-1]):
-        own = f"m{reader.layer}" if reader.head is None else f"a{reader.layer}.h{reader.head}"
-        into[index[own]] |= made.member[:, i].any()
-    kept: NDArray[np.bool_] = out & into
-    return kept
+    return into & np.asarray(made.member.any(axis=1))
 
 
 def _to_mib(made: _File, nodes: Nodes, d_model: int) -> dict[str, Any]:
@@ -340,8 +323,7 @@ def _from_eap_ig(data: Any, nodes: Nodes, d_model: int, name: str) -> _File:
         _indices(data[key], known, name)
         for key, known in (("src_nodes", senders), ("dst_nodes", readers))
     )
-    score = np.where(nodes.possible, np.float32(0), np.float32(np.nan))
-    member = np.zeros(score.shape, dtype=bool)
+    score, member = _nothing(nodes)
     given = np.asarray(data["edges_scores"], dtype=np.float32)
     if given.shape != (len(rows), len(columns)):
         raise ConfigError(
@@ -402,7 +384,7 @@ def _from_auto_circuit(data: Any, nodes: Nodes, name: str) -> _File:
             f"{name} is no mapping of module names to tensors, as auto-circuit writes"
         )
     modules = _modules(nodes)
-    score = np.where(nodes.possible, np.float32(0), np.float32(np.nan))
+    score, member = _nothing(nodes)
     for module, tensor in data.items():
         if module not in modules:
             more = (
@@ -421,7 +403,7 @@ def _from_auto_circuit(data: Any, nodes: Nodes, name: str) -> _File:
                 f"wants {wanted}, heads by senders; scores by position have no place here"
             )
         score[:n_seen, readers] = -tensor.reshape(len(readers), n_seen).float().numpy().T + 0.0
-    return _File(score, np.zeros(score.shape, dtype=bool))
+    return _File(score, member)
 
 
 def _to_auto_circuit(made: _File, nodes: Nodes) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ packed batches, one for each kind of ablation; metrics share their runs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Literal, get_args
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.analyses.circuits.ablate import run_edges, run_nodes
+from patchsweep.analyses.circuits.ablate import run_circuits
 from patchsweep.analyses.circuits.edge_batch import (
     EdgeBatch,
     ExactBatches,
@@ -30,8 +30,8 @@ from patchsweep.analyses.circuits.edge_batch import (
     nodes_of,
     run_batches,
 )
-from patchsweep.analyses.circuits.faithfulness import LOW_PRECISION_ROUNDING, ROUNDING
 from patchsweep.analyses.circuits.nodes import Nodes
+from patchsweep.analyses.circuits.results import LOW_PRECISION_ROUNDING, ROUNDING
 from patchsweep.analyses.circuits.scores import (
     circuit_scores,
     described_scores,
@@ -47,11 +47,11 @@ from patchsweep.errors import PlanError
 from patchsweep.forward.grad import frozen
 from patchsweep.models.running import runs_model
 from patchsweep.models.weights import tensor_digest
+from patchsweep.spec.finite import names_of
 from patchsweep.spec.interventions import Direction
 from patchsweep.spec.spec import MetricLike, SweepSpec
-from patchsweep.store.attributes import flat_attributes
-from patchsweep.sweeps.identity import identity_of, question_settings
-from patchsweep.sweeps.layout import analysis_attrs, strings
+from patchsweep.sweeps.identity import question_settings
+from patchsweep.sweeps.layout import strings
 
 Kind = Literal["resample", "zero", "mean", "mean_all"]
 MeanSet = Literal["clean", "corrupted", "both"]
@@ -79,17 +79,6 @@ class Setting:
 
     def __str__(self) -> str:
         return "-".join(filter(None, (self.ablation, self.mean_set, self.direction)))
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """The runs of one stage."""
-
-    setting: Setting
-    nodes: Nodes
-    circuit: Bool[np.ndarray, "sender reader"]
-    positions: tuple[Where, ...]
-    levels: tuple[Level, ...]
 
 
 @runs_model
@@ -156,44 +145,27 @@ def multiverse(
     settings = _settings(ablations, mean_sets, directions)
     sets = {"": None, **_sets(pairs)}
     questions = {
-        setting: ask(
-            model,
-            pairs,
-            SweepSpec(
-                metrics=metrics,
-                direction=setting.direction,
-                intervention=setting.ablation,
-                means_from=sets[setting.mean_set],
-                read=read,
-            ),
-        )
-        for setting in settings
+        one: ask(model, pairs, metrics, one.direction, one.ablation, read, sets[one.mean_set])
+        for one in settings
     }
     stages = Stages.of(stages)
+    first = questions[settings[0]]
 
-    def attrs() -> Mapping[str, Any]:
-        first = question_settings(questions[settings[0]])
-        identity = identity_of(
-            "multiverse",
-            model,
-            pairs,
-            {
-                **{key: first[key] for key in ("metrics", "read")},
-                **{name: list(given) for name, given in chosen.items()},
-                **ranked_by,
-                "count": count,
-            },
-        )
-        return analysis_attrs(model, pairs, identity, config)
-
-    def compute(found: Mapping[str, Any]) -> xr.Dataset:
+    def compute() -> xr.Dataset:
         ranking = scores
         if not isinstance(ranking, xr.DataArray):
-            first = questions[settings[0]].metrics[0]
-            ranking = circuit_scores(model, pairs, first, method=ranking, read=read, stages=stages)
-        return _multiverse(questions, ranking, count, positions, levels, found, stages)
+            ranking = circuit_scores(
+                model, pairs, first.metrics[0], method=ranking, read=read, stages=stages
+            )
+        return _multiverse(questions, ranking, count, positions, levels, stages)
 
-    return stages.results(model, attrs, compute)
+    identity = {
+        **{key: question_settings(first)[key] for key in ("metrics", "read")},
+        **{name: list(given) for name, given in chosen.items()},
+        **ranked_by,
+        "count": count,
+    }
+    return stages.analysis("multiverse", model, pairs, identity, compute, config)
 
 
 def _multiverse(
@@ -202,7 +174,6 @@ def _multiverse(
     count: int,
     positions: Sequence[Where],
     levels: Sequence[Level],
-    attrs: Mapping[str, Any],
     stages: Stages,
 ) -> xr.Dataset:
     variants: list[tuple[str, ...]] = []
@@ -213,9 +184,12 @@ def _multiverse(
             nodes = batches.nodes
         ranks = rank_top(np.abs(score_values(scores, nodes, "edges")))
         circuit = connected(nodes, ((ranks >= 0) & (ranks < count))[None])[0]
-        stage_attrs = {**attrs, "circuit": tensor_digest(torch.from_numpy(circuit))}
-        plan = _Plan(setting, nodes, circuit, tuple(positions), tuple(levels))
-        found.append((_run(plan, question, batches, stage_attrs, stages), question))
+        stage_attrs = {"circuit": tensor_digest(torch.from_numpy(circuit))}
+        masks = [_masks(nodes, circuit, level, setting.direction) for level in levels]
+        run = _runner(question, dict(zip(levels, masks, strict=True)), positions)
+        dims = {"runs": {"run": 3 * len(positions) * len(levels)}}
+        runs = run_batches(stages, f"variants-{setting}", batches, dims, run, stage_attrs)
+        found.append((runs, question))
         variants += [
             (setting.ablation, setting.mean_set, setting.direction, where, level)
             for where, level in product(positions, levels)
@@ -227,14 +201,12 @@ def _multiverse(
         for i in range(len(positions) * len(levels))
     ]
     (question, *_) = questions.values()
-    about = {
-        "method": str(scores.attrs.get("method", "given")),
-        "count": count,
-        "n_pairs": len(question.pairs),
-        "read": question.read,
-    }
-    result = _dataset(variants, np.array(values), [m.name for m in question.metrics])
-    return result.assign_attrs(flat_attributes({**attrs, **about, **result.attrs}))
+    return _dataset(variants, np.array(values), names_of(question.metrics)).assign_attrs(
+        method=str(scores.attrs.get("method", "given")),
+        count=count,
+        n_pairs=len(question.pairs),
+        read=question.read,
+    )
 
 
 def _check(name: str, given: Sequence[str], known: tuple[str, ...]) -> None:
@@ -284,70 +256,43 @@ def _sets(pairs: PromptPairs) -> dict[str, PromptPairs]:
     }
 
 
-def _run(
-    plan: _Plan,
-    question: Question,
-    batches: ExactBatches,
-    attrs: Mapping[str, Any],
-    stages: Stages,
-) -> xr.Dataset:
-    """Return `runs` [metric, pair, run]; three runs a variant: circuit, nothing, everything."""
-    places, levels = plan.positions, plan.levels
-    masks = {level: _masks(plan, level) for level in levels}
-    n_runs = 3 * len(places) * len(levels)
+def _runner(
+    question: Question, masks: Mapping[Level, NDArray[np.bool_]], places: Sequence[Where]
+) -> Callable[[EdgeBatch], Computed]:
+    """Return what gives `runs` [metric, pair, run]: circuit, nothing, everything of each variant.
+
+    `masks`: what is kept in these three, by level.
+    """
+    n_runs = 3 * len(places) * len(masks)
 
     def run(edge_batch: EdgeBatch) -> Computed:
-        device, n_pairs = edge_batch.batch.base.device, edge_batch.base.n_pairs
-        values = np.empty((len(question.metrics), n_pairs, n_runs), np.float32)
-        pair = torch.arange(n_pairs, device=device).repeat(3 * len(places))
+        values = np.empty((len(question.metrics), edge_batch.base.n_pairs, n_runs), np.float32)
         where = torch.stack([_where(edge_batch, place) for place in places])
-        at = where.repeat_interleave(3, dim=0).repeat_interleave(n_pairs, dim=0)
-        for i, level in enumerate(levels):
-            keep = (
-                torch.from_numpy(masks[level])
-                .to(device)
-                .repeat(len(places), *[1] * (masks[level].ndim - 1))
-            )
-            runner = run_edges if level == "edges" else run_nodes
-            got = runner(edge_batch, keep.repeat_interleave(n_pairs, dim=0), pair, at)
-            by_run = got.unflatten(1, (len(places), 3, n_pairs)).permute(0, 3, 1, 2)
-            slots = np.arange(n_runs).reshape(len(places), len(levels), 3)[:, i].ravel()
-            values[:, :, slots] = by_run.flatten(2).cpu().numpy()
+        at = where.repeat_interleave(3, dim=0)
+        for i, (level, kept) in enumerate(masks.items()):
+            rows = np.concatenate([kept] * len(places))
+            slots = np.arange(n_runs).reshape(len(places), len(masks), 3)[:, i].ravel()
+            values[:, :, slots] = run_circuits(edge_batch, level, rows, at).cpu().numpy()
         return edge_batch.computed("runs", values)
 
-    name = f"variants-{plan.setting}"
-    return run_batches(stages, name, batches, {"runs": {"run": n_runs}}, run, attrs)
+    return run
 
 
-def _masks(plan: _Plan, level: Level) -> NDArray[np.bool_]:
+def _masks(
+    nodes: Nodes, circuit: NDArray[np.bool_], level: Level, direction: Direction
+) -> NDArray[np.bool_]:
     """Return what is kept [run, ...] in the runs of the circuit, of nothing and of everything.
 
     In a denoising run what is not kept is restored.
     """
-    nodes, circuit = plan.nodes, plan.circuit
     own: NDArray[np.bool_] = circuit
     whole: NDArray[np.bool_] = nodes.possible
     if level == "nodes":
-        inside = np.asarray(circuit.any(axis=1))
-        for i, reader in enumerate(nodes.readers[:-1]):
-            if circuit[:, i].any():
-                inside |= _entered(nodes, reader.kind, reader.layer, reader.head)
+        inside = np.asarray(circuit.any(axis=1)) | nodes.entered(circuit)
         own, whole = inside[1:], np.ones(len(nodes.senders) - 1, dtype=bool)
-    if plan.setting.direction == "denoising":
+    if direction == "denoising":
         return np.stack([whole & ~own, whole, np.zeros_like(whole)])
     return np.stack([own, np.zeros_like(whole), whole])
-
-
-def _entered(nodes: Nodes, kind: str, layer: int, head: int | None) -> NDArray[np.bool_]:
-    """Return [sender]: the nodes that read through a reader; a key head belongs to several."""
-    group = nodes.n_heads // nodes.n_kv_heads
-
-    def belongs(sender: Any) -> bool:
-        if sender.layer != layer or (sender.kind == "mlp") != (kind == "mlp"):
-            return False
-        return kind == "mlp" or (sender.head if kind == "q" else sender.head // group) == head
-
-    return np.array([sender.kind != "embed" and belongs(sender) for sender in nodes.senders])
 
 
 def _where(edge_batch: EdgeBatch, place: Where) -> Bool[Tensor, " pos"]:
@@ -384,43 +329,32 @@ def _dataset(
         for j, metric in enumerate(metrics)
     }
     moves = np.array([_moves(cells, choice) for choice in range(len(CHOICES))])
-    known = {key: value for key, value in cells.items() if np.isfinite(value)}
-    attrs: dict[str, Any] = {
-        "n_variants": len(cells),
-        "undefined": len(cells) - len(known),
-        "most": CHOICES[int(np.nanargmax(np.append(moves[:, 0], 0)[: len(CHOICES)]))]
-        if np.isfinite(moves[:, 0]).any()
-        else "",
-    }
+    means = moves[:, 0]
     coords: dict[str, Any] = {
         name: ("variant", strings([v[i] for v in variants])) for i, name in enumerate(CHOICES[:-1])
     }
     return xr.Dataset(
         {
             "faithfulness": (("variant", "metric"), values),
-            "moves": ("choice", moves[:, 0]),
+            "moves": ("choice", means),
             "moves_most": ("choice", moves[:, 1]),
         },
-        coords={
-            **coords,
-            "metric": strings(metrics),
-            "choice": strings(CHOICES),
+        coords={**coords, "metric": strings(metrics), "choice": strings(CHOICES)},
+        attrs={
+            "n_variants": len(cells),
+            "undefined": int((~np.isfinite(values)).sum()),
+            "most": CHOICES[int(np.nanargmax(means))] if np.isfinite(means).any() else "",
         },
-        attrs=attrs,
     )
 
 
 def _moves(cells: Mapping[tuple[str, ...], float], choice: int) -> tuple[float, float]:
     """Return the mean and the largest range of values that differ in one choice alone, or NaN."""
     groups: dict[tuple[str, ...], list[float]] = {}
+    # ablations differ in the prompts of their means too, which is a choice of its own
+    behind = 2 if CHOICES[choice] == "ablation" else choice + 1
     for key, value in cells.items():
         if np.isfinite(value):
-            groups.setdefault((*key[:choice], *key[choice + 1 :]), []).append(value)
-    # ablations differ in the prompts of their means too, which is a choice of its own
-    if CHOICES[choice] == "ablation":
-        groups = {}
-        for key, value in cells.items():
-            if np.isfinite(value):
-                groups.setdefault(key[2:], []).append(value)
+            groups.setdefault((*key[:choice], *key[behind:]), []).append(value)
     ranges = [max(group) - min(group) for group in groups.values() if len(group) > 1]
     return (float(np.mean(ranges)), max(ranges)) if ranges else (np.nan, np.nan)

@@ -6,7 +6,7 @@ Pure: names and numbers, no tensors.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -104,6 +104,29 @@ class Nodes:
         size = self.n_heads + 2 * self.n_kv_heads + 1
         return slice(layer * size, min((layer + 1) * size, len(self.readers)))
 
+    def heads(self, layer: int) -> slice:
+        """Return the indices of the senders that are heads of a layer; its MLP follows them."""
+        first = 1 + layer * (self.n_heads + 1)
+        return slice(first, first + self.n_heads)
+
+    @cached_property
+    def readers_of(self) -> tuple[tuple[int, ...], ...]:
+        """Indices of the readers of each sender's node: q, k and v of a head; none of embed."""
+        found: list[tuple[int, ...]] = [()]
+        for node in self.senders[1:]:
+            of_layer = self.of_layer(node.layer)
+            if node.head is None:
+                found.append((of_layer.stop - 1,))
+                continue
+            key = of_layer.start + self.n_heads + node.head // (self.n_heads // self.n_kv_heads)
+            found.append((of_layer.start + node.head, key, key + self.n_kv_heads))
+        return tuple(found)
+
+    def entered(self, edges: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Return [sender] whether one of `edges` [sender, reader] enters the sender's node."""
+        into = np.asarray(edges.any(axis=0))
+        return np.array([into[list(own)].any() for own in self.readers_of])
+
     def n_seen(self, reader: Reader) -> int:
         """Return the number of senders before `reader`; they are the first ones of `senders`."""
         if reader.kind == "logits":
@@ -122,6 +145,13 @@ class Nodes:
     @property
     def n_edges(self) -> int:
         return int(self.possible.sum())
+
+    def edges_at(self, at: Iterable[NDArray[np.integer]]) -> list[Edge]:
+        """Return the edges at indices of senders, of readers, and of positions if there are any."""
+        return [
+            Edge(self.senders[sender], self.readers[reader], *pos)
+            for sender, reader, *pos in zip(*(x.tolist() for x in at), strict=True)
+        ]
 
     def edge(self, given: EdgeLike) -> Edge:
         """Return the edge of `("a3.h2", "a7.h1.q")` or `"a3.h2->a7.h1.q"`.

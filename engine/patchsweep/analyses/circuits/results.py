@@ -1,89 +1,100 @@
-"""The plan of circuit runs, and their metrics as an xarray Dataset."""
+"""Results of edges and circuits as xarray Datasets, and how faithful circuits are."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
+import torch
 import xarray as xr
 from numpy.typing import NDArray
 
 from patchsweep.analyses.circuits.edge_batch import Question
-from patchsweep.analyses.circuits.faithfulness import fraction, undefined
 from patchsweep.analyses.circuits.nodes import Nodes
-from patchsweep.analyses.circuits.scores import Level
-from patchsweep.analyses.circuits.selection import (
-    RankBy,
-    Sizes,
-    areas,
-    connected,
-    rank_greedy,
-    rank_top,
-    sizes_of,
-    strength_of,
-)
-from patchsweep.store.attributes import flat_attributes
-from patchsweep.sweeps.layout import strings
+from patchsweep.analyses.circuits.selection import Floats, Plan, areas
+from patchsweep.data.tokenize import token_table
+from patchsweep.spec.batch import base_and_source
+from patchsweep.spec.finite import names_of
+from patchsweep.spec.spec import model_shape
+from patchsweep.sweeps.layout import metric_and_pair_coords, strings
 
-Growth = Literal["top", "greedy"]
+# largest rounding error of a metric, as a share of it; a run's own measured error counts if larger
+ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12}
+LOW_PRECISION_ROUNDING = 1e-2
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The circuits to run."""
-
-    nodes: Nodes
-    level: Level
-    growth: Growth
-    rank_by: RankBy
-    sizes: Sizes
-    scores: NDArray[np.float32]  # [node] or [sender, reader]; NaN: no such edge
-    ranks: NDArray[np.int32]  # likewise; -1: no such edge
-
-    @property
-    def circuits(self) -> NDArray[np.bool_]:
-        """Members [size, ...] of the circuit of each size."""
-        counts = np.array(self.sizes.counts).reshape(-1, *[1] * self.ranks.ndim)
-        return (self.ranks >= 0) & (self.ranks < counts)
-
-    @cached_property
-    def rows(self) -> NDArray[np.bool_]:
-        """Kept nodes or edges [row, ...] of each run: circuits, complements, nothing, everything.
-
-        Edges that are on no path from embed to the logits are removed, as in MIB: the input of a
-        node without a kept edge is not computed by the circuit.
-        """
-        circuits = self.circuits
-        everything = np.broadcast_to(self.ranks >= 0, circuits.shape)
-        parts = [circuits, everything & ~circuits, np.zeros_like(circuits[:1]), everything[:1]]
-        rows = np.concatenate(parts)
-        return connected(self.nodes, rows) if self.level == "edges" else rows
-
-    @cached_property
-    def runs(self) -> tuple[NDArray[np.bool_], NDArray[np.intp]]:
-        """The distinct `rows`, and the index among them of each row.
-
-        Small circuits are often equal, since none of their edges is on a path to the logits.
-        """
-        different, inverse = np.unique(self.rows, axis=0, return_inverse=True)
-        return different, inverse.ravel()
+def edge_dataset(
+    question: Question,
+    variables: Mapping[str, tuple[Sequence[Hashable], NDArray[Any], str]],
+    found: xr.Dataset,
+    coords: Mapping[str, Any],
+    attrs: Mapping[str, Any],
+) -> xr.Dataset:
+    """Return variables (dims, values, text), with the metrics of the unpatched runs of `found`."""
+    return xr.Dataset(
+        {
+            **{
+                name: (dims, values, {"long_name": long_name})
+                for name, (dims, values, long_name) in variables.items()
+            },
+            "base_metric": (("metric", "pair"), found["base_metric"].values),
+            "source_metric": (("metric", "pair"), found["source_metric"].values),
+        },
+        coords={
+            **metric_and_pair_coords(question.metrics, question.pairs),
+            **_tokens(question),
+            **coords,
+        },
+        attrs={**attrs, **question_attrs(question)},
+    )
 
 
-def make_plan(
-    nodes: Nodes,
-    level: Level,
-    growth: Growth,
-    rank_by: RankBy,
-    sizes: Sequence[float] | None,
-    scores: NDArray[np.float32],
-) -> Plan:
-    strength = strength_of(scores, rank_by)
-    ranks = rank_greedy(nodes, strength) if growth == "greedy" else rank_top(strength)
-    plan_sizes = sizes_of(sizes, int((ranks >= 0).sum()), level)
-    return Plan(nodes, level, growth, rank_by, plan_sizes, scores, ranks)
+def question_attrs(question: Question) -> dict[str, Any]:
+    """Return the attributes that say what was asked of which heads."""
+    shape = model_shape(question.bridge)
+    return {
+        "direction": question.direction,
+        "intervention": question.intervention.name,
+        **question.means_attrs(),
+        "read": question.read,
+        "n_heads": shape.n_heads,
+        "n_kv_heads": shape.n_kv_heads,
+    }
+
+
+def _tokens(question: Question) -> dict[str, Any]:
+    """Return the tokens of both runs by position; "" beyond a prompt's end."""
+    runs = [base_and_source(pair, question.direction) for pair in question.pairs]
+    base, source = (token_table(question.bridge, side) for side in zip(*runs, strict=True))
+    return {
+        "pos": np.arange(base.shape[1]),
+        "base_token": (("pair", "pos"), base),
+        "source_token": (("pair", "pos"), source),
+    }
+
+
+def labels_of(nodes: Nodes, level: str) -> dict[str, NDArray[Any]]:
+    """Return the names of all nodes, or of senders and readers."""
+    senders = strings([str(sender) for sender in nodes.senders])
+    if level == "nodes":
+        return {"node": senders[1:]}
+    return {"sender": senders, "reader": strings([str(reader) for reader in nodes.readers])}
+
+
+def node_coords(nodes: Nodes) -> dict[str, Any]:
+    """Return the coordinates of the axes `sender` and `reader`."""
+    return {
+        **labels_of(nodes, "edges"),
+        "sender_layer": ("sender", [sender.layer for sender in nodes.senders]),
+        "reader_layer": ("reader", [reader.layer for reader in nodes.readers]),
+    }
+
+
+def length_of(question: Question) -> int:
+    """Return the number of positions of the longest pair, including forced answer tokens."""
+    return max(len(base_and_source(pair, question.direction)[0]) for pair in question.pairs)
 
 
 @dataclass(frozen=True)
@@ -105,103 +116,73 @@ class Runs:
         return self.values[:, :, -1]
 
 
-def circuit_dataset(
-    question: Question, plan: Plan, runs: Runs, method: str, attrs: Mapping[str, Any]
-) -> xr.Dataset:
+def circuit_dataset(question: Question, plan: Plan, runs: Runs, method: str) -> xr.Dataset:
     n_sizes = len(plan.sizes.counts)
-    raw = {
-        "circuit_metric": runs.values[:, :, :n_sizes],
-        "complement_metric": runs.values[:, :, n_sizes:-2],
-        "empty_metric": runs.empty,
-        "base_metric": runs.base,
-        "source_metric": runs.source,
-    }
+    inside, outside = runs.values[:, :, :n_sizes], runs.values[:, :, n_sizes:-2]
     shares = np.array(plan.sizes.shares)
-    names = [metric.name for metric in question.metrics]
-    empty, base = raw["empty_metric"], raw["base_metric"]
+    names = names_of(question.metrics)
     dtype = next(question.bridge.original_model.parameters()).dtype
-    without = undefined(names, empty, base, runs.whole, dtype)
+    without = undefined(names, runs.empty, runs.base, runs.whole, dtype)
     faithfulness, completeness = (
-        fraction(names, raw[name], empty, base, without)
-        for name in ("circuit_metric", "complement_metric")
+        fraction(names, values, runs.empty, runs.base, without) for values in (inside, outside)
     )
     area_values = {
         name: areas(shares.tolist(), curve.tolist())
         for name, curve in zip(names, faithfulness, strict=True)
         if np.isfinite(curve).all()  # attributes are JSON, which has no NaN
     }
-    curves = {
-        "faithfulness": "share of the metric that the circuit alone keeps",
-        "completeness": "share of the metric that all but the circuit keeps",
-    }
     dims, coords = _dims(plan)
+    kept = "share of the metric that {} keeps"
     return xr.Dataset(
         {
             "faithfulness": (
-                ("metric", "size"), faithfulness, {"long_name": curves["faithfulness"]}
+                ("metric", "size"),
+                faithfulness,
+                {"long_name": kept.format("the circuit alone")},
             ),
             "completeness": (
-                ("metric", "size"), completeness, {"long_name": curves["completeness"]}
+                ("metric", "size"),
+                completeness,
+                {"long_name": kept.format("all but the circuit")},
             ),
-            "circuit_metric": (("metric", "pair", "size"), raw["circuit_metric"]),
-            "complement_metric": (("metric", "pair", "size"), raw["complement_metric"]),
-            **{
-                name: (("metric", "pair"), raw[name])
-                for name in ("empty_metric", "base_metric", "source_metric")
-            },
+            "circuit_metric": (("metric", "pair", "size"), inside),
+            "complement_metric": (("metric", "pair", "size"), outside),
+            "empty_metric": (("metric", "pair"), runs.empty),
+            "base_metric": (("metric", "pair"), runs.base),
+            "source_metric": (("metric", "pair"), runs.source),
             "score": (dims, plan.scores, {"long_name": "what ranked it"}),
             "rank": (dims, plan.ranks, {"long_name": "the turn at which it joins; -1: no edge"}),
             **_membership(plan),
         },
         coords={
-            "metric": strings(names),
-            "metric_unit": ("metric", strings([metric.unit for metric in question.metrics])),
-            "pair": np.arange(len(question.pairs)),
-            "answer": ("pair", strings([pair.answer_text for pair in question.pairs])),
-            "wrong_answer": ("pair", strings([pair.wrong_answer_text for pair in question.pairs])),
-            **_tokens(question),
+            **metric_and_pair_coords(question.metrics, question.pairs),
+            **_prompt_tokens(question),
             "size": shares,
             "count": ("size", np.array(plan.sizes.counts)),
             **coords,
         },
-        attrs=flat_attributes(
-            {
-                **attrs,
-                "level": plan.level,
-                "method": method,
-                "growth": plan.growth,
-                "rank_by": plan.rank_by,
-                "undefined": without,
-                **question.means_attrs(),
-                "direction": question.direction,
-                "intervention": question.intervention.name,
-                "read": question.read,
-                "n_heads": plan.nodes.n_heads,
-                "n_kv_heads": plan.nodes.n_kv_heads,
-                "cpr": {name: cpr for name, (cpr, _) in area_values.items()},
-                "cmd": {name: cmd for name, (_, cmd) in area_values.items()},
-            }
-        ),
-    )  # fmt: skip
+        attrs={
+            "level": plan.level,
+            "method": method,
+            "growth": plan.growth,
+            "rank_by": plan.rank_by,
+            "undefined": without,
+            **question_attrs(question),
+            "cpr": {name: cpr for name, (cpr, _) in area_values.items()},
+            "cmd": {name: cmd for name, (_, cmd) in area_values.items()},
+        },
+    )
 
 
 def _dims(plan: Plan) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Return the dims of scores and ranks, and their coordinates."""
-    senders = plan.nodes.senders
-    if plan.level == "nodes":
-        return ("node",), {
-            "node": strings([str(node) for node in senders[1:]]),
-            "node_layer": ("node", [node.layer for node in senders[1:]]),
-        }
-    return ("sender", "reader"), {
-        "sender": strings([str(sender) for sender in senders]),
-        "reader": strings([str(reader) for reader in plan.nodes.readers]),
-        "sender_layer": ("sender", [sender.layer for sender in senders]),
-        "reader_layer": ("reader", [reader.layer for reader in plan.nodes.readers]),
-    }
+    if plan.level == "edges":
+        return ("sender", "reader"), node_coords(plan.nodes)
+    layers = [node.layer for node in plan.nodes.senders[1:]]
+    return ("node",), {**labels_of(plan.nodes, "nodes"), "node_layer": ("node", layers)}
 
 
-def _tokens(question: Question) -> dict[str, Any]:
+def _prompt_tokens(question: Question) -> dict[str, Any]:
     """Return the tokens of clean and corrupted prompts by position; "" beyond a prompt's end."""
     pairs = question.pairs
     width = max(len(pair) for pair in pairs)
@@ -218,3 +199,44 @@ def _membership(plan: Plan) -> dict[str, Any]:
     alive = plan.rows[: len(plan.sizes.counts)].sum(axis=(1, 2))
     text = "edges of the circuit on a way from embed to the logits"
     return {"n_connected": (("size",), alive, {"long_name": text})}
+
+
+def undefined(
+    names: Sequence[str], empty: Floats, base: Floats, whole: Floats, dtype: torch.dtype
+) -> dict[str, str]:
+    """Return metric -> reason for metrics without faithfulness; all arrays are [metric, pair].
+
+    Ablating everything must change the mean over pairs by more than rounding, or faithfulness
+    would be a ratio of rounding errors. `whole` is the run with nothing ablated, which differs
+    from `base` only by rounding.
+    """
+    reasons = {}
+    share = ROUNDING.get(dtype, LOW_PRECISION_ROUNDING)
+    for name, none, all_, again in zip(names, empty, base, whole, strict=True):
+        span = float(all_.mean(dtype=np.float64) - none.mean(dtype=np.float64))
+        size = max(float(np.abs(all_).max()), float(np.abs(none).max()))
+        rounding = max(share * size, float(np.abs(again - all_).max()))
+        if not abs(span) > rounding:
+            reasons[name] = (
+                f"m(clean) - m(empty) is {span:.2g}, within rounding ({rounding:.2g}) of 0: with "
+                f"everything ablated {name} is what it is in the whole model"
+            )
+    return reasons
+
+
+def fraction(
+    names: Sequence[str],
+    values: Floats,
+    empty: Floats,
+    base: Floats,
+    without: Mapping[str, str],
+) -> NDArray[np.float64]:
+    """Return fractions [metric, size] of `values` [metric, pair, size]; 0 as empty, 1 as base.
+
+    It is a ratio of means over pairs, so that pairs with a small difference do not get a large
+    weight. NaN for the metrics in `without`.
+    """
+    m, none, all_ = (x.mean(axis=1, dtype=np.float64) for x in (values, empty, base))
+    known = np.array([name not in without for name in names])[:, None]
+    span = np.where(known, (all_ - none)[:, None], 1)
+    return np.where(known, (m - none[:, None]) / span, np.nan)

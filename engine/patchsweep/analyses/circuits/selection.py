@@ -9,14 +9,15 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from patchsweep.analyses.circuits.nodes import Nodes, Reader
-from patchsweep.arguments import number
+from patchsweep.analyses.circuits.nodes import Nodes
+from patchsweep.arguments import number, one_of
 from patchsweep.errors import PlanError
 
 # shares of all nodes or edges at which the MIB benchmark measures a circuit (arXiv 2504.13151)
@@ -26,6 +27,8 @@ MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 SMALLER_IS_BETTER = ("rank", "top1_change", "kl_base", "tv_base")
 
 RankBy = Literal["size", "signed"]
+Growth = Literal["top", "greedy"]
+Level = Literal["nodes", "edges"]
 Floats = NDArray[np.floating]
 Ints = NDArray[np.int32]
 Bools = NDArray[np.bool_]
@@ -73,8 +76,7 @@ def check_rank_by(rank_by: str, metric: str) -> None:
         PlanError: `rank_by` is not known, or is `signed` for a metric with smaller values for a
             better model.
     """
-    if rank_by not in ("size", "signed"):
-        raise PlanError(f"rank_by={rank_by!r} is not known; use size or signed")
+    one_of("rank_by", rank_by, get_args(RankBy), error=PlanError)
     if rank_by == "signed" and metric in SMALLER_IS_BETTER:
         raise PlanError(
             f"rank_by=signed puts what raises the metric first, and {metric} is smaller where the "
@@ -119,7 +121,6 @@ def rank_greedy(nodes: Nodes, strength: Floats) -> Ints:
         for sender in range(seen[reader]):
             heapq.heappush(open_edges, (-float(strength[sender, reader]), sender, reader))
 
-    readers_of = _readers_of(nodes)
     open_reader(len(nodes.readers) - 1)
     turn = 0
     while open_edges:
@@ -128,7 +129,7 @@ def rank_greedy(nodes: Nodes, strength: Floats) -> Ints:
         turn += 1
         if sender not in joined:
             joined.add(sender)
-            for own_reader in readers_of[sender]:
+            for own_reader in nodes.readers_of[sender]:
                 open_reader(own_reader)
     return ranks
 
@@ -138,20 +139,23 @@ def connected(nodes: Nodes, keep: Bools) -> Bools:
 
     A path may enter a node at any of its readers.
     """
-    readers_of = _readers_of(nodes)
-    n_rows, n_senders, n_readers = keep.shape
-    reached = np.zeros((n_rows, n_senders), dtype=bool)
+    reached = np.zeros(keep.shape[:2], dtype=bool)
     reached[:, 0] = True
-    for sender in range(1, n_senders):
-        for reader in readers_of[sender]:
+    for sender, readers in enumerate(nodes.readers_of):
+        for reader in readers:
             reached[:, sender] |= (keep[:, :, reader] & reached).any(axis=1)
-    useful = np.zeros((n_rows, n_readers), dtype=bool)
-    useful[:, -1] = True
-    for sender in reversed(range(1, n_senders)):
-        leads_on = (keep[:, sender] & useful).any(axis=1)
-        for reader in readers_of[sender]:
-            useful[:, reader] |= leads_on
-    return keep & reached[:, :, None] & useful[:, None, :]
+    return keep & reached[:, :, None] & reaching(nodes, keep)[:, None, :]
+
+
+def reaching(nodes: Nodes, keep: Bools) -> Bools:
+    """Return [..., reader] whether a reader reaches the logits over edges [..., sender, reader]."""
+    useful = np.zeros((*keep.shape[:-2], keep.shape[-1]), dtype=bool)
+    useful[..., -1] = True
+    for sender in reversed(range(len(nodes.senders))):
+        leads_on = (keep[..., sender, :] & useful).any(axis=-1)
+        for reader in nodes.readers_of[sender]:
+            useful[..., reader] |= leads_on
+    return useful
 
 
 def areas(shares: Sequence[float], faithfulness: Sequence[float]) -> tuple[float, float]:
@@ -168,18 +172,56 @@ def areas(shares: Sequence[float], faithfulness: Sequence[float]) -> tuple[float
     return cpr, cmd
 
 
-def _readers_of(nodes: Nodes) -> list[list[int]]:
-    """Return per sender the reader indices of its node: none for embed, q, k and v for a head."""
-    place = {str(reader): i for i, reader in enumerate(nodes.readers)}
-    group = nodes.n_heads // nodes.n_kv_heads
-    readers = []
-    for sender in nodes.senders:
-        node_readers: list[Reader] = []
-        if sender.kind == "mlp":
-            node_readers = [Reader("mlp", sender.layer)]
-        elif sender.head is not None:
-            shared = sender.head // group
-            node_readers = [Reader("q", sender.layer, sender.head)]
-            node_readers += [Reader("k", sender.layer, shared), Reader("v", sender.layer, shared)]
-        readers.append([place[str(reader)] for reader in node_readers])
-    return readers
+@dataclass(frozen=True)
+class Plan:
+    """The circuits to run."""
+
+    nodes: Nodes
+    level: Level
+    growth: Growth
+    rank_by: RankBy
+    sizes: Sizes
+    scores: NDArray[np.float32]  # [node] or [sender, reader]; NaN: no such edge
+    ranks: NDArray[np.int32]  # likewise; -1: no such edge
+
+    @property
+    def circuits(self) -> NDArray[np.bool_]:
+        """Members [size, ...] of the circuit of each size."""
+        counts = np.array(self.sizes.counts).reshape(-1, *[1] * self.ranks.ndim)
+        return (self.ranks >= 0) & (self.ranks < counts)
+
+    @cached_property
+    def rows(self) -> NDArray[np.bool_]:
+        """Kept nodes or edges [row, ...] of each run: circuits, complements, nothing, everything.
+
+        Edges that are on no path from embed to the logits are removed, as in MIB: the input of a
+        node without a kept edge is not computed by the circuit.
+        """
+        circuits = self.circuits
+        everything = np.broadcast_to(self.ranks >= 0, circuits.shape)
+        parts = [circuits, everything & ~circuits, np.zeros_like(circuits[:1]), everything[:1]]
+        rows = np.concatenate(parts)
+        return connected(self.nodes, rows) if self.level == "edges" else rows
+
+    @cached_property
+    def runs(self) -> tuple[NDArray[np.bool_], NDArray[np.intp]]:
+        """The distinct `rows`, and the index among them of each row.
+
+        Small circuits are often equal, since none of their edges is on a path to the logits.
+        """
+        different, inverse = np.unique(self.rows, axis=0, return_inverse=True)
+        return different, inverse.ravel()
+
+
+def make_plan(
+    nodes: Nodes,
+    level: Level,
+    growth: Growth,
+    rank_by: RankBy,
+    sizes: Sequence[float] | None,
+    scores: NDArray[np.float32],
+) -> Plan:
+    strength = strength_of(scores, rank_by)
+    ranks = rank_greedy(nodes, strength) if growth == "greedy" else rank_top(strength)
+    plan_sizes = sizes_of(sizes, int((ranks >= 0).sum()), level)
+    return Plan(nodes, level, growth, rank_by, plan_sizes, scores, ranks)

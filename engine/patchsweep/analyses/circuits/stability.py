@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.analyses.circuits.circuits import circuit
-from patchsweep.analyses.circuits.results import Growth
-from patchsweep.analyses.circuits.scores import Ablation, Level
+from patchsweep.analyses.circuits.scores import Ablation
 from patchsweep.analyses.circuits.selection import (
+    Growth,
+    Level,
     RankBy,
     areas,
     check_rank_by,
@@ -181,7 +182,7 @@ def cross_validate_circuit(
         PlanError: `scores` are not those of these pairs, or `folds` is out of range.
         PatchsweepError: another argument breaks a rule, see `circuit`.
     """
-    given, _, dims = _by_pair(scores)
+    given, _, _ = _by_pair(scores)
     if len(given) != len(pairs):
         raise PlanError(
             f"scores are of {len(given)} pairs, and there are {len(pairs)}; give those of "
@@ -208,11 +209,11 @@ def cross_validate_circuit(
         held = PromptPairs(tuple(pairs[int(i)] for i in np.flatnonzero(fold == number)))
         rest = scores.isel(pair=np.flatnonzero(fold != number)).mean("pair")
         parts[number] = circuit(model, held, metric, scores=rest, **settings)
-    return _validation(whole, parts, fold, dims)
+    return _validation(whole, parts, fold)
 
 
 def _validation(
-    whole: xr.Dataset, parts: Mapping[int, xr.Dataset], fold: NDArray[np.integer], dims: Any
+    whole: xr.Dataset, parts: Mapping[int, xr.Dataset], fold: NDArray[np.integer]
 ) -> xr.Dataset:
     """Return the Dataset of `cross_validate_circuit`."""
     shares = whole["size"].values.tolist()

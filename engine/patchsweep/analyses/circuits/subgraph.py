@@ -14,7 +14,6 @@ no run: whatever they read, no metric changes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,10 +21,11 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from patchsweep.analyses.circuits.ablate import ROW_BYTES, Way, run_edges, way_of
+from patchsweep.analyses.circuits.ablate import ROW_BYTES, Way, run_circuits, way_of
 from patchsweep.analyses.circuits.edge_batch import EdgeBatch
 from patchsweep.analyses.circuits.exact import MAX_TOKENS
 from patchsweep.analyses.circuits.nodes import Nodes
+from patchsweep.analyses.circuits.selection import reaching
 from patchsweep.forward.trace import Part, attend_rows
 from patchsweep.forward.unembed import Unembed
 
@@ -35,57 +35,19 @@ Kept = Bool[np.ndarray, "sender reader pos"]
 Masks = Bool[np.ndarray, "row sender pos"]
 
 
-class Runs(Protocol):
-    """Runs circuits of one batch of pairs, which is pruned reader by reader."""
-
-    def most_rows(self, kept: Kept, reader: int) -> int:
-        """Return how many rows fit one call of `run`."""
-
-    def run(self, kept: Kept, reader: int, masks: Masks) -> Float[Tensor, "metric pair row"]:
-        """Return metrics of runs of `kept` with the edges `masks` into `reader` instead."""
-
-    def commit(self, kept: Kept, reader: int) -> None:
-        """Take `kept`, from which edges into `reader` were removed, as the circuit so far."""
-
-
-def runs_of(edge_batch: EdgeBatch) -> Runs:
+def runs_of(edge_batch: EdgeBatch) -> DenseRuns | SparseRuns:
     """Return runs of a batch: of what changes alone, if heads write one by one."""
     ways = [way_of(edge_batch, layer) for layer in range(edge_batch.nodes.n_layers)]
     return DenseRuns(edge_batch) if "normed" in ways else SparseRuns(edge_batch, ways)
-
-
-def reaching(nodes: Nodes, kept: Kept) -> NDArray[np.bool_]:
-    """Return [reader] whether a reader reaches the logits over edges of `kept`."""
-    edge = np.asarray(kept.any(axis=-1))
-    useful = np.zeros(len(nodes.readers), dtype=bool)
-    useful[-1] = True
-    for sender in reversed(range(len(nodes.senders))):
-        if edge[sender, useful].any():
-            useful[readers_of(nodes, sender)] = True
-    return useful
 
 
 def reached(nodes: Nodes, kept: Kept, reader: int) -> NDArray[np.bool_]:
     """Return [sender] whether a sender changes with the input of `reader`, over edges `kept`."""
     edge, changed = np.asarray(kept.any(axis=-1)), np.zeros(len(nodes.senders), dtype=bool)
     for sender in range(1, len(nodes.senders)):
-        own = readers_of(nodes, sender)
-        changed[sender] = reader in own or edge[changed][:, own].any()
+        own = nodes.readers_of[sender]
+        changed[sender] = reader in own or edge[changed][:, list(own)].any()
     return changed
-
-
-def readers_of(nodes: Nodes, sender: int) -> list[int]:
-    """Return the indices of the readers of a head or MLP; [] for embed."""
-    node = nodes.senders[sender]
-    if node.kind == "embed":
-        return []
-    first = nodes.of_layer(node.layer).start
-    if node.kind == "mlp":
-        return [nodes.of_layer(node.layer).stop - 1]
-    assert node.head is not None
-    group = node.head // (nodes.n_heads // nodes.n_kv_heads)
-    keys = first + nodes.n_heads + group
-    return [first + node.head, keys, keys + nodes.n_kv_heads]
 
 
 class DenseRuns:
@@ -95,25 +57,21 @@ class DenseRuns:
         self.edge_batch = edge_batch
 
     def most_rows(self, kept: Kept, reader: int) -> int:
-        """See `Runs`."""
-        return 32  # `run_edges` divides them by memory
+        """See `SparseRuns`."""
+        return 32  # `run_circuits` divides them by memory
 
     def run(self, kept: Kept, reader: int, masks: Masks) -> Float[Tensor, "metric pair row"]:
-        """See `Runs`."""
-        n_pairs, device = self.edge_batch.base.n_pairs, self.edge_batch.batch.base.device
+        """See `SparseRuns`."""
         rows = np.repeat(kept[None, :, :, 0], len(masks), axis=0)
         rows[:, :, reader] = masks[:, :, 0]
-        keep = torch.from_numpy(rows).to(device).repeat_interleave(n_pairs, dim=0)
-        pair = torch.arange(n_pairs, device=device).repeat(len(masks))
-        found = run_edges(self.edge_batch, keep, pair)
-        return found.unflatten(1, (-1, n_pairs)).transpose(1, 2)
+        return run_circuits(self.edge_batch, "edges", rows)
 
     def commit(self, kept: Kept, reader: int) -> None:
-        """See `Runs`; every row runs all there is."""
+        """See `SparseRuns`; every row runs all there is."""
 
 
 class SparseRuns:
-    """Runs the nodes that change alone."""
+    """Runs the nodes that change alone, in a batch of pairs that is pruned reader by reader."""
 
     def __init__(self, edge_batch: EdgeBatch, ways: Sequence[Way]) -> None:
         self.edge_batch, self.nodes, self.ways = edge_batch, edge_batch.nodes, ways
@@ -130,23 +88,22 @@ class SparseRuns:
         self.mlp: dict[int, Float[Tensor, "pair pos d_model"]] = {}  # as added to the stream
 
     def most_rows(self, kept: Kept, reader: int) -> int:
-        """See `Runs`."""
+        """Return how many rows fit one call of `run`."""
         row = len(self.pairs) * self.n_pos
         width = 4 * self.removed.shape[-1] * (8 + int(reached(self.nodes, kept, reader).sum()))
         return max(1, min(MAX_TOKENS, ROW_BYTES // width) // row)
 
     @torch.no_grad()
     def run(self, kept: Kept, reader: int, masks: Masks) -> Float[Tensor, "metric pair row"]:
-        """See `Runs`."""
+        """Return metrics of runs of `kept` with the edges `masks` into `reader` instead."""
         rows = _Rows(self, kept, reader, masks)
-        reads = [read - self.edge_batch.start for read in self.edge_batch.batch.reads]
-        final = rows.run()[:, reads].to(self.edge_batch.base.resid[0])
+        final = rows.run()[:, self.edge_batch.reads].to(self.edge_batch.base.resid[0])
         found = self.edge_batch.metrics_of(self.unembed, final, rows.pair)
         return found.unflatten(1, (len(masks), -1)).transpose(1, 2)
 
     @torch.no_grad()
     def commit(self, kept: Kept, reader: int) -> None:
-        """See `Runs`."""
+        """Take `kept`, from which edges into `reader` were removed, as the circuit so far."""
         rows = _Rows(self, kept, reader, kept[None, :, reader])
         rows.run()
         rows.keep()
@@ -194,8 +151,8 @@ class _Rows:
         self.state, self.reader, self.nodes = state, reader, state.nodes
         self.pair = state.pairs.repeat(len(masks))
         self.kept = state.weights(kept)
-        useful, changed = reaching(self.nodes, kept), reached(self.nodes, kept, reader)
-        self.useful = useful
+        useful = self.useful = reaching(self.nodes, np.asarray(kept.any(axis=-1)))
+        changed = reached(self.nodes, kept, reader)
         # senders that run, in order
         self.senders = [
             sender
@@ -264,7 +221,7 @@ class _Rows:
         """Run heads of a layer."""
         state, nodes, pair = self.state, self.nodes, self.pair
         edge_batch, base = state.edge_batch, state.edge_batch.base
-        own = dict.fromkeys(r for sender in heads for r in readers_of(nodes, sender))
+        own = dict.fromkeys(r for sender in heads for r in nodes.readers_of[sender])
         seen = self._seen([*own])
         if seen:
             x = torch.cat([*seen.values()]).to(base.resid[0])

@@ -6,7 +6,7 @@ every position of every prompt: zero, the mean, or the constant that changes pre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -17,19 +17,19 @@ import xarray as xr
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.analyses.heads.optimal import Constants, Head, OptimalSettings, Trainer
+from patchsweep.analyses.heads.optimal import Head, OptimalSettings, Trainer
 from patchsweep.analyses.stages import Computed, Stages, empty
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import ConfigError
 from patchsweep.models.offload import device_of
 from patchsweep.runners.select import RunnerName
-from patchsweep.spec.finite import check_cells
+from patchsweep.spec.finite import check_cells, names_of
 from patchsweep.spec.interventions import Custom, Intervention, Mean, Resample, Zero
 from patchsweep.spec.metrics import METRICS, Metric
 from patchsweep.spec.reference import with_reference
 from patchsweep.spec.sites import Site
-from patchsweep.spec.spec import Positions, Request, SweepSpec, make_request
-from patchsweep.store.attributes import attributes, flat_attributes
+from patchsweep.spec.spec import Positions, SweepSpec, make_request
+from patchsweep.store.attributes import attributes
 from patchsweep.sweeps.api import prepare_runner
 from patchsweep.sweeps.exact import Captures
 from patchsweep.sweeps.executor import Values
@@ -67,15 +67,26 @@ class Ask:
     read: int
     runner: RunnerName
     max_tokens: int | None
-    optimal: OptimalSettings | None
+    optimal: OptimalSettings | None  # None: no optimal ablation
     reference: PromptPairs | None  # pairs over whose clean prompts means are taken; None: `pairs`
 
     @property
     def measured(self) -> tuple[Metric, ...]:
         """The metrics, with the loss if constants are trained on it."""
-        if OPTIMAL not in self.ablations or any(m.name == LOSS for m in self.metrics):
+        if self.optimal is None or any(m.name == LOSS for m in self.metrics):
             return self.metrics
         return (*self.metrics, METRICS[LOSS])
+
+    def spec(self, intervention: Intervention) -> SweepSpec:
+        """Return the sweep of every head's z."""
+        return SweepSpec(
+            "z",
+            self.measured,
+            direction="noising",
+            intervention=intervention,
+            positions=self.positions,
+            read=self.read,
+        )
 
 
 def check_ablations(
@@ -114,21 +125,19 @@ def prepare(ask: Ask) -> Trainer | None:
     Raises:
         PatchsweepError: an argument breaks a rule, or no gradient passes through the model.
     """
-    _request(ask, Resample())
+    make_request(ask.model, ask.pairs, ask.spec(Resample()))
     if "mean_label" in ask.ablations and not any(pair.labels for pair in ask.pairs):
         raise ConfigError("ablation mean_label needs labelled pairs; use mean, or label them")
     for intervention in interventions(ask).values():
-        _request(ask, intervention)
-    if OPTIMAL not in ask.ablations:
+        make_request(ask.model, ask.pairs, ask.spec(intervention))
+    if ask.optimal is None:
         return None
-    assert ask.optimal is not None
     return Trainer(ask.model, ask.pairs, ask.read, ask.optimal.prompts)
 
 
 def ablate(
     ask: Ask,
     trainer: Trainer | None,
-    attrs: Mapping[str, Any],
     stages: Stages,
     tell: Callable[[str], None],
 ) -> xr.Dataset:
@@ -137,44 +146,42 @@ def ablate(
     `base_metric` and `source_metric` [metric, pair] are those of the clean and the corrupted run.
     With `optimal` there are `optimal_constant` [layer, head, d_head] and `optimal_loss`
     [training, layer, head], in nats over the training prompts; its `start` is the loss of the
-    mean. Both are NaN for heads without a trained constant. `attrs` are those of the results.
+    mean. Both are NaN for heads without a trained constant.
     """
     by_ablation = {}
     for name, intervention in interventions(ask).items():
         tell(f"{name} ablation of every head")
-        by_ablation[name] = _sweep(ask, name, intervention, stages)
+        by_ablation[name] = stages.sweep(
+            name, ask.model, ask.pairs, ask.spec(intervention),
+            runner=ask.runner, max_tokens=ask.max_tokens,
+        )  # fmt: skip
     stages.wait()
     first = by_ablation[REFERENCE]
     values_of = {name: ds["z"].values for name, ds in by_ablation.items()}
     extra: dict[str, Any] = {}
-    if trainer is not None:
-        assert ask.optimal is not None
+    if trainer is not None and ask.optimal is not None:
         heads = top_heads(first, ask.optimal.heads)
         tell(f"training the constants of {len(heads)} heads")
-        constants = _train(ask, trainer, heads, ask.optimal, attrs, stages)
-        values_of[OPTIMAL] = _run_constants(ask, constants, attrs, stages)
-        extra = _constants(ask, constants)
+        constants, loss = _train(ask, trainer, heads, ask.optimal, stages)
+        values_of[OPTIMAL] = _run_constants(ask, constants, stages)
+        extra = {
+            "optimal_constant": (("layer", "head", "d_head"), constants),
+            "optimal_loss": (("training", "layer", "head"), loss),
+        }
     dims = first["z"].dims  # the same in every sweep
     values = np.stack([values_of[name] for name in ask.ablations])
     ds = first.drop_vars("z").assign(ablated=(("ablation", *dims), values), **extra)
     ds = ds.assign_coords(ablation=np.array(ask.ablations, dtype=object))
     if extra:
         ds = ds.assign_coords(training=np.array(["start", "end"], dtype=object))
-    used = attributes(first)["provenance"]
-    ds.attrs = flat_attributes(
-        {
-            "runner": used["runner"],
-            "runner_reason": used["runner_reason"],
-            "plan": {name: attributes(one)["plan"]["z"] for name, one in by_ablation.items()},
-            "means": {
-                name: run_attrs["means"]
-                for name, run_attrs in (
-                    (name, attributes(one)) for name, one in by_ablation.items()
-                )
-                if "means" in run_attrs
-            },
-        }
-    )
+    attrs_of = {name: attributes(one) for name, one in by_ablation.items()}
+    used = attrs_of[REFERENCE]["provenance"]
+    ds.attrs = {
+        "runner": used["runner"],
+        "runner_reason": used["runner_reason"],
+        "plan": {name: of_sweep["plan"]["z"] for name, of_sweep in attrs_of.items()},
+        "means": {name: x["means"] for name, x in attrs_of.items() if "means" in x},
+    }
     return ds
 
 
@@ -204,46 +211,18 @@ def interventions(ask: Ask) -> dict[str, Intervention]:
     return by_name
 
 
-def _sweep(ask: Ask, name: str, intervention: Intervention, stages: Stages) -> xr.Dataset:
-    return stages.sweep(
-        name,
-        ask.model,
-        ask.pairs,
-        ["z"],
-        ask.measured,
-        direction="noising",
-        intervention=intervention,
-        positions=ask.positions,
-        read=ask.read,
-        runner=ask.runner,
-        max_tokens=ask.max_tokens,
-    )
-
-
-def _request(ask: Ask, intervention: Intervention) -> Request:
-    return make_request(
-        ask.model,
-        ask.pairs,
-        SweepSpec(
-            "z",
-            ask.measured,
-            direction="noising",
-            intervention=intervention,
-            positions=ask.positions,
-            read=ask.read,
-        ),
-    )
-
-
 def _train(
     ask: Ask,
     trainer: Trainer,
     heads: Sequence[Head],
     settings: OptimalSettings,
-    attrs: Mapping[str, Any],
     stages: Stages,
-) -> Constants:
-    """Train the constants of `heads` as one shard: a stage of one "pair", which is all of them."""
+) -> tuple[Values, Values]:
+    """Train the constants of `heads` as one shard: a stage of one "pair", which is all of them.
+
+    Return the constants [layer, head, d_head] and their losses [training, layer, head], NaN for
+    other heads.
+    """
     row = {"pair": 1, "optimal_head": len(heads)}
     shapes = {"start": row, "loss": row, "constant": {**row, "d_head": int(ask.model.cfg.d_head)}}
 
@@ -254,29 +233,27 @@ def _train(
         return {name: part.cpu().numpy()[None] for name, part in parts.items()}, None
 
     chosen = [list(head) for head in heads]
-    found = stages.run("training", shapes, 1, train, attrs={**attrs, "trained": chosen})
+    found = stages.run("training", shapes, 1, train, attrs={"trained": chosen})
     stages.wait()
-    device = device_of(ask.model)
-    start, loss, values = (torch.from_numpy(found[n].values[0]).to(device) for n in shapes)
-    return Constants(tuple(heads), values, start, loss)
+    start, loss, constant = (found[name].values[0] for name in shapes)
+    layer, head = (list(ends) for ends in zip(*heads, strict=True))
+    shape = (int(ask.model.cfg.n_layers), int(ask.model.cfg.n_heads))
+    constants = np.full((*shape, constant.shape[1]), np.nan, np.float32)
+    losses = np.full((2, *shape), np.nan, np.float32)
+    constants[layer, head], losses[:, layer, head] = constant, [start, loss]
+    return constants, losses
 
 
-def _run_constants(
-    ask: Ask, constants: Constants, attrs: Mapping[str, Any], stages: Stages
-) -> Values:
+def _run_constants(ask: Ask, constants: Values, stages: Stages) -> Values:
     """Return the metrics [metric, pair, layer, head] with each constant; NaN for other heads."""
-    model = ask.model
-    n_layers, n_heads = int(model.cfg.n_layers), int(model.cfg.n_heads)
-    d_head = constants.values.shape[1]
-    table = torch.zeros(n_layers, n_heads, d_head, device=constants.values.device)
-    has_constant = np.zeros((n_layers, n_heads), bool)
-    for (layer, head), value in zip(constants.heads, constants.values, strict=True):
-        table[layer, head], has_constant[layer, head] = value, True
+    has_constant = np.asarray(np.isfinite(constants).all(axis=-1))
+    n_layers, n_heads = has_constant.shape
+    table = torch.from_numpy(np.nan_to_num(constants)).to(device_of(ask.model))
 
     def put_in(site: Site, layer: int, base: Tensor, source: Tensor) -> Tensor:
         return table[layer].flatten().to(base).expand_as(base)
 
-    request = _request(ask, Custom(put_in))
+    request = make_request(ask.model, ask.pairs, ask.spec(Custom(put_in)))
     (plan,) = request.plans
     dims = {"metric": len(request.metrics), "pair": len(ask.pairs)}
     shapes = {"constants": {**dims, "layer": n_layers, "head": n_heads}}
@@ -297,29 +274,8 @@ def _run_constants(
             cells["constants"][:, rows, layers, plan.unit_set[patches]] = metrics
         return cells, None
 
-    heads = [list(head) for head in constants.heads]
-    names = [metric.name for metric in request.metrics]
-    found = stages.run(
-        "constants",
-        shapes,
-        PAIRS_AT_ONCE,
-        run,
-        metrics=names,
-        attrs={**attrs, "trained": heads},
-    )
+    attrs = {"trained": np.argwhere(has_constant).tolist()}
+    names = names_of(request.metrics)
+    found = stages.run("constants", shapes, PAIRS_AT_ONCE, run, metrics=names, attrs=attrs)
     stages.wait()
     return found["constants"].values
-
-
-def _constants(ask: Ask, constants: Constants) -> dict[str, Any]:
-    """Return the variables with trained constants and their losses."""
-    shape = (int(ask.model.cfg.n_layers), int(ask.model.cfg.n_heads))
-    values = np.full((*shape, constants.values.shape[1]), np.nan, np.float32)
-    loss = np.full((2, *shape), np.nan, np.float32)
-    layer, head = (list(ends) for ends in zip(*constants.heads, strict=True))
-    values[layer, head] = constants.values.cpu().numpy()
-    loss[:, layer, head] = torch.stack([constants.start, constants.loss]).cpu().numpy()
-    return {
-        "optimal_constant": (("layer", "head", "d_head"), values),
-        "optimal_loss": (("training", "layer", "head"), loss),
-    }

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import xarray as xr
-from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 from patchsweep.analyses.heads.ablations import REFERENCE
+from patchsweep.results.statistics import spearman
 
 ALL = "all"  # further row of the table: every head
+_TABLES = ("mean_effect", "disagreement", "rank_correlation")
 TRAINED = "with_constant"  # further row with optimal ablation: heads that have a constant
-LEAST = 3  # fewest heads for a rank correlation
 
 
 def effects(ds: xr.Dataset) -> xr.DataArray:
@@ -75,13 +74,3 @@ def disagreement(ds: xr.Dataset) -> xr.Dataset:
             **{dim: ds[dim] for dim in ("metric", "ablation") if dim in ds.coords},
         },
     )
-
-
-_TABLES = ("mean_effect", "disagreement", "rank_correlation")
-
-
-def spearman(x: NDArray[np.floating], y: NDArray[np.floating]) -> float:
-    """Rank correlation; NaN for fewer than three numbers, or if all of one side are equal."""
-    if len(x) < LEAST or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return float("nan")
-    return float(np.corrcoef(rankdata(x), rankdata(y))[0, 1])

@@ -8,7 +8,7 @@ prompts. The constant replaces one head's z at every position of every prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +50,6 @@ class OptimalSettings:
 class Constants:
     """Trained constants and their losses, head by head."""
 
-    heads: tuple[Head, ...]
     values: Float[Tensor, "head d_head"]  # fp32; the best of all steps
     start: Float[Tensor, " head"]  # loss of the mean, nats, over the training prompts
     loss: Float[Tensor, " head"]  # loss of `values`; never above `start`
@@ -131,7 +130,7 @@ class Trainer:
                     for group in adam.param_groups:
                         group["lr"] = settings.rate * (1 - step / settings.steps)
                     adam.step()
-        return Constants(tuple(heads), best, start, best_loss)
+        return Constants(best, start, best_loss)
 
     def loss(
         self, heads: Sequence[Head], values: Float[Tensor, "head d_head"], *, gradient: bool
@@ -165,9 +164,16 @@ class Trainer:
     ) -> Float[Tensor, " head"]:
         """Return the KL of each head's constant, summed over prompts; rows are (head, prompt)."""
         n = len(prompts.tokens)
+
+        def write(place: Place, x: Tensor) -> None:
+            if place.layer == layer:
+                z = x.view(place.n_rows, place.n_pos, self.n_heads, -1)
+                for i, head in enumerate(heads):
+                    z[i * n : (i + 1) * n, :, head] = values[i].to(x)
+
         logits = self.gradients.forward(
             prompts.tokens.repeat(len(heads), 1),
-            self._writer(layer, heads, values, n),
+            write,
             prompts.reads,
             sites=[SITES["z"]],
             entries={layer: prompts.stream[layer].repeat(len(heads), 1, 1)},
@@ -175,14 +181,3 @@ class Trainer:
         p = prompts.logits.log_softmax(dim=-1).repeat(len(heads), 1, 1)
         q = logits.log_softmax(dim=-1)
         return (p.exp() * (p - q)).sum(dim=(1, 2)).unflatten(0, (len(heads), n)).sum(dim=1)
-
-    def _writer(
-        self, layer: int, heads: Sequence[int], values: Tensor, n: int
-    ) -> Callable[[Place, Tensor], None]:
-        def write(place: Place, x: Tensor) -> None:
-            if place.layer == layer:
-                z = x.view(place.n_rows, place.n_pos, self.n_heads, -1)
-                for i, head in enumerate(heads):
-                    z[i * n : (i + 1) * n, :, head] = values[i].to(x)
-
-        return write

@@ -21,11 +21,14 @@ from patchsweep.analyses.heads.ablations import (
     interventions,
     prepare,
 )
-from patchsweep.analyses.heads.behaviour import LABELS, PLACES, Behaviour, has_labels
 from patchsweep.analyses.heads.classes import (
+    LABELS,
     ON_TASK,
+    PLACES,
+    Behaviour,
     Thresholds,
     detected_classes,
+    has_labels,
     member_table,
     own_classes,
     own_masks,
@@ -43,8 +46,7 @@ from patchsweep.runners.select import RunnerName
 from patchsweep.spec.metrics import get_metrics
 from patchsweep.spec.reference import MeansFrom, load_reference
 from patchsweep.spec.spec import MetricLike, Positions, SweepSpec, model_shape
-from patchsweep.store.attributes import flat_attributes
-from patchsweep.sweeps.identity import identity_of, intervention_words, metric_words
+from patchsweep.sweeps.identity import intervention_words, metric_words
 from patchsweep.sweeps.layout import analysis_attrs
 
 log = logging.getLogger("patchsweep")
@@ -109,18 +111,29 @@ def study(
     own = own_classes(classes, model_shape(model))
     check_config(config)
     check_runner(runner, max_tokens)
-    ask = _ask(
-        model, pairs, metrics, ablations, positions, optimal, read, means_from, runner, max_tokens
+    if positions is not None and not isinstance(positions, str):
+        positions = position_axis(positions)
+    names = check_ablations(ablations, positions, optimal)
+    ask = Ask(
+        model=model,
+        pairs=pairs,
+        metrics=get_metrics(metrics),
+        ablations=names,
+        positions=positions,
+        read=read,
+        runner=runner,
+        max_tokens=max_tokens,
+        optimal=optimal if OPTIMAL in names else None,
+        reference=load_reference(means_from, model),
     )
     trainer = prepare(ask)
     stages = Stages.of(stages)
 
-    def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
+    def compute() -> xr.Dataset:
         tell = stage or (lambda words: None)
         tell("attention on repeated words")
         scores = detect_heads(model)  # before the sweeps, since it may refuse the model
-        ds = ablate(ask, trainer, attrs, stages, tell)
-        sweep_attrs = ds.attrs
+        ds = ablate(ask, trainer, stages, tell)
         masks = detected_classes(scores, thresholds)
         measured, reason = xr.Dataset(), ""
         if has_labels(pairs):
@@ -140,40 +153,9 @@ def study(
         ds = ds.assign(detected=scores, member=member_table(masks))
         ds = ds.assign({str(name): values for name, values in measured.data_vars.items()})
         ds = ds.merge(disagreement(ds))
-        ds.attrs = flat_attributes(
-            {**attrs, **sweep_attrs, "task_classes": reason or "measured", **measured.attrs}
-        )
-        return ds
+        return ds.assign_attrs(task_classes=reason or "measured", **measured.attrs)
 
     return stages.results(model, lambda: _attrs(ask, thresholds, own, config), compute)
-
-
-def _ask(
-    model: TransformerBridge,
-    pairs: PromptPairs,
-    metrics: MetricLike | Sequence[MetricLike],
-    ablations: Sequence[str],
-    positions: Positions,
-    optimal: OptimalSettings | None,
-    read: int,
-    means_from: MeansFrom,
-    runner: RunnerName,
-    max_tokens: int | None,
-) -> Ask:
-    if positions is not None and not isinstance(positions, str):
-        positions = position_axis(positions)
-    return Ask(
-        model=model,
-        pairs=pairs,
-        metrics=get_metrics(metrics),
-        ablations=check_ablations(ablations, positions, optimal),
-        positions=positions,
-        read=read,
-        runner=runner,
-        max_tokens=max_tokens,
-        optimal=optimal,
-        reference=load_reference(means_from, model),
-    )
 
 
 def _attrs(
@@ -183,10 +165,13 @@ def _attrs(
     config: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Return the attributes that are known before any run: identity, provenance and settings."""
+    positions = ask.positions
+    if not isinstance(positions, str):
+        positions = [] if positions is None else [*position_axis(positions)]
     more = {
-        "positions": ask.positions if isinstance(ask.positions, str) else _listed(ask.positions),
+        "positions": positions,
         "ablations": {name: MEANING[name] for name in ask.ablations},
-        "optimal": asdict(ask.optimal) if ask.optimal and OPTIMAL in ask.ablations else None,
+        "optimal": asdict(ask.optimal) if ask.optimal else None,
         "thresholds": asdict(thresholds),
     }
     if own:  # a study without any has the identity that it always had
@@ -201,14 +186,9 @@ def _attrs(
         "runner": ask.runner,
         "max_tokens": ask.max_tokens,
     }
-    identity = identity_of(KIND, ask.model, ask.pairs, settings)
     return {
-        **analysis_attrs(ask.model, ask.pairs, identity, config),
+        **analysis_attrs(KIND, ask.model, ask.pairs, settings, config),
         "method": "exact",
         "direction": "noising",
         **more,
     }
-
-
-def _listed(positions: int | Sequence[int | str] | None) -> list[int | str]:
-    return [] if positions is None else list(position_axis(positions))

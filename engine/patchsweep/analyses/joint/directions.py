@@ -11,7 +11,7 @@ import xarray as xr
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.analyses.joint.patches import patched_dataset, run_sets, settings_of
+from patchsweep.analyses.joint.patches import patched_dataset, settings_of
 from patchsweep.analyses.stages import Stages
 from patchsweep.arguments import check_runner, index_sets, number, position_axis, whole_number
 from patchsweep.data.pairs import PromptPairs
@@ -26,9 +26,9 @@ from patchsweep.spec.directions import Add, PerLayer
 from patchsweep.spec.interventions import Direction
 from patchsweep.spec.sites import get_sites
 from patchsweep.spec.spec import MetricLike, SweepSpec, check_pairs, model_shape
-from patchsweep.sweeps.identity import described, identity_of
+from patchsweep.sweeps.identity import described
 from patchsweep.sweeps.joint import JointPatches, joint_request
-from patchsweep.sweeps.layout import analysis_attrs
+from patchsweep.sweeps.layout import strings
 from patchsweep.sweeps.patches import Patch
 
 
@@ -140,46 +140,31 @@ def dose(
         for layer in at
         for pos in places
     ]
-    request = joint_request(
-        model,
-        pairs,
-        sets,
-        metrics,
-        direction=direction,
-        read=read,
-        means_from=None,
-        compute_dtype=compute_dtype,
-    )
+    request = joint_request(model, pairs, sets, metrics, direction, read, None, compute_dtype)
     stages = Stages.of(stages)
-    shape = (len(vectors), len(coefficients), len(at), len(places))
+    seeds = [x.seed for x in vectors[1:]]
+    coords = {
+        "vector": strings(["given", *(f"random {seed}" for seed in seeds)]),
+        "coefficient": np.array(coefficients, np.float64),
+        "layer": np.array(at),
+        "place": strings([*map(str, places)]),
+    }
+    shape = [len(values) for values in coords.values()]
 
-    def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
+    def compute() -> xr.Dataset:
         joint = JointPatches(request, runner, max_tokens)
-        found, references = run_sets(joint, stages, attrs)
-        names = ["given", *(f"random {x.seed}" for x in vectors[1:])]
-        coords = {
-            "vector": np.array(names, dtype=object),
-            "coefficient": np.array(coefficients, np.float64),
-            "layer": np.array(at),
-            "place": np.array(list(map(str, places)), dtype=object),
-        }
-        values = found.reshape(*found.shape[:2], *shape)
-        ds = patched_dataset(request, {"patched": values}, references, attrs, coords)
-        seeds = [-1, *(x.seed for x in vectors[1:])]
-        return ds.assign_coords(control_seed=("vector", seeds)).assign_attrs(
-            runner=joint.choice.runner.name, site=site
+        ds = patched_dataset(
+            joint, stages, coords, lambda found: found.reshape(*found.shape[:2], *shape)
         )
+        return ds.assign_coords(control_seed=("vector", [-1, *seeds])).assign_attrs(site=site)
 
-    def attrs() -> dict[str, Any]:
-        settings = {
-            "site": site,
-            "vector": described(given.direction),
-            "coefficients": list(map(float, coefficients)),
-            "layers": at,
-            "positions": places,
-            "control_seeds": [x.seed for x in vectors[1:]],
-            **settings_of(request),
-        }
-        return analysis_attrs(model, pairs, identity_of("dose", model, pairs, settings), config)
-
-    return stages.results(model, attrs, compute)
+    settings = {
+        "site": site,
+        "vector": described(given.direction),
+        "coefficients": list(map(float, coefficients)),
+        "layers": at,
+        "positions": places,
+        "control_seeds": seeds,
+        **settings_of(request),
+    }
+    return stages.analysis("dose", model, pairs, settings, compute, config)

@@ -12,12 +12,7 @@ import xarray as xr
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.analyses.joint.patches import (
-    joint_patches,
-    patched_dataset,
-    run_variables,
-    settings_of,
-)
+from patchsweep.analyses.joint.patches import joint_patches, patched_dataset, settings_of
 from patchsweep.analyses.stages import Stages
 from patchsweep.analyses.thresholds import tolerance_words
 from patchsweep.arguments import check_runner, head_places, whole_number
@@ -29,10 +24,9 @@ from patchsweep.runners.select import RunnerName
 from patchsweep.spec.interventions import Direction, Intervention, ValueFn
 from patchsweep.spec.reference import MeansFrom
 from patchsweep.spec.spec import MetricLike, SweepSpec, model_shape
-from patchsweep.sweeps.identity import identity_of
 from patchsweep.sweeps.joint import joint_request
 from patchsweep.sweeps.joint_adaptive import check_joint_tolerance
-from patchsweep.sweeps.layout import analysis_attrs
+from patchsweep.sweeps.layout import strings
 from patchsweep.sweeps.patches import Patch
 
 Head = tuple[int, int]  # layer, head
@@ -88,50 +82,30 @@ def interactions(
     first, second = np.triu_indices(len(chosen), k=1)
     both = [[alone[i], alone[j]] for i, j in zip(first.tolist(), second.tolist(), strict=True)]
     request = joint_request(
-        model,
-        pairs,
-        [*alone, *both],
-        metrics,
-        direction=direction,
-        read=read,
-        means_from=means_from,
-        compute_dtype=compute_dtype,
+        model, pairs, [*alone, *both], metrics, direction, read, means_from, compute_dtype
     )
     check_joint_tolerance(request, tolerance, runner)
     stages = Stages.of(stages)
-    names = np.array([f"a{layer}.h{head}" for layer, head in chosen], dtype=object)
+    n = len(chosen)
+    names = strings([f"a{layer}.h{head}" for layer, head in chosen])
 
-    def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
-        joint = joint_patches(
-            request, runner, max_tokens, cache_budget, tolerance, n_exact=len(chosen)
-        )
-        variables, references, told = run_variables(joint, stages, attrs)
-        n = len(chosen)
+    def square(found: np.ndarray) -> np.ndarray:
+        values = np.empty((*found.shape[:2], n, n), np.float32)
+        values[..., np.arange(n), np.arange(n)] = found[..., :n]
+        values[..., first, second] = values[..., second, first] = found[..., n:]
+        return values
 
-        def square(found: np.ndarray) -> np.ndarray:
-            values = np.empty((*found.shape[:2], n, n), np.float32)
-            values[..., np.arange(n), np.arange(n)] = found[..., :n]
-            values[..., first, second] = values[..., second, first] = found[..., n:]
-            return values
+    def compute() -> xr.Dataset:
+        joint = joint_patches(request, runner, max_tokens, cache_budget, tolerance, n_exact=n)
+        ds = patched_dataset(joint, stages, {"head": names, "other": names}, square)
+        return ds.assign(interaction=interaction_of(ds))
 
-        values = {name: square(x) for name, x in variables.items()}
-        coords = {"head": names, "other": names}
-        ds = patched_dataset(request, values, references, {**attrs, **told}, coords)
-        return ds.assign(interaction=interaction_of(ds)).assign_attrs(
-            runner=joint.choice.runner.name
-        )
-
-    def attrs() -> dict[str, Any]:
-        settings = {
-            "heads": [list(head) for head in chosen],
-            **settings_of(request),
-            **tolerance_words(tolerance),
-        }
-        return analysis_attrs(
-            model, pairs, identity_of("interactions", model, pairs, settings), config
-        )
-
-    return stages.results(model, attrs, compute)
+    settings = {
+        "heads": [list(head) for head in chosen],
+        **settings_of(request),
+        **tolerance_words(tolerance),
+    }
+    return stages.analysis("interactions", model, pairs, settings, compute, config)
 
 
 def interaction_of(ds: xr.Dataset) -> xr.DataArray:

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import xarray as xr
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.analyses.joint.tolerance import (
-    BESIDE,
-    EXACT_COST,
-    adaptive_attributes,
-)
 from patchsweep.analyses.stages import Computed, Stages
 from patchsweep.analyses.thresholds import choose_thresholds, tolerance_words
 from patchsweep.arguments import check_runner
@@ -25,30 +20,30 @@ from patchsweep.data.tokenize import token_table
 from patchsweep.errors import PlanError
 from patchsweep.models.compute import ComputeDtype
 from patchsweep.models.running import runs_model
-from patchsweep.results.tolerance import TOKEN_LAYERS
+from patchsweep.results.tolerance import LINEAR, TOKEN_LAYERS
 from patchsweep.runners.select import RunnerName
 from patchsweep.spec.batch import base_and_source
+from patchsweep.spec.finite import names_of
 from patchsweep.spec.interventions import Direction
 from patchsweep.spec.joint import JointPlan
 from patchsweep.spec.plan import Ints
 from patchsweep.spec.reference import MeansFrom
 from patchsweep.spec.spec import MetricLike, SweepSpec
-from patchsweep.store.attributes import flat_attributes
 from patchsweep.store.difference import ADAPTIVE
-from patchsweep.sweeps.identity import identity_of, intervention_words, metric_words
+from patchsweep.sweeps.executor import Values
+from patchsweep.sweeps.identity import intervention_words, metric_words
 from patchsweep.sweeps.joint import JointPatches, JointRequest, joint_request
-from patchsweep.sweeps.joint_adaptive import (
-    EXACT_ROW,
-    AdaptivePatches,
-    check_joint_tolerance,
-)
-from patchsweep.sweeps.layout import analysis_attrs, metric_and_pair_coords, strings
+from patchsweep.sweeps.joint_adaptive import EXACT_ROW, AdaptivePatches, check_joint_tolerance
+from patchsweep.sweeps.layout import metric_and_pair_coords, strings
 from patchsweep.sweeps.patches import Patch
 
 # sets of patches in one shard: a killed run loses at most the shard in progress
 SETS = 8192
 # sets whose patches are listed in the attributes; a larger number is told by its digest alone
 LISTED = 256
+EXACT_COST = "_exact_token_layers"
+# variables of a stage with a tolerance, beside "patched": what `AdaptivePatches.columns` holds
+BESIDE = tuple("patched" + ending for ending in (LINEAR, TOKEN_LAYERS, EXACT_COST))
 
 PatchSets = Sequence[Patch | Sequence[Patch]] | Mapping[str, Patch | Sequence[Patch]]
 
@@ -115,28 +110,21 @@ def run_patches(
     """
     check_runner(runner, max_tokens, cache_budget)
     names, sets = _named(patches)
-    request = joint_request(
-        model,
-        pairs,
-        sets,
-        metrics,
-        direction=direction,
-        read=read,
-        means_from=means_from,
-        compute_dtype=compute_dtype,
-    )
+    request = joint_request(model, pairs, sets, metrics, direction, read, means_from, compute_dtype)
     request.check_overlaps()
     check_joint_tolerance(request, tolerance, runner)
     stages = Stages.of(stages)
 
-    def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
+    def compute() -> xr.Dataset:
         joint = joint_patches(request, runner, max_tokens, cache_budget, tolerance)
-        values, references, told = run_variables(joint, stages, attrs)
-        coords = {"patch": strings(names)}
-        ds = patched_dataset(request, values, references, {**attrs, **told}, coords)
-        return ds.assign_attrs(runner=joint.choice.runner.name)
+        return patched_dataset(joint, stages, {"patch": strings(names)})
 
-    return stages.results(model, lambda: _attrs(request, sets, config, tolerance), compute)
+    settings = {
+        "patches": _described(sets),
+        **settings_of(request),
+        **tolerance_words(tolerance),
+    }
+    return stages.analysis("patches", model, pairs, settings, compute, config)
 
 
 def joint_patches(
@@ -160,22 +148,13 @@ def joint_patches(
     )
 
 
-def run_sets(
-    joint: JointPatches, stages: Stages, attrs: Mapping[str, Any]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the metrics `[metric, pair, set]` of all sets, and `[2, metric, pair]` of base and
-    source runs; see `run_variables`."""
-    values, references, _ = run_variables(joint, stages, attrs)
-    return values["patched"], references
-
-
 def run_variables(
-    joint: JointPatches, stages: Stages, attrs: Mapping[str, Any]
+    joint: JointPatches, stages: Stages, attrs: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, Any]]:
     """Return the variables `[metric, pair, set]` of all sets, `[2, metric, pair]` of base and
     source runs, and attributes that say what came of a tolerance.
 
-    Computed in stages of `SETS` sets.
+    Computed in stages of `SETS` sets; `attrs`: as in `Stages.run`.
     """
     request = joint.request
     n_sets = len(request.sets)
@@ -184,9 +163,8 @@ def run_variables(
         variables += BESIDE
         longest = max(len(pair) + len(pair.answer) - 1 for pair in request.pairs)
         most = max(1, MAX_TOKENS // longest)  # pairs whose gradients one pass takes
-        joint.summaries = choose_thresholds(
-            joint.sites, len(request.metrics), stages, attrs, joint.calibrate
-        )
+        n_metrics = len(request.metrics)
+        joint.summaries = choose_thresholds(joint.sites, n_metrics, stages, joint.calibrate)
     found = []
     for first in range(0, n_sets, SETS):
         members = range(first, min(first + SETS, n_sets))
@@ -202,8 +180,8 @@ def run_variables(
                 dict.fromkeys(variables, dims),
                 min(most, max(1, SETS // len(members))),
                 block,
-                metrics=[metric.name for metric in request.metrics],
-                attrs={**attrs, "first": first},
+                metrics=names_of(request.metrics),
+                attrs={**(attrs or {}), "first": first},
             )
         )
     stages.wait()
@@ -218,19 +196,48 @@ def run_variables(
     return values, references, {ADAPTIVE: told}
 
 
+def adaptive_attributes(
+    patches: AdaptivePatches,
+    n_live: Mapping[str, int],
+    ran: Mapping[str, Values],
+    exact: Mapping[str, Values],
+) -> dict[str, Any]:
+    """Return what results say of their tolerance, as stores of sweeps do.
+
+    `ran`, `exact`: token-layers `[metric, ...]` of each site's patches, and those of exact runs.
+    """
+    names = names_of(patches.request.metrics)
+    return {
+        "tolerance": patches.tolerance,
+        "sites": {
+            name: {
+                **patches.summaries[name].attributes(names),
+                "n_live": n_live[name],
+                "token_layers": float(np.nansum(ran[name][0], dtype=np.float64)),
+                "exact_token_layers": float(np.nansum(exact[name][0], dtype=np.float64)),
+            }
+            for name in patches.sites
+        },
+    }
+
+
 def patched_dataset(
-    request: JointRequest,
-    values: Mapping[str, np.ndarray],
-    references: np.ndarray,
-    attrs: Mapping[str, Any],
+    joint: JointPatches,
+    stages: Stages,
     coords: Mapping[str, Any],
+    arranged: Callable[[np.ndarray], np.ndarray] = np.asarray,
 ) -> xr.Dataset:
-    """Return variables of patched runs `[metric, pair, *coords]` as a Dataset."""
+    """Run all sets; return their variables `[metric, pair, *coords]`, see `run_variables`.
+
+    `arranged` gives values `[metric, pair, set]` that form.
+    """
+    values, references, told = run_variables(joint, stages)
+    request = joint.request
     dims = ("metric", "pair", *coords)
     runs = [base_and_source(pair, request.direction)[0] for pair in request.pairs]
     return xr.Dataset(
         {
-            **{name: (dims, x) for name, x in values.items()},
+            **{name: (dims, arranged(x)) for name, x in values.items()},
             "base_metric": (dims[:2], references[0]),
             "source_metric": (dims[:2], references[1]),
         },
@@ -239,7 +246,12 @@ def patched_dataset(
             "base_token": (("pair", "pos"), token_table(request.bridge, runs)),
             **coords,
         },
-        attrs=flat_attributes({**attrs, "direction": request.direction, "read": request.read}),
+        attrs={
+            **told,
+            "direction": request.direction,
+            "read": request.read,
+            "runner": joint.choice.runner.name,
+        },
     )
 
 
@@ -254,20 +266,13 @@ def _named(patches: Any) -> tuple[list[Any], Any]:
     return [], patches
 
 
-def _attrs(
-    request: JointRequest,
-    sets: Sequence[Any],
-    config: Mapping[str, Any] | None,
-    tolerance: float | str | None,
-) -> dict[str, Any]:
+def _described(sets: Sequence[Any]) -> Any:
+    """Return the content of the sets, or of many their digest."""
     told = [[p.identity() for p in ([s] if isinstance(s, Patch) else s)] for s in sets]
-    content: Any = told
-    if len(told) > LISTED:
-        text = json.dumps(told, separators=(",", ":")).encode()
-        content = {"n": len(told), "sha256": hashlib.sha256(text).hexdigest()}
-    settings = {"patches": content, **settings_of(request), **tolerance_words(tolerance)}
-    identity = identity_of("patches", request.bridge, request.pairs, settings)
-    return analysis_attrs(request.bridge, request.pairs, identity, config)
+    if len(told) <= LISTED:
+        return told
+    text = json.dumps(told, separators=(",", ":")).encode()
+    return {"n": len(told), "sha256": hashlib.sha256(text).hexdigest()}
 
 
 def settings_of(request: JointRequest) -> dict[str, Any]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +13,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.forward.casting import cast_while
-from patchsweep.runners.hook_points import forward
+from patchsweep.runners.hook_points import forward, keeping
 from patchsweep.runners.hooked import LOGIT_BYTES
 from patchsweep.spec.batch import Batch
 from patchsweep.spec.dictionary import Dictionary
@@ -25,6 +23,7 @@ from patchsweep.spec.sites import Site
 from patchsweep.sweeps.joint import JointRequest
 
 Floats = NDArray[np.float32]
+_MANY = 2**32  # above the number of any latent, for `Changes.key`
 
 
 def latent_site(dictionary: Dictionary) -> Site:
@@ -34,8 +33,9 @@ def latent_site(dictionary: Dictionary) -> Site:
 
 @dataclass(frozen=True)
 class Changes:
-    """Latents of one dictionary whose activation a patch changes; one entry a patch."""
+    """Latents whose activation a patch changes; one entry a patch, dictionary by dictionary."""
 
+    dictionary: Ints  # number of the dictionary
     pair: Ints  # number of the pair
     pos: Ints
     latent: Ints
@@ -51,6 +51,16 @@ class Changes:
     def at(self, index: Ints | Bools) -> Changes:
         """Return the changes `index`."""
         return Changes(*(getattr(self, f.name)[index] for f in fields(self)))
+
+    @property
+    def key(self) -> Ints:
+        """One number for dictionary and latent; `unkeyed` returns the two."""
+        return self.dictionary * _MANY + self.latent
+
+
+def unkeyed(key: Ints) -> tuple[Ints, Ints]:
+    """Return dictionary and latent of keys."""
+    return key // _MANY, key % _MANY
 
 
 class LatentReader:
@@ -75,14 +85,9 @@ class LatentReader:
         return [torch.cat(of_one) for of_one in zip(*parts, strict=True)]
 
     def _read(self, tokens: Tensor) -> list[Tensor]:
-        kept: dict[str, Tensor] = {}
-
-        def keep(x: Tensor, hook: Any, name: str) -> None:
-            kept[name] = x.detach().clone()
-
-        names = dict.fromkeys(one.hook for one in self.dictionaries)
+        kept, reads = keeping(dict.fromkeys(one.hook for one in self.dictionaries))
         with cast_while(self.bridge, self.compute_dtype):
-            forward(self.bridge, tokens, (), [(name, partial(keep, name=name)) for name in names])
+            forward(self.bridge, tokens, (), reads)
         return [
             one.encode(kept[one.hook].reshape(*tokens.shape, -1).to(one.encoder.device))
             for one in self.dictionaries
@@ -96,22 +101,19 @@ class LatentReader:
 
 def find_changes(
     request: JointRequest, reader: LatentReader, intervention: Intervention
-) -> list[Changes]:
-    """Return, for each dictionary, every patch of one latent that changes its activation.
+) -> Changes:
+    """Return every patch of one latent that changes its activation.
 
     Left out as dead: latents with the same activation before and after (silent ones among them),
     positions behind the last that is read, and, where values come from the source run, those before
     the first token in which base and source differ.
     """
-    found: list[list[Changes]] = [[] for _ in reader.dictionaries]
+    parts: list[Changes] = []
     for own in request.batches(range(len(request.pairs))):
         batch = next(iter(request.sources(own).values()), own)  # with another pair's source runs
-        for i, changes in enumerate(_of_batch(batch, reader, intervention)):
-            found[i].append(changes)
-    return [
-        Changes(*(np.concatenate([getattr(x, f.name) for x in parts]) for f in fields(Changes)))
-        for parts in found
-    ]
+        parts += _of_batch(batch, reader, intervention)
+    found = Changes(*(np.concatenate([getattr(x, f.name) for x in parts]) for f in fields(Changes)))
+    return found.at(np.argsort(found.dictionary, kind="stable"))
 
 
 def _of_batch(batch: Batch, reader: LatentReader, intervention: Intervention) -> list[Changes]:
@@ -122,10 +124,11 @@ def _of_batch(batch: Batch, reader: LatentReader, intervention: Intervention) ->
     if takes_source(intervention):
         able = able & (np.arange(batch.length) >= first[:, None])
     changes = []
-    for one, b, s in zip(reader.dictionaries, base, source, strict=True):
+    for i, (one, b, s) in enumerate(zip(reader.dictionaries, base, source, strict=True)):
         values = values_of(intervention, latent_site(one), 0, b, s, batch.spans)
         change = (values - b).cpu().numpy()
         row, pos, latent = np.nonzero((change != 0) & able[:, :, None])
-        pair = np.array(batch.pairs, np.int64)[row]
-        changes.append(Changes(pair, pos, latent, change[row, pos, latent].astype(np.float32)))
+        pair, size = np.array(batch.pairs, np.int64)[row], change[row, pos, latent]
+        own = np.full_like(pair, i)
+        changes.append(Changes(own, pair, pos, latent, size.astype(np.float32)))
     return changes

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from patchsweep.analyses.latents.changes import Changes, Floats
 from patchsweep.attribution.check import check_metric, check_model
-from patchsweep.attribution.estimates import Estimates, Work, n_shared
-from patchsweep.attribution.method import Method
+from patchsweep.attribution.estimates import Estimates, Method, Work, n_shared
 from patchsweep.errors import MethodError
 from patchsweep.forward.grad import GradientModel, Place
 from patchsweep.spec.batch import Batch, pair_shape
@@ -56,7 +55,7 @@ class LatentEstimates(Estimates):
     """Estimates of latents: the last axis holds the columns of a place instead of heads."""
 
     def __init__(self, columns: Columns, work: Work) -> None:
-        super().__init__(work.plans, work.shape, work.batch, len(work.metrics), work.start)
+        super().__init__(work)
         self.columns = columns
         widest = max(of_place[-1].stop for of_place in columns.values())
         for name, x in self.values.items():
@@ -118,19 +117,20 @@ def check_methods(request: JointRequest, methods: Sequence[Method]) -> None:
 
 
 class LatentAttribution:
-    """Runs attribution methods on the latents of dictionaries."""
+    """Runs an attribution method on the latents of dictionaries."""
 
     def __init__(
         self,
         request: JointRequest,
         dictionaries: Sequence[Dictionary],
         intervention: Intervention,
-        methods: Sequence[Method],
+        method: Method,
     ) -> None:
         self.request, self.dictionaries = request, tuple(dictionaries)
-        self.intervention = intervention
-        extra = {s.name: s for m in methods for s in m.extra_sites(request.sites)}
-        own = [site for site in extra.values() if site not in request.sites]
+        self.intervention, self.method = intervention, method
+        extra = dict.fromkeys(method.extra_sites(request.sites))
+        own = [site for site in extra if site not in request.sites]
+        self.sites = [*request.sites, *own]
         longest = max(len(pair) + len(pair.answer) - 1 for pair in request.pairs)
         self.gradients = GradientModel(
             request.bridge, request.sites, own, longest, compute_dtype=request.compute_dtype
@@ -144,54 +144,51 @@ class LatentAttribution:
         axes = Axes(tuple((layer,) for layer in layers), None, None)
         return plan_site(site, axes, request.shape, shapes)
 
-    def run(
-        self, method: Method, batch: Batch, changes: Sequence[Changes]
-    ) -> tuple[list[Values], Values]:
-        """Return estimates `[metric, change]` for each dictionary's changes on pairs of a batch,
-        and `[2, metric, pair]` of base and source runs."""
-        columns, where = self._columns(batch, changes)
+    def run(self, batch: Batch, changes: Changes) -> tuple[Values, Values]:
+        """Return estimates `[metric, change]` of changes on pairs of a batch, and
+        `[2, metric, pair]` of base and source runs."""
+        columns, column = self._columns(batch, changes)
         request = self.request
-        sites = [*request.sites, *method.extra_sites(request.sites)]
         with self.gradients.frozen():
             source = self.gradients.activations(
                 batch.source,
                 batch.reads,
-                list(dict.fromkeys(sites)),
+                self.sites,
                 # another pair's values may differ from the first token on
                 keep_from=0
                 if shuffles(self.intervention)
                 else n_shared(self.gradients, batch, self.intervention),
             )
             work = LatentWork(
-                gradients=self.gradients,
-                batch=batch,
-                plans=self.plans,
-                shape=request.shape,
-                metrics=request.metrics,
-                intervention=self.intervention,
-                source=source.sites,
-                source_logits=source.logits,
-                prefix=source.prefix,
-                columns=columns,
+                self.gradients,
+                batch,
+                self.plans,
+                request.metrics,
+                self.intervention,
+                source,
+                columns,
             )
-            found = method.run(work)
+            found = self.method.run(work)
             references = np.stack(work.references(found.base_logits))
-        estimates = []
-        for one, x, (first, number) in zip(self.dictionaries, changes, where, strict=True):
+        estimates: Values = np.empty((len(request.metrics), len(changes)), np.float32)
+        for i, one in enumerate(self.dictionaries):
+            mine = changes.dictionary == i
             values = found.estimates.values[one.site][:, :, one.layer]
-            at = [torch.from_numpy(i).to(values.device) for i in (x.rows(batch), x.pos)]
-            column = torch.from_numpy(first + number).to(values.device)
-            estimates.append(values[:, at[0], at[1], column].cpu().numpy())
+            row, pos, unit = (
+                torch.from_numpy(x[mine]).to(values.device)
+                for x in (changes.rows(batch), changes.pos, column)
+            )
+            estimates[:, mine] = values[:, row, pos, unit].cpu().numpy()
         return estimates, references
 
-    def _columns(
-        self, batch: Batch, changes: Sequence[Changes]
-    ) -> tuple[Columns, list[tuple[int, Ints]]]:
-        """Return the columns of each place, and each dictionary's first one and `[change]`."""
+    def _columns(self, batch: Batch, changes: Changes) -> tuple[Columns, Ints]:
+        """Return the columns of each place, and that of each change."""
         columns: dict[tuple[str, int], list[Column]] = {}
-        where: list[tuple[int, Ints]] = []
+        column = np.empty(len(changes), np.int64)
         device = batch.base.device
-        for one, x in zip(self.dictionaries, changes, strict=True):
+        for i, one in enumerate(self.dictionaries):
+            mine = changes.dictionary == i
+            x = changes.at(mine)
             latents, number = np.unique(x.latent, return_inverse=True)
             here = columns.setdefault((one.site, one.layer), [])
             first = here[-1].stop if here else 0
@@ -199,5 +196,5 @@ class LatentAttribution:
             change[x.rows(batch), x.pos, number] = x.change
             decoder = one.decoder.to(device)[torch.from_numpy(latents).to(device)]
             here.append(Column(decoder, torch.from_numpy(change).to(device), first))
-            where.append((first, number.astype(np.int64)))
-        return columns, where
+            column[mine] = first + number
+        return columns, column

@@ -67,9 +67,9 @@ class LatentPatches:
             )
         )
 
-    def run(self, batch: Batch, changes: Sequence[Changes]) -> tuple[list[Values], Values]:
-        """Return the metrics `[metric, change]` for each dictionary's changes on pairs of a batch,
-        and `[2, metric, pair]` of base and source runs.
+    def run(self, batch: Batch, changes: Changes) -> tuple[Values, Values]:
+        """Return the metrics `[metric, change]` of changes on pairs of a batch, and
+        `[2, metric, pair]` of base and source runs.
 
         With a tolerance, the columns of `AdaptivePatches` instead of the metrics alone.
         """
@@ -79,17 +79,16 @@ class LatentPatches:
         live = np.flatnonzero(plan.live)
         if len(live):
             found[:, live] = self.joint.rows(loaded, plan.part(live))
-        return np.split(found, np.cumsum([len(x) for x in changes])[:-1], axis=1), references
+        return found, references
 
-    def calibrate(
-        self, changes_of: Callable[[Batch], Sequence[Changes]]
-    ) -> dict[str, SampleSummary]:
+    def calibrate(self, changes_of: Callable[[Batch], Changes]) -> dict[str, SampleSummary]:
         """Return the thresholds of each dictionary's latents, and what their sample says."""
         assert isinstance(self.joint, AdaptivePatches)
         request = self.request
         pairs = sampled_pairs(len(request.pairs))
         every = request.batches(range(len(request.pairs)))
-        n_live = max(sum(map(len, of)) for of in zip(*map(changes_of, every), strict=True))
+        of_all = np.concatenate([changes_of(batch).dictionary for batch in every])
+        n_live = int(np.bincount(of_all, minlength=1).max())
         parts = []
         for pair in pairs:
             (batch,) = request.batches([pair])
@@ -98,31 +97,25 @@ class LatentPatches:
             parts.append(self.joint.parts(loaded, live, n_each(n_live, len(pairs))))
         return self.joint.chosen(parts)
 
-    def _planned(self, batch: Batch, changes: Sequence[Changes]) -> tuple[Any, Values, JointPlan]:
+    def _planned(self, batch: Batch, changes: Changes) -> tuple[Any, Values, JointPlan]:
         """Return the captured batch, `[2, metric, pair]` of its runs, and a row for each change."""
         request = self.request
-        device = batch.base.device
-        added = [
-            LatentRows(
-                one.decoder,
-                torch.from_numpy(x.latent).to(device),
-                torch.from_numpy(x.change).to(device),
-            )
-            for one, x in zip(self.dictionaries, changes, strict=True)
-        ]
+        device, of = batch.base.device, changes.dictionary
+        added = []
+        for i, one in enumerate(self.dictionaries):
+            own = changes.at(of == i)
+            latent, change = (torch.from_numpy(x).to(device) for x in (own.latent, own.change))
+            added.append(LatentRows(one.decoder, latent, change))
         names = [site.name for site in request.sites]
         used = [(one.site, i + 1) for i, one in enumerate(self.dictionaries)]
         loaded, *references = self.joint.load(batch, {}, [Resample(), *added], used)
-        sizes = [len(x) for x in changes]
-        ends = np.cumsum([0, *sizes])
-        pair = _joined([x.rows(batch) for x in changes])
-        of = np.repeat(np.arange(len(sizes)), sizes)
+        number = np.arange(len(changes))
         writes = Writes(
-            row=np.arange(ends[-1]),
+            row=number,
             site=np.array([names.index(one.site) for one in self.dictionaries], np.int64)[of],
             layer=np.array([one.layer for one in self.dictionaries], np.int64)[of],
-            pos=_joined([x.pos for x in changes]),
-            unit=np.arange(ends[-1]) - ends[of],
+            pos=changes.pos,
+            unit=number - np.searchsorted(of, of),  # its number among those of its dictionary
             value=of + 1,
         )
         plan = plan_joint(
@@ -130,13 +123,9 @@ class LatentPatches:
             request.shape.n_layers,
             batch.reads,
             (batch.base != batch.source).cpu().numpy(),
-            pair,
+            changes.rows(batch),
             writes,
-            from_source=np.zeros(len(sizes) + 1, bool),
-            from_base=np.zeros(len(sizes) + 1, bool),
+            from_source=np.zeros(len(added) + 1, bool),
+            from_base=np.zeros(len(added) + 1, bool),
         )
         return loaded, np.stack(references), plan
-
-
-def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
-    return np.concatenate(parts).astype(np.int64)

@@ -10,13 +10,14 @@ import xarray as xr
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.analyses.joint.patches import settings_of
-from patchsweep.analyses.joint.tolerance import (
-    BESIDE,
-    EXACT_COST,
-    adaptive_attributes,
+from patchsweep.analyses.joint.patches import BESIDE, EXACT_COST, adaptive_attributes, settings_of
+from patchsweep.analyses.latents.changes import (
+    Changes,
+    LatentReader,
+    find_changes,
+    latent_site,
+    unkeyed,
 )
-from patchsweep.analyses.latents.changes import Changes, LatentReader, find_changes, latent_site
 from patchsweep.analyses.latents.estimates import LatentAttribution, check_methods
 from patchsweep.analyses.latents.exact import LatentPatches
 from patchsweep.analyses.stages import Computed, Stages, empty
@@ -49,13 +50,12 @@ from patchsweep.spec.interventions import (
 from patchsweep.spec.plan import Ints
 from patchsweep.spec.reference import MeansFrom, check_means, with_reference
 from patchsweep.spec.spec import MetricLike, SweepSpec, check_pairs, model_shape
-from patchsweep.store.attributes import flat_attributes
 from patchsweep.store.difference import ADAPTIVE
 from patchsweep.sweeps.executor import Values
-from patchsweep.sweeps.identity import identity_of, intervention_words, method_identity
+from patchsweep.sweeps.identity import intervention_words, method_identity
 from patchsweep.sweeps.joint import JointRequest, joint_request
 from patchsweep.sweeps.joint_adaptive import AdaptivePatches, check_joint_tolerance
-from patchsweep.sweeps.layout import analysis_attrs, metric_and_pair_coords, strings
+from patchsweep.sweeps.layout import metric_and_pair_coords, strings
 from patchsweep.sweeps.patches import Patch
 from patchsweep.sweeps.thresholds import SampleSummary
 
@@ -133,24 +133,17 @@ def latents(
     check_pairs(model, pairs)
     known = check_dictionaries(dictionaries, shape, model.hook_dict)
     chosen = _intervention(model, pairs, known, intervention, means_from)
-    request = joint_request(
-        model,
-        pairs,
-        [Patch(x.site, x.layer, intervention="shuffle" if shuffles(chosen) else "resample")
-         for x in known],
-        metrics,
-        direction=direction or chosen.default_direction,
-        read=read,
-        means_from=None,
-        compute_dtype=compute_dtype,
-    )  # fmt: skip
+    source = "shuffle" if shuffles(chosen) else "resample"
+    sets = [Patch(x.site, x.layer, intervention=source) for x in known]
+    direction = direction or chosen.default_direction
+    request = joint_request(model, pairs, sets, metrics, direction, read, None, compute_dtype)
     check_methods(request, methods)
     check_joint_tolerance(request, tolerance, runner)
     stages = Stages.of(stages)
 
-    def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
+    def compute() -> xr.Dataset:
         run = _Run(request, [x.on(device_of(model)) for x in known], chosen)
-        estimated = [run.estimated(method, stages, attrs) for method in methods]
+        estimated = [run.estimated(method, stages) for method in methods]
         stages.wait()
         places = None if top is None else run.places(estimated[0][methods[0].name].values, top)
         patches = (
@@ -160,24 +153,19 @@ def latents(
                 request, run.dictionaries, runner, max_tokens, cache_budget, tolerance
             )
         )
-        exact = run.exact(patches, places, stages, attrs)
+        exact = run.exact(patches, places, stages)
         stages.wait()
-        return run.dataset(
-            exact, dict(zip((m.name for m in methods), estimated, strict=True)), attrs
-        )
+        return run.dataset(exact, dict(zip((m.name for m in methods), estimated, strict=True)))
 
-    def attrs() -> dict[str, Any]:
-        settings = {
-            **settings_of(request),
-            "interventions": intervention_words(chosen),
-            "dictionaries": list(known),
-            "estimates": [{"name": m.name, **method_identity(m)} for m in methods],
-            "top": top,
-            **tolerance_words(tolerance),
-        }
-        return analysis_attrs(model, pairs, identity_of(KIND, model, pairs, settings), config)
-
-    return stages.results(model, attrs, compute)
+    settings = {
+        **settings_of(request),
+        "interventions": intervention_words(chosen),
+        "dictionaries": list(known),
+        "estimates": [{"name": m.name, **method_identity(m)} for m in methods],
+        "top": top,
+        **tolerance_words(tolerance),
+    }
+    return stages.analysis(KIND, model, pairs, settings, compute, config)
 
 
 def _intervention(
@@ -220,10 +208,8 @@ class _Run:
             clean_prompts(every, request.direction), Reader(KIND, sites, reader.activations)
         )
         self.changes = find_changes(request, reader, intervention)
-        # [latent] of each dictionary that change somewhere, and where their columns begin
-        self.latents = [np.unique(x.latent) for x in self.changes]
-        self.first = np.cumsum([0, *map(len, self.latents)])
-        if not self.first[-1]:
+        self.keys = np.unique(self.changes.key)  # [latent] those that change somewhere
+        if not len(self.keys):
             names = ", ".join(one.name for one in dictionaries)
             raise ConfigError(
                 f"no latent of {names} changes its activation in any pair; check that the "
@@ -234,19 +220,17 @@ class _Run:
             "metric": len(request.metrics),
             "pair": len(request.pairs),
             "pos": self.n_pos,
-            "latent": int(self.first[-1]),
+            "latent": len(self.keys),
         }
 
-    def estimated(self, method: Method, stages: Stages, attrs: Mapping[str, Any]) -> xr.Dataset:
+    def estimated(self, method: Method, stages: Stages) -> xr.Dataset:
         """Run the stage of one method's estimates."""
         request = self.request
-        run = LatentAttribution(request, self.dictionaries, self.intervention, [method])
+        run = LatentAttribution(request, self.dictionaries, self.intervention, method).run
         cells = request.shape.n_layers * int(np.prod([*self.dims.values()])) // self.dims["pair"]
 
         def block(pairs: range) -> Computed:
-            return self._block(
-                [method.name], pairs, lambda batch, changes: run.run(method, batch, changes), 0.0
-            )
+            return self._block([method.name], pairs, run, 0.0)
 
         return stages.run(
             "estimates",
@@ -254,7 +238,7 @@ class _Run:
             max(1, min(MAX_TOKENS // self.n_pos, _CELLS // cells)),
             block,
             metrics=[metric.name for metric in request.metrics],
-            attrs={**attrs, "method": method.name},
+            attrs={"method": method.name},
         )
 
     def places(self, estimates: Values, top: int) -> np.ndarray:
@@ -266,11 +250,7 @@ class _Run:
         return chosen.reshape(size.shape) & (size > 0)
 
     def exact(
-        self,
-        patches: LatentPatches | None,
-        places: np.ndarray | None,
-        stages: Stages,
-        attrs: Mapping[str, Any],
+        self, patches: LatentPatches | None, places: np.ndarray | None, stages: Stages
     ) -> xr.Dataset | None:
         """Run the stage of exact values, of `places` alone if they are given; None: nothing."""
         if patches is None:
@@ -280,12 +260,10 @@ class _Run:
             names += BESIDE
 
             def calibrate() -> Mapping[str, SampleSummary]:
-                return patches.calibrate(
-                    lambda batch: [self._of(batch, i, places) for i in range(len(self.changes))]
-                )
+                return patches.calibrate(lambda batch: self._of(batch, places))
 
             n_metrics = len(self.request.metrics)
-            joint.summaries = choose_thresholds(joint.sites, n_metrics, stages, attrs, calibrate)
+            joint.summaries = choose_thresholds(joint.sites, n_metrics, stages, calibrate)
 
         def block(pairs: range) -> Computed:
             return self._block(names, pairs, patches.run, None, places)
@@ -296,7 +274,6 @@ class _Run:
             1 if self.dims["pair"] == 1 else max(1, MAX_TOKENS // self.n_pos),
             block,
             metrics=[metric.name for metric in self.request.metrics],
-            attrs=attrs,
         )
         stages.wait()
         ds = ds.assign_attrs(runner=joint.choice.runner.name)
@@ -305,14 +282,15 @@ class _Run:
     def _told(self, ds: xr.Dataset, joint: AdaptivePatches) -> xr.Dataset:
         """Return exact values with what they say of their tolerance."""
         ran, exact = (ds["patched" + ending].values for ending in (TOKEN_LAYERS, EXACT_COST))
-        columns = {
-            name: slice(*self.first[i : i + 2].tolist()) for i, name in enumerate(joint.sites)
-        }
+        owner, _ = unkeyed(self.keys)
+        numbers = range(len(joint.sites))
+        columns = [slice(*np.searchsorted(owner, (i, i + 1)).tolist()) for i in numbers]
+        n_live = np.bincount(self.changes.dictionary, minlength=len(joint.sites)).tolist()
         told = adaptive_attributes(
             joint,
-            {name: len(x) for name, x in zip(joint.sites, self.changes, strict=True)},
-            {name: ran[..., at] for name, at in columns.items()},
-            {name: exact[..., at] for name, at in columns.items()},
+            dict(zip(joint.sites, n_live, strict=True)),
+            {name: ran[..., at] for name, at in zip(joint.sites, columns, strict=True)},
+            {name: exact[..., at] for name, at in zip(joint.sites, columns, strict=True)},
         )
         return ds.drop_vars("patched" + EXACT_COST).assign_attrs({ADAPTIVE: told})
 
@@ -333,51 +311,39 @@ class _Run:
         references = np.empty((2, self.dims["metric"], len(pairs)), np.float32)
         for batch in request.batches(pairs):
             rows = [pair - pairs.start for pair in batch.pairs]
-            changes = [self._of(batch, i, places) for i in range(len(self.changes))]
+            changes = self._of(batch, places)
             found, of_batch = run(batch, changes)
             references[:, :, rows] = of_batch
             base = of_batch[0][:, :, None, None] if dead is None else dead
             values[:, rows, : batch.length] = 0.0
             values[: self.dims["metric"], rows, : batch.length] = base
             if places is not None:  # live, and not chosen
-                for i in range(len(self.changes)):
-                    self._put(values, pairs, i, self._of(batch, i, None), np.float32(np.nan))
-            for i, (x, new) in enumerate(zip(changes, found, strict=True)):
-                self._put(values, pairs, i, x, new)
+                values[:, *self._cells(self._of(batch, None), pairs)] = np.nan
+            values[:, *self._cells(changes, pairs)] = found
         return dict(zip(names, np.split(values, len(names)), strict=True)), references
 
-    def _of(self, batch: Batch, i: int, places: np.ndarray | None) -> Changes:
-        """Return the changes of one dictionary on the pairs of a batch."""
-        changes = self.changes[i]
-        part = changes.at(np.isin(changes.pair, batch.pairs))
-        return part if places is None else part.at(places[part.pos, self._column(i, part)])
+    def _of(self, batch: Batch, places: np.ndarray | None) -> Changes:
+        """Return the changes on the pairs of a batch, at `places` alone if they are given."""
+        part = self.changes.at(np.isin(self.changes.pair, batch.pairs))
+        return part if places is None else part.at(places[self._cells(part, range(1))[1:]])
 
-    def _column(self, i: int, changes: Changes) -> Ints:
-        column: Ints = self.first[i] + np.searchsorted(self.latents[i], changes.latent)
-        return column
+    def _cells(self, changes: Changes, pairs: range) -> tuple[Ints, Ints, Ints]:
+        """Return the indices of changes on the axes pair, pos and latent of a block of pairs."""
+        column: Ints = np.searchsorted(self.keys, changes.key)
+        return changes.pair - pairs.start, changes.pos, column
 
-    def _put(self, values: Values, pairs: range, i: int, changes: Changes, new: Any) -> None:
-        column = self._column(i, changes)
-        values[:, changes.pair - pairs.start, changes.pos, column] = new
-
-    def dataset(
-        self,
-        exact: xr.Dataset | None,
-        estimates: Mapping[str, xr.Dataset],
-        attrs: Mapping[str, Any],
-    ) -> xr.Dataset:
+    def dataset(self, exact: xr.Dataset | None, estimates: Mapping[str, xr.Dataset]) -> xr.Dataset:
         """Return all results as one Dataset."""
         request, dims = self.request, tuple(self.dims)
+        of_exact = {} if exact is None else exact.attrs
+        told = {key: of_exact[key] for key in ("runner", ADAPTIVE) if key in of_exact}
         first = exact if exact is not None else next(iter(estimates.values()))
         nothing = np.full([*self.dims.values()], np.nan, np.float32)
         change = np.full([*self.dims.values()][1:], np.nan, np.float32)
         for i, pair in enumerate(request.pairs):
             change[i, : len(pair) + len(pair.answer) - 1] = 0
-        for i, x in enumerate(self.changes):
-            change[x.pair, x.pos, self._column(i, x)] = x.change
-        sizes = [len(x) for x in self.latents]
-        owner = np.repeat(np.arange(len(sizes)), sizes)
-        number = np.concatenate(self.latents)
+        change[self._cells(self.changes, range(1))] = self.changes.change
+        owner, number = unkeyed(self.keys)
         names = [one.name for one in self.dictionaries]
         runs = [base_and_source(pair, request.direction)[0] for pair in request.pairs]
         return xr.Dataset(
@@ -405,22 +371,14 @@ class _Run:
                 "latent_layer": ("latent", np.array([x.layer for x in self.dictionaries])[owner]),
                 "latent_number": ("latent", number),
             },
-            attrs=flat_attributes(
-                {
-                    **attrs,
-                    "direction": request.direction,
-                    "intervention": self.intervention.name,
-                    "read": request.read,
-                    "n_patches": int(
-                        sum(x.n_latents for x in self.dictionaries)
-                        * np.isfinite(change[:, :, 0]).sum()
-                    ),
-                    "n_live": sum(map(len, self.changes)),
-                    **({} if exact is None else _of(exact.attrs, "runner", ADAPTIVE)),
-                }
-            ),
+            attrs={
+                "direction": request.direction,
+                "intervention": self.intervention.name,
+                "read": request.read,
+                "n_patches": int(
+                    sum(x.n_latents for x in self.dictionaries) * np.isfinite(change[:, :, 0]).sum()
+                ),
+                "n_live": len(self.changes),
+                **told,
+            },
         )
-
-
-def _of(attrs: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-    return {key: attrs[key] for key in keys if key in attrs}

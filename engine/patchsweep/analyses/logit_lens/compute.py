@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.analyses.logit_lens.patches import Patch, Patching, Sublayer, removal
-from patchsweep.analyses.logit_lens.predictions import read_streams
 from patchsweep.analyses.logit_lens.stream import (
     POINTS,
     Streams,
     check_readable,
     check_removed,
     place_index,
+    read_streams,
     run_streams,
 )
 from patchsweep.analyses.stages import Computed, Stages, empty
@@ -35,8 +35,6 @@ from patchsweep.spec.batch import Batch, base_and_source, make_batches
 from patchsweep.spec.finite import check_finite
 from patchsweep.spec.interventions import Direction, get_intervention
 from patchsweep.spec.spec import SweepSpec, check_direction, check_pairs, model_shape
-from patchsweep.store.attributes import flat_attributes
-from patchsweep.sweeps.identity import identity_of
 from patchsweep.sweeps.layout import analysis_attrs, strings
 from patchsweep.tasks.plain import pairs_of
 
@@ -95,30 +93,24 @@ def lens(
     spec = make_spec(model, pairs, which, direction, remove, patch, top)
     stages = Stages.of(stages)
 
-    def compute(attrs: Mapping[str, Any]) -> xr.Dataset:
+    def compute() -> xr.Dataset:
         # the lens calls the unembedding itself, so that it must stay cast
         with cast_while(model, compute_dtype_of(model), hold=[model.unembed]):
-            results = _read(model, pairs, spec, remove, top, attrs, stages)
-        return _dataset(model, pairs, spec, results, attrs)
+            results = _read(model, pairs, spec, stages)
+        return _dataset(model, pairs, spec, results)
 
-    return stages.results(model, lambda: _attrs(model, pairs, spec, remove, top, config), compute)
+    return stages.results(model, lambda: _attrs(model, pairs, spec, config), compute)
 
 
 def _read(
-    model: TransformerBridge,
-    pairs: PromptPairs,
-    spec: LensSpec,
-    remove: Sublayer | None,
-    top: int,
-    attrs: Mapping[str, Any],
-    stages: Stages,
+    model: TransformerBridge, pairs: PromptPairs, spec: LensSpec, stages: Stages
 ) -> xr.Dataset:
     """Run the prompts and read their streams; `top_id` holds -1 where there is no token."""
     n_layers, longest = int(model.cfg.n_layers), max(len(pair) for pair in pairs)
     length = max(len(base_and_source(pair, spec.direction)[0]) for pair in pairs)
     dims = {"run": spec.n_runs, "pair": len(pairs), "layer": n_layers}
     dims |= {"point": len(POINTS), "pos": length}
-    shapes = {**dict.fromkeys(NUMBERS, dims), **{name: {**dims, "top": top} for name in TOP}}
+    shapes = {**dict.fromkeys(NUMBERS, dims), **{key: {**dims, "top": spec.top} for key in TOP}}
     patching = spec.patching
     prepare = cache(patching.prepare) if patching is not None else None
 
@@ -132,15 +124,13 @@ def _read(
                 continue
             prepare()
             streams = run_streams(model, batch.base, patching.hooks(batch))
-            if remove is not None and not spec.more:
-                check_removed(streams, remove, n_layers)
+            if spec.remove is not None and len(spec.patches) == 1:
+                check_removed(streams, spec.remove, n_layers)
             _put(cells, 1, rows, model, batch, streams)
         return cells, None
 
     cost = longest * n_layers * spec.n_runs
-    results = stages.run(
-        "lens", shapes, max(1, MAX_TOKENS // longest), read, cost=cost, attrs=attrs
-    )
+    results = stages.run("lens", shapes, max(1, MAX_TOKENS // longest), read, cost=cost)
     stages.wait()
     return results
 
@@ -187,9 +177,8 @@ def describe(
     Raises:
         PatchsweepError: an argument breaks a rule.
     """
-    check_config(config)
     spec = make_spec(model, pairs, which, direction, remove, patch, top)
-    return _attrs(model, pairs, spec, remove, top, config)
+    return _attrs(model, pairs, spec, config)
 
 
 def base_direction(
@@ -223,7 +212,8 @@ class LensSpec:
     direction: Direction  # the direction whose base is that prompt
     patches: tuple[Patch, ...]  # a removal is the last of them
     patching: Patching | None  # None: no patch
-    more: bool  # whether there are patches besides the removal
+    remove: Sublayer | None
+    top: int
 
     @property
     def n_runs(self) -> int:
@@ -250,38 +240,31 @@ def make_spec(
     direction, prompt = base_direction(which, direction, default)
     patching = Patching(model, pairs, patches, direction) if patches else None
     check_readable(model)
-    return LensSpec(prompt, direction, patches, patching, bool(user_patches))
+    return LensSpec(prompt, direction, patches, patching, remove, top)
 
 
 def _attrs(
     model: TransformerBridge,
     pairs: PromptPairs,
     spec: LensSpec,
-    remove: Sublayer | None,
-    top: int,
     config: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     settings = {
         "prompt": f"{spec.prompt}, the base of {spec.direction}",
         "patches": [patch.identity() for patch in spec.patches],
-        "top": top,
+        "top": spec.top,
     }
-    identity = identity_of("lens", model, pairs, settings)
     return {
-        **analysis_attrs(model, pairs, identity, config),
+        **analysis_attrs("lens", model, pairs, settings, config),
         "prompt": spec.prompt,
-        "removed": "" if remove is None else f"{remove[0]} {remove[1]}",
+        "removed": "" if spec.remove is None else " ".join(map(str, spec.remove)),
         "patches": [{**patch.as_json(), **patch.means(pairs)} for patch in spec.patches],
-        "top": top,
+        "top": spec.top,
     }
 
 
 def _dataset(
-    model: TransformerBridge,
-    pairs: PromptPairs,
-    spec: LensSpec,
-    results: xr.Dataset,
-    attrs: Mapping[str, Any],
+    model: TransformerBridge, pairs: PromptPairs, spec: LensSpec, results: xr.Dataset
 ) -> xr.Dataset:
     """Return the results from the values of the stage."""
     tokenizer: Any = model.tokenizer
@@ -305,5 +288,4 @@ def _dataset(
             "wrong_answer": ("pair", strings([p.wrong_answer_text for p in pairs])),
             "answer_pos": ("pair", np.array([len(p) - 1 + p.differ for p in pairs])),
         },
-        attrs=flat_attributes(attrs),
     )

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.arguments import is_whole
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import MethodError, PlanError
-from patchsweep.runners.hook_points import Hook, write_units, writing
+from patchsweep.runners.hook_points import Hook
 from patchsweep.runners.hooked import HookedRunner
 from patchsweep.spec.batch import Batch, clean_prompts
-from patchsweep.spec.interventions import (
-    Direction,
-    values_of,
-)
+from patchsweep.spec.interventions import Direction, values_of
 from patchsweep.spec.sites import SITES, Site, get_sites
 from patchsweep.spec.spec import Request, SweepSpec, make_request, model_shape
 from patchsweep.sweeps.patches import Patch
@@ -94,30 +92,16 @@ class Patching:
             if shuffled not in sources:
                 (source_batch,) = request.batches(batch.pairs)
                 sources[shuffled] = self.runner.activations(source_batch.source)
+            name = plan.site.name
+            values = [
+                values_of(request.intervention, plan.site, layer, b, s, batch.spans)
+                for layer, (b, s) in enumerate(
+                    zip(base[name], sources[shuffled][name], strict=True)
+                )
+            ]
             patches = plan.patches(batch.pairs)  # a shorter prompt may not have the position
-            spans = {
-                batch.local[pair]: slice(start, stop)
-                for pair, start, stop in zip(
-                    plan.pair[patches].tolist(),
-                    plan.start[patches].tolist(),
-                    plan.stop[patches].tolist(),
-                    strict=True,
-                )
-            }
-            units = None if plan.axes.units is None else list(plan.axes.units[0])
-            n_units = 1 if units is None else request.shape.n_units(plan.site)
-            for layer in plan.axes.layers[0]:
-                name = plan.site.name
-                new = values_of(
-                    request.intervention,
-                    plan.site,
-                    layer,
-                    base[name][layer],
-                    sources[shuffled][name][layer],
-                    batch.spans,
-                )
-                write = _write(plan.site, new, spans, units, n_units)
-                hooks.append(writing(plan.site.hook_name(layer), write))
+            rows = np.array([batch.local[pair] for pair in plan.pair[patches].tolist()], np.int64)
+            hooks += self.runner.patch_hooks(batch, values, plan, patches, rows)
         return hooks
 
 
@@ -151,22 +135,3 @@ def _request(
             neurons=units if site.unit == "neuron" else None,
         ),
     )
-
-
-def _write(
-    site: Site, new: Tensor, spans: Mapping[int, slice], units: list[int] | None, n_units: int
-) -> Callable[[Tensor], None]:
-    """Return a hook that writes `new` `[pair, pos, width]` into `spans` of the given units.
-
-    For a pattern, `new` is `[pair, head, dest, src]` and the spans are rows `dest`.
-    """
-    selected = slice(None) if units is None else units
-
-    def write(x: Tensor) -> None:
-        for row, span in spans.items():
-            if site.is_pattern:
-                x[row, selected, span] = new[row, selected, span].to(x)
-            else:
-                write_units(x, row, new[row].to(x), span, selected, n_units)
-
-    return write

@@ -1,4 +1,4 @@
-"""Captures the residual stream at every place of a run, and checks that the lens can read it."""
+"""The residual stream at every place of a run, what the model would predict from it, and checks."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.analysis.logit_lens import logit_readout
 
 from patchsweep.analyses.logit_lens.patches import Sublayer
 from patchsweep.errors import MethodError, ModelError
-from patchsweep.runners.hook_points import Hook, forward
+from patchsweep.runners.hook_points import Hook, forward, keeping
+from patchsweep.spec.batch import Batch
 from patchsweep.spec.spec import model_shape
 
 POINTS = ("resid_pre", "resid_mid", "resid_post")
 # largest difference between log-probabilities from the last place and the model's own, as a share
 # of their range; rounding gives 1e-6 (1e-2 in bf16), a missing step about 1
 TOLERANCE = 0.1
+# most bytes of a chunk of fp32 logits
+CHUNK_BYTES = 32 * 2**20
 
 Place = tuple[int, str]  # layer and point
 Streams = dict[Place, Float[Tensor, "pair pos d_model"]]
@@ -52,21 +56,55 @@ def run_streams(
     n_layers = int(model.cfg.n_layers)
     places = [(layer, point) for layer in range(n_layers) for point in POINTS[:2]]
     places.append((n_layers - 1, "resid_post"))
-    streams: Streams = {}
-
-    def keep(place: Place) -> Any:
-        return lambda x, hook: streams.update({place: x.detach().clone()})
-
-    known = model.hook_dict
-    keep_hooks = [
-        (f"blocks.{layer}.hook_{point}", keep((layer, point)))
-        for layer, point in places
-        if f"blocks.{layer}.hook_{point}" in known
-    ]
-    logits = forward(model, tokens, hooks, keep_hooks)
+    names = {place: f"blocks.{place[0]}.hook_{place[1]}" for place in places}
+    kept, reads = keeping(name for name in names.values() if name in model.hook_dict)
+    logits = forward(model, tokens, hooks, reads)
+    streams: Streams = {place: kept[name] for place, name in names.items() if name in kept}
     _check_finite(streams)
     _check_readout(model, streams[n_layers - 1, "resid_post"][:, -1], logits[:, -1])
     return streams
+
+
+@torch.no_grad()
+def read_streams(
+    model: TransformerBridge, streams: Streams, batch: Batch, top: int
+) -> dict[str, NDArray[Any]]:
+    """Return predictions by name, `[place, pair, pos]`, with a last axis `top` for `top_*`.
+
+    `answer_*` and `wrong_*`: probability, its log in nats, and rank (number of more probable
+    tokens) of each answer's first token that differs from the other answer's. `top_id` and
+    `top_prob`: the `top` most probable tokens. Logits are computed a chunk of rows at a time.
+    """
+    stack = torch.stack([x.to(batch.base.device) for x in streams.values()])
+    lead = stack.shape[:-1]
+    rows = stack.reshape(-1, stack.shape[-1])
+    right, wrong = (
+        ids.gather(1, batch.differ.unsqueeze(1)).expand(lead[1:]).expand(lead).reshape(-1)
+        for ids in (batch.answer, batch.wrong)
+    )
+    size = max(1, CHUNK_BYTES // (4 * int(model.cfg.d_vocab)))
+    parts: dict[str, list[Tensor]] = {}
+    for first in range(0, len(rows), size):
+        chunk = slice(first, first + size)
+        unembed = logit_readout(model, rows[chunk], chunk_size=size)
+        logits = unembed.values.float()
+        log_z = logits.logsumexp(dim=-1, keepdim=True)
+        best = logits.topk(top, dim=-1)
+        predictions = {"top_id": best.indices, "top_prob": (best.values - log_z).exp()}
+        for kind, ids in (("answer", right), ("wrong", wrong)):
+            answer_logits = logits.gather(1, ids[chunk].to(logits.device).unsqueeze(1))
+            log_prob = (answer_logits - log_z).squeeze(1)
+            predictions |= {
+                f"{kind}_log_prob": log_prob,
+                f"{kind}_prob": log_prob.exp(),
+                f"{kind}_rank": (logits > answer_logits).sum(dim=-1).float(),
+            }
+        for name, values in predictions.items():
+            parts.setdefault(name, []).append(values.cpu())
+    return {
+        name: torch.cat(values).reshape(*lead, *values[0].shape[1:]).numpy()
+        for name, values in parts.items()
+    }
 
 
 def place_index(streams: Streams, n_layers: int) -> dict[tuple[int, int], int]:
