@@ -52,7 +52,7 @@ class AnalysisVerb(Generic[Run]):
         settings = {**config.settings(), "config": config.identity()}
         model = config.model.load()
         pairs = config.task.load(model)
-        if "means_from" not in self.schema.unused:
+        if "means_from" in self.schema.uses:
             settings["means_from"] = config.reference(model)
         STOPPER.listen()
         with Bar(console) as bar:

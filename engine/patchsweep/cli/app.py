@@ -12,7 +12,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from patchsweep.cli.early import conf_folder
+from patchsweep.cli.early import OF_SWEEPS, conf_folder
 from patchsweep.cli.flags import check_flags, texts_as_help
 from patchsweep.cli.grammar import expand, is_many
 from patchsweep.cli.schema.run import AnalysisRun, RunConfig, register
@@ -72,7 +72,7 @@ def as_config(cfg: DictConfig) -> RunConfig:
 def help_of(verb: str, words: Sequence[str], schema: type[RunConfig] = RunConfig) -> str:
     """Return the help of `verb`: its text, and the keys that it takes with their values.
 
-    Keys that the verb refuses are left out: those of `schema.unused` and `schema.instead`.
+    Keys that the verb refuses are left out: see `refused_keys`.
     """
     overrides = [word for word in words if "=" in word and not word.startswith("-")]
     with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
@@ -94,4 +94,4 @@ def refused_keys(schema: type[RunConfig]) -> list[str]:
     """Return the keys that the verb of `schema` refuses, those in a group as `group.key`."""
     if not issubclass(schema, AnalysisRun):
         return []
-    return [*schema.unused, *schema.instead]
+    return [*(key for key in OF_SWEEPS if key not in schema.uses), *schema.instead]

@@ -22,18 +22,8 @@ N_SHOWN = 5  # number of next tokens to print
 class AttentionRun(AnalysisRun):
     """Config of a ranking of heads, and of the patterns of the top-k heads."""
 
-    # keys of a sweep that say nothing about attention views
-    unused: ClassVar[tuple[str, ...]] = (
-        "sites",
-        "method",
-        "intervention",
-        "runner",
-        "precision",
-        "compute_dtype",
-        "tolerance",
-        "means_from",
-    )
-    subject: ClassVar[str] = "attention views have"
+    uses: ClassVar = ("metric", "direction")
+    subject: ClassVar = "attention views have"
 
     top: int = 16  # foremost heads whose patterns are kept
     heads: Any = None  # [layer, head] pairs to keep instead
@@ -71,15 +61,7 @@ class AttentionRun(AnalysisRun):
         return int(layer), int(head)
 
     def settings(self) -> dict[str, Any]:
-        """Return the arguments of `attention` other than model and pairs."""
-        return {
-            "metrics": self.metric.metrics(),
-            "direction": self.direction,
-            "read": self.metric.read,
-            "heads": self.chosen(),
-            "top": self.top,
-            "predictions": self.predictions,
-        }
+        return {**super().settings(), "heads": self.chosen()}
 
 
 def _show(console: Console, ds: xr.Dataset, known: bool) -> None:

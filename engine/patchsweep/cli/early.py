@@ -24,7 +24,12 @@ Keys = Mapping[str, "Keys"]
 ANY: Keys = MappingProxyType({})  # below a free mapping, such as task.options
 
 _HERE = Path(__file__).parent
-_SWEEPS = ("run", "plan")  # analyses say themselves which groups they do without
+# keys of a sweep that an analysis may do without; each names those that it uses
+OF_SWEEPS = (
+    "sites", "method", "metric", "runner", "intervention", "direction", "means_from", "precision",
+    "compute_dtype", "tolerance",
+)  # fmt: skip
+_SWEEPS = ("run", "plan")
 _USUAL_FLAGS = ("-m", "--multirun", "-h", "--help")
 _PLAIN = {"str", "int", "float", "bool", "list[str]", "list[Any]"}  # without keys below
 
@@ -71,7 +76,7 @@ def refuse(verb: str, words: Sequence[str]) -> None:
         from patchsweep.cli.flags import check_flags  # a local import: it takes 0.2 s
 
         check_flags(verb, words)
-    unused = _unused(verb)
+    refused = _refused(verb)
     for word in words:
         key, equals, value = word.partition("=")
         name = key.lstrip("+")
@@ -80,8 +85,8 @@ def refuse(verb: str, words: Sequence[str]) -> None:
             continue
         short = f"{name}.names" if value and not is_choice(name, value) else name
         for part in (root, name, short):
-            if part in unused:
-                raise ConfigError(f"{word}: {unused[part]}")
+            if part in refused:
+                raise ConfigError(f"{word}: {refused[part]}")
         at = keys
         for part in name.split("."):
             if part not in at:
@@ -130,17 +135,19 @@ def _keys_of(verb: str) -> Keys | None:
     return keys
 
 
-def _unused(verb: str) -> dict[str, str]:
-    """Return the keys that the verb refuses, each with the message after it."""
-    said: dict[str, Any] = {"unused": (), "subject": "", "instead": {}}
+def _refused(verb: str) -> dict[str, str]:
+    """Return the keys that the verb of an analysis refuses, each with the message after it."""
     node = _classes().get(f"{verb.capitalize()}Run")
+    said: dict[str, Any] = {}
     for entry in node.body if node else ():
-        if isinstance(entry, ast.AnnAssign) and entry.value is not None:
-            name = ast.unparse(entry.target)
-            if name in said:
-                said[name] = ast.literal_eval(entry.value)
+        if isinstance(entry, ast.AnnAssign) and ast.unparse(entry.annotation) == "ClassVar":
+            assert entry.value is not None
+            said[ast.unparse(entry.target)] = ast.literal_eval(entry.value)
+    if "uses" not in said:  # a sweep, or its plan
+        return {}
     text = f"{said['subject']} no {{}}; leave it out (`patchsweep {verb} -h`)"
-    return {key: text.format(key) for key in said["unused"]} | dict(said["instead"])
+    unused = {key: text.format(key) for key in OF_SWEEPS if key not in said["uses"]}
+    return unused | said.get("instead", {})
 
 
 @cache

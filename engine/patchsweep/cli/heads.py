@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, ClassVar
 
 import numpy as np
 import xarray as xr
@@ -10,13 +12,40 @@ from rich.console import Console
 from rich.table import Table
 
 from patchsweep.analyses.heads import effects, study
+from patchsweep.analyses.heads.ablations import ABLATIONS, check_ablations
+from patchsweep.analyses.heads.classes import Thresholds
 from patchsweep.analyses.heads.findings import ALL, TRAINED
+from patchsweep.analyses.heads.optimal import OptimalSettings
 from patchsweep.cli.analysis import AnalysisVerb
 from patchsweep.cli.console import stdout
-from patchsweep.cli.schema.heads import HeadsRun
+from patchsweep.cli.schema.run import AnalysisRun
 from patchsweep.data.show import number
 
 N_SHOWN = 8  # number of heads to list per class
+
+
+@dataclass
+class HeadsRun(AnalysisRun):
+    """One study of all heads."""
+
+    uses: ClassVar = ("sites", "metric", "runner", "means_from")
+    subject: ClassVar = "heads have"
+    instead: ClassVar = {
+        "sites.names": "a study is of all heads; leave it out",
+        "sites.layers": "a study is of all heads; leave it out",
+        "sites.heads": "a study is of all heads; leave it out",
+        "sites.neurons": "a study is of all heads; leave it out",
+    }
+
+    ablations: list[str] = field(default_factory=lambda: list(ABLATIONS))  # resample among them
+    optimal: OptimalSettings = field(default_factory=OptimalSettings)  # how constants are trained
+    thresholds: Thresholds = field(default_factory=Thresholds)  # of the classes
+
+    def __post_init__(self) -> None:
+        check_ablations(self.ablations, self.sites.positions, self.optimal)
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "positions": self.sites.positions}
 
 
 def _say(stage: str) -> None:

@@ -2,15 +2,58 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
 import numpy as np
 import xarray as xr
 from rich.console import Console
 from rich.table import Table
 
-from patchsweep.analyses.circuits.multiverse import multiverse
+from patchsweep.analyses.circuits.multiverse import OPTIONS, multiverse
+from patchsweep.attribution import Method
 from patchsweep.cli.analysis import AnalysisVerb
-from patchsweep.cli.schema.multiverse import MultiverseRun
+from patchsweep.cli.schema.run import AnalysisRun, one_method
 from patchsweep.data.show import number
+
+
+@dataclass
+class MultiverseRun(AnalysisRun):
+    """One circuit under every way in which its faithfulness can be measured."""
+
+    uses: ClassVar = ("method", "metric")
+    subject: ClassVar = "the ways to measure a circuit have"
+    instead: ClassVar = {
+        "intervention": "several are run; choose with ablations=[resample,mean], say",
+        "direction": "several are run; choose with directions=[noising], say",
+        "means_from": "the prompts of means are a choice; give mean_sets=[clean], say",
+    }
+
+    count: int = 200  # edges of the circuit: the strongest by the method
+    # what the rest is replaced by
+    ablations: Any = field(default_factory=lambda: list(OPTIONS["ablations"]))
+    # the prompts of means
+    mean_sets: Any = field(default_factory=lambda: list(OPTIONS["mean_sets"]))
+    # ablate the rest, or restore the circuit
+    directions: Any = field(default_factory=lambda: list(OPTIONS["directions"]))
+    # where ablated values act
+    positions: Any = field(default_factory=lambda: list(OPTIONS["positions"]))
+    # edges, or all edges of their nodes
+    levels: Any = field(default_factory=lambda: list(OPTIONS["levels"]))
+
+    def scored_by(self) -> str | Method:
+        """Return the one method that ranks the edges.
+
+        Raises:
+            ConfigError: there are several.
+        """
+        return one_method(
+            self.method,
+            "a circuit is ranked by one method that scores all edges; give method=eap_ig, say",
+        )
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "scores": self.scored_by()}
 
 
 def _show(console: Console, ds: xr.Dataset, known: bool) -> None:

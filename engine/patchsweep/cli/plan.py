@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -9,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.console import stdout
-from patchsweep.cli.schema.plan import PlanRun
+from patchsweep.cli.schema.run import RunConfig
 from patchsweep.data.pairs import PromptPair
 from patchsweep.data.show import number
 from patchsweep.errors import ConfigError
@@ -19,6 +21,13 @@ from patchsweep.sweeps.saving import Saving
 from patchsweep.sweeps.weight_reads import Weights
 
 SHOWN_TOKENS = 12  # tokens of the first prompt to print: its start and its end
+
+
+@dataclass
+class PlanRun(RunConfig):
+    """The config of a run, and whether a few of its patches run now."""
+
+    sample: bool = False  # run a few patches, to estimate what the tolerance saves
 
 
 def main(arguments: list[str]) -> int:

@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
 import xarray as xr
 from rich.console import Console
 from rich.table import Table
 
-from patchsweep.analyses.tracing import largest_effects, trace
+from patchsweep.analyses.tracing import KINDS, Noise, largest_effects, trace
 from patchsweep.cli.analysis import AnalysisVerb
-from patchsweep.cli.schema.trace import TraceRun
+from patchsweep.cli.schema.run import AnalysisRun
 from patchsweep.data.show import number
 
 N_SHOWN = 5
+
+
+@dataclass
+class NoiseConfig:
+    """The noise on the embeddings of a labelled span."""
+
+    label: str = "subject"
+    scale: float = Noise.scale
+    samples: int = Noise.samples
+    seed: int = Noise.seed
+
+
+@dataclass
+class TraceRun(AnalysisRun):
+    """One causal trace: which restored states bring the answer back."""
+
+    uses: ClassVar = ("metric", "runner", "compute_dtype")
+    subject: ClassVar = "a trace has"
+
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    kinds: list[str] = field(default_factory=lambda: [*KINDS[:3]])
+    window: int = 10  # blocks whose MLP or attention writes are restored together
+
+    def settings(self) -> dict[str, Any]:
+        settings = super().settings()
+        settings["corruption"] = Noise(**asdict(settings.pop("noise")))
+        return settings
 
 
 def _show(console: Console, ds: xr.Dataset, known: bool) -> None:
