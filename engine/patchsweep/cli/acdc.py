@@ -11,6 +11,7 @@ from rich.table import Table
 
 from patchsweep.analyses.circuits.acdc import THRESHOLDS, acdc
 from patchsweep.cli.analysis import AnalysisVerb
+from patchsweep.cli.console import table_of
 from patchsweep.cli.schema.run import AnalysisRun
 from patchsweep.data.show import number
 from patchsweep.errors import ConfigError
@@ -46,9 +47,8 @@ def _show(console: Console, ds: xr.Dataset, known: bool) -> None:
 
 def _table(ds: xr.Dataset) -> Table:
     """Return a table of the circuits, threshold by threshold."""
-    table = Table(title=f"pruned by {ds.attrs['metric']}", title_justify="left")
-    for name in ("threshold", "edges left", "connected", "distance", "tried", "dead", "runs"):
-        table.add_column(name, justify="right")
+    columns = ("threshold", "edges left", "connected", "distance", "tried", "dead", "runs")
+    table = table_of(columns, f"pruned by {ds.attrs['metric']}")
     names = ("n_candidates", "n_dead", "n_runs")
     for i, threshold in enumerate(ds["threshold"].values):
         one = ds.isel(threshold=i)

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from patchsweep.analyses.attention import attention, ranked_heads
 from patchsweep.cli.analysis import AnalysisVerb
+from patchsweep.cli.console import table_of
 from patchsweep.cli.schema.run import AnalysisRun
 from patchsweep.data.show import number
 from patchsweep.errors import ConfigError
@@ -87,12 +88,10 @@ def _table(ds: xr.Dataset) -> Table:
     metric, unit = (str(ds[name].values[0]) for name in ("metric", "metric_unit"))
     n_pairs = ds.sizes["pair"]
     over = "" if n_pairs == 1 else f", mean of {n_pairs} pairs; cells of the first"
-    table = Table(title=f"attention attribution to {metric}, {unit}{over}", title_justify="left")
-    table.add_column("head")
-    for name in ("attribution", "exact", "sum of |cells|", "largest cell"):
-        table.add_column(name, justify="right")
-    table.add_column("which is")
-    table.add_column("probability")
+    texts = ("head", "which is", "probability")
+    numbers = ("attribution", "exact", "sum of |cells|", "largest cell")
+    title = f"attention attribution to {metric}, {unit}{over}"
+    table = table_of((texts[0], *numbers, *texts[1:]), title, texts)
     tokens = ds["token"].sel(run="base").isel(pair=0).values
     for head in ranked_heads(ds):
         table.add_row(

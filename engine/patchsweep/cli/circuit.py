@@ -12,6 +12,7 @@ from rich.table import Table
 from patchsweep.analyses.circuits.circuits import circuit
 from patchsweep.attribution import Method
 from patchsweep.cli.analysis import AnalysisVerb
+from patchsweep.cli.console import table_of
 from patchsweep.cli.schema.run import AnalysisRun, one_method
 from patchsweep.data.show import number
 from patchsweep.errors import ConfigError
@@ -76,16 +77,15 @@ def _show(console: Console, ds: xr.Dataset, known: bool) -> None:
 def _table(ds: xr.Dataset, metric: str) -> Table:
     """Return a table of faithfulness (the circuit) and completeness (the rest) by size."""
     level = ds.attrs["level"]
-    table = Table(title=f"circuits of {level}, {metric}", title_justify="left")
-    connected = "n_connected" in ds
-    columns = ["share", level, *(["connected"] if connected else [])]
-    for name in (*columns, "faithfulness", "completeness"):
-        table.add_column(name, justify="right")
+    connected = ["n_connected"] if "n_connected" in ds else []
+    names = (name.removeprefix("n_") for name in connected)
+    columns = ("share", level, *names, "faithfulness", "completeness")
+    table = table_of(columns, f"circuits of {level}, {metric}")
     for i, fraction in enumerate(ds["size"].values):
         scores = ds.isel(size=i).sel(metric=metric)
-        counts = [scores["count"], *([scores["n_connected"]] if connected else [])]
+        counts = (int(scores[name]) for name in ("count", *connected))
         curves = [number(float(scores[name])) for name in ("faithfulness", "completeness")]
-        table.add_row(f"{fraction:g}", *(f"{int(n):,}" for n in counts), *curves)
+        table.add_row(f"{fraction:g}", *(f"{n:,}" for n in counts), *curves)
     return table
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from patchsweep.analyses.circuits.edges import screen_edges
 from patchsweep.attribution.quadrature import Path, path_of
 from patchsweep.cli.analysis import AnalysisVerb
+from patchsweep.cli.console import table_of
 from patchsweep.cli.schema.run import AnalysisRun
 from patchsweep.data.show import number
 from patchsweep.errors import ConfigError
@@ -95,12 +96,10 @@ def _table(ds: xr.Dataset) -> Table:
     metric, unit = (str(ds[name].values[0]) for name in ("metric", "metric_unit"))
     over = "" if ds.sizes["pair"] == 1 else f", mean over {ds.sizes['pair']} pairs"
     unit = f" [{unit}]" if unit else ""
-    table = Table(title=f"largest effects on {metric}{unit}{over}", title_justify="left")
     positions = bool(attributes(ds)["positions"])
-    for name in ("sender", "reader", *(["position"] if positions else [])):
-        table.add_column(name)
-    for name in ("estimate", "exact"):
-        table.add_column(name, justify="right")
+    texts = ("sender", "reader", *(["position"] if positions else []))
+    title = f"largest effects on {metric}{unit}{over}"
+    table = table_of((*texts, "estimate", "exact"), title, texts)
     for row in rows_of(ds, metric, N_SHOWN):
         position = [_where(row)] if positions else []
         table.add_row(

@@ -17,7 +17,7 @@ from patchsweep.analyses.heads.classes import Thresholds
 from patchsweep.analyses.heads.findings import ALL, TRAINED
 from patchsweep.analyses.heads.optimal import OptimalSettings
 from patchsweep.cli.analysis import AnalysisVerb
-from patchsweep.cli.console import stdout
+from patchsweep.cli.console import stdout, table_of
 from patchsweep.cli.schema.run import AnalysisRun
 from patchsweep.data.show import number
 
@@ -63,10 +63,8 @@ def _classes(ds: xr.Dataset) -> Table:
     """Return a table of the heads of each class, by |resample effect|, largest first."""
     effect = effects(ds).isel(ablation=0, metric=0).mean("pair").transpose("layer", "head", ...)
     size = np.abs(effect.values).reshape(*effect.shape[:2], -1).max(axis=-1)
-    table = Table(title="classes of heads; a head may be of several", title_justify="left")
-    table.add_column("class")
-    table.add_column("heads", justify="right")
-    table.add_column("largest effects first")
+    columns = ("class", "heads", "largest effects first")
+    table = table_of(columns, "classes of heads; a head may be of several", columns[::2])
     for name in ds["head_class"].values:
         member = ds["member"].sel(head_class=name).transpose("layer", "head").values.astype(bool)
         heads = sorted(np.argwhere(member).tolist(), key=lambda at: -size[tuple(at)])
@@ -83,12 +81,8 @@ def _ablations(ds: xr.Dataset) -> Table:
         f"how much each ablation disagrees with resample on {metric} [{unit}]: mean |difference| "
         "of effects (rank correlation)"
     )
-    table = Table(title=title, title_justify="left")
-    table.add_column("class")
-    table.add_column("resample effect", justify="right")
     names = [str(name) for name in ds["ablation"].values]
-    for name in names[1:]:
-        table.add_column(name, justify="right")
+    table = table_of(("class", "resample effect", *names[1:]), title, ("class",))
     first_metric = ds.isel(metric=0)
     classes = [str(name) for name in ds["table_class"].values]
     for c in sorted(classes, key=lambda name: name not in (ALL, TRAINED)):

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from patchsweep.analyses.latents import agreement, largest_latents, latents
 from patchsweep.cli.analysis import AnalysisVerb
+from patchsweep.cli.console import table_of
 from patchsweep.cli.schema.run import AnalysisRun
 from patchsweep.data.show import number
 from patchsweep.errors import ConfigError
@@ -88,11 +89,8 @@ def _show(console: Console, ds: xr.Dataset, known: bool) -> None:
 
 def _table(ds: xr.Dataset) -> Table:
     """Return a table of the latents of the first pair with the largest effects."""
-    table = Table(title="largest effects in pair 0", title_justify="left")
-    for name in ("dictionary", "latent", "position"):
-        table.add_column(name)
-    for name in ("change", "effect"):
-        table.add_column(name, justify="right")
+    texts = ("dictionary", "latent", "position")
+    table = table_of((*texts, "change", "effect"), "largest effects in pair 0", texts)
     for one in largest_latents(ds, n=N_SHOWN):
         ran = np.isfinite(one.effect)
         effect = one.effect if ran else next(iter(one.estimates.values()))

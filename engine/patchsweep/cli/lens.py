@@ -18,6 +18,7 @@ from patchsweep.analyses.logit_lens import findings as lens_findings
 from patchsweep.analyses.logit_lens.patches import Patch, Sublayer
 from patchsweep.analyses.stages import Stages
 from patchsweep.cli.analysis import AnalysisVerb
+from patchsweep.cli.console import table_of
 from patchsweep.cli.schema.run import AnalysisRun
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.data.show import number, rank
@@ -145,13 +146,11 @@ def _layers(ds: xr.Dataset) -> Table:
     """Return a table of the last layers' predictions at the answer's position."""
     pairs, runs = [int(p) for p in ds["pair"].values], [str(r) for r in ds["run"].values]
     over = "" if len(pairs) == 1 else f", mean probability and median rank of {len(pairs)} pairs"
-    table = Table(title=f"what the last layers would say{over}", title_justify="left")
-    table.add_column("after")
+    columns = texts = ["after"]
     for run in runs:
-        if len(pairs) == 1:
-            table.add_column(f"first guess, {run}")
-        table.add_column("P(answer)", justify="right")
-        table.add_column("rank", justify="right")
+        guess = [f"first guess, {run}"] if len(pairs) == 1 else []
+        columns, texts = [*columns, *guess, "P(answer)", "rank"], [*texts, *guess]
+    table = table_of(columns, f"what the last layers would say{over}", texts)
     places = lens_findings.places(ds)
     values = {
         (run, name): np.stack([lens_findings.at_answer(ds, name, run, pair) for pair in pairs])
@@ -176,10 +175,8 @@ def _removals(ds: xr.Dataset) -> Table:
     prob, mean_rank = (float(unpatched.sel(metric=m)) for m in ("prob", "rank"))
     over = "" if ds.sizes["pair"] == 1 else f", means of {ds.sizes['pair']} pairs"
     title = f"without one sublayer (whole: P(answer) {number(prob)}, rank {rank(mean_rank)}){over}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("without")
-    for name in ("P(answer)", "rank", "change of log P", "of logit_diff"):
-        table.add_column(name, justify="right")
+    columns = ("without", "P(answer)", "rank", "change of log P", "of logit_diff")
+    table = table_of(columns, title, columns[:1])
     for removal in lens_findings.removals(ds)[:N_SHOWN]:
         table.add_row(
             removal.words,

@@ -13,6 +13,7 @@ from rich.table import Table
 from patchsweep.analyses.circuits.multiverse import OPTIONS, multiverse
 from patchsweep.attribution import Method
 from patchsweep.cli.analysis import AnalysisVerb
+from patchsweep.cli.console import table_of
 from patchsweep.cli.schema.run import AnalysisRun, one_method
 from patchsweep.data.show import number
 
@@ -69,10 +70,8 @@ def _show(console: Console, ds: xr.Dataset, known: bool) -> None:
 def _ranges(ds: xr.Dataset) -> Table:
     """Return a table of the range of faithfulness, metric by metric."""
     title = f"faithfulness of {ds.attrs['count']:,} edges, {ds.attrs['n_variants']:,} variants"
-    table = Table(title=title, title_justify="left")
-    table.add_column("metric")
-    for name in ("least", "a quarter below", "median", "a quarter above", "most"):
-        table.add_column(name, justify="right")
+    columns = ("metric", "least", "a quarter below", "median", "a quarter above", "most")
+    table = table_of(columns, title, columns[:1])
     for metric in ds["metric"].values:
         values = ds["faithfulness"].sel(metric=metric).values
         values = values[np.isfinite(values)]
@@ -83,10 +82,8 @@ def _ranges(ds: xr.Dataset) -> Table:
 
 def _choices(ds: xr.Dataset) -> Table:
     """Return a table of how far each choice moves faithfulness, what moves it most first."""
-    table = Table(title="how far one choice alone moves it", title_justify="left")
-    table.add_column("choice")
-    for name in ("on average", "at most"):
-        table.add_column(name, justify="right")
+    columns = ("choice", "on average", "at most")
+    table = table_of(columns, "how far one choice alone moves it", columns[:1])
     for i in np.argsort(-np.nan_to_num(ds["moves"].values, nan=-1.0), kind="stable"):
         moves = (float(ds[name].values[i]) for name in ("moves", "moves_most"))
         shown = map(number, moves)

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from patchsweep.cli.app import as_config, compose
-from patchsweep.cli.console import stdout
+from patchsweep.cli.console import stdout, table_of
 from patchsweep.cli.schema.run import RunConfig
 from patchsweep.data.pairs import PromptPair
 from patchsweep.data.show import number
@@ -61,11 +60,8 @@ def job(cfg: DictConfig) -> None:
 
 def show(cost: Cost, console: Console) -> None:
     """Print the cost as a table and a few lines."""
-    table = Table()
-    table.add_column("site")
     heads = ("patches", "live", "run exactly", "units", "token-layers", "a loop needs", "ratio")
-    for head in heads:
-        table.add_column(head, justify="right")
+    table = table_of(("site", *heads), texts=("site",))
     for site in cost.sites:
         numbers = (
             site.n_patches,

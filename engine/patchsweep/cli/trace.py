@@ -11,6 +11,7 @@ from rich.table import Table
 
 from patchsweep.analyses.tracing import KINDS, Noise, largest_effects, trace
 from patchsweep.cli.analysis import AnalysisVerb
+from patchsweep.cli.console import table_of
 from patchsweep.cli.schema.run import AnalysisRun
 from patchsweep.data.show import number
 
@@ -53,11 +54,9 @@ def _show(console: Console, ds: xr.Dataset, known: bool) -> None:
 
 def _table(ds: xr.Dataset) -> Table:
     """Return a table of the places of the first pair with the largest effects, kind by kind."""
-    table = Table(title="what brings most back, in pair 0", title_justify="left")
-    for name in ("kind", "layer", "position"):
-        table.add_column(name)
-    for name in ("effect", "95 % interval"):
-        table.add_column(name, justify="right")
+    texts = ("kind", "layer", "position")
+    title = "what brings most back, in pair 0"
+    table = table_of((*texts, "effect", "95 % interval"), title, texts)
     for kind in ds["kind"].values:
         for place in largest_effects(ds, str(kind), n=N_SHOWN):
             low, high = (number(x, sign=True) for x in (place.low, place.high))
