@@ -20,10 +20,11 @@ import pytest
 import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
+from patchsweep.data.show import number, percent, rank, token_html, visible
 from patchsweep.errors import StoreError
 from patchsweep.report import comparison, write_report
 from patchsweep.report.heatmap import colour_limit
-from patchsweep.report.html import embed_json, number, percent, rank, token_html, visible
+from patchsweep.report.html import embed_json
 from patchsweep.report.page import build_page
 from patchsweep.report.shell import get_plotlyjs
 from patchsweep.report.tables import Journal, read_journal

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.data.show import esc
 from patchsweep.explorer.question import (
     CHOICES,
     CHOSEN,
@@ -15,7 +16,6 @@ from patchsweep.explorer.question import (
     INTERVENTIONS,
     TOLERANCES,
 )
-from patchsweep.report.html import esc
 from patchsweep.report.page import colours
 from patchsweep.report.shell import get_plotlyjs, page, section
 from patchsweep.report.shell import resource as of_report

@@ -9,10 +9,11 @@ import numpy as np
 import xarray as xr
 
 from patchsweep.analyses.attention import RankedHead, ranked_heads
+from patchsweep.data.show import count, esc, number, percent, plural, token_html, visible
 from patchsweep.report.figure import BLUES, RED_BLUE
-from patchsweep.report.html import count, esc, number, percent, plural, token_html, visible
+from patchsweep.report.html import numbers, table
+from patchsweep.report.question import model_name
 from patchsweep.report.shell import page, resource, section
-from patchsweep.store.attributes import attributes
 
 N_PAIRS = 8
 """Pairs whose maps are on the page, as far as they stay within `MAP_BYTES`."""
@@ -22,7 +23,7 @@ MAP_BYTES = 6 * 2**20
 
 def build(ds: xr.Dataset) -> str:
     """Return the page of the Dataset of `patchsweep.analyses.attention.attention`."""
-    model = str(attributes(ds)["provenance"]["model"]).rpartition("/")[2]
+    model = model_name(ds)
     metrics = [str(name) for name in ds["metric"].values]
     n_shown = _n_shown(ds)
     title = f"Attention in {model}: the heads that matter to {metrics[0]}"
@@ -146,35 +147,25 @@ def _guesses(ds: xr.Dataset, run: str, pair: int) -> str:
     )
     return (
         f"<div><h3>after the {run} prompt</h3><p class='note'>the answers: {answers_html}</p>"
-        '<div class="scroll"><table><thead><tr><th>next token</th><th class="n">probability</th>'
-        f'<th></th><th class="n">logit</th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
-        "</div></div>"
+        + table(("next token", "probability", "", "logit"), rows, ("next token", ""))
+        + "</div>"
     )
 
 
 def _ranking(ds: xr.Dataset, metric: str, pair: int) -> str:
     tokens = _tokens(ds, "base", pair)
-    rows = "".join(
+    rows = [
         f"<tr><th>{rank + 1}</th><td>a{head.layer}.h{head.head}</td>"
-        f'<td class="n {_side(head.attribution)}">{number(head.attribution, sign=True)}</td>'
-        f'<td class="n {_side(head.exact)}">{number(head.exact, sign=True)}</td>'
-        f'<td class="n">{number(head.size)}</td>'
-        f"<td>{_place(head, tokens)}</td>"
-        f'<td class="n {_side(head.cell)}">{number(head.cell, sign=True)}</td>'
-        f'<td class="n">{number(head.base)} → {number(head.source)}</td></tr>'
+        f"{_signed(head.attribution)}{_signed(head.exact)}{numbers(number(head.size))}"
+        f"<td>{_place(head, tokens)}</td>{_signed(head.cell)}"
+        f"{numbers(f'{number(head.base)} → {number(head.source)}')}</tr>"
         for rank, head in enumerate(ranked_heads(ds, metric, pair))
-    )
+    ]
     unit = str(ds["metric_unit"].values[list(ds["metric"].values).index(metric)])
-    head = (
-        f'<th></th><th>head</th><th class="n">attribution, {esc(unit)}</th>'
-        f'<th class="n">exact, {esc(unit)}</th><th class="n">sum of |cells|</th>'
-        "<th>largest cell of this pair</th>"
-        '<th class="n">its attribution</th><th class="n">probability, base → source</th>'
-    )
-    return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
-        "</div>"
-    )
+    texts = ("", "head", "largest cell of this pair")
+    ends = ("its attribution", "probability, base → source")
+    measured = (f"attribution, {unit}", f"exact, {unit}", "sum of |cells|")
+    return table((*texts[:2], *measured, texts[2], *ends), rows, texts)
 
 
 def _place(head: RankedHead, tokens: list[str]) -> str:
@@ -184,8 +175,8 @@ def _place(head: RankedHead, tokens: list[str]) -> str:
     )
 
 
-def _side(value: float) -> str:
-    return "up" if value > 0 else "down"
+def _signed(value: float) -> str:
+    return numbers(number(value, sign=True), kind="up" if value > 0 else "down")
 
 
 def _cards(ds: xr.Dataset) -> str:

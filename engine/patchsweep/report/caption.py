@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from patchsweep.data.show import count, esc, number, percent, plural, token_html
 from patchsweep.report.axes import DIM_WORDS, Axes
-from patchsweep.report.html import count, esc, number, percent, plural, token_html
 from patchsweep.report.views import View
 from patchsweep.results import accessor as summary
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from patchsweep.data.show import count, esc, number, percent, plural
 from patchsweep.report import question
 from patchsweep.report.figure import (
     RED_BLUE,
@@ -19,7 +20,7 @@ from patchsweep.report.figure import (
     plain,
 )
 from patchsweep.report.graph import Drawn, draw_graph
-from patchsweep.report.html import count, esc, number, percent, plural
+from patchsweep.report.html import fact_list, numbers, table
 from patchsweep.report.shell import page, section
 from patchsweep.report.tables import provenance_table
 from patchsweep.report.views import choose_views
@@ -53,7 +54,7 @@ def chosen_size(ds: xr.Dataset) -> int:
 def build(ds: xr.Dataset) -> str:
     """Return the page of a store of circuits as self-contained HTML."""
     metrics = [str(m) for m in ds["metric"].values]
-    model = str(attributes(ds)["provenance"]["model"]).rstrip("/").rpartition("/")[2]
+    model = question.model_name(ds)
     parts = [_header(ds, model, metrics)]
     for n, metric in enumerate(metrics):
         suffix = f" of <code>{esc(metric)}</code>" if len(metrics) > 1 else ""
@@ -90,7 +91,6 @@ def _header(ds: xr.Dataset, model: str, metrics: list[str]) -> str:
         ("ranked by", f"{esc(ds.attrs['method'])}, {order}"),
         *((name.upper(), _area(ds, name, metrics[0])) for name in ("cpr", "cmd")),
     ]
-    shown = "".join(f"<div><dt>{key}</dt><dd>{value}</dd></div>" for key, value in facts)
     prompts = question.prompts(ds, metrics[0], choose_views(ds, ())[0])
     return (
         f'<header><h1>How much of what <span class="name">{esc(model)}</span> does is done by a '
@@ -101,7 +101,7 @@ def _header(ds: xr.Dataset, model: str, metrics: list[str]) -> str:
         "ablated. <b>Completeness</b> asks the reverse: the circuit is ablated and all else kept, "
         "and 0 says that nothing of it happens elsewhere."
         f"{question.behind_means(attrs.get('means'))}{_undefined(attrs)}</p>"
-        f'<dl class="facts">{shown}</dl>{prompts}</header>'
+        f"{fact_list(facts)}{prompts}</header>"
     )
 
 
@@ -197,9 +197,7 @@ def _words(ds: xr.Dataset, metric: str) -> str:
 def _sizes(ds: xr.Dataset, n: int) -> str:
     level, drawn_size = str(ds.attrs["level"]), chosen_size(ds)
     has_connected = "n_connected" in ds
-    heads = ["share", level, *(["on a whole way"] if has_connected else []), "metric, mean"]
-    heads += ["faithfulness", "completeness"]
-    columns = "".join(f'<th scope="col" class="n">{name}</th>' for name in heads)
+    columns = ["share", level, *(["on a whole way"] if has_connected else []), "metric, mean"]
     body = []
     for i, share in enumerate(ds["size"].values):
         scores = ds.isel(metric=n, size=i)
@@ -208,8 +206,8 @@ def _sizes(ds: xr.Dataset, n: int) -> str:
             cells.append(count(int(scores["n_connected"])))
         cells.append(number(float(scores["circuit_metric"].mean()), sign=True))
         cells += [_share(float(scores[name])) for name in ("faithfulness", "completeness")]
-        row = "".join(f'<td class="n">{cell}</td>' for cell in cells)
-        body.append(f"<tr{' class=chosen' if i == drawn_size else ''}>{row}</tr>")
+        kind = " class=chosen" if i == drawn_size else ""
+        body.append(f"<tr{kind}>{numbers(*cells)}</tr>")
     ends = ", ".join(
         f"{words} {number(float(ds[name].values[n].mean()), sign=True)}"
         for name, words in (("base_metric", "clean"), ("empty_metric", "everything ablated"))
@@ -222,8 +220,7 @@ def _sizes(ds: xr.Dataset, n: int) -> str:
     )
     return (
         f"<p>Means over {plural(ds.sizes['pair'], 'pair')}: {ends}.{note} The bold row is the "
-        'circuit below.</p><div class="scroll"><table><thead><tr>'
-        f"{columns}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+        f"circuit below.</p>{table([*columns, 'faithfulness', 'completeness'], body)}"
     )
 
 
@@ -340,17 +337,11 @@ def _first(ds: xr.Dataset) -> str:
         )
         rank, score = int(ranks[tuple(place)]), float(scores[tuple(place)])
         assert math.isfinite(score)
-        body.append(
-            f'<tr><td class="n">{rank + 1}</td>{labels}<td class="n">{number(score, sign=True)}'
-            "</td></tr>"
-        )
+        body.append(f"<tr>{numbers(rank + 1)}{labels}{numbers(number(score, sign=True))}</tr>")
     unit = str(ds["metric_unit"].values[0])
-    inside = f" [{esc(unit)}]" if unit else ""
-    columns = "".join(f'<th scope="col">{name}</th>' for name in names)
+    columns = ("turn", *names, f"effect [{unit}]" if unit else "effect")
     return (
         f"<p>What ranked them: the effect on <code>{esc(ds['metric'].values[0])}</code> of "
         f"ablating it alone, by {esc(ds.attrs['method'])}, mean over the pairs. Below zero: the "
-        'metric falls without it.</p><div class="scroll"><table><thead><tr>'
-        f'<th scope="col" class="n">turn</th>{columns}<th scope="col" class="n">effect{inside}'
-        f"</th></tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+        f"metric falls without it.</p>{table(columns, body, names)}"
     )

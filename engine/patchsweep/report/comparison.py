@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-from patchsweep.report.html import count, esc, number, plural
+from patchsweep.data.show import count, esc, number, plural
 from patchsweep.results import accessor as summary
 from patchsweep.results.compare import Agreement, Measure, at, compare, thresholds
 

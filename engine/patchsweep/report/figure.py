@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from patchsweep.report.html import embed_json, esc
+from patchsweep.data.show import esc
+from patchsweep.report.html import embed_json
 from patchsweep.report.shell import get_plotlyjs, resource
 
 # ColorBrewer scales, as in the maps of sweeps: blue positive, red negative; BLUES if all positive

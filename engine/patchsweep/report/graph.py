@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from patchsweep.report.html import esc, number
+from patchsweep.data.show import esc, number
 
 BLUE, RED = "#1d5c9e", "#a8152a"  # raises the metric, lowers it; the colours of style.css
 

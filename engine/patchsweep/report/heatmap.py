@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
+from patchsweep.data.show import count, esc
 from patchsweep.report import caption
 from patchsweep.report.axes import Axes, folded, lay_out
-from patchsweep.report.html import count, esc
 from patchsweep.report.views import View
 from patchsweep.results import accessor as summary
 

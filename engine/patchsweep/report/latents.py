@@ -11,11 +11,11 @@ from patchsweep.analyses.latents.findings import (
     largest_latents,
     methods_of,
 )
+from patchsweep.data.show import count, esc, number, percent, token_html
 from patchsweep.report.figure import figure, figure_scripts
-from patchsweep.report.html import count, esc, number, percent, token_html
+from patchsweep.report.question import model_name
 from patchsweep.report.shell import page, section
 from patchsweep.results.tolerance import tolerance_notes
-from patchsweep.store.attributes import attributes
 
 N_PAIRS = 8
 """Pairs whose largest effects are on the page."""
@@ -26,7 +26,7 @@ N_POINTS = 3000
 
 def build(ds: xr.Dataset) -> str:
     """Return the page of the Dataset of `patchsweep.analyses.latents.latents`."""
-    model = str(attributes(ds)["provenance"]["model"]).rpartition("/")[2]
+    model = model_name(ds)
     metric = str(ds["metric"].values[0])
     n_pairs = ds.sizes["pair"]
     names = ", ".join(dict.fromkeys(str(x) for x in ds["dictionary"].values))

@@ -10,8 +10,9 @@ import xarray as xr
 
 from patchsweep.analyses.logit_lens import findings as lens_findings
 from patchsweep.analyses.logit_lens.findings import Place, Removal
+from patchsweep.data.show import esc, number, plural, rank, token_html, visible
 from patchsweep.report.figure import SERIES, figure, figure_scripts, plain
-from patchsweep.report.html import esc, number, plural, rank, token_html, visible
+from patchsweep.report.html import fact_list, numbers, table
 from patchsweep.report.question import behind_means
 from patchsweep.report.shell import page, resource, section
 from patchsweep.report.tables import provenance_table
@@ -108,8 +109,7 @@ def _facts(ds: xr.Dataset) -> str:
         else:
             n_first = sum(place is not None for place in up)
             facts.append((f"first guess at the end{words}", f"{n_first} of {len(pairs)}"))
-    inner = "".join(f"<div><dt>{esc(k)}</dt><dd>{v}</dd></div>" for k, v in facts)
-    return f'<dl class="facts">{inner}</dl>'
+    return fact_list(facts)
 
 
 def _grid_section(ds: xr.Dataset) -> str:
@@ -284,28 +284,25 @@ def _bars(removals: Sequence[Removal], name: str, colour: str) -> dict[str, Any]
 
 
 def _table(found: Sequence[Removal], whole: xr.DataArray) -> str:
-    heads = ("probability", "rank", "change of log-probability", "change of logit difference")
-    top = "".join(f'<th scope="col" class="n">{h}</th>' for h in heads)
+    columns = ("probability", "rank", "change of log-probability", "change of logit difference")
+    prob, mean_rank = (float(whole.sel(metric=name)) for name in ("prob", "rank"))
     rows = [
         '<tr class="total"><th scope="row">nothing removed</th>'
-        f'<td class="n">{number(float(whole.sel(metric="prob")))}</td>'
-        f'<td class="n">{rank(float(whole.sel(metric="rank")))}</td><td></td><td></td></tr>'
+        f"{numbers(number(prob), rank(mean_rank))}<td></td><td></td></tr>"
     ]
     for r in found[:N_REMOVALS]:
         cells = "".join(
-            f'<td class="n {"down" if r.changes[m] < 0 else "up"}">'
-            f"{number(r.changes[m], sign=True)}</td>"
-            for m in ("log_prob", "logit_diff")
+            numbers(number(change, sign=True), kind="down" if change < 0 else "up")
+            for change in (r.changes["log_prob"], r.changes["logit_diff"])
         )
         rows.append(
-            f'<tr><th scope="row">{esc(r.words)}</th><td class="n">{number(r.values["prob"])}</td>'
-            f'<td class="n">{rank(r.values["rank"])}</td>{cells}</tr>'
+            f'<tr><th scope="row">{esc(r.words)}</th>'
+            f"{numbers(number(r.values['prob']), rank(r.values['rank']))}{cells}</tr>"
         )
     return (
-        f'<div class="scroll"><table><thead><tr><th scope="col">without</th>{top}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-        f'<p class="caption">The {min(N_REMOVALS, len(found))} sublayers without which the answer '
-        "loses the most log-probability.</p>"
+        table(("without", *columns), rows, ("without",))
+        + f'<p class="caption">The {min(N_REMOVALS, len(found))} sublayers without which the '
+        "answer loses the most log-probability.</p>"
     )
 
 

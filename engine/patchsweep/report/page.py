@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import xarray as xr
 
+from patchsweep.data.show import esc, plural
 from patchsweep.errors import StoreError
 from patchsweep.report import comparison, question
 from patchsweep.report.heatmap import Figure, draw_site
-from patchsweep.report.html import esc, plural
 from patchsweep.report.shell import get_plotlyjs, page, resource, section
 from patchsweep.report.tables import (
     Journal,

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from patchsweep.report.html import count, esc, number, percent, plural, token_html
+from patchsweep.data.show import count, esc, number, percent, plural, token_html
+from patchsweep.report.html import fact_list
 from patchsweep.report.views import View, has_source
 from patchsweep.results import accessor as summary
 from patchsweep.results.stated import stated_errors
@@ -57,12 +58,12 @@ _WORDS = {
 
 def title(ds: xr.Dataset) -> str:
     """Return the report's headline as plain text."""
-    return _headline(ds).format(_model(ds))
+    return _headline(ds).format(model_name(ds))
 
 
 def headline(ds: xr.Dataset) -> str:
     """Return the report's headline as HTML in which the model's name does not wrap."""
-    return _headline(ds).format(f'<span class="name">{esc(_model(ds))}</span>')
+    return _headline(ds).format(f'<span class="name">{esc(model_name(ds))}</span>')
 
 
 def lead(ds: xr.Dataset) -> str:
@@ -257,7 +258,7 @@ def _ends(ds: xr.Dataset, metric: str, view: View) -> str:
 
 def facts(ds: xr.Dataset, planned: dict[str, float], seconds: float) -> str:
     """Return the run's model, patches, cost and time as an HTML list."""
-    shown = [("model", esc(_model(ds)))]
+    shown = [("model", esc(model_name(ds)))]
     if planned.get("n_patches"):
         live = f"{count(planned['n_patches'])} <small>{count(planned['n_live'])} live</small>"
         shown.append(("patches", live))
@@ -268,11 +269,7 @@ def facts(ds: xr.Dataset, planned: dict[str, float], seconds: float) -> str:
         shown.append(("token-layers", f"{count(planned['token_layers'])} {loop}"))
     if seconds:
         shown.append(("running time", f"{seconds:,.1f} s"))
-    return (
-        '<dl class="facts">'
-        + "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in shown)
-        + "</dl>"
-    )
+    return fact_list(shown)
 
 
 def _headline(ds: xr.Dataset) -> str:
@@ -295,7 +292,7 @@ def _intervention(ds: xr.Dataset) -> str:
     return str(ds.attrs.get("intervention", "resample"))
 
 
-def _model(ds: xr.Dataset) -> str:
+def model_name(ds: xr.Dataset) -> str:
     """Return the last part of the model's name; provenance has its folder or owner too."""
     known = attributes(ds).get("provenance")
     name = str(known.get("model", "")) if isinstance(known, dict) else ""

@@ -2,9 +2,9 @@
 
 The page of a new kind of result is a module `report/<kind>.py` with `build(ds) -> str`:
 
-    from patchsweep.report.figure import figure, figure_scripts
-    from patchsweep.report.html import esc, token_html
-    from patchsweep.report.shell import page, resource, section
+    from patchsweep.data.show import esc, token_html
+from patchsweep.report.figure import figure, figure_scripts
+        from patchsweep.report.shell import page, resource, section
 
     def build(ds: xr.Dataset) -> str:
         curve = {"type": "scatter", "x": ds["layer"].values, "y": ds["answer_prob"].values}
@@ -32,7 +32,8 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 
-from patchsweep.report.html import embed_json, esc
+from patchsweep.data.show import esc
+from patchsweep.report.html import embed_json
 
 _LONG = 100_000  # characters from which a script is packed
 

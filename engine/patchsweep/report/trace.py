@@ -6,8 +6,9 @@ import numpy as np
 import xarray as xr
 
 from patchsweep.analyses.tracing import largest_effects
+from patchsweep.data.show import esc, number, plural, token_html
 from patchsweep.report.figure import RED_BLUE, figure, figure_scripts, plain
-from patchsweep.report.html import esc, number, plural, token_html
+from patchsweep.report.question import model_name
 from patchsweep.report.shell import page, section
 from patchsweep.store.attributes import attributes
 from patchsweep.store.difference import IDENTITY
@@ -26,7 +27,7 @@ _WORDS = {
 
 def build(ds: xr.Dataset) -> str:
     """Return the page of the Dataset of `patchsweep.analyses.tracing.trace`."""
-    model = str(attributes(ds)["provenance"]["model"]).rpartition("/")[2]
+    model = model_name(ds)
     metric = str(ds["metric"].values[0])
     n_pairs = ds.sizes["pair"]
     shown = range(min(n_pairs, N_PAIRS))

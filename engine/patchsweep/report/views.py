@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-from patchsweep.report.html import visible
+from patchsweep.data.show import visible
 from patchsweep.results import accessor as summary
 
 MAX_PAIRS = 64
