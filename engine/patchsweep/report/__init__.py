@@ -19,19 +19,11 @@ from patchsweep.store.dataset import open_store
 
 __all__ = ["write_report"]
 
-# kind of an analysis's results -> the module of this package whose `build(ds)` returns its page
-KINDS = {
-    "edges": "edges",
-    "circuit": "circuit",
-    "acdc": "acdc",
-    "multiverse": "multiverse",
-    "lens": "lens",
-    "heads": "heads",
-    "attention": "attention",
-    "trace": "trace",
-    "dose": "dose",
-    "latents": "latents",
-}
+# kinds of an analysis's results; each is a module of this package whose `build(ds)` is its page
+KINDS = (
+    "edges", "circuit", "acdc", "multiverse", "lens", "heads", "attention", "trace", "dose",
+    "latents",
+)  # fmt: skip
 
 
 def write_report(store: str | PathLike[str], out: str | PathLike[str] = "report.html") -> Path:
@@ -92,7 +84,7 @@ def page_of(ds: xr.Dataset, name: str, journal: Journal | None = None) -> str:
             f"{name} holds results of kind {kind!r}, for which there is no page; "
             f"kinds with a page are {', '.join(KINDS)}"
         )
-    page: str = import_module(f"patchsweep.report.{KINDS[kind]}").build(ds.load())
+    page: str = import_module(f"patchsweep.report.{kind}").build(ds.load())
     return page
 
 

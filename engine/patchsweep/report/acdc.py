@@ -6,18 +6,13 @@ import numpy as np
 import xarray as xr
 
 from patchsweep.data.show import count, esc, number, plural
-from patchsweep.report.graph import Drawn, draw_graph
+from patchsweep.report.graph import STYLE, Drawn, graph_of_edges
 from patchsweep.report.html import fact_list, numbers, table
 from patchsweep.report.question import model_name
 from patchsweep.report.shell import page, section
 from patchsweep.report.tables import provenance_table
 
 N_DRAWN = 60  # most edges in one picture
-
-_STYLE = """
-.graph { display: block; }
-.scroll.figure { border: 1px solid var(--line); border-radius: 4px; padding: .5rem; }
-"""
 
 
 def build(ds: xr.Dataset) -> str:
@@ -28,7 +23,7 @@ def build(ds: xr.Dataset) -> str:
         title = f"The circuit at {float(threshold):g}"
         parts.append(section(f"circuit-{i}", title, _drawing(ds.isel(threshold=i))))
     parts.append(section("provenance", "Where the numbers come from", provenance_table(ds)))
-    return page(f"Pruned circuits of {model}", parts, style=_STYLE)
+    return page(f"Pruned circuits of {model}", parts, style=STYLE)
 
 
 def _header(ds: xr.Dataset, model: str) -> str:
@@ -79,8 +74,7 @@ def _drawing(one: xr.Dataset) -> str:
     ]
     if not drawn:
         return '<p class="empty">No edge is left.</p>'
-    group = int(one.attrs["n_heads"]) // int(one.attrs["n_kv_heads"])
-    svg = draw_graph(["embed", "logits"], drawn, group=group, label="The edges that are left")
+    svg = graph_of_edges(one, drawn, "The edges that are left")
     return (
         f"<p>The {plural(len(drawn), 'edge')} whose removal would add most, of "
         f"{count(int(one['n_edges']))} that are left. The wider, the more.</p>"

@@ -11,7 +11,7 @@ import xarray as xr
 from patchsweep.analyses.attention import RankedHead, ranked_heads
 from patchsweep.data.show import count, esc, number, percent, plural, token_html, visible
 from patchsweep.report.figure import BLUES, RED_BLUE
-from patchsweep.report.html import numbers, table
+from patchsweep.report.html import choice, marked, numbers, table
 from patchsweep.report.question import model_name
 from patchsweep.report.shell import page, resource, section
 
@@ -84,23 +84,19 @@ def _header(ds: xr.Dataset, model: str) -> str:
 
 
 def _controls(ds: xr.Dataset, n_shown: int) -> str:
-    pairs = [
-        f'<option value="{pair}">{pair}: {esc(visible(str(ds["answer"].values[pair])))} or '
-        f"{esc(visible(str(ds['wrong_answer'].values[pair])))}</option>"
-        for pair in range(n_shown)
-    ]
-    metrics = [
-        f'<option value="{i}">{esc(str(name))}</option>'
-        for i, name in enumerate(ds["metric"].values)
-    ]
+    right, wrong = (
+        [visible(str(text)) for text in ds[name].values] for name in ("answer", "wrong_answer")
+    )
+    pairs = [f"{pair}: {right[pair]} or {wrong[pair]}" for pair in range(n_shown)]
+    metrics = [str(name) for name in ds["metric"].values]
+    weighted = [("", "probability"), ("1", "weighted by |v|")]
     n_pairs = ds.sizes["pair"]
     note = f"<span>{plural(n_pairs, 'pair')} in the store; here the first {n_shown}.</span>"
     return (
         '<div class="controls">'
-        f'<label>pair <select id="pair">{"".join(pairs)}</select></label>'
-        f'<label>metric <select id="metric">{"".join(metrics)}</select></label>'
-        '<label>patterns <select id="weighted"><option value="">probability</option>'
-        '<option value="1">weighted by |v|</option></select></label>'
+        f"{choice('pair', 'pair', [*enumerate(pairs)], always=True)}"
+        f"{choice('metric', 'metric', [*enumerate(metrics)], always=True)}"
+        f"{choice('weighted', 'patterns', weighted)}"
         f"{note if n_shown < n_pairs else ''}</div>"
     )
 
@@ -110,11 +106,8 @@ def _pair(ds: xr.Dataset, pair: int) -> str:
     base, source = (_tokens(ds, run, pair) for run in ("base", "source"))
     rows = []
     for run, tokens, others in (("base", base, source), ("source", source, base)):
-        marked = "".join(
-            token_html(token) if token == other else f"<mark>{token_html(token)}</mark>"
-            for token, other in zip(tokens, others, strict=True)
-        )
-        rows.append(f"<tr><th>{run}</th><td>{marked}</td></tr>")
+        differs = (token != other for token, other in zip(tokens, others, strict=True))
+        rows.append(f"<tr><th>{run}</th><td>{''.join(marked(tokens, differs))}</td></tr>")
     values = ", ".join(
         f"{esc(str(name))} {number(float(ds['base_metric'][i, pair]), sign=True)} in the base run, "
         f"{number(float(ds['source_metric'][i, pair]), sign=True)} in the source run"

@@ -19,7 +19,7 @@ from patchsweep.report.figure import (
     level_lines,
     plain,
 )
-from patchsweep.report.graph import Drawn, draw_graph
+from patchsweep.report.graph import HOW_TO_READ, STYLE, Drawn, graph_of_edges, heads_per_key
 from patchsweep.report.html import fact_list, numbers, table
 from patchsweep.report.shell import page, section
 from patchsweep.report.tables import provenance_table
@@ -30,11 +30,7 @@ FAITHFUL = 0.8  # the page draws the smallest circuit with this faithfulness
 N_DRAWN = 60  # most edges in the picture
 N_LISTED = 30
 
-_STYLE = """
-.graph { display: block; }
-.scroll.figure { border: 1px solid var(--line); border-radius: 4px; padding: .5rem; }
-tr.chosen td { font-weight: 600; }
-"""
+_STYLE = f"{STYLE}tr.chosen td {{ font-weight: 600; }}\n"
 _ABLATED = {
     "resample": "is what it would be on the <b>corrupted</b> prompt",
     "mean": "is its mean over the clean prompts",
@@ -243,7 +239,7 @@ def _edges(ds: xr.Dataset) -> str:
         score, rank = float(scores[sender, reader]), int(ranks[sender, reader])
         title = f"{u} → {v}: number {rank + 1}, {_effect(score)}"
         drawn.append(Drawn(u, v, -score, title))
-    group = int(ds.attrs["n_heads"]) // int(ds.attrs["n_kv_heads"])
+    group = heads_per_key(ds)
     shared = (
         f" Keys and values are read once for {group} heads: they have boxes of their own (kv)."
         if group > 1
@@ -254,10 +250,9 @@ def _edges(ds: xr.Dataset) -> str:
         if n > len(drawn)
         else f"All {plural(len(drawn), 'edge')} are drawn"
     )
-    svg = draw_graph(["embed", "logits"], drawn, group=group, label="The circuit as a graph")
+    svg = graph_of_edges(ds, drawn, "The circuit as a graph")
     return (
-        f"<p>{_which(ds, size, plural(n, 'edge'))} {part}. Read it upwards: tokens enter at the "
-        "bottom, each row is a layer (rows without a box are left out), the logits are on top. "
+        f"<p>{_which(ds, size, plural(n, 'edge'))} {part}. {HOW_TO_READ} "
         '<b class="blue">Blue</b>: the metric falls without the edge. <b class="red">Red</b>: it '
         "rises. The wider, the more, by the score that ranked it. Letters below a head say what "
         f"reads: q, k or v.{shared} Point at a line for its numbers.</p>"

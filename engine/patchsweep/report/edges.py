@@ -11,7 +11,7 @@ import xarray as xr
 
 from patchsweep.data.show import count, esc, number, plural, token_html, visible
 from patchsweep.report import question
-from patchsweep.report.graph import Drawn, draw_graph
+from patchsweep.report.graph import HOW_TO_READ, Drawn, graph_of_edges, heads_per_key
 from patchsweep.report.html import fact_list, numbers, table
 from patchsweep.report.shell import page, section
 from patchsweep.report.tables import provenance_table
@@ -189,7 +189,7 @@ def _graph(ds: xr.Dataset, rows: Sequence[Row], unit: str) -> str:
         return ""
     top = rows[:N_DRAWN]
     drawn = [Drawn(row.sender, row.reader, row.value, _title(row, unit)) for row in top]
-    group = int(ds.attrs["n_heads"]) // int(ds.attrs["n_kv_heads"])
+    group = heads_per_key(ds)
     over = "" if ds.sizes["pair"] == 1 else f", mean over {plural(ds.sizes['pair'], 'pair')}"
     shared = (
         f" Keys and values are read once for {group} heads: they have boxes of their own (kv), "
@@ -197,14 +197,11 @@ def _graph(ds: xr.Dataset, rows: Sequence[Row], unit: str) -> str:
         if group > 1
         else ""
     )
-    svg = draw_graph(
-        ["embed", "logits"], drawn, group=group, label=f"The {len(drawn)} largest edges as a graph"
-    )
+    svg = graph_of_edges(ds, drawn, f"The {len(drawn)} largest edges as a graph")
     return (
         f"<p>The {plural(len(drawn), 'edge')} with the largest "
-        f"{'exact effects' if math.isfinite(top[0].exact) else 'estimates'}{over}. Read it "
-        "upwards: tokens enter at the bottom, each row is a layer (rows without a box are left "
-        'out), the logits are on top. <b class="blue">Blue</b>: the edge raises the metric. '
+        f"{'exact effects' if math.isfinite(top[0].exact) else 'estimates'}{over}. "
+        f'{HOW_TO_READ} <b class="blue">Blue</b>: the edge raises the metric. '
         '<b class="red">Red</b>: it lowers it. The wider, the larger. Letters below a head say '
         f"what reads: q, k or v.{shared} Point at a line for its numbers.</p>"
         f'<div class="scroll figure">{svg}</div>'

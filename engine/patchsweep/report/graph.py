@@ -15,10 +15,21 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+import xarray as xr
+
 from patchsweep.data.show import esc, number
 
 BLUE, RED = "#1d5c9e", "#a8152a"  # raises the metric, lowers it; the colours of style.css
 
+# of pages with a graph
+STYLE = """
+.graph { display: block; }
+.scroll.figure { border: 1px solid var(--line); border-radius: 4px; padding: .5rem; }
+"""
+HOW_TO_READ = (
+    "Read it upwards: tokens enter at the bottom, each row is a layer (rows without a box are left "
+    "out), the logits are on top."
+)
 _ROW = 54  # pixels from row to row
 _BOX = (54, 24)  # width and height of a box
 _LANE = 20  # width of a line that passes a row
@@ -117,6 +128,20 @@ def draw_graph(
     ranks = _order(ranks)
     _straighten(ranks)
     return _svg(rows, ranks, list(boxes.values()), lines, paths, unit, label)
+
+
+def graph_of_edges(ds: xr.Dataset, edges: Sequence[Drawn], label: str, unit: str = "") -> str:
+    """Return `draw_graph` of edges of a model, from the embeddings to the logits.
+
+    `ds` is the Dataset of an analysis of edges, which says how many heads share keys and values.
+    """
+    nodes = ("embed", "logits")
+    return draw_graph(nodes, edges, group=heads_per_key(ds), unit=unit, label=label)
+
+
+def heads_per_key(ds: xr.Dataset) -> int:
+    """Return how many query heads read one key-value head, in the model of an analysis."""
+    return int(ds.attrs["n_heads"]) // int(ds.attrs["n_kv_heads"])
 
 
 def _place(name: str, group: int) -> _Place:

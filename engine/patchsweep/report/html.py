@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from patchsweep.data.show import esc
+from patchsweep.data.show import esc, token_html
 
 
 def table(columns: Iterable[str], rows: Iterable[str], texts: Collection[str] = ()) -> str:
@@ -37,6 +37,30 @@ def fact_list(facts: Iterable[tuple[str, str]]) -> str:
     """Return a list of names (plain texts) and what is known of each (HTML)."""
     inner = "".join(f"<div><dt>{esc(name)}</dt><dd>{value}</dd></div>" for name, value in facts)
     return f'<dl class="facts">{inner}</dl>'
+
+
+def word_list(words: Mapping[str, str]) -> str:
+    """Return terms and what they mean, both plain texts, as a list."""
+    items = "".join(f"<div><dt>{esc(k)}</dt><dd>{esc(v)}</dd></div>" for k, v in words.items())
+    return f'<dl class="words">{items}</dl>'
+
+
+def choice(
+    name: str, label: str, options: Sequence[tuple[object, str]], *, always: bool = False
+) -> str:
+    """Return a selector of (value, plain text).
+
+    It is hidden, but there for scripts, if it has one option and is not to be shown `always`.
+    """
+    inner = "".join(f'<option value="{esc(v)}">{esc(text)}</option>' for v, text in options)
+    hidden = " hidden" if len(options) < 2 and not always else ""
+    return f'<label{hidden}>{label} <select id="{name}">{inner}</select></label>'
+
+
+def marked(tokens: Iterable[str], marks: Iterable[bool]) -> list[str]:
+    """Return each token as HTML, those with a mark in <mark>."""
+    html = ((token_html(token), mark) for token, mark in zip(tokens, marks, strict=True))
+    return [f"<mark>{token}</mark>" if mark else token for token, mark in html]
 
 
 def embed_json(value: object) -> str:

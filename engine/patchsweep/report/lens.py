@@ -12,7 +12,7 @@ from patchsweep.analyses.logit_lens import findings as lens_findings
 from patchsweep.analyses.logit_lens.findings import Place, Removal
 from patchsweep.data.show import esc, number, plural, rank, token_html, visible
 from patchsweep.report.figure import SERIES, figure, figure_scripts, plain
-from patchsweep.report.html import fact_list, numbers, table
+from patchsweep.report.html import choice, fact_list, numbers, table, word_list
 from patchsweep.report.question import behind_means
 from patchsweep.report.shell import page, resource, section
 from patchsweep.report.tables import provenance_table
@@ -34,7 +34,7 @@ def build(ds: xr.Dataset) -> str:
         _curves(ds) if grid else "",
         _sublayers(ds) if "without" in ds else "",
         section("provenance", "Where the numbers come from", provenance_table(ds)),
-        section("words", "Words", _WORDS),
+        section("words", "Words", word_list(_WORDS)),
     ]
     return page(
         f"The lens on {_model(ds)}",
@@ -116,10 +116,10 @@ def _grid_section(ds: xr.Dataset) -> str:
     runs, pairs = _runs(ds), _pairs(ds)
     shown = pairs[:MAX_PAIRS]
     parts = [
-        _choice("pair", "Pair", [(i, f"{p}: {_short_answer(ds, p)}") for i, p in enumerate(shown)]),
-        _choice("run", "Run", list(enumerate(runs)) + ([("change", "change")] if runs[1:] else [])),
-        _choice("rows", "Rows", [("blocks", "after each block"), ("all", "after attention too")]),
-        _choice(
+        choice("pair", "Pair", [(i, f"{p}: {_short_answer(ds, p)}") for i, p in enumerate(shown)]),
+        choice("run", "Run", list(enumerate(runs)) + ([("change", "change")] if runs[1:] else [])),
+        choice("rows", "Rows", [("blocks", "after each block"), ("all", "after attention too")]),
+        choice(
             "colour",
             "Colour",
             [
@@ -152,13 +152,6 @@ def _grid_section(ds: xr.Dataset) -> str:
     return section("grid-section", "Layer by layer, word by word", f"{how}{nav}{grid}") + (
         '<div id="told" role="status" hidden></div>'
     )
-
-
-def _choice(name: str, label: str, options: Sequence[tuple[Any, str]]) -> str:
-    """Return a selector; it is hidden if it has one option, so that scripts can read its value."""
-    inner = "".join(f'<option value="{esc(v)}">{esc(text)}</option>' for v, text in options)
-    hidden = " hidden" if len(options) < 2 else ""
-    return f'<label{hidden}>{label} <select id="{name}">{inner}</select></label>'
 
 
 def _curves(ds: xr.Dataset) -> str:
@@ -387,29 +380,13 @@ def _model(ds: xr.Dataset) -> str:
     return str(known or "the model")
 
 
-_WORDS = (
-    '<dl class="words">'
-    + "".join(
-        f"<div><dt>{name}</dt><dd>{text}</dd></div>"
-        for name, text in (
-            (
-                "residual stream",
-                "The sum that every block reads and adds to; one vector for each position.",
-            ),
-            (
-                "lens",
-                "Reading that sum before the end as if it were the end (nostalgebraist's logit "
-                "lens). Early layers speak a basis of their own, so their words are often noise.",
-            ),
-            ("rank", "How many tokens the model holds more probable; 0 is the first guess."),
-            (
-                "answer, wrong answer",
-                "The right continuation of the clean prompt, and of the corrupted one. Of answers "
-                "of several tokens the grid reads the first that tells the two answers apart, "
-                "after those that they share.",
-            ),
-            ("sublayer", "The attention or the MLP of one layer: what writes into the stream."),
-        )
-    )
-    + "</dl>"
-)
+_WORDS = {
+    "residual stream": "The sum that every block reads and adds to; one vector for each position.",
+    "lens": "Reading that sum before the end as if it were the end (nostalgebraist's logit lens). "
+    "Early layers speak a basis of their own, so their words are often noise.",
+    "rank": "How many tokens the model holds more probable; 0 is the first guess.",
+    "answer, wrong answer": "The right continuation of the clean prompt, and of the corrupted "
+    "one. Of answers of several tokens the grid reads the first that tells the two answers apart, "
+    "after those that they share.",
+    "sublayer": "The attention or the MLP of one layer: what writes into the stream.",
+}

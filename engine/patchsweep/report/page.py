@@ -10,6 +10,7 @@ from patchsweep.data.show import esc, plural
 from patchsweep.errors import StoreError
 from patchsweep.report import comparison, question
 from patchsweep.report.heatmap import Figure, draw_site
+from patchsweep.report.html import choice
 from patchsweep.report.shell import get_plotlyjs, page, resource, section
 from patchsweep.report.tables import (
     Journal,
@@ -137,11 +138,9 @@ def _controls(ds: xr.Dataset, metrics: Sequence[str], views: Sequence[View]) -> 
     """Return the selectors as HTML; "" if none has two options."""
     parts = []
     if len(metrics) > 1:
-        options = "".join(f'<option value="{esc(m)}">{esc(m)}</option>' for m in metrics)
-        parts.append(f'<label>Metric <select id="metric">{options}</select></label>')
+        parts.append(choice("metric", "Metric", [(m, m) for m in metrics]))
     if len(views) > 1:
-        options = "".join(f'<option value="{esc(v.key)}">{esc(v.label)}</option>' for v in views)
-        parts.append(f'<label>Pairs <select id="view">{options}</select></label>')
+        parts.append(choice("view", "Pairs", [(v.key, v.label) for v in views]))
     n_single, n_pairs = sum(v.pair is not None for v in views), ds.sizes["pair"]
     if n_single < n_pairs:
         parts.append(

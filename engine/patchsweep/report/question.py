@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from patchsweep.data.show import count, esc, number, percent, plural, token_html
-from patchsweep.report.html import fact_list
+from patchsweep.report.html import fact_list, word_list
 from patchsweep.report.views import View, has_source
 from patchsweep.results import accessor as summary
 from patchsweep.results.stated import stated_errors
@@ -182,8 +182,7 @@ def _without_unpatched(ds: xr.Dataset) -> int:
 
 def words() -> str:
     """Return the legend of terms as an HTML definition list."""
-    items = "".join(f"<div><dt>{esc(k)}</dt><dd>{esc(v)}</dd></div>" for k, v in _WORDS.items())
-    return f'<dl class="words">{items}</dl>'
+    return word_list(_WORDS)
 
 
 def _prompt(ds: xr.Dataset, pair: int) -> str:

@@ -8,6 +8,7 @@ import xarray as xr
 from patchsweep.analyses.tracing import largest_effects
 from patchsweep.data.show import esc, number, plural, token_html
 from patchsweep.report.figure import RED_BLUE, figure, figure_scripts, plain
+from patchsweep.report.html import marked
 from patchsweep.report.question import model_name
 from patchsweep.report.shell import page, section
 from patchsweep.store.attributes import attributes
@@ -49,10 +50,7 @@ def _pair(ds: xr.Dataset, metric: str, pair: int) -> str:
     n_pos = int((one["token"] != "").sum())
     tokens = [str(token) for token in one["token"].values[:n_pos]]
     noisy = one["noised"].values[:n_pos]
-    prompt = "".join(
-        f"<mark>{token_html(token)}</mark>" if marked else token_html(token)
-        for token, marked in zip(tokens, noisy, strict=True)
-    )
+    prompt = "".join(marked(tokens, noisy))
     clean, noised = (float(one[f"{x}_metric"]) for x in ("clean", "noised"))
     drawn = "".join(
         _map(one.sel(kind=kind), str(kind), tokens, noisy, f"map-{pair}-{i}")

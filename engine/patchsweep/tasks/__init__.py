@@ -7,6 +7,7 @@ well that model does the task without patches.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -16,7 +17,7 @@ from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import PromptError
 from patchsweep.tasks.addition import ADDITION
 from patchsweep.tasks.base import Task, load_pairs
-from patchsweep.tasks.check import TaskCheck, check_pairs, check_task_pairs, keep_answered
+from patchsweep.tasks.check import TaskCheck, check_pairs, keep_answered
 from patchsweep.tasks.docstring import DOCSTRING
 from patchsweep.tasks.facts import FACTS
 from patchsweep.tasks.greater_than import GREATER_THAN
@@ -41,22 +42,8 @@ __all__ = [
     "text_pairs",
 ]
 
-TASKS: Mapping[str, Task] = MappingProxyType(
-    {
-        task.name: task
-        for task in (
-            IOI_DEMO,
-            IOI,
-            FACTS,
-            GREATER_THAN,
-            DOCSTRING,
-            PRONOUNS,
-            SVA,
-            ADDITION,
-            INDUCTION,
-        )
-    }
-)
+_TASKS = (IOI_DEMO, IOI, FACTS, GREATER_THAN, DOCSTRING, PRONOUNS, SVA, ADDITION, INDUCTION)
+TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _TASKS})
 
 
 def find_task(name: str) -> Task:
@@ -104,4 +91,5 @@ def check_task(
     Raises:
         PromptError: as `load_task`.
     """
-    return check_task_pairs(model, find_task(name), n_pairs, seed, **options)
+    pairs = load_task(model, find_task(name), n_pairs, seed, **options)
+    return replace(check_pairs(model, pairs), task=name, seed=seed)

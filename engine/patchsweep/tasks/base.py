@@ -155,6 +155,23 @@ def compose(
     return text, spans
 
 
+def swap(
+    template: str,
+    fields: Mapping[str, str],
+    swapped: Mapping[str, str],
+    answers: tuple[str, str],
+    labels: Collection[str],
+) -> PromptRecord:
+    """Return the pair of the template filled with `fields`, and with `swapped` in their place.
+
+    `answers` are the right ones after the first and the second. `labels` are fields, and `end`.
+    """
+    clean, spans = compose(template, fields)
+    corrupted, _ = compose(template, {**fields, **swapped})
+    kept = {label: spans[label] for label in labels if label != "end"}
+    return PromptRecord(clean, corrupted, *answers, {**kept, "end": end_of(clean)})
+
+
 def words(text: str) -> tuple[str, ...]:
     """Split a text at white space."""
     return tuple(text.split())

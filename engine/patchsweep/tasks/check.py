@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -16,7 +15,6 @@ from patchsweep.data.show import count, number, table_html, token_html
 from patchsweep.errors import PromptError
 from patchsweep.models.offload import device_of
 from patchsweep.models.running import runs_model
-from patchsweep.tasks.base import Task, load_pairs
 
 _ROWS = 8  # prompts per batch: their logits over the whole vocabulary must fit in memory
 
@@ -65,18 +63,6 @@ class TaskCheck:
             for a in self.answers
         ]
         return table_html(names, rows)
-
-
-def check_task_pairs(
-    model: TransformerBridge, task: Task, n_pairs: int | None, seed: int, **options: Any
-) -> TaskCheck:
-    """Score `model` on pairs of `task`; see `check_pairs`.
-
-    Raises:
-        PromptError: as `load_pairs`.
-    """
-    pairs = load_pairs(model, task, n_pairs, seed, **options)
-    return replace(check_pairs(model, pairs), task=task.name, seed=seed)
 
 
 def check_pairs(model: TransformerBridge, pairs: PromptPairs) -> TaskCheck:
