@@ -14,8 +14,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from patchsweep.cli.app import as_config, compose
-from patchsweep.cli.schema.intervention import read_intervention
-from patchsweep.cli.schema.run import RunConfig, SitesConfig
+from patchsweep.cli.schema.run import RunConfig, SitesConfig, read_intervention
 from patchsweep.errors import ConfigError, StoreError
 from patchsweep.spec.directions import Scale
 from patchsweep.spec.spec import Request, SweepSpec, make_request

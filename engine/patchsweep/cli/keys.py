@@ -15,11 +15,10 @@ from patchsweep.errors import ConfigError
 
 def keys_of(schema: type[RunConfig]) -> Keys:
     """Return every key of `schema`; a group has the keys of all its classes."""
-    fields_of_schema = _of_class(schema)
-    return {
-        name: _of_group(name) if name in GROUPS else below
-        for name, below in fields_of_schema.items()
-    }
+    keys = dict(_of_class(schema))
+    for group, classes in GROUPS.items():
+        keys[group] = {name: below for one in classes for name, below in _of_class(one).items()}
+    return keys
 
 
 def refuse_unknown(key: str, schema: type[RunConfig], verb: str) -> bool:
@@ -32,16 +31,11 @@ def refuse_unknown(key: str, schema: type[RunConfig], verb: str) -> bool:
     parts = key.split(".")
     for depth, part in enumerate(parts, start=1):
         if part not in at:
-            raise ConfigError(unknown(key, schema, verb))
+            raise ConfigError(unknown_words(key, keys_of(schema), verb))
         at = at[part]
         if at is ANY:
             return depth < len(parts)
     return False
-
-
-def unknown(key: str, schema: type[RunConfig], verb: str) -> str:
-    """Return the error message for an unknown `key`, with similar keys."""
-    return unknown_words(key, keys_of(schema), verb)
 
 
 def elsewhere(key: str, chosen: type | None) -> str:
@@ -64,10 +58,6 @@ def elsewhere(key: str, chosen: type | None) -> str:
     if owners and "schema" not in owners:
         text += f"; {name} belongs to {' and '.join(f'{group}={owner}' for owner in owners)}"
     return text
-
-
-def _of_group(group: str) -> Keys:
-    return {name: below for one in GROUPS[group] for name, below in _of_class(one).items()}
 
 
 def _of_class(one: type) -> Keys:

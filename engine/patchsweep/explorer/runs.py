@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -260,16 +260,16 @@ class Explorer:
                 run.close("cancelled")
                 return
             if sites:
-                self._guarded(run, sites[0], self._sweep)
+                self._guarded(run, sites[0])
                 self._next(run, sites[1:])
             else:
                 run.close()
 
         self._thread.submit(job)
 
-    def _guarded(self, run: Run, site: str, do: Callable[[Run, str], None]) -> None:
+    def _guarded(self, run: Run, site: str) -> None:
         try:
-            do(run, site)
+            self._sweep(run, site)
         except Cancelled:
             pass  # the next job says so
         except PatchsweepError as error:

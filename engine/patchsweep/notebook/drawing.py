@@ -27,8 +27,7 @@ class Drawing:
     def save(self, path: str | PathLike[str]) -> Path:
         """Write the picture to an SVG file and return its path."""
         out = user_path(Path(path))
-        svg = self.svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
-        out.write_text(self.svg if "xmlns=" in self.svg else svg, encoding="utf-8")
+        out.write_text(self.svg, encoding="utf-8")
         return out
 
 

@@ -10,9 +10,7 @@ import xarray as xr
 
 from patchsweep.data.show import count, esc, number, plural
 from patchsweep.results import accessor as summary
-from patchsweep.results.compare import Agreement, Measure, at, compare, thresholds
-
-__all__ = ["Panel", "compare_panels", "thresholds"]
+from patchsweep.results.compare import Agreement, Measure, at, compare, means_of_both
 
 MAX_POINTS = 1000
 """Points drawn: half of them the largest, the rest a fixed random sample."""
@@ -46,15 +44,7 @@ def compare_panels(ds: xr.Dataset) -> list[Panel]:
 
 
 def _panel(ds: xr.Dataset, name: str, found: Agreement) -> Panel:
-    exact = summary.effect_mean(ds, found.site).squeeze("metric", drop=True)
-    known = np.isfinite(summary.effect(ds, found.site))
-    estimate = summary.effect(ds, name).where(known).mean("pair").squeeze("metric", drop=True)
-    estimate = estimate.transpose(*exact.dims)
-    x, y = exact.values.astype(np.float64).ravel(), estimate.values.astype(np.float64).ravel()
-    if summary.is_absolute(ds, name):
-        x = np.abs(x)  # the estimate has no sign
-    # cells where both are exactly zero are dead: known without a run, they would raise the scores
-    cells = np.flatnonzero(np.isfinite(x) & np.isfinite(y) & ((x != 0) | (y != 0)))
+    exact, x, y, cells = means_of_both(ds, found.site, name)
     x, y = x[cells], y[cells]
 
     shown = _sample(x, y)

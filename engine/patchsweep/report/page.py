@@ -23,6 +23,7 @@ from patchsweep.report.tables import (
 )
 from patchsweep.report.views import View, choose_views, has_source
 from patchsweep.results import accessor as summary
+from patchsweep.results.compare import thresholds
 
 _WIDE = 30  # columns from which a map takes the page's full width
 
@@ -201,7 +202,7 @@ def _comparison(panels: Sequence[comparison.Panel]) -> str:
         return ""
     how = (
         "<p>Each point is one patch: its exact effect across, its estimate up. On the diagonal "
-        f"the estimate is right. {comparison.thresholds()}</p>"
+        f"the estimate is right. {thresholds()}</p>"
     )
     grid = f'<div class="grid">{"".join(p.html for p in panels)}</div>'
     return section("comparison", "How far the estimates can be trusted", how + grid)

@@ -17,29 +17,6 @@ from patchsweep.results.effects import Effect, Effects
 from patchsweep.results.resampling import bootstrap, sign_flip, tested_q
 from patchsweep.results.rounding import BF16, NOISE, floor_of_mean, noise_floor
 
-__all__ = [
-    "Effect",
-    "Effects",
-    "effect",
-    "effect_mean",
-    "estimates",
-    "gap",
-    "interval",
-    "is_absolute",
-    "largest",
-    "metric_name",
-    "missing",
-    "n_pairs",
-    "p_value",
-    "recovered",
-    "recovered_mean",
-    "shared_tokens",
-    "sites",
-    "small_gaps",
-    "unit_dim",
-    "value",
-]
-
 SMALL_GAP = 0.1
 """A pair is flagged when its |source - base| is below this fraction of the metric's median."""
 
@@ -270,21 +247,17 @@ def largest(
             below 1, or a placebo is given for one pair.
     """
     whole_number("n", n, least=1)
-    control = control_of(placebo, site, metric_name(ds, metric), pair)
-    one = ds.sel(metric=[metric_name(ds, metric)])
-    if pair is not None:
-        if pair not in ds["pair"].values:
-            raise PlanError(f"pair={pair} is not in the store; it has {ds['pair'].values.tolist()}")
-        one = one.sel(pair=[pair])
+    name = metric_name(ds, metric)
+    control = control_of(placebo, site, name, pair)
+    one = chosen(ds, name, pair)
     effects = effect_mean(one, site).squeeze("metric", drop=True)
     if "intervention" in effects.dims:
         raise PlanError(
             "ds holds several interventions; choose one, such as "
             f"ds.sel(intervention={str(ds['intervention'].values[0])!r})"
         )
-    values = value(one, site).mean("pair").squeeze("metric", drop=True)
-    fractions = recovered_mean(one, site).squeeze("metric", drop=True)
-    behind = n_pairs(one, site).squeeze("metric", drop=True)
+    arrays = value(one, site).mean("pair"), recovered_mean(one, site), n_pairs(one, site)
+    values, fractions, behind = (array.values.ravel() for array in arrays)
     unit = unit_dim(effects)
     tokens = shared_tokens(ds, pair)
     floor = noise_floor(one, site)
@@ -313,17 +286,29 @@ def largest(
                 pos=_label(effects, "pos", at),
                 token=tokens[at["pos"]] if "pos" in at else None,
                 head=_label(effects, unit, at) if unit else None,
-                value=float(values.values.ravel()[cell]),
+                value=float(values[cell]),
                 effect=float(effects.values.ravel()[cell]),
-                recovered=float(fractions.values.ravel()[cell]),
+                recovered=float(fractions[cell]),
                 noise=None if noise is None else float(noise[cell]),
                 error=None if errors is None else float(errors[cell]),
                 q=None if q is None else float(q[cell]),
                 control=control,
-                n_pairs=int(behind.values.ravel()[cell]),
+                n_pairs=int(behind[cell]),
             )
         )
     return top
+
+
+def chosen(ds: xr.Dataset, metric: str, pair: int | None) -> xr.Dataset:
+    """Return `ds` with one metric, and one pair if `pair` is not None; both keep their dim.
+
+    Raises:
+        PlanError: there is no such pair.
+    """
+    if pair is not None and pair not in ds["pair"].values:
+        raise PlanError(f"pair={pair} is not in the store; it has {ds['pair'].values.tolist()}")
+    one = ds.sel(metric=[metric])
+    return one if pair is None else one.sel(pair=[pair])
 
 
 def control_of(

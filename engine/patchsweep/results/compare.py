@@ -221,6 +221,25 @@ class Cells:
         return x, y
 
 
+def means_of_both(
+    ds: xr.Dataset, site: str, name: str
+) -> tuple[xr.DataArray, Floats, Floats, NDArray[np.int64]]:
+    """Return mean exact effects of `site`, which has the axes of the cells, then for flat cells
+    those, the estimates in `name` over the same pairs, and the cells where either is not zero.
+
+    `ds` has one metric. Where an estimate has no sign, the exact effects have none either.
+    """
+    exact = summary.effect_mean(ds, site).squeeze("metric", drop=True)
+    known = np.isfinite(summary.effect(ds, site))
+    estimate = summary.effect(ds, name).where(known).mean("pair").squeeze("metric", drop=True)
+    estimate = estimate.transpose(*exact.dims)
+    x, y = (array.values.astype(np.float64).ravel() for array in (exact, estimate))
+    if summary.is_absolute(ds, name):
+        x = np.abs(x)
+    # cells where both are exactly zero are dead: known without a run, they would raise the scores
+    return exact, x, y, np.flatnonzero(np.isfinite(x) & np.isfinite(y) & ((x != 0) | (y != 0)))
+
+
 def _cells(ds: xr.Dataset, site: str, name: str) -> Cells:
     effects = summary.effect(ds, site)
     exact = effects.squeeze("metric", drop=True)
@@ -303,14 +322,8 @@ def _agree(
         n_exact_missing=sum(c.n_exact_missing for c in cells),
         n_below_noise=n_below_noise,
         stated_error=max((x.largest for x in stated), default=math.nan),
-        pearson=values["pearson"],
-        spearman=values["spearman"],
-        kendall=values["kendall"],
-        slope=values["slope"],
-        sign_agreement=values["sign_agreement"],
         top_k=k,
-        recall=values["recall"],
-        precision=values["precision"],
+        **values,
         pearson_of_pairs=pearson(pairwise[0][known], pairwise[1][known]),
         misses=_misses(ds, cells, x, y, index),
         calibration=calibration(x, y),

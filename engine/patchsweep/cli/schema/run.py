@@ -24,11 +24,11 @@ from patchsweep.arguments import check_runner, is_whole
 from patchsweep.attribution import IntegratedInputs, IntegratedSite, Method
 from patchsweep.attribution.quadrature import Path
 from patchsweep.cli.early import OF_SWEEPS
-from patchsweep.cli.schema.intervention import read_intervention
 from patchsweep.cli.schema.task import BuiltinTask, FileTask, TaskConfig, TextTask
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import ConfigError
 from patchsweep.models import load_model, meta_model
+from patchsweep.spec.directions import Scale
 from patchsweep.spec.metrics import Metric
 from patchsweep.spec.spec import MetricLike, SweepSpec
 from patchsweep.sweeps.methods import MethodLike
@@ -36,6 +36,7 @@ from patchsweep.sweeps.screen_settings import Screen
 
 # its log of an object that cannot be imported repeats the error that it raises
 logging.getLogger("hydra.utils").disabled = True
+_SCALE = re.compile(r"scale\((.*)\)")
 # keys of the run's place, which do not change results; they stay out of provenance
 PLACES = ("store", "slice", "n_slices")
 # keys of memory limits, which do not change results either
@@ -203,6 +204,31 @@ def _own(target: Mapping[str, Any]) -> MetricLike:
             f"metric {dict(target)!r} cannot be made: {error}; give _target_ as module.function, "
             "on the Python path"
         ) from error
+
+
+def read_intervention(given: Any) -> Any:
+    """Return what `sweep` takes for a value of the key `intervention`.
+
+    It is a name, a number, `scale(0.5)`, or a mapping of names to such.
+
+    Raises:
+        ConfigError: the factor of a scale is no number.
+    """
+    if isinstance(given, Mapping):
+        return {str(name): _one(value) for name, value in given.items()}
+    return _one(given)
+
+
+def _one(given: Any) -> Any:
+    scale = _SCALE.fullmatch(given) if isinstance(given, str) else None
+    if scale is None:
+        return given
+    try:
+        return Scale(float(scale[1]))
+    except ValueError:
+        raise ConfigError(
+            f"intervention={given} has the factor {scale[1]!r}; give a number, as in scale(0.5)"
+        ) from None
 
 
 @dataclass
