@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import xarray as xr
 from rich.console import Console
-from rich.table import Table
 
 from patchsweep.analyses.circuits.acdc import THRESHOLDS, acdc
 from patchsweep.cli.analysis import AnalysisVerb
@@ -42,11 +41,7 @@ class AcdcRun(AnalysisRun):
 
 
 def _show(console: Console, ds: xr.Dataset, known: bool) -> None:
-    console.print(_table(ds))
-
-
-def _table(ds: xr.Dataset) -> Table:
-    """Return a table of the circuits, threshold by threshold."""
+    """Print the circuits, threshold by threshold."""
     columns = ("threshold", "edges left", "connected", "distance", "tried", "dead", "runs")
     table = table_of(columns, f"pruned by {ds.attrs['metric']}")
     names = ("n_candidates", "n_dead", "n_runs")
@@ -55,7 +50,7 @@ def _table(ds: xr.Dataset) -> Table:
         left = (f"{int(one[name]):,}" for name in ("n_edges", "n_connected"))
         counts = (f"{int(one[name]):,}" for name in names)
         table.add_row(f"{threshold:g}", *left, number(float(one["distance"])), *counts)
-    return table
+    console.print(table)
 
 
 main = AnalysisVerb("acdc", AcdcRun, acdc, _show)

@@ -17,7 +17,7 @@ from patchsweep.cli.console import table_of
 from patchsweep.cli.schema.run import AnalysisRun
 from patchsweep.data.show import number
 from patchsweep.errors import ConfigError
-from patchsweep.report.edges import Row, correlation, rows_of
+from patchsweep.report.edges import correlation, rows_of
 from patchsweep.results.stated import stated_errors
 from patchsweep.results.tolerance import tolerance_notes
 from patchsweep.store.attributes import attributes
@@ -101,7 +101,7 @@ def _table(ds: xr.Dataset) -> Table:
     title = f"largest effects on {metric}{unit}{over}"
     table = table_of((*texts, "estimate", "exact"), title, texts)
     for row in rows_of(ds, metric, N_SHOWN):
-        position = [_where(row)] if positions else []
+        position = [f"{row.pos} {row.token!r}" if row.token else str(row.pos)] if positions else []
         table.add_row(
             row.sender,
             row.reader,
@@ -110,10 +110,6 @@ def _table(ds: xr.Dataset) -> Table:
             number(row.exact, sign=True),
         )
     return table
-
-
-def _where(row: Row) -> str:
-    return f"{row.pos} {row.token!r}" if row.token else str(row.pos)
 
 
 main = AnalysisVerb("edges", EdgesRun, screen_edges, _show)

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import numpy as np
 import xarray as xr
 from rich.console import Console
-from rich.table import Table
 
 from patchsweep.analyses.latents import agreement, largest_latents, latents
 from patchsweep.cli.analysis import AnalysisVerb
@@ -77,6 +76,7 @@ def _read(given: Any) -> Dictionary:
 
 
 def _show(console: Console, ds: xr.Dataset, known: bool) -> None:
+    """Print how estimates agree, and the latents of the first pair with the largest effects."""
     n_live, n = int(ds.attrs["n_live"]), int(ds.attrs["n_patches"])
     console.print(f"{n_live:,} of {n:,} latents and positions change; the others are dead")
     for note in tolerance_notes(ds):
@@ -84,25 +84,20 @@ def _show(console: Console, ds: xr.Dataset, known: bool) -> None:
     for one in agreement(ds):
         if one.n:
             console.print(f"{one.method}: r = {number(one.pearson)} with {one.n:,} exact effects")
-    console.print(_table(ds))
-
-
-def _table(ds: xr.Dataset) -> Table:
-    """Return a table of the latents of the first pair with the largest effects."""
     texts = ("dictionary", "latent", "position")
     table = table_of((*texts, "change", "effect"), "largest effects in pair 0", texts)
-    for one in largest_latents(ds, n=N_SHOWN):
-        ran = np.isfinite(one.effect)
-        effect = one.effect if ran else next(iter(one.estimates.values()))
-        where = f"{one.pos} {one.token!r}"
+    for place in largest_latents(ds, n=N_SHOWN):
+        ran = np.isfinite(place.effect)
+        effect = place.effect if ran else next(iter(place.estimates.values()))
+        where = f"{place.pos} {place.token!r}"
         table.add_row(
-            one.dictionary,
-            str(one.latent),
+            place.dictionary,
+            str(place.latent),
             where,
-            number(one.change, sign=True),
+            number(place.change, sign=True),
             number(effect, sign=True),
         )
-    return table
+    console.print(table)
 
 
 main = AnalysisVerb("latents", LatentsRun, latents, _show)

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import xarray as xr
 from rich.console import Console
-from rich.table import Table
 
 from patchsweep.analyses.tracing import KINDS, Noise, largest_effects, trace
 from patchsweep.cli.analysis import AnalysisVerb
@@ -46,14 +45,10 @@ class TraceRun(AnalysisRun):
 
 
 def _show(console: Console, ds: xr.Dataset, known: bool) -> None:
+    """Print the places of the first pair with the largest effects, kind by kind."""
     name = str(ds["metric"].values[0])
     clean, noised = (float(ds[f"{x}_metric"][0].mean()) for x in ("clean", "noised"))
     console.print(f"{name}: {number(clean)} on the clean prompt, {number(noised)} under noise")
-    console.print(_table(ds))
-
-
-def _table(ds: xr.Dataset) -> Table:
-    """Return a table of the places of the first pair with the largest effects, kind by kind."""
     texts = ("kind", "layer", "position")
     title = "what brings most back, in pair 0"
     table = table_of((*texts, "effect", "95 % interval"), title, texts)
@@ -68,7 +63,7 @@ def _table(ds: xr.Dataset) -> Table:
                 number(place.effect, sign=True),
                 f"{low} to {high}",
             )
-    return table
+    console.print(table)
 
 
 main = AnalysisVerb("trace", TraceRun, trace, _show)

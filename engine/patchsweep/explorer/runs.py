@@ -152,16 +152,13 @@ class Watch:
         self._told = self._shown = 0.0
 
     def begin(self, n_units: int, total: int, done: int) -> None:
-        """See `executor.Progress`."""
         self._done = done
         self._check()
 
     def advance(self, unit: Unit, token_layers: int, n_live: int, seconds: float) -> None:
-        """See `executor.Progress`."""
         self._done += token_layers
 
     def item_done(self) -> None:
-        """See `executor.Progress`."""
         now = time.monotonic()
         if now - self._shown > _OFTEN_S:
             self._shown = now
@@ -169,22 +166,18 @@ class Watch:
         self._check()
 
     def waiting(self, n_units: int, holders: Mapping[str, int]) -> None:
-        """See `executor.Progress`."""
         self._check()
 
-    def stage(self, name: str) -> None:
-        """See `executor.Watching`."""
+    def stage(self, name: str) -> None: ...
 
     def within(self, token_layers: int) -> None:
-        """See `executor.Watching`."""
         self._check()
         now = time.monotonic()
         if now - self._told > _OFTEN_S:
             self._told = now
             self._run.bar(self._done + token_layers)
 
-    def end(self) -> None:
-        """See `executor.Watching`."""
+    def end(self) -> None: ...
 
     def _check(self) -> None:
         if self._run.cancelled.is_set():

@@ -17,6 +17,7 @@ from patchsweep.report.shell import page, section
 from patchsweep.report.tables import provenance_table
 from patchsweep.report.views import choose_views
 from patchsweep.results.stated import stated_errors
+from patchsweep.results.statistics import pearson
 from patchsweep.results.tolerance import tolerance_notes
 from patchsweep.store.attributes import attributes
 
@@ -105,12 +106,7 @@ def rows_of(ds: xr.Dataset, metric: str, most: int | None = None) -> list[Row]:
 def correlation(rows: Sequence[Row]) -> float:
     """Return the Pearson correlation of estimates and exact effects; NaN if one is constant."""
     compared = [(r.estimate, r.exact) for r in rows if math.isfinite(r.estimate + r.exact)]
-    if len(compared) < 3:
-        return math.nan
-    x, y = np.array(compared).T
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
-        return math.nan
-    return float(np.corrcoef(x, y)[0, 1])
+    return pearson(*np.array(compared).reshape(-1, 2).T)
 
 
 def build(ds: xr.Dataset) -> str:

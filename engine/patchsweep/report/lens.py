@@ -115,8 +115,10 @@ def _facts(ds: xr.Dataset) -> str:
 def _grid_section(ds: xr.Dataset) -> str:
     runs, pairs = _runs(ds), _pairs(ds)
     shown = pairs[:MAX_PAIRS]
+    texts = [visible(str(ds["answer"].sel(pair=pair).item()))[:20] for pair in shown]
+    answers = [(i, f"{shown[i]}: {text}") for i, text in enumerate(texts)]
     parts = [
-        choice("pair", "Pair", [(i, f"{p}: {_short_answer(ds, p)}") for i, p in enumerate(shown)]),
+        choice("pair", "Pair", answers),
         choice("run", "Run", list(enumerate(runs)) + ([("change", "change")] if runs[1:] else [])),
         choice("rows", "Rows", [("blocks", "after each block"), ("all", "after attention too")]),
         choice(
@@ -368,10 +370,6 @@ def _pairs(ds: xr.Dataset) -> list[int]:
 
 def _runs(ds: xr.Dataset) -> list[str]:
     return [str(run) for run in ds["run"].values]
-
-
-def _short_answer(ds: xr.Dataset, pair: int) -> str:
-    return visible(str(ds["answer"].sel(pair=pair).item()))[:20]
 
 
 def _model(ds: xr.Dataset) -> str:

@@ -81,9 +81,9 @@ def section(name: str, heading: str, html: str) -> str:
     return f'<section id="{name}"><h2>{heading}</h2>{html}</section>' if html else ""
 
 
-def resource(name: str) -> str:
-    """Return the text of a file of this package, such as `lens.js`."""
-    return resources.files("patchsweep.report").joinpath(name).read_text(encoding="utf-8")
+def resource(name: str, package: str = "patchsweep.report") -> str:
+    """Return the text of a file of a package, such as `lens.js`."""
+    return resources.files(package).joinpath(name).read_text(encoding="utf-8")
 
 
 @cache
