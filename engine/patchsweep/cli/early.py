@@ -87,13 +87,7 @@ def refuse(verb: str, words: Sequence[str]) -> None:
         for part in (root, name, short):
             if part in refused:
                 raise ConfigError(f"{word}: {refused[part]}")
-        at = keys
-        for part in name.split("."):
-            if part not in at:
-                raise ConfigError(unknown_words(name, keys, verb))
-            at = at[part]
-            if at is ANY:
-                break
+        refuse_unknown(name, keys, verb)
         if not value or is_choice(name, value) or set(value) & set("[]{}()'\",$"):
             continue  # Hydra reads what is no plain word
         if name == "task" and value.lower().endswith(SUFFIXES):
@@ -104,7 +98,23 @@ def refuse(verb: str, words: Sequence[str]) -> None:
             get_sites([value])
 
 
-def unknown_words(key: str, keys: Keys, verb: str) -> str:
+def refuse_unknown(key: str, keys: Keys, verb: str) -> bool:
+    """Return whether `key` lies in a free mapping of `keys`, which accepts any name.
+
+    Raises:
+        ConfigError: it is not known.
+    """
+    at, parts = keys, key.split(".")
+    for depth, part in enumerate(parts, start=1):
+        if part not in at:
+            raise ConfigError(_unknown(key, keys, verb))
+        at = at[part]
+        if at is ANY:
+            return depth < len(parts)
+    return False
+
+
+def _unknown(key: str, keys: Keys, verb: str) -> str:
     """Return the error message for an unknown `key`, with similar keys."""
     all_keys = list(flat(keys))
     last = key.rpartition(".")[2]

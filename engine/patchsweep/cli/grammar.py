@@ -14,8 +14,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Quote, QuotedString
 from hydra.errors import HydraException
 
-from patchsweep.cli.early import is_choice
-from patchsweep.cli.keys import refuse_unknown
+from patchsweep.cli.early import is_choice, refuse_unknown
+from patchsweep.cli.keys import keys_of
 from patchsweep.cli.schema.run import RunConfig
 from patchsweep.data.records import REQUIRED
 from patchsweep.data.tables import SUFFIXES
@@ -70,7 +70,7 @@ def _override(word: str, many: bool, verb: str, schema: type[RunConfig]) -> list
     name = key.lstrip("+")
     if not equals or name.partition(".")[0].partition("/")[0] == "hydra":
         return [word]
-    free = refuse_unknown(name, schema, verb)
+    free = refuse_unknown(name, keys_of(schema), verb)
     if name not in _MAIN_KEYS or is_choice(name, value):
         # known keys exist already, so + has a meaning only in a free mapping
         return [f"{'++' if free else ''}{name}={_value(name, value, many)}"]

@@ -8,9 +8,8 @@ from typing import Any, get_type_hints
 
 from hydra.conf import HydraConf
 
-from patchsweep.cli.early import ANY, Keys, flat, unknown_words
+from patchsweep.cli.early import ANY, Keys, flat
 from patchsweep.cli.schema.run import GROUPS, RunConfig
-from patchsweep.errors import ConfigError
 
 
 def keys_of(schema: type[RunConfig]) -> Keys:
@@ -19,23 +18,6 @@ def keys_of(schema: type[RunConfig]) -> Keys:
     for group, classes in GROUPS.items():
         keys[group] = {name: below for one in classes for name, below in _of_class(one).items()}
     return keys
-
-
-def refuse_unknown(key: str, schema: type[RunConfig], verb: str) -> bool:
-    """Return whether `key` lies in a free mapping, which accepts any name.
-
-    Raises:
-        ConfigError: no config of `verb` has the key.
-    """
-    at = keys_of(schema)
-    parts = key.split(".")
-    for depth, part in enumerate(parts, start=1):
-        if part not in at:
-            raise ConfigError(unknown_words(key, keys_of(schema), verb))
-        at = at[part]
-        if at is ANY:
-            return depth < len(parts)
-    return False
 
 
 def elsewhere(key: str, chosen: type | None) -> str:

@@ -62,27 +62,15 @@ def show(cost: Cost, console: Console) -> None:
     """Print the cost as a table and a few lines."""
     heads = ("patches", "live", "run exactly", "units", "token-layers", "a loop needs", "ratio")
     table = table_of(("site", *heads), texts=("site",))
+    counts = ("n_patches", "n_live", "n_exact", "n_units", "token_layers", "loop_token_layers")
     for site in cost.sites:
-        numbers = (
-            site.n_patches,
-            site.n_live,
-            site.n_exact,
-            site.n_units,
-            site.token_layers,
-            site.loop_token_layers,
-        )
         ratio = f"{site.loop_token_layers / site.token_layers:,.0f}" if site.token_layers else ""
-        table.add_row(site.site, *(f"{n:,}" for n in numbers), ratio)
+        table.add_row(site.site, *(f"{getattr(site, name):,}" for name in counts), ratio)
     for part in cost.parts:
         table.add_row(part.name, "", "", "", "", f"{part.token_layers:,}", "", "")
-    totals = (
-        cost.n_patches,
-        cost.n_live,
-        sum(site.n_exact for site in cost.sites),
-        sum(site.n_units for site in cost.sites),
-        cost.token_layers,
-        cost.loop_token_layers,
-    )
+    n_exact, n_units = (sum(getattr(site, name) for site in cost.sites) for name in counts[2:4])
+    ends = cost.token_layers, cost.loop_token_layers
+    totals = (cost.n_patches, cost.n_live, n_exact, n_units, *ends)
     ratio = f"{cost.loop_token_layers / max(1, cost.token_layers):,.0f}"
     table.add_section()
     table.add_row("all", *(f"{n:,}" for n in totals), ratio)

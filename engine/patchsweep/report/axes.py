@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,6 +65,17 @@ class Axes:
         shape = [array.sizes[d] if d else 1 for d in order]
         values = array.transpose(*(d for d in order if d)).values
         return values.astype(np.float32).reshape(shape)
+
+
+def strongest(
+    effect: np.ndarray, grids: Iterable[np.ndarray]
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Return where along the last axis |effect| is largest, and each of `grids` there.
+
+    NaN, such as a position that a prompt does not have, is never the largest.
+    """
+    at = np.nan_to_num(np.abs(effect), nan=-1.0).argmax(axis=-1)
+    return at, [np.take_along_axis(grid, at[..., None], axis=-1)[..., 0] for grid in grids]
 
 
 def lay_out(values: xr.DataArray) -> Axes:

@@ -10,7 +10,7 @@ import xarray as xr
 
 from patchsweep.data.show import count, esc, number, plural
 from patchsweep.results import accessor as summary
-from patchsweep.results.compare import Agreement, Measure, at, compare, means_of_both
+from patchsweep.results.compare import Agreement, Measure, at, comparable_in, compare, means_of_both
 
 MAX_POINTS = 1000
 """Points drawn: half of them the largest, the rest a fixed random sample."""
@@ -28,11 +28,8 @@ class Panel:
 
 def compare_panels(ds: xr.Dataset) -> list[Panel]:
     """Return a panel for each metric and each estimate whose site also has exact values."""
-    exact = set(summary.sites(ds))
-    comparable = [(n, s, m) for n, (s, m) in summary.estimates(ds).items() if s in exact]
-    comparable.sort(key=lambda f: summary.sites(ds).index(f[1]))
     panels = []
-    for name, site, method in comparable:
+    for name, site, method in comparable_in(ds):
         ends = {(method, site), (method, "")}
         attrs = {str(x): ds[x].attrs for x in ds.data_vars}
         stated = [x for x, of in attrs.items() if (of.get("method"), of.get("site")) in ends]

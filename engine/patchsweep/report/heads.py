@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from patchsweep.data.show import count, esc, number, plural
 from patchsweep.report import question
+from patchsweep.report.axes import strongest
 from patchsweep.report.figure import SERIES, colour_of
 from patchsweep.report.head_terms import ABLATIONS, CLASSES, RULES, class_name
 from patchsweep.report.html import fact_list, numbers, table
@@ -98,9 +99,7 @@ def heads_of(ds: xr.Dataset, metric: str) -> Heads:
     effect = effect.transpose("ablation", "layer", "head", ...)
     values, pos = effect.values.astype(np.float64), None
     if values.ndim > 3:
-        # a position that some prompt does not have is NaN, and never the largest
-        at = np.nan_to_num(np.abs(values), nan=-1).argmax(axis=-1)
-        values = np.take_along_axis(values, at[..., None], axis=-1)[..., 0]
+        at, (values,) = strongest(values, [values])
         pos = ds["pos"].values.astype(str).astype(object)[at]
     layers, heads = (tuple(int(i) for i in ds[dim].values) for dim in ("layer", "head"))
     classes: dict[tuple[int, int], list[str]] = {}

@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 
 from patchsweep.data.show import count, esc, number, percent, plural, token_html
-from patchsweep.report.axes import DIM_WORDS, Axes, folded, lay_out
+from patchsweep.report.axes import DIM_WORDS, Axes, folded, lay_out, strongest
 from patchsweep.report.views import View
 from patchsweep.results import accessor as summary
 
@@ -119,9 +119,7 @@ def _frame(
     source metric. `weak`: the gap is too small for fractions, so the map shows effects, whose
     usual size is `natural`.
     """
-    strength = np.nan_to_num(np.abs(grids[1]), nan=-1.0)
-    at = strength.argmax(axis=2)[..., None]
-    flat = [np.take_along_axis(g, at, axis=2)[..., 0] for g in grids]
+    at, flat = strongest(grids[1], grids)
     quantity = "effect" if weak else "recovered"
     if axes.rows and axes.columns:
         limit, n_beyond = colour_limit(flat[1 if weak else 2], natural if weak else NATURAL)
@@ -146,7 +144,7 @@ def _frame(
     if axes.hidden:
         cells["at"] = _pack(at, "<u2")
     value, effect, fraction = flat
-    caption_html = _seen(axes, view, value, effect, fraction, at[..., 0]) + _reading(
+    caption_html = _seen(axes, view, value, effect, fraction, at) + _reading(
         quantity,
         metric,
         limit,

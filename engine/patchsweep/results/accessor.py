@@ -6,7 +6,7 @@ returns new arrays; the Dataset is not changed. Cells that have not run are NaN 
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Sequence
 
 import numpy as np
 import xarray as xr
@@ -277,15 +277,15 @@ def largest(
     order = order[sizes[order] > (control or 0)]
     top = Effects()
     for cell in order[:n]:
-        at = dict(zip(effects.dims, np.unravel_index(cell, effects.shape), strict=True))
+        at, token = place_of(effects, cell, tokens)
         top.append(
             Effect(
                 site=site,
                 pair=pair,
-                layer=_label(effects, "layer", at),
-                pos=_label(effects, "pos", at),
-                token=tokens[at["pos"]] if "pos" in at else None,
-                head=_label(effects, unit, at) if unit else None,
+                layer=at.get("layer"),
+                pos=at.get("pos"),
+                token=token,
+                head=at[unit] if unit else None,
                 value=float(values[cell]),
                 effect=float(effects.values.ravel()[cell]),
                 recovered=float(fractions[cell]),
@@ -297,6 +297,20 @@ def largest(
             )
         )
     return top
+
+
+def place_of(
+    array: xr.DataArray, cell: int, tokens: Sequence[str | None]
+) -> tuple[dict[str, int | str], str | None]:
+    """Return the coordinates of flat index `cell`, by dim, and the token at its position.
+
+    The token is None where it is not known, and without positions.
+    """
+    index = dict(zip(map(str, array.dims), np.unravel_index(cell, array.shape), strict=True))
+    labels = {dim: array[dim].values[i] for dim, i in index.items()}
+    pos = int(index["pos"]) if "pos" in index else len(tokens)
+    plain = {d: int(x) if isinstance(x, np.integer) else str(x) for d, x in labels.items()}
+    return plain, (tokens[pos] or None) if pos < len(tokens) else None
 
 
 def chosen(ds: xr.Dataset, metric: str, pair: int | None) -> xr.Dataset:
@@ -373,14 +387,6 @@ def metric_name(ds: xr.Dataset, metric: str | None) -> str:
     if metric not in known:
         raise MetricError(f"metric={metric!r} is not in the store; it has {', '.join(known)}")
     return metric
-
-
-def _label(array: xr.DataArray, dim: str, at: dict[Hashable, np.intp]) -> int | str | None:
-    """Return the coordinate of `array` along `dim` at index `at[dim]`; None without that dim."""
-    if dim not in at:
-        return None
-    label = array[dim].values[at[dim]]
-    return int(label) if isinstance(label, np.integer) else str(label)
 
 
 def _pairs_first(effects: xr.DataArray) -> np.ndarray:

@@ -147,17 +147,12 @@ def compare(
     whole_number("top_k", top_k, least=1)
     ds = store if isinstance(store, xr.Dataset) else _open(store)
     exact_sites = summary.sites(ds)
-    comparable = [
-        (name, site, method)
-        for name, (site, method) in summary.estimates(ds).items()
-        if site in exact_sites
-    ]
+    comparable = comparable_in(ds)
     if not comparable:
         raise StoreError(
             "there is nothing to compare: no site has both exact values and estimates; run one "
             "sweep with method=[exact,atp], or method=screen"
         )
-    comparable.sort(key=lambda f: (exact_sites.index(f[1]), f[2]))
     sites: list[Agreement] = []
     overall: list[Agreement] = []
     for metric in [str(m) for m in ds["metric"].values]:
@@ -170,6 +165,13 @@ def compare(
                 overall.append(_agree(one, metric, method, cells, n_resamples, top_k))
     sites.sort(key=lambda a: (exact_sites.index(a.site), a.method))
     return Comparison(tuple(sites), tuple(overall))
+
+
+def comparable_in(ds: xr.Dataset) -> list[tuple[str, str, str]]:
+    """Return (variable, site, method) of each estimate whose site has exact values too."""
+    exact = summary.sites(ds)
+    named = [(name, *of) for name, of in summary.estimates(ds).items() if of[0] in exact]
+    return sorted(named, key=lambda one: (exact.index(one[1]), one[2]))
 
 
 def thresholds() -> str:
@@ -380,29 +382,21 @@ def _misses(
 
 def at(template: xr.DataArray, cell: int, tokens: Sequence[str | None]) -> dict[str, Any]:
     """Return the place of flat index `cell`: `place` in words, layer, pos, head and token."""
-    index = dict(zip(template.dims, np.unravel_index(cell, template.shape), strict=True))
-
-    def label(dim: str) -> int | str:
-        value = template[dim].values[index[dim]]
-        return int(value) if isinstance(value, np.integer) else str(value)
-
+    labels, token = summary.place_of(template, cell, tokens)
     letters = {"layer": "L", "head": "H", "kv_head": "KV", "neuron": "N", "pos": "@"}
-    unit = next((d for d in summary.UNIT_DIMS if d in index), None)
-    if unit in ("head", "kv_head") and "layer" in index:  # as in graphs and edges
-        parts = [f"a{label('layer')}.{'h' if unit == 'head' else 'kv'}{label(unit)}"]
-        parts += [f"@{label('pos')}"] if "pos" in index else []
+    unit = next((d for d in summary.UNIT_DIMS if d in labels), None)
+    if unit in ("head", "kv_head") and "layer" in labels:  # as in graphs and edges
+        parts = [f"a{labels['layer']}.{'h' if unit == 'head' else 'kv'}{labels[unit]}"]
+        parts += [f"@{labels['pos']}"] if "pos" in labels else []
     else:
-        parts = [f"{letters[d]}{label(d)}" for d in letters if d in index]
-    token = None
-    if "pos" in index and index["pos"] < len(tokens):
-        token = tokens[int(index["pos"])] or None
+        parts = [f"{letter}{labels[dim]}" for dim, letter in letters.items() if dim in labels]
     if token:
         parts.append(printable(token.replace(" ", "␣").replace("\n", "⏎")))
     return {
         "place": " ".join(parts),
-        "layer": label("layer") if "layer" in index else None,
-        "pos": label("pos") if "pos" in index else None,
-        "head": label(unit) if unit else None,
+        "layer": labels.get("layer"),
+        "pos": labels.get("pos"),
+        "head": labels[unit] if unit else None,
         "token": token,
     }
 
