@@ -183,13 +183,7 @@ def demo(words: list[str]) -> Namespace:
 
 # verb -> what parses its words; it raises ConfigError, or prints the help and exits
 PARSERS: dict[str, Callable[[list[str]], Namespace]] = {
-    "status": status,
-    "verify": verify,
-    "compare": compare,
-    "report": report,
-    "explore": explore,
-    "task": task,
-    "demo": demo,
+    parse.__name__: parse for parse in (status, verify, compare, report, explore, task, demo)
 }
 
 

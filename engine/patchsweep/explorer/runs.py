@@ -100,13 +100,14 @@ class Run:
         """Tell the map of `site` as far as it is known."""
         (view,) = choose_views(ds, (site,))
         figure = draw_site(ds, site, (view,))
+        (frame,) = figure.frames.values()
         index = self.question.sites.index(site)
         self.tell(
             {
                 "kind": "map",
                 "index": index,
                 "done": done,
-                "html": map_html(index, figure, figure.frames[0].caption),
+                "html": map_html(index, figure, frame.caption),
                 "figure": figure_data(figure),
                 "view": view_data(view),
                 "prompts": words.prompts(ds, self.question.metric, view),

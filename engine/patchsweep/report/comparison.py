@@ -20,8 +20,6 @@ MAX_POINTS = 1000
 class Panel:
     """The panel of one site, method and metric."""
 
-    key: str  # unique in the page
-    metric: str
     html: str
     payload: dict[str, object]  # for the page's script
 
@@ -77,7 +75,7 @@ def _panel(ds: xr.Dataset, name: str, found: Agreement) -> Panel:
         f'{esc(found.site)}"></div>'
         f"<figcaption>{caption}</figcaption></figure>"
     )
-    return Panel(key, found.metric, html, payload)
+    return Panel(html, payload)
 
 
 def _measure(found: Measure) -> str:

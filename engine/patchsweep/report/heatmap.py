@@ -29,8 +29,6 @@ _NAMED = 4  # most cells, or places, that a caption lists one by one
 class Frame:
     """The map of one site for one metric and one view."""
 
-    metric: str
-    view: View
     caption: str  # HTML
     cells: dict[str, object]  # for the page's script: packed numbers, "quantity", "limit"
 
@@ -43,7 +41,12 @@ class Figure:
     title: str
     note: str  # text on what the layout hides; may be empty
     payload: dict[str, object]  # for the page's script, without the frames
-    frames: tuple[Frame, ...]
+    frames: dict[str, Frame]  # by metric and view, see `frame_key`
+
+
+def frame_key(metric: str, view: View) -> str:
+    """Return the name of a metric and a view in the page."""
+    return f"{metric}|{view.key}"
 
 
 def draw_site(ds: xr.Dataset, site: str, views: tuple[View, ...]) -> Figure:
@@ -57,7 +60,7 @@ def draw_site(ds: xr.Dataset, site: str, views: tuple[View, ...]) -> Figure:
         summary.effect_mean(ds, site),
         summary.recovered_mean(ds, site),
     )
-    frames = []
+    frames = {}
     for metric in (str(m) for m in ds["metric"].values):
         base, source = (ds[n].sel(metric=metric) for n in ("base_metric", "source_metric"))
         gaps = source - base
@@ -75,7 +78,8 @@ def draw_site(ds: xr.Dataset, site: str, views: tuple[View, ...]) -> Figure:
                 gap = ends[1] - ends[0]
                 grids = [value, value - ends[0], (value - ends[0]) / (gap or math.nan)]
                 weak = bool(flags.sel(metric=metric, pair=view.pair))
-            frames.append(_frame(metric, view, axes, grids, ends, weak, natural))
+            frame = _frame(metric, view, axes, grids, ends, weak, natural)
+            frames[frame_key(metric, view)] = frame
     title, note = _words(ds, site, axes)
     payload: dict[str, object] = {
         "site": site,
@@ -85,7 +89,7 @@ def draw_site(ds: xr.Dataset, site: str, views: tuple[View, ...]) -> Figure:
         "full": axes.full,
         "labels": axes.labels,
     }
-    return Figure(site, title, note, payload, tuple(frames))
+    return Figure(site, title, note, payload, frames)
 
 
 def colour_limit(shown: np.ndarray, natural: float = NATURAL) -> tuple[float, int]:
@@ -152,7 +156,7 @@ def _frame(
         _unrun(value, axes, view),
         gap=math.isfinite(ends[1] - ends[0]),
     )
-    return Frame(metric, view, caption_html, cells)
+    return Frame(caption_html, cells)
 
 
 def _pack(array: np.ndarray, dtype: str) -> str:

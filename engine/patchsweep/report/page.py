@@ -9,7 +9,7 @@ import xarray as xr
 from patchsweep.data.show import esc, plural
 from patchsweep.errors import StoreError
 from patchsweep.report import comparison, question
-from patchsweep.report.heatmap import Figure, draw_site
+from patchsweep.report.heatmap import Figure, draw_site, frame_key
 from patchsweep.report.html import choice
 from patchsweep.report.shell import get_plotlyjs, page, resource, section
 from patchsweep.report.tables import (
@@ -42,7 +42,7 @@ def build_page(ds: xr.Dataset, journal: Journal) -> str:
     figures = [draw_site(ds, name, views) for name in names]
     panels = comparison.compare_panels(ds)
     fragments = _fragments(ds, names, metrics, views, figures)
-    first = fragments[f"{metrics[0]}|{views[0].key}"]
+    first = fragments[frame_key(metrics[0], views[0])]
 
     data = {
         "metrics": metrics,
@@ -98,7 +98,7 @@ def view_data(view: View) -> dict[str, object]:
 
 def figure_data(figure: Figure) -> dict[str, object]:
     """Return a map and its frames as JSON data for the page's scripts."""
-    frames = {f"{frame.metric}|{frame.view.key}": frame.cells for frame in figure.frames}
+    frames = {key: frame.cells for key, frame in figure.frames.items()}
     return {**figure.payload, "frames": frames}
 
 
@@ -120,17 +120,14 @@ def _fragments(
     small = ds[
         [n for n, a in ds.data_vars.items() if n in names or set(a.dims) <= {"metric", "pair"}]
     ]
-    captions = {
-        (f"{r.metric}|{r.view.key}", i): r.caption for i, f in enumerate(figures) for r in f.frames
-    }
     fragments = {}
     for metric in metrics:
         for view in views:
-            key = f"{metric}|{view.key}"
+            key = frame_key(metric, view)
             fragments[key] = {
                 "prompts": question.prompts(ds, metric, view),
                 "table": largest_table(small, names, metric, view),
-                **{f"caption-{i}": captions[key, i] for i in range(len(figures))},
+                **{f"caption-{i}": f.frames[key].caption for i, f in enumerate(figures)},
             }
     return fragments
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,9 @@ from patchsweep.errors import PromptError
 from patchsweep.models.offload import device_of
 from patchsweep.models.running import runs_model
 
+ANSWER_COLUMNS = (
+    "pair", "prompt", "right answer", "probability", "rank", "of the wrong", "rank",
+)  # fmt: skip
 _ROWS = 8  # prompts per batch: their logits over the whole vocabulary must fit in memory
 
 
@@ -30,6 +34,12 @@ class AnswerCheck:
     right_rank: int  # number of more probable tokens; 0: the model's first guess
     wrong_prob: float  # of the answer that is right after the other prompt
     wrong_rank: int
+
+    def row(self, token: Callable[[str], str]) -> list[str]:
+        """Return the cells of `ANSWER_COLUMNS`; `token` writes the right answer."""
+        right = [number(self.right_prob), count(self.right_rank)]
+        wrong = [number(self.wrong_prob), count(self.wrong_rank)]
+        return [str(self.pair), self.prompt, token(self.right), *right, *wrong]
 
 
 @dataclass(frozen=True)
@@ -49,20 +59,7 @@ class TaskCheck:
 
     def _repr_html_(self) -> str:
         """Return a table of both answers after each prompt."""
-        names = ["pair", "prompt", "right answer", "probability", "rank", "of the wrong", "rank"]
-        rows = [
-            [
-                str(a.pair),
-                a.prompt,
-                token_html(a.right),
-                number(a.right_prob),
-                count(a.right_rank),
-                number(a.wrong_prob),
-                count(a.wrong_rank),
-            ]
-            for a in self.answers
-        ]
-        return table_html(names, rows)
+        return table_html(ANSWER_COLUMNS, [answer.row(token_html) for answer in self.answers])
 
 
 def check_pairs(model: TransformerBridge, pairs: PromptPairs) -> TaskCheck:
