@@ -25,7 +25,6 @@ from patchsweep.models.running import running
 from patchsweep.report import question as words
 from patchsweep.report.heatmap import draw_site
 from patchsweep.report.page import build_page, figure_data, map_html, view_data
-from patchsweep.report.tables import Journal
 from patchsweep.report.views import choose_views
 from patchsweep.spec.plan import SitePlan
 from patchsweep.spec.spec import SweepSpec, make_request
@@ -141,7 +140,7 @@ class Run:
             plans |= attributes(ds)["plan"]
         merged = xr.merge(found, compat="override", combine_attrs="override")
         merged.attrs = flat_attributes({**attributes(found[0]), "plan": plans})
-        return build_page(merged, Journal())
+        return build_page(merged)
 
 
 class Watch:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import xarray as xr
 from patchsweep.analyses.attention import RankedHead, ranked_heads
 from patchsweep.data.show import count, esc, number, percent, plural, token_html, visible
 from patchsweep.report.figure import BLUES, RED_BLUE
-from patchsweep.report.html import choice, marked, numbers, table
+from patchsweep.report.html import choice, marked, numbers, pack, table
 from patchsweep.report.question import model_name
 from patchsweep.report.shell import page, resource, section
 
@@ -242,14 +241,10 @@ def _pair_data(one: xr.Dataset, n: int) -> dict[str, Any]:
             for run in ("base", "source")
         ],
         # [run, rank, cell] in 0..1 and [metric, rank, cell] in -1..1 of `limit`
-        "pattern": _pack(np.rint(pattern[..., rows, columns] * 65535), "<u2"),
-        "attribution": _pack(np.rint(scaled[..., rows, columns] * 32767), "<i2"),
+        "pattern": pack(np.rint(pattern[..., rows, columns] * 65535), "<u2"),
+        "attribution": pack(np.rint(scaled[..., rows, columns] * 32767), "<i2"),
         "limit": [[float(f"{x:.6g}") for x in row] for row in limit],
         "total": [[float(f"{x:.6g}") for x in row] for row in cells.sum(axis=(-2, -1))],
         "exact": [[float(f"{x:.6g}") for x in row] for row in one["exact"].values],
         "norm": [[[float(f"{x:.4g}") for x in row] for row in run] for run in norm],
     }
-
-
-def _pack(array: np.ndarray, dtype: str) -> str:
-    return base64.b64encode(np.ascontiguousarray(array, dtype=dtype).tobytes()).decode("ascii")

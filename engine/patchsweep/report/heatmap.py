@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import xarray as xr
 
 from patchsweep.data.show import count, esc, number, percent, plural, token_html
 from patchsweep.report.axes import DIM_WORDS, Axes, folded, lay_out, strongest
+from patchsweep.report.html import pack
 from patchsweep.report.views import View
 from patchsweep.results import accessor as summary
 
@@ -140,13 +140,13 @@ def _frame(
         "base": ends[0] if math.isfinite(ends[0]) else None,
         "source": ends[1] if math.isfinite(ends[1]) else None,
         **{
-            name: _pack(grid, "<f4")
+            name: pack(grid, "<f4")
             for name, grid in zip(names, source, strict=True)
             if name in needed
         },
     }
     if axes.hidden:
-        cells["at"] = _pack(at, "<u2")
+        cells["at"] = pack(at, "<u2")
     value, effect, fraction = flat
     caption_html = _seen(axes, view, value, effect, fraction, at) + _reading(
         quantity,
@@ -157,10 +157,6 @@ def _frame(
         gap=math.isfinite(ends[1] - ends[0]),
     )
     return Frame(caption_html, cells)
-
-
-def _pack(array: np.ndarray, dtype: str) -> str:
-    return base64.b64encode(np.ascontiguousarray(array, dtype=dtype).tobytes()).decode("ascii")
 
 
 def _unrun(value: np.ndarray, axes: Axes, view: View) -> float:

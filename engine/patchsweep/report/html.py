@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import numpy as np
 
 from patchsweep.data.show import esc, token_html
 
@@ -70,3 +73,8 @@ def embed_json(value: object) -> str:
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
+
+
+def pack(array: np.ndarray, dtype: str) -> str:
+    """Return an array as base64 text for the page's scripts."""
+    return base64.b64encode(np.ascontiguousarray(array, dtype=dtype).tobytes()).decode("ascii")

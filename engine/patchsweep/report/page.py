@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import xarray as xr
 
@@ -13,7 +14,6 @@ from patchsweep.report.heatmap import Figure, draw_site, frame_key
 from patchsweep.report.html import choice
 from patchsweep.report.shell import get_plotlyjs, page, resource, section
 from patchsweep.report.tables import (
-    Journal,
     bf16_table,
     cost_table,
     largest_table,
@@ -28,8 +28,8 @@ from patchsweep.results.compare import thresholds
 _WIDE = 30  # columns from which a map takes the page's full width
 
 
-def build_page(ds: xr.Dataset, journal: Journal) -> str:
-    """Return the report of `ds` as self-contained HTML.
+def build_page(ds: xr.Dataset, seconds: Mapping[str, float] = MappingProxyType({})) -> str:
+    """Return the report of `ds` as self-contained HTML; `seconds` are the times of its sites.
 
     Raises:
         StoreError: `ds` holds no site, or no unpatched metrics.
@@ -52,7 +52,8 @@ def build_page(ds: xr.Dataset, journal: Journal) -> str:
     }
     sections = [
         f"<header><h1>{question.headline(ds)}</h1>{question.lead(ds)}"
-        f"{question.facts(ds, totals(ds), journal.total)}{question.banner(ds, names)}</header>",
+        f"{question.facts(ds, totals(ds), sum(seconds.values()))}"
+        f"{question.banner(ds, names)}</header>",
         _controls(ds, metrics, views),
         _slot("prompts", first["prompts"], "section"),
         _maps(ds, figures, first),
@@ -60,7 +61,7 @@ def build_page(ds: xr.Dataset, journal: Journal) -> str:
         _comparison(panels),
         section("noise", "What is rounding", noise_table(ds)),
         section("bf16", "How exact bf16 was here", bf16_table(ds)),
-        section("cost", "What the run cost", cost_table(ds, journal)),
+        section("cost", "What the run cost", cost_table(ds, seconds)),
         section("provenance", "Where the numbers come from", provenance_table(ds)),
         section("words", "Words", question.words()),
     ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -28,26 +27,14 @@ _NO_SPREAD: _Spread = (np.nan, np.nan, np.nan, 0)
 _PLAN = ("n_patches", "n_live", "n_dead", "token_layers", "loop_token_layers")
 
 
-@dataclass(frozen=True)
-class Journal:
-    """Times from a run's journal."""
-
-    seconds: Mapping[str, float] = field(default_factory=dict)  # per site
-
-    @property
-    def total(self) -> float:
-        """Seconds of all units, summed over processes."""
-        return sum(self.seconds.values())
-
-
-def read_journal(store: str) -> Journal:
-    """Return the times in the journal beside a store; empty if there is none."""
+def seconds_of(store: str) -> dict[str, float]:
+    """Return the time of each site in the journal beside a store; empty if there is none."""
     seconds: dict[str, float] = {}
     for event in journal.read_journal(store):
         if event["event"] == journal.UNIT:
             site = event["variable"]
             seconds[site] = seconds.get(site, 0.0) + event["seconds"]
-    return Journal(seconds)
+    return seconds
 
 
 def largest_table(ds: xr.Dataset, names: tuple[str, ...], metric: str, view: View) -> str:
@@ -94,20 +81,19 @@ def largest_table(ds: xr.Dataset, names: tuple[str, ...], metric: str, view: Vie
     return table_of_bodies(heads, bodies, ("site", "token")) + _explain(spread, n_pairs)
 
 
-def cost_table(ds: xr.Dataset, journal: Journal) -> str:
-    """Return an HTML table of patches and token-layers per site, and those of a hook loop."""
+def cost_table(ds: xr.Dataset, seconds: Mapping[str, float]) -> str:
+    """Return an HTML table of patches, token-layers and time per site, and those of a loop."""
     plan = attributes(ds).get("plan")
     if not isinstance(plan, Mapping) or not plan:
         return '<p class="empty">The store does not say what the run planned.</p>'
-    timed = bool(journal.seconds)
-    rows = []
+    rows, total = [], sum(seconds.values()) if seconds else None
     for site, entry in plan.items():
         counts = {key: float(entry.get(key, 0)) for key in _PLAN}
-        rows.append(_cost_row(esc(site), counts, journal.seconds.get(site) if timed else None))
+        rows.append(_cost_row(esc(site), counts, seconds.get(site) if seconds else None))
     if len(rows) > 1:
-        rows.append(_cost_row("all", totals(ds), journal.total if timed else None, "total"))
+        rows.append(_cost_row("all", totals(ds), total, "total"))
     columns = ["site", "patches", "live", "dead", "token-layers", "a loop needs", "ratio"]
-    return table([*columns, *(["seconds"] if timed else [])], rows, ("site",))
+    return table([*columns, *(["seconds"] if seconds else [])], rows, ("site",))
 
 
 def bf16_table(ds: xr.Dataset) -> str:

@@ -175,11 +175,8 @@ def interval(
     effects = effect(ds, site)
     bounds = bootstrap(_pairs_first(effects), confidence=confidence, n_resamples=n_resamples)
     dims = [d for d in effects.dims if d != "pair"]
-    template = effects.isel(pair=0, drop=True)
-    return xr.concat(
-        [template.copy(data=b.reshape(template.shape)) for b in bounds],
-        xr.DataArray(["low", "high"], dims="bound", name="bound"),
-    ).transpose("bound", *dims)
+    ends = xr.DataArray(["low", "high"], dims="bound", name="bound")
+    return xr.concat([_per_cell(b, effects) for b in bounds], ends).transpose("bound", *dims)
 
 
 def p_value(ds: xr.Dataset, site: str, n_permutations: int = 1000) -> xr.DataArray:
@@ -192,9 +189,8 @@ def p_value(ds: xr.Dataset, site: str, n_permutations: int = 1000) -> xr.DataArr
     """
     whole_number("n_permutations", n_permutations, least=1)
     effects = effect(ds, site)
-    template = effects.isel(pair=0, drop=True)
     p = sign_flip(_pairs_first(effects), n_permutations=n_permutations)
-    return template.copy(data=p.reshape(template.shape)).rename("p_value")
+    return _per_cell(p, effects).rename("p_value")
 
 
 def shared_tokens(
@@ -393,3 +389,9 @@ def _pairs_first(effects: xr.DataArray) -> np.ndarray:
     """Return `effects` as [pair, cell], contiguous float64."""
     values = effects.transpose("pair", ...).values
     return np.ascontiguousarray(values.reshape(values.shape[0], -1), dtype=np.float64)
+
+
+def _per_cell(values: np.ndarray, effects: xr.DataArray) -> xr.DataArray:
+    """Return `values` [cell] with the dims of `effects` without pair."""
+    template = effects.isel(pair=0, drop=True)
+    return template.copy(data=values.reshape(template.shape))
