@@ -44,7 +44,7 @@ def compose(
         except Exception as error:  # hidden from Hydra, which would print its own message
             failed.append(error)
 
-    words = expand(arguments, verb, schema)
+    words = expand(arguments, verb)
     check_flags(verb, words)
     if not {"-h", "--help"}.isdisjoint(words):
         print(help_of(verb, words, schema))

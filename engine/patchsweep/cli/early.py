@@ -1,8 +1,7 @@
 """Mistakes in the words of a command, told before torch is imported: keys, choices and sites.
 
 The keys are those of the config's dataclasses, read from their source: importing the dataclasses
-imports what they configure, which takes seconds. What lies below a field of a class from elsewhere
-is left to Hydra, as is the type of a value.
+imports what they configure, which takes seconds. The type of a value is left to Hydra.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ OF_SWEEPS = (
 )  # fmt: skip
 _SWEEPS = ("run", "plan")
 _USUAL_FLAGS = ("-m", "--multirun", "-h", "--help")
-_PLAIN = {"str", "int", "float", "bool", "list[str]", "list[Any]"}  # without keys below
 
 
 def conf_folder() -> Path:
@@ -69,7 +67,7 @@ def refuse(verb: str, words: Sequence[str]) -> None:
             of sweeps alone.
     """
     parsers.check(verb, words)
-    keys = _keys_of(verb)
+    keys = keys_of(verb)
     if keys is None:
         return
     if any("=" not in word and word not in _USUAL_FLAGS for word in words):
@@ -125,29 +123,66 @@ def _unknown(key: str, keys: Keys, verb: str) -> str:
     return f"key {key!r} is not known; {meant}`patchsweep {verb} --help` lists all keys"
 
 
-def flat(keys: Keys, before: str = "") -> Iterator[str]:
+def flat(keys: Mapping[str, Any], before: str = "") -> Iterator[str]:
     """Yield every key, those below others as `group.key`."""
     for name, below in keys.items():
         yield f"{before}{name}"
-        yield from flat(below, f"{before}{name}.")
+        if isinstance(below, Mapping):
+            yield from flat(below, f"{before}{name}.")
 
 
-def _keys_of(verb: str) -> Keys | None:
-    """Return the keys of the verb's config; None: it has none."""
-    classes = _classes()
+@cache
+def keys_of(verb: str) -> Keys | None:
+    """Return the keys of the verb's config; a group has those of all its classes.
+
+    None: the verb has no config.
+    """
     schema = "RunConfig" if verb == "run" else f"{verb.capitalize()}Run"
-    if schema not in classes:
+    if _class(schema) is None:
         return None
-    groups = _groups()
-    keys = dict(_fields(schema, classes))
-    for group, members in groups.items():
-        keys[group] = dict(item for one in members for item in _fields(one, classes).items())
+    keys = dict(fields_of(schema))
+    for group, members in groups().items():
+        keys[group] = {name: below for one in members for name, below in fields_of(one).items()}
     return keys
+
+
+def fields_of(name: str) -> Keys:
+    """Return the fields of a dataclass and of its bases, each with the keys below it."""
+    node = _class(name)
+    fields: dict[str, Keys] = {}
+    for base in node.bases if node else ():
+        fields |= fields_of(ast.unparse(base))
+    for entry in node.body if node else ():
+        if not isinstance(entry, ast.AnnAssign):
+            continue
+        kind = ast.unparse(entry.annotation).removesuffix(" | None")
+        if not kind.startswith("ClassVar"):
+            is_free = kind == "Any" or kind.startswith("dict")
+            fields[ast.unparse(entry.target)] = ANY if is_free else fields_of(kind)
+    return fields
+
+
+@cache
+def groups() -> dict[str, dict[str, str]]:
+    """Return the config groups: their classes, by name, with the names of their schemas."""
+    for node in _body(_HERE / "schema" / "run.py"):
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "GROUPS":
+            return {
+                group.strip("'"): {one: ast.literal_eval(name) for one, name in _items(members)}
+                for group, members in _items(node.value)
+            }
+    raise AssertionError("schema/run.py has no GROUPS")
+
+
+def _items(node: ast.expr | None) -> list[tuple[str, ast.expr]]:
+    """Return the keys of a dictionary as they are written, and its values."""
+    assert isinstance(node, ast.Dict)
+    return [(ast.unparse(k), v) for k, v in zip(node.keys, node.values, strict=True) if k]
 
 
 def _refused(verb: str) -> dict[str, str]:
     """Return the keys that the verb of an analysis refuses, each with the message after it."""
-    node = _classes().get(f"{verb.capitalize()}Run")
+    node = _class(f"{verb.capitalize()}Run")
     said: dict[str, Any] = {}
     for entry in node.body if node else ():
         if isinstance(entry, ast.AnnAssign) and ast.unparse(entry.annotation) == "ClassVar":
@@ -161,47 +196,18 @@ def _refused(verb: str) -> dict[str, str]:
 
 
 @cache
-def _classes() -> dict[str, ast.ClassDef]:
-    """Return the classes of the command line's modules, by name."""
-    found = {}
-    for path in sorted([*_HERE.glob("*.py"), *(_HERE / "schema").glob("*.py")]):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef):
-                found[node.name] = node
-    return found
+def _class(name: str) -> ast.ClassDef | None:
+    """Return a class of the command line's modules, or one that a module imports from another."""
+    modules = sorted([*_HERE.glob("*.py"), *(_HERE / "schema").glob("*.py")])
+    nodes = [node for path in modules for node in _body(path)]
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and name in {one.name for one in node.names}:
+            path = _HERE.parents[1].joinpath(*str(node.module).split(".")).with_suffix(".py")
+            nodes = [*nodes, *(_body(path) if path.is_file() else ())]
+    classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
+    return classes.get(name)
 
 
-def _fields(name: str, classes: Mapping[str, ast.ClassDef]) -> dict[str, Keys]:
-    """Return the fields of a dataclass and of its bases, each with the keys below it."""
-    node = classes[name]
-    fields: dict[str, Keys] = {}
-    for base in node.bases:
-        if isinstance(base, ast.Name) and base.id in classes:
-            fields |= _fields(base.id, classes)
-    for entry in node.body:
-        if not isinstance(entry, ast.AnnAssign) or not isinstance(entry.target, ast.Name):
-            continue
-        kind = ast.unparse(entry.annotation).removesuffix(" | None")
-        if kind.startswith("ClassVar"):
-            continue
-        below: Keys = ANY
-        if kind in classes:
-            below = _fields(kind, classes)
-        elif kind in _PLAIN:
-            below = {}
-        fields[entry.target.id] = below
-    return fields
-
-
-def _groups() -> dict[str, list[str]]:
-    """Return the config groups, each with the names of its classes."""
-    for node in ast.parse((_HERE / "schema" / "run.py").read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "GROUPS":
-            assert isinstance(node.value, ast.Dict)
-            pairs = zip(node.value.keys, node.value.values, strict=True)
-            return {
-                ast.literal_eval(group): [ast.unparse(key) for key in members.keys if key]
-                for group, members in pairs
-                if group is not None and isinstance(members, ast.Dict)
-            }
-    raise AssertionError("schema/run.py has no GROUPS")
+@cache
+def _body(path: Path) -> list[ast.stmt]:
+    return ast.parse(path.read_text(encoding="utf-8")).body
