@@ -74,7 +74,7 @@ def refuse(verb: str, words: Sequence[str]) -> None:
         from patchsweep.cli.flags import check_flags  # a local import: it takes 0.2 s
 
         check_flags(verb, words)
-    refused = _refused(verb)
+    messages = refused(verb)
     for word in words:
         key, equals, value = word.partition("=")
         name = key.lstrip("+")
@@ -83,8 +83,8 @@ def refuse(verb: str, words: Sequence[str]) -> None:
             continue
         short = f"{name}.names" if value and not is_choice(name, value) else name
         for part in (root, name, short):
-            if part in refused:
-                raise ConfigError(f"{word}: {refused[part]}")
+            if part in messages:
+                raise ConfigError(f"{word}: {messages[part]}")
         refuse_unknown(name, keys, verb)
         if not value or is_choice(name, value) or set(value) & set("[]{}()'\",$"):
             continue  # Hydra reads what is no plain word
@@ -180,7 +180,7 @@ def _items(node: ast.expr | None) -> list[tuple[str, ast.expr]]:
     return [(ast.unparse(k), v) for k, v in zip(node.keys, node.values, strict=True) if k]
 
 
-def _refused(verb: str) -> dict[str, str]:
+def refused(verb: str) -> dict[str, str]:
     """Return the keys that the verb of an analysis refuses, each with the message after it."""
     node = _class(f"{verb.capitalize()}Run")
     said: dict[str, Any] = {}
