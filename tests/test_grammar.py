@@ -62,6 +62,8 @@ def refused(*words: str, verb: str = "run", schema: type[RunConfig] = RunConfig)
         (["sites=heads"], ["sites=heads"]),
         (["sites=heads,residual"], ["sites=heads,residual"]),
         (["metric=[prob,rank]"], ["metric.names=[prob,rank]"]),
+        # between brackets, a name that a file of the group has too is a name
+        (["metric=[prob,kl,rank]"], ["metric.names=[prob,kl,rank]"]),
         (["model=tiny:gpt2"], ["model=tiny", "model.name='tiny:gpt2'"]),
         (["model=smollm2-135m"], ["model=smollm2", "model.name='smollm2-135m'"]),
         (["model=./folder"], ["model=hf", "model.name='./folder'"]),

@@ -56,7 +56,7 @@ def choices_of(group: str) -> list[str]:
 def is_choice(group: str, value: str) -> bool:
     """Whether the config group has a file for `value`, or for one of several values of a sweep."""
     choices = choices_of(group)
-    return any(word in choices for word in value.split(","))
+    return not value.startswith("[") and any(word in choices for word in value.split(","))
 
 
 def refuse(verb: str, words: Sequence[str]) -> None:
