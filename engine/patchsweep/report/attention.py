@@ -14,9 +14,7 @@ from patchsweep.report.html import choice, marked, numbers, pack, table
 from patchsweep.report.question import model_name
 from patchsweep.report.shell import page, resource, section
 
-N_PAIRS = 8
-"""Pairs whose maps are on the page, as far as they stay within `MAP_BYTES`."""
-
+N_PAIRS = 8  # pairs whose maps are on the page, as far as they stay within `MAP_BYTES`
 MAP_BYTES = 6 * 2**20
 
 

@@ -11,11 +11,11 @@ import xarray as xr
 
 from patchsweep.results import accessor as summary
 
-MAX_UNITS = 128
-"""Above this many heads or neurons the map shows positions instead of them."""
-
+MAX_UNITS = 128  # above this many heads or neurons the map shows positions instead of them
+# above this many cells per view only the strongest along the hidden axis is in the page
 MAX_CELLS = 150_000
-"""Above this many cells per view only the strongest along the hidden axis is in the page."""
+# of a prompt with more positions, the first ones, at which nothing changes, are one column
+LONG = 40
 
 DIM_WORDS = {
     "layer": "layer",
@@ -24,10 +24,6 @@ DIM_WORDS = {
     "neuron": "neuron",
     "pos": "position",
 }
-
-
-LONG = 40
-"""Of a prompt with more positions, the first ones, at which nothing changes, are one column."""
 
 
 def folded(effect: np.ndarray, first: int = 0, end: int | None = None) -> int:

@@ -12,8 +12,7 @@ from patchsweep.data.show import count, esc, number, plural
 from patchsweep.results import accessor as summary
 from patchsweep.results.compare import Agreement, Measure, at, comparable_in, compare, means_of_both
 
-MAX_POINTS = 1000
-"""Points drawn: half of them the largest, the rest a fixed random sample."""
+MAX_POINTS = 1000  # points drawn: half of them the largest, the rest a fixed random sample
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from patchsweep.report.figure import SERIES, figure, figure_scripts, plain
 from patchsweep.report.question import model_name
 from patchsweep.report.shell import page, section
 
-N_CURVES = 24
-"""Curves on the page: the places at which the given vector moves the metric most."""
+N_CURVES = 24  # curves on the page: the places at which the given vector moves the metric most
 
 
 def build(ds: xr.Dataset) -> str:

@@ -15,11 +15,8 @@ from patchsweep.report.html import pack
 from patchsweep.report.views import View
 from patchsweep.results import accessor as summary
 
-USUAL = 0.99
-"""Beyond the natural scale, colours end at twice this quantile of the sizes shown."""
-
-NATURAL = 1.5
-"""Recovered fractions up to this size never count as outliers."""
+USUAL = 0.99  # beyond the natural scale, colours end at twice this quantile of the sizes shown
+NATURAL = 1.5  # recovered fractions up to this size never count as outliers
 
 
 _NAMED = 4  # most cells, or places, that a caption lists one by one

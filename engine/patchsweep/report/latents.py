@@ -17,11 +17,9 @@ from patchsweep.report.question import model_name
 from patchsweep.report.shell import page, section
 from patchsweep.results.tolerance import tolerance_notes
 
-N_PAIRS = 8
-"""Pairs whose largest effects are on the page."""
+N_PAIRS = 8  # pairs whose largest effects are on the page
 N_LARGEST = 20
-N_POINTS = 3000
-"""Points of the figure of estimates, the largest effects first."""
+N_POINTS = 3000  # points of the figure of estimates, the largest effects first
 
 
 def build(ds: xr.Dataset) -> str:

@@ -18,9 +18,7 @@ from patchsweep.report.shell import page, resource, section
 from patchsweep.report.tables import provenance_table
 from patchsweep.store.attributes import attributes
 
-MAX_PAIRS = 12
-"""Pairs of which the page holds the grid; the mean of the rest would say no words."""
-
+MAX_PAIRS = 12  # pairs of which the page holds the grid; the mean of the rest would say no words
 N_REMOVALS = 12
 _GRID_NUMBERS = ("top_prob", "answer_prob", "answer_rank", "wrong_prob", "wrong_rank")
 

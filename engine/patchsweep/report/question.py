@@ -16,9 +16,7 @@ from patchsweep.results.stated import stated_errors
 from patchsweep.results.tolerance import tolerance_notes
 from patchsweep.store.attributes import attributes
 
-N_SHOWN = 3
-"""Pairs whose prompts are printed beside the mean."""
-
+N_SHOWN = 3  # pairs whose prompts are printed beside the mean
 _INTERVENTIONS = {
     "resample": (
         "replaced by its value from the <b>source</b> run, on the {} prompt",

@@ -18,8 +18,7 @@ from patchsweep.store import journal
 from patchsweep.store.attributes import attributes
 from patchsweep.store.difference import DIGEST, IDENTITY
 
-N_LARGEST = 8
-"""Rows per site in the table of largest effects."""
+N_LARGEST = 8  # rows per site in the table of largest effects
 
 # ends of the interval of a mean effect, p, and the number of pairs that ran
 _Spread = tuple[float, float, float, int]

@@ -14,9 +14,7 @@ from patchsweep.report.shell import page, section
 from patchsweep.store.attributes import attributes
 from patchsweep.store.difference import IDENTITY
 
-N_PAIRS = 8
-"""Pairs whose maps are on the page."""
-
+N_PAIRS = 8  # pairs whose maps are on the page
 _WORDS = {
     "state": "One state restored",
     "mlp": "MLP writes of a window restored",

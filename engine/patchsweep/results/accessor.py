@@ -17,11 +17,11 @@ from patchsweep.results.effects import Effect, Effects
 from patchsweep.results.resampling import bootstrap, sign_flip, tested_q
 from patchsweep.results.rounding import BF16, NOISE, floor_of_mean, noise_floor
 
+# a pair is flagged when its |source - base| is below this fraction of the metric's median
 SMALL_GAP = 0.1
-"""A pair is flagged when its |source - base| is below this fraction of the metric's median."""
 
+# what a patch can be narrowed to inside one layer and position
 UNIT_DIMS = ("head", "kv_head", "neuron")
-"""What a patch can be narrowed to inside one layer and position."""
 
 SITE_WORDS = {
     "embed": "Token embedding",

@@ -39,21 +39,13 @@ from patchsweep.results.statistics import (
 )
 from patchsweep.store.attributes import attributes
 
-TRUST = 0.95
-"""Pearson correlation from which the estimates are called good."""
-
+TRUST = 0.95  # Pearson correlation from which the estimates are called good
+# Pearson correlation from which they are called good enough to choose what to run exactly
 SCREEN = 0.80
-"""Pearson correlation from which they are called good enough to choose what to run exactly."""
 
-SLOPES = (0.8, 1.25)
-"""A slope outside these means that sizes are off, whatever the ranking."""
-
-MIN_CELLS = 20
-"""Below this many cells there is no verdict."""
-
-TOP_K = 20
-"""How many of the largest cells the recall looks for; a fifth of all, if there are fewer."""
-
+SLOPES = (0.8, 1.25)  # a slope outside these means that sizes are off, whatever the ranking
+MIN_CELLS = 20  # below this many cells there is no verdict
+TOP_K = 20  # how many of the largest cells the recall looks for; a fifth of all, if there are fewer
 N_MISSES = 5
 N_RESAMPLES = 200
 ALL = "all sites"
