@@ -195,17 +195,26 @@ def refused(verb: str) -> dict[str, str]:
     return unused | said.get("instead", {})
 
 
-@cache
 def _class(name: str) -> ast.ClassDef | None:
     """Return a class of the command line's modules, or one that a module imports from another."""
+    classes, imports = _sources()
+    if name in classes or name not in imports:
+        return classes.get(name)
+    path = _HERE.parents[1].joinpath(*imports[name].split(".")).with_suffix(".py")
+    nodes = _body(path) if path.is_file() else []
+    return next((x for x in nodes if isinstance(x, ast.ClassDef) and x.name == name), None)
+
+
+@cache
+def _sources() -> tuple[dict[str, ast.ClassDef], dict[str, str]]:
+    """Return the classes of the command line's modules, and the modules of imported names."""
     modules = sorted([*_HERE.glob("*.py"), *(_HERE / "schema").glob("*.py")])
     nodes = [node for path in modules for node in _body(path)]
-    for node in nodes:
-        if isinstance(node, ast.ImportFrom) and name in {one.name for one in node.names}:
-            path = _HERE.parents[1].joinpath(*str(node.module).split(".")).with_suffix(".py")
-            nodes = [*nodes, *(_body(path) if path.is_file() else ())]
-    classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
-    return classes.get(name)
+    imports = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+    return (
+        {node.name: node for node in nodes if isinstance(node, ast.ClassDef)},
+        {one.name: str(node.module) for node in imports for one in node.names},
+    )
 
 
 @cache

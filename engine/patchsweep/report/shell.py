@@ -3,8 +3,9 @@
 The page of a new kind of result is a module `report/<kind>.py` with `build(ds) -> str`:
 
     from patchsweep.data.show import esc, token_html
-from patchsweep.report.figure import figure, figure_scripts
-        from patchsweep.report.shell import page, resource, section
+    from patchsweep.report.figure import figure, figure_scripts
+    from patchsweep.report.html import fact_list, table
+    from patchsweep.report.shell import page, resource, section
 
     def build(ds: xr.Dataset) -> str:
         curve = {"type": "scatter", "x": ds["layer"].values, "y": ds["answer_prob"].values}
@@ -18,8 +19,8 @@ from patchsweep.report.figure import figure, figure_scripts
 Plotly figures need no other JavaScript. A page that needs some keeps it in a file of this folder,
 passes `scripts=[*figure_scripts(), resource("lens.js")]` and `data=...`, and reads the data with
 `JSON.parse(document.getElementById("report-data").textContent)`. The page's policy runs only
-those scripts: no inline handlers, no URLs. Escape text from a store with `html.esc` or
-`html.token_html`, and in plotly's labels with `figure.plain`. Small pictures are SVG or tables in
+those scripts: no inline handlers, no URLs. Escape text from a store with `esc` or
+`token_html`, and in plotly's labels with `figure.plain`. Small pictures are SVG or tables in
 the sections. Style rules of a kind go to `style.css` or the argument `style`.
 """
 
