@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from patchsweep.cli.app import as_config, compose
+from patchsweep.cli.circuit import CircuitRun
 from patchsweep.cli.early import conf_folder
 from patchsweep.cli.grammar import expand
+from patchsweep.cli.lens import LensRun
 from patchsweep.cli.mistakes import one_line
-from patchsweep.cli.schema.circuit import CircuitRun
-from patchsweep.cli.schema.lens import LensRun
-from patchsweep.cli.schema.run import FileTask, RunConfig, TextTask, from_identity
+from patchsweep.cli.schema.run import FileTask, RunConfig, TextTask
 from patchsweep.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -62,6 +62,8 @@ def refused(*words: str, verb: str = "run", schema: type[RunConfig] = RunConfig)
         (["sites=heads"], ["sites=heads"]),
         (["sites=heads,residual"], ["sites=heads,residual"]),
         (["metric=[prob,rank]"], ["metric.names=[prob,rank]"]),
+        # between brackets, a name that a file of the group has too is a name
+        (["metric=[prob,kl,rank]"], ["metric.names=[prob,kl,rank]"]),
         (["model=tiny:gpt2"], ["model=tiny", "model.name='tiny:gpt2'"]),
         (["model=smollm2-135m"], ["model=smollm2", "model.name='smollm2-135m'"]),
         (["model=./folder"], ["model=hf", "model.name='./folder'"]),
@@ -178,14 +180,6 @@ def test_answers_of_several_tokens_are_allowed_by_a_key() -> None:
     assert not composed("task=strings", *words).task.multi_token
     assert composed("task=strings", *words, "task.multi_token=true").task.multi_token
     assert composed("task=a.jsonl", "task.multi_token=true").task == FileTask("a.jsonl", True)
-
-
-def test_config_of_an_earlier_version_is_read() -> None:
-    kept = composed("task=a.jsonl", "model=tiny").identity()
-    del kept["task"]["multi_token"]  # which version 0.1 did not have
-    assert from_identity(kept).task == FileTask("a.jsonl")
-    with pytest.raises(ConfigError, match="holds no config"):
-        from_identity({**kept, "task": {"path": "a", "surprise": 1}})
 
 
 def test_config_groups_are_found_without_a_symbolic_link() -> None:

@@ -19,11 +19,11 @@ from patchsweep.analyses.logit_lens import lens
 from patchsweep.attribution import get_methods
 from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.attention import AttentionRun
+from patchsweep.cli.circuit import CircuitRun
+from patchsweep.cli.edges import EdgesRun
+from patchsweep.cli.heads import HeadsRun
+from patchsweep.cli.lens import LensRun
 from patchsweep.cli.main import EXIT_DONE, EXIT_MISTAKE, main
-from patchsweep.cli.schema.circuit import CircuitRun
-from patchsweep.cli.schema.edges import EdgesRun
-from patchsweep.cli.schema.heads import HeadsRun
-from patchsweep.cli.schema.lens import LensRun
 from patchsweep.cli.schema.run import RunConfig
 from patchsweep.sweeps.api import sweep
 from patchsweep.sweeps.screen_settings import Screen

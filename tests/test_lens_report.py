@@ -141,7 +141,7 @@ def test_the_grid_shows_what_is_chosen_in_a_browser(tmp_path: Path) -> None:
 
 def read_back(text: str) -> str:
     """As `html.visible` shows it, for tokens of the tiny models."""
-    from patchsweep.report.html import visible
+    from patchsweep.data.show import visible
 
     return visible(text.replace("␣", " "))
 

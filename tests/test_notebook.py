@@ -263,5 +263,5 @@ def test_first_positions_of_a_long_prompt_that_change_nothing_are_one_column(sit
     assert widths[0] < widths[1] == widths[-1]
 
     (view,) = choose_views(ds, (site,))
-    (frame,) = draw_site(ds, site, (view,)).frames
+    (frame,) = draw_site(ds, site, (view,)).frames.values()
     assert frame.cells["fold"] == first

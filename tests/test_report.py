@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 from unittest.mock import patch
@@ -20,13 +21,14 @@ import pytest
 import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
+from patchsweep.data.show import number, percent, rank, token_html, visible
 from patchsweep.errors import StoreError
 from patchsweep.report import comparison, write_report
 from patchsweep.report.heatmap import colour_limit
-from patchsweep.report.html import embed_json, number, percent, rank, token_html, visible
+from patchsweep.report.html import embed_json
 from patchsweep.report.page import build_page
 from patchsweep.report.shell import get_plotlyjs
-from patchsweep.report.tables import Journal, read_journal
+from patchsweep.report.tables import seconds_of
 from patchsweep.results import accessor as summary
 from report_data import synthetic, write
 
@@ -75,10 +77,10 @@ class Reader(HTMLParser):
         return sum(t == tag and attrs.items() <= a.items() for t, a in self.seen)
 
 
-def read(ds: xr.Dataset, journal: Journal | None = None) -> Reader:
+def read(ds: xr.Dataset, seconds: Mapping[str, float] | None = None) -> Reader:
     """The page on `ds`, plotly left out so that parsing takes milliseconds."""
     with patch("patchsweep.report.page.get_plotlyjs", return_value="/* plotly */"):
-        return Reader(build_page(ds, journal or Journal()))
+        return Reader(build_page(ds, seconds or {}))
 
 
 def unpack(cells: dict, name: str, dtype: str = "<f4") -> np.ndarray:
@@ -122,7 +124,7 @@ def test_page_has_every_part_and_closes_every_element(tmp_path: Path) -> None:
 
 
 def test_nothing_is_fetched_and_only_the_known_scripts_may_run() -> None:
-    text = build_page(synthetic(n_layers=4, methods=["atp"]), Journal())
+    text = build_page(synthetic(n_layers=4, methods=["atp"]))
     page = Reader(text)
     _, packed, maps, own, unpack = page.scripts
     assert gzip.decompress(base64.b64decode(packed)).decode() == get_plotlyjs()
@@ -141,7 +143,7 @@ def test_nothing_is_fetched_and_only_the_known_scripts_may_run() -> None:
 
 
 def test_page_stays_small() -> None:
-    assert len(build_page(synthetic(), Journal()).encode()) < 800_000  # 630,000 of them plotly
+    assert len(build_page(synthetic()).encode()) < 800_000  # 630,000 of them plotly
 
 
 def test_same_store_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -474,11 +476,11 @@ def test_one_pair_has_no_interval() -> None:
 
 def test_cost_is_set_beside_the_loop(tmp_path: Path) -> None:
     store = write(synthetic(), tmp_path / "run.zarr", journal=True)
-    journal = read_journal(str(store))
-    assert journal.seconds == {"resid_pre": 0.25, "z": 0.5}  # half a line counts for nothing
-    text = read(synthetic(), journal).text
+    seconds = seconds_of(str(store))
+    assert seconds == {"resid_pre": 0.25, "z": 0.5}  # half a line counts for nothing
+    text = read(synthetic(), seconds).text
     assert "resid_pre51018033012\u202f385260\u202f10021.0 ×0.25" in text  # noqa: RUF001
-    assert read_journal(str(tmp_path / "other.zarr")) == Journal()
+    assert seconds_of(str(tmp_path / "other.zarr")) == {}
 
 
 def test_a_store_without_plan_and_provenance_still_has_a_report() -> None:
@@ -618,7 +620,7 @@ def in_browser(page: str, steps: str, folder: Path) -> list:
 
 def test_selectors_change_maps_captions_and_tables(tmp_path: Path) -> None:
     ds = synthetic(n_pairs=3, metrics=["logit_diff", "prob"], sites=["resid_pre", "z"])
-    page = build_page(ds, Journal())
+    page = build_page(ds)
     mean, one, hover, caption, shown, picked, kept = in_browser(
         page,
         """
@@ -649,7 +651,7 @@ def test_selectors_change_maps_captions_and_tables(tmp_path: Path) -> None:
 
 def test_hostile_text_runs_nothing_in_a_browser(tmp_path: Path) -> None:
     images, scripts, tick, drawn = in_browser(
-        build_page(hostile(), Journal()),
+        build_page(hostile()),
         """
         out.push(...["img", "script"].map((tag) => document.querySelectorAll(tag).length));
         out.push(map(0).layout.xaxis.ticktext[16]);
@@ -668,7 +670,7 @@ def test_cells_not_run_are_grey_in_a_browser(tmp_path: Path) -> None:
     ds["resid_pre"][:, :, 5:] = np.nan
     ds["z"][:] = np.nan
     grey, told, hidden = in_browser(
-        build_page(ds, Journal()),
+        build_page(ds),
         """
         out.push(map(0).data[1].z.map((row) => row.filter((x) => x !== null).length));
         out.push(map(0).data[1].hovertext[5][0], map(1).hidden);

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import DictConfig
 
 from patchsweep.cli.app import as_config, compose
-from patchsweep.cli.schema.intervention import read_intervention
-from patchsweep.cli.schema.run import RunConfig, SitesConfig
+from patchsweep.cli.schema.run import RunConfig, SitesConfig, read_intervention
 from patchsweep.errors import ConfigError, StoreError
 from patchsweep.spec.directions import Scale
-from patchsweep.spec.spec import MetricLike, Request, SweepSpec, make_request
+from patchsweep.spec.spec import Request, SweepSpec, make_request
 from patchsweep.store.difference import IDENTITY
 from patchsweep.store.store import Store
 from patchsweep.sweeps.identity import request_difference
@@ -27,61 +25,48 @@ from patchsweep.sweeps.identity import request_difference
 NAMED = ("model", "task", "metric")  # groups that the command line names
 
 
-@dataclass(frozen=True)
-class Recorded:
-    """The part of a store's recorded config that may be used: values and registered names."""
+def recorded_spec(store: Store) -> tuple[list[str], list[Any], dict[str, Any]]:
+    """Return sites, metrics and other fields of the `SweepSpec` that a command recorded in `store`.
 
-    sites: list[str]
-    metrics: list[Any]  # names of registered metrics; other types for custom metrics
-    selection: dict[str, Any]  # other fields of its `SweepSpec`
-    precision: str
+    They are values and registered names. A metric of somebody's own is no name.
 
-    @classmethod
-    def of(cls, store: Store) -> Recorded:
-        """Read the config that the command line recorded in `store`.
-
-        Raises:
-            StoreError: the store has no such config, or its fields have other types.
-        """
-        try:
-            config = store.attrs["provenance"]["config"]
-            sites = SitesConfig(**config["sites"])
-            recorded = cls(
-                sites=sites.names,
-                metrics=config["metric"]["names"],
-                selection={
-                    "direction": config["direction"],
-                    "intervention": read_intervention(config["intervention"]),
-                    "read": config["metric"]["read"],
-                    "layers": sites.layers,
-                    "positions": sites.positions,
-                    "heads": sites.heads,
-                    "neurons": sites.neurons,
-                },
-                precision=config["precision"],
-            )
-        except (KeyError, TypeError):
-            raise StoreError(
-                "the store holds no config of a `patchsweep run`, so its cells cannot be run "
-                "again; only stores of the command line can"
-            ) from None
-        intervention = recorded.selection["intervention"]
-        if isinstance(intervention, Mapping):
-            raise ConfigError(
-                "the store holds several interventions, whose values are not run again; leave "
-                "model and task out to check its files"
-            )
-        lists = all(isinstance(part, list) for part in (recorded.sites, recorded.metrics))
-        if (
-            not lists
-            or not isinstance(intervention, str | int | float | Scale)
-            or not all(isinstance(name, str) for name in (*recorded.sites, recorded.precision))
-        ):
-            raise StoreError(
-                "the store's config names sites or an intervention that are no names; do not "
-                "trust it"
-            )
-        return recorded
+    Raises:
+        StoreError: the store has no such config, or its fields have other types.
+        ConfigError: it holds several interventions.
+    """
+    try:
+        config = store.attrs["provenance"]["config"]
+        sites = SitesConfig(**config["sites"])
+        metrics, precision = config["metric"]["names"], config["precision"]
+        intervention = read_intervention(config["intervention"])
+        selection = {
+            "direction": config["direction"],
+            "intervention": intervention,
+            "read": config["metric"]["read"],
+            "layers": sites.layers,
+            "positions": sites.positions,
+            "heads": sites.heads,
+            "neurons": sites.neurons,
+        }
+    except (KeyError, TypeError):
+        raise StoreError(
+            "the store holds no config of a `patchsweep run`, so its cells cannot be run "
+            "again; only stores of the command line can"
+        ) from None
+    if isinstance(intervention, Mapping):
+        raise ConfigError(
+            "the store holds several interventions, whose values are not run again; leave "
+            "model and task out to check its files"
+        )
+    if (
+        not (isinstance(sites.names, list) and isinstance(metrics, list))
+        or not isinstance(intervention, str | int | float | Scale)
+        or not all(isinstance(name, str) for name in (*sites.names, precision))
+    ):
+        raise StoreError(
+            "the store's config names sites or an intervention that are no names; do not trust it"
+        )
+    return sites.names, metrics, selection
 
 
 def run_again(store: Store, words: Sequence[str], verb: str) -> tuple[Request, RunConfig]:
@@ -96,14 +81,13 @@ def run_again(store: Store, words: Sequence[str], verb: str) -> tuple[Request, R
         raise ConfigError(
             f"{unknown[0]}=... is told by the store itself; name {', '.join(NAMED)} alone"
         )
-    recorded = Recorded.of(store)
+    sites, metrics, selection = recorded_spec(store)
     if not groups.issuperset(NAMED[:2]):
         raise ConfigError(
             f"name what is to be run again: patchsweep {verb} STORE model=... task=..."
             + said_by(store)
         )
     config = _composed(verb, words)
-    metrics: list[MetricLike] = list(recorded.metrics)
     if "metric" in groups:
         metrics = config.metric.metrics()
     elif not all(isinstance(name, str) for name in metrics):
@@ -113,9 +97,7 @@ def run_again(store: Store, words: Sequence[str], verb: str) -> tuple[Request, R
         )
     model = config.model.load()
     pairs = config.task.load(model)
-    request = make_request(
-        model, pairs, SweepSpec(recorded.sites, metrics, **recorded.selection), aligned=True
-    )
+    request = make_request(model, pairs, SweepSpec(sites, metrics, **selection), aligned=True)
     _check_same(store, request)
     return request, config
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar, cast
 
 import xarray as xr
 from omegaconf import DictConfig
@@ -19,18 +18,16 @@ from patchsweep.cli.schema.run import AnalysisRun
 from patchsweep.cli.stop import STOPPER
 from patchsweep.store.backends.credentials import scrub
 
-Run = TypeVar("Run", bound=AnalysisRun)
-
 
 @dataclass(frozen=True)
-class AnalysisVerb(Generic[Run]):
+class AnalysisVerb:
     """A verb that runs one analysis into a store and shows the results.
 
     Call it with overrides: it returns 0 when the results are in the store.
     """
 
     name: str
-    schema: type[Run]
+    schema: type[AnalysisRun]
     # called with model, pairs, the config's `settings`, means_from if it is used, config and stages
     analyse: Callable[..., xr.Dataset]
     show: Callable[[Console, xr.Dataset, bool], None]  # the flag: nothing was run
@@ -46,13 +43,14 @@ class AnalysisVerb(Generic[Run]):
         Stored results are shown and not computed again. What remains may need units of other
         slices; then a line says so.
         """
-        config, console = cast(Run, as_config(cfg)), stdout()
+        config, console = as_config(cfg), stdout()
+        assert isinstance(config, AnalysisRun)
         store = scrub(config.store.path)
         transformers_logging.disable_progress_bar()
         settings = {**config.settings(), "config": config.identity()}
         model = config.model.load()
         pairs = config.task.load(model)
-        if "means_from" not in self.schema.unused:
+        if "means_from" in self.schema.uses:
             settings["means_from"] = config.reference(model)
         STOPPER.listen()
         with Bar(console) as bar:

@@ -12,10 +12,10 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from patchsweep.cli.early import conf_folder
+from patchsweep.cli.early import conf_folder, refused
 from patchsweep.cli.flags import check_flags, texts_as_help
 from patchsweep.cli.grammar import expand, is_many
-from patchsweep.cli.schema.run import AnalysisRun, RunConfig, register
+from patchsweep.cli.schema.run import RunConfig, register
 
 
 def compose(
@@ -44,7 +44,7 @@ def compose(
         except Exception as error:  # hidden from Hydra, which would print its own message
             failed.append(error)
 
-    words = expand(arguments, verb, schema)
+    words = expand(arguments, verb)
     check_flags(verb, words)
     if not {"-h", "--help"}.isdisjoint(words):
         print(help_of(verb, words, schema))
@@ -72,7 +72,7 @@ def as_config(cfg: DictConfig) -> RunConfig:
 def help_of(verb: str, words: Sequence[str], schema: type[RunConfig] = RunConfig) -> str:
     """Return the help of `verb`: its text, and the keys that it takes with their values.
 
-    Keys that the verb refuses are left out: those of `schema.unused` and `schema.instead`.
+    Keys that the verb refuses are left out.
     """
     overrides = [word for word in words if "=" in word and not word.startswith("-")]
     with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
@@ -81,17 +81,10 @@ def help_of(verb: str, words: Sequence[str], schema: type[RunConfig] = RunConfig
     template = cfg.hydra.help.template
     config = cast(dict[str, Any], OmegaConf.to_container(cfg))
     del config["hydra"]
-    for key in refused_keys(schema):
+    for key in refused(verb):
         *groups, last = key.split(".")
         within = config
         for group in groups:
             within = within.get(group, {})
         within.pop(last, None)
     return Template(template).substitute(CONFIG=OmegaConf.to_yaml(OmegaConf.create(config)))
-
-
-def refused_keys(schema: type[RunConfig]) -> list[str]:
-    """Return the keys that the verb of `schema` refuses, those in a group as `group.key`."""
-    if not issubclass(schema, AnalysisRun):
-        return []
-    return [*schema.unused, *schema.instead]

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from patchsweep.analyses.attention import attention, ranked_heads
 from patchsweep.cli.analysis import AnalysisVerb
+from patchsweep.cli.console import table_of
 from patchsweep.cli.schema.run import AnalysisRun
 from patchsweep.data.show import number
 from patchsweep.errors import ConfigError
@@ -22,18 +23,8 @@ N_SHOWN = 5  # number of next tokens to print
 class AttentionRun(AnalysisRun):
     """Config of a ranking of heads, and of the patterns of the top-k heads."""
 
-    # keys of a sweep that say nothing about attention views
-    unused: ClassVar[tuple[str, ...]] = (
-        "sites",
-        "method",
-        "intervention",
-        "runner",
-        "precision",
-        "compute_dtype",
-        "tolerance",
-        "means_from",
-    )
-    subject: ClassVar[str] = "attention views have"
+    uses: ClassVar = ("metric", "direction")
+    subject: ClassVar = "attention views have"
 
     top: int = 16  # foremost heads whose patterns are kept
     heads: Any = None  # [layer, head] pairs to keep instead
@@ -71,15 +62,7 @@ class AttentionRun(AnalysisRun):
         return int(layer), int(head)
 
     def settings(self) -> dict[str, Any]:
-        """Return the arguments of `attention` other than model and pairs."""
-        return {
-            "metrics": self.metric.metrics(),
-            "direction": self.direction,
-            "read": self.metric.read,
-            "heads": self.chosen(),
-            "top": self.top,
-            "predictions": self.predictions,
-        }
+        return {**super().settings(), "heads": self.chosen()}
 
 
 def _show(console: Console, ds: xr.Dataset, known: bool) -> None:
@@ -105,12 +88,10 @@ def _table(ds: xr.Dataset) -> Table:
     metric, unit = (str(ds[name].values[0]) for name in ("metric", "metric_unit"))
     n_pairs = ds.sizes["pair"]
     over = "" if n_pairs == 1 else f", mean of {n_pairs} pairs; cells of the first"
-    table = Table(title=f"attention attribution to {metric}, {unit}{over}", title_justify="left")
-    table.add_column("head")
-    for name in ("attribution", "exact", "sum of |cells|", "largest cell"):
-        table.add_column(name, justify="right")
-    table.add_column("which is")
-    table.add_column("probability")
+    texts = ("head", "which is", "probability")
+    numbers = ("attribution", "exact", "sum of |cells|", "largest cell")
+    title = f"attention attribution to {metric}, {unit}{over}"
+    table = table_of((texts[0], *numbers, *texts[1:]), title, texts)
     tokens = ds["token"].sel(run="base").isel(pair=0).values
     for head in ranked_heads(ds):
         table.add_row(

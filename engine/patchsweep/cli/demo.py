@@ -19,7 +19,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers.utils import logging as transformers_logging
 
 from patchsweep.cli import parsers
-from patchsweep.cli.console import stdout
+from patchsweep.cli.console import stdout, table_of
 from patchsweep.cli.parsers import N_CELLS
 from patchsweep.cli.progress import Bar
 from patchsweep.cli.schema.run import (
@@ -131,10 +131,8 @@ def largest_difference(
 
 
 def _cost(ds: xr.Dataset, seconds: dict[str, float]) -> Table:
-    table = Table(title="what the sweep cost", title_justify="left")
-    table.add_column("site")
-    for head in ("patches", "live", "token-layers", "a loop needs", "ratio", "seconds"):
-        table.add_column(head, justify="right")
+    heads = ("site", "patches", "live", "token-layers", "a loop needs", "ratio", "seconds")
+    table = table_of(heads, "what the sweep cost", ("site",))
     keys = ("n_patches", "n_live", "token_layers", "loop_token_layers")
     plan = attributes(ds)["plan"]
     rows = {site: [plan[site][key] for key in keys] for site in SITES}
@@ -155,11 +153,8 @@ def _cost(ds: xr.Dataset, seconds: dict[str, float]) -> Table:
 def _largest(ds: xr.Dataset) -> Table:
     effects = [effect for site in SITES for effect in summary.largest(ds, site, n=10)]
     effects.sort(key=lambda effect: -abs(effect.effect))
-    table = Table(title="the ten largest effects on logit_diff", title_justify="left")
-    for head in ("site", "layer", "head", "pos", "token"):
-        table.add_column(head, justify="left" if head in ("site", "token") else "right")
-    for head in ("effect", "recovered"):
-        table.add_column(head, justify="right")
+    columns = ("site", "layer", "head", "pos", "token", "effect", "recovered")
+    table = table_of(columns, "the ten largest effects on logit_diff", ("site", "token"))
     for effect in effects[:10]:
         table.add_row(
             effect.site,

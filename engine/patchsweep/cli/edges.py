@@ -2,21 +2,60 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
 import numpy as np
 import xarray as xr
 from rich.console import Console
 from rich.table import Table
 
 from patchsweep.analyses.circuits.edges import screen_edges
+from patchsweep.attribution.quadrature import Path, path_of
 from patchsweep.cli.analysis import AnalysisVerb
-from patchsweep.cli.schema.edges import EdgesRun
+from patchsweep.cli.console import table_of
+from patchsweep.cli.schema.run import AnalysisRun
 from patchsweep.data.show import number
-from patchsweep.report.edges import Row, correlation, rows_of
+from patchsweep.errors import ConfigError
+from patchsweep.report.edges import correlation, rows_of
 from patchsweep.results.stated import stated_errors
 from patchsweep.results.tolerance import tolerance_notes
 from patchsweep.store.attributes import attributes
 
 N_SHOWN = 12
+
+
+@dataclass
+class EdgesRun(AnalysisRun):
+    """Estimates of all edges, and exact runs of the top-k."""
+
+    uses: ClassVar = (
+        "metric",
+        "intervention",
+        "direction",
+        "means_from",
+        "tolerance",
+    )
+    subject: ClassVar = "edges have"
+
+    top: Any = 200  # foremost edges that are run exactly; all: every edge
+    positions: bool = False  # rank and run edges at single positions
+    # nodes of integrated gradients, or auto; null: the gradient at the base run alone
+    steps: Any = None
+    rule: str = Path.rule  # gauss, or left: as the EAP-IG package has it, which converges slowly
+    rtol: float = Path.rtol  # with steps=auto: error over the largest score of each pair
+
+    def __post_init__(self) -> None:
+        if self.top != "all" and not (type(self.top) is int and self.top >= 1):
+            raise ConfigError(
+                f"top={self.top!r} must be a whole number of at least 1, or all; 200 is usual"
+            )
+        if self.tolerance is not None and self.top != "all":
+            raise ConfigError(
+                f"tolerance={self.tolerance} needs a sample, which is worth its time for all edges "
+                "alone; use top=all, or leave the tolerance out"
+            )
+        path_of(self.steps, self.rule, self.rtol)  # type: ignore[arg-type]
 
 
 def _show(console: Console, ds: xr.Dataset, known: bool) -> None:
@@ -57,14 +96,12 @@ def _table(ds: xr.Dataset) -> Table:
     metric, unit = (str(ds[name].values[0]) for name in ("metric", "metric_unit"))
     over = "" if ds.sizes["pair"] == 1 else f", mean over {ds.sizes['pair']} pairs"
     unit = f" [{unit}]" if unit else ""
-    table = Table(title=f"largest effects on {metric}{unit}{over}", title_justify="left")
     positions = bool(attributes(ds)["positions"])
-    for name in ("sender", "reader", *(["position"] if positions else [])):
-        table.add_column(name)
-    for name in ("estimate", "exact"):
-        table.add_column(name, justify="right")
+    texts = ("sender", "reader", *(["position"] if positions else []))
+    title = f"largest effects on {metric}{unit}{over}"
+    table = table_of((*texts, "estimate", "exact"), title, texts)
     for row in rows_of(ds, metric, N_SHOWN):
-        position = [_where(row)] if positions else []
+        position = [f"{row.pos} {row.token!r}" if row.token else str(row.pos)] if positions else []
         table.add_row(
             row.sender,
             row.reader,
@@ -73,10 +110,6 @@ def _table(ds: xr.Dataset) -> Table:
             number(row.exact, sign=True),
         )
     return table
-
-
-def _where(row: Row) -> str:
-    return f"{row.pos} {row.token!r}" if row.token else str(row.pos)
 
 
 main = AnalysisVerb("edges", EdgesRun, screen_edges, _show)

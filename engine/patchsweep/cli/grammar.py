@@ -14,9 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Quote, QuotedString
 from hydra.errors import HydraException
 
-from patchsweep.cli.early import is_choice
-from patchsweep.cli.keys import refuse_unknown
-from patchsweep.cli.schema.run import RunConfig
+from patchsweep.cli.early import is_choice, keys_of, refuse_unknown
 from patchsweep.data.records import REQUIRED
 from patchsweep.data.tables import SUFFIXES
 from patchsweep.errors import ConfigError
@@ -45,9 +43,7 @@ def is_many(arguments: list[str]) -> bool:
     return not {"-m", "--multirun"}.isdisjoint(arguments)
 
 
-def expand(
-    arguments: list[str], verb: str = "run", schema: type[RunConfig] = RunConfig
-) -> list[str]:
+def expand(arguments: list[str], verb: str = "run") -> list[str]:
     """Return the flags, then the overrides with short forms such as `sites=[q,k]` expanded.
 
     Flags come first, since argparse accepts no overrides on both sides of a flag. Values of paths
@@ -60,17 +56,17 @@ def expand(
     words = [word for word in arguments if not _is_override(word)]
     for argument in arguments:
         if _is_override(argument):
-            words += _override(argument, many, verb, schema)
+            words += _override(argument, many, verb)
     return words
 
 
-def _override(word: str, many: bool, verb: str, schema: type[RunConfig]) -> list[str]:
+def _override(word: str, many: bool, verb: str) -> list[str]:
     """Return the overrides that `word` expands to."""
     key, equals, value = word.partition("=")
     name = key.lstrip("+")
     if not equals or name.partition(".")[0].partition("/")[0] == "hydra":
         return [word]
-    free = refuse_unknown(name, schema, verb)
+    free = refuse_unknown(name, keys_of(verb) or keys_of("run") or {}, verb)
     if name not in _MAIN_KEYS or is_choice(name, value):
         # known keys exist already, so + has a meaning only in a free mapping
         return [f"{'++' if free else ''}{name}={_value(name, value, many)}"]

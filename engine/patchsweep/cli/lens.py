@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import xarray as xr
@@ -13,16 +15,73 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.analyses.logit_lens import describe, lens, sublayers
 from patchsweep.analyses.logit_lens import findings as lens_findings
+from patchsweep.analyses.logit_lens.patches import Patch, Sublayer
 from patchsweep.analyses.stages import Stages
 from patchsweep.cli.analysis import AnalysisVerb
-from patchsweep.cli.schema.lens import LensRun
+from patchsweep.cli.console import table_of
+from patchsweep.cli.schema.run import AnalysisRun
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.data.show import number, rank
+from patchsweep.errors import ConfigError
 from patchsweep.store.attributes import attributes
 from patchsweep.store.difference import IDENTITY
 from patchsweep.sweeps.identity import sealed
 
 N_SHOWN = 10
+
+
+@dataclass
+class PatchConfig:
+    """A patch of the run that the lens reads, with values of `intervention`."""
+
+    site: str | None = None  # such as z or mlp_out; null: no patch
+    layer: Any = None  # a layer, or a list of layers that are patched together
+    pos: Any = "all"  # a position, a label of the pairs, or all
+    head: Any = None  # a head, key head or neuron, or a list of them; null: all
+
+
+@dataclass
+class LensRun(AnalysisRun):
+    """One lens: a grid of predictions, optionally of a patched run and with sublayers' effects."""
+
+    uses: ClassVar = ("runner", "intervention", "direction")
+    subject: ClassVar = "a lens has"
+
+    which: str | None = None  # clean, corrupted, base or source
+    remove: str | None = None  # such as mlp:19 or attn:23; null: nothing
+    patch: PatchConfig = field(default_factory=PatchConfig)
+    top: int = 5  # most probable tokens kept at each place
+    sublayers: bool = True  # what the prediction is without each sublayer
+
+    def __post_init__(self) -> None:
+        if self.top < 1:
+            raise ConfigError(f"top={self.top} must be at least 1; 5 is usual")
+        if self.remove is not None and not re.fullmatch(r"(attn|mlp):\d+", self.remove):
+            raise ConfigError(f"remove={self.remove!r} is no sublayer; write mlp:19 or attn:23")
+        if self.patch.site is None and self.patch != PatchConfig():
+            raise ConfigError("patch needs a site; give patch.site=z, or leave the patch out")
+
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments of `lens` other than model, pairs and config, and `removals`.
+
+        `removals`: the arguments of `sublayers`; None: sublayers are not removed.
+        """
+        removed: Sublayer | None = None
+        if self.remove is not None:
+            kind, _, layer = self.remove.partition(":")
+            removed = cast(Sublayer, (kind, int(layer)))
+        patches = []
+        if self.patch.site is not None:
+            patches = [Patch(**asdict(self.patch), intervention=self.intervention)]
+        runner = {"runner": self.runner.name, "max_tokens": self.runner.max_tokens}
+        return {
+            "which": self.which,
+            "direction": self.direction,
+            "remove": removed,
+            "patch": patches,
+            "top": self.top,
+            "removals": runner if self.sublayers else None,
+        }
 
 
 def _lens(
@@ -87,13 +146,11 @@ def _layers(ds: xr.Dataset) -> Table:
     """Return a table of the last layers' predictions at the answer's position."""
     pairs, runs = [int(p) for p in ds["pair"].values], [str(r) for r in ds["run"].values]
     over = "" if len(pairs) == 1 else f", mean probability and median rank of {len(pairs)} pairs"
-    table = Table(title=f"what the last layers would say{over}", title_justify="left")
-    table.add_column("after")
+    columns = texts = ["after"]
     for run in runs:
-        if len(pairs) == 1:
-            table.add_column(f"first guess, {run}")
-        table.add_column("P(answer)", justify="right")
-        table.add_column("rank", justify="right")
+        guess = [f"first guess, {run}"] if len(pairs) == 1 else []
+        columns, texts = [*columns, *guess, "P(answer)", "rank"], [*texts, *guess]
+    table = table_of(columns, f"what the last layers would say{over}", texts)
     places = lens_findings.places(ds)
     values = {
         (run, name): np.stack([lens_findings.at_answer(ds, name, run, pair) for pair in pairs])
@@ -118,10 +175,8 @@ def _removals(ds: xr.Dataset) -> Table:
     prob, mean_rank = (float(unpatched.sel(metric=m)) for m in ("prob", "rank"))
     over = "" if ds.sizes["pair"] == 1 else f", means of {ds.sizes['pair']} pairs"
     title = f"without one sublayer (whole: P(answer) {number(prob)}, rank {rank(mean_rank)}){over}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("without")
-    for name in ("P(answer)", "rank", "change of log P", "of logit_diff"):
-        table.add_column(name, justify="right")
+    columns = ("without", "P(answer)", "rank", "change of log P", "of logit_diff")
+    table = table_of(columns, title, columns[:1])
     for removal in lens_findings.removals(ds)[:N_SHOWN]:
         table.add_row(
             removal.words,

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 import sys
-from typing import TYPE_CHECKING
+from dataclasses import is_dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, cast
 
+from patchsweep.cli.early import ANY, fields_of, flat, groups
 from patchsweep.errors import PatchsweepError, printable
 from patchsweep.store.backends.credentials import scrub
 
@@ -42,9 +45,7 @@ def one_line(error: BaseException) -> str | None:
             return f"{group}={given} is not known; use one of {known.replace('; ', ', ')}"
         unknown_key = re.match(r"Could not override '([^']+)'", text)
         if unknown_key:
-            from patchsweep.cli.keys import elsewhere  # a local import, since it loads torch
-
-            return elsewhere(unknown_key[1], getattr(cause, "object_type", None))
+            return _elsewhere(unknown_key[1], getattr(cause, "object_type", None))
         if text.startswith("Error merging override") and isinstance(cause, ValidationError):
             return scrub(_wrong_type(cause))
         if isinstance(cause, OmegaConfBaseException):
@@ -54,6 +55,34 @@ def one_line(error: BaseException) -> str | None:
                 text += f'; that launcher is an extra: pip install "patchsweep[{extra}]"'
         return text
     return None
+
+
+def _elsewhere(key: str, chosen: type | None) -> str:
+    """Return the error message for a `key` that the chosen class of its group does not have."""
+    from hydra.conf import HydraConf
+    from omegaconf import OmegaConf
+
+    group, _, name = key.partition(".")
+    if group == "hydra":
+        known = OmegaConf.to_container(OmegaConf.structured(HydraConf))
+        near = get_close_matches(key, list(flat(cast(dict[str, Any], known), "hydra.")))
+        meant = f"did you mean {near[0]}? " if near else ""
+        return f"key {key!r} is not known; {meant}`patchsweep run --hydra-help` says more"
+    classes = groups().get(group, {})
+    if any(fields_of(one).get(name) is ANY for one in classes):
+        return f"{key} is a mapping; give its entries one by one, such as {key}.name=value"
+    owners = [
+        schema.partition("_")[0]
+        for one, schema in classes.items()
+        if name.partition(".")[0] in fields_of(one)
+    ]
+    text = f"key {key!r} is not known here"
+    if chosen is not None and is_dataclass(chosen):
+        names = ", ".join(fields_of(chosen.__name__))
+        text += f"; those of the {group} that was chosen are {names}"
+    if owners and "schema" not in owners:
+        text += f"; {name} belongs to {' and '.join(f'{group}={owner}' for owner in owners)}"
+    return text
 
 
 def _wrong_type(error: ValidationError) -> str:

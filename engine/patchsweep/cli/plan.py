@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from patchsweep.cli.app import as_config, compose
-from patchsweep.cli.console import stdout
-from patchsweep.cli.schema.plan import PlanRun
+from patchsweep.cli.console import stdout, table_of
+from patchsweep.cli.schema.run import RunConfig
 from patchsweep.data.pairs import PromptPair
 from patchsweep.data.show import number
 from patchsweep.errors import ConfigError
@@ -19,6 +20,13 @@ from patchsweep.sweeps.saving import Saving
 from patchsweep.sweeps.weight_reads import Weights
 
 SHOWN_TOKENS = 12  # tokens of the first prompt to print: its start and its end
+
+
+@dataclass
+class PlanRun(RunConfig):
+    """The config of a run, and whether a few of its patches run now."""
+
+    sample: bool = False  # run a few patches, to estimate what the tolerance saves
 
 
 def main(arguments: list[str]) -> int:
@@ -52,32 +60,17 @@ def job(cfg: DictConfig) -> None:
 
 def show(cost: Cost, console: Console) -> None:
     """Print the cost as a table and a few lines."""
-    table = Table()
-    table.add_column("site")
     heads = ("patches", "live", "run exactly", "units", "token-layers", "a loop needs", "ratio")
-    for head in heads:
-        table.add_column(head, justify="right")
+    table = table_of(("site", *heads), texts=("site",))
+    counts = ("n_patches", "n_live", "n_exact", "n_units", "token_layers", "loop_token_layers")
     for site in cost.sites:
-        numbers = (
-            site.n_patches,
-            site.n_live,
-            site.n_exact,
-            site.n_units,
-            site.token_layers,
-            site.loop_token_layers,
-        )
         ratio = f"{site.loop_token_layers / site.token_layers:,.0f}" if site.token_layers else ""
-        table.add_row(site.site, *(f"{n:,}" for n in numbers), ratio)
+        table.add_row(site.site, *(f"{getattr(site, name):,}" for name in counts), ratio)
     for part in cost.parts:
         table.add_row(part.name, "", "", "", "", f"{part.token_layers:,}", "", "")
-    totals = (
-        cost.n_patches,
-        cost.n_live,
-        sum(site.n_exact for site in cost.sites),
-        sum(site.n_units for site in cost.sites),
-        cost.token_layers,
-        cost.loop_token_layers,
-    )
+    n_exact, n_units = (sum(getattr(site, name) for site in cost.sites) for name in counts[2:4])
+    ends = cost.token_layers, cost.loop_token_layers
+    totals = (cost.n_patches, cost.n_live, n_exact, n_units, *ends)
     ratio = f"{cost.loop_token_layers / max(1, cost.token_layers):,.0f}"
     table.add_section()
     table.add_row("all", *(f"{n:,}" for n in totals), ratio)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -26,7 +25,7 @@ _LINE_S = 20.0  # seconds between lines within a unit
 
 
 class Bar:
-    """The progress of one run: a bar on a terminal, at most one line per unit elsewhere.
+    """The `executor.Progress` of one run: a bar on a terminal, at most one line per unit elsewhere.
 
     Between work items it checks for a stop signal.
     """
@@ -57,7 +56,6 @@ class Bar:
         self._told_waiting: dict[str, int] | None = None
 
     def begin(self, n_units: int, total: int, done: int) -> None:
-        """See `work.Progress`."""
         self._to_do = self.n_units + n_units  # an analysis runs several stages in a row
         self._task = self._bar.add_task(self._stage, total=total, completed=done)
         self._done, self._total, self._told = done, total, time.monotonic()
@@ -68,7 +66,6 @@ class Bar:
         self._check()
 
     def advance(self, unit: Unit, token_layers: int, n_live: int, seconds: float) -> None:
-        """See `work.Progress`."""
         self.seconds[unit.variable] = self.seconds.get(unit.variable, 0.0) + seconds
         self.n_units += 1
         self.n_live += n_live
@@ -85,7 +82,6 @@ class Bar:
             )
 
     def stage(self, name: str) -> None:
-        """See `executor.Watching`."""
         self._stage = name
 
     def within(self, token_layers: int) -> None:
@@ -98,15 +94,12 @@ class Bar:
             self._told = time.monotonic()
             self._console.print(f"{self._stage}: {so_far / self._total:.0%} of the token-layers")
 
-    def end(self) -> None:
-        """See `executor.Watching`."""
+    def end(self) -> None: ...
 
     def item_done(self) -> None:
-        """See `work.Progress`."""
         self._check()
 
     def waiting(self, n_units: int, holders: Mapping[str, int]) -> None:
-        """See `work.Progress`."""
         if holders != self._told_waiting:
             self._told_waiting = dict(holders)
             whom = ", ".join(f"{name} ({n})" for name, n in sorted(holders.items())) or "nobody"
@@ -123,10 +116,5 @@ class Bar:
         self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._bar.stop()

@@ -8,7 +8,6 @@ from transformers.utils import logging as transformers_logging
 from patchsweep.cli.app import as_config, compose
 from patchsweep.cli.console import stdout
 from patchsweep.cli.progress import Bar
-from patchsweep.cli.schema.run import RunConfig
 from patchsweep.cli.stop import STOPPER
 from patchsweep.data.show import number
 from patchsweep.models.compute import sentence
@@ -27,15 +26,10 @@ def main(arguments: list[str]) -> int:
 
 
 def job(cfg: DictConfig) -> None:
-    """Run one config; Hydra calls this in this process or in a launcher's."""
+    """Run one config and print a summary; Hydra calls this in this process or in a launcher's."""
     STOPPER.listen()
     STOPPER.check("before anything was run")
-    execute(as_config(cfg))
-
-
-def execute(config: RunConfig) -> None:
-    """Run the sweep and print a summary."""
-    console = stdout()
+    config, console = as_config(cfg), stdout()
     transformers_logging.disable_progress_bar()
     model = config.model.load()
     pairs = config.task.load(model)

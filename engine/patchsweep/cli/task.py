@@ -12,11 +12,12 @@ from patchsweep.arguments import user_path
 from patchsweep.cli import parsers
 from patchsweep.cli.console import stdout
 from patchsweep.data.pairs import PromptPairs
-from patchsweep.data.show import count, number, percent, visible
+from patchsweep.data.show import number, percent, visible
 from patchsweep.data.tables import SUFFIXES
 from patchsweep.errors import ConfigError
 from patchsweep.models import load_model
 from patchsweep.tasks import TASKS, TaskCheck, check_pairs, check_task, find_task
+from patchsweep.tasks.check import ANSWER_COLUMNS
 
 
 def main(arguments: list[str]) -> int:
@@ -59,20 +60,11 @@ def _listed() -> Table:
 def _answers(check: TaskCheck) -> Table:
     """Return both answers of each pair of a file, after both prompts."""
     table = Table(title=Text(f"{check.task}: probability and rank of both answers"))
-    for column in ("pair", "prompt", "right answer"):
-        table.add_column(column)
-    for column in ("probability", "rank", "of the wrong", "rank"):
-        table.add_column(column, justify="right")
-    for one in check.answers:
-        table.add_row(
-            str(one.pair),
-            one.prompt,
-            Text(visible(one.right)),
-            number(one.right_prob),
-            count(one.right_rank),
-            number(one.wrong_prob),
-            count(one.wrong_rank),
-        )
+    for i, column in enumerate(ANSWER_COLUMNS):
+        table.add_column(column, justify="left" if i < 3 else "right")
+    for answer in check.answers:
+        pair, prompt, right, *numbers = answer.row(visible)
+        table.add_row(pair, prompt, Text(right), *numbers)
     return table
 
 

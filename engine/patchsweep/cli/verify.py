@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
 
 import numpy as np
 import xarray as xr
@@ -29,14 +28,6 @@ from patchsweep.sweeps.api import prepare_runner
 from patchsweep.sweeps.means import check_means
 
 EXIT_PROBLEMS = 4  # files are damaged, or values differ
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One patch of the store, by unit."""
-
-    unit: Unit
-    patch: int  # index into the site's plan
 
 
 def main(arguments: list[str]) -> int:
@@ -102,9 +93,6 @@ def recompute(
         console.print("values: none to run again")
         return []
     runner = prepare_runner(request, "hooked", config.runner.max_tokens).runner
-    by_unit: dict[Unit, list[int]] = defaultdict(list)
-    for cell in sample:
-        by_unit[cell.unit].append(cell.patch)
     provenance = store.attrs["provenance"]
     is_bf16 = provenance["config"]["precision"] == "bf16"
     dtype = provenance.get("compute_dtype", provenance["dtype"])
@@ -113,7 +101,7 @@ def recompute(
     ds = store.dataset()
     screened = "screen" in attributes(ds)
     allowed = tolerance + allowed_error(ds)  # [metric, pair]
-    for unit, patches in by_unit.items():
+    for unit, patches in sample.items():
         plan = plans[unit.variable]
         stored = _stored(store, ds, plan, unit, patches)
         for batch in request.batches(unit.pairs):
@@ -139,19 +127,19 @@ def recompute(
 
 def _sample(
     plans: dict[str, SitePlan], units: list[Unit], n_cells: int, rng: np.random.Generator
-) -> list[Cell]:
-    """Return random patches of `units`, uniform over all their patches, without replacement."""
+) -> dict[Unit, list[int]]:
+    """Return random patches by unit (indices into the site's plan), uniform over all patches."""
     unit_patches = [plans[u.variable].patches(u.pairs, u.layers) for u in units]
     ends = np.cumsum([len(patches) for patches in unit_patches])
     if not len(ends) or not ends[-1]:
-        return []
+        return {}
     drawn = rng.choice(ends[-1], size=min(n_cells, int(ends[-1])), replace=False)
-    cells = []
+    sample: dict[Unit, list[int]] = defaultdict(list)
     for place in np.sort(drawn).tolist():
         unit = int(np.searchsorted(ends, place, side="right"))
         offset = place - (int(ends[unit - 1]) if unit else 0)
-        cells.append(Cell(units[unit], int(unit_patches[unit][offset])))
-    return cells
+        sample[units[unit]].append(int(unit_patches[unit][offset]))
+    return sample
 
 
 def _stored(

@@ -98,11 +98,8 @@ def _edges(model: TransformerBridge, pairs: PromptPairs, question: Question, pla
     Of a head or a sublayer: those from it and to it. Of the residual stream: those that pass
     there, written before and read after.
     """
-    settings: dict[str, Any] = {
-        "metrics": question.metric,
-        "direction": question.direction,
-        "intervention": question.intervention,
-    }
+    settings = question.settings()
+    del settings["tolerance"]  # the foremost run exactly
     scores = edges(model, pairs, **settings, stages=_quiet())
     of_place = _edge_test(model, place)
     senders, readers = ([str(x) for x in scores[end].values] for end in ("sender", "reader"))

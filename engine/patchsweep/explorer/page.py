@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from importlib import resources
 from typing import Any
 
 from transformer_lens.model_bridge import TransformerBridge
 
+from patchsweep.data.show import esc
 from patchsweep.explorer.question import (
     CHOICES,
     CHOSEN,
@@ -15,10 +14,9 @@ from patchsweep.explorer.question import (
     INTERVENTIONS,
     TOLERANCES,
 )
-from patchsweep.report.html import esc
+from patchsweep.report.html import choice
 from patchsweep.report.page import colours
-from patchsweep.report.shell import get_plotlyjs, page, section
-from patchsweep.report.shell import resource as of_report
+from patchsweep.report.shell import get_plotlyjs, page, resource, section
 from patchsweep.results.accessor import SITE_WORDS
 from patchsweep.spec.metrics import METRICS
 from patchsweep.tasks.ioi import DEMO_PAIR
@@ -45,10 +43,10 @@ def build(model: TransformerBridge, name: str) -> str:
         data={"tolerances": TOLERANCES, "words": {s: SITE_WORDS.get(s, s) for s in CHOICES}},
         scripts=[
             get_plotlyjs(),
-            of_report("numbers.js") + of_report("maps.js"),
-            _resource("explorer.js"),
+            resource("numbers.js") + resource("maps.js"),
+            resource("explorer.js", "patchsweep.explorer"),
         ],
-        style=_resource("explorer.css"),
+        style=resource("explorer.css", "patchsweep.explorer"),
         served=True,
     )
 
@@ -85,9 +83,9 @@ def _form(model: TransformerBridge) -> str:
         '</div><div id="said" role="status"></div>'
         f'<fieldset id="sites"><legend>Sites</legend>{sites}</fieldset>'
         '<div class="settings">'
-        f"{_select('metric', 'Metric', tuple(METRICS))}"
-        f"{_select('direction', 'Direction', DIRECTIONS)}"
-        f"{_select('intervention', 'Patch values', INTERVENTIONS)}"
+        f"{choice('metric', 'Metric', [(name, name) for name in METRICS])}"
+        f"{choice('direction', 'Direction', [(name, name) for name in DIRECTIONS])}"
+        f"{choice('intervention', 'Patch values', [(name, name) for name in INTERVENTIONS])}"
         f'<label>Tolerance <input type="range" id="tolerance" min="0" max="{tolerance}" step="1" '
         'value="0"> <output id="tolerated" for="tolerance">exact</output></label>'
         f'{chat}<button type="button" id="run" class="main">Sweep</button>'
@@ -104,11 +102,6 @@ def _side(name: str, title: str, answer: str, prompt: str, then: str) -> str:
         f'<input id="{answer}" type="text" spellcheck="false" autocomplete="off" '
         f'value="{esc(then)}"></div>'
     )
-
-
-def _select(name: str, title: str, options: Sequence[str]) -> str:
-    inner = "".join(f'<option value="{option}">{option}</option>' for option in options)
-    return f'<label>{title} <select id="{name}">{inner}</select></label>'
 
 
 def _cell() -> str:
@@ -134,7 +127,3 @@ def _again() -> str:
         f'{parts}<p><a id="report" target="_blank" rel="noopener">The report of these maps</a>, '
         "one page that opens offline: save it from the browser.</p>"
     )
-
-
-def _resource(name: str) -> str:
-    return resources.files("patchsweep.explorer").joinpath(name).read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,6 @@ from patchsweep.models.running import running
 from patchsweep.report import question as words
 from patchsweep.report.heatmap import draw_site
 from patchsweep.report.page import build_page, figure_data, map_html, view_data
-from patchsweep.report.tables import Journal
 from patchsweep.report.views import choose_views
 from patchsweep.spec.plan import SitePlan
 from patchsweep.spec.spec import SweepSpec, make_request
@@ -100,13 +99,14 @@ class Run:
         """Tell the map of `site` as far as it is known."""
         (view,) = choose_views(ds, (site,))
         figure = draw_site(ds, site, (view,))
+        (frame,) = figure.frames.values()
         index = self.question.sites.index(site)
         self.tell(
             {
                 "kind": "map",
                 "index": index,
                 "done": done,
-                "html": map_html(index, figure, figure.frames[0].caption),
+                "html": map_html(index, figure, frame.caption),
                 "figure": figure_data(figure),
                 "view": view_data(view),
                 "prompts": words.prompts(ds, self.question.metric, view),
@@ -140,7 +140,7 @@ class Run:
             plans |= attributes(ds)["plan"]
         merged = xr.merge(found, compat="override", combine_attrs="override")
         merged.attrs = flat_attributes({**attributes(found[0]), "plan": plans})
-        return build_page(merged, Journal())
+        return build_page(merged)
 
 
 class Watch:
@@ -152,16 +152,13 @@ class Watch:
         self._told = self._shown = 0.0
 
     def begin(self, n_units: int, total: int, done: int) -> None:
-        """See `executor.Progress`."""
         self._done = done
         self._check()
 
     def advance(self, unit: Unit, token_layers: int, n_live: int, seconds: float) -> None:
-        """See `executor.Progress`."""
         self._done += token_layers
 
     def item_done(self) -> None:
-        """See `executor.Progress`."""
         now = time.monotonic()
         if now - self._shown > _OFTEN_S:
             self._shown = now
@@ -169,22 +166,18 @@ class Watch:
         self._check()
 
     def waiting(self, n_units: int, holders: Mapping[str, int]) -> None:
-        """See `executor.Progress`."""
         self._check()
 
-    def stage(self, name: str) -> None:
-        """See `executor.Watching`."""
+    def stage(self, name: str) -> None: ...
 
     def within(self, token_layers: int) -> None:
-        """See `executor.Watching`."""
         self._check()
         now = time.monotonic()
         if now - self._told > _OFTEN_S:
             self._told = now
             self._run.bar(self._done + token_layers)
 
-    def end(self) -> None:
-        """See `executor.Watching`."""
+    def end(self) -> None: ...
 
     def _check(self) -> None:
         if self._run.cancelled.is_set():
@@ -260,16 +253,16 @@ class Explorer:
                 run.close("cancelled")
                 return
             if sites:
-                self._guarded(run, sites[0], self._sweep)
+                self._guarded(run, sites[0])
                 self._next(run, sites[1:])
             else:
                 run.close()
 
         self._thread.submit(job)
 
-    def _guarded(self, run: Run, site: str, do: Callable[[Run, str], None]) -> None:
+    def _guarded(self, run: Run, site: str) -> None:
         try:
-            do(run, site)
+            self._sweep(run, site)
         except Cancelled:
             pass  # the next job says so
         except PatchsweepError as error:

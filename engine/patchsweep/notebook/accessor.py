@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from os import PathLike
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import xarray as xr
 
@@ -14,11 +14,26 @@ from patchsweep.results.rounding import noise_floor
 from patchsweep.store.attributes import attributes
 
 if TYPE_CHECKING:
-    import pandas as pd
     import plotly.graph_objects as go
 
     from patchsweep.notebook.drawing import Drawing
     from patchsweep.notebook.report import Report
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _of_dataset(
+    function: Callable[Concatenate[xr.Dataset, P], R],
+) -> Callable[Concatenate[PatchsweepAccessor, P], R]:
+    """Return the method that calls `function` with the accessor's Dataset."""
+
+    @wraps(function)
+    def method(self: PatchsweepAccessor, *args: P.args, **kwargs: P.kwargs) -> R:
+        return function(self._ds, *args, **kwargs)
+
+    return method
 
 
 class PatchsweepAccessor:
@@ -37,29 +52,15 @@ class PatchsweepAccessor:
         """See `patchsweep.results.accessor.sites`."""
         return summary.sites(self._ds)
 
-    def effect(self, site: str) -> xr.DataArray:
-        """See `patchsweep.results.accessor.effect`."""
-        return summary.effect(self._ds, site)
-
-    def recovered(self, site: str) -> xr.DataArray:
-        """See `patchsweep.results.accessor.recovered`."""
-        return summary.recovered(self._ds, site)
-
-    def noise_floor(self, site: str) -> xr.DataArray | None:
-        """See `patchsweep.results.rounding.noise_floor`."""
-        return noise_floor(self._ds, site)
-
-    def effect_mean(self, site: str) -> xr.DataArray:
-        """See `patchsweep.results.accessor.effect_mean`."""
-        return summary.effect_mean(self._ds, site)
-
-    def recovered_mean(self, site: str) -> xr.DataArray:
-        """See `patchsweep.results.accessor.recovered_mean`."""
-        return summary.recovered_mean(self._ds, site)
-
-    def n_pairs(self, site: str) -> xr.DataArray:
-        """See `patchsweep.results.accessor.n_pairs`."""
-        return summary.n_pairs(self._ds, site)
+    effect = _of_dataset(summary.effect)
+    recovered = _of_dataset(summary.recovered)
+    noise_floor = _of_dataset(noise_floor)
+    effect_mean = _of_dataset(summary.effect_mean)
+    recovered_mean = _of_dataset(summary.recovered_mean)
+    n_pairs = _of_dataset(summary.n_pairs)
+    to_dataframe = _of_dataset(export.to_dataframe)
+    to_parquet = _of_dataset(export.to_parquet)
+    to_netcdf = _of_dataset(export.to_netcdf)
 
     def largest(
         self,
@@ -72,18 +73,6 @@ class PatchsweepAccessor:
     ) -> summary.Effects:
         """See `patchsweep.results.accessor.largest`; `pair=None` ranks the mean over pairs."""
         return summary.largest(self._ds, site, metric, n, pair=pair, placebo=placebo)
-
-    def to_dataframe(self, site: str | None = None) -> pd.DataFrame:
-        """See `patchsweep.results.export.to_dataframe`."""
-        return export.to_dataframe(self._ds, site)
-
-    def to_parquet(self, path: str | PathLike[str], site: str | None = None) -> Path:
-        """See `patchsweep.results.export.to_parquet`."""
-        return export.to_parquet(self._ds, path, site)
-
-    def to_netcdf(self, path: str | PathLike[str]) -> Path:
-        """See `patchsweep.results.export.to_netcdf`."""
-        return export.to_netcdf(self._ds, path)
 
     def plot(
         self,

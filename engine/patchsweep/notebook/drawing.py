@@ -11,7 +11,7 @@ import xarray as xr
 from patchsweep.arguments import user_path, whole_number
 from patchsweep.errors import StoreError
 from patchsweep.report.edges import rows_of
-from patchsweep.report.graph import Drawn, draw_graph
+from patchsweep.report.graph import Drawn, graph_of_edges
 from patchsweep.results import accessor as summary
 
 
@@ -27,8 +27,7 @@ class Drawing:
     def save(self, path: str | PathLike[str]) -> Path:
         """Write the picture to an SVG file and return its path."""
         out = user_path(Path(path))
-        svg = self.svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
-        out.write_text(self.svg if "xmlns=" in self.svg else svg, encoding="utf-8")
+        out.write_text(self.svg, encoding="utf-8")
         return out
 
 
@@ -48,6 +47,4 @@ def plot_edges(ds: xr.Dataset, n: int = 40, *, metric: str | None = None) -> Dra
     name = summary.metric_name(ds, metric)
     rows = rows_of(ds, name)[:n]
     drawn = [Drawn(row.sender, row.reader, row.value) for row in rows]
-    group = int(ds.attrs["n_heads"]) // int(ds.attrs["n_kv_heads"])
-    label = f"The {len(drawn)} largest edges"
-    return Drawing(draw_graph(["embed", "logits"], drawn, group=group, unit=name, label=label))
+    return Drawing(graph_of_edges(ds, drawn, f"The {len(drawn)} largest edges", name))

@@ -14,12 +14,12 @@ import xarray as xr
 
 from patchsweep.arguments import one_of
 from patchsweep.data.show import number, visible
-from patchsweep.errors import MethodError, PlanError
-from patchsweep.report.axes import DIM_WORDS, Axes, folded, lay_out
+from patchsweep.errors import MethodError
+from patchsweep.report.axes import DIM_WORDS, Axes, folded, lay_out, strongest
 from patchsweep.report.figure import RED_BLUE, plain
 from patchsweep.report.heatmap import NATURAL, colour_limit
 from patchsweep.results import accessor as summary
-from patchsweep.results.compare import compare
+from patchsweep.results.compare import compare, means_of_both
 
 UNRUN = "#b9bec4"
 _MAX_ROW, _HEIGHT = 22, 460  # pixels: of a row at most, of all rows
@@ -61,11 +61,7 @@ def plot(
     if quantity is not None:
         one_of("quantity", quantity, ("recovered", "effect"))
     name = summary.metric_name(ds, metric)
-    one = ds.sel(metric=[name])
-    if pair is not None:
-        if pair not in ds["pair"].values:
-            raise PlanError(f"pair={pair} is not in the store; it has {ds['pair'].values.tolist()}")
-        one = one.sel(pair=[pair])
+    one = summary.chosen(ds, name, pair)
     control = summary.control_of(placebo, site, name, pair)
     arrays = {
         "value": summary.value(one, site).mean("pair"),
@@ -77,11 +73,11 @@ def plot(
         quantity = "effect" if weak or not arrays["recovered"].notnull().any() else "recovered"
     axes = lay_out(summary.value(one, site))
     grids = {key: axes.grid(array.squeeze("metric", drop=True)) for key, array in arrays.items()}
-    at = np.nan_to_num(np.abs(grids["effect"]), nan=-1.0).argmax(axis=2)
-    flat = {key: np.take_along_axis(g, at[..., None], axis=2)[..., 0] for key, g in grids.items()}
+    at, flattened = strongest(grids["effect"], grids.values())
+    flat = dict(zip(grids, flattened, strict=True))
     tokens = summary.shared_tokens(one, pair)
     behind = axes.grid(summary.n_pairs(one, site).squeeze("metric", drop=True))
-    n_behind = np.take_along_axis(behind, at[..., None], axis=2)[..., 0]
+    (n_behind,) = strongest(grids["effect"], [behind])[1]
     n_pairs = one.sizes["pair"]
 
     within = np.zeros(at.shape, bool) if control is None else np.abs(flat["effect"]) <= control
@@ -161,22 +157,15 @@ def scatter(ds: xr.Dataset, site: str, method: str, *, metric: str | None = None
         )
     metric = summary.metric_name(ds, metric)
     one = ds.sel(metric=[metric])
-    exact = summary.effect_mean(one, site).squeeze("metric", drop=True)
-    known = summary.effect(one, site).notnull()
-    estimate = summary.effect(one, name).where(known).mean("pair").squeeze("metric", drop=True)
-    estimate = estimate.transpose(*exact.dims)
-    x, y = exact.values.ravel().astype(float), estimate.values.ravel().astype(float)
-    if summary.is_absolute(ds, name):
-        x = np.abs(x)
-    cells = np.flatnonzero(np.isfinite(x) & np.isfinite(y) & ((x != 0) | (y != 0)))
+    exact, x, y, cells = means_of_both(one, site, name)
     tokens = summary.shared_tokens(one)
     texts = []
     for cell in cells:
-        at = dict(zip(exact.dims, np.unravel_index(cell, exact.shape), strict=True))
+        labels, token = summary.place_of(exact, cell, tokens)
         place = ", ".join(
-            f"{DIM_WORDS[str(d)]} {exact[d].values[i]}"
-            + (f" {plain(visible(tokens[i] or ''))}" if d == "pos" else "")
-            for d, i in at.items()
+            f"{DIM_WORDS[dim]} {label}"
+            + (f" {plain(visible(token or ''))}" if dim == "pos" else "")
+            for dim, label in labels.items()
         )
         texts.append(
             f"{place}<br>exact {number(x[cell], sign=True)}<br>{plain(method)} "

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib import import_module
 from os import PathLike, fspath
 from pathlib import Path
+from types import MappingProxyType
 
 import xarray as xr
 
 from patchsweep.errors import ConfigError, StoreError
 from patchsweep.report.page import build_page
-from patchsweep.report.tables import Journal, read_journal
+from patchsweep.report.tables import seconds_of
 from patchsweep.report.views import by_intervention
 from patchsweep.store.backends.credentials import scrub
 from patchsweep.store.contents import understood
@@ -19,19 +21,11 @@ from patchsweep.store.dataset import open_store
 
 __all__ = ["write_report"]
 
-# kind of an analysis's results -> the module of this package whose `build(ds)` returns its page
-KINDS = {
-    "edges": "edges",
-    "circuit": "circuit",
-    "acdc": "acdc",
-    "multiverse": "multiverse",
-    "lens": "lens",
-    "heads": "heads",
-    "attention": "attention",
-    "trace": "trace",
-    "dose": "dose",
-    "latents": "latents",
-}
+# kinds of an analysis's results; each is a module of this package whose `build(ds)` is its page
+KINDS = (
+    "edges", "circuit", "acdc", "multiverse", "lens", "heads", "attention", "trace", "dose",
+    "latents",
+)  # fmt: skip
 
 
 def write_report(store: str | PathLike[str], out: str | PathLike[str] = "report.html") -> Path:
@@ -51,7 +45,7 @@ def write_report(store: str | PathLike[str], out: str | PathLike[str] = "report.
     address = fspath(store)
     _check_file(out)
     with understood(scrub(address)):
-        page = page_of(open_store(address), scrub(address), read_journal(address))
+        page = page_of(open_store(address), scrub(address), seconds_of(address))
     return write_page(page, out)
 
 
@@ -78,21 +72,21 @@ def write_page(page: str, out: str | PathLike[str]) -> Path:
     return path
 
 
-def page_of(ds: xr.Dataset, name: str, journal: Journal | None = None) -> str:
-    """Return the page of `ds`, which errors call `name`.
+def page_of(ds: xr.Dataset, name: str, seconds: Mapping[str, float] = MappingProxyType({})) -> str:
+    """Return the page of `ds`, which errors call `name`; `seconds` are the times of its sites.
 
     Raises:
         StoreError: its kind has no page.
     """
     kind = ds.attrs.get("kind")
     if kind is None:
-        return build_page(by_intervention(ds), journal or Journal())
+        return build_page(by_intervention(ds), seconds)
     if kind not in KINDS:
         raise StoreError(
             f"{name} holds results of kind {kind!r}, for which there is no page; "
             f"kinds with a page are {', '.join(KINDS)}"
         )
-    page: str = import_module(f"patchsweep.report.{KINDS[kind]}").build(ds.load())
+    page: str = import_module(f"patchsweep.report.{kind}").build(ds.load())
     return page
 
 

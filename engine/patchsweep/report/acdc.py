@@ -5,29 +5,25 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from patchsweep.report.graph import Drawn, draw_graph
-from patchsweep.report.html import count, esc, number, plural
+from patchsweep.data.show import count, esc, number, plural
+from patchsweep.report.graph import STYLE, Drawn, graph_of_edges
+from patchsweep.report.html import fact_list, numbers, table
+from patchsweep.report.question import model_name
 from patchsweep.report.shell import page, section
 from patchsweep.report.tables import provenance_table
-from patchsweep.store.attributes import attributes
 
 N_DRAWN = 60  # most edges in one picture
-
-_STYLE = """
-.graph { display: block; }
-.scroll.figure { border: 1px solid var(--line); border-radius: 4px; padding: .5rem; }
-"""
 
 
 def build(ds: xr.Dataset) -> str:
     """Return the page of a store of pruned circuits as self-contained HTML."""
-    model = str(attributes(ds)["provenance"]["model"]).rstrip("/").rpartition("/")[2]
+    model = model_name(ds)
     parts = [_header(ds, model), section("sizes", "Threshold by threshold", _sizes(ds))]
     for i, threshold in enumerate(ds["threshold"].values):
         title = f"The circuit at {float(threshold):g}"
         parts.append(section(f"circuit-{i}", title, _drawing(ds.isel(threshold=i))))
     parts.append(section("provenance", "Where the numbers come from", provenance_table(ds)))
-    return page(f"Pruned circuits of {model}", parts, style=_STYLE)
+    return page(f"Pruned circuits of {model}", parts, style=STYLE)
 
 
 def _header(ds: xr.Dataset, model: str) -> str:
@@ -38,21 +34,19 @@ def _header(ds: xr.Dataset, model: str) -> str:
         ("edges", count(int(ds["n_candidates"][0]))),
         ("ablation", esc(ds.attrs["ablation"])),
     ]
-    shown = "".join(f"<div><dt>{key}</dt><dd>{value}</dd></div>" for key, value in facts)
     return (
         f'<header><h1>Which edges of <span class="name">{esc(model)}</span> can go?</h1>'
         '<p class="lead">An <b>edge</b> is what one part writes into the residual stream, as far '
         "as one other part reads it. From the logits down each edge is tried: it goes if that adds "
         f"less than the threshold to the distance from the model, the mean of |{metric} of the "
         f"circuit &minus; {metric} of the model| over the pairs.</p>"
-        f'<dl class="facts">{shown}</dl></header>'
+        f"{fact_list(facts)}</header>"
     )
 
 
 def _sizes(ds: xr.Dataset) -> str:
     names = ("n_edges", "n_connected", "distance", "n_dead", "n_runs")
-    titles = ("threshold", "edges left", "on a way to the logits", "distance", "dead", "runs")
-    head = "".join(f'<th scope="col" class="n">{title}</th>' for title in titles)
+    columns = ("threshold", "edges left", "on a way to the logits", "distance", "dead", "runs")
     body = []
     for i, threshold in enumerate(ds["threshold"].values):
         one = ds.isel(threshold=i)
@@ -60,12 +54,9 @@ def _sizes(ds: xr.Dataset) -> str:
         for name in names:
             value = one[name].item()
             cells.append(number(value) if name == "distance" else count(int(value)))
-        body.append("<tr>" + "".join(f'<td class="n">{cell}</td>' for cell in cells) + "</tr>")
-    return (
-        "<p>Dead edges went without a run: no metric depends on them any more.</p>"
-        '<div class="scroll">'
-        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-    )
+        body.append(f"<tr>{numbers(*cells)}</tr>")
+    words = "<p>Dead edges went without a run: no metric depends on them any more.</p>"
+    return words + table(columns, body)
 
 
 def _drawing(one: xr.Dataset) -> str:
@@ -83,8 +74,7 @@ def _drawing(one: xr.Dataset) -> str:
     ]
     if not drawn:
         return '<p class="empty">No edge is left.</p>'
-    group = int(one.attrs["n_heads"]) // int(one.attrs["n_kv_heads"])
-    svg = draw_graph(["embed", "logits"], drawn, group=group, label="The edges that are left")
+    svg = graph_of_edges(one, drawn, "The edges that are left")
     return (
         f"<p>The {plural(len(drawn), 'edge')} whose removal would add most, of "
         f"{count(int(one['n_edges']))} that are left. The wider, the more.</p>"

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import base64
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from patchsweep.analyses.attention import RankedHead, ranked_heads
+from patchsweep.data.show import count, esc, number, percent, plural, token_html, visible
 from patchsweep.report.figure import BLUES, RED_BLUE
-from patchsweep.report.html import count, esc, number, percent, plural, token_html, visible
+from patchsweep.report.html import choice, marked, numbers, pack, table
+from patchsweep.report.question import model_name
 from patchsweep.report.shell import page, resource, section
-from patchsweep.store.attributes import attributes
 
-N_PAIRS = 8
-"""Pairs whose maps are on the page, as far as they stay within `MAP_BYTES`."""
-
+N_PAIRS = 8  # pairs whose maps are on the page, as far as they stay within `MAP_BYTES`
 MAP_BYTES = 6 * 2**20
 
 
 def build(ds: xr.Dataset) -> str:
     """Return the page of the Dataset of `patchsweep.analyses.attention.attention`."""
-    model = str(attributes(ds)["provenance"]["model"]).rpartition("/")[2]
+    model = model_name(ds)
     metrics = [str(name) for name in ds["metric"].values]
     n_shown = _n_shown(ds)
     title = f"Attention in {model}: the heads that matter to {metrics[0]}"
@@ -83,23 +81,19 @@ def _header(ds: xr.Dataset, model: str) -> str:
 
 
 def _controls(ds: xr.Dataset, n_shown: int) -> str:
-    pairs = [
-        f'<option value="{pair}">{pair}: {esc(visible(str(ds["answer"].values[pair])))} or '
-        f"{esc(visible(str(ds['wrong_answer'].values[pair])))}</option>"
-        for pair in range(n_shown)
-    ]
-    metrics = [
-        f'<option value="{i}">{esc(str(name))}</option>'
-        for i, name in enumerate(ds["metric"].values)
-    ]
+    right, wrong = (
+        [visible(str(text)) for text in ds[name].values] for name in ("answer", "wrong_answer")
+    )
+    pairs = [f"{pair}: {right[pair]} or {wrong[pair]}" for pair in range(n_shown)]
+    metrics = [str(name) for name in ds["metric"].values]
+    weighted = [("", "probability"), ("1", "weighted by |v|")]
     n_pairs = ds.sizes["pair"]
     note = f"<span>{plural(n_pairs, 'pair')} in the store; here the first {n_shown}.</span>"
     return (
         '<div class="controls">'
-        f'<label>pair <select id="pair">{"".join(pairs)}</select></label>'
-        f'<label>metric <select id="metric">{"".join(metrics)}</select></label>'
-        '<label>patterns <select id="weighted"><option value="">probability</option>'
-        '<option value="1">weighted by |v|</option></select></label>'
+        f"{choice('pair', 'pair', [*enumerate(pairs)], always=True)}"
+        f"{choice('metric', 'metric', [*enumerate(metrics)], always=True)}"
+        f"{choice('weighted', 'patterns', weighted)}"
         f"{note if n_shown < n_pairs else ''}</div>"
     )
 
@@ -109,11 +103,8 @@ def _pair(ds: xr.Dataset, pair: int) -> str:
     base, source = (_tokens(ds, run, pair) for run in ("base", "source"))
     rows = []
     for run, tokens, others in (("base", base, source), ("source", source, base)):
-        marked = "".join(
-            token_html(token) if token == other else f"<mark>{token_html(token)}</mark>"
-            for token, other in zip(tokens, others, strict=True)
-        )
-        rows.append(f"<tr><th>{run}</th><td>{marked}</td></tr>")
+        differs = (token != other for token, other in zip(tokens, others, strict=True))
+        rows.append(f"<tr><th>{run}</th><td>{''.join(marked(tokens, differs))}</td></tr>")
     values = ", ".join(
         f"{esc(str(name))} {number(float(ds['base_metric'][i, pair]), sign=True)} in the base run, "
         f"{number(float(ds['source_metric'][i, pair]), sign=True)} in the source run"
@@ -146,35 +137,25 @@ def _guesses(ds: xr.Dataset, run: str, pair: int) -> str:
     )
     return (
         f"<div><h3>after the {run} prompt</h3><p class='note'>the answers: {answers_html}</p>"
-        '<div class="scroll"><table><thead><tr><th>next token</th><th class="n">probability</th>'
-        f'<th></th><th class="n">logit</th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
-        "</div></div>"
+        + table(("next token", "probability", "", "logit"), rows, ("next token", ""))
+        + "</div>"
     )
 
 
 def _ranking(ds: xr.Dataset, metric: str, pair: int) -> str:
     tokens = _tokens(ds, "base", pair)
-    rows = "".join(
+    rows = [
         f"<tr><th>{rank + 1}</th><td>a{head.layer}.h{head.head}</td>"
-        f'<td class="n {_side(head.attribution)}">{number(head.attribution, sign=True)}</td>'
-        f'<td class="n {_side(head.exact)}">{number(head.exact, sign=True)}</td>'
-        f'<td class="n">{number(head.size)}</td>'
-        f"<td>{_place(head, tokens)}</td>"
-        f'<td class="n {_side(head.cell)}">{number(head.cell, sign=True)}</td>'
-        f'<td class="n">{number(head.base)} → {number(head.source)}</td></tr>'
+        f"{_signed(head.attribution)}{_signed(head.exact)}{numbers(number(head.size))}"
+        f"<td>{_place(head, tokens)}</td>{_signed(head.cell)}"
+        f"{numbers(f'{number(head.base)} → {number(head.source)}')}</tr>"
         for rank, head in enumerate(ranked_heads(ds, metric, pair))
-    )
+    ]
     unit = str(ds["metric_unit"].values[list(ds["metric"].values).index(metric)])
-    head = (
-        f'<th></th><th>head</th><th class="n">attribution, {esc(unit)}</th>'
-        f'<th class="n">exact, {esc(unit)}</th><th class="n">sum of |cells|</th>'
-        "<th>largest cell of this pair</th>"
-        '<th class="n">its attribution</th><th class="n">probability, base → source</th>'
-    )
-    return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
-        "</div>"
-    )
+    texts = ("", "head", "largest cell of this pair")
+    ends = ("its attribution", "probability, base → source")
+    measured = (f"attribution, {unit}", f"exact, {unit}", "sum of |cells|")
+    return table((*texts[:2], *measured, texts[2], *ends), rows, texts)
 
 
 def _place(head: RankedHead, tokens: list[str]) -> str:
@@ -184,8 +165,8 @@ def _place(head: RankedHead, tokens: list[str]) -> str:
     )
 
 
-def _side(value: float) -> str:
-    return "up" if value > 0 else "down"
+def _signed(value: float) -> str:
+    return numbers(number(value, sign=True), kind="up" if value > 0 else "down")
 
 
 def _cards(ds: xr.Dataset) -> str:
@@ -258,14 +239,10 @@ def _pair_data(one: xr.Dataset, n: int) -> dict[str, Any]:
             for run in ("base", "source")
         ],
         # [run, rank, cell] in 0..1 and [metric, rank, cell] in -1..1 of `limit`
-        "pattern": _pack(np.rint(pattern[..., rows, columns] * 65535), "<u2"),
-        "attribution": _pack(np.rint(scaled[..., rows, columns] * 32767), "<i2"),
+        "pattern": pack(np.rint(pattern[..., rows, columns] * 65535), "<u2"),
+        "attribution": pack(np.rint(scaled[..., rows, columns] * 32767), "<i2"),
         "limit": [[float(f"{x:.6g}") for x in row] for row in limit],
         "total": [[float(f"{x:.6g}") for x in row] for row in cells.sum(axis=(-2, -1))],
         "exact": [[float(f"{x:.6g}") for x in row] for row in one["exact"].values],
         "norm": [[[float(f"{x:.4g}") for x in row] for row in run] for run in norm],
     }
-
-
-def _pack(array: np.ndarray, dtype: str) -> str:
-    return base64.b64encode(np.ascontiguousarray(array, dtype=dtype).tobytes()).decode("ascii")

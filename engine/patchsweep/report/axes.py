@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,11 +11,11 @@ import xarray as xr
 
 from patchsweep.results import accessor as summary
 
-MAX_UNITS = 128
-"""Above this many heads or neurons the map shows positions instead of them."""
-
+MAX_UNITS = 128  # above this many heads or neurons the map shows positions instead of them
+# above this many cells per view only the strongest along the hidden axis is in the page
 MAX_CELLS = 150_000
-"""Above this many cells per view only the strongest along the hidden axis is in the page."""
+# of a prompt with more positions, the first ones, at which nothing changes, are one column
+LONG = 40
 
 DIM_WORDS = {
     "layer": "layer",
@@ -23,10 +24,6 @@ DIM_WORDS = {
     "neuron": "neuron",
     "pos": "position",
 }
-
-
-LONG = 40
-"""Of a prompt with more positions, the first ones, at which nothing changes, are one column."""
 
 
 def folded(effect: np.ndarray, first: int = 0, end: int | None = None) -> int:
@@ -64,6 +61,17 @@ class Axes:
         shape = [array.sizes[d] if d else 1 for d in order]
         values = array.transpose(*(d for d in order if d)).values
         return values.astype(np.float32).reshape(shape)
+
+
+def strongest(
+    effect: np.ndarray, grids: Iterable[np.ndarray]
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Return where along the last axis |effect| is largest, and each of `grids` there.
+
+    NaN, such as a position that a prompt does not have, is never the largest.
+    """
+    at = np.nan_to_num(np.abs(effect), nan=-1.0).argmax(axis=-1)
+    return at, [np.take_along_axis(grid, at[..., None], axis=-1)[..., 0] for grid in grids]
 
 
 def lay_out(values: xr.DataArray) -> Axes:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from patchsweep.data.show import count, esc, number, percent, plural
 from patchsweep.report import question
 from patchsweep.report.figure import (
     RED_BLUE,
@@ -18,8 +19,8 @@ from patchsweep.report.figure import (
     level_lines,
     plain,
 )
-from patchsweep.report.graph import Drawn, draw_graph
-from patchsweep.report.html import count, esc, number, percent, plural
+from patchsweep.report.graph import HOW_TO_READ, STYLE, Drawn, graph_of_edges, heads_per_key
+from patchsweep.report.html import fact_list, numbers, table
 from patchsweep.report.shell import page, section
 from patchsweep.report.tables import provenance_table
 from patchsweep.report.views import choose_views
@@ -29,11 +30,7 @@ FAITHFUL = 0.8  # the page draws the smallest circuit with this faithfulness
 N_DRAWN = 60  # most edges in the picture
 N_LISTED = 30
 
-_STYLE = """
-.graph { display: block; }
-.scroll.figure { border: 1px solid var(--line); border-radius: 4px; padding: .5rem; }
-tr.chosen td { font-weight: 600; }
-"""
+_STYLE = f"{STYLE}tr.chosen td {{ font-weight: 600; }}\n"
 _ABLATED = {
     "resample": "is what it would be on the <b>corrupted</b> prompt",
     "mean": "is its mean over the clean prompts",
@@ -53,7 +50,7 @@ def chosen_size(ds: xr.Dataset) -> int:
 def build(ds: xr.Dataset) -> str:
     """Return the page of a store of circuits as self-contained HTML."""
     metrics = [str(m) for m in ds["metric"].values]
-    model = str(attributes(ds)["provenance"]["model"]).rstrip("/").rpartition("/")[2]
+    model = question.model_name(ds)
     parts = [_header(ds, model, metrics)]
     for n, metric in enumerate(metrics):
         suffix = f" of <code>{esc(metric)}</code>" if len(metrics) > 1 else ""
@@ -90,7 +87,6 @@ def _header(ds: xr.Dataset, model: str, metrics: list[str]) -> str:
         ("ranked by", f"{esc(ds.attrs['method'])}, {order}"),
         *((name.upper(), _area(ds, name, metrics[0])) for name in ("cpr", "cmd")),
     ]
-    shown = "".join(f"<div><dt>{key}</dt><dd>{value}</dd></div>" for key, value in facts)
     prompts = question.prompts(ds, metrics[0], choose_views(ds, ())[0])
     return (
         f'<header><h1>How much of what <span class="name">{esc(model)}</span> does is done by a '
@@ -101,7 +97,7 @@ def _header(ds: xr.Dataset, model: str, metrics: list[str]) -> str:
         "ablated. <b>Completeness</b> asks the reverse: the circuit is ablated and all else kept, "
         "and 0 says that nothing of it happens elsewhere."
         f"{question.behind_means(attrs.get('means'))}{_undefined(attrs)}</p>"
-        f'<dl class="facts">{shown}</dl>{prompts}</header>'
+        f"{fact_list(facts)}{prompts}</header>"
     )
 
 
@@ -197,9 +193,7 @@ def _words(ds: xr.Dataset, metric: str) -> str:
 def _sizes(ds: xr.Dataset, n: int) -> str:
     level, drawn_size = str(ds.attrs["level"]), chosen_size(ds)
     has_connected = "n_connected" in ds
-    heads = ["share", level, *(["on a whole way"] if has_connected else []), "metric, mean"]
-    heads += ["faithfulness", "completeness"]
-    columns = "".join(f'<th scope="col" class="n">{name}</th>' for name in heads)
+    columns = ["share", level, *(["on a whole way"] if has_connected else []), "metric, mean"]
     body = []
     for i, share in enumerate(ds["size"].values):
         scores = ds.isel(metric=n, size=i)
@@ -208,8 +202,8 @@ def _sizes(ds: xr.Dataset, n: int) -> str:
             cells.append(count(int(scores["n_connected"])))
         cells.append(number(float(scores["circuit_metric"].mean()), sign=True))
         cells += [_share(float(scores[name])) for name in ("faithfulness", "completeness")]
-        row = "".join(f'<td class="n">{cell}</td>' for cell in cells)
-        body.append(f"<tr{' class=chosen' if i == drawn_size else ''}>{row}</tr>")
+        kind = " class=chosen" if i == drawn_size else ""
+        body.append(f"<tr{kind}>{numbers(*cells)}</tr>")
     ends = ", ".join(
         f"{words} {number(float(ds[name].values[n].mean()), sign=True)}"
         for name, words in (("base_metric", "clean"), ("empty_metric", "everything ablated"))
@@ -222,8 +216,7 @@ def _sizes(ds: xr.Dataset, n: int) -> str:
     )
     return (
         f"<p>Means over {plural(ds.sizes['pair'], 'pair')}: {ends}.{note} The bold row is the "
-        'circuit below.</p><div class="scroll"><table><thead><tr>'
-        f"{columns}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+        f"circuit below.</p>{table([*columns, 'faithfulness', 'completeness'], body)}"
     )
 
 
@@ -246,7 +239,7 @@ def _edges(ds: xr.Dataset) -> str:
         score, rank = float(scores[sender, reader]), int(ranks[sender, reader])
         title = f"{u} → {v}: number {rank + 1}, {_effect(score)}"
         drawn.append(Drawn(u, v, -score, title))
-    group = int(ds.attrs["n_heads"]) // int(ds.attrs["n_kv_heads"])
+    group = heads_per_key(ds)
     shared = (
         f" Keys and values are read once for {group} heads: they have boxes of their own (kv)."
         if group > 1
@@ -257,10 +250,9 @@ def _edges(ds: xr.Dataset) -> str:
         if n > len(drawn)
         else f"All {plural(len(drawn), 'edge')} are drawn"
     )
-    svg = draw_graph(["embed", "logits"], drawn, group=group, label="The circuit as a graph")
+    svg = graph_of_edges(ds, drawn, "The circuit as a graph")
     return (
-        f"<p>{_which(ds, size, plural(n, 'edge'))} {part}. Read it upwards: tokens enter at the "
-        "bottom, each row is a layer (rows without a box are left out), the logits are on top. "
+        f"<p>{_which(ds, size, plural(n, 'edge'))} {part}. {HOW_TO_READ} "
         '<b class="blue">Blue</b>: the metric falls without the edge. <b class="red">Red</b>: it '
         "rises. The wider, the more, by the score that ranked it. Letters below a head say what "
         f"reads: q, k or v.{shared} Point at a line for its numbers.</p>"
@@ -340,17 +332,11 @@ def _first(ds: xr.Dataset) -> str:
         )
         rank, score = int(ranks[tuple(place)]), float(scores[tuple(place)])
         assert math.isfinite(score)
-        body.append(
-            f'<tr><td class="n">{rank + 1}</td>{labels}<td class="n">{number(score, sign=True)}'
-            "</td></tr>"
-        )
+        body.append(f"<tr>{numbers(rank + 1)}{labels}{numbers(number(score, sign=True))}</tr>")
     unit = str(ds["metric_unit"].values[0])
-    inside = f" [{esc(unit)}]" if unit else ""
-    columns = "".join(f'<th scope="col">{name}</th>' for name in names)
+    columns = ("turn", *names, f"effect [{unit}]" if unit else "effect")
     return (
         f"<p>What ranked them: the effect on <code>{esc(ds['metric'].values[0])}</code> of "
         f"ablating it alone, by {esc(ds.attrs['method'])}, mean over the pairs. Below zero: the "
-        'metric falls without it.</p><div class="scroll"><table><thead><tr>'
-        f'<th scope="col" class="n">turn</th>{columns}<th scope="col" class="n">effect{inside}'
-        f"</th></tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+        f"metric falls without it.</p>{table(columns, body, names)}"
     )

@@ -8,33 +8,25 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-from patchsweep.report.html import count, esc, number, plural
+from patchsweep.data.show import count, esc, number, plural
 from patchsweep.results import accessor as summary
-from patchsweep.results.compare import Agreement, Measure, at, compare, thresholds
+from patchsweep.results.compare import Agreement, Measure, at, comparable_in, compare, means_of_both
 
-__all__ = ["Panel", "compare_panels", "thresholds"]
-
-MAX_POINTS = 1000
-"""Points drawn: half of them the largest, the rest a fixed random sample."""
+MAX_POINTS = 1000  # points drawn: half of them the largest, the rest a fixed random sample
 
 
 @dataclass(frozen=True)
 class Panel:
     """The panel of one site, method and metric."""
 
-    key: str  # unique in the page
-    metric: str
     html: str
     payload: dict[str, object]  # for the page's script
 
 
 def compare_panels(ds: xr.Dataset) -> list[Panel]:
     """Return a panel for each metric and each estimate whose site also has exact values."""
-    exact = set(summary.sites(ds))
-    comparable = [(n, s, m) for n, (s, m) in summary.estimates(ds).items() if s in exact]
-    comparable.sort(key=lambda f: summary.sites(ds).index(f[1]))
     panels = []
-    for name, site, method in comparable:
+    for name, site, method in comparable_in(ds):
         ends = {(method, site), (method, "")}
         attrs = {str(x): ds[x].attrs for x in ds.data_vars}
         stated = [x for x, of in attrs.items() if (of.get("method"), of.get("site")) in ends]
@@ -46,15 +38,7 @@ def compare_panels(ds: xr.Dataset) -> list[Panel]:
 
 
 def _panel(ds: xr.Dataset, name: str, found: Agreement) -> Panel:
-    exact = summary.effect_mean(ds, found.site).squeeze("metric", drop=True)
-    known = np.isfinite(summary.effect(ds, found.site))
-    estimate = summary.effect(ds, name).where(known).mean("pair").squeeze("metric", drop=True)
-    estimate = estimate.transpose(*exact.dims)
-    x, y = exact.values.astype(np.float64).ravel(), estimate.values.astype(np.float64).ravel()
-    if summary.is_absolute(ds, name):
-        x = np.abs(x)  # the estimate has no sign
-    # cells where both are exactly zero are dead: known without a run, they would raise the scores
-    cells = np.flatnonzero(np.isfinite(x) & np.isfinite(y) & ((x != 0) | (y != 0)))
+    exact, x, y, cells = means_of_both(ds, found.site, name)
     x, y = x[cells], y[cells]
 
     shown = _sample(x, y)
@@ -90,7 +74,7 @@ def _panel(ds: xr.Dataset, name: str, found: Agreement) -> Panel:
         f'{esc(found.site)}"></div>'
         f"<figcaption>{caption}</figcaption></figure>"
     )
-    return Panel(key, found.metric, html, payload)
+    return Panel(html, payload)
 
 
 def _measure(found: Measure) -> str:

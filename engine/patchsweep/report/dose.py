@@ -5,18 +5,17 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
+from patchsweep.data.show import esc, plural
 from patchsweep.report.figure import SERIES, figure, figure_scripts, plain
-from patchsweep.report.html import esc, plural
+from patchsweep.report.question import model_name
 from patchsweep.report.shell import page, section
-from patchsweep.store.attributes import attributes
 
-N_CURVES = 24
-"""Curves on the page: the places at which the given vector moves the metric most."""
+N_CURVES = 24  # curves on the page: the places at which the given vector moves the metric most
 
 
 def build(ds: xr.Dataset) -> str:
     """Return the page of the Dataset of `patchsweep.analyses.joint.dose`."""
-    model = str(attributes(ds)["provenance"]["model"]).rpartition("/")[2]
+    model = model_name(ds)
     metric, site = str(ds["metric"].values[0]), str(ds.attrs["site"])
     n_controls = ds.sizes["vector"] - 1
     header = (

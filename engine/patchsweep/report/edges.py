@@ -9,13 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
+from patchsweep.data.show import count, esc, number, plural, token_html, visible
 from patchsweep.report import question
-from patchsweep.report.graph import Drawn, draw_graph
-from patchsweep.report.html import count, esc, number, plural, token_html, visible
+from patchsweep.report.graph import HOW_TO_READ, Drawn, graph_of_edges, heads_per_key
+from patchsweep.report.html import fact_list, numbers, table
 from patchsweep.report.shell import page, section
 from patchsweep.report.tables import provenance_table
 from patchsweep.report.views import choose_views
 from patchsweep.results.stated import stated_errors
+from patchsweep.results.statistics import pearson
 from patchsweep.results.tolerance import tolerance_notes
 from patchsweep.store.attributes import attributes
 
@@ -104,18 +106,13 @@ def rows_of(ds: xr.Dataset, metric: str, most: int | None = None) -> list[Row]:
 def correlation(rows: Sequence[Row]) -> float:
     """Return the Pearson correlation of estimates and exact effects; NaN if one is constant."""
     compared = [(r.estimate, r.exact) for r in rows if math.isfinite(r.estimate + r.exact)]
-    if len(compared) < 3:
-        return math.nan
-    x, y = np.array(compared).T
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
-        return math.nan
-    return float(np.corrcoef(x, y)[0, 1])
+    return pearson(*np.array(compared).reshape(-1, 2).T)
 
 
 def build(ds: xr.Dataset) -> str:
     """Return the page of a store of edges as self-contained HTML."""
     metrics = [str(m) for m in ds["metric"].values]
-    model = str(attributes(ds)["provenance"]["model"]).rstrip("/").rpartition("/")[2]
+    model = question.model_name(ds)
     parts = [_header(ds, model, metrics)]
     for n, metric in enumerate(metrics):
         unit = str(ds["metric_unit"].values[n])
@@ -169,7 +166,6 @@ def _header(ds: xr.Dataset, model: str, metrics: Sequence[str]) -> str:
             facts.append(("proved dead", count(dead)))
         if math.isfinite(correlation(rows)):
             facts.append(("correlation", number(correlation(rows))))
-    shown = "".join(f"<div><dt>{key}</dt><dd>{value}</dd></div>" for key, value in facts)
     words = (*tolerance_notes(ds), *(x.words for x in stated_errors(ds)))
     stated = "".join(f'<p class="notice">{esc(text)}.</p>' for text in words)
     return (
@@ -180,7 +176,7 @@ def _header(ds: xr.Dataset, model: str, metrics: Sequence[str]) -> str:
         f"{base} prompt. One reader at a time is shown {change} for one sender, all else stays, "
         f"and {names} is read again: the change is the edge's effect.{where}"
         f"{question.behind_means(attributes(ds).get('means'))}</p>"
-        f'<dl class="facts">{shown}</dl>{stated}{prompts}</header>'
+        f"{fact_list(facts)}{stated}{prompts}</header>"
     )
 
 
@@ -189,7 +185,7 @@ def _graph(ds: xr.Dataset, rows: Sequence[Row], unit: str) -> str:
         return ""
     top = rows[:N_DRAWN]
     drawn = [Drawn(row.sender, row.reader, row.value, _title(row, unit)) for row in top]
-    group = int(ds.attrs["n_heads"]) // int(ds.attrs["n_kv_heads"])
+    group = heads_per_key(ds)
     over = "" if ds.sizes["pair"] == 1 else f", mean over {plural(ds.sizes['pair'], 'pair')}"
     shared = (
         f" Keys and values are read once for {group} heads: they have boxes of their own (kv), "
@@ -197,14 +193,11 @@ def _graph(ds: xr.Dataset, rows: Sequence[Row], unit: str) -> str:
         if group > 1
         else ""
     )
-    svg = draw_graph(
-        ["embed", "logits"], drawn, group=group, label=f"The {len(drawn)} largest edges as a graph"
-    )
+    svg = graph_of_edges(ds, drawn, f"The {len(drawn)} largest edges as a graph")
     return (
         f"<p>The {plural(len(drawn), 'edge')} with the largest "
-        f"{'exact effects' if math.isfinite(top[0].exact) else 'estimates'}{over}. Read it "
-        "upwards: tokens enter at the bottom, each row is a layer (rows without a box are left "
-        'out), the logits are on top. <b class="blue">Blue</b>: the edge raises the metric. '
+        f"{'exact effects' if math.isfinite(top[0].exact) else 'estimates'}{over}. "
+        f'{HOW_TO_READ} <b class="blue">Blue</b>: the edge raises the metric. '
         '<b class="red">Red</b>: it lowers it. The wider, the larger. Letters below a head say '
         f"what reads: q, k or v.{shared} Point at a line for its numbers.</p>"
         f'<div class="scroll figure">{svg}</div>'
@@ -237,25 +230,20 @@ def _agreement(rows: Sequence[Row], unit: str) -> str:
             continue
         same = sum(row.estimate * row.exact > 0 for row in group)
         ratios = [row.estimate / row.exact for row in group if row.exact]
+        ratio = float(np.median(ratios or [math.nan]))
+        cells = count(len(group)), number(correlation(group)), number(ratio)
         body.append(
             f'<tr><td><span class="dot" style="background:{colour}"></span>{name}</td>'
-            f'<td class="n">{count(len(group))}</td><td class="n">{number(correlation(group))}</td>'
-            f'<td class="n">{number(float(np.median(ratios or [math.nan])))}</td>'
-            f'<td class="n">{count(len(group) - same)}</td></tr>'
+            f"{numbers(*cells, count(len(group) - same))}</tr>"
         )
-    table = (
-        '<div class="scroll"><table><thead><tr><th scope="col">read by</th>'
-        '<th scope="col" class="n">edges</th><th scope="col" class="n">correlation</th>'
-        '<th scope="col" class="n">estimate / exact</th>'
-        f'<th scope="col" class="n">sign wrong</th></tr></thead><tbody>{"".join(body)}</tbody>'
-        "</table></div>"
-    )
+    columns = ("read by", "edges", "correlation", "estimate / exact", "sign wrong")
     return (
         "<p>Each point is one edge: its exact effect across, its estimate up. On the diagonal the "
         "estimate is right. Both axes are stretched near zero (square roots), so that small "
         "effects can be told apart. Estimates are slopes at the base run, and edges were chosen "
         "by them: what they put too low is missing here. In the table the ratio is the median.</p>"
-        f'<div class="side"><div>{_scatter(compared, unit)}</div>{table}</div>'
+        f'<div class="side"><div>{_scatter(compared, unit)}</div>'
+        f"{table(columns, body, columns[:1])}</div>"
     )
 
 
@@ -319,21 +307,13 @@ def _listed(rows: Sequence[Row], metric: str, unit: str) -> str:
     if not rows:
         return '<p class="empty">The store holds no edge.</p>'
     positions = any(row.pos is not None for row in rows)
-    head = ["sender", "reader", *(["position"] if positions else [])]
-    columns = "".join(f'<th scope="col">{name}</th>' for name in head) + "".join(
-        f'<th scope="col" class="n">{name}</th>' for name in ("estimate", "exact", "agreement")
-    )
-
-    def table(some: Sequence[Row]) -> str:
-        body = "".join(_tr(row, positions) for row in some)
-        return (
-            f'<div class="scroll"><table><thead><tr>{columns}</tr></thead><tbody>{body}</tbody>'
-            "</table></div>"
-        )
-
-    rest = rows[N_LISTED:]
+    texts = ("sender", "reader", *(["position"] if positions else []))
+    columns = (*texts, "estimate", "exact", "agreement")
+    body = [_tr(row, positions) for row in rows]
+    rest = body[N_LISTED:]
     fold = (
-        f"<details><summary>{plural(len(rest), 'more edge')}</summary>{table(rest)}</details>"
+        f"<details><summary>{plural(len(rest), 'more edge')}</summary>"
+        f"{table(columns, rest, texts)}</details>"
         if rest
         else ""
     )
@@ -341,17 +321,17 @@ def _listed(rows: Sequence[Row], metric: str, unit: str) -> str:
     return (
         f"<p>Effects on <code>{esc(metric)}</code>{inside}, the largest first. Agreement is the "
         "estimate as a share of the exact effect: 1 is right, below 0 has the wrong sign.</p>"
-        f"{table(rows[:N_LISTED])}{fold}"
+        f"{table(columns, body[:N_LISTED], texts)}{fold}"
     )
 
 
 def _tr(row: Row, positions: bool) -> str:
     where = f"<td>{row.pos} {token_html(row.token) if row.token else ''}</td>" if positions else ""
     ratio = row.estimate / row.exact if row.exact else math.nan
-    side = "up" if row.value > 0 else "down"
     return (
         f'<tr><th scope="row">{esc(row.sender)}</th><td><code>{esc(row.reader)}</code></td>{where}'
-        f'<td class="n">{number(row.estimate, sign=True)}</td>'
-        f'<td class="n {side}">{number(row.exact, sign=True)}</td>'
-        f'<td class="n{" flip" if ratio < 0 else ""}">{number(ratio)}</td></tr>'
+        + numbers(number(row.estimate, sign=True))
+        + numbers(number(row.exact, sign=True), kind="up" if row.value > 0 else "down")
+        + numbers(number(ratio), kind="flip" if ratio < 0 else "")
+        + "</tr>"
     )

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from patchsweep.report.html import embed_json, esc
+from patchsweep.data.show import esc
+from patchsweep.report.html import embed_json
 from patchsweep.report.shell import get_plotlyjs, resource
 
 # ColorBrewer scales, as in the maps of sweeps: blue positive, red negative; BLUES if all positive
@@ -26,8 +27,8 @@ BLUES = [
         "#ffffff #deebf7 #c6dbef #9ecae1 #6baed6 #4292c6 #2171b5 #08519c #08306b".split()
     )
 ]
+# colours of lines and points that stand beside each other, apart for the colour-blind too
 SERIES = ("#2166ac", "#b35c00", "#1f7a4d", "#7b3294", "#a8152a", "#545d66")
-"""Colours of lines and points that stand beside each other, apart for the colour-blind too."""
 
 _INK, _SOFT, _GRID = "#1c2126", "#545d66", "#e6eaee"
 _AXIS = {

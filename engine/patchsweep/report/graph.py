@@ -15,10 +15,21 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from patchsweep.report.html import esc, number
+import xarray as xr
+
+from patchsweep.data.show import esc, number
 
 BLUE, RED = "#1d5c9e", "#a8152a"  # raises the metric, lowers it; the colours of style.css
 
+# of pages with a graph
+STYLE = """
+.graph { display: block; }
+.scroll.figure { border: 1px solid var(--line); border-radius: 4px; padding: .5rem; }
+"""
+HOW_TO_READ = (
+    "Read it upwards: tokens enter at the bottom, each row is a layer (rows without a box are left "
+    "out), the logits are on top."
+)
 _ROW = 54  # pixels from row to row
 _BOX = (54, 24)  # width and height of a box
 _LANE = 20  # width of a line that passes a row
@@ -39,7 +50,7 @@ class Drawn:
     title: str = ""  # tooltip; empty: the ends and the value
 
 
-@dataclass
+@dataclass(eq=False)
 class _Vertex:
     """A box, or a lane through which a long line passes a row."""
 
@@ -59,8 +70,7 @@ class _Vertex:
 class _Place:
     """The box of a component."""
 
-    key: str
-    label: str
+    name: str
     title: str
     row: tuple[float, int]  # layer, then 0 for keys and values, 1 for heads, 2 for the MLP
     port: int = 0  # pixels from the box's middle to the end of a line into it
@@ -92,31 +102,42 @@ def draw_graph(
     """
     places: dict[str, _Place] = {}
     lines: list[tuple[_Place, _Place, Drawn | None]] = []
-    for name in nodes:
-        place = _place(name, group)
-        places.setdefault(place.key, place)
+    for place in (_place(name, group) for name in nodes):
+        places.setdefault(place.name, place)
     for edge in edges:
         sender, reader = _place(edge.sender, 1), _place(edge.reader, group)
         if not sender.row < reader.row:
             raise ValueError(f"{edge.reader} reads the stream before {edge.sender} writes into it")
         lines.append((sender, reader, edge))
         for place in (sender, reader):
-            places.setdefault(place.key, place)
+            places.setdefault(place.name, place)
     lines += [(a, b, None) for a, b in _shared(places, group)]
 
     rows = sorted({place.row for place in places.values()})
-    row_index = {row: i for i, row in enumerate(rows)}
     boxes = {
-        key: _Vertex(row_index[place.row], place.label, place.title)
-        for key, place in places.items()
+        name: _Vertex(rows.index(place.row), name, place.title) for name, place in places.items()
     }
     ranks: list[list[_Vertex]] = [[] for _ in rows]
     for box in boxes.values():
         ranks[box.row].append(box)
-    paths = [_lead(boxes[a.key], boxes[b.key], ranks) for a, b, _ in lines]
+    paths = [_lead(boxes[a.name], boxes[b.name], ranks) for a, b, _ in lines]
     ranks = _order(ranks)
     _straighten(ranks)
     return _svg(rows, ranks, list(boxes.values()), lines, paths, unit, label)
+
+
+def graph_of_edges(ds: xr.Dataset, edges: Sequence[Drawn], label: str, unit: str = "") -> str:
+    """Return `draw_graph` of edges of a model, from the embeddings to the logits.
+
+    `ds` is the Dataset of an analysis of edges, which says how many heads share keys and values.
+    """
+    nodes = ("embed", "logits")
+    return draw_graph(nodes, edges, group=heads_per_key(ds), unit=unit, label=label)
+
+
+def heads_per_key(ds: xr.Dataset) -> int:
+    """Return how many query heads read one key-value head, in the model of an analysis."""
+    return int(ds.attrs["n_heads"]) // int(ds.attrs["n_kv_heads"])
 
 
 def _place(name: str, group: int) -> _Place:
@@ -125,34 +146,32 @@ def _place(name: str, group: int) -> _Place:
     if match is None:
         raise ValueError(f"{name!r} names no component; write embed, a3.h2, a7.h1.q, m5 or logits")
     if name == "embed":
-        return _Place(name, name, "what enters the first block", (-1.0, 0))
+        return _Place(name, "what enters the first block", (-1.0, 0))
     if name == "logits":
-        return _Place(name, name, "the final norm and the unembedding", (float("inf"), 0))
+        return _Place(name, "the final norm and the unembedding", (float("inf"), 0))
     if match[4] is not None:
-        return _Place(name, name, f"the MLP of layer {match[4]}", (float(match[4]), 2))
+        return _Place(name, f"the MLP of layer {match[4]}", (float(match[4]), 2))
     layer, head, kind = int(match[1]), int(match[2]), match[3]
     port = _PORTS.get(kind or "", 0)
     if kind in ("k", "v") and group > 1:
         heads = f"{head * group} to {(head + 1) * group - 1}"
         return _Place(
             f"a{layer}.kv{head}",
-            f"a{layer}.kv{head}",
             f"key-value head {head} of layer {layer}, which heads {heads} share",
             (float(layer), 0),
             port,
         )
-    key = f"a{layer}.h{head}"
-    return _Place(key, key, f"head {head} of layer {layer}", (float(layer), 1), port)
+    return _Place(f"a{layer}.h{head}", f"head {head} of layer {layer}", (float(layer), 1), port)
 
 
 def _shared(places: dict[str, _Place], group: int) -> list[tuple[_Place, _Place]]:
     """Return (key-value head, query head) for each query head with a box."""
     pairs = []
-    for key, place in places.items():
-        layer, kv, head = key.partition(".kv")
+    for name, place in places.items():
+        layer, kv, head = name.partition(".kv")
         if kv:
             query_heads = (f"{layer}.h{int(head) * group + i}" for i in range(group))
-            pairs += [(place, places[name]) for name in query_heads if name in places]
+            pairs += [(place, places[one]) for one in query_heads if one in places]
     return pairs
 
 
@@ -174,19 +193,19 @@ def _order(ranks: list[list[_Vertex]]) -> list[list[_Vertex]]:
     Sweeps alternate upwards and downwards and sort each row by the mean place of its neighbours;
     the order with the fewest crossings is kept.
     """
-    place = {id(v): float(i) for row in ranks for i, v in enumerate(row)}
+    place = {v: float(i) for row in ranks for i, v in enumerate(row)}
     best, fewest = [list(row) for row in ranks], _crossings(ranks)
     for sweep in range(_SWEEPS):
         up = sweep % 2 == 0
         for row in ranks if up else reversed(ranks):
-            means = {}
+            means: dict[_Vertex, float] = {}
             for v in row:
                 near = v.below if up else v.above
-                means[id(v)] = sum(place[id(n)] for n in near) / len(near) if near else place[id(v)]
-            row.sort(key=lambda v, means=means: means[id(v)])  # type: ignore[misc]
+                means[v] = sum(place[n] for n in near) / len(near) if near else place[v]
+            row.sort(key=means.__getitem__)
             for i, v in enumerate(row):
                 # places are centred, so that rows of different lengths compare
-                place[id(v)] = i - (len(row) - 1) / 2
+                place[v] = i - (len(row) - 1) / 2
         crossings = _crossings(ranks)
         if crossings < fewest:
             best, fewest = [list(row) for row in ranks], crossings
@@ -197,10 +216,10 @@ def _crossings(ranks: Sequence[Sequence[_Vertex]]) -> int:
     """Return the number of pairs of lines that cross."""
     total = 0
     for row, above in itertools.pairwise(ranks):
-        place = {id(v): i for i, v in enumerate(above)}
+        place = {v: i for i, v in enumerate(above)}
         seen: list[int] = []
         for v in row:
-            ends = sorted(place[id(n)] for n in v.above)
+            ends = sorted(place[n] for n in v.above)
             total += sum(len(seen) - bisect_right(seen, end) for end in ends)
             for end in ends:
                 insort(seen, end)
@@ -271,9 +290,9 @@ def _svg(
         port = reader.port if edge is not None else 0
         points[-1] = (path[-1].x + port, y(path[-1]) + _BOX[1] / 2)
         drawn.append(_line(points, edge, largest, unit))
-    ports = {(reader.key, edge.reader[-1]) for _, reader, edge in lines if edge and reader.port}
-    ports |= {(r.key, "k") for _, r, edge in lines if edge and edge.reader.endswith(".k")}
-    drawn += [_box(v, y(v), sorted(p for key, p in ports if key == v.label)) for v in boxes]
+    ports = {(reader.name, edge.reader[-1]) for _, reader, edge in lines if edge and reader.port}
+    ports |= {(r.name, "k") for _, r, edge in lines if edge and edge.reader.endswith(".k")}
+    drawn += [_box(v, y(v), sorted(p for name, p in ports if name == v.label)) for v in boxes]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="graph" role="img" '
         f'aria-label="{esc(label)}" width="{width:.0f}" height="{height:.0f}" '

@@ -11,10 +11,12 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from patchsweep.data.show import count, esc, number, plural
 from patchsweep.report import question
+from patchsweep.report.axes import strongest
 from patchsweep.report.figure import SERIES, colour_of
 from patchsweep.report.head_terms import ABLATIONS, CLASSES, RULES, class_name
-from patchsweep.report.html import count, esc, number, plural
+from patchsweep.report.html import fact_list, numbers, table
 from patchsweep.report.shell import page, section
 from patchsweep.report.tables import provenance_table
 from patchsweep.report.views import choose_views
@@ -66,7 +68,7 @@ class Heads:
 
 def build(ds: xr.Dataset) -> str:
     """Return the page of a study of heads as self-contained HTML."""
-    model = str(attributes(ds)["provenance"]["model"]).rstrip("/").rpartition("/")[2]
+    model = question.model_name(ds)
     metrics = [str(m) for m in ds["metric"].values]
     parts = [_header(ds, model, metrics)]
     means = attributes(ds).get("means", {})
@@ -97,9 +99,7 @@ def heads_of(ds: xr.Dataset, metric: str) -> Heads:
     effect = effect.transpose("ablation", "layer", "head", ...)
     values, pos = effect.values.astype(np.float64), None
     if values.ndim > 3:
-        # a position that some prompt does not have is NaN, and never the largest
-        at = np.nan_to_num(np.abs(values), nan=-1).argmax(axis=-1)
-        values = np.take_along_axis(values, at[..., None], axis=-1)[..., 0]
+        at, (values,) = strongest(values, [values])
         pos = ds["pos"].values.astype(str).astype(object)[at]
     layers, heads = (tuple(int(i) for i in ds[dim].values) for dim in ("layer", "head"))
     classes: dict[tuple[int, int], list[str]] = {}
@@ -121,7 +121,6 @@ def _header(ds: xr.Dataset, model: str, metrics: Sequence[str]) -> str:
         ("heads", count(n_heads)),
         ("of some class", count(len(heads_of(ds, metrics[0]).classes))),
     ]
-    shown = "".join(f"<div><dt>{key}</dt><dd>{value}</dd></div>" for key, value in facts)
     names = " and ".join(f"<code>{esc(metric)}</code>" for metric in metrics)
     view = choose_views(ds, ())[0]
     reason = str(ds.attrs.get("task_classes", "measured"))
@@ -143,7 +142,7 @@ def _header(ds: xr.Dataset, model: str, metrics: Sequence[str]) -> str:
         f"ablated: its output z is replaced {where}, in several ways, and {names} is read again. "
         "The change is the head's effect under that ablation. Heads are classed by where they "
         "look and what they write, and the ablations are compared class by class.</p>"
-        f'<dl class="facts">{shown}</dl>{notice}{question.prompts(ds, metrics[0], view)}</header>'
+        f"{fact_list(facts)}{notice}{question.prompts(ds, metrics[0], view)}</header>"
     )
 
 
@@ -227,11 +226,12 @@ def _classes(ds: xr.Dataset, found: Heads) -> str:
             listed += f" and {len(members) - N_LISTED} more"
         rule = ", ".join(_rule(name, key, thresholds[key]) for key in RULES.get(name, ()))
         rows.append(
-            f'<tr><th scope="row">{esc(class_name(name))}</th><td class="n">{len(members)}</td>'
+            f'<tr><th scope="row">{esc(class_name(name))}</th>{numbers(len(members))}'
             f'<td class="wide">{esc(listed) or "none"}</td>'
             f'<td class="wide">{esc(CLASSES.get(name, "heads of your own choice"))}</td>'
             f"<td>{esc(rule)}</td></tr>"
         )
+    texts = ("class", "which", "what they do", "counts from")
     gap = ds.attrs.get("gap")
     shares = (
         ""
@@ -245,9 +245,7 @@ def _classes(ds: xr.Dataset, found: Heads) -> str:
         "first position left out). The others are measured on this task, by patching single paths "
         f"with the corrupted prompt's values.{shares} A head may be of several classes; the ones "
         "that resample moves most come first.</p>"
-        '<div class="scroll"><table><thead><tr><th>class</th><th class="n">heads</th>'
-        "<th>which</th><th>what they do</th><th>counts from</th></tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
+        + table((texts[0], "heads", *texts[1:]), rows, texts)
     )
 
 
@@ -264,7 +262,6 @@ def _table(ds: xr.Dataset, metric: int) -> str:
     if not others:
         return ""
     unit = esc(str(one["metric_unit"].values))
-    head = "".join(f'<th class="n">{esc(name)}</th>' for name in others)
     rows = []
     classes = [str(name) for name in ds["table_class"].values]
     for c in sorted(classes, key=lambda name: name not in _WHOLE):
@@ -272,38 +269,30 @@ def _table(ds: xr.Dataset, metric: int) -> str:
         n = row["n_heads"].sel(ablation=_REFERENCE).item()
         if not n:
             continue
-        cells = [
-            f'<td class="n">{number(float(row["mean_effect"].sel(ablation=_REFERENCE)), sign=True)}'
-            "</td>"
-        ]
+        mean_effect = float(row["mean_effect"].sel(ablation=_REFERENCE))
+        cells = [int(n), number(mean_effect, sign=True)]
         for name in others:
             cell = row.sel(ablation=name)
             n_other = int(cell["n_heads"])
             if not n_other:
-                cells.append('<td class="n">&ndash;</td>')
+                cells.append("&ndash;")
                 continue
             rank = number(float(cell["rank_correlation"]))
             counts = f", {n_other} of {n}" if n_other < n else ""
             cells.append(
-                f'<td class="n">{number(float(cell["disagreement"]))} '
-                f"<small>rank {rank}{counts}</small></td>"
+                f"{number(float(cell['disagreement']))} <small>rank {rank}{counts}</small>"
             )
         kind = ' class="total"' if c in _WHOLE else ""
         label = _WHOLE.get(c) or class_name(c)
-        rows.append(
-            f'<tr{kind}><th scope="row">{esc(label)}</th><td class="n">{int(n)}</td>'
-            f"{''.join(cells)}</tr>"
-        )
+        rows.append(f'<tr{kind}><th scope="row">{esc(label)}</th>{numbers(*cells)}</tr>')
     return (
         "<p>For each class the mean over its heads of |effect under it &minus; effect under "
         f"resample|{f', in {unit}' if unit else ''}, and the rank correlation of the two. "
         "Beside it the mean effect under resample, against which a difference is large or small. "
         "Where the rank correlation is near 0, the two ablations name other heads as important; "
         "it needs three heads. Optimal ablation is run for a few heads only: compare it with the "
-        "others in the row of heads that have a constant."
-        '</p><div class="scroll"><table><thead><tr><th>class</th><th class="n">heads</th>'
-        f'<th class="n">resample effect</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody>'
-        "</table></div>"
+        "others in the row of heads that have a constant.</p>"
+        + table(("class", "heads", "resample effect", *others), rows, ("class",))
     )
 
 
@@ -382,14 +371,14 @@ def _single(ds: xr.Dataset, found: Heads) -> str:
     for i, j in zip(*np.unravel_index(order, strength.shape), strict=True):
         at = (found.layers[i], found.heads[j])
         classes = ", ".join(class_name(name) for name in found.classes.get(at, []))
-        cells = "".join(
-            f'<td class="n">{number(float(column[i, j]), sign=name not in (_IO, _S2))}</td>'
+        cells = (
+            number(float(column[i, j]), sign=name not in (_IO, _S2))
             for name, column in zip(names, columns, strict=True)
         )
         rows.append(
-            f'<tr><th scope="row">a{at[0]}.h{at[1]}</th>{cells}<td>{esc(classes)}</td></tr>'
+            f'<tr><th scope="row">a{at[0]}.h{at[1]}</th>{numbers(*cells)}'
+            f"<td>{esc(classes)}</td></tr>"
         )
-    head = "".join(f'<th class="n">{esc(name)}</th>' for name in names)
     more = (
         " Then shares of the end's attention, what the head gives to the logit difference by its "
         "direct path to the logits, the same with the name movers held at their means, and what "
@@ -400,8 +389,7 @@ def _single(ds: xr.Dataset, found: Heads) -> str:
     return (
         f"<p>The {plural(len(rows), 'head')} with the largest effect under resample: the effect "
         f"of every ablation on <code>{esc(found.metric)}</code>.{more}</p>"
-        f'<div class="scroll"><table><thead><tr><th>head</th>{head}<th>class</th></tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
+        + table(("head", *names, "class"), rows, ("head", "class"))
     )
 
 
@@ -420,11 +408,9 @@ def _optimal(ds: xr.Dataset) -> str:
     names = [str(name) for name in ds["ablation"].values]
     rows = []
     for i, j in has_constant:
-        cells = "".join(f'<td class="n">{number(float(x))}</td>' for x in losses.values[:, i, j])
-        ends = "".join(f'<td class="n">{number(float(x))}</td>' for x in trained[:, i, j])
+        cells = numbers(*map(number, (*losses.values[:, i, j], *trained[:, i, j])))
         layer, head = int(ds["layer"].values[i]), int(ds["head"].values[j])
-        rows.append(f'<tr><th scope="row">a{layer}.h{head}</th>{cells}{ends}</tr>')
-    head_cells = "".join(f'<th class="n">{esc(name)}</th>' for name in names)
+        rows.append(f'<tr><th scope="row">a{layer}.h{head}</th>{cells}</tr>')
     settings = attributes(ds)["optimal"]
     n_prompts = min(int(settings["prompts"]), ds.sizes["pair"])
     return (
@@ -433,8 +419,5 @@ def _optimal(ds: xr.Dataset) -> str:
         f"least: trained by {settings['steps']} steps of Adam on the first "
         f"{plural(n_prompts, 'prompt')}, from the mean. What remains is what no constant can "
         "that was met could replace.</p>"
-        '<div class="scroll"><table><thead><tr><th>head</th>'
-        f'{head_cells}<th class="n">training: mean</th>'
-        '<th class="n">training: end</th></tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
+        + table(("head", *names, "training: mean", "training: end"), rows, ("head",))
     )

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import base64
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import xarray as xr
 
-from patchsweep.report import caption
-from patchsweep.report.axes import Axes, folded, lay_out
-from patchsweep.report.html import count, esc
+from patchsweep.data.show import count, esc, number, percent, plural, token_html
+from patchsweep.report.axes import DIM_WORDS, Axes, folded, lay_out, strongest
+from patchsweep.report.html import pack
 from patchsweep.report.views import View
 from patchsweep.results import accessor as summary
 
-USUAL = 0.99
-"""Beyond the natural scale, colours end at twice this quantile of the sizes shown."""
+USUAL = 0.99  # beyond the natural scale, colours end at twice this quantile of the sizes shown
+NATURAL = 1.5  # recovered fractions up to this size never count as outliers
 
-NATURAL = 1.5
-"""Recovered fractions up to this size never count as outliers."""
+
+_NAMED = 4  # most cells, or places, that a caption lists one by one
 
 
 @dataclass(frozen=True)
 class Frame:
     """The map of one site for one metric and one view."""
 
-    metric: str
-    view: View
     caption: str  # HTML
     cells: dict[str, object]  # for the page's script: packed numbers, "quantity", "limit"
 
@@ -40,7 +38,12 @@ class Figure:
     title: str
     note: str  # text on what the layout hides; may be empty
     payload: dict[str, object]  # for the page's script, without the frames
-    frames: tuple[Frame, ...]
+    frames: dict[str, Frame]  # by metric and view, see `frame_key`
+
+
+def frame_key(metric: str, view: View) -> str:
+    """Return the name of a metric and a view in the page."""
+    return f"{metric}|{view.key}"
 
 
 def draw_site(ds: xr.Dataset, site: str, views: tuple[View, ...]) -> Figure:
@@ -54,7 +57,7 @@ def draw_site(ds: xr.Dataset, site: str, views: tuple[View, ...]) -> Figure:
         summary.effect_mean(ds, site),
         summary.recovered_mean(ds, site),
     )
-    frames = []
+    frames = {}
     for metric in (str(m) for m in ds["metric"].values):
         base, source = (ds[n].sel(metric=metric) for n in ("base_metric", "source_metric"))
         gaps = source - base
@@ -72,7 +75,8 @@ def draw_site(ds: xr.Dataset, site: str, views: tuple[View, ...]) -> Figure:
                 gap = ends[1] - ends[0]
                 grids = [value, value - ends[0], (value - ends[0]) / (gap or math.nan)]
                 weak = bool(flags.sel(metric=metric, pair=view.pair))
-            frames.append(_frame(metric, view, axes, grids, ends, weak, natural))
+            frame = _frame(metric, view, axes, grids, ends, weak, natural)
+            frames[frame_key(metric, view)] = frame
     title, note = _words(ds, site, axes)
     payload: dict[str, object] = {
         "site": site,
@@ -82,7 +86,7 @@ def draw_site(ds: xr.Dataset, site: str, views: tuple[View, ...]) -> Figure:
         "full": axes.full,
         "labels": axes.labels,
     }
-    return Figure(site, title, note, payload, tuple(frames))
+    return Figure(site, title, note, payload, frames)
 
 
 def colour_limit(shown: np.ndarray, natural: float = NATURAL) -> tuple[float, int]:
@@ -116,9 +120,7 @@ def _frame(
     source metric. `weak`: the gap is too small for fractions, so the map shows effects, whose
     usual size is `natural`.
     """
-    strength = np.nan_to_num(np.abs(grids[1]), nan=-1.0)
-    at = strength.argmax(axis=2)[..., None]
-    flat = [np.take_along_axis(g, at, axis=2)[..., 0] for g in grids]
+    at, flat = strongest(grids[1], grids)
     quantity = "effect" if weak else "recovered"
     if axes.rows and axes.columns:
         limit, n_beyond = colour_limit(flat[1 if weak else 2], natural if weak else NATURAL)
@@ -135,15 +137,15 @@ def _frame(
         "base": ends[0] if math.isfinite(ends[0]) else None,
         "source": ends[1] if math.isfinite(ends[1]) else None,
         **{
-            name: _pack(grid, "<f4")
+            name: pack(grid, "<f4")
             for name, grid in zip(names, source, strict=True)
             if name in needed
         },
     }
     if axes.hidden:
-        cells["at"] = _pack(at, "<u2")
+        cells["at"] = pack(at, "<u2")
     value, effect, fraction = flat
-    caption_html = caption.seen(axes, view, value, effect, fraction, at[..., 0]) + caption.reading(
+    caption_html = _seen(axes, view, value, effect, fraction, at) + _reading(
         quantity,
         metric,
         limit,
@@ -151,11 +153,7 @@ def _frame(
         _unrun(value, axes, view),
         gap=math.isfinite(ends[1] - ends[0]),
     )
-    return Frame(metric, view, caption_html, cells)
-
-
-def _pack(array: np.ndarray, dtype: str) -> str:
-    return base64.b64encode(np.ascontiguousarray(array, dtype=dtype).tobytes()).decode("ascii")
+    return Frame(caption_html, cells)
 
 
 def _unrun(value: np.ndarray, axes: Axes, view: View) -> float:
@@ -187,3 +185,99 @@ def _words(ds: xr.Dataset, site: str, axes: Axes) -> tuple[str, str]:
     if axes.columns != "pos" and axes.hidden != "pos":
         notes.append("Each patch covers all positions at once.")
     return title, " ".join(notes)
+
+
+def _seen(
+    axes: Axes,
+    view: View,
+    value: np.ndarray,
+    effect: np.ndarray,
+    fraction: np.ndarray,
+    at: np.ndarray,
+) -> str:
+    """Return HTML on the strongest cell and the places of cells at least half as strong.
+
+    `value`, `effect`, `fraction` and `at` (index along the hidden axis) are [row, column].
+    """
+    size = np.nan_to_num(np.abs(effect), nan=0.0)
+    if np.isnan(effect).all():
+        return "<strong>Nothing of this site has run yet.</strong>"
+    if not size.max() > 0:
+        return "<strong>No patch of this site changes the metric.</strong>"
+    order = np.argsort(-size, axis=None, kind="stable")
+    strong = order[size.ravel()[order] >= size.max() / 2]
+    top, *others = (divmod(int(cell), size.shape[1]) for cell in strong)
+    # value - effect is the base metric over the pairs in which this cell ran
+    start, end = float(value[top] - effect[top]), float(value[top])
+    part = f", {number(float(fraction[top]))} of the gap" if np.isfinite(fraction[top]) else ""
+    text = (
+        f"Strongest: {_cell(axes, view, top, at)}, where the patch moves the metric from "
+        f"{number(start)} to {number(end)}{part}"
+    )
+    if not others:
+        text += "; no other cell is half as strong"
+    elif len(others) <= _NAMED:
+        listed = ", ".join(_cell(axes, view, cell, at) for cell in others)
+        text += f"; at least half as strong: {listed}"
+    else:
+        text += f"; {count(len(others))} more cells are at least half as strong"
+        text += _where(axes, view, others, at)
+    return f"<strong>{text}.</strong>"
+
+
+def _reading(
+    quantity: str, metric: str, limit: float, n_beyond: int, unrun: float, *, gap: bool
+) -> str:
+    """Return HTML on the meaning of the colours; `unrun` is the share of grey cells.
+
+    `gap`: there is a source run, so the map shows effects because source is too close to base.
+    """
+    what = "recovered fraction" if quantity == "recovered" else f"effect on {esc(metric)}"
+    text = f" Colours: {what}, from {number(-limit)} to {number(limit, sign=True)}"
+    if n_beyond:
+        text += f"; {plural(n_beyond, 'cell')} beyond that in the end colour"
+    text += "."
+    if quantity == "effect" and gap:
+        text += " Base and source differ too little here for a recovered fraction to mean much."
+    if unrun:
+        text += f" Grey: not run ({percent(unrun)})."
+    return text
+
+
+def _where(axes: Axes, view: View, cells: Sequence[tuple[int, int]], at: np.ndarray) -> str:
+    """Return ", all at positions 11 ␣Mary and 16 ␣to", or "" if the cells have many places."""
+    dim = "pos" if "pos" in (axes.columns, axes.hidden) else axes.columns
+    if dim is None:
+        return ""
+    indices = sorted({c[1] if dim == axes.columns else int(at[c]) for c in cells})
+    if len(indices) > _NAMED:
+        return ""
+    places = [_place(axes, view, dim, i) for i in indices]
+    if len(places) == 1:
+        return f", all at {DIM_WORDS[dim]} {places[0]}"
+    return f", all at {DIM_WORDS[dim]}s {', '.join(places[:-1])} and {places[-1]}"
+
+
+def _cell(axes: Axes, view: View, cell: tuple[int, int], at: np.ndarray) -> str:
+    """Return text such as "a28.h8 at position 16 ␣to", or "layer 3 at position 11"."""
+    index = {axes.rows: cell[0], axes.columns: cell[1], axes.hidden: int(at[cell])}
+    parts = [
+        f"{DIM_WORDS[d]} {_place(axes, view, d, index[d])}"
+        for d in ("layer", *summary.UNIT_DIMS)
+        if d in index
+    ]
+    unit = next((d for d in ("head", "kv_head") if d in index), None)
+    if unit is not None and "layer" in index:  # the names of graphs and edges
+        layer, head = (_place(axes, view, d, index[d]) for d in ("layer", unit))
+        parts = [f"a{layer}.{'h' if unit == 'head' else 'kv'}{head}"]
+    if "pos" in index:
+        parts += ["at"] * bool(parts) + [f"position {_place(axes, view, 'pos', index['pos'])}"]
+    return " ".join(parts) or "the one patch"
+
+
+def _place(axes: Axes, view: View, dim: str, index: int) -> str:
+    """Return "28" for a layer or head, "16 ␣to" for a position."""
+    label = esc(axes.labels[dim][index])
+    if dim != "pos" or not view.base_tokens[index]:
+        return label
+    return f"{label} {token_html(view.base_tokens[index])}"

@@ -11,22 +11,20 @@ from patchsweep.analyses.latents.findings import (
     largest_latents,
     methods_of,
 )
+from patchsweep.data.show import count, esc, number, percent, token_html
 from patchsweep.report.figure import figure, figure_scripts
-from patchsweep.report.html import count, esc, number, percent, token_html
+from patchsweep.report.question import model_name
 from patchsweep.report.shell import page, section
 from patchsweep.results.tolerance import tolerance_notes
-from patchsweep.store.attributes import attributes
 
-N_PAIRS = 8
-"""Pairs whose largest effects are on the page."""
+N_PAIRS = 8  # pairs whose largest effects are on the page
 N_LARGEST = 20
-N_POINTS = 3000
-"""Points of the figure of estimates, the largest effects first."""
+N_POINTS = 3000  # points of the figure of estimates, the largest effects first
 
 
 def build(ds: xr.Dataset) -> str:
     """Return the page of the Dataset of `patchsweep.analyses.latents.latents`."""
-    model = str(attributes(ds)["provenance"]["model"]).rpartition("/")[2]
+    model = model_name(ds)
     metric = str(ds["metric"].values[0])
     n_pairs = ds.sizes["pair"]
     names = ", ".join(dict.fromkeys(str(x) for x in ds["dictionary"].values))

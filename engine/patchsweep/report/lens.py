@@ -10,16 +10,15 @@ import xarray as xr
 
 from patchsweep.analyses.logit_lens import findings as lens_findings
 from patchsweep.analyses.logit_lens.findings import Place, Removal
+from patchsweep.data.show import esc, number, plural, rank, token_html, visible
 from patchsweep.report.figure import SERIES, figure, figure_scripts, plain
-from patchsweep.report.html import esc, number, plural, rank, token_html, visible
+from patchsweep.report.html import choice, fact_list, numbers, table, word_list
 from patchsweep.report.question import behind_means
 from patchsweep.report.shell import page, resource, section
 from patchsweep.report.tables import provenance_table
 from patchsweep.store.attributes import attributes
 
-MAX_PAIRS = 12
-"""Pairs of which the page holds the grid; the mean of the rest would say no words."""
-
+MAX_PAIRS = 12  # pairs of which the page holds the grid; the mean of the rest would say no words
 N_REMOVALS = 12
 _GRID_NUMBERS = ("top_prob", "answer_prob", "answer_rank", "wrong_prob", "wrong_rank")
 
@@ -33,7 +32,7 @@ def build(ds: xr.Dataset) -> str:
         _curves(ds) if grid else "",
         _sublayers(ds) if "without" in ds else "",
         section("provenance", "Where the numbers come from", provenance_table(ds)),
-        section("words", "Words", _WORDS),
+        section("words", "Words", word_list(_WORDS)),
     ]
     return page(
         f"The lens on {_model(ds)}",
@@ -108,18 +107,19 @@ def _facts(ds: xr.Dataset) -> str:
         else:
             n_first = sum(place is not None for place in up)
             facts.append((f"first guess at the end{words}", f"{n_first} of {len(pairs)}"))
-    inner = "".join(f"<div><dt>{esc(k)}</dt><dd>{v}</dd></div>" for k, v in facts)
-    return f'<dl class="facts">{inner}</dl>'
+    return fact_list(facts)
 
 
 def _grid_section(ds: xr.Dataset) -> str:
     runs, pairs = _runs(ds), _pairs(ds)
     shown = pairs[:MAX_PAIRS]
+    texts = [visible(str(ds["answer"].sel(pair=pair).item()))[:20] for pair in shown]
+    answers = [(i, f"{shown[i]}: {text}") for i, text in enumerate(texts)]
     parts = [
-        _choice("pair", "Pair", [(i, f"{p}: {_short_answer(ds, p)}") for i, p in enumerate(shown)]),
-        _choice("run", "Run", list(enumerate(runs)) + ([("change", "change")] if runs[1:] else [])),
-        _choice("rows", "Rows", [("blocks", "after each block"), ("all", "after attention too")]),
-        _choice(
+        choice("pair", "Pair", answers),
+        choice("run", "Run", list(enumerate(runs)) + ([("change", "change")] if runs[1:] else [])),
+        choice("rows", "Rows", [("blocks", "after each block"), ("all", "after attention too")]),
+        choice(
             "colour",
             "Colour",
             [
@@ -152,13 +152,6 @@ def _grid_section(ds: xr.Dataset) -> str:
     return section("grid-section", "Layer by layer, word by word", f"{how}{nav}{grid}") + (
         '<div id="told" role="status" hidden></div>'
     )
-
-
-def _choice(name: str, label: str, options: Sequence[tuple[Any, str]]) -> str:
-    """Return a selector; it is hidden if it has one option, so that scripts can read its value."""
-    inner = "".join(f'<option value="{esc(v)}">{esc(text)}</option>' for v, text in options)
-    hidden = " hidden" if len(options) < 2 else ""
-    return f'<label{hidden}>{label} <select id="{name}">{inner}</select></label>'
 
 
 def _curves(ds: xr.Dataset) -> str:
@@ -284,28 +277,25 @@ def _bars(removals: Sequence[Removal], name: str, colour: str) -> dict[str, Any]
 
 
 def _table(found: Sequence[Removal], whole: xr.DataArray) -> str:
-    heads = ("probability", "rank", "change of log-probability", "change of logit difference")
-    top = "".join(f'<th scope="col" class="n">{h}</th>' for h in heads)
+    columns = ("probability", "rank", "change of log-probability", "change of logit difference")
+    prob, mean_rank = (float(whole.sel(metric=name)) for name in ("prob", "rank"))
     rows = [
         '<tr class="total"><th scope="row">nothing removed</th>'
-        f'<td class="n">{number(float(whole.sel(metric="prob")))}</td>'
-        f'<td class="n">{rank(float(whole.sel(metric="rank")))}</td><td></td><td></td></tr>'
+        f"{numbers(number(prob), rank(mean_rank))}<td></td><td></td></tr>"
     ]
     for r in found[:N_REMOVALS]:
         cells = "".join(
-            f'<td class="n {"down" if r.changes[m] < 0 else "up"}">'
-            f"{number(r.changes[m], sign=True)}</td>"
-            for m in ("log_prob", "logit_diff")
+            numbers(number(change, sign=True), kind="down" if change < 0 else "up")
+            for change in (r.changes["log_prob"], r.changes["logit_diff"])
         )
         rows.append(
-            f'<tr><th scope="row">{esc(r.words)}</th><td class="n">{number(r.values["prob"])}</td>'
-            f'<td class="n">{rank(r.values["rank"])}</td>{cells}</tr>'
+            f'<tr><th scope="row">{esc(r.words)}</th>'
+            f"{numbers(number(r.values['prob']), rank(r.values['rank']))}{cells}</tr>"
         )
     return (
-        f'<div class="scroll"><table><thead><tr><th scope="col">without</th>{top}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-        f'<p class="caption">The {min(N_REMOVALS, len(found))} sublayers without which the answer '
-        "loses the most log-probability.</p>"
+        table(("without", *columns), rows, ("without",))
+        + f'<p class="caption">The {min(N_REMOVALS, len(found))} sublayers without which the '
+        "answer loses the most log-probability.</p>"
     )
 
 
@@ -380,39 +370,19 @@ def _runs(ds: xr.Dataset) -> list[str]:
     return [str(run) for run in ds["run"].values]
 
 
-def _short_answer(ds: xr.Dataset, pair: int) -> str:
-    return visible(str(ds["answer"].sel(pair=pair).item()))[:20]
-
-
 def _model(ds: xr.Dataset) -> str:
     provenance = attributes(ds).get("provenance")
     known = provenance.get("model") if isinstance(provenance, Mapping) else None
     return str(known or "the model")
 
 
-_WORDS = (
-    '<dl class="words">'
-    + "".join(
-        f"<div><dt>{name}</dt><dd>{text}</dd></div>"
-        for name, text in (
-            (
-                "residual stream",
-                "The sum that every block reads and adds to; one vector for each position.",
-            ),
-            (
-                "lens",
-                "Reading that sum before the end as if it were the end (nostalgebraist's logit "
-                "lens). Early layers speak a basis of their own, so their words are often noise.",
-            ),
-            ("rank", "How many tokens the model holds more probable; 0 is the first guess."),
-            (
-                "answer, wrong answer",
-                "The right continuation of the clean prompt, and of the corrupted one. Of answers "
-                "of several tokens the grid reads the first that tells the two answers apart, "
-                "after those that they share.",
-            ),
-            ("sublayer", "The attention or the MLP of one layer: what writes into the stream."),
-        )
-    )
-    + "</dl>"
-)
+_WORDS = {
+    "residual stream": "The sum that every block reads and adds to; one vector for each position.",
+    "lens": "Reading that sum before the end as if it were the end (nostalgebraist's logit lens). "
+    "Early layers speak a basis of their own, so their words are often noise.",
+    "rank": "How many tokens the model holds more probable; 0 is the first guess.",
+    "answer, wrong answer": "The right continuation of the clean prompt, and of the corrupted "
+    "one. Of answers of several tokens the grid reads the first that tells the two answers apart, "
+    "after those that they share.",
+    "sublayer": "The attention or the MLP of one layer: what writes into the stream.",
+}

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from patchsweep.data.show import count, esc, number, plural
 from patchsweep.report.figure import SERIES, figure, figure_scripts, level_lines, plain
-from patchsweep.report.html import count, esc, number, plural
+from patchsweep.report.html import fact_list, numbers, table
+from patchsweep.report.question import model_name
 from patchsweep.report.shell import page, section
 from patchsweep.report.tables import provenance_table
 from patchsweep.store.attributes import attributes
@@ -28,7 +30,7 @@ _WORDS = {
 def build(ds: xr.Dataset) -> str:
     """Return the page of a store of variants as self-contained HTML."""
     attrs = attributes(ds)
-    model = str(attrs["provenance"]["model"]).rstrip("/").rpartition("/")[2]
+    model = model_name(ds)
     parts = [
         _header(ds, attrs, model),
         section("range", "Every variant", _curve(ds)),
@@ -51,7 +53,6 @@ def _header(ds: xr.Dataset, attrs: Mapping[str, Any], model: str) -> str:
         ("variants", count(int(attrs["n_variants"]))),
         ("faithfulness", f"{number(float(low))} … {number(float(high))}"),
     ]
-    shown = "".join(f"<div><dt>{key}</dt><dd>{value}</dd></div>" for key, value in facts)
     most = str(attrs["most"]).replace("_", " ")
     moved = f" The choice that moves it most is <b>{esc(most)}</b>." if most else ""
     undefined = int(attrs["undefined"])
@@ -67,7 +68,7 @@ def _header(ds: xr.Dataset, attrs: Mapping[str, Any], model: str) -> str:
         "m(nothing)) / (m(everything) &minus; m(nothing)). What it comes to depends on what the "
         "rest of the model is replaced by, where, in which direction, and on the metric m. Here "
         f"one circuit is measured under every combination.{moved}{without}</p>"
-        f'<dl class="facts">{shown}</dl></header>'
+        f"{fact_list(facts)}</header>"
     )
 
 
@@ -111,14 +112,11 @@ def _choices(ds: xr.Dataset) -> str:
     for i in order:
         name = str(ds["choice"].values[i])
         shown = f"<td>{esc(name.replace('_', ' '))}</td><td>{_WORDS[name]}</td>"
-        cells = "".join(
-            f'<td class="n">{number(float(ds[key].values[i]))}</td>'
-            for key in ("moves", "moves_most")
-        )
-        rows.append(f"<tr>{shown}{cells}</tr>")
+        moves = (number(float(ds[key].values[i])) for key in ("moves", "moves_most"))
+        rows.append(f"<tr>{shown}{numbers(*moves)}</tr>")
     return (
         "<p>How far faithfulness moves when one choice alone changes: the largest minus the least, "
-        "all else equal.</p>" + _table(["choice", ""], ["on average", "at most"], rows)
+        "all else equal.</p>" + table(("choice", "", "on average", "at most"), rows, ("choice", ""))
     )
 
 
@@ -133,13 +131,12 @@ def _options(ds: xr.Dataset) -> str:
             own = values[:, at] if name == "metric" else values[at]
             own = own[np.isfinite(own)]
             parts = np.quantile(own, [0, 0.5, 1]) if own.size else np.full(3, np.nan)
-            cells = "".join(f'<td class="n">{number(float(x))}</td>' for x in parts)
             rows.append(
                 f"<tr><td>{esc(name.replace('_', ' '))}</td><td>{esc(option)}</td>"
-                f'<td class="n">{count(own.size)}</td>{cells}</tr>'
+                f"{numbers(count(own.size), *map(number, parts))}</tr>"
             )
-    heads = ["variants", "least", "median", "most"]
-    return _table(["choice", "option"], heads, rows)
+    columns = ("choice", "option", "variants", "least", "median", "most")
+    return table(columns, rows, columns[:2])
 
 
 def _variants(ds: xr.Dataset) -> str:
@@ -148,16 +145,7 @@ def _variants(ds: xr.Dataset) -> str:
     for i in range(ds.sizes["variant"]):
         options = "".join(f"<td>{esc(ds[name].values[i])}</td>" for name in _CHOICES)
         values = ds["faithfulness"].values[i]
-        cells = "".join(f'<td class="n">{number(float(x))}</td>' for x in values)
-        rows.append(f"<tr>{options}{cells}</tr>")
-    table = _table([name.replace("_", " ") for name in _CHOICES], metrics, rows)
-    return f"<details><summary>{plural(len(rows), 'row')}</summary>{table}</details>"
-
-
-def _table(left: list[str], right: list[str], rows: list[str]) -> str:
-    heads = "".join(f'<th scope="col">{esc(name)}</th>' for name in left)
-    heads += "".join(f'<th scope="col" class="n">{esc(name)}</th>' for name in right)
-    return (
-        f'<div class="scroll"><table><thead><tr>{heads}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
+        rows.append(f"<tr>{options}{numbers(*map(number, values))}</tr>")
+    choices = [name.replace("_", " ") for name in _CHOICES]
+    inner = table([*choices, *metrics], rows, choices)
+    return f"<details><summary>{plural(len(rows), 'row')}</summary>{inner}</details>"

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import xarray as xr
 
+from patchsweep.data.show import esc, plural
 from patchsweep.errors import StoreError
 from patchsweep.report import comparison, question
-from patchsweep.report.heatmap import Figure, draw_site
-from patchsweep.report.html import esc, plural
+from patchsweep.report.heatmap import Figure, draw_site, frame_key
+from patchsweep.report.html import choice
 from patchsweep.report.shell import get_plotlyjs, page, resource, section
 from patchsweep.report.tables import (
-    Journal,
     bf16_table,
     cost_table,
     largest_table,
@@ -22,12 +23,13 @@ from patchsweep.report.tables import (
 )
 from patchsweep.report.views import View, choose_views, has_source
 from patchsweep.results import accessor as summary
+from patchsweep.results.compare import thresholds
 
 _WIDE = 30  # columns from which a map takes the page's full width
 
 
-def build_page(ds: xr.Dataset, journal: Journal) -> str:
-    """Return the report of `ds` as self-contained HTML.
+def build_page(ds: xr.Dataset, seconds: Mapping[str, float] = MappingProxyType({})) -> str:
+    """Return the report of `ds` as self-contained HTML; `seconds` are the times of its sites.
 
     Raises:
         StoreError: `ds` holds no site, or no unpatched metrics.
@@ -40,7 +42,7 @@ def build_page(ds: xr.Dataset, journal: Journal) -> str:
     figures = [draw_site(ds, name, views) for name in names]
     panels = comparison.compare_panels(ds)
     fragments = _fragments(ds, names, metrics, views, figures)
-    first = fragments[f"{metrics[0]}|{views[0].key}"]
+    first = fragments[frame_key(metrics[0], views[0])]
 
     data = {
         "metrics": metrics,
@@ -50,7 +52,8 @@ def build_page(ds: xr.Dataset, journal: Journal) -> str:
     }
     sections = [
         f"<header><h1>{question.headline(ds)}</h1>{question.lead(ds)}"
-        f"{question.facts(ds, totals(ds), journal.total)}{question.banner(ds, names)}</header>",
+        f"{question.facts(ds, totals(ds), sum(seconds.values()))}"
+        f"{question.banner(ds, names)}</header>",
         _controls(ds, metrics, views),
         _slot("prompts", first["prompts"], "section"),
         _maps(ds, figures, first),
@@ -58,7 +61,7 @@ def build_page(ds: xr.Dataset, journal: Journal) -> str:
         _comparison(panels),
         section("noise", "What is rounding", noise_table(ds)),
         section("bf16", "How exact bf16 was here", bf16_table(ds)),
-        section("cost", "What the run cost", cost_table(ds, journal)),
+        section("cost", "What the run cost", cost_table(ds, seconds)),
         section("provenance", "Where the numbers come from", provenance_table(ds)),
         section("words", "Words", question.words()),
     ]
@@ -96,7 +99,7 @@ def view_data(view: View) -> dict[str, object]:
 
 def figure_data(figure: Figure) -> dict[str, object]:
     """Return a map and its frames as JSON data for the page's scripts."""
-    frames = {f"{frame.metric}|{frame.view.key}": frame.cells for frame in figure.frames}
+    frames = {key: frame.cells for key, frame in figure.frames.items()}
     return {**figure.payload, "frames": frames}
 
 
@@ -118,17 +121,14 @@ def _fragments(
     small = ds[
         [n for n, a in ds.data_vars.items() if n in names or set(a.dims) <= {"metric", "pair"}]
     ]
-    captions = {
-        (f"{r.metric}|{r.view.key}", i): r.caption for i, f in enumerate(figures) for r in f.frames
-    }
     fragments = {}
     for metric in metrics:
         for view in views:
-            key = f"{metric}|{view.key}"
+            key = frame_key(metric, view)
             fragments[key] = {
                 "prompts": question.prompts(ds, metric, view),
                 "table": largest_table(small, names, metric, view),
-                **{f"caption-{i}": captions[key, i] for i in range(len(figures))},
+                **{f"caption-{i}": f.frames[key].caption for i, f in enumerate(figures)},
             }
     return fragments
 
@@ -137,11 +137,9 @@ def _controls(ds: xr.Dataset, metrics: Sequence[str], views: Sequence[View]) -> 
     """Return the selectors as HTML; "" if none has two options."""
     parts = []
     if len(metrics) > 1:
-        options = "".join(f'<option value="{esc(m)}">{esc(m)}</option>' for m in metrics)
-        parts.append(f'<label>Metric <select id="metric">{options}</select></label>')
+        parts.append(choice("metric", "Metric", [(m, m) for m in metrics]))
     if len(views) > 1:
-        options = "".join(f'<option value="{esc(v.key)}">{esc(v.label)}</option>' for v in views)
-        parts.append(f'<label>Pairs <select id="view">{options}</select></label>')
+        parts.append(choice("view", "Pairs", [(v.key, v.label) for v in views]))
     n_single, n_pairs = sum(v.pair is not None for v in views), ds.sizes["pair"]
     if n_single < n_pairs:
         parts.append(
@@ -202,7 +200,7 @@ def _comparison(panels: Sequence[comparison.Panel]) -> str:
         return ""
     how = (
         "<p>Each point is one patch: its exact effect across, its estimate up. On the diagonal "
-        f"the estimate is right. {comparison.thresholds()}</p>"
+        f"the estimate is right. {thresholds()}</p>"
     )
     grid = f'<div class="grid">{"".join(p.html for p in panels)}</div>'
     return section("comparison", "How far the estimates can be trusted", how + grid)

@@ -8,16 +8,15 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from patchsweep.report.html import count, esc, number, percent, plural, token_html
+from patchsweep.data.show import count, esc, number, percent, plural, token_html
+from patchsweep.report.html import fact_list, word_list
 from patchsweep.report.views import View, has_source
 from patchsweep.results import accessor as summary
 from patchsweep.results.stated import stated_errors
 from patchsweep.results.tolerance import tolerance_notes
 from patchsweep.store.attributes import attributes
 
-N_SHOWN = 3
-"""Pairs whose prompts are printed beside the mean."""
-
+N_SHOWN = 3  # pairs whose prompts are printed beside the mean
 _INTERVENTIONS = {
     "resample": (
         "replaced by its value from the <b>source</b> run, on the {} prompt",
@@ -57,12 +56,12 @@ _WORDS = {
 
 def title(ds: xr.Dataset) -> str:
     """Return the report's headline as plain text."""
-    return _headline(ds).format(_model(ds))
+    return _headline(ds).format(model_name(ds))
 
 
 def headline(ds: xr.Dataset) -> str:
     """Return the report's headline as HTML in which the model's name does not wrap."""
-    return _headline(ds).format(f'<span class="name">{esc(_model(ds))}</span>')
+    return _headline(ds).format(f'<span class="name">{esc(model_name(ds))}</span>')
 
 
 def lead(ds: xr.Dataset) -> str:
@@ -181,8 +180,7 @@ def _without_unpatched(ds: xr.Dataset) -> int:
 
 def words() -> str:
     """Return the legend of terms as an HTML definition list."""
-    items = "".join(f"<div><dt>{esc(k)}</dt><dd>{esc(v)}</dd></div>" for k, v in _WORDS.items())
-    return f'<dl class="words">{items}</dl>'
+    return word_list(_WORDS)
 
 
 def _prompt(ds: xr.Dataset, pair: int) -> str:
@@ -257,7 +255,7 @@ def _ends(ds: xr.Dataset, metric: str, view: View) -> str:
 
 def facts(ds: xr.Dataset, planned: dict[str, float], seconds: float) -> str:
     """Return the run's model, patches, cost and time as an HTML list."""
-    shown = [("model", esc(_model(ds)))]
+    shown = [("model", esc(model_name(ds)))]
     if planned.get("n_patches"):
         live = f"{count(planned['n_patches'])} <small>{count(planned['n_live'])} live</small>"
         shown.append(("patches", live))
@@ -268,11 +266,7 @@ def facts(ds: xr.Dataset, planned: dict[str, float], seconds: float) -> str:
         shown.append(("token-layers", f"{count(planned['token_layers'])} {loop}"))
     if seconds:
         shown.append(("running time", f"{seconds:,.1f} s"))
-    return (
-        '<dl class="facts">'
-        + "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in shown)
-        + "</dl>"
-    )
+    return fact_list(shown)
 
 
 def _headline(ds: xr.Dataset) -> str:
@@ -295,7 +289,7 @@ def _intervention(ds: xr.Dataset) -> str:
     return str(ds.attrs.get("intervention", "resample"))
 
 
-def _model(ds: xr.Dataset) -> str:
+def model_name(ds: xr.Dataset) -> str:
     """Return the last part of the model's name; provenance has its folder or owner too."""
     known = attributes(ds).get("provenance")
     name = str(known.get("model", "")) if isinstance(known, dict) else ""

@@ -2,8 +2,9 @@
 
 The page of a new kind of result is a module `report/<kind>.py` with `build(ds) -> str`:
 
+    from patchsweep.data.show import esc, token_html
     from patchsweep.report.figure import figure, figure_scripts
-    from patchsweep.report.html import esc, token_html
+    from patchsweep.report.html import fact_list, table
     from patchsweep.report.shell import page, resource, section
 
     def build(ds: xr.Dataset) -> str:
@@ -18,8 +19,8 @@ The page of a new kind of result is a module `report/<kind>.py` with `build(ds) 
 Plotly figures need no other JavaScript. A page that needs some keeps it in a file of this folder,
 passes `scripts=[*figure_scripts(), resource("lens.js")]` and `data=...`, and reads the data with
 `JSON.parse(document.getElementById("report-data").textContent)`. The page's policy runs only
-those scripts: no inline handlers, no URLs. Escape text from a store with `html.esc` or
-`html.token_html`, and in plotly's labels with `figure.plain`. Small pictures are SVG or tables in
+those scripts: no inline handlers, no URLs. Escape text from a store with `esc` or
+`token_html`, and in plotly's labels with `figure.plain`. Small pictures are SVG or tables in
 the sections. Style rules of a kind go to `style.css` or the argument `style`.
 """
 
@@ -32,7 +33,8 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 
-from patchsweep.report.html import embed_json, esc
+from patchsweep.data.show import esc
+from patchsweep.report.html import embed_json
 
 _LONG = 100_000  # characters from which a script is packed
 
@@ -80,9 +82,9 @@ def section(name: str, heading: str, html: str) -> str:
     return f'<section id="{name}"><h2>{heading}</h2>{html}</section>' if html else ""
 
 
-def resource(name: str) -> str:
-    """Return the text of a file of this package, such as `lens.js`."""
-    return resources.files("patchsweep.report").joinpath(name).read_text(encoding="utf-8")
+def resource(name: str, package: str = "patchsweep.report") -> str:
+    """Return the text of a file of a package, such as `lens.js`."""
+    return resources.files(package).joinpath(name).read_text(encoding="utf-8")
 
 
 @cache

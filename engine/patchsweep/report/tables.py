@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 import xarray as xr
 
-from patchsweep.report.html import count, esc, number, plural, token_html
+from patchsweep.data.show import count, esc, number, plural, token_html
+from patchsweep.report.html import numbers, table, table_of_bodies
 from patchsweep.report.views import View
 from patchsweep.results import accessor as summary
 from patchsweep.results.rounding import NOISE, bf16_error, noise_of
@@ -17,137 +18,98 @@ from patchsweep.store import journal
 from patchsweep.store.attributes import attributes
 from patchsweep.store.difference import DIGEST, IDENTITY
 
-N_LARGEST = 8
-"""Rows per site in the table of largest effects."""
+N_LARGEST = 8  # rows per site in the table of largest effects
 
+# ends of the interval of a mean effect, p, and the number of pairs that ran
+_Spread = tuple[float, float, float, int]
+_NO_SPREAD: _Spread = (np.nan, np.nan, np.nan, 0)
 _PLAN = ("n_patches", "n_live", "n_dead", "token_layers", "loop_token_layers")
 
 
-@dataclass(frozen=True)
-class Journal:
-    """Times from a run's journal."""
-
-    seconds: Mapping[str, float] = field(default_factory=dict)  # per site
-
-    @property
-    def total(self) -> float:
-        """Seconds of all units, summed over processes."""
-        return sum(self.seconds.values())
-
-
-def read_journal(store: str) -> Journal:
-    """Return the times in the journal beside a store; empty if there is none."""
+def seconds_of(store: str) -> dict[str, float]:
+    """Return the time of each site in the journal beside a store; empty if there is none."""
     seconds: dict[str, float] = {}
     for event in journal.read_journal(store):
         if event["event"] == journal.UNIT:
             site = event["variable"]
             seconds[site] = seconds.get(site, 0.0) + event["seconds"]
-    return Journal(seconds)
+    return seconds
 
 
 def largest_table(ds: xr.Dataset, names: tuple[str, ...], metric: str, view: View) -> str:
     """Return an HTML table of the largest effects, grouped by site of `names`."""
     n_pairs = ds.sizes["pair"]
     spread = view.pair is None and n_pairs > 1
-    groups = []
-    heads = positions = noisy = stated = False
-    for site in names:
-        effects = summary.largest(ds, site, metric, N_LARGEST, pair=view.pair)
-        heads |= any(e.head is not None for e in effects)
-        positions |= any(e.pos is not None for e in effects)
-        noisy |= any(e.noise is not None for e in effects)
-        stated |= any(e.error is not None for e in effects)
-        groups.append((site, effects, _spread(ds, site, metric, effects) if spread else []))
-    if not any(effects for _, effects, _ in groups):
+    effects = {site: summary.largest(ds, site, metric, N_LARGEST, pair=view.pair) for site in names}
+    listed = [e for of_site in effects.values() for e in of_site]
+    if not listed:
         below = any(site + NOISE in ds for site in names) * " by more than the noise floor"
         return f'<p class="empty">No patch that has run changes this metric{below}.</p>'
-    columns = [("site", ""), ("layer", "n")]
-    columns += [("position", "n"), ("token", "")] if positions else []
-    columns += [("head", "n")] if heads else []
-    columns += [("value", "n"), ("effect", "n")]
-    columns += [("noise floor", "n")] if noisy else []
-    columns += [("stated error", "n")] if stated else []
-    columns += [("recovered", "n")]
-    columns += [("95 % interval", "n"), ("p", "n"), ("q", "n"), ("pairs", "n")] if spread else []
-    top = "".join(f'<th scope="col" class="{kind}">{name}</th>' for name, kind in columns)
+
+    def some(field: str) -> bool:
+        return any(getattr(e, field) is not None for e in listed)
+
+    signed = partial(number, sign=True)
+    # whether it is needed, its name, and the cell of an effect with its spread over pairs
+    columns: list[tuple[bool, str, Callable[[summary.Effect, _Spread], str]]] = [
+        (True, "layer", lambda e, x: _cell(e.layer)),
+        (some("pos"), "position", lambda e, x: _cell(e.pos)),
+        (some("pos"), "token", lambda e, x: f"<td>{token_html(e.token) if e.token else ''}</td>"),
+        (some("head"), "head", lambda e, x: _cell(e.head)),
+        (True, "value", lambda e, x: _number(e.value)),
+        (True, "effect", lambda e, x: numbers(signed(e.effect), kind=_side(e))),
+        (some("noise"), "noise floor", lambda e, x: _number(e.noise)),
+        (some("error"), "stated error", lambda e, x: _number(e.error)),
+        (True, "recovered", lambda e, x: _number(e.recovered)),
+        (spread, "95 % interval", lambda e, x: numbers(f"{signed(x[0])} … {signed(x[1])}")),
+        (spread, "p", lambda e, x: _number(x[2])),
+        (spread, "q", lambda e, x: _number(e.q)),
+        (spread, "pairs", lambda e, x: _cell(x[3])),
+    ]
+    needed = [(name, cell) for is_needed, name, cell in columns if is_needed]
     bodies = []
-    for site, effects, extra in groups:
-        rows = []
-        for index, e in enumerate(effects):
-            first = (
-                f'<th scope="rowgroup" rowspan="{len(effects)}">{esc(site)}</th>'
-                if not index
-                else ""
-            )
-            cells = [_cell(e.layer)]
-            if positions:
-                cells += [_cell(e.pos), f"<td>{token_html(e.token) if e.token else ''}</td>"]
-            if heads:
-                cells.append(_cell(e.head))
-            cells += [
-                f'<td class="n">{number(e.value)}</td>',
-                f'<td class="n {_side(e)}">{number(e.effect, sign=True)}</td>',
-            ]
-            if noisy:
-                cells.append(f'<td class="n">{"" if e.noise is None else number(e.noise)}</td>')
-            if stated:
-                cells.append(f'<td class="n">{"" if e.error is None else number(e.error)}</td>')
-            cells.append(f'<td class="n">{number(e.recovered)}</td>')
-            if spread:
-                low, high, p, ran = extra[index]
-                cells += [
-                    f'<td class="n">{number(low, sign=True)} … {number(high, sign=True)}</td>',
-                    f'<td class="n">{number(p)}</td>',
-                    f'<td class="n">{"" if e.q is None else number(e.q)}</td>',
-                    f'<td class="n">{ran}</td>',
-                ]
-            rows.append(f"<tr>{first}{''.join(cells)}</tr>")
-        bodies.append(f"<tbody>{''.join(rows)}</tbody>")
-    table = f"<table><thead><tr>{top}</tr></thead>{''.join(bodies)}</table>"
-    return f'<div class="scroll">{table}</div>{_explain(spread, n_pairs)}'
+    for site, of_site in effects.items():
+        spreads = _spread(ds, site, metric, of_site) if spread else [_NO_SPREAD] * len(of_site)
+        rows = [
+            "".join(cell(e, x) for _, cell in needed) for e, x in zip(of_site, spreads, strict=True)
+        ]
+        first = f'<th scope="rowgroup" rowspan="{len(rows)}">{esc(site)}</th>'
+        inner = "</tr><tr>".join(rows)
+        bodies.append(f"<tbody>{f'<tr>{first}{inner}</tr>' if rows else ''}</tbody>")
+    heads = ["site", *(name for name, _ in needed)]
+    return table_of_bodies(heads, bodies, ("site", "token")) + _explain(spread, n_pairs)
 
 
-def cost_table(ds: xr.Dataset, journal: Journal) -> str:
-    """Return an HTML table of patches and token-layers per site, and those of a hook loop."""
+def cost_table(ds: xr.Dataset, seconds: Mapping[str, float]) -> str:
+    """Return an HTML table of patches, token-layers and time per site, and those of a loop."""
     plan = attributes(ds).get("plan")
     if not isinstance(plan, Mapping) or not plan:
         return '<p class="empty">The store does not say what the run planned.</p>'
-    timed = bool(journal.seconds)
-    rows = []
-    total = dict.fromkeys(_PLAN, 0.0)
+    rows, total = [], sum(seconds.values()) if seconds else None
     for site, entry in plan.items():
-        numbers = {key: float(entry.get(key, 0)) for key in _PLAN}
-        total = {key: total[key] + numbers[key] for key in _PLAN}
-        rows.append(_cost_row(esc(site), numbers, journal.seconds.get(site) if timed else None))
+        counts = {key: float(entry.get(key, 0)) for key in _PLAN}
+        rows.append(_cost_row(esc(site), counts, seconds.get(site) if seconds else None))
     if len(rows) > 1:
-        rows.append(_cost_row("all", total, journal.total if timed else None, "total"))
-    heads = ["patches", "live", "dead", "token-layers", "a loop needs", "ratio"]
-    heads += ["seconds"] if timed else []
-    top = "".join(f'<th scope="col" class="n">{h}</th>' for h in heads)
-    return (
-        f'<div class="scroll"><table><thead><tr><th scope="col">site</th>{top}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
+        rows.append(_cost_row("all", totals(ds), total, "total"))
+    columns = ["site", "patches", "live", "dead", "token-layers", "a loop needs", "ratio"]
+    return table([*columns, *(["seconds"] if seconds else [])], rows, ("site",))
 
 
 def bf16_table(ds: xr.Dataset) -> str:
     """Return an HTML table of a bf16 sweep's measured error; "" for other sweeps."""
     rows = [
-        f'<tr><th scope="row">{esc(e.site)}</th><td class="n">{e.n_again}</td>'
-        f'<td class="n">{number(e.median)}</td><td class="n">{number(e.quantile_99)}</td>'
-        f'<td class="n">{number(e.worst)}</td><td class="n">{number(e.spearman)}</td>'
-        f'<td class="n">{number(e.noise)}</td></tr>'
+        f'<tr><th scope="row">{esc(e.site)}</th>'
+        + numbers(e.n_again, *map(number, (e.median, e.quantile_99, e.worst, e.spearman, e.noise)))
+        + "</tr>"
         for e in bf16_error(ds)
     ]
     if not rows:
         return ""
-    heads = ["run again in fp32", "median error", "99 %", "worst", "rank agreement", "noise floor"]
-    top = "".join(f'<th scope="col" class="n">{h}</th>' for h in heads)
+    columns = ("site", "run again in fp32", "median error", "99 %", "worst", "rank agreement")
     return (
         "<p>Matrix products ran in bf16. The largest effects and a random sample were run again in "
         "fp32; their values are the fp32 ones. Effects below the noise floor are rounding.</p>"
-        f'<div class="scroll"><table><thead><tr><th scope="col">site</th>{top}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
+        + table((*columns, "noise floor"), rows, ("site",))
     )
 
 
@@ -155,22 +117,18 @@ def noise_table(ds: xr.Dataset) -> str:
     """Return an HTML table of the noise floor per site and metric; "" for runs in fp32."""
     rows = [
         f'<tr><th scope="row">{esc(n.site)}</th><td>{esc(n.metric)}</td>'
-        f'<td class="n">{number(n.floor)}</td><td class="n">{count(n.n_above)}</td>'
-        f'<td class="n">{count(n.n_cells)}</td></tr>'
+        f"{numbers(number(n.floor), count(n.n_above), count(n.n_cells))}</tr>"
         for n in noise_of(ds)
     ]
     if not rows:
         return ""
-    heads = ["noise floor", "effects above", "of"]
-    top = "".join(f'<th scope="col" class="n">{h}</th>' for h in heads)
+    texts = ("site", "metric")
     return (
         "<p>This run was not computed in fp32, so rounding moves the metric whatever is patched. "
         "The noise floor was measured in the run, by patches that change the last bit of a value "
         "alone: effects below it are rounding. Tables and lists stop there; maps show every cell. "
         "Where there are several pairs, the largest floor is given.</p>"
-        '<div class="scroll"><table><thead><tr><th scope="col">site</th>'
-        f'<th scope="col">metric</th>{top}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
+        + table((*texts, "noise floor", "effects above", "of"), rows, texts)
     )
 
 
@@ -204,10 +162,8 @@ def provenance_table(ds: xr.Dataset) -> str:
     return f'<table class="facts"><tbody>{"".join(rows)}</tbody></table>'
 
 
-def _spread(
-    ds: xr.Dataset, site: str, metric: str, found: list[summary.Effect]
-) -> list[tuple[float, float, float, int]]:
-    """Return (low, high, p, number of pairs that ran) of each effect, over pairs."""
+def _spread(ds: xr.Dataset, site: str, metric: str, found: list[summary.Effect]) -> list[_Spread]:
+    """Return the spread of each effect over pairs."""
     if not found:
         return []
     effects = summary.effect(ds, site).sel(metric=metric)
@@ -218,11 +174,10 @@ def _spread(
         cell = effects.sel({k: v for k, v in at.items() if v is not None})
         columns.append(cell.values.astype(np.float64))
     stacked = np.stack(columns, axis=1)
-    low, high = summary.bootstrap(stacked)
-    p = summary.sign_flip(stacked)
     ran = np.isfinite(stacked).sum(axis=0)
+    numbers_of_all = (*summary.bootstrap(stacked), summary.sign_flip(stacked), ran)
     return [
-        (float(a), float(b), float(c), int(n)) for a, b, c, n in zip(low, high, p, ran, strict=True)
+        (float(a), float(b), float(c), int(n)) for a, b, c, n in zip(*numbers_of_all, strict=True)
     ]
 
 
@@ -243,7 +198,11 @@ def _explain(spread: bool, n_pairs: int) -> str:
 
 
 def _cell(value: int | str | None) -> str:
-    return f'<td class="n">{"" if value is None else esc(value)}</td>'
+    return numbers("" if value is None else esc(value))
+
+
+def _number(value: float | None) -> str:
+    return numbers("" if value is None else number(value))
 
 
 def _side(e: summary.Effect) -> str:
@@ -251,13 +210,10 @@ def _side(e: summary.Effect) -> str:
     return "down" if (e.recovered if np.isfinite(e.recovered) else e.effect) < 0 else "up"
 
 
-def _cost_row(
-    name: str, numbers: Mapping[str, float], seconds: float | None, kind: str = ""
-) -> str:
-    ratio = numbers["loop_token_layers"] / numbers["token_layers"] if numbers["token_layers"] else 0
-    cells = [count(numbers[key]) for key in _PLAN]
+def _cost_row(name: str, counts: Mapping[str, float], seconds: float | None, kind: str = "") -> str:
+    ratio = counts["loop_token_layers"] / counts["token_layers"] if counts["token_layers"] else 0
+    cells = [count(counts[key]) for key in _PLAN]
     cells.append(f"{ratio:,.1f} &times;" if ratio else "\u2013")
     if seconds is not None:
         cells.append(f"{seconds:,.2f}")
-    inner = "".join(f'<td class="n">{c}</td>' for c in cells)
-    return f'<tr class="{kind}"><th scope="row">{name}</th>{inner}</tr>'
+    return f'<tr class="{kind}"><th scope="row">{name}</th>{numbers(*cells)}</tr>'

@@ -6,15 +6,15 @@ import numpy as np
 import xarray as xr
 
 from patchsweep.analyses.tracing import largest_effects
+from patchsweep.data.show import esc, number, plural, token_html
 from patchsweep.report.figure import RED_BLUE, figure, figure_scripts, plain
-from patchsweep.report.html import esc, number, plural, token_html
+from patchsweep.report.html import marked
+from patchsweep.report.question import model_name
 from patchsweep.report.shell import page, section
 from patchsweep.store.attributes import attributes
 from patchsweep.store.difference import IDENTITY
 
-N_PAIRS = 8
-"""Pairs whose maps are on the page."""
-
+N_PAIRS = 8  # pairs whose maps are on the page
 _WORDS = {
     "state": "One state restored",
     "mlp": "MLP writes of a window restored",
@@ -26,7 +26,7 @@ _WORDS = {
 
 def build(ds: xr.Dataset) -> str:
     """Return the page of the Dataset of `patchsweep.analyses.tracing.trace`."""
-    model = str(attributes(ds)["provenance"]["model"]).rpartition("/")[2]
+    model = model_name(ds)
     metric = str(ds["metric"].values[0])
     n_pairs = ds.sizes["pair"]
     shown = range(min(n_pairs, N_PAIRS))
@@ -48,10 +48,7 @@ def _pair(ds: xr.Dataset, metric: str, pair: int) -> str:
     n_pos = int((one["token"] != "").sum())
     tokens = [str(token) for token in one["token"].values[:n_pos]]
     noisy = one["noised"].values[:n_pos]
-    prompt = "".join(
-        f"<mark>{token_html(token)}</mark>" if marked else token_html(token)
-        for token, marked in zip(tokens, noisy, strict=True)
-    )
+    prompt = "".join(marked(tokens, noisy))
     clean, noised = (float(one[f"{x}_metric"]) for x in ("clean", "noised"))
     drawn = "".join(
         _map(one.sel(kind=kind), str(kind), tokens, noisy, f"map-{pair}-{i}")

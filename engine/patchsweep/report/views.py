@@ -7,17 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-from patchsweep.report.html import visible
+from patchsweep.data.show import visible
 from patchsweep.results import accessor as summary
 
-MAX_PAIRS = 64
-"""Up to this many pairs, each can be chosen in the page."""
-
-FEW_PAIRS = 8
-"""Beyond that, only the mean and this many."""
-
-MAX_BYTES = 4_000_000
-"""All single pairs together add at most this much to the page."""
+MAX_PAIRS = 64  # up to this many pairs, each can be chosen in the page
+FEW_PAIRS = 8  # beyond that, only the mean and this many
+MAX_BYTES = 4_000_000  # all single pairs together add at most this much to the page
 
 _BASE64 = 4 / 3
 _FLOAT32 = 4

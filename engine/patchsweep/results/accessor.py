@@ -6,7 +6,7 @@ returns new arrays; the Dataset is not changed. Cells that have not run are NaN 
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Sequence
 
 import numpy as np
 import xarray as xr
@@ -17,34 +17,11 @@ from patchsweep.results.effects import Effect, Effects
 from patchsweep.results.resampling import bootstrap, sign_flip, tested_q
 from patchsweep.results.rounding import BF16, NOISE, floor_of_mean, noise_floor
 
-__all__ = [
-    "Effect",
-    "Effects",
-    "effect",
-    "effect_mean",
-    "estimates",
-    "gap",
-    "interval",
-    "is_absolute",
-    "largest",
-    "metric_name",
-    "missing",
-    "n_pairs",
-    "p_value",
-    "recovered",
-    "recovered_mean",
-    "shared_tokens",
-    "sites",
-    "small_gaps",
-    "unit_dim",
-    "value",
-]
-
+# a pair is flagged when its |source - base| is below this fraction of the metric's median
 SMALL_GAP = 0.1
-"""A pair is flagged when its |source - base| is below this fraction of the metric's median."""
 
+# what a patch can be narrowed to inside one layer and position
 UNIT_DIMS = ("head", "kv_head", "neuron")
-"""What a patch can be narrowed to inside one layer and position."""
 
 SITE_WORDS = {
     "embed": "Token embedding",
@@ -198,11 +175,8 @@ def interval(
     effects = effect(ds, site)
     bounds = bootstrap(_pairs_first(effects), confidence=confidence, n_resamples=n_resamples)
     dims = [d for d in effects.dims if d != "pair"]
-    template = effects.isel(pair=0, drop=True)
-    return xr.concat(
-        [template.copy(data=b.reshape(template.shape)) for b in bounds],
-        xr.DataArray(["low", "high"], dims="bound", name="bound"),
-    ).transpose("bound", *dims)
+    ends = xr.DataArray(["low", "high"], dims="bound", name="bound")
+    return xr.concat([_per_cell(b, effects) for b in bounds], ends).transpose("bound", *dims)
 
 
 def p_value(ds: xr.Dataset, site: str, n_permutations: int = 1000) -> xr.DataArray:
@@ -215,9 +189,8 @@ def p_value(ds: xr.Dataset, site: str, n_permutations: int = 1000) -> xr.DataArr
     """
     whole_number("n_permutations", n_permutations, least=1)
     effects = effect(ds, site)
-    template = effects.isel(pair=0, drop=True)
     p = sign_flip(_pairs_first(effects), n_permutations=n_permutations)
-    return template.copy(data=p.reshape(template.shape)).rename("p_value")
+    return _per_cell(p, effects).rename("p_value")
 
 
 def shared_tokens(
@@ -270,21 +243,17 @@ def largest(
             below 1, or a placebo is given for one pair.
     """
     whole_number("n", n, least=1)
-    control = control_of(placebo, site, metric_name(ds, metric), pair)
-    one = ds.sel(metric=[metric_name(ds, metric)])
-    if pair is not None:
-        if pair not in ds["pair"].values:
-            raise PlanError(f"pair={pair} is not in the store; it has {ds['pair'].values.tolist()}")
-        one = one.sel(pair=[pair])
+    name = metric_name(ds, metric)
+    control = control_of(placebo, site, name, pair)
+    one = chosen(ds, name, pair)
     effects = effect_mean(one, site).squeeze("metric", drop=True)
     if "intervention" in effects.dims:
         raise PlanError(
             "ds holds several interventions; choose one, such as "
             f"ds.sel(intervention={str(ds['intervention'].values[0])!r})"
         )
-    values = value(one, site).mean("pair").squeeze("metric", drop=True)
-    fractions = recovered_mean(one, site).squeeze("metric", drop=True)
-    behind = n_pairs(one, site).squeeze("metric", drop=True)
+    arrays = value(one, site).mean("pair"), recovered_mean(one, site), n_pairs(one, site)
+    values, fractions, behind = (array.values.ravel() for array in arrays)
     unit = unit_dim(effects)
     tokens = shared_tokens(ds, pair)
     floor = noise_floor(one, site)
@@ -304,26 +273,52 @@ def largest(
     order = order[sizes[order] > (control or 0)]
     top = Effects()
     for cell in order[:n]:
-        at = dict(zip(effects.dims, np.unravel_index(cell, effects.shape), strict=True))
+        at, token = place_of(effects, cell, tokens)
         top.append(
             Effect(
                 site=site,
                 pair=pair,
-                layer=_label(effects, "layer", at),
-                pos=_label(effects, "pos", at),
-                token=tokens[at["pos"]] if "pos" in at else None,
-                head=_label(effects, unit, at) if unit else None,
-                value=float(values.values.ravel()[cell]),
+                layer=at.get("layer"),
+                pos=at.get("pos"),
+                token=token,
+                head=at[unit] if unit else None,
+                value=float(values[cell]),
                 effect=float(effects.values.ravel()[cell]),
-                recovered=float(fractions.values.ravel()[cell]),
+                recovered=float(fractions[cell]),
                 noise=None if noise is None else float(noise[cell]),
                 error=None if errors is None else float(errors[cell]),
                 q=None if q is None else float(q[cell]),
                 control=control,
-                n_pairs=int(behind.values.ravel()[cell]),
+                n_pairs=int(behind[cell]),
             )
         )
     return top
+
+
+def place_of(
+    array: xr.DataArray, cell: int, tokens: Sequence[str | None]
+) -> tuple[dict[str, int | str], str | None]:
+    """Return the coordinates of flat index `cell`, by dim, and the token at its position.
+
+    The token is None where it is not known, and without positions.
+    """
+    index = dict(zip(map(str, array.dims), np.unravel_index(cell, array.shape), strict=True))
+    labels = {dim: array[dim].values[i] for dim, i in index.items()}
+    pos = int(index["pos"]) if "pos" in index else len(tokens)
+    plain = {d: int(x) if isinstance(x, np.integer) else str(x) for d, x in labels.items()}
+    return plain, (tokens[pos] or None) if pos < len(tokens) else None
+
+
+def chosen(ds: xr.Dataset, metric: str, pair: int | None) -> xr.Dataset:
+    """Return `ds` with one metric, and one pair if `pair` is not None; both keep their dim.
+
+    Raises:
+        PlanError: there is no such pair.
+    """
+    if pair is not None and pair not in ds["pair"].values:
+        raise PlanError(f"pair={pair} is not in the store; it has {ds['pair'].values.tolist()}")
+    one = ds.sel(metric=[metric])
+    return one if pair is None else one.sel(pair=[pair])
 
 
 def control_of(
@@ -390,15 +385,13 @@ def metric_name(ds: xr.Dataset, metric: str | None) -> str:
     return metric
 
 
-def _label(array: xr.DataArray, dim: str, at: dict[Hashable, np.intp]) -> int | str | None:
-    """Return the coordinate of `array` along `dim` at index `at[dim]`; None without that dim."""
-    if dim not in at:
-        return None
-    label = array[dim].values[at[dim]]
-    return int(label) if isinstance(label, np.integer) else str(label)
-
-
 def _pairs_first(effects: xr.DataArray) -> np.ndarray:
     """Return `effects` as [pair, cell], contiguous float64."""
     values = effects.transpose("pair", ...).values
     return np.ascontiguousarray(values.reshape(values.shape[0], -1), dtype=np.float64)
+
+
+def _per_cell(values: np.ndarray, effects: xr.DataArray) -> xr.DataArray:
+    """Return `values` [cell] with the dims of `effects` without pair."""
+    template = effects.isel(pair=0, drop=True)
+    return template.copy(data=values.reshape(template.shape))

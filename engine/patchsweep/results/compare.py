@@ -39,21 +39,13 @@ from patchsweep.results.statistics import (
 )
 from patchsweep.store.attributes import attributes
 
-TRUST = 0.95
-"""Pearson correlation from which the estimates are called good."""
-
+TRUST = 0.95  # Pearson correlation from which the estimates are called good
+# Pearson correlation from which they are called good enough to choose what to run exactly
 SCREEN = 0.80
-"""Pearson correlation from which they are called good enough to choose what to run exactly."""
 
-SLOPES = (0.8, 1.25)
-"""A slope outside these means that sizes are off, whatever the ranking."""
-
-MIN_CELLS = 20
-"""Below this many cells there is no verdict."""
-
-TOP_K = 20
-"""How many of the largest cells the recall looks for; a fifth of all, if there are fewer."""
-
+SLOPES = (0.8, 1.25)  # a slope outside these means that sizes are off, whatever the ranking
+MIN_CELLS = 20  # below this many cells there is no verdict
+TOP_K = 20  # how many of the largest cells the recall looks for; a fifth of all, if there are fewer
 N_MISSES = 5
 N_RESAMPLES = 200
 ALL = "all sites"
@@ -147,17 +139,12 @@ def compare(
     whole_number("top_k", top_k, least=1)
     ds = store if isinstance(store, xr.Dataset) else _open(store)
     exact_sites = summary.sites(ds)
-    comparable = [
-        (name, site, method)
-        for name, (site, method) in summary.estimates(ds).items()
-        if site in exact_sites
-    ]
+    comparable = comparable_in(ds)
     if not comparable:
         raise StoreError(
             "there is nothing to compare: no site has both exact values and estimates; run one "
             "sweep with method=[exact,atp], or method=screen"
         )
-    comparable.sort(key=lambda f: (exact_sites.index(f[1]), f[2]))
     sites: list[Agreement] = []
     overall: list[Agreement] = []
     for metric in [str(m) for m in ds["metric"].values]:
@@ -170,6 +157,13 @@ def compare(
                 overall.append(_agree(one, metric, method, cells, n_resamples, top_k))
     sites.sort(key=lambda a: (exact_sites.index(a.site), a.method))
     return Comparison(tuple(sites), tuple(overall))
+
+
+def comparable_in(ds: xr.Dataset) -> list[tuple[str, str, str]]:
+    """Return (variable, site, method) of each estimate whose site has exact values too."""
+    exact = summary.sites(ds)
+    named = [(name, *of) for name, of in summary.estimates(ds).items() if of[0] in exact]
+    return sorted(named, key=lambda one: (exact.index(one[1]), one[2]))
 
 
 def thresholds() -> str:
@@ -219,6 +213,25 @@ class Cells:
             x = (np.where(known, self.exact, 0) * w).sum(axis=0) / total
             y = (np.where(known, self.estimate, 0) * w).sum(axis=0) / total
         return x, y
+
+
+def means_of_both(
+    ds: xr.Dataset, site: str, name: str
+) -> tuple[xr.DataArray, Floats, Floats, NDArray[np.int64]]:
+    """Return mean exact effects of `site`, which has the axes of the cells, then for flat cells
+    those, the estimates in `name` over the same pairs, and the cells where either is not zero.
+
+    `ds` has one metric. Where an estimate has no sign, the exact effects have none either.
+    """
+    exact = summary.effect_mean(ds, site).squeeze("metric", drop=True)
+    known = np.isfinite(summary.effect(ds, site))
+    estimate = summary.effect(ds, name).where(known).mean("pair").squeeze("metric", drop=True)
+    estimate = estimate.transpose(*exact.dims)
+    x, y = (array.values.astype(np.float64).ravel() for array in (exact, estimate))
+    if summary.is_absolute(ds, name):
+        x = np.abs(x)
+    # cells where both are exactly zero are dead: known without a run, they would raise the scores
+    return exact, x, y, np.flatnonzero(np.isfinite(x) & np.isfinite(y) & ((x != 0) | (y != 0)))
 
 
 def _cells(ds: xr.Dataset, site: str, name: str) -> Cells:
@@ -303,14 +316,8 @@ def _agree(
         n_exact_missing=sum(c.n_exact_missing for c in cells),
         n_below_noise=n_below_noise,
         stated_error=max((x.largest for x in stated), default=math.nan),
-        pearson=values["pearson"],
-        spearman=values["spearman"],
-        kendall=values["kendall"],
-        slope=values["slope"],
-        sign_agreement=values["sign_agreement"],
         top_k=k,
-        recall=values["recall"],
-        precision=values["precision"],
+        **values,
         pearson_of_pairs=pearson(pairwise[0][known], pairwise[1][known]),
         misses=_misses(ds, cells, x, y, index),
         calibration=calibration(x, y),
@@ -367,29 +374,21 @@ def _misses(
 
 def at(template: xr.DataArray, cell: int, tokens: Sequence[str | None]) -> dict[str, Any]:
     """Return the place of flat index `cell`: `place` in words, layer, pos, head and token."""
-    index = dict(zip(template.dims, np.unravel_index(cell, template.shape), strict=True))
-
-    def label(dim: str) -> int | str:
-        value = template[dim].values[index[dim]]
-        return int(value) if isinstance(value, np.integer) else str(value)
-
+    labels, token = summary.place_of(template, cell, tokens)
     letters = {"layer": "L", "head": "H", "kv_head": "KV", "neuron": "N", "pos": "@"}
-    unit = next((d for d in summary.UNIT_DIMS if d in index), None)
-    if unit in ("head", "kv_head") and "layer" in index:  # as in graphs and edges
-        parts = [f"a{label('layer')}.{'h' if unit == 'head' else 'kv'}{label(unit)}"]
-        parts += [f"@{label('pos')}"] if "pos" in index else []
+    unit = next((d for d in summary.UNIT_DIMS if d in labels), None)
+    if unit in ("head", "kv_head") and "layer" in labels:  # as in graphs and edges
+        parts = [f"a{labels['layer']}.{'h' if unit == 'head' else 'kv'}{labels[unit]}"]
+        parts += [f"@{labels['pos']}"] if "pos" in labels else []
     else:
-        parts = [f"{letters[d]}{label(d)}" for d in letters if d in index]
-    token = None
-    if "pos" in index and index["pos"] < len(tokens):
-        token = tokens[int(index["pos"])] or None
+        parts = [f"{letter}{labels[dim]}" for dim, letter in letters.items() if dim in labels]
     if token:
         parts.append(printable(token.replace(" ", "␣").replace("\n", "⏎")))
     return {
         "place": " ".join(parts),
-        "layer": label("layer") if "layer" in index else None,
-        "pos": label("pos") if "pos" in index else None,
-        "head": label(unit) if unit else None,
+        "layer": labels.get("layer"),
+        "pos": labels.get("pos"),
+        "head": labels[unit] if unit else None,
         "token": token,
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from patchsweep.data.show import esc, number, table_html, token_html
 
@@ -32,14 +32,11 @@ class Effects(list[Effect]):
     """A list of effects that a notebook shows as a table."""
 
     def _repr_html_(self) -> str:
+        always = ("site", "layer", "value", "effect", "recovered")
         optional = ("pos", "token", "head", "noise", "error", "q", "control")
-        kept = [f for f in optional if any(getattr(e, f) is not None for e in self)]
-        kept += ["n_pairs"] * any(e.pair is None for e in self)
-        names = ["site", "layer", *(f for f in optional[:3] if f in kept), "value", "effect"]
-        names += [
-            "recovered",
-            *(f for f in ("noise", "error", "q", "control", "n_pairs") if f in kept),
-        ]
+        kept = {*always, *(f for f in optional if any(getattr(e, f) is not None for e in self))}
+        kept |= {"n_pairs"} if any(e.pair is None for e in self) else set()
+        names = [f.name for f in fields(Effect) if f.name in kept]
         rows = [[_shown(name, getattr(e, name)) for name in names] for e in self]
         return table_html([name.replace("n_pairs", "pairs") for name in names], rows)
 

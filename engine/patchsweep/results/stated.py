@@ -11,9 +11,7 @@ from patchsweep.data.show import number
 from patchsweep.results.accessor import ERROR, estimates
 
 EDGES = "edge_eap_ig"  # variable of integrated estimates of edges
-
-FAR = 0.05
-"""A stated error above this share of the largest estimate is called far from converged."""
+FAR = 0.05  # a stated error above this share of the largest estimate is called far from converged
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,21 @@ well that model does the task without patches.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.data.pairs import PromptPairs
+from patchsweep.arguments import check_bridge
+from patchsweep.data.pairs import PromptPair, PromptPairs, UnfitPair, tokenise_pair
+from patchsweep.data.records import PromptRecord
 from patchsweep.errors import PromptError
 from patchsweep.tasks.addition import ADDITION
-from patchsweep.tasks.base import Task, load_pairs
-from patchsweep.tasks.check import TaskCheck, check_pairs, check_task_pairs, keep_answered
+from patchsweep.tasks.base import Task, draw_limit
+from patchsweep.tasks.check import TaskCheck, check_pairs, keep_answered
 from patchsweep.tasks.docstring import DOCSTRING
 from patchsweep.tasks.facts import FACTS
 from patchsweep.tasks.greater_than import GREATER_THAN
@@ -41,22 +45,8 @@ __all__ = [
     "text_pairs",
 ]
 
-TASKS: Mapping[str, Task] = MappingProxyType(
-    {
-        task.name: task
-        for task in (
-            IOI_DEMO,
-            IOI,
-            FACTS,
-            GREATER_THAN,
-            DOCSTRING,
-            PRONOUNS,
-            SVA,
-            ADDITION,
-            INDUCTION,
-        )
-    }
-)
+_TASKS = (IOI_DEMO, IOI, FACTS, GREATER_THAN, DOCSTRING, PRONOUNS, SVA, ADDITION, INDUCTION)
+TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _TASKS})
 
 
 def find_task(name: str) -> Task:
@@ -86,10 +76,37 @@ def load_task(
     is the task's default.
 
     Raises:
-        PromptError: the task or an option is unknown, or too few records fit.
+        PromptError: as `Task.records`; the task is unknown, or too few records fit (with the
+            commonest reason).
     """
     task = name if isinstance(name, Task) else find_task(name)
-    return load_pairs(model, task, n_pairs, seed, **options)
+    check_bridge(model)
+    n = task.n_pairs if n_pairs is None else n_pairs
+    fitting: list[PromptPair] = []
+    seen: set[PromptRecord] = set()
+    reasons: Counter[str] = Counter()
+    for record in task.draws(n, seed, model, options):
+        if record in seen:
+            reasons["it repeats an earlier pair"] += 1
+            continue
+        seen.add(record)
+        try:
+            fitting.append(tokenise_pair(model, record, where=f"task {task.name!r}"))
+        except UnfitPair as error:
+            reasons[error.reason] += 1
+        if len(fitting) == n:
+            own = "".join(f", {key}={value}" for key, value in options.items())
+            origin = f"task {task.name}: {task.description}; seed {seed}{own}"
+            return PromptPairs(tuple(fitting), (origin,))
+    reason, count = reasons.most_common(1)[0]
+    raise PromptError(
+        f"task {task.name!r} must give n_pairs={n} for this tokenizer, got {len(fitting)} in "
+        f"{draw_limit(n)} draws; the commonest reason against a draw ({count} times): {reason}; "
+        f"ask for at most {len(fitting)} pairs or use another model"
+        if fitting
+        else f"task {task.name!r} gives no pair for this tokenizer in {draw_limit(n)} draws; the "
+        f"commonest reason against a draw ({count} times): {reason}; use another task or model"
+    )
 
 
 def check_task(
@@ -104,4 +121,5 @@ def check_task(
     Raises:
         PromptError: as `load_task`.
     """
-    return check_task_pairs(model, find_task(name), n_pairs, seed, **options)
+    pairs = load_task(model, find_task(name), n_pairs, seed, **options)
+    return replace(check_pairs(model, pairs), task=name, seed=seed)

@@ -7,9 +7,10 @@ import random
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.data.records import PromptRecord
-from patchsweep.tasks.base import Draw, Task, compose, end_of, number_digits
+from patchsweep.tasks.base import Draw, Task, number_digits, swap
 
 N_SHOTS = 4
+LABELS = ("a", "b", "end")
 
 
 def prepare(model: TransformerBridge) -> Draw:
@@ -36,13 +37,10 @@ def prepare(model: TransformerBridge) -> Draw:
         a = rng.randint(10, 99 - b)
         first = str(a + b)[:digits]
         other = rng.choice([n for n in range(10, 100 - b) if str(n + b)[:digits] != first])
-        clean, spans = compose(examples + question, {"a": str(a), "b": str(b)})
-        corrupted, _ = compose(examples + question, {"a": str(other), "b": str(b)})
-        labels = {**spans, "end": end_of(clean)}
         space = " " if with_space else ""
-        return PromptRecord(
-            clean, corrupted, f"{space}{first}", f"{space}{str(other + b)[:digits]}", labels
-        )
+        answers = f"{space}{first}", f"{space}{str(other + b)[:digits]}"
+        fields = {"a": str(a), "b": str(b)}
+        return swap(examples + question, fields, {"a": str(other)}, answers, LABELS)
 
     return draw
 
@@ -58,7 +56,7 @@ ADDITION = Task(
         "Language Models using Causal Mediation Analysis, arXiv:2305.15054. The layout of the "
         "examples is ours; where numbers are split into digits, only the tens are asked for"
     ),
-    labels=("a", "b", "end"),
+    labels=LABELS,
     prepare=prepare,
     needs_model=True,
 )

@@ -12,8 +12,7 @@ from typing import Any
 
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchsweep.arguments import check_bridge, whole_number
-from patchsweep.data.pairs import PromptPair, PromptPairs, UnfitPair, tokenise_pair
+from patchsweep.arguments import whole_number
 from patchsweep.data.records import CharSpan, PromptRecord
 from patchsweep.data.tokenize import token_ids
 from patchsweep.errors import PromptError
@@ -92,49 +91,6 @@ def draw_limit(n: int) -> int:
     return 200 + 100 * n
 
 
-def load_pairs(
-    model: TransformerBridge,
-    task: Task,
-    n_pairs: int | None = None,
-    seed: int = 0,
-    **options: Any,
-) -> PromptPairs:
-    """Return the first `n_pairs` pairs of `task` that fit the tokenizer of `model`.
-
-    A seed fixes the result; fewer pairs are a prefix of more.
-
-    Raises:
-        PromptError: as `Task.records`, or too few records fit (with the commonest reason).
-    """
-    check_bridge(model)
-    n = task.n_pairs if n_pairs is None else n_pairs
-    fitting: list[PromptPair] = []
-    seen: set[PromptRecord] = set()
-    reasons: Counter[str] = Counter()
-    for record in task.draws(n, seed, model, options):
-        if record in seen:
-            reasons["it repeats an earlier pair"] += 1
-            continue
-        seen.add(record)
-        try:
-            fitting.append(tokenise_pair(model, record, where=f"task {task.name!r}"))
-        except UnfitPair as error:
-            reasons[error.reason] += 1
-        if len(fitting) == n:
-            own = "".join(f", {key}={value}" for key, value in options.items())
-            origin = f"task {task.name}: {task.description}; seed {seed}{own}"
-            return PromptPairs(tuple(fitting), (origin,))
-    reason, count = reasons.most_common(1)[0]
-    raise PromptError(
-        f"task {task.name!r} must give n_pairs={n} for this tokenizer, got {len(fitting)} in "
-        f"{draw_limit(n)} draws; the commonest reason against a draw ({count} times): {reason}; "
-        f"ask for at most {len(fitting)} pairs or use another model"
-        if fitting
-        else f"task {task.name!r} gives no pair for this tokenizer in {draw_limit(n)} draws; the "
-        f"commonest reason against a draw ({count} times): {reason}; use another task or model"
-    )
-
-
 def compose(
     template: str, fields: Mapping[str, str], *, numbered: bool = False
 ) -> tuple[str, dict[str, CharSpan]]:
@@ -153,6 +109,23 @@ def compose(
             spans[label] = CharSpan(len(text), len(text) + len(fields[name]))
             text += fields[name]
     return text, spans
+
+
+def swap(
+    template: str,
+    fields: Mapping[str, str],
+    swapped: Mapping[str, str],
+    answers: tuple[str, str],
+    labels: Collection[str],
+) -> PromptRecord:
+    """Return the pair of the template filled with `fields`, and with `swapped` in their place.
+
+    `answers` are the right ones after the first and the second. `labels` are fields, and `end`.
+    """
+    clean, spans = compose(template, fields)
+    corrupted, _ = compose(template, {**fields, **swapped})
+    kept = {label: spans[label] for label in labels if label != "end"}
+    return PromptRecord(clean, corrupted, *answers, {**kept, "end": end_of(clean)})
 
 
 def words(text: str) -> tuple[str, ...]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -16,8 +16,10 @@ from patchsweep.data.show import count, number, table_html, token_html
 from patchsweep.errors import PromptError
 from patchsweep.models.offload import device_of
 from patchsweep.models.running import runs_model
-from patchsweep.tasks.base import Task, load_pairs
 
+ANSWER_COLUMNS = (
+    "pair", "prompt", "right answer", "probability", "rank", "of the wrong", "rank",
+)  # fmt: skip
 _ROWS = 8  # prompts per batch: their logits over the whole vocabulary must fit in memory
 
 
@@ -32,6 +34,12 @@ class AnswerCheck:
     right_rank: int  # number of more probable tokens; 0: the model's first guess
     wrong_prob: float  # of the answer that is right after the other prompt
     wrong_rank: int
+
+    def row(self, token: Callable[[str], str]) -> list[str]:
+        """Return the cells of `ANSWER_COLUMNS`; `token` writes the right answer."""
+        right = [number(self.right_prob), count(self.right_rank)]
+        wrong = [number(self.wrong_prob), count(self.wrong_rank)]
+        return [str(self.pair), self.prompt, token(self.right), *right, *wrong]
 
 
 @dataclass(frozen=True)
@@ -51,32 +59,7 @@ class TaskCheck:
 
     def _repr_html_(self) -> str:
         """Return a table of both answers after each prompt."""
-        names = ["pair", "prompt", "right answer", "probability", "rank", "of the wrong", "rank"]
-        rows = [
-            [
-                str(a.pair),
-                a.prompt,
-                token_html(a.right),
-                number(a.right_prob),
-                count(a.right_rank),
-                number(a.wrong_prob),
-                count(a.wrong_rank),
-            ]
-            for a in self.answers
-        ]
-        return table_html(names, rows)
-
-
-def check_task_pairs(
-    model: TransformerBridge, task: Task, n_pairs: int | None, seed: int, **options: Any
-) -> TaskCheck:
-    """Score `model` on pairs of `task`; see `check_pairs`.
-
-    Raises:
-        PromptError: as `load_pairs`.
-    """
-    pairs = load_pairs(model, task, n_pairs, seed, **options)
-    return replace(check_pairs(model, pairs), task=task.name, seed=seed)
+        return table_html(ANSWER_COLUMNS, [answer.row(token_html) for answer in self.answers])
 
 
 def check_pairs(model: TransformerBridge, pairs: PromptPairs) -> TaskCheck:

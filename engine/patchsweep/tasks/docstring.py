@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import random
 
-from transformer_lens.model_bridge import TransformerBridge
-
 from patchsweep.data.records import PromptRecord
-from patchsweep.tasks.base import Draw, Task, compose, end_of, words
+from patchsweep.tasks.base import Task, swap, words
 
-TEMPLATE = '''def {function}(self, {a_def}, {b_def}, {c_def}, {d_def}):
+TEMPLATE = '''def {function}(self, {A_def}, {B_def}, {C_def}, {D_def}):
     """{words}
 
-    :param {a_doc}: {a_words}
-    :param {b_doc}: {b_words}
+    :param {A_doc}: {A_words}
+    :param {B_doc}: {B_words}
     :param'''
 FUNCTIONS = words(
     """
@@ -37,32 +35,21 @@ WORDS = words(
 )
 
 
-def prepare(model: TransformerBridge | None) -> Draw:
-    """Return a function that draws one pair."""
+LABELS = ("A_def", "B_def", "C_def", "A_doc", "B_doc", "end")
 
-    def draw(rng: random.Random) -> PromptRecord:
-        a, b, c, d, other = rng.sample(ARGUMENTS, 5)
-        filler = rng.sample(WORDS, 7)
-        fields = {
-            "function": rng.choice(FUNCTIONS),
-            "words": " ".join(filler[:3]),
-            "a_words": " ".join(filler[3:5]),
-            "b_words": " ".join(filler[5:]),
-            **{"a_def": a, "b_def": b, "d_def": d, "a_doc": a, "b_doc": b},
-        }
-        clean, spans = compose(TEMPLATE, {**fields, "c_def": c})
-        corrupted, _ = compose(TEMPLATE, {**fields, "c_def": other})
-        labels = {
-            "A_def": spans["a_def"],
-            "B_def": spans["b_def"],
-            "C_def": spans["c_def"],
-            "A_doc": spans["a_doc"],
-            "B_doc": spans["b_doc"],
-            "end": end_of(clean),
-        }
-        return PromptRecord(clean, corrupted, f" {c}", f" {other}", labels)
 
-    return draw
+def draw(rng: random.Random) -> PromptRecord:
+    """Return one pair."""
+    a, b, c, d, other = rng.sample(ARGUMENTS, 5)
+    filler = rng.sample(WORDS, 7)
+    fields = {
+        "function": rng.choice(FUNCTIONS),
+        "words": " ".join(filler[:3]),
+        "A_words": " ".join(filler[3:5]),
+        "B_words": " ".join(filler[5:]),
+        **{"A_def": a, "B_def": b, "C_def": c, "D_def": d, "A_doc": a, "B_doc": b},
+    }
+    return swap(TEMPLATE, fields, {"C_def": other}, (f" {c}", f" {other}"), LABELS)
 
 
 DOCSTRING = Task(
@@ -75,6 +62,6 @@ DOCSTRING = Task(
         "Heimersheim & Janiak 2023, A circuit for Python docstrings in a 4-layer attention-only "
         "transformer, https://www.alignmentforum.org/posts/u6KXXmKFbXfWzoAXn"
     ),
-    labels=("A_def", "B_def", "C_def", "A_doc", "B_doc", "end"),
-    prepare=prepare,
+    labels=LABELS,
+    prepare=lambda model: draw,
 )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.data.records import PromptRecord
-from patchsweep.tasks.base import Draw, Task, compose, end_of, one_of
+from patchsweep.tasks.base import Draw, Task, one_of, swap
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,9 @@ RELATIONS = {
 }
 
 
+LABELS = ("subject", "end")
+
+
 def prepare(model: TransformerBridge | None, relation: str = "all") -> Draw:
     """Return a function that draws one pair of `relation`: a key of `RELATIONS`, or "all"."""
     one_of("facts", "relation", relation, ("all", *RELATIONS))
@@ -119,10 +122,8 @@ def prepare(model: TransformerBridge | None, relation: str = "all") -> Draw:
         template = rng.choice(kind.templates)
         subject, answer = rng.choice(kind.facts)
         other, wrong_answer = rng.choice([fact for fact in kind.facts if fact[1] != answer])
-        clean, spans = compose(template, {"subject": subject})
-        corrupted, _ = compose(template, {"subject": other})
-        labels = {**spans, "end": end_of(clean)}
-        return PromptRecord(clean, corrupted, f" {answer}", f" {wrong_answer}", labels)
+        answers = f" {answer}", f" {wrong_answer}"
+        return swap(template, {"subject": subject}, {"subject": other}, answers, LABELS)
 
     return draw
 
@@ -138,6 +139,6 @@ FACTS = Task(
         "arXiv:2202.05262. The facts are our own list, and the corrupted prompt names another "
         "subject where that work adds noise to the embeddings"
     ),
-    labels=("subject", "end"),
+    labels=LABELS,
     prepare=prepare,
 )

@@ -7,9 +7,10 @@ import random
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.data.records import PromptRecord
-from patchsweep.tasks.base import Draw, Task, compose, end_of, number_digits, words
+from patchsweep.tasks.base import Draw, Task, number_digits, swap, words
 
 TEMPLATE = "The {noun} lasted from the year {century}{start} to the year {prefix}"
+LABELS = ("noun", "start", "prefix", "end")
 NOUNS = words(
     """
     war campaign conflict siege reign rebellion revolution dynasty empire expedition famine
@@ -39,16 +40,9 @@ def prepare(model: TransformerBridge) -> Draw:
         else:
             ends = {early: f"{early_end:02}", late: f"{late_end:02}"}
         start, other = (early, late) if rng.random() < 0.5 else (late, early)
-        fields = {"noun": noun, "century": str(century), "prefix": str(century)}
-        clean, spans = compose(TEMPLATE, {**fields, "start": f"{start:02}"})
-        corrupted, _ = compose(TEMPLATE, {**fields, "start": f"{other:02}"})
-        labels = {
-            "noun": spans["noun"],
-            "start": spans["start"],
-            "prefix": spans["prefix"],
-            "end": end_of(clean),
-        }
-        return PromptRecord(clean, corrupted, ends[start], ends[other], labels)
+        years = {"century": str(century), "start": f"{start:02}", "prefix": str(century)}
+        swapped, answers = {"start": f"{other:02}"}, (ends[start], ends[other])
+        return swap(TEMPLATE, {"noun": noun, **years}, swapped, answers, LABELS)
 
     return draw
 
@@ -65,7 +59,7 @@ GREATER_THAN = Task(
         "compares the summed probability of later and earlier years against a start in year 01; "
         "a pair here compares two years, or two decades where years are split into digits"
     ),
-    labels=("noun", "start", "prefix", "end"),
+    labels=LABELS,
     prepare=prepare,
     needs_model=True,
 )

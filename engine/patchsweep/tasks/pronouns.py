@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import random
 
-from transformer_lens.model_bridge import TransformerBridge
-
 from patchsweep.data.records import PromptRecord
-from patchsweep.tasks.base import Draw, Task, compose, end_of, words
+from patchsweep.tasks.base import Task, swap, words
 
 TEMPLATES = (
     "So {name} is a really great {role}, isn't",
@@ -41,20 +39,17 @@ ROLES = words(
 )
 
 
-def prepare(model: TransformerBridge | None) -> Draw:
-    """Return a function that draws one pair."""
+LABELS = ("name", "end")
 
-    def draw(rng: random.Random) -> PromptRecord:
-        template, role = rng.choice(TEMPLATES), rng.choice(ROLES)
-        people = [(rng.choice(MALE), " he"), (rng.choice(FEMALE), " she")]
-        rng.shuffle(people)
-        (name, answer), (other, wrong_answer) = people
-        clean, spans = compose(template, {"name": name, "role": role})
-        corrupted, _ = compose(template, {"name": other, "role": role})
-        labels = {"name": spans["name"], "end": end_of(clean)}
-        return PromptRecord(clean, corrupted, answer, wrong_answer, labels)
 
-    return draw
+def draw(rng: random.Random) -> PromptRecord:
+    """Return one pair."""
+    template, role = rng.choice(TEMPLATES), rng.choice(ROLES)
+    people = [(rng.choice(MALE), " he"), (rng.choice(FEMALE), " she")]
+    rng.shuffle(people)
+    names, answers = zip(*people, strict=True)
+    fields = {"name": names[0], "role": role}
+    return swap(template, fields, {"name": names[1]}, answers, LABELS)
 
 
 PRONOUNS = Task(
@@ -67,6 +62,6 @@ PRONOUNS = Task(
         "Vig, Gehrmann, Belinkov, Qian, Nevo, Sakenis, Huang, Singer & Shieber 2020, Causal "
         "Mediation Analysis for Interpreting Neural NLP: The Case of Gender Bias, arXiv:2004.12265"
     ),
-    labels=("name", "end"),
-    prepare=prepare,
+    labels=LABELS,
+    prepare=lambda model: draw,
 )

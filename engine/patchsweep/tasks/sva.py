@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import random
 
-from transformer_lens.model_bridge import TransformerBridge
-
 from patchsweep.data.records import PromptRecord
-from patchsweep.tasks.base import Draw, Task, compose, end_of, words
+from patchsweep.tasks.base import Task, swap, words
 
 # clauses that do not show the subject's number
 CLAUSES = (
@@ -37,6 +35,7 @@ ATTRACTORS = words(
 # they end the clause clearly: without them the model continues inside the clause
 TIMES = ("last year", "last week", "last night", "yesterday", "in the morning")
 VERBS = ((" is", " are"), (" was", " were"), (" has", " have"))
+LABELS = ("subject", "attractor", "end")
 _PLURALS = {"child": "children"}
 
 
@@ -44,24 +43,18 @@ def _plural(noun: str) -> str:
     return _PLURALS.get(noun, f"{noun}s")
 
 
-def prepare(model: TransformerBridge | None) -> Draw:
-    """Return a function that draws one pair."""
-
-    def draw(rng: random.Random) -> PromptRecord:
-        template = f"The {{subject}} {rng.choice(CLAUSES)} {rng.choice(TIMES)}"
-        subject, attractor = rng.choice(SUBJECTS), rng.choice(ATTRACTORS)
-        if rng.random() < 0.5:
-            attractor = _plural(attractor)
-        singular, plural = rng.choice(VERBS)
-        forms = [(subject, singular), (_plural(subject), plural)]
-        rng.shuffle(forms)
-        (noun, answer), (other, wrong_answer) = forms
-        clean, spans = compose(template, {"subject": noun, "attractor": attractor})
-        corrupted, _ = compose(template, {"subject": other, "attractor": attractor})
-        labels = {**spans, "end": end_of(clean)}
-        return PromptRecord(clean, corrupted, answer, wrong_answer, labels)
-
-    return draw
+def draw(rng: random.Random) -> PromptRecord:
+    """Return one pair."""
+    template = f"The {{subject}} {rng.choice(CLAUSES)} {rng.choice(TIMES)}"
+    subject, attractor = rng.choice(SUBJECTS), rng.choice(ATTRACTORS)
+    if rng.random() < 0.5:
+        attractor = _plural(attractor)
+    singular, plural = rng.choice(VERBS)
+    forms = [(subject, singular), (_plural(subject), plural)]
+    rng.shuffle(forms)
+    nouns, answers = zip(*forms, strict=True)
+    fields = {"subject": nouns[0], "attractor": attractor}
+    return swap(template, fields, {"subject": nouns[1]}, answers, LABELS)
 
 
 SVA = Task(
@@ -75,6 +68,6 @@ SVA = Task(
         "arXiv:1808.09031. Its kinds of clause with our own words; the verbs of the clauses are "
         "in the past tense, which does not show number, and the answers are auxiliaries"
     ),
-    labels=("subject", "attractor", "end"),
-    prepare=prepare,
+    labels=LABELS,
+    prepare=lambda model: draw,
 )

@@ -23,18 +23,20 @@ from transformer_lens.model_bridge import TransformerBridge
 from patchsweep.arguments import check_runner, is_whole
 from patchsweep.attribution import IntegratedInputs, IntegratedSite, Method
 from patchsweep.attribution.quadrature import Path
-from patchsweep.cli.schema.intervention import read_intervention
+from patchsweep.cli.early import OF_SWEEPS
 from patchsweep.cli.schema.task import BuiltinTask, FileTask, TaskConfig, TextTask
 from patchsweep.data.pairs import PromptPairs
 from patchsweep.errors import ConfigError
 from patchsweep.models import load_model, meta_model
+from patchsweep.spec.directions import Scale
 from patchsweep.spec.metrics import Metric
-from patchsweep.spec.spec import MetricLike, Request, SweepSpec, make_request
+from patchsweep.spec.spec import MetricLike, SweepSpec
 from patchsweep.sweeps.methods import MethodLike
 from patchsweep.sweeps.screen_settings import Screen
 
 # its log of an object that cannot be imported repeats the error that it raises
 logging.getLogger("hydra.utils").disabled = True
+_SCALE = re.compile(r"scale\((.*)\)")
 # keys of the run's place, which do not change results; they stay out of provenance
 PLACES = ("store", "slice", "n_slices")
 # keys of memory limits, which do not change results either
@@ -204,6 +206,31 @@ def _own(target: Mapping[str, Any]) -> MetricLike:
         ) from error
 
 
+def read_intervention(given: Any) -> Any:
+    """Return what `sweep` takes for a value of the key `intervention`.
+
+    It is a name, a number, `scale(0.5)`, or a mapping of names to such.
+
+    Raises:
+        ConfigError: the factor of a scale is no number.
+    """
+    if isinstance(given, Mapping):
+        return {str(name): _one(value) for name, value in given.items()}
+    return _one(given)
+
+
+def _one(given: Any) -> Any:
+    scale = _SCALE.fullmatch(given) if isinstance(given, str) else None
+    if scale is None:
+        return given
+    try:
+        return Scale(float(scale[1]))
+    except ValueError:
+        raise ConfigError(
+            f"intervention={given} has the factor {scale[1]!r}; give a number, as in scale(0.5)"
+        ) from None
+
+
 @dataclass
 class StoreConfig:
     """The store that receives the values."""
@@ -327,16 +354,34 @@ class RunConfig:
 
 @dataclass
 class AnalysisRun(RunConfig):
-    """The config of an analysis, whose identity leaves out keys that only sweeps use."""
+    """The config of an analysis: its own keys, and those of a sweep that it uses."""
 
     # read from the source by `cli.early`, so literals
-    unused: ClassVar[tuple[str, ...]] = ()  # keys of a sweep that say nothing about it
+    uses: ClassVar[tuple[str, ...]] = ()  # of `early.OF_SWEEPS`; it refuses the others
     subject: ClassVar[str] = ""  # begins the message that refuses one, such as `edges have`
     instead: ClassVar[dict[str, str]] = {}  # key -> another message; also of keys inside groups
 
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments of the analysis other than model, pairs, means and config.
+
+        Its own keys are arguments of the same name, and so are those that it uses of a sweep's.
+        """
+        of_all = {f.name for f in fields(RunConfig)}
+        by_name = [f.name for f in fields(self) if f.name not in of_all]
+        by_name += [x for x in ("direction", "compute_dtype", "tolerance") if x in self.uses]
+        settings = {name: getattr(self, name) for name in by_name}
+        if "intervention" in self.uses:
+            settings["intervention"] = self.read_intervention()
+        if "metric" in self.uses:
+            settings |= {"metrics": self.metric.metrics(), "read": self.metric.read}
+        if "runner" in self.uses:
+            settings |= {"runner": self.runner.name, "max_tokens": self.runner.max_tokens}
+        return settings
+
     def identity(self) -> dict[str, Any]:
-        """Return the config that defines the results."""
-        return {key: value for key, value in super().identity().items() if key not in self.unused}
+        """Return the config that defines the results, without keys that only sweeps use."""
+        unused = set(OF_SWEEPS).difference(self.uses)
+        return {key: value for key, value in super().identity().items() if key not in unused}
 
 
 def file_name(text: str) -> str:
@@ -376,52 +421,3 @@ def register() -> None:
     for group, classes in GROUPS.items():
         for one, name in classes.items():
             store.store(group=group, name=name, node=one)
-
-
-def _of_its_class(group: str, values: Mapping[str, Any]) -> Any:
-    """Return an object of the class of `group` that has the keys of `values`.
-
-    Stores of earlier versions may lack keys that have a default.
-    """
-    for one in GROUPS[group]:
-        known = {f.name: f.default is MISSING for f in fields(one)}
-        needed = {name for name, is_needed in known.items() if is_needed}
-        if needed <= set(values) <= set(known):
-            return one(**values)
-    raise KeyError(group)
-
-
-def from_identity(config: Mapping[str, Any]) -> RunConfig:
-    """Return the config with this `identity`; its store is unknown.
-
-    Raises:
-        ConfigError: `identity` is not a config's, for example if no command line wrote it.
-    """
-    try:
-        return RunConfig(
-            model=ModelConfig(**config["model"]),
-            task=_of_its_class("task", config["task"]),
-            sites=SitesConfig(**config["sites"]),
-            method=_of_its_class("method", config["method"]),
-            metric=MetricConfig(**config["metric"]),
-            runner=RunnerConfig(**config["runner"]),
-            store=StoreConfig(path=""),
-            intervention=config["intervention"],
-            direction=config["direction"],
-            means_from=config.get("means_from"),
-            precision=config["precision"],
-            compute_dtype=config.get("compute_dtype", "model"),  # as stores of 0.1 were computed
-            tolerance=config.get("tolerance"),
-        )
-    except (KeyError, TypeError):
-        raise ConfigError(
-            "the store holds no config of a `patchsweep run`, so its cells cannot be run again; "
-            "only stores of the command line can"
-        ) from None
-
-
-def request_of(config: RunConfig) -> Request:
-    """Load the model and pairs of a run and return its request."""
-    model = config.model.load()
-    pairs = config.task.load(model)
-    return make_request(model, pairs, config.spec(model), aligned=True)
