@@ -188,11 +188,15 @@ def test_a_store_keeps_and_the_command_line_takes_them(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["task=strings", f"task.clean='{CLEAN}'", f"task.corrupted='{CORRUPTED}'"]
-    words += ["task.answer=' Mary'", "task.wrong_answer=' John'", "model=tiny:llama", "sites=z"]
+    words += ["task.answer=' Mary'", "task.wrong_answer=' John'", "model=tiny:llama"]
+    words += ["sites=[resid_pre,z]"]
     assert main(["run", *words, "store=a.zarr"]) == 2
     assert main(["run", *words, "task.align=end", "store=a.zarr"]) == 0
     assert main(["report", "a.zarr"]) == 0
-    expected = ps.sweep(model("tiny:llama"), aligned("tiny:llama"), "z")
+    page = Path("report.html").read_text()
+    assert "unfinished" not in page  # all that can run has
+    assert "no position of the source prompt corresponds" in page
+    expected = ps.sweep(model("tiny:llama"), aligned("tiny:llama"), ["resid_pre", "z"])
     np.testing.assert_array_equal(ps.open_store("a.zarr")["z"], expected["z"])
 
 
@@ -216,7 +220,7 @@ def test_what_has_no_meaning_is_refused(given: dict[str, Any], words: str) -> No
 
 @pytest.mark.parametrize(
     "analysis",
-    [ps.edges, ps.circuit, ps.attention, ps.lens, ps.study, ps.continuations],
+    [ps.edges, ps.circuit, ps.attention, ps.study, ps.continuations],
 )
 def test_analyses_that_compare_tokens_refuse_them(analysis: Any) -> None:
     with pytest.raises(ps.PatchsweepError, match="token by token"):
@@ -231,3 +235,19 @@ def test_a_joint_patch_without_a_partner_is_refused() -> None:
     zero = ps.Patch("z", layer=0, intervention="zero")
     ps.run_patches(bridge, pairs, [zero], direction="denoising")  # needs no source value
     ps.run_patches(bridge, pairs, [ps.Patch("z", layer=0)], direction="noising")
+
+
+@pytest.mark.parametrize("direction", ["denoising", "noising"])
+def test_the_lens_patches_in_the_partner(direction: Any) -> None:
+    name = "tiny:llama"
+    bridge, pairs = model(name), aligned(name)
+    base, _ = prompts(pairs, direction)
+    patch = ps.Patch("z", layer=1, head=2, pos=len(base) - 2)
+    ds = ps.lens(bridge, pairs, patch=[patch], direction=direction)
+    last = ds.sel(run="patched", layer=bridge.cfg.n_layers - 1, point="resid_post").isel(pos=-1)
+    read = (last["answer_log_prob"] - last["wrong_log_prob"]).item()
+    swept = ps.sweep(bridge, pairs, "z", direction=direction)["z"]
+    expected = swept.sel(layer=1, head=2).values[0, 0, len(base) - 2]
+    assert read == pytest.approx(float(expected), abs=1e-4)
+    unpatched = ps.sweep(bridge, pairs, "z", direction=direction)["base_metric"].item()
+    assert abs(read - unpatched) > 1e-3

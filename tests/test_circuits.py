@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import patchsweep as ps
 import pytest
 import torch
 import xarray as xr
@@ -35,7 +36,7 @@ from patchsweep.report import write_report
 from patchsweep.report.circuit import build, chosen_size
 from patchsweep.spec.interventions import Custom
 from patchsweep.store.attributes import attributes
-from subjects import CLEAN, CORRUPTED, demo_pairs, model
+from subjects import CLEAN, CORRUPTED, demo_pairs, model, reference_pairs
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -632,3 +633,21 @@ def test_signed_circuits_take_what_the_metric_falls_without_first() -> None:
     assert signed["rank"].values[order].tolist() == [*range(len(order))]
     assert not np.array_equal(size["rank"], signed["rank"])
     assert (size.attrs["rank_by"], signed.attrs["rank_by"]) == ("size", "signed")
+
+
+def test_scores_of_parallel_blocks_are_scores_for_circuits() -> None:
+    # attention and MLP of a parallel block have no edge; only a run tells that they are parallel
+    name = "tiny:gpt_neox"
+    pairs = reference_pairs(name)
+    own = ps.circuit(model(name), pairs, sizes=[2, 5])
+    given = ps.circuit(
+        model(name), pairs, sizes=[2, 5], scores=ps.circuit_scores(model(name), pairs)
+    )
+    np.testing.assert_array_equal(own["circuit_metric"], given["circuit_metric"])
+    scores = ps.circuit_scores(model(name), pairs, by_pair=True)
+    held_out = ps.cross_validate_circuit(model(name), pairs, scores, folds=2, sizes=[2, 5])
+    assert np.isfinite(held_out["held_out"]).any()
+    scores = scores.copy()
+    scores[:, 0, 0] = np.nan
+    with pytest.raises(PatchsweepError, match="1 of the scores"):
+        ps.circuit(model(name), pairs, sizes=[2], scores=scores)

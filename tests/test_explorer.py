@@ -202,7 +202,7 @@ def test_a_new_question_ends_the_run_of_the_last(served: Served) -> None:
     np.testing.assert_allclose(unpacked(maps[0])[1].ravel(), expected, atol=1e-5)
 
 
-def test_prompts_of_unequal_lengths_have_maps_and_no_cells(served: Served) -> None:
+def test_prompts_of_unequal_lengths_have_maps_and_a_lens(served: Served) -> None:
     question = body(ASKED, corrupted=CORRUPTED.replace("the shops", "the old shops"))
     status, reply = served.post("check", question)
     assert status == 200
@@ -217,7 +217,9 @@ def test_prompts_of_unequal_lengths_have_maps_and_no_cells(served: Served) -> No
     assert (np.isnan(values) == np.isnan(expected)).all()
     assert np.isnan(expected).any()
     np.testing.assert_allclose(values, expected, atol=1e-5)
-    status, page = served.get(f"runs/{number}/cell/lens?site=z&layer=1&pos=16&unit=2")
+    place = "site=z&layer=1&pos=-1&unit=2"
+    assert served.get(f"runs/{number}/cell/lens?{place}")[0] == 200
+    status, page = served.get(f"runs/{number}/cell/attention?{place}")
     assert status == 400
     assert "use pairs of prompts of equal length" in page
 

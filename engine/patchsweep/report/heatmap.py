@@ -58,6 +58,8 @@ def draw_site(ds: xr.Dataset, site: str, views: tuple[View, ...]) -> Figure:
         summary.recovered_mean(ds, site),
     )
     frames = {}
+    unaligned = "align" in ds.attrs and not summary.missing(ds, site)[0]
+    grey = "no position of the source prompt corresponds" if unaligned else "not run"
     for metric in (str(m) for m in ds["metric"].values):
         base, source = (ds[n].sel(metric=metric) for n in ("base_metric", "source_metric"))
         gaps = source - base
@@ -75,7 +77,7 @@ def draw_site(ds: xr.Dataset, site: str, views: tuple[View, ...]) -> Figure:
                 gap = ends[1] - ends[0]
                 grids = [value, value - ends[0], (value - ends[0]) / (gap or math.nan)]
                 weak = bool(flags.sel(metric=metric, pair=view.pair))
-            frame = _frame(metric, view, axes, grids, ends, weak, natural)
+            frame = _frame(metric, view, axes, grids, ends, weak, natural, grey)
             frames[frame_key(metric, view)] = frame
     title, note = _words(ds, site, axes)
     payload: dict[str, object] = {
@@ -113,12 +115,13 @@ def _frame(
     ends: tuple[float, float],
     weak: bool,
     natural: float,
+    grey: str,
 ) -> Frame:
     """Return the frame of one metric and view.
 
     `grids` are value, effect and recovered, each [row, column, hidden]; `ends` are the base and
     source metric. `weak`: the gap is too small for fractions, so the map shows effects, whose
-    usual size is `natural`.
+    usual size is `natural`. `grey` says why a cell has no value.
     """
     at, flat = strongest(grids[1], grids)
     quantity = "effect" if weak else "recovered"
@@ -151,13 +154,14 @@ def _frame(
         limit,
         n_beyond,
         _unrun(value, axes, view),
+        grey,
         gap=math.isfinite(ends[1] - ends[0]),
     )
     return Frame(caption_html, cells)
 
 
 def _unrun(value: np.ndarray, axes: Axes, view: View) -> float:
-    """Return the share of drawn cells that have not run, without padding positions."""
+    """Return the share of drawn cells without a value, apart from padding positions."""
     drawn = value[:, view.first : view.n_pos] if axes.columns == "pos" else value
     return float(np.isnan(drawn).mean()) if drawn.size else 0.0
 
@@ -226,9 +230,9 @@ def _seen(
 
 
 def _reading(
-    quantity: str, metric: str, limit: float, n_beyond: int, unrun: float, *, gap: bool
+    quantity: str, metric: str, limit: float, n_beyond: int, unrun: float, grey: str, *, gap: bool
 ) -> str:
-    """Return HTML on the meaning of the colours; `unrun` is the share of grey cells.
+    """Return HTML on the meaning of the colours; `unrun` is the share of `grey` cells.
 
     `gap`: there is a source run, so the map shows effects because source is too close to base.
     """
@@ -240,7 +244,7 @@ def _reading(
     if quantity == "effect" and gap:
         text += " Base and source differ too little here for a recovered fraction to mean much."
     if unrun:
-        text += f" Grey: not run ({percent(unrun)})."
+        text += f" Grey: {grey} ({percent(unrun)})."
     return text
 
 

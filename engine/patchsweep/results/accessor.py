@@ -214,7 +214,10 @@ def missing(ds: xr.Dataset, site: str) -> tuple[int, int]:
     """Return (cells of `site` that have not run, all its cells), without padding positions."""
     empty = _variable(ds, site).isnull()
     if "pos" in empty.dims and "base_token" in ds.variables and "pos" in ds["base_token"].dims:
-        real = (ds["base_token"] != "").reset_coords(drop=True)
+        real = ds["base_token"] != ""
+        if "align" in ds.attrs:  # positions without a partner have no patch
+            real &= ds["source_token"] != ""
+        real = real.reset_coords(drop=True)
         n_real = empty.size // (real.size or 1) * int(real.sum())
         return int((empty & real).sum()), n_real
     return int(empty.sum()), empty.size

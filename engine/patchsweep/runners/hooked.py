@@ -108,6 +108,10 @@ class HookedRunner(Runner):
         self.check(tokens)
         return self._run(tokens)[1]
 
+    def source(self, batch: Batch) -> dict[str, list[Tensor]]:
+        """Return the source run's activations by site and layer, at the base run's positions."""
+        return _at_base(batch, self.activations(batch.source))
+
     def rows_of(self, length: int) -> int:
         """Return how many prompts of that length have logits within `LOGIT_BYTES`."""
         return max(1, LOGIT_BYTES // (4 * length * self.bridge.cfg.d_vocab))
@@ -164,8 +168,7 @@ class HookedRunner(Runner):
         if batch.partner is not None:
             base_logits, base = self._run(batch.base, batch.reads)
             source_logits, source = self._run(batch.source, batch.source_reads)
-            there = {name: [batch.at_base(x) for x in xs] for name, xs in source.items()}
-            return base_logits, base, source_logits, there
+            return base_logits, base, source_logits, _at_base(batch, source)
         n = len(batch.base)
         logits, both = self._run(torch.cat([batch.base, batch.source]), batch.reads)
         base, source = (
@@ -308,3 +311,8 @@ class HookedRunner(Runner):
         wrong = full.gather(2, batch.wrong[pair].unsqueeze(-1)).squeeze(-1)
         base, source = loaded.base_logits[pair], loaded.source_logits[pair]
         return compute(metrics, Logits(answer, wrong, full, base, source))
+
+
+def _at_base(batch: Batch, activations: Mapping[str, Sequence[Tensor]]) -> dict[str, list[Tensor]]:
+    """Return a source run's activations at the base run's positions."""
+    return {name: [batch.at_base(x) for x in layers] for name, layers in activations.items()}

@@ -42,8 +42,8 @@ class HookedJoint:
         """See `PackedJoint`."""
         loaded = self.runner.load(batch, interventions[0])
         base = self.runner.activations(batch.base)
-        source = self._source(batch)
-        others = {i: self._source(other) for i, other in sources.items()}
+        source = self.runner.source(batch)
+        others = {i: self.runner.source(other) for i, other in sources.items()}
         sites = {site.name: site for site in self.runner.sites}
         live = {i: x for i, x in enumerate(interventions) if isinstance(x, Live)}
         values: dict[tuple[str, int], Sequence[Tensor]] = {}
@@ -59,11 +59,6 @@ class HookedJoint:
                 for layer, (b, s) in enumerate(zip(base[name], theirs, strict=True))
             ]
         return JointLoaded(loaded, values, live)
-
-    def _source(self, batch: Batch) -> dict[str, list[Tensor]]:
-        """Return the source run's activations by site and layer, at the base run's positions."""
-        run = self.runner.activations(batch.source)
-        return {name: [batch.at_base(x) for x in layers] for name, layers in run.items()}
 
     def references(
         self, loaded: JointLoaded, metrics: Sequence[Metric]

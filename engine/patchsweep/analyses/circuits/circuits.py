@@ -126,7 +126,7 @@ def circuit(
     n = nodes.n_edges if level == "edges" else len(nodes.senders) - 1
     sizes_of(sizes, n, level)  # raises before any forward pass
     if scores is not None:
-        score_values(scores, nodes, level)  # likewise
+        score_values(scores, nodes.if_all_parallel, level)  # likewise; only a run tells the blocks
     stages = Stages.of(stages)
 
     def compute() -> xr.Dataset:

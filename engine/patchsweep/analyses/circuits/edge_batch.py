@@ -360,7 +360,7 @@ def _edge_batch(question: Question, blocks: Blocks, nodes: Nodes, batch: Batch) 
         )
     start = 0
     if question.intervention.from_source:
-        start = int((batch.base != batch.source).any(dim=0).int().argmax())
+        start = int(batch.differs.any(dim=0).int().argmax())
     return EdgeBatch(
         blocks=blocks,
         nodes=nodes,

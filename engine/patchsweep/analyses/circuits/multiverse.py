@@ -138,7 +138,7 @@ def multiverse(
     nodes = nodes_of(model)
     whole_number("count", count, least=1, most=nodes.n_edges)
     if isinstance(scores, xr.DataArray):
-        score_values(scores, nodes, "edges")
+        score_values(scores, nodes.if_all_parallel, "edges")  # only a run tells the blocks
         ranked_by: dict[str, Any] = {"method": "scores", "scores": described_scores(scores)}
     else:
         ranked_by = {"method": method_settings("edges", scores), "scores": None}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -78,6 +78,11 @@ class Nodes:
     n_heads: int
     n_kv_heads: int
     parallel: tuple[bool, ...]  # per layer: MLP and attention read the same stream
+
+    @property
+    def if_all_parallel(self) -> Nodes:
+        """The same nodes where every block is parallel, whose edges any model has."""
+        return replace(self, parallel=(True,) * self.n_layers)
 
     @cached_property
     def senders(self) -> tuple[Sender, ...]:

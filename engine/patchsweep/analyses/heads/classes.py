@@ -203,7 +203,7 @@ class Behaviour:
                 "z": [source.z[i] - base.z[i] for i in layers],
                 "mlp_out": [torch.zeros_like(base.part(i, "mlp_out")) for i in layers],
             },
-            start=int((batch.base != batch.source).any(dim=0).int().argmax()),
+            start=int(batch.differs.any(dim=0).int().argmax()),
         )
 
 

@@ -118,7 +118,7 @@ def find_changes(
 
 def _of_batch(batch: Batch, reader: LatentReader, intervention: Intervention) -> list[Changes]:
     base, source = reader(batch.base), reader(batch.source)
-    differs = (batch.base != batch.source).cpu().numpy()
+    differs = batch.differs.cpu().numpy()
     first = np.where(differs.any(axis=1), differs.argmax(axis=1), batch.length)
     able = np.broadcast_to(np.arange(batch.length) <= batch.reads[-1], differs.shape)
     if takes_source(intervention):

@@ -122,7 +122,7 @@ class LatentPatches:
             request.sites,
             request.shape.n_layers,
             batch.reads,
-            (batch.base != batch.source).cpu().numpy(),
+            batch.differs.cpu().numpy(),
             changes.rows(batch),
             writes,
             from_source=np.zeros(len(added) + 1, bool),

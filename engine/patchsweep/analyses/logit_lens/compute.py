@@ -230,7 +230,7 @@ def make_spec(
     top: Any,
 ) -> LensSpec:
     shape = model_shape(model)
-    check_pairs(model, pairs)
+    check_pairs(model, pairs, aligned=True)
     whole_number("top", top, least=1, most=shape.d_vocab)
     user_patches = (patch,) if isinstance(patch, Patch) else tuple(patch)
     patches = user_patches if remove is None else (*user_patches, removal(model, remove))

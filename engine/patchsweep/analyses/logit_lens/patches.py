@@ -91,7 +91,7 @@ class Patching:
             shuffled = request.source_of is not None
             if shuffled not in sources:
                 (source_batch,) = request.batches(batch.pairs)
-                sources[shuffled] = self.runner.activations(source_batch.source)
+                sources[shuffled] = self.runner.source(source_batch)
             name = plan.site.name
             values = [
                 values_of(request.intervention, plan.site, layer, b, s, batch.spans)
@@ -134,4 +134,5 @@ def _request(
             heads=None if site.unit == "neuron" else units,
             neurons=units if site.unit == "neuron" else None,
         ),
+        aligned=True,
     )
