@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,15 @@ def sampled_pairs(n_pairs: int) -> list[int]:
 def n_each(n_live: int, n_pairs: int) -> int:
     """Return how many patches of each kind one of `n_pairs` sampled pairs gives."""
     return -(-(N_EACH + math.isqrt(n_live) // 4) // n_pairs)
+
+
+def sample_rows(site: str, pair: int, sizes: Values, n: int) -> Ints:
+    """Return the indices of the `n` largest sizes and of as many random ones, ascending; the same
+    in every process."""
+    largest = np.argsort(-sizes, kind="stable")[:n]
+    rng = np.random.default_rng([zlib.crc32(site.encode()), pair])
+    random = rng.choice(len(sizes), min(n, len(sizes)), replace=False)
+    return np.unique(np.concatenate([largest, random]))
 
 
 def calibrate(parts: Mapping[str, Sequence[Part]], run: Runs) -> dict[str, Sample]:

@@ -16,9 +16,10 @@ from patchsweep.models.compute import name_of, sentence
 from patchsweep.models.offload import device_of
 from patchsweep.runners.packed.budget import default_cache, default_max_tokens
 from patchsweep.spec.plan import SitePlan
-from patchsweep.spec.shards import blocks_of, bytes_of, site_groups_of
+from patchsweep.spec.shards import blocks_of, site_groups_of
 from patchsweep.spec.spec import Request
 from patchsweep.sweeps.bf16 import recheck_cost, recheck_variables
+from patchsweep.sweeps.layout import site_variables
 from patchsweep.sweeps.methods import EXACT, MethodSpec
 from patchsweep.sweeps.noise import null_cost
 from patchsweep.sweeps.saving import Saving
@@ -235,9 +236,10 @@ def _parts(request: Request, method_spec: MethodSpec, proven: bool) -> tuple[Par
 
 
 def _result_bytes(request: Request, method_spec: MethodSpec, proven: bool) -> int:
-    more = (*method_spec.variables(request), *(recheck_variables(request) if proven else ()))
-    exact = bytes_of(request) if method_spec.exact else 0
-    return exact + 4 * sum(math.prod(variable.shape) for variable in more)
+    exact = site_variables(request, {"": "{}"}) if method_spec.exact else ()
+    more = recheck_variables(request) if proven else ()
+    variables = (*exact, *method_spec.variables(request), *more)
+    return 4 * sum(math.prod(variable.shape) for variable in variables)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

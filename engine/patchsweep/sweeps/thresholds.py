@@ -12,7 +12,6 @@ from patchsweep.errors import ConfigError
 from patchsweep.spec.finite import names_of
 from patchsweep.spec.plan import Ints
 from patchsweep.spec.spec import Request
-from patchsweep.store.difference import ADAPTIVE
 from patchsweep.sweeps.executor import Values
 
 EXACTLY = (0.0, 0.0)  # thresholds that leave nothing asleep
@@ -53,13 +52,6 @@ class Calibration:
                 for name, sample in self.samples.items()
             },
         }
-
-    @classmethod
-    def recorded(cls, attrs: Mapping[str, Any] | None, request: Request) -> Calibration | None:
-        """Return the calibration that a store's attributes hold; None: there is none."""
-        if attrs is None or ADAPTIVE not in attrs:
-            return None
-        return cls.of_attributes(attrs[ADAPTIVE], request)
 
     @classmethod
     def of_attributes(cls, recorded: Mapping[str, Any], request: Request) -> Calibration:
