@@ -36,11 +36,19 @@ from patchsweep.spec.metrics import Metric
 from patchsweep.spec.plan import PatchSet, SitePlan
 from patchsweep.spec.spec import Request
 from patchsweep.store.layout import Unit, Variable
-from patchsweep.sweeps.calibration import Part, calibrate, n_each, sample_rows, sampled_pairs
+from patchsweep.sweeps.calibration import (
+    EXACTLY,
+    Calibration,
+    Part,
+    Ran,
+    calibrate,
+    n_each,
+    sample_rows,
+    sampled_pairs,
+)
 from patchsweep.sweeps.exact import Block, Captured, Captures, SiteWork
 from patchsweep.sweeps.executor import Values
 from patchsweep.sweeps.layout import site_variables
-from patchsweep.sweeps.thresholds import EXACTLY, Calibration, Ran
 
 
 def check_adaptive(request: Request, others: Mapping[str, bool]) -> None:

@@ -46,6 +46,7 @@ from patchsweep.sweeps.adaptive import (
     check_adaptive,
 )
 from patchsweep.sweeps.bf16 import RecheckedWork, check_proof, recheck_variables
+from patchsweep.sweeps.calibration import Calibration
 from patchsweep.sweeps.cost import Cost, estimate
 from patchsweep.sweeps.estimates import Estimator
 from patchsweep.sweeps.exact import ExactWork
@@ -62,7 +63,6 @@ from patchsweep.sweeps.means import keep_means
 from patchsweep.sweeps.methods import EXACT, MethodLike, MethodSpec, parse_methods
 from patchsweep.sweeps.saving import check_sample, estimate_saving
 from patchsweep.sweeps.screen import ScreenWork
-from patchsweep.sweeps.thresholds import Calibration
 
 log = logging.getLogger("patchsweep")
 InterventionLike = str | Intervention | float | Tensor | ValueFn

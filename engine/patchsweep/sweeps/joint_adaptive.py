@@ -35,10 +35,19 @@ from patchsweep.spec.interventions import Intervention
 from patchsweep.spec.joint import JointPlan, joined
 from patchsweep.spec.plan import Ints
 from patchsweep.sweeps.adaptive import check_first_order, packed_of
-from patchsweep.sweeps.calibration import Level, Part, calibrate, n_each, sample_rows, sampled_pairs
+from patchsweep.sweeps.calibration import (
+    EXACTLY,
+    Level,
+    Part,
+    Ran,
+    SampleSummary,
+    calibrate,
+    n_each,
+    sample_rows,
+    sampled_pairs,
+)
 from patchsweep.sweeps.executor import Values
 from patchsweep.sweeps.joint import JointPatches, JointRequest
-from patchsweep.sweeps.thresholds import EXACTLY, Ran, SampleSummary
 
 LINEARLY = (np.inf, np.inf)  # thresholds at which all that the first block changes is linear
 # candidates for the sample, for each patch of it: their effects to first order choose the largest
