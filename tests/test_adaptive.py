@@ -23,7 +23,7 @@ from patchsweep.store.store import Store
 from patchsweep.sweeps import calibration
 from patchsweep.sweeps import saving as saving_module
 from patchsweep.sweeps.adaptive import Adaptive
-from patchsweep.sweeps.thresholds import Calibration
+from patchsweep.sweeps.calibration import Calibration
 from store_checks import checksums
 from subjects import CLEAN, CORRUPTED, demo_pairs, model, quick, reference_pairs
 

@@ -358,7 +358,7 @@ def test_verb_writes_once_and_says_what_it_found(
     assert f"a{int(ds.rank_layer[0])}.h{int(ds.rank_head[0])}" in said
     assert (ds.sizes["rank"], ds.sizes["top"]) == (2, 3)
     assert f"patchsweep report {store}" in said
-    with patch("patchsweep.analyses.stages.run_work", side_effect=AssertionError):
+    with patch("patchsweep.sweeps.executor.run_work", side_effect=AssertionError):
         assert main(words) == 0
     assert "already there, nothing was run" in capsys.readouterr().out
     assert main([*words[:3], "top=3", words[-1]]) == 2

@@ -566,7 +566,7 @@ def test_one_command_stores_circuits_that_a_page_shows(
         assert n_lines == min(60, int(ds["count"].values[i]))
 
     # the second time nothing is computed
-    monkeypatch.setattr("patchsweep.analyses.stages.run_work", None)
+    monkeypatch.setattr("patchsweep.sweeps.executor.run_work", None)
     assert main(words) == 0
     assert "nothing was run" in capsys.readouterr().out
     assert main([*words, "growth=top", "ablation=zero"]) == EXIT_MISTAKE

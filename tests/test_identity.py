@@ -142,7 +142,7 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
     def forbid() -> None:
         monkeypatch.setattr(api, "prepare_runner", run)
-        monkeypatch.setattr(api, "run_work", run)
+        monkeypatch.setattr("patchsweep.sweeps.executor.run_work", run)
 
     return forbid
 
@@ -358,7 +358,7 @@ def test_store_goes_on_with_the_packed_size_that_it_was_begun_with(
     sweep(tmp_path / "whole.zarr", max_tokens=64)
     cut = tmp_path / "cut.zarr"
     with monkeypatch.context() as stopped:
-        stopped.setattr(api, "run_work", lambda *arguments: None)
+        stopped.setattr("patchsweep.sweeps.executor.run_work", lambda *arguments: None)
         sweep(cut, max_tokens=64)
     assert Store.open(cut).pending()
     sweep(cut)

@@ -28,8 +28,7 @@ from patchsweep.runners.packed.runner import PackedRunner
 from patchsweep.spec.plan import PatchSet
 from patchsweep.spec.spec import Request, SweepSpec, make_request
 from patchsweep.store.attributes import attributes
-from patchsweep.sweeps.cost import estimate
-from patchsweep.sweeps.weight_reads import weights_of
+from patchsweep.sweeps.cost import estimate, weights_of
 from subjects import CLEAN, CORRUPTED
 from transformer_lens.model_bridge import TransformerBridge
 

@@ -28,7 +28,6 @@ from patchsweep.store.attributes import flat_attributes
 from patchsweep.store.backends.address import open_folder
 from patchsweep.store.contents import KIND
 from patchsweep.store.difference import IDENTITY
-from patchsweep.store.journal import Journal
 from patchsweep.store.layout import PARTS, Layout, Unit, Variable
 from patchsweep.store.lease import process_of, read_leases
 from patchsweep.store.save import check_place, load_dataset, save_dataset
@@ -36,16 +35,15 @@ from patchsweep.store.store import Store
 from patchsweep.sweeps.api import sweep
 from patchsweep.sweeps.executor import (
     WAIT_S,
-    Journalled,
     Progress,
     Slice,
     Values,
     check_progress,
     name_stage,
-    run_work,
+    run_into,
 )
 from patchsweep.sweeps.identity import read_weights, refuse_unversioned
-from patchsweep.sweeps.layout import Memory, analysis_attrs
+from patchsweep.sweeps.layout import analysis_attrs
 
 # variable -> its dims, `pair` among them, and their sizes
 Shapes = Mapping[str, Mapping[str, int]]
@@ -232,16 +230,15 @@ class Stages:
             attrs={**{key: x for key, x in deciding.items() if key != KIND}, "stage": name},
         )
         name_stage(self.progress, name)
-        if self.parts is None:
-            memory = Memory(layout)
-            run_work([work], memory, self.progress, self.slice)
-            return memory.dataset()
-        place: dict[str, Any] = {"storage_options": self.storage_options}
-        url = self._begin(name)
-        with Store.create_or_resume(url, layout, **place) as sink, Journal(url, **place) as journal:
-            progress = Journalled(self.progress, journal, self.slice, {})
-            run_work([work], sink, progress, self.slice)
-            return sink.dataset()
+        store = None if self.parts is None else self._begin(name)
+        return run_into(
+            store,
+            layout,
+            lambda _: [work],
+            self.progress,
+            self.slice,
+            storage_options=self.storage_options,
+        )
 
     def sweep(self, name: str, *args: Any, **settings: Any) -> xr.Dataset:
         """Run `patchsweep.sweep` with these arguments as the stage `name`; see `run`."""

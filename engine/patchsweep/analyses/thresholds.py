@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from patchsweep.analyses.stages import Stages
-from patchsweep.sweeps.calibration import LEVELS
+from patchsweep.sweeps.calibration import EXACTLY, LEVELS, SampleSummary
 from patchsweep.sweeps.executor import Values
-from patchsweep.sweeps.thresholds import EXACTLY, SampleSummary
 
 _HEAD = 3  # numbers of a site before its errors: level, share, patches of the sample
 

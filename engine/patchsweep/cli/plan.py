@@ -15,9 +15,8 @@ from patchsweep.data.pairs import PromptPair
 from patchsweep.data.show import number
 from patchsweep.errors import ConfigError
 from patchsweep.sweeps.api import plan
-from patchsweep.sweeps.cost import Cost
+from patchsweep.sweeps.cost import Cost, Weights
 from patchsweep.sweeps.saving import Saving
-from patchsweep.sweeps.weight_reads import Weights
 
 SHOWN_TOKENS = 12  # tokens of the first prompt to print: its start and its end
 

@@ -16,6 +16,7 @@ from patchsweep.spec.dictionary_files import check_weights, read_dictionary
 from patchsweep.spec.plan import ModelShape
 from patchsweep.spec.sites import SITES, Site
 
+_WEIGHTS = ("encoder", "decoder", "encoder_bias", "decoder_bias", "threshold")
 # sites whose activations a decoder may write
 PLACES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z")
 
@@ -56,14 +57,8 @@ class Dictionary:
                 f"site={self.site!r} is none that a dictionary writes; use {', '.join(PLACES)}"
             )
         whole_number("layer", self.layer, least=0, error=ConfigError)
-        weights = {
-            "encoder": self.encoder,
-            "decoder": self.decoder,
-            "encoder_bias": self.encoder_bias,
-            "decoder_bias": self.decoder_bias,
-            **({} if self.threshold is None else {"threshold": self.threshold}),
-        }
-        check_weights("the dictionary", weights)
+        weights = {name: getattr(self, name) for name in _WEIGHTS}
+        check_weights("the dictionary", {k: x for k, x in weights.items() if x is not None})
         if self.k is not None:
             whole_number("k", self.k, least=1, most=self.n_latents, error=ConfigError)
             if self.threshold is not None:
@@ -102,25 +97,7 @@ class Dictionary:
             ConfigError: the file is missing, is no dictionary of a known layout, needs a
                 normalisation of activations at run time, or says no place.
         """
-        found = read_dictionary(path, k)
-        site, layer = site or found.site, found.layer if layer is None else layer
-        if site is None or layer is None:
-            raise ConfigError(
-                f"{found.path} does not say where its dictionary belongs; give site and layer, "
-                "such as site='resid_post', layer=12"
-            )
-        return cls(
-            encoder=found.encoder,
-            decoder=found.decoder,
-            encoder_bias=found.encoder_bias,
-            decoder_bias=found.decoder_bias,
-            site=site,
-            layer=layer,
-            reads=reads or found.reads,
-            threshold=found.threshold,
-            k=found.k,
-            name=name,
-        )
+        return cls(**read_dictionary(path, site, layer, reads, k), name=name)
 
     @property
     def n_latents(self) -> int:
@@ -141,14 +118,8 @@ class Dictionary:
 
     def on(self, device: torch.device) -> Dictionary:
         """Return the dictionary with its weights on `device`."""
-        return replace(
-            self,
-            encoder=self.encoder.to(device),
-            decoder=self.decoder.to(device),
-            encoder_bias=self.encoder_bias.to(device),
-            decoder_bias=self.decoder_bias.to(device),
-            threshold=None if self.threshold is None else self.threshold.to(device),
-        )
+        weights = {name: getattr(self, name) for name in _WEIGHTS}
+        return replace(self, **{k: x.to(device) for k, x in weights.items() if x is not None})
 
     def encode(self, x: Float[Tensor, "*axes width"]) -> Float[Tensor, "*axes latent"]:
         """Return the latents' activations, fp32, at least 0."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -33,26 +32,11 @@ _ARCHITECTURES = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Found:
-    """What a file holds; the place is None if it does not say it."""
-
-    path: Path
-    encoder: Tensor
-    decoder: Tensor
-    encoder_bias: Tensor
-    decoder_bias: Tensor
-    threshold: Tensor | None
-    k: int | None
-    site: str | None
-    layer: int | None
-    reads: str | None  # of a transcoder
-
-
-def read_dictionary(path: str | Path, k: int | None = None) -> Found:
-    """Return the dictionary at `path`, a file or its folder; fp32, nothing left to fold.
-
-    `k` is that of a top-k dictionary, if its file does not say it.
+def read_dictionary(
+    path: str | Path, site: str | None, layer: int | None, reads: str | None, k: int | None
+) -> dict[str, Any]:
+    """Return the fields of the dictionary at `path`, a file or its folder; fp32, nothing left to
+    fold. The other arguments go before what the file says.
 
     Raises:
         ConfigError: see `Dictionary.from_safetensors`.
@@ -77,19 +61,24 @@ def read_dictionary(path: str | Path, k: int | None = None) -> Found:
     if settings.get("rescale_acts_by_decoder_norm") and k is not None:
         norm = decoder.norm(dim=-1)
         encoder, bias, decoder = encoder * norm, bias * norm, decoder / norm.unsqueeze(-1)
-    site, layer = _place(out if transcoder else place)
-    return Found(
-        path=file,
-        encoder=encoder.float().contiguous(),
-        decoder=decoder.float().contiguous(),
-        encoder_bias=bias.float(),
-        decoder_bias=arrays["b_dec"].float(),
-        threshold=arrays["threshold"].float() if "threshold" in arrays else None,
-        k=k,
-        site=site,
-        layer=layer,
-        reads=_template(str(place)) if transcoder else None,
-    )
+    own_site, own_layer = _place(out if transcoder else place)
+    site, layer = site or own_site, own_layer if layer is None else layer
+    if site is None or layer is None:
+        raise ConfigError(
+            f"{file} does not say where its dictionary belongs; give site and layer, "
+            "such as site='resid_post', layer=12"
+        )
+    return {
+        "encoder": encoder.float().contiguous(),
+        "decoder": decoder.float().contiguous(),
+        "encoder_bias": bias.float(),
+        "decoder_bias": arrays["b_dec"].float(),
+        "threshold": arrays["threshold"].float() if "threshold" in arrays else None,
+        "k": k,
+        "site": site,
+        "layer": layer,
+        "reads": reads or (_template(str(place)) if transcoder else None),
+    }
 
 
 def check_weights(what: str, weights: Mapping[str, Tensor]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -88,21 +88,20 @@ class Scale(Live):
 class _Directional(Live):
     """What interventions with directions share: a table of them, as wide as the site or a head."""
 
-    def _table(self) -> PerLayer:
-        raise NotImplementedError
+    _table: PerLayer
 
     def values(
         self, site: Site, layer: int, base: Tensor, source: Tensor, spans: Sequence[Spans]
     ) -> Tensor:
         """See `Intervention`; the base run's at a layer without directions, which none patches."""
-        table = self._table()
+        table = self._table
         if isinstance(table, Mapping) and layer not in table:
             return base
         return self.applied(site, layer, base, source)
 
     def _at(self, layer: int, x: Tensor) -> Tensor:
         """Return the table's entry of `layer`, on the device and in the dtype of `x`."""
-        table = self._table()
+        table = self._table
         entry = table[layer] if isinstance(table, Mapping) else table
         return entry.to(x)
 
@@ -112,7 +111,7 @@ class _Directional(Live):
         widths = {shape[-1] for shape in shapes}
         if site.unit in ("head", "kv_head") and site.name != "result":
             widths.add(unit)
-        for width in sorted(_widths(self._table())):
+        for width in sorted(_widths(self._table)):
             if widths and width not in widths:
                 known = " or ".join(map(str, sorted(widths)))
                 raise ConfigError(
@@ -126,7 +125,7 @@ class _Directional(Live):
         Raises:
             ConfigError: it lacks one.
         """
-        table = self._table()
+        table = self._table
         missing = [layer for layer in layers if isinstance(table, Mapping) and layer not in table]
         if missing:
             raise ConfigError(
@@ -150,10 +149,7 @@ class Add(_Directional):
 
     def __post_init__(self) -> None:
         number("coefficient", self.coefficient, error=ConfigError)
-        self.direction = _checked("direction", self.direction, ndim=1)
-
-    def _table(self) -> PerLayer:
-        return self.direction
+        self.direction = self._table = _checked("direction", self.direction, ndim=1)
 
     def applied(self, site: Site, layer: int, x: Tensor, source: Tensor) -> Tensor:
         """See `Live`."""
@@ -173,14 +169,10 @@ class _Subspace(_Directional):
     """An intervention on the span of some directions."""
 
     directions: PerLayer
-    _bases: PerLayer
 
     def __post_init__(self) -> None:
         self.directions = _checked("directions", self.directions, ndim=2)
-        self._bases = _each(self.directions, _basis)
-
-    def _table(self) -> PerLayer:
-        return self._bases
+        self._table = _each(self.directions, _basis)
 
     def _projected(self, layer: int, x: Tensor) -> Tensor:
         """Return the component of `x` in the subspace."""
@@ -203,7 +195,6 @@ class Project(_Subspace):
     name: str = "project"
     placebo: bool = False
     seed: int | None = None  # of random directions, see `random_like`
-    _bases: PerLayer = field(default=None, repr=False, compare=False)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -236,7 +227,6 @@ class Ablate(_Subspace):
     directions: PerLayer
     name: str = "ablate"
     seed: int | None = None  # of random directions, see `random_like`
-    _bases: PerLayer = field(default=None, repr=False, compare=False)  # type: ignore[assignment]
 
     def applied(self, site: Site, layer: int, x: Tensor, source: Tensor) -> Tensor:
         """See `Live`."""

@@ -242,16 +242,12 @@ def _means(per: str, prompts: Sequence[Prompts], activations: Activations) -> di
                 add((name, layer, label), x[row, first:stop])
 
     for group in prompts:
-        parts = zip(group.tokens.split(16), _chunks(group.spans, 16), strict=True)
-        for tokens, spans in parts:
+        for first in range(0, len(group.spans), 16):
+            tokens, spans = group.tokens[first : first + 16], group.spans[first : first + 16]
             for name, layers in activations(tokens).items():
                 for layer, x in enumerate(layers):
                     add_all(name, layer, x.double(), spans)
     return {key: total / count for key, (total, count) in sums.items()}
-
-
-def _chunks(spans: Sequence[Spans], size: int) -> list[Sequence[Spans]]:
-    return [spans[i : i + size] for i in range(0, len(spans), size)]
 
 
 @dataclass

@@ -8,7 +8,7 @@ it restores the base run's value. So a write is dead only if nothing changed rea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
@@ -129,20 +129,11 @@ class JointPlan:
     def distinct(self) -> tuple[Ints, Ints]:
         """Return the first of each group of rows with the same live writes, and `[row]` which of
         these each row equals. Sets that differ in dead writes alone are such rows."""
-        table = np.stack([getattr(self.writes, f.name) for f in fields(Writes)[1:]], axis=1)
-        order = np.lexsort((*table.T[::-1], self.writes.row))
-        table = np.ascontiguousarray(table[order])
-        ends = np.searchsorted(self.writes.row[order], np.arange(self.n_rows + 1))
-        number: dict[tuple[int, bytes], int] = {}
-        first: list[int] = []
-        of = np.empty(self.n_rows, np.int64)
-        for row in range(self.n_rows):
-            key = int(self.pair[row]), table[ends[row] : ends[row + 1]].tobytes()
-            if key not in number:
-                number[key] = len(first)
-                first.append(row)
-            of[row] = number[key]
-        return np.array(first, np.int64), of
+        everything = np.ones(len(self.writes), bool)
+        numbers: dict[tuple[int, bytes], int] = {}
+        keys = _keys(self, everything, range(self.n_rows))
+        of = np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
+        return np.unique(of, return_index=True)[1], of
 
     def part(self, rows: Ints) -> JointPlan:
         """Return the plan of `rows` alone, in that order."""
@@ -180,6 +171,17 @@ class Stem:
         return Stem(self.plan.part(np.arange(stems.start, stems.stop)), rest, self.rows[mine])
 
 
+def _keys(plan: JointPlan, mine: Bools, rows: Iterable[int]) -> Iterator[tuple[int, bytes]]:
+    """Yield a key for each of `rows`; rows with the same pair and writes `mine` have equal ones."""
+    writes = plan.writes.at(mine)
+    table = np.stack([getattr(writes, f.name) for f in fields(Writes)[1:]], axis=1)
+    order = np.lexsort((*table.T[::-1], writes.row))
+    table = np.ascontiguousarray(table[order])
+    ends = np.searchsorted(writes.row[order], np.arange(plan.n_rows + 1))
+    for row in rows:
+        yield int(plan.pair[row]), table[ends[row] : ends[row + 1]].tobytes()
+
+
 def shared_stems(plan: JointPlan, least: int = 2) -> tuple[Ints, list[Stem]]:
     """Return the rows that share nothing, and those that share the writes of their lowest layer.
 
@@ -189,15 +191,9 @@ def shared_stems(plan: JointPlan, least: int = 2) -> tuple[Ints, list[Stem]]:
     writes = plan.writes
     low = plan.write_layer == plan.entry[writes.row]
     several = np.bincount(writes.row[~low], minlength=plan.n_rows) > 0
-    # one text for each row's lowest writes: rows with equal texts share them
-    table = np.stack([writes.site, writes.layer, writes.pos, writes.unit, writes.value], axis=1)
-    table, owner = table[low], writes.row[low]
-    order = np.lexsort((*table.T[::-1], owner))
-    table, owner = np.ascontiguousarray(table[order]), owner[order]
-    ends = np.searchsorted(owner, np.arange(plan.n_rows + 1))
     groups: dict[tuple[int, bytes], list[int]] = {}
-    for row in np.flatnonzero(several).tolist():
-        key = int(plan.pair[row]), table[ends[row] : ends[row + 1]].tobytes()
+    candidates = np.flatnonzero(several).tolist()
+    for row, key in zip(candidates, _keys(plan, low, candidates), strict=True):
         groups.setdefault(key, []).append(row)
     shared = [rows for rows in groups.values() if len(rows) >= least]
     if not shared:

@@ -54,6 +54,16 @@ class Logits:
             return (p.exp() * (p - q)).sum(dim=-1)
         return 0.5 * (reference.softmax(dim=-1) - self.full.softmax(dim=-1)).abs().sum(dim=-1)
 
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Logits:
+        """Return the tensors that `change` makes of these."""
+        optional = {"full": self.full, "base": self.base, "source": self.source}
+        return Logits(
+            change(self.answer),
+            change(self.wrong),
+            **{name: change(x) for name, x in optional.items() if x is not None},
+            sums={name: change(x) for name, x in self.sums.items()},
+        )
+
 
 MetricLike = Union[str, "Metric", Callable[[Tensor], Tensor]]
 MetricFn = Callable[[Logits], Float[Tensor, " row"]]
@@ -116,14 +126,12 @@ def _log_prob(x: Logits) -> Tensor:
 
 
 def _rank(x: Logits) -> Tensor:
-    assert x.full is not None
-    return (x.full > x.answer.unsqueeze(-1)).sum(dim=-1).float().amax(dim=1)
+    return (_full(x) > x.answer.unsqueeze(-1)).sum(dim=-1).float().amax(dim=1)
 
 
 def _top1_change(x: Logits) -> Tensor:
-    assert x.full is not None
     assert x.base is not None
-    changed = x.full.argmax(dim=-1) != x.base.argmax(dim=-1)
+    changed = _full(x).argmax(dim=-1) != x.base.argmax(dim=-1)
     return changed.any(dim=1).float()
 
 
@@ -220,20 +228,8 @@ def at_token(metric: Metric, token: int) -> Metric:
     It reads the token after those of the right answer before it.
     """
 
-    def one(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values[:, token : token + 1]
-
     def compute(x: Logits) -> Tensor:
-        return metric.compute(
-            Logits(
-                answer=x.answer[:, token : token + 1],
-                wrong=x.wrong[:, token : token + 1],
-                full=one(x.full),
-                base=one(x.base),
-                source=one(x.source),
-                sums={name: values[:, token : token + 1] for name, values in x.sums.items()},
-            )
-        )
+        return metric.compute(x.changed(lambda values: values[:, token : token + 1]))
 
     version = "1" if _is_built_in(metric) else metric.version
     name = f"{metric.name}@{token}"
@@ -298,17 +294,13 @@ def _is_built_in(metric: Metric) -> bool:
 def _copies(metric: Metric, x: Logits) -> Logits:
     """Return copies of the tensors in `x` that `metric` needs."""
 
-    def copy(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values.clone()
-
-    return Logits(
-        answer=x.answer.clone(),
-        wrong=x.wrong.clone(),
-        full=None if metric.needs == "answers" else copy(x.full),
-        base=copy(x.base) if metric.needs == "references" else None,
-        source=copy(x.source) if metric.needs == "references" else None,
-        sums={name: values.clone() for name, values in x.sums.items()},
+    needed = replace(
+        x,
+        full=None if metric.needs == "answers" else x.full,
+        base=x.base if metric.needs == "references" else None,
+        source=x.source if metric.needs == "references" else None,
     )
+    return needed.changed(Tensor.clone)
 
 
 def check_rows(metrics: Sequence[Metric], n_reads: int, d_vocab: int, device: torch.device) -> None:

@@ -103,6 +103,16 @@ class Cells(NamedTuple):
     stop: Ints  # past the last position that is replaced
 
 
+class CellColumn:
+    """The column of a plan with one field of `Cells`, that of the attribute's name."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, plan: Plan, owner: type) -> Column:
+        return Column(lambda patches: getattr(plan.cells(patches), self.name))
+
+
 @dataclass(frozen=True)
 class Plan:
     """Numbered patches of one site; columns such as `plan.start[patches]` return their values."""
@@ -118,30 +128,11 @@ class Plan:
         """Return the cells of `patches`."""
         raise NotImplementedError
 
-    @property
-    def pair(self) -> Column:
-        """[patch] number of the prompt pair."""
-        return Column(lambda patches: self.cells(patches).pair)
-
-    @property
-    def layer_set(self) -> Column:
-        """[patch] index into axes.layers."""
-        return Column(lambda patches: self.cells(patches).layer_set)
-
-    @property
-    def unit_set(self) -> Column:
-        """[patch] index into axes.units."""
-        return Column(lambda patches: self.cells(patches).unit_set)
-
-    @property
-    def start(self) -> Column:
-        """[patch] first position whose value may change."""
-        return Column(lambda patches: self.cells(patches).start)
-
-    @property
-    def stop(self) -> Column:
-        """[patch] past the last position that is replaced."""
-        return Column(lambda patches: self.cells(patches).stop)
+    pair = CellColumn()  # [patch] number of the prompt pair
+    layer_set = CellColumn()  # [patch] index into axes.layers
+    unit_set = CellColumn()  # [patch] index into axes.units
+    start = CellColumn()  # [patch] first position whose value may change
+    stop = CellColumn()  # [patch] past the last position that is replaced
 
     @property
     def entry(self) -> Column:

@@ -101,12 +101,12 @@ def means_attrs(
     """
     if not isinstance(intervention, Mean):
         return {}
-    reference = intervention.reference
+    reference, patterns = intervention.reference, any(site.is_pattern for site in sites)
     attrs: dict[str, Any] = {
         "per": intervention.per,
         "over": "the clean prompts of the run" if reference is None else "prompts of means_from",
         "n_prompts": len(reference or pairs),
-        "behind": dict(sorted(_behind(intervention, pairs, _any_pattern(sites)).items())),
+        "behind": dict(sorted(_behind(intervention, pairs, patterns).items())),
     }
     if reference is not None:
         attrs["prompts"] = reference.content_hash()
@@ -126,10 +126,6 @@ def _behind(mean: Mean, pairs: Sequence[PromptPair], patterns: bool) -> Counter[
         for label, (first, stop) in pair.labels.items() if mean.per == "label" else ():
             counts[f"label {label!r}"] += stop - first
     return +counts  # without zeros
-
-
-def _any_pattern(sites: Iterable[Site]) -> bool:
-    return any(site.is_pattern for site in sites)
 
 
 def _needed(mean: Mean, pair: PromptPair, patterns: Sequence[bool]) -> Iterable[str]:

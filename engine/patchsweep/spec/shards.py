@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from patchsweep.spec.plan import SitePlan
-from patchsweep.spec.spec import Request
 
 # Tokens of live patches in one shard: enough to fill one packed batch on a GPU (GPU_TOKENS in
 # runners.packed.budget) or four on a CPU; no more, so that a killed run loses little.
@@ -63,8 +62,3 @@ def _blocks_of(plan: SitePlan) -> tuple[int, int]:
         return min(n_pairs, max(1, int(UNIT_TOKENS // per_pair))), n_layers
     n_blocks = min(n_layers, -(-int(per_pair) // UNIT_TOKENS))
     return 1, -(-n_layers // n_blocks)
-
-
-def bytes_of(request: Request) -> int:
-    """Return the bytes of the float32 values that the sweep writes."""
-    return 4 * len(request.metrics) * sum(int(np.prod(plan.shape)) for plan in request.plans)

@@ -10,7 +10,6 @@ sample's errors, so that all processes of a run use the same.
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -37,11 +36,19 @@ from patchsweep.spec.metrics import Metric
 from patchsweep.spec.plan import PatchSet, SitePlan
 from patchsweep.spec.spec import Request
 from patchsweep.store.layout import Unit, Variable
-from patchsweep.sweeps.calibration import Part, calibrate, n_each, sampled_pairs
+from patchsweep.sweeps.calibration import (
+    EXACTLY,
+    Calibration,
+    Part,
+    Ran,
+    calibrate,
+    n_each,
+    sample_rows,
+    sampled_pairs,
+)
 from patchsweep.sweeps.exact import Block, Captured, Captures, SiteWork
 from patchsweep.sweeps.executor import Values
 from patchsweep.sweeps.layout import site_variables
-from patchsweep.sweeps.thresholds import EXACTLY, Calibration, Ran
 
 
 def check_adaptive(request: Request, others: Mapping[str, bool]) -> None:
@@ -250,10 +257,7 @@ class Adaptive:
         live = plan.live_patches([pair])
         n = n_each(plan.n_live, n_pairs)
         estimates = np.abs(self.estimates(captured, PatchSet(plan, live))).max(axis=0)
-        largest = live[np.argsort(-estimates, kind="stable")[:n]]
-        rng = np.random.default_rng([zlib.crc32(plan.site.name.encode()), pair])
-        random = rng.choice(live, min(n, len(live)), replace=False)
-        return PatchSet(plan, np.unique(np.concatenate([largest, random])))
+        return PatchSet(plan, live[sample_rows(plan.site.name, pair, estimates, n)])
 
 
 class AdaptiveWork(SiteWork):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -38,7 +37,6 @@ from patchsweep.spec.spec import (
     make_request,
 )
 from patchsweep.store.difference import ADAPTIVE, IDENTITY
-from patchsweep.store.journal import Journal
 from patchsweep.store.layout import Layout
 from patchsweep.store.store import Store, check_space, recorded_attributes
 from patchsweep.sweeps.adaptive import (
@@ -48,23 +46,23 @@ from patchsweep.sweeps.adaptive import (
     check_adaptive,
 )
 from patchsweep.sweeps.bf16 import RecheckedWork, check_proof, recheck_variables
+from patchsweep.sweeps.calibration import Calibration
 from patchsweep.sweeps.cost import Cost, estimate
 from patchsweep.sweeps.estimates import Estimator
 from patchsweep.sweeps.exact import ExactWork
-from patchsweep.sweeps.executor import Journalled, Progress, Slice, Work, check_progress, run_work
+from patchsweep.sweeps.executor import Progress, Slice, Work, check_progress, run_into
 from patchsweep.sweeps.identity import read_weights, refuse_unversioned, request_settings
 from patchsweep.sweeps.interventions import (
-    check_stored,
+    InterventionsWork,
     choose_runner,
+    interventions_layout,
     requests_of,
-    sweep_interventions,
 )
-from patchsweep.sweeps.layout import Memory, make_layout
+from patchsweep.sweeps.layout import make_layout
 from patchsweep.sweeps.means import keep_means
 from patchsweep.sweeps.methods import EXACT, MethodLike, MethodSpec, parse_methods
 from patchsweep.sweeps.saving import check_sample, estimate_saving
 from patchsweep.sweeps.screen import ScreenWork
-from patchsweep.sweeps.thresholds import Calibration
 
 log = logging.getLogger("patchsweep")
 InterventionLike = str | Intervention | float | Tensor | ValueFn
@@ -187,18 +185,30 @@ def sweep(
     work_slice = Slice(slice_index, n_slices)
     method_spec = _check_settings(request, store, n_slices, runner, max_tokens, cache_budget)
     check_config(config)
-    progress = check_progress(progress)
     recheck = spec.precision == "bf16"
+    into = partial(
+        run_into,
+        store,
+        progress=check_progress(progress),
+        work_slice=work_slice,
+        storage_options=storage_options,
+        config=config,
+    )
     if store is None and n_slices > 1:
         raise ConfigError(f"n_slices={n_slices} needs a store, where the slices meet; give one")
+    attrs = recorded = None
+    if store is not None:
+        for each in requests.values():
+            refuse_unversioned(request_settings(each) | method_spec.settings())
+        attrs = recorded_attributes(store, storage_options)
+        recorded = _recorded_choice(attrs, runner, max_tokens)
+        read_weights(model)
     if several:
-        stored = check_stored(requests, store, storage_options)
-        begun = _recorded_choice(stored, runner, max_tokens)
-        most = max_tokens if begun is None else begun.runner.max_tokens  # type: ignore[attr-defined]
+        most = max_tokens if recorded is None else recorded.runner.max_tokens  # type: ignore[attr-defined]
         prepare = partial(prepare_runner, max_tokens=most, cache_budget=cache_budget)
         chosen = choose_runner(requests, runner, prepare)
-        place = (store, storage_options, work_slice, config or {}, progress)
-        return sweep_interventions(requests, chosen, *place)
+        work = InterventionsWork(requests, chosen.runner)
+        return into(interventions_layout(requests, chosen, config or {}), lambda _: [work])
     own = model.cfg.dtype
     if request.compute_dtype != own:
         log.info(
@@ -230,10 +240,6 @@ def sweep(
         )
 
     if store is not None:  # refuse an unusable store before anything runs
-        refuse_unversioned(request_settings(request) | method_spec.settings())
-        attrs = recorded_attributes(store, storage_options)
-        recorded = _recorded_choice(attrs, runner, max_tokens)
-        read_weights(model)
         if recorded is None:
             check_space(store, layout_of(NO_RUNNER), storage_options)
         else:
@@ -242,39 +248,27 @@ def sweep(
         request = keep_means(request, store, storage_options)
     choice = NO_RUNNER
     if method_spec.exact:
-        begun_with = None if store is None else recorded
-        choice = prepare_runner(request, runner, max_tokens, cache_budget, begun_with)
+        choice = prepare_runner(request, runner, max_tokens, cache_budget, recorded)
     adaptive = None if spec.tolerance is None else Adaptive(request, choice)
-    if store is None:
-        thresholds = None if adaptive is None else adaptive.calibrate()
-        memory = Memory(layout_of(choice, thresholds))
-        works = _works(request, method_spec, choice, recheck, adaptive, thresholds)
-        run_work(works, memory, progress, work_slice)
-        return memory.dataset()
     # another process may have created the store meanwhile, with packed batches of another size
-    if recorded is None:
+    if store is not None and recorded is None:
         attrs = recorded_attributes(store, storage_options)
         recorded = _recorded_choice(attrs, runner, max_tokens)
     if recorded is not None and isinstance(choice.runner, PackedRunner):
         choice.runner.max_tokens = recorded.runner.max_tokens  # type: ignore[attr-defined]
     thresholds = None
     if adaptive is not None:
-        thresholds = Calibration.recorded(attrs, request) or adaptive.calibrate()
-    with ExitStack() as stack:
-        sink = stack.enter_context(
-            Store.create_or_resume(
-                store, layout_of(choice, thresholds), storage_options=storage_options
-            )
-        )
+        first = (attrs or {}).get(ADAPTIVE)
+        thresholds = Calibration.of_attributes(first, request) if first else adaptive.calibrate()
+
+    def works(attrs: Mapping[str, Any]) -> list[Work]:
         # another process may have been faster: all use the thresholds of the first
-        thresholds = Calibration.recorded(sink.attrs, request)
-        works = _works(request, method_spec, choice, recheck, adaptive, thresholds)
-        journal = stack.enter_context(Journal(store, storage_options=storage_options))
-        journalled = Journalled(
-            progress, journal, work_slice, config or {}, self_test_error=choice.difference
-        )
-        run_work(works, sink, journalled, work_slice)
-        return sink.dataset()
+        if adaptive is not None:
+            thresholds = Calibration.of_attributes(attrs.get(ADAPTIVE, {}), request)
+            return [AdaptiveWork(adaptive, thresholds)]
+        return _works(request, method_spec, choice, recheck)
+
+    return into(layout_of(choice, thresholds), works, self_test_error=choice.difference)
 
 
 def _works(
@@ -282,13 +276,8 @@ def _works(
     method_spec: MethodSpec,
     choice: RunnerChoice,
     proven: bool,
-    adaptive: Adaptive | None,
-    thresholds: Calibration | None,
 ) -> list[Work]:
     """Return the `Work`s that fill the run's variables; only one of them gives references."""
-    if adaptive is not None:
-        assert thresholds is not None
-        return [AdaptiveWork(adaptive, thresholds)]
     if method_spec.screen is not None:
         return [ScreenWork(request, choice, method_spec.screen)]
     works: list[Work] = []

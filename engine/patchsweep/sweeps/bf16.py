@@ -28,8 +28,8 @@ from patchsweep.spec.spec import Request
 from patchsweep.store.layout import Unit, Variable
 from patchsweep.sweeps.exact import Block, Captured, Captures, ExactWork, SiteWork
 from patchsweep.sweeps.executor import Values
-from patchsweep.sweeps.layout import site_variables
-from patchsweep.sweeps.noise import Floor, identity_patches, noise_variables, null_cost
+from patchsweep.sweeps.layout import noise_variables, site_variables
+from patchsweep.sweeps.noise import Floor, identity_patches, null_cost
 
 # patches of a shard that are run again in fp32: its largest effects, and a random sample
 N_LARGEST = 24

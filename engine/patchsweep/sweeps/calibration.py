@@ -1,17 +1,23 @@
-"""How the thresholds of an adaptive run are chosen: a sample runs exactly and at several levels."""
+"""The thresholds of an adaptive run, and the sample that decides them; a store records both.
+
+The sample runs exactly and at several levels of the thresholds.
+"""
 
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from patchsweep.errors import ConfigError
+from patchsweep.spec.finite import names_of
 from patchsweep.spec.plan import Ints
+from patchsweep.spec.spec import Request
 from patchsweep.sweeps.executor import Values
-from patchsweep.sweeps.thresholds import EXACTLY, Ran, Sample
 
 Level = tuple[float, float]
 # (theta in units of the tolerance, tau) from loose to strict; a site gets the loosest one whose
@@ -23,6 +29,111 @@ N_AT_ONCE = 3  # levels that are tried first, together; the others follow if non
 N_EACH = 12  # and a quarter of the root of the number of live patches
 # pairs that the sample comes from, evenly spread over the run's
 N_PAIRS = 4
+EXACTLY = (0.0, 0.0)  # thresholds that leave nothing asleep
+Ran = tuple[Values, Values, Ints]  # values, linear parts, token-layers of one set
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The thresholds of one site, and its patches that were run both ways."""
+
+    level: Level  # theta in units of the tolerance, and tau; `EXACTLY`
+    share: float  # of the exact token-layers that the adaptive runs took
+    patches: Ints  # [patch] numbers in the site's plan, ascending
+    values: Values  # [metric, patch] exact
+    effect: Values  # [metric, patch] exact - base
+    error: Values  # [metric, patch] adaptive - exact, at the chosen thresholds
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The thresholds of a run, and the samples that decided them."""
+
+    samples: Mapping[str, Sample]  # by site
+
+    def attributes(self, request: Request) -> dict[str, Any]:
+        """Return what a store records."""
+        names = names_of(request.metrics)
+        return {
+            "tolerance": request.spec.tolerance,
+            "sites": {
+                name: {
+                    **SampleSummary.of(sample).attributes(names),
+                    "patches": sample.patches.tolist(),
+                    "values": sample.values.tolist(),
+                    "effect": sample.effect.tolist(),
+                    "error": sample.error.tolist(),
+                }
+                for name, sample in self.samples.items()
+            },
+        }
+
+    @classmethod
+    def of_attributes(cls, recorded: Mapping[str, Any], request: Request) -> Calibration:
+        """Return the calibration of `request` that `attributes` recorded.
+
+        Raises:
+            ConfigError: it is damaged.
+        """
+        n_metrics, samples = len(request.metrics), {}
+        try:
+            for plan in request.plans:
+                site = recorded["sites"][plan.site.name]
+                patches = np.array(site["patches"], np.int64)
+                samples[plan.site.name] = Sample(
+                    (float(site["theta"]), float(site["tau"])),
+                    float(site["sample_token_layers"]),
+                    patches,
+                    *(
+                        np.array(site[key], np.float32).reshape(n_metrics, len(patches))
+                        for key in ("values", "effect", "error")
+                    ),
+                )
+            return cls(samples)
+        except (KeyError, TypeError, ValueError):
+            raise ConfigError(
+                "the store does not hold the thresholds of its tolerance; write to a new store"
+            ) from None
+
+
+@dataclass(frozen=True)
+class SampleSummary:
+    """What a run says of the sample of one site: its thresholds and its errors."""
+
+    level: Level
+    share: float
+    n: int  # patches
+    errors: Values  # [metric, 6] largest, median, and the largest of each quarter by size of effect
+
+    @classmethod
+    def of(cls, sample: Sample) -> SampleSummary:
+        """Return what is said of `sample`."""
+        size = np.abs(sample.error)
+        rows = []
+        for error, effect in zip(size, np.abs(sample.effect), strict=True):
+            quarters = np.array_split(error[np.argsort(effect)], 4)
+            of_quarters = [quarter.max(initial=0.0) for quarter in quarters]
+            rows.append([error.max(), np.median(error), *of_quarters])
+        return cls(sample.level, sample.share, len(sample.patches), np.array(rows, np.float32))
+
+    def attributes(self, metrics: Sequence[str]) -> dict[str, Any]:
+        """Return what a store records."""
+
+        def by_metric(numbers: Values) -> dict[str, Any]:
+            return dict(zip(metrics, numbers.tolist(), strict=True))
+
+        return {
+            "theta": self.level[0],
+            "tau": self.level[1],
+            "says": "exact: no thresholds met the tolerance on the sample, so every patch was run"
+            if self.level == EXACTLY
+            else "within the tolerance on the sample",
+            "sample_token_layers": self.share,
+            "n": self.n,
+            "largest_error": by_metric(self.errors[:, 0]),
+            "median_error": by_metric(self.errors[:, 1]),
+            "error_by_effect": by_metric(self.errors[:, 2:]),
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +166,15 @@ def sampled_pairs(n_pairs: int) -> list[int]:
 def n_each(n_live: int, n_pairs: int) -> int:
     """Return how many patches of each kind one of `n_pairs` sampled pairs gives."""
     return -(-(N_EACH + math.isqrt(n_live) // 4) // n_pairs)
+
+
+def sample_rows(site: str, pair: int, sizes: Values, n: int) -> Ints:
+    """Return the indices of the `n` largest sizes and of as many random ones, ascending; the same
+    in every process."""
+    largest = np.argsort(-sizes, kind="stable")[:n]
+    rng = np.random.default_rng([zlib.crc32(site.encode()), pair])
+    random = rng.choice(len(sizes), min(n, len(sizes)), replace=False)
+    return np.unique(np.concatenate([largest, random]))
 
 
 def calibrate(parts: Mapping[str, Sequence[Part]], run: Runs) -> dict[str, Sample]:

@@ -14,7 +14,7 @@ from patchsweep.attribution.run import Attribution, BlockOfPairs, pairs_per_bloc
 from patchsweep.spec.plan import SitePlan
 from patchsweep.spec.spec import Request
 from patchsweep.store.layout import Unit, Variable
-from patchsweep.sweeps.layout import dims_of, shape_of
+from patchsweep.sweeps.layout import axes_of
 
 
 def variable_name(site: str, method: str) -> str:
@@ -65,13 +65,13 @@ class Part:
     def dims(self) -> tuple[str, ...]:
         """Axes of the variable."""
         if self.by_cell:
-            return dims_of(self.plan)
+            return tuple(axes_of(self.plan, 1))
         by_layer = self.plan.site.layered and not self.of_all
         return ("metric", "pair", *(("layer",) if by_layer else ()))
 
     def variable(self, n_metrics: int) -> Variable:
         """Return the variable; a shard is some pairs and all layers."""
-        sizes = dict(zip(dims_of(self.plan), shape_of(self.plan, n_metrics), strict=True))
+        sizes = axes_of(self.plan, n_metrics)
         absolute = self.role == "estimate" and not is_signed(self.method)
         words = _WORDS[self.role].format(
             method=self.method.name, at=f" at {self.site}" if self.site else ""
@@ -169,9 +169,8 @@ class Estimator:
 
     def as_stored(self, plan: SitePlan, cells: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return `cells` `[metric, pair, layer, pos, unit]` without axes that the site lacks."""
-        shape = list(shape_of(plan, len(self.request.metrics)))
-        shape[1] = cells.shape[1]
-        return cells.reshape(shape)
+        axes = axes_of(plan, len(self.request.metrics)) | {"pair": cells.shape[1]}
+        return cells.reshape(*axes.values())
 
     def blocks(self) -> list[range]:
         """Return all pairs, in the blocks that are estimated at once."""

@@ -23,7 +23,7 @@ from patchsweep.spec.shards import site_groups_of
 from patchsweep.spec.spec import Request
 from patchsweep.store.layout import Unit
 from patchsweep.sweeps.executor import Values
-from patchsweep.sweeps.layout import shape_of
+from patchsweep.sweeps.layout import axes_of
 from patchsweep.sweeps.noise import Floor, identity_patches
 
 Load = Callable[[Batch, Intervention], Any]
@@ -235,9 +235,7 @@ class Block:
 
     def values(self) -> Values:
         """Return the cells in the store's shape, without axes that the site lacks."""
-        n_metrics = len(self._cells)
-        shape = list(shape_of(self.plan, n_metrics))
-        shape[1] = self.shape[0]
-        if self.plan.site.layered:
-            shape[2] = self.shape[1]
-        return self._cells.reshape(shape)
+        axes = axes_of(self.plan, len(self._cells)) | {"pair": self.shape[0]}
+        if "layer" in axes:
+            axes["layer"] = self.shape[1]
+        return self._cells.reshape(*axes.values())

@@ -8,9 +8,11 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import xarray as xr
 from numpy.typing import NDArray
 
 from patchsweep.arguments import whole_number
@@ -18,7 +20,7 @@ from patchsweep.errors import ConfigError
 from patchsweep.models.heartbeat import beating
 from patchsweep.models.moves import Arriving
 from patchsweep.store.journal import Journal
-from patchsweep.store.layout import Unit
+from patchsweep.store.layout import Layout, Unit
 from patchsweep.store.store import Store
 from patchsweep.sweeps.bar import Bar
 from patchsweep.sweeps.layout import Memory
@@ -411,3 +413,30 @@ class Journalled:
     def end(self) -> None:
         if isinstance(self._inner, Watching):
             self._inner.end()
+
+
+def run_into(
+    store: str | Path | None,
+    layout: Layout,
+    works: Callable[[Mapping[str, Any]], Sequence[Work]],
+    progress: Progress,
+    work_slice: Slice,
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
+    **details: Any,
+) -> xr.Dataset:
+    """Run works into memory, or into a store whose journal notes them; return all results.
+
+    `works(attributes)` makes the works; the attributes are those of the process that created the
+    store. `config` and `details` are for the journal.
+    """
+    if store is None:
+        memory = Memory(layout)
+        run_work(works(layout.attrs), memory, progress, work_slice)
+        return memory.dataset()
+    place: dict[str, Any] = {"storage_options": storage_options}
+    with Store.create_or_resume(store, layout, **place) as sink, Journal(store, **place) as journal:
+        noted = Journalled(progress, journal, work_slice, config or {}, **details)
+        run_work(works(sink.attrs), sink, noted, work_slice)
+        return sink.dataset()

@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ from patchsweep.spec.interventions import (
 )
 from patchsweep.spec.metrics import BUILT_IN, Metric
 from patchsweep.spec.plan import SitePlan
-from patchsweep.spec.spec import Request
+from patchsweep.spec.spec import Experiment, Request
 from patchsweep.store.difference import (
     DIGEST,
     IDENTITY,
@@ -178,20 +178,7 @@ def request_difference(request: Request, attrs: Mapping[str, Any]) -> str | None
     return identity_difference(identity, theirs)
 
 
-class Question(Protocol):
-    """The settings that sweeps and analyses have in common."""
-
-    @property
-    def metrics(self) -> tuple[Metric, ...]: ...
-    @property
-    def intervention(self) -> Intervention: ...
-    @property
-    def direction(self) -> str: ...
-    @property
-    def read(self) -> int: ...
-
-
-def question_settings(question: Question) -> dict[str, Any]:
+def question_settings(question: Experiment) -> dict[str, Any]:
     """Return intervention, direction, metrics, read position, and whether patch values come from
     the source run, which determines the dead patches."""
     return {

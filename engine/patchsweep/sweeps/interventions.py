@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import xarray as xr
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchsweep.data.pairs import PromptPairs
@@ -23,19 +20,11 @@ from patchsweep.spec.batch import Batch
 from patchsweep.spec.interventions import Intervention
 from patchsweep.spec.spec import Request, SweepSpec, make_request
 from patchsweep.store.difference import IDENTITY
-from patchsweep.store.journal import Journal
 from patchsweep.store.layout import Layout, Unit
-from patchsweep.store.store import Store, recorded_attributes
 from patchsweep.sweeps.exact import ExactWork
-from patchsweep.sweeps.executor import Journalled, Progress, Slice, Values, run_work
-from patchsweep.sweeps.identity import (
-    intervention_words,
-    read_weights,
-    refuse_unversioned,
-    request_settings,
-    sealed,
-)
-from patchsweep.sweeps.layout import Memory, make_layout
+from patchsweep.sweeps.executor import Values
+from patchsweep.sweeps.identity import intervention_words, sealed
+from patchsweep.sweeps.layout import make_layout
 from patchsweep.sweeps.noise import site_of
 
 DIM = "intervention"
@@ -82,50 +71,7 @@ def requests_of(
     return requests
 
 
-def sweep_interventions(
-    requests: Mapping[str, Request],
-    choice: RunnerChoice,
-    store: str | Path | None,
-    storage_options: Mapping[str, Any] | None,
-    work_slice: Slice,
-    config: Mapping[str, Any],
-    progress: Progress,
-) -> xr.Dataset:
-    """Run all interventions exactly and return their Dataset, with the dim `intervention`."""
-    work = InterventionsWork(requests, choice.runner)
-    layout = layout_of(requests, choice, config)
-    if store is None:
-        memory = Memory(layout)
-        run_work([work], memory, progress, work_slice)
-        return memory.dataset()
-    with ExitStack() as stack:
-        place: dict[str, Any] = {"storage_options": storage_options}
-        sink = stack.enter_context(Store.create_or_resume(store, layout, **place))
-        journal = stack.enter_context(Journal(store, **place))
-        journalled = Journalled(progress, journal, work_slice, dict(config))
-        run_work([work], sink, journalled, work_slice)
-        return sink.dataset()
-
-
-def check_stored(
-    requests: Mapping[str, Request],
-    store: str | Path | None,
-    storage_options: Mapping[str, Any] | None,
-) -> Mapping[str, Any] | None:
-    """Return the attributes of a store that is there; read the weights that identify the run.
-
-    Raises:
-        ConfigError: a function has no version to identify it.
-    """
-    if store is None:
-        return None
-    for request in requests.values():
-        refuse_unversioned(request_settings(request))
-    read_weights(next(iter(requests.values())).bridge)
-    return recorded_attributes(store, storage_options)
-
-
-def layout_of(
+def interventions_layout(
     requests: Mapping[str, Request], choice: RunnerChoice, config: Mapping[str, Any]
 ) -> Layout:
     """Return the layout of one sweep, with the dim of interventions after that of pairs."""

@@ -300,7 +300,14 @@ class JointPatches:
                 part = plan.part(live)
                 first, of = part.distinct()
                 numbers = np.array(sets)[live[first] % len(sets)]
-                found[:, live] = self._rows(loaded, part.part(first), numbers)[:, of]
+                try:
+                    rows = self.rows(loaded, part.part(first), numbers)
+                except Unsupported as error:
+                    raise ConfigError(
+                        f"runner={self.choice.runner.name} cannot run this: {error.reason}; use "
+                        "runner=hooked"
+                    ) from error
+                found[:, live] = rows[:, of]
 
             def where(row: int, batch: Batch = batch) -> str:
                 return f"patches[{sets[row % len(sets)]}] in pair {batch.pairs[row // len(sets)]}"
@@ -313,16 +320,6 @@ class JointPatches:
     def n_columns(self) -> int:
         """Numbers of each set on a pair: its metrics, and what a subclass adds."""
         return len(self.request.metrics)
-
-    def _rows(self, loaded: Any, plan: JointPlan, numbers: Ints) -> Values:
-        """Return `[column, row]`; all rows are live, and of these sets."""
-        try:
-            return self.rows(loaded, plan, numbers)
-        except Unsupported as error:
-            raise ConfigError(
-                f"runner={self.choice.runner.name} cannot run this: {error.reason}; use "
-                "runner=hooked"
-            ) from error
 
     def rows(self, loaded: Any, plan: JointPlan, numbers: Ints | None = None) -> Values:
         """Return `[column, row]` of rows that are all live; `numbers`: of their sets."""

@@ -8,7 +8,6 @@ first write and its own gradient where enough of them share it. The others run e
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,10 +35,19 @@ from patchsweep.spec.interventions import Intervention
 from patchsweep.spec.joint import JointPlan, joined
 from patchsweep.spec.plan import Ints
 from patchsweep.sweeps.adaptive import check_first_order, packed_of
-from patchsweep.sweeps.calibration import Level, Part, calibrate, n_each, sampled_pairs
+from patchsweep.sweeps.calibration import (
+    EXACTLY,
+    Level,
+    Part,
+    Ran,
+    SampleSummary,
+    calibrate,
+    n_each,
+    sample_rows,
+    sampled_pairs,
+)
 from patchsweep.sweeps.executor import Values
 from patchsweep.sweeps.joint import JointPatches, JointRequest
-from patchsweep.sweeps.thresholds import EXACTLY, Ran, SampleSummary
 
 LINEARLY = (np.inf, np.inf)  # thresholds at which all that the first block changes is linear
 # candidates for the sample, for each patch of it: their effects to first order choose the largest
@@ -193,10 +201,7 @@ class AdaptivePatches(JointPatches):
             part = plan.part(mine)
             linearly = self._run(loaded, part, np.full((len(mine), 2), LINEARLY[0]), 1)
             size = np.abs(linearly.values - loaded.base[:, part.pair]).max(axis=0, initial=0.0)
-            largest = np.argsort(-size, kind="stable")[:n]
-            rng = np.random.default_rng([zlib.crc32(name.encode()), pair])
-            random = rng.choice(len(mine), min(n, len(mine)), replace=False)
-            chosen.append(mine[np.unique(np.concatenate([largest, random]))])
+            chosen.append(mine[sample_rows(name, pair, size, n)])
         ran = self.adaptive.exact(
             loaded.loaded, plan.part(np.concatenate(chosen)), self.request.metrics
         )

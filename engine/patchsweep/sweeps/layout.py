@@ -14,6 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from patchsweep.arguments import check_config
 from patchsweep.data.alignment import END, NONE, partners
 from patchsweep.data.pairs import PromptPairs
+from patchsweep.results.rounding import NOISE
 from patchsweep.runners.select import RunnerChoice
 from patchsweep.spec.batch import base_and_source, pair_shape
 from patchsweep.spec.metrics import Metric
@@ -26,7 +27,6 @@ from patchsweep.store.attributes import flat_attributes
 from patchsweep.store.difference import IDENTITY, ORIGIN
 from patchsweep.store.layout import Layout, Unit, Variable
 from patchsweep.sweeps.identity import identity_of, request_settings
-from patchsweep.sweeps.noise import noise_variables
 
 
 def make_layout(
@@ -138,36 +138,20 @@ def _origin(pairs: PromptPairs) -> dict[str, Any]:
     return {ORIGIN: list(pairs.origin)} if pairs.origin else {}
 
 
-def dims_of(plan: SitePlan) -> tuple[str, ...]:
-    """Return the names of the axes of a site's values, metric included."""
-    dims = ["metric", "pair"]
+def axes_of(plan: SitePlan, n_metrics: int) -> dict[str, int]:
+    """Return the names and sizes of the axes of a site's values, metric included."""
+    n_pairs, n_layers, n_pos, n_units = plan.shape
+    axes: dict[str, int] = {"metric": n_metrics, "pair": n_pairs}
     if plan.site.layered:
-        dims.append("layer")
+        axes["layer"] = n_layers
     if plan.axes.positions is not None:
-        dims.append("pos")
+        axes["pos"] = n_pos
     if plan.axes.units is not None:
         assert plan.site.unit is not None
-        dims.append(plan.site.unit)
+        axes[plan.site.unit] = n_units // (plan.axes.n_sources or 1)
     if plan.axes.n_sources:
-        dims.append("src")
-    return tuple(dims)
-
-
-def shape_of(plan: SitePlan, n_metrics: int) -> tuple[int, ...]:
-    """Return the sizes of the axes `dims_of`."""
-    n_pairs, n_layers, n_pos, n_units = plan.shape
-    n_units //= plan.axes.n_sources or 1
-    sizes = {
-        "metric": n_metrics,
-        "pair": n_pairs,
-        "layer": n_layers,
-        "pos": n_pos,
-        "head": n_units,
-        "kv_head": n_units,
-        "neuron": n_units,
-        "src": plan.axes.n_sources,
-    }
-    return tuple(sizes[dim] for dim in dims_of(plan))
+        axes["src"] = plan.axes.n_sources
+    return axes
 
 
 def site_variables(request: Request, words: Mapping[str, str]) -> tuple[Variable, ...]:
@@ -177,19 +161,41 @@ def site_variables(request: Request, words: Mapping[str, str]) -> tuple[Variable
     """
     blocks = blocks_of(request.plans)
     return tuple(
-        Variable(
-            name=plan.site.name + suffix,
-            dims=dims_of(plan),
-            shape=shape_of(plan, len(request.metrics)),
-            unit=blocks[plan.site.name],
-            attrs={
-                "long_name": text.format(plan.site.name),
-                "role": suffix.removeprefix("_") or "exact",
-                "site": plan.site.name,
-            },
-        )
+        _variable(plan, suffix, text, axes_of(plan, len(request.metrics)), blocks[plan.site.name])
         for plan in request.plans
         for suffix, text in words.items()
+    )
+
+
+def pair_variables(
+    request: Request, suffix: str, text: str, n_pairs: Mapping[str, int]
+) -> tuple[Variable, ...]:
+    """Return a variable `[metric, pair]` for each site; `n_pairs`: site -> pairs of one shard."""
+    axes = {"metric": len(request.metrics), "pair": len(request.pairs)}
+    return tuple(
+        _variable(plan, suffix, text, axes, (n_pairs[plan.site.name], 1)) for plan in request.plans
+    )
+
+
+def noise_variables(request: Request) -> tuple[Variable, ...]:
+    """Return a variable `[metric, pair]` per site for its noise floor."""
+    n_pairs = {name: pairs for name, (pairs, _) in blocks_of(request.plans).items()}
+    return pair_variables(request, NOISE, "effects at {} below this are rounding", n_pairs)
+
+
+def _variable(
+    plan: SitePlan, suffix: str, text: str, axes: Mapping[str, int], unit: tuple[int, int]
+) -> Variable:
+    return Variable(
+        name=plan.site.name + suffix,
+        dims=tuple(axes),
+        shape=tuple(axes.values()),
+        unit=unit,
+        attrs={
+            "long_name": text.format(plan.site.name),
+            "role": suffix.removeprefix("_") or "exact",
+            "site": plan.site.name,
+        },
     )
 
 

@@ -69,10 +69,9 @@ class MeansFolder:
         metadata = {_TOLD: _text({"provenance": provenance, "digest": _digest(tensors)})}
         folder.make()
         folder.sweep()
-        if not folder.put_new(key, data := save(tensors, metadata)):
-            kept = self._read(folder, key, provenance, device)  # another process was first
-            if kept is not None:
-                return kept
+        data = save(tensors, metadata)
+        is_new = folder.put_new(key, data)  # False: another process was first
+        if not is_new and self._read(folder, key, provenance, device) is None:
             folder.put(key, data)  # replaces a damaged file
         kept = self._read(folder, key, provenance, device)
         if kept is None:

@@ -13,9 +13,11 @@ from patchsweep.spec.spec import Request
 from patchsweep.store.layout import Variable
 from patchsweep.sweeps.estimates import variables_of
 from patchsweep.sweeps.identity import method_identity
+from patchsweep.sweeps.layout import pair_variables
 from patchsweep.sweeps.screen_settings import Screen
 
 MethodLike = str | Method | Screen
+BOUND = "_bound"  # suffix of the variable with the bound of a site
 ASSUMPTION = (
     "a patch's mean effect among random subsets of the patches that were not run stands for its "
     "effect alone; patches that cancel or back each other up can hide"
@@ -35,30 +37,20 @@ class MethodSpec:
         variables = variables_of(request, self.methods)
         if self.screen is None or not self.screen.subsets:
             return variables
-        n_metrics, n_pairs = len(request.metrics), len(request.pairs)
-        return variables + tuple(
-            Variable(
-                name=bound_name(plan.site.name),
-                dims=("metric", "pair"),
-                shape=(n_metrics, n_pairs),
-                unit=(pairs_per_block(plan), 1),
-                attrs={
-                    "long_name": f"largest |effect| that a patch of {plan.site.name} that was not "
-                    "run may have, at the stated level",
-                    "role": "bound",
-                    "site": plan.site.name,
-                },
-            )
-            for plan in request.plans
-        )
+        text = "largest |effect| that a patch of {} that was not run may have, at the stated level"
+        n_pairs = {plan.site.name: pairs_per_block(plan) for plan in request.plans}
+        return variables + pair_variables(request, BOUND, text, n_pairs)
 
     def settings(self) -> dict[str, Any]:
         """Return method name -> settings, as a store records them."""
         methods = {method.name: method_identity(method) for method in self.methods}
         if self.screen is not None:
-            settings = {f.name: getattr(self.screen, f.name) for f in fields(self.screen)}
-            return {"screen": {**settings, "by": methods}}
+            return {"screen": self._screen_settings(methods)}
         return {"exact": {}, **methods} if self.exact else methods
+
+    def _screen_settings(self, by: Any) -> dict[str, Any]:
+        assert self.screen is not None
+        return {**{f.name: getattr(self.screen, f.name) for f in fields(self.screen)}, "by": by}
 
     def attrs(self, request: Request) -> dict[str, Any]:
         """Return a store's attributes about the methods."""
@@ -70,16 +62,9 @@ class MethodSpec:
         names = ["exact"] * (self.exact and self.screen is None) + [*costs]
         attrs: dict[str, Any] = {"method": ", ".join(names), "attribution": costs}
         if self.screen is not None:
-            screen = self.screen
             attrs["method"] = "screen"
             attrs["screen"] = {
-                "by": screen.method.name,
-                "k": screen.k,
-                "margin": screen.margin,
-                "subsets": screen.subsets,
-                "inclusion": screen.inclusion,
-                "alpha": screen.alpha,
-                "seed": screen.seed,
+                **self._screen_settings(self.screen.method.name),
                 "assumption": ASSUMPTION,
                 "cells": "<site> holds exact values where a patch was run or is known to change "
                 "nothing, NaN elsewhere; <site>_<method> holds an estimate everywhere",
@@ -110,8 +95,3 @@ def parse_methods(method: MethodLike | Sequence[MethodLike]) -> MethodSpec:
         raise MethodError("method names exact twice; name each once")
     attribution = get_methods(others) if others or not methods else ()  # type: ignore[arg-type]
     return MethodSpec(exact=len(others) < len(methods), methods=attribution, screen=None)
-
-
-def bound_name(site: str) -> str:
-    """Return the name of the variable with the bound of a site."""
-    return f"{site}_bound"

@@ -16,37 +16,14 @@ import zlib
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from patchsweep.results.rounding import NOISE
+from patchsweep.spec.finite import Values
 from patchsweep.spec.plan import Ints, PatchSet, SitePlan
-from patchsweep.spec.shards import blocks_of
 from patchsweep.spec.spec import Request
-from patchsweep.store.layout import Variable
 
 N_NULL = 32  # identity patches of each site and pair
 FACTOR = 5.0  # times their root mean square
-
-Values = NDArray[np.float32]
-
-
-def noise_variables(request: Request) -> tuple[Variable, ...]:
-    """Return a variable `[metric, pair]` per site for its noise floor."""
-    blocks = blocks_of(request.plans)
-    return tuple(
-        Variable(
-            name=plan.site.name + NOISE,
-            dims=("metric", "pair"),
-            shape=(len(request.metrics), len(request.pairs)),
-            unit=(blocks[plan.site.name][0], 1),
-            attrs={
-                "long_name": f"effects at {plan.site.name} below this are rounding",
-                "role": "noise",
-                "site": plan.site.name,
-            },
-        )
-        for plan in request.plans
-    )
 
 
 def null_cost(request: Request) -> int:

@@ -59,39 +59,33 @@ def draw(
     whole_number("n", n, least=1)
     whole_number("seed", seed, least=0)
     check_runner(runner, max_tokens)
-    with running(request.bridge):
-        return _draw(request, n, seed, runner, max_tokens)
-
-
-def _draw(
-    request: Request, n: int, seed: int, runner: RunnerName, max_tokens: int | None
-) -> xr.Dataset:
     rng = np.random.default_rng(seed)
     drawn = {}
     for plan in request.plans:
         numbers = rng.choice(plan.n_live, size=min(n, plan.n_live), replace=False)
         drawn[plan.site.name] = plan.nth_live(numbers)
-    choice = prepare_runner(request, runner, max_tokens)
-    memory = Memory(make_layout(request, choice, {}))
-    captures = Captures(request, choice.runner)
-    plans = {plan.site.name: plan for plan in request.plans}
-    for unit in sorted(memory.pending(), key=lambda unit: unit.first_pair):
-        plan = plans[site_of(unit.variable)]
-        if plan.site.name != unit.variable:
-            floor = measured_floor(choice.runner, captures, plan, unit.pairs, request.metrics)
-            memory.write(unit, floor)
-            continue
-        block = Block(plan, unit, len(request.metrics))
-        for captured in captures.of(unit.pairs):
-            live = block.fill_dead(captured)
-            patches = live[np.isin(live, drawn[plan.site.name])]
-            if len(patches):
-                values = choice.runner.run(captured.loaded, plan, patches, request.metrics)
-                block.put(patches, check_cells(values.numpy(), plan, patches, request.metrics))
-            for row, pair in enumerate(captured.batch.pairs):
-                columns = slice(row, row + 1)
-                memory.write_references(
-                    pair, captured.base[:, columns], captured.source[:, columns]
-                )
-        memory.write(unit, block.values())
-    return memory.dataset()
+    with running(request.bridge):
+        choice = prepare_runner(request, runner, max_tokens)
+        memory = Memory(make_layout(request, choice, {}))
+        captures = Captures(request, choice.runner)
+        plans = {plan.site.name: plan for plan in request.plans}
+        for unit in sorted(memory.pending(), key=lambda unit: unit.first_pair):
+            plan = plans[site_of(unit.variable)]
+            if plan.site.name != unit.variable:
+                floor = measured_floor(choice.runner, captures, plan, unit.pairs, request.metrics)
+                memory.write(unit, floor)
+                continue
+            block = Block(plan, unit, len(request.metrics))
+            for captured in captures.of(unit.pairs):
+                live = block.fill_dead(captured)
+                patches = live[np.isin(live, drawn[plan.site.name])]
+                if len(patches):
+                    values = choice.runner.run(captured.loaded, plan, patches, request.metrics)
+                    block.put(patches, check_cells(values.numpy(), plan, patches, request.metrics))
+                for row, pair in enumerate(captured.batch.pairs):
+                    columns = slice(row, row + 1)
+                    memory.write_references(
+                        pair, captured.base[:, columns], captured.source[:, columns]
+                    )
+            memory.write(unit, block.values())
+        return memory.dataset()

@@ -15,9 +15,8 @@ from patchsweep.spec.plan import PatchSet, SitePlan
 from patchsweep.spec.shards import blocks_of, site_groups_of
 from patchsweep.spec.spec import Request
 from patchsweep.sweeps.adaptive import Adaptive
-from patchsweep.sweeps.calibration import sampled_pairs
+from patchsweep.sweeps.calibration import EXACTLY, sampled_pairs
 from patchsweep.sweeps.exact import Captured
-from patchsweep.sweeps.thresholds import EXACTLY
 
 N_SPREAD = 48  # patches of each site, besides those that the thresholds come from
 OFTEN = 4  # copies of them in one batch, which tell what a larger batch takes

@@ -24,13 +24,13 @@ from torch import Tensor
 from patchsweep.forward.grad import GradientModel, Heads, Place
 from patchsweep.forward.pattern import Prefix
 from patchsweep.spec.batch import Batch
+from patchsweep.spec.finite import Values
 from patchsweep.spec.interventions import values_of
 from patchsweep.spec.metrics import Logits, compute
 from patchsweep.spec.plan import SitePlan
 from patchsweep.spec.spec import Request
 from patchsweep.sweeps.screen_settings import Screen
 
-Values = NDArray[np.float32]
 # tokens of one forward pass of jointly patched rows
 MAX_TOKENS = 4096
 

@@ -25,8 +25,7 @@ from patchsweep.runners.packed.adaptive_runner import room_of, run_in_parts
 from patchsweep.runners.packed.schedule import make_packed_batches
 from patchsweep.spec.plan import Bools, Ints, PatchSet
 from patchsweep.spec.sites import SITES
-from patchsweep.sweeps.calibration import Level, Part, calibrate, n_each
-from patchsweep.sweeps.thresholds import EXACTLY, Ran
+from patchsweep.sweeps.calibration import EXACTLY, Level, Part, Ran, calibrate, n_each
 from patchsweep.transformer_lens.gradients import Metric, base_gradients
 from patchsweep.transformer_lens.packed import (
     MAX_TOKENS,

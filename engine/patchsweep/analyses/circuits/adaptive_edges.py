@@ -52,9 +52,15 @@ from patchsweep.runners.packed.adaptive_runner import (
 from patchsweep.runners.packed.schedule import PackedBatch
 from patchsweep.runners.packed.tables import PackedInput
 from patchsweep.spec.plan import Bools, Ints
-from patchsweep.sweeps.calibration import Level, calibrate, n_each, sampled_pairs
+from patchsweep.sweeps.calibration import (
+    Level,
+    Ran,
+    SampleSummary,
+    calibrate,
+    n_each,
+    sampled_pairs,
+)
 from patchsweep.sweeps.calibration import Part as SampledPart
-from patchsweep.sweeps.thresholds import Ran, SampleSummary
 
 SITE = "edge"  # what results call the patches of all edges
 # rows that one batch holds, in units of `max_tokens`: most of their tokens sleep

@@ -27,8 +27,7 @@ from patchsweep.results.tolerance import LINEAR, TOKEN_LAYERS
 from patchsweep.spec.batch import base_and_source
 from patchsweep.spec.finite import names_of
 from patchsweep.store.difference import ADAPTIVE
-from patchsweep.sweeps.calibration import Level
-from patchsweep.sweeps.thresholds import EXACTLY, SampleSummary
+from patchsweep.sweeps.calibration import EXACTLY, Level, SampleSummary
 
 
 def every_edge(

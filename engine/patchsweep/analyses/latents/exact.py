@@ -18,11 +18,10 @@ from patchsweep.spec.dictionary import Dictionary
 from patchsweep.spec.directions import Numbered
 from patchsweep.spec.interventions import Resample
 from patchsweep.spec.joint import JointPlan, Writes, plan_joint
-from patchsweep.sweeps.calibration import n_each, sampled_pairs
+from patchsweep.sweeps.calibration import SampleSummary, n_each, sampled_pairs
 from patchsweep.sweeps.executor import Values
 from patchsweep.sweeps.joint import JointPatches, JointRequest
 from patchsweep.sweeps.joint_adaptive import AdaptivePatches
-from patchsweep.sweeps.thresholds import SampleSummary
 
 
 @dataclass

@@ -51,13 +51,13 @@ from patchsweep.spec.plan import Ints
 from patchsweep.spec.reference import MeansFrom, check_means, with_reference
 from patchsweep.spec.spec import MetricLike, SweepSpec, check_pairs, model_shape
 from patchsweep.store.difference import ADAPTIVE
+from patchsweep.sweeps.calibration import SampleSummary
 from patchsweep.sweeps.executor import Values
 from patchsweep.sweeps.identity import intervention_words, method_identity
 from patchsweep.sweeps.joint import JointRequest, joint_request
 from patchsweep.sweeps.joint_adaptive import AdaptivePatches, check_joint_tolerance
 from patchsweep.sweeps.layout import metric_and_pair_coords, strings
 from patchsweep.sweeps.patches import Patch
-from patchsweep.sweeps.thresholds import SampleSummary
 
 KIND = "latents"
 # cells of estimates [metric, pair, layer, pos, latent] that one pass may hold
