@@ -221,7 +221,11 @@ def _heat(
         zmax=limit,
         colorscale=RED_BLUE,
         hoverongaps=False,
-        colorbar={"title": {"text": what, "side": "right"}, "thickness": 12},
+        colorbar={
+            "title": {"text": what, "side": "right"},
+            "thickness": 12,
+            "exponentformat": "e",
+        },
         **common,
     )
     if np.isnan(shown).any():

@@ -38,6 +38,7 @@ _AXIS = {
     "ticks": "",
     "linecolor": "#d9dee3",
     "automargin": True,
+    "exponentformat": "e",  # as in tables; not 40µ
 }
 _LAYOUT: dict[str, Any] = {
     "height": 340,

@@ -13,6 +13,7 @@ from patchsweep.analyses.latents.findings import (
 )
 from patchsweep.data.show import count, esc, number, percent, token_html
 from patchsweep.report.figure import figure, figure_scripts
+from patchsweep.report.html import numbers, table
 from patchsweep.report.question import model_name
 from patchsweep.report.shell import page, section
 from patchsweep.results.tolerance import tolerance_notes
@@ -48,13 +49,12 @@ def _estimates(ds: xr.Dataset, metric: str) -> list[str]:
     found = [one for one in agreement(ds, metric) if one.n > 1]
     if not found:
         return []
-    rows = "".join(
-        f"<tr><td>{esc(one.method)}</td><td>{number(one.pearson)}</td><td>{percent(one.same_sign)}</td>"
-        f"<td>{count(one.n)}</td></tr>"
+    rows = [
+        f"<tr><td>{esc(one.method)}</td>"
+        f"{numbers(number(one.pearson), percent(one.same_sign), count(one.n))}</tr>"
         for one in found
-    )
-    head = "<th>estimate</th><th>Pearson's r</th><th>same sign</th><th>patches</th>"
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    ]
+    listed = table(("estimate", "Pearson's r", "same sign", "patches"), rows, ("estimate",))
     exact = effects_of(ds, metric).values
     order = np.argsort(-np.abs(np.nan_to_num(exact)), axis=None, kind="stable")[:N_POINTS]
     traces = []
@@ -76,7 +76,7 @@ def _estimates(ds: xr.Dataset, metric: str) -> list[str]:
         "yaxis": {"title": {"text": "estimate"}},
     }
     words = "<p>Signs are weighed by the size of the exact effect.</p>"
-    return [section("estimates", "Estimates", table + words + figure("estimates", traces, layout))]
+    return [section("estimates", "Estimates", listed + words + figure("estimates", traces, layout))]
 
 
 def _pair(ds: xr.Dataset, metric: str, pair: int) -> str:
@@ -84,15 +84,15 @@ def _pair(ds: xr.Dataset, metric: str, pair: int) -> str:
     methods = methods_of(ds)
     prompt = "".join(token_html(str(t)) for t in one["base_token"].values if str(t))
     base, source = (float(one[f"{x}_metric"]) for x in ("base", "source"))
-    rows = "".join(
-        f"<tr><td>{esc(x.dictionary)}</td><td>{x.latent}</td><td>{x.pos} {token_html(x.token)}</td>"
-        f"<td>{number(x.change, sign=True)}</td><td>{number(x.effect, sign=True)}</td>"
-        + "".join(f"<td>{number(x.estimates[m], sign=True)}</td>" for m in methods)
-        + "</tr>"
-        for x in largest_latents(ds, metric, pair, N_LARGEST)
-    )
-    heads = ["dictionary", "latent", "position", "change", "effect", *methods]
-    head = "".join(f"<th>{esc(x)}</th>" for x in heads)
+    rows = []
+    for x in largest_latents(ds, metric, pair, N_LARGEST):
+        values = [x.change, x.effect, *(x.estimates[method] for method in methods)]
+        rows.append(
+            f"<tr><td>{esc(x.dictionary)}</td>{numbers(x.latent)}"
+            f"<td>{x.pos} {token_html(x.token)}</td>"
+            f"{numbers(*(number(value, sign=True) for value in values))}</tr>"
+        )
+    heads = ("dictionary", "latent", "position", "change", "effect", *methods)
     words = f"<p>{prompt}</p><p>{esc(metric)}: base {number(base)}, source {number(source)}.</p>"
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-    return section(f"pair-{pair}", f"Pair {pair}", words + table)
+    listed = table(heads, rows, ("dictionary", "position"))
+    return section(f"pair-{pair}", f"Pair {pair}", words + listed)

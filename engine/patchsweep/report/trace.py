@@ -8,7 +8,7 @@ import xarray as xr
 from patchsweep.analyses.tracing import largest_effects
 from patchsweep.data.show import esc, number, plural, token_html
 from patchsweep.report.figure import RED_BLUE, figure, figure_scripts, plain
-from patchsweep.report.html import marked
+from patchsweep.report.html import marked, numbers, table
 from patchsweep.report.question import model_name
 from patchsweep.report.shell import page, section
 from patchsweep.store.attributes import attributes
@@ -79,9 +79,10 @@ def _map(one: xr.Dataset, kind: str, tokens: list[str], noisy: np.ndarray, name:
         "y": names,
         "z": values,
         "colorscale": RED_BLUE,
+        "colorbar": {"exponentformat": "e"},
         "zmin": -limit,
         "zmax": limit,
-        "hovertemplate": "layer %{x}, token %{y}: %{z:.4f}<extra></extra>",
+        "hovertemplate": "layer %{x}, token %{y}: %{z:.3g}<extra></extra>",
     }
     layout = {
         "height": 120 + 22 * len(tokens),
@@ -92,12 +93,16 @@ def _map(one: xr.Dataset, kind: str, tokens: list[str], noisy: np.ndarray, name:
 
 
 def _table(ds: xr.Dataset, metric: str, pair: int) -> str:
-    rows = "".join(
-        f"<tr><td>{esc(str(kind))}</td><td>{place.layer}</td><td>{place.pos} "
-        f"{token_html(place.token)}</td><td>{number(place.effect, sign=True)}</td>"
-        f"<td>{number(place.low, sign=True)} to {number(place.high, sign=True)}</td></tr>"
-        for kind in ds["kind"].values
-        for place in largest_effects(ds, str(kind), metric, pair, n=3)
-    )
-    head = "<th>kind</th><th>layer</th><th>position</th><th>effect</th><th>95 % interval</th>"
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    rows = []
+    for kind in map(str, ds["kind"].values):
+        for place in largest_effects(ds, kind, metric, pair, n=3):
+            low, effect, high = (
+                number(x, sign=True) for x in (place.low, place.effect, place.high)
+            )
+            rows.append(
+                f"<tr><td>{esc(kind)}</td>{numbers(place.layer)}"
+                f"<td>{place.pos} {token_html(place.token)}</td>"
+                f"{numbers(effect, f'{low} to {high}')}</tr>"
+            )
+    columns = ("kind", "layer", "position", "effect", "95 % interval")
+    return table(columns, rows, ("kind", "position"))
