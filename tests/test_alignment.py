@@ -251,3 +251,30 @@ def test_the_lens_patches_in_the_partner(direction: Any) -> None:
     assert read == pytest.approx(float(expected), abs=1e-4)
     unpatched = ps.sweep(bridge, pairs, "z", direction=direction)["base_metric"].item()
     assert abs(read - unpatched) > 1e-3
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_trained_model_takes_the_partners_activation() -> None:
+    name = "smollm2-135m"
+    bridge, pairs = model(name), aligned(name)
+    base, source = prompts(pairs, "denoising")
+    _, cache_ = bridge.run_with_cache(torch.tensor([source]))
+    ds = ps.sweep(bridge, pairs, ["resid_pre", "z"], layers=[3, 23], positions=[-7, -1])
+    base_metric = ds["base_metric"].item()
+    for site, cells in (("resid_pre", [(3, -7), (23, -1)]), ("z", [(23, -1, 3), (23, -7, 0)])):
+        for layer, pos, *head in cells:
+            partner = partners(base, source)[pos]
+
+            def write(x: Tensor, hook: Any) -> Tensor:
+                x[(0, pos, *head)] = cache_[hook.name][(0, partner, *head)]  # noqa: B023
+                return x
+
+            hooks = [(HOOKS[site].format(layer), write)]
+            logits = bridge.run_with_hooks(torch.tensor([base]), fwd_hooks=hooks)
+            cell = ds[site].sel(layer=layer, pos=pos, **({"head": head[0]} if head else {}))
+            assert cell.item() == pytest.approx(logit_diff(pairs, logits).item(), abs=1e-3)
+    # the name that differs brings the answer back, and head a23.h3 at the end half of it
+    gap = ds["source_metric"].item() - base_metric
+    assert (ds["resid_pre"].sel(layer=3, pos=-7).item() - base_metric) / gap > 0.9
+    assert (ds["z"].sel(layer=23, pos=-1, head=3).item() - base_metric) / gap > 0.3

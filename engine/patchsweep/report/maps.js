@@ -205,6 +205,7 @@ const patchsweepMaps = (data, chosen) => {
       ...common, z, zmin: -frame.limit, zmax: frame.limit, colorscale: RED_BLUE,
       hoverongaps: false,
       colorbar: {
+        exponentformat: "e",
         thickness: 11, outlinewidth: 0, len: 1, y: 0.5, ypad: 0, xpad: 8, nticks: 7,
         title: { text: frame.quantity, side: "right" },
       },
