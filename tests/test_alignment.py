@@ -278,3 +278,22 @@ def test_a_trained_model_takes_the_partners_activation() -> None:
     gap = ds["source_metric"].item() - base_metric
     assert (ds["resid_pre"].sel(layer=3, pos=-7).item() - base_metric) / gap > 0.9
     assert (ds["z"].sel(layer=23, pos=-1, head=3).item() - base_metric) / gap > 0.3
+
+
+def test_a_trace_needs_no_partner() -> None:
+    bridge = model("tiny:llama")
+    pairs = [
+        PromptPairs.from_strings(
+            bridge,
+            clean=[CORRUPTED],
+            corrupted=[other],
+            answers=[(" John", " Mary")],
+            labels=[{"subject": (2, 4)}],
+            align="end",
+        )
+        for other in (CLEAN, CORRUPTED.replace("Mary gave", "John gave"))
+    ]
+    unequal, equal = (
+        ps.trace(bridge, one, ps.Noise("subject", samples=2), window=2) for one in pairs
+    )
+    np.testing.assert_allclose(unequal["effect"], equal["effect"], atol=1e-6)

@@ -49,7 +49,7 @@ class Attribution:
         extra = {s.name: s for m in methods for s in m.extra_sites(request.sites)}
         added = [site for site in extra.values() if site not in request.sites]
         self.sites = (*request.sites, *added)
-        longest = max(int(plan.full_lengths.max()) for plan in request.plans)
+        longest = request.pairs.longest
         self.gradients = GradientModel(
             request.bridge, request.sites, added, longest, compute_dtype=request.compute_dtype
         )

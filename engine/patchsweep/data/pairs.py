@@ -289,6 +289,12 @@ class PromptPairs(Sequence[PromptPair]):
             )
         )
 
+    @property
+    def longest(self) -> int:
+        """Number of tokens of the longest run: a prompt and its answer's tokens but the last."""
+        lengths = (max(len(p.clean), len(p.corrupted)) + len(p.answer) - 1 for p in self.pairs)
+        return max(lengths)
+
     def by_length(self) -> dict[int, tuple[int, ...]]:
         """Return the indices of the pairs of each length, shortest length first."""
         groups: dict[int, list[int]] = {}
@@ -315,14 +321,8 @@ class PromptPairs(Sequence[PromptPair]):
     def content_hash(self) -> str:
         """Return the SHA-256 (hex) of all that a sweep reads: ids, answers and labels."""
         content = [
-            [
-                pair.clean,
-                pair.corrupted,
-                pair.answer,
-                pair.wrong_answer,
-                sorted(pair.labels.items()),
-            ]
-            for pair in self.pairs
+            [p.clean, p.corrupted, p.answer, p.wrong_answer, sorted(p.labels.items())]
+            for p in self.pairs
         ]
         return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
 

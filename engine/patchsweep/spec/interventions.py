@@ -375,7 +375,8 @@ def takes_source(intervention: Intervention) -> bool:
 
 def sees_source(intervention: Intervention) -> bool:
     """Whether patch values are made from the source run's."""
-    return intervention.from_source or isinstance(intervention, Custom)
+    own = isinstance(intervention, Base)
+    return (intervention.from_source and not own) or isinstance(intervention, Custom)
 
 
 def shuffles(intervention: Intervention) -> bool:

@@ -122,7 +122,7 @@ class _Loader:
         self.request = request
         self.runner = AdaptiveRunner(runner)
         own = [site for site in STREAM if site not in request.sites]
-        longest = max(int(plan.full_lengths.max()) for plan in request.plans)
+        longest = request.pairs.longest
         self.model = GradientModel(
             request.bridge, request.sites, own, longest, compute_dtype=request.compute_dtype
         )

@@ -26,14 +26,13 @@ from patchsweep.spec.interventions import (
     Direction,
     Intervention,
     Reader,
-    sees_source,
     shuffles,
     takes_source,
 )
 from patchsweep.spec.joint import WHOLE, JointPlan, Writes, overlap, plan_joint
 from patchsweep.spec.metrics import Metric, MetricLike, get_metrics
 from patchsweep.spec.plan import Axes, Ints, ModelShape, PairShape, SitePlan
-from patchsweep.spec.planner import plan_site, span_of
+from patchsweep.spec.planner import plan_site
 from patchsweep.spec.reference import MeansFrom
 from patchsweep.spec.sites import Site
 from patchsweep.spec.spec import (
@@ -136,15 +135,7 @@ class JointRequest:
     def _columns(self, patch: CheckedPatch, batch: Batch, local: int) -> tuple[Ints, ...]:
         """Return site, layer, pos, unit and value of the single writes of a patch."""
         pair = self.shapes[batch.pairs[local]]
-        places = (None,) if patch.positions is None else patch.positions
-        pos = {p for place in places for p in range(*span_of(place, pair))}
-        alone = pos.intersection(pair.alone)
-        if alone and sees_source(self.interventions[patch.value]):
-            raise PlanError(
-                f"a patch of {self.sites[patch.site].name} covers position {min(alone)} of pair "
-                f"{batch.pairs[local]}, to which no position of the source prompt corresponds; "
-                "choose other positions, or the other direction, whose base prompt is shorter"
-            )
+        pos = patch.positions_in(pair)
         units = (WHOLE,) if patch.units is None else patch.units
         grid = np.meshgrid(patch.layers, sorted(pos), units, indexing="ij")
         layer, at, unit = (x.ravel().astype(np.int64) for x in grid)
@@ -193,8 +184,7 @@ def joint_request(
         for name, value in checking.used:
             check_aligned([checking.sites[name]], interventions[value])
     chosen = _direction(interventions, direction)
-    for pair in pairs:
-        pair_shape(pair, chosen, read)
+    checking.check_positions([pair_shape(pair, chosen, read) for pair in pairs])
     checking.check_values(chosen)
     return JointRequest(
         bridge=model,

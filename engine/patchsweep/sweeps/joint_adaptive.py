@@ -118,7 +118,7 @@ class AdaptivePatches(JointPatches):
         self.tolerance, self.sites, self.site_of = tolerance, tuple(sites), site_of
         self.adaptive = AdaptiveJoint(self.runner)
         self.summaries: Mapping[str, SampleSummary] = {}  # by site, before anything runs by it
-        longest = max(len(pair) + len(pair.answer) - 1 for pair in request.pairs)
+        longest = request.pairs.longest
         self._model = GradientModel(
             request.bridge, (), STREAM, longest, compute_dtype=request.compute_dtype
         )

@@ -22,9 +22,10 @@ from patchsweep.spec.interventions import (
     check_constant,
     check_labels,
     get_intervention,
+    sees_source,
 )
-from patchsweep.spec.plan import ModelShape
-from patchsweep.spec.planner import END
+from patchsweep.spec.plan import ModelShape, PairShape
+from patchsweep.spec.planner import END, span_of
 from patchsweep.spec.reference import MeansFrom, check_means, means_attrs, with_reference
 from patchsweep.spec.sites import Site, get_sites
 from patchsweep.sweeps.identity import intervention_words
@@ -82,6 +83,11 @@ class CheckedPatch:
     units: tuple[int, ...] | None  # None: all
     value: int  # index into the request's interventions
 
+    def positions_in(self, pair: PairShape) -> set[int]:
+        """Return the positions of the base prompt that the patch covers."""
+        places = (None,) if self.positions is None else self.positions
+        return {pos for place in places for pos in range(*span_of(place, pair))}
+
 
 class PatchChecks:
     """Checks patches one by one; equal sites and interventions are kept once."""
@@ -102,10 +108,6 @@ class PatchChecks:
         self._kept: list[Any] = []  # keeps what `_values` and `_patches` name by id alive
         self._patches: dict[int, CheckedPatch] = {}
         self._labels = set.intersection(*(set(pair.labels) for pair in pairs))
-        # tokens of the shortest prompt, and with the answer tokens that follow it
-        lengths = [(min(len(pair.clean), len(pair.corrupted)), len(pair.answer)) for pair in pairs]
-        self._prompt = min(prompt for prompt, _ in lengths)
-        self._shortest = min(prompt + answer - 1 for prompt, answer in lengths)
 
     def patch_set(self, number: int, given: Any) -> tuple[CheckedPatch, ...]:
         """Return one set of patches, checked."""
@@ -169,11 +171,6 @@ class PatchChecks:
                 known = ", ".join(sorted(self._labels))
                 remedy = f"use one of {known}" if known else "use positions, or label the pairs"
                 raise PlanError(f"pos={place!r} is no label that every pair carries; {remedy}")
-            if isinstance(place, int) and not -self._prompt <= place < self._shortest:
-                raise PlanError(
-                    f"pos={place} is no position of the shortest prompt; use "
-                    f"{-self._prompt}..{self._shortest - 1}, or a label"
-                )
         return places
 
     def _value(self, given: Any) -> int:
@@ -187,6 +184,27 @@ class PatchChecks:
             self._kept.append(given)
             self.interventions.append(intervention)
         return self._values[key]
+
+    def check_positions(self, pairs: Sequence[PairShape]) -> None:
+        """Check that every base prompt has the positions of each patch, and values for them."""
+        first = -min(pair.n_prompt for pair in pairs)
+        past = min(pair.length for pair in pairs)
+        for patch in self._patches.values():
+            for place in patch.positions or ():
+                if isinstance(place, int) and not first <= place < past:
+                    raise PlanError(
+                        f"pos={place} is no position of the shortest prompt; use "
+                        f"{first}..{past - 1}, or a label"
+                    )
+            if not sees_source(self.interventions[patch.value]):
+                continue
+            for i, pair in enumerate(pairs):
+                if pair.alone and (alone := patch.positions_in(pair).intersection(pair.alone)):
+                    raise PlanError(
+                        f"a patch of {[*self.sites][patch.site]} covers position {min(alone)} of "
+                        f"pair {i}, to which no position of the source prompt corresponds; choose "
+                        "other positions, or the other direction, whose base prompt is shorter"
+                    )
 
     def check_values(self, direction: Direction) -> None:
         """Check that each intervention fits the sites that it is used at."""

@@ -161,7 +161,7 @@ def run_variables(
     variables, most = ["patched"], SETS
     if isinstance(joint, AdaptivePatches):
         variables += BESIDE
-        longest = max(len(pair) + len(pair.answer) - 1 for pair in request.pairs)
+        longest = request.pairs.longest
         most = max(1, MAX_TOKENS // longest)  # pairs whose gradients one pass takes
         n_metrics = len(request.metrics)
         joint.summaries = choose_thresholds(joint.sites, n_metrics, stages, joint.calibrate)

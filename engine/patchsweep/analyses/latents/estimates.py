@@ -131,7 +131,7 @@ class LatentAttribution:
         extra = dict.fromkeys(method.extra_sites(request.sites))
         own = [site for site in extra if site not in request.sites]
         self.sites = [*request.sites, *own]
-        longest = max(len(pair) + len(pair.answer) - 1 for pair in request.pairs)
+        longest = request.pairs.longest
         self.gradients = GradientModel(
             request.bridge, request.sites, own, longest, compute_dtype=request.compute_dtype
         )

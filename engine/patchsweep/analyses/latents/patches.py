@@ -215,7 +215,7 @@ class _Run:
                 f"no latent of {names} changes its activation in any pair; check that the "
                 "dictionary belongs to this model and layer, or use another intervention"
             )
-        self.n_pos = max(len(pair) + len(pair.answer) - 1 for pair in request.pairs)
+        self.n_pos = request.pairs.longest
         self.dims = {
             "metric": len(request.metrics),
             "pair": len(request.pairs),
