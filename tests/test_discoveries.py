@@ -7,7 +7,8 @@ import patchsweep as ps
 import pytest
 import torch
 from patchsweep.errors import PatchsweepError, StoreError
-from patchsweep.results.discoveries import benjamini_hochberg, control_level, q_value
+from patchsweep.results.accessor import control_level, q_value
+from patchsweep.results.resampling import benjamini_hochberg
 from patchsweep.spec.placebo import norm_matched_noise
 from patchsweep.spec.sites import SITES
 from scipy.stats import false_discovery_control

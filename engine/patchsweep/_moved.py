@@ -19,6 +19,7 @@ MOVED = {
     "patchsweep.metrics": "patchsweep.spec.metrics",
     "patchsweep.pairs": "patchsweep.data.pairs",
     "patchsweep.paths": "patchsweep.analyses.circuits",
+    "patchsweep.results.discoveries": "patchsweep.results.accessor",
     "patchsweep.screening": "patchsweep.sweeps.screen_settings",
     "patchsweep.sites": "patchsweep.spec.sites",
     "patchsweep.store.whole": "patchsweep.store.save",

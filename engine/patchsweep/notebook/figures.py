@@ -52,7 +52,7 @@ def plot(
         quantity: `recovered` (no unit) or `effect` (the metric's unit). Default: recovered, or
             effect where source and base differ too little for it (see `summary.small_gaps`).
         placebo: a sweep with a meaningless donor; cells whose mean effect is not above its control
-            level (`patchsweep.results.discoveries.control_level`) are left blank.
+            level (`patchsweep.summary.control_level`) are left blank.
 
     Raises:
         SiteError, MetricError, PlanError, ConfigError: an argument names nothing in `ds`, or a

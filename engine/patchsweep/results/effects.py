@@ -22,7 +22,7 @@ class Effect:
     recovered: float  # effect / (source metric - base metric); NaN where that gap is zero
     noise: float | None = None  # noise floor of the effect; None: not measured
     error: float | None = None  # error that an estimate states; None: it states none
-    # adjusted for all cells of the site, see `discoveries.q_value`; None: of one pair, or estimated
+    # adjusted for all cells of the site, see `accessor.q_value`; None: of one pair, or estimated
     q: float | None = None
     control: float | None = None  # control level of a placebo; None: none was given
     n_pairs: int = 1  # pairs behind a mean: those in which the cell has run

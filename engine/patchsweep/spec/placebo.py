@@ -17,7 +17,7 @@ def norm_matched_noise(seed: int = 0) -> Custom:
 
     The value is base + s * (source - base), with random signs s of each coordinate of a site and
     layer. So its distance from the base run is the source's at every position and head, and its
-    direction is random. A sweep with it is a placebo, see `results.discoveries.control_level`.
+    direction is random. A sweep with it is a placebo, see `results.accessor.control_level`.
 
     Raises:
         PlanError: `seed` is no whole number of at least 0.
