@@ -7,6 +7,7 @@ import platform
 from functools import cache
 from pathlib import Path
 
+import psutil
 import torch
 
 
@@ -19,7 +20,7 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + cached
-    return min(_system_memory(), _group_memory())
+    return min(int(psutil.virtual_memory().available), _group_memory())
 
 
 # upper limit of glibc's M_MMAP_THRESHOLD: larger blocks come from the system (mmap) each time
@@ -53,16 +54,6 @@ def give_memory_back() -> None:
 def _libc() -> ctypes.CDLL | None:
     """Return glibc; None if the C library is another one."""
     return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
-
-
-def _system_memory() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    except OSError:
-        pass
-    return 4 * 2**30  # not Linux: a modest guess
 
 
 def _group_memory() -> int:
