@@ -199,6 +199,15 @@ class World:
             "long": PromptPairs((replace(pair, **eight),)),
             "foreign": PromptPairs((replace(pair, clean=(40_000, *pair.clean[1:])),)),
             "uneven": PromptPairs((replace(pair, corrupted=pair.corrupted[:-1]),)),
+            "unequal": PromptPairs(
+                (
+                    replace(
+                        pair,
+                        corrupted=pair.corrupted[:-1],
+                        corrupted_tokens=pair.corrupted_tokens[:-1],
+                    ),
+                )
+            ),
             "unanswered": PromptPairs((replace(pair, answer=()),)),
             "tokens": torch.tensor([pair.corrupted]),
             "cache": cache,

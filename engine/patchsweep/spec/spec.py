@@ -321,6 +321,13 @@ def check_pairs(model: TransformerBridge, pairs: PromptPairs, *, aligned: bool =
     for number, pair in enumerate(pairs):
         # all tokens of an answer but the last are read
         length = max(len(pair.clean), len(pair.corrupted)) + len(pair.answer) - 1
+        for side in ("clean", "corrupted"):
+            n_ids, n_texts = (len(getattr(pair, side + ending)) for ending in ("", "_tokens"))
+            if n_ids != n_texts:
+                raise PromptError(
+                    f"pair {number}: the {side} prompt has {n_ids} token ids and {n_texts} token "
+                    "strings; make pairs with PromptPairs.from_strings, or give one string an id"
+                )
         if pair.aligned and not aligned:
             raise PromptError(
                 f"pair {number}: the prompts have {len(pair)} and {len(pair.corrupted)} tokens, "
