@@ -23,7 +23,7 @@ N_SLICES = 4
 SWEEP = [
     "model=tiny:llama",
     "task=ioi",
-    "task.n_pairs=96",
+    "task.n_pairs=384",  # seconds of work for each slice, so that two are seen at work
     "sites=default",
     "runner=hooked",
 ]
