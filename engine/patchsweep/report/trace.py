@@ -82,7 +82,8 @@ def _map(one: xr.Dataset, kind: str, tokens: list[str], noisy: np.ndarray, name:
         "colorbar": {"exponentformat": "e"},
         "zmin": -limit,
         "zmax": limit,
-        "hovertemplate": "layer %{x}, token %{y}: %{z:.3g}<extra></extra>",
+        "text": [[number(x, sign=True) for x in row] for row in values.tolist()],
+        "hovertemplate": "layer %{x}, token %{y}: %{text}<extra></extra>",
     }
     layout = {
         "height": 120 + 22 * len(tokens),
