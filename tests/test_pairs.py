@@ -103,6 +103,7 @@ def test_pairs_are_a_sequence_grouped_by_length(smollm2: TransformerBridge) -> N
     pairs = PromptPairs.from_records(smollm2, [DEMO, short, DEMO])
     assert len(pairs) == 3
     assert [len(pair) for pair in pairs] == [15, 4, 15]
+    assert pairs.n_pos == 15
     assert list(pairs.by_length().items()) == [(4, (1,)), (15, (0, 2))]
     assert pairs[1:] == PromptPairs(pairs.pairs[1:])
     assert pairs[-1] is pairs.pairs[2]

@@ -215,8 +215,7 @@ class PromptPairs(Sequence[PromptPair]):
         Raises:
             PromptError: as `from_records`, or a row lacks a column.
         """
-        named = records_of(rows, columns)
-        return cls._of(model, named, multi_token, prepend_bos, template, align)
+        return cls._of(model, records_of(rows, columns), multi_token, prepend_bos, template, align)
 
     @classmethod
     def from_file(
@@ -290,10 +289,14 @@ class PromptPairs(Sequence[PromptPair]):
         )
 
     @property
+    def n_pos(self) -> int:
+        """Number of tokens in the longest pair."""
+        return max(len(pair) for pair in self.pairs)
+
+    @property
     def longest(self) -> int:
         """Number of tokens of the longest run: a prompt and its answer's tokens but the last."""
-        lengths = (max(len(p.clean), len(p.corrupted)) + len(p.answer) - 1 for p in self.pairs)
-        return max(lengths)
+        return max(max(len(p.clean), len(p.corrupted)) + len(p.answer) - 1 for p in self.pairs)
 
     def by_length(self) -> dict[int, tuple[int, ...]]:
         """Return the indices of the pairs of each length, shortest length first."""
@@ -405,8 +408,7 @@ def tokenise_pair(
             "give the right answer of each prompt"
         )
     clean, corrupted = (prompt_ids(model, text, where, prepend_bos) for text in texts)
-    clean_tokens = token_strings(model, clean)
-    corrupted_tokens = token_strings(model, corrupted)
+    clean_tokens, corrupted_tokens = (token_strings(model, ids) for ids in (clean, corrupted))
     if len(clean) != len(corrupted) and align is None:
         raise UnfitPair(
             f"{where}: both prompts must have the same number of tokens, but clean has "

@@ -129,7 +129,7 @@ def reads_of(pair: PromptPair, direction: Direction, read: int) -> tuple[Reads, 
         if reads[1] == NONE:
             raise PlanError(
                 f"read={read} is a position of the base prompt that no position of the source "
-                f"prompt corresponds to; count from the end, such as read=-1"
+                "prompt corresponds to; count from the end, such as read=-1"
             )
     of_base, of_source = (tuple(range(first, first + len(pair.answer))) for first in reads)
     return of_base, of_source
@@ -139,8 +139,9 @@ def pair_shape(pair: PromptPair, direction: Direction, read: int) -> PairShape:
     """Return the facts about `pair` that the planner needs."""
     base, source = base_and_source(pair, direction)
     partner = partners(base, source)
-    differs = partner != np.arange(len(base))
-    if not pair.aligned:
+    if pair.aligned:
+        differs = partner != np.arange(len(base))
+    else:
         differs = np.array(base) != np.array(source)
     return PairShape(
         differs=tuple(differs.tolist()),
