@@ -124,28 +124,24 @@ class PackedRunner(Runner):
     def load(
         self, batch: Batch, intervention: Intervention, keep: Sequence[SiteLocation] = ()
     ) -> Loaded:
-        """See `Runner`. Runs one forward pass over all base and source prompts.
+        """See `Runner`. Runs one forward pass over all base and source prompts, or one over the
+        base prompts and one over the source prompts if their lengths differ.
 
         The base run's activations of the sites `keep` are cached too.
         """
         n = len(batch.base)
-        more = [point for point in keep if point.site.name not in self.points]
-        together = batch.partner is None  # else the prompts have unequal lengths
-        runs = [
-            capture(
-                self.unwrapped, tokens, [*self.points.values(), *more], ActivationStore(self.budget)
-            )
-            for tokens in (
-                [torch.cat([batch.base, batch.source])] if together else [batch.base, batch.source]
-            )
-        ]
+        sites = [*self.points.values(), *(p for p in keep if p.site.name not in self.points)]
+        prompts = [batch.base, batch.source]
+        if batch.partner is None:  # base and source have one length
+            prompts = [torch.cat(prompts)]
+        runs = [capture(self.unwrapped, x, sites, ActivationStore(self.budget)) for x in prompts]
         base, source = runs[0].half(slice(0, n)), runs[-1].half(slice(-n, None))
         # blocks only add to the stream, so a value that is not finite would stay in it
         if not all(bool(torch.isfinite(run.resid[-1]).all()) for run in runs):
             _check_finite(base, "base", batch)
             _check_finite(source, "source", batch)
         source_resid = read_of(source.resid[-1], batch.source_reads).to(base.devices[-1])
-        if not together:
+        if batch.partner is not None:
             source = source.moved(batch.at_base)
         return Loaded(
             batch=batch,
